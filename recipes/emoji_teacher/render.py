@@ -1,0 +1,122 @@
+"""Emoji renders: the only data that the bundled teacher and its judge ever see.
+
+One render is a Noto Color Emoji glyph, randomly scaled, shifted and rotated, on a plain background of random colour.
+The same prompt therefore has many pictures, which is what makes the noise of the diffusion model matter.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import Pool
+from pathlib import Path
+
+import emoji
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SIZE = 64
+FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+GLYPH_POINTS = 109  # the one size of the bitmap font
+
+COLOURS = {
+    "white": (245, 245, 245), "black": (20, 20, 22), "gray": (135, 138, 142), "red": (200, 45, 45),
+    "orange": (240, 140, 40), "yellow": (245, 220, 80), "green": (70, 165, 80), "blue": (55, 95, 205),
+    "purple": (130, 70, 175), "pink": (245, 165, 195), "brown": (120, 78, 48), "teal": (40, 155, 160),
+}  # fmt: skip
+COLOUR_JITTER = 14  # standard deviation, in levels of 0..255
+
+NAMES = (Path(__file__).parent / "names.txt").read_text().splitlines()
+
+PLAIN = ("{name}", "a picture of {name}")
+COLOURED = (
+    "{name} on {colour} background",
+    "a {name} on a {colour} background",
+    "{name}, {colour} background",
+    "{colour} background with {name}",
+)
+
+
+@dataclass(frozen=True)
+class Renders:
+    """Renders with their labels.
+
+    Attributes:
+        images: uint8 [n, 64, 64, 3], 0..255.
+        name: int16 [n], index into NAMES.
+        colour: int8 [n], index into COLOURS.
+    """
+
+    images: np.ndarray
+    name: np.ndarray
+    colour: np.ndarray
+
+    def save(self, path: Path) -> None:
+        np.savez(path, images=self.images, name=self.name, colour=self.colour)
+
+    @classmethod
+    def load(cls, path: Path) -> "Renders":
+        with np.load(path, allow_pickle=False) as data:
+            return cls(data["images"], data["name"], data["colour"])
+
+
+def prompt_for(name: str, colour: str, rng: np.random.Generator, p_colour: float = 0.75) -> str:
+    """One phrasing of a render's content; it names the background colour with probability `p_colour`."""
+    phrasings = COLOURED if rng.random() < p_colour else PLAIN
+    return phrasings[rng.integers(len(phrasings))].format(name=name, colour=colour)
+
+
+@cache
+def glyphs() -> dict[str, Image.Image]:
+    """The RGBA bitmap of every name, 136 x 136."""
+    if not FONT.exists():
+        raise FileNotFoundError(f"{FONT} is missing: apt-get install fonts-noto-color-emoji")
+    font = ImageFont.truetype(str(FONT), GLYPH_POINTS)
+    characters = {}
+    for character, data in emoji.EMOJI_DATA.items():
+        if data["status"] == emoji.STATUS["fully_qualified"]:
+            characters.setdefault(data["en"].strip(":").replace("_", " "), character)
+    drawn = {}
+    for name in NAMES:
+        glyph = Image.new("RGBA", (136, 136), (0, 0, 0, 0))
+        ImageDraw.Draw(glyph).text((0, 4), characters[name], font=font, embedded_color=True)
+        drawn[name] = glyph
+    return drawn
+
+
+def render(name: str, colour: str, rng: np.random.Generator) -> np.ndarray:
+    """Draws one picture: uint8 [64, 64, 3]."""
+    background = np.clip(np.array(COLOURS[colour]) + rng.normal(0, COLOUR_JITTER, 3), 0, 255).astype(int)
+    canvas = Image.new("RGBA", (SIZE, SIZE), (*background.tolist(), 255))
+    scale = rng.uniform(0.68, 0.92)
+    turned = glyphs()[name].rotate(rng.uniform(-18, 18), Image.Resampling.BICUBIC, expand=True)
+    side = round(turned.width * SIZE / 136 * scale)
+    small = turned.resize((side, side), Image.Resampling.LANCZOS)
+    room = (1 - scale) * SIZE / 2 + 1
+    dx, dy = rng.uniform(-room, room, 2)
+    canvas.alpha_composite(
+        small if side <= SIZE else small.crop(((side - SIZE) // 2,) * 2 + ((side + SIZE) // 2,) * 2),
+        (
+            int(np.clip(round((SIZE - side) / 2 + dx), 0, max(SIZE - side, 0))),
+            int(np.clip(round((SIZE - side) / 2 + dy), 0, max(SIZE - side, 0))),
+        ),
+    )
+    return np.asarray(canvas.convert("RGB"))
+
+
+def _render_name(job: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    index, count, seed = job
+    rng = np.random.default_rng((seed, index))
+    colours = np.arange(count) % len(COLOURS)
+    rng.shuffle(colours)
+    keys = list(COLOURS)
+    return np.stack([render(NAMES[index], keys[c], rng) for c in colours]), colours
+
+
+def render_all(per_name: int, seed: int, processes: int = 2) -> Renders:
+    """Renders `per_name` pictures of every name; equal seeds give equal pictures on any number of processes."""
+    with Pool(processes) as pool:
+        parts = pool.map(_render_name, [(i, per_name, seed) for i in range(len(NAMES))], chunksize=8)
+    return Renders(
+        np.concatenate([images for images, _ in parts]),
+        np.repeat(np.arange(len(NAMES), dtype=np.int16), per_name),
+        np.concatenate([colours for _, colours in parts]).astype(np.int8),
+    )

@@ -1,0 +1,216 @@
+"""The command line: argv -> settings -> one call."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stepfold.errors import NonFiniteError, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Distil a diffusion or flow model into a one-step student, from prompts alone.",
+)
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
+
+
+@app.command()
+def distill(
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="`emoji` (bundled), a diffusers pipeline folder, or a hub id.", show_default=False),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Text file, one prompt a line. Default: the bundled teacher's.", show_default=False),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Settings to start from: demo, emoji-long, default, paper, released, or a yaml file."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/PRESET.", show_default=False)] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. training.steps=100.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that --out holds.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Distil a teacher into a one-step student.
+
+    Writes checkpoints, previews, report.html and report.json into the run folder, and the student into its `student`
+    folder, which plain diffusers loads.
+
+        stepfold distill
+
+        stepfold distill --teacher ./my-sana --prompts prompts.txt --out runs/mine --set training.steps=2000
+    """
+    from stepfold.config import load_config, to_yaml
+
+    name = preset or ("demo" if teacher in (None, "emoji") else "default")
+    config = load_config(name, changes or [], teacher__source=teacher, prompts=prompts)
+    if dry_run:
+        typer.echo(to_yaml(config), nl=False)
+        return
+    from stepfold.display import Display, quiet_libraries, results_table
+    from stepfold.jobs import run_distill
+
+    quiet_libraries()
+    folder = out or Path("runs") / Path(name).stem
+    display = Display(quiet)
+    command = "stepfold " + " ".join(sys.argv[1:])
+    try:
+        result = run_distill(config, folder, resume=resume, display=display, command=command)
+    except KeyboardInterrupt:
+        display.note(f"stopped; the state is saved. Continue with: {command} --resume")
+        raise typer.Exit(130) from None
+    if result["teacher"]:
+        display.console.print(results_table(result))
+    typer.echo(f"student: {folder / 'student'}\nreport:  {folder / 'report.html'}")
+
+
+@app.command()
+def sample(
+    student: Annotated[Path, typer.Argument(help="Student folder: OUT/student of a finished run.", show_default=False)],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One picture each.", show_default=False)],
+    steps: Annotated[int, typer.Option(min=1, max=64, help="Network calls per picture.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Noise. Equal seeds give equal pictures.")] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Scale that the student was told. Default: the run's.")] = None,
+    out: Annotated[Path, typer.Option(help="PNG to write; several prompts go side by side.")] = Path("sample.png"),
+    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+) -> None:
+    """Draw pictures with a student.
+
+    stepfold sample runs/demo/student "red heart on blue background"
+
+    stepfold sample runs/demo/student "pizza" "fox" --steps 2 --seed 3 --out two.png
+    """
+    from PIL import Image
+
+    from stepfold.display import quiet_libraries
+    from stepfold.jobs import run_sample
+    from stepfold.training.runs import writing
+
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out} is no PNG; give a name that ends in .png")
+    quiet_libraries()
+    pictures = run_sample(student, prompts, steps=steps, seed=seed, guidance=guidance, device=device)
+    strip = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
+    left = 0
+    for picture in pictures:
+        strip.paste(picture, (left, 0))
+        left += picture.width
+    with writing(out) as part:
+        strip.save(part, format="PNG")
+    typer.echo(out)
+
+
+@app.command()
+def evaluate(
+    student: Annotated[Path, typer.Argument(help="Student folder: OUT/student of a finished run.", show_default=False)],
+    steps: Annotated[str, typer.Option(help="Student step counts, comma-separated.")] = "1,2,4",
+    n: Annotated[int, typer.Option(min=2, help="Pictures per row.")] = 2000,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers here too.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Measure a student beside its teacher: same prompts, same noise, same judge.
+
+    stepfold evaluate runs/demo/student
+
+    stepfold evaluate runs/demo/student --steps 1,2 --n 500 --json scores.json
+    """
+    from stepfold.display import Display, quiet_libraries, results_table
+    from stepfold.jobs import run_evaluate
+    from stepfold.training.runs import writing
+
+    try:
+        counts = sorted({int(part) for part in steps.split(",")}, reverse=True)
+    except ValueError:
+        raise UserError(f"--steps {steps!r} is no list of numbers; for example --steps 1,2,4") from None
+    quiet_libraries()
+    display = Display(quiet)
+    result = run_evaluate(student, steps=counts, n=n, display=display, device=device)
+    if json_file:
+        with writing(json_file) as part:
+            part.write_text(json.dumps(result, indent=2) + "\n")
+    display.console.print(results_table(result))
+
+
+@app.command()
+def doctor(
+    teacher: Annotated[str, typer.Argument(help="`emoji`, a diffusers pipeline folder, or a hub id.")] = "emoji",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the findings here too.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+) -> None:
+    """Check that a teacher is understood before a run: each finding with a number and a verdict.
+
+    stepfold doctor emoji
+
+    stepfold doctor ./my-sana --json findings.json
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from stepfold.display import quiet_libraries
+    from stepfold.doctor import examine
+    from stepfold.training.runs import writing
+
+    quiet_libraries()
+    findings = examine(teacher, device)
+    table = Table("check", "number", "want", "verdict", box=None)
+    for f in findings:
+        table.add_row(f.check, f.number, f.want, "[green]ok[/]" if f.ok else "[red]LOOK[/]")
+    Console().print(table)
+    if json_file:
+        with writing(json_file) as part:
+            part.write_text(json.dumps([vars(f) for f in findings], indent=2) + "\n")
+    if not all(f.ok for f in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def presets() -> None:
+    """List the presets.
+
+    stepfold presets
+
+    stepfold distill --preset paper --teacher ./my-sana --prompts prompts.txt --dry-run
+    """
+    from stepfold.config import preset_names
+
+    typer.echo("\n".join(preset_names()))
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is one line and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except UserError as error:
+        fail(error, 2)
+    except NonFiniteError as error:
+        fail(error, 3)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def fail(error: Any, code: int) -> None:
+    """Prints an error as one line and exits."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""The settings of a run: validated, with presets, to and from yaml."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stepfold.errors import UserError
+from stepfold.maths.schedules import TangentSchedule
+from stepfold.objectives.consistency import Normalisation, PriorWeight
+
+
+class Section(BaseModel):
+    """A part of the settings: unknown keys are errors, values cannot change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TeacherSettings(Section):
+    """Which teacher, and how it is called."""
+
+    source: str = Field(default="emoji", description="'emoji' (bundled), a diffusers pipeline folder, or a hub id")
+    guidance: Literal["auto", "classifier_free", "embedded", "none"] = Field(
+        default="auto", description="how the teacher takes guidance; auto reads it from the network's config"
+    )
+    null_mask: Literal["own", "prompt"] = Field(
+        default="own",
+        description="mask of the unconditional branch: its own (diffusers) or the prompt's (public training code)",
+    )
+    height: int | None = Field(default=None, gt=0, description="pixels; default: what the transformer was trained on")
+    width: int | None = Field(default=None, gt=0, description="pixels")
+    max_tokens: int = Field(default=300, ge=2, le=4096, description="longest prompt, in tokens")
+
+
+class SpaceSettings(Section):
+    """Where the training pairs come from."""
+
+    route: Literal["reference", "logit_normal", "random"] = Field(
+        default="reference", description="how the times are drawn"
+    )
+    route_steps: int = Field(default=16, ge=2, le=256, description="N, teacher steps per trajectory")
+    route_shift: float = Field(default=2.5, gt=0, description="shift of the reference route's flow-Euler ladder")
+    route_per: Literal["step", "prompt"] = Field(
+        default="step", description="one route per training step, or one per prompt"
+    )
+    logit_mean: float = Field(default=0.2, description="P_mean of the logit-normal route")
+    logit_std: float = Field(default=1.6, gt=0, description="P_std of the logit-normal route")
+    keep_first: bool = Field(default=False, description="train on the state at t = pi/2 too")
+    guidance: tuple[float, ...] = Field(
+        default=(4.0, 4.5, 5.0), min_length=1, description="guidance scales, one drawn per prompt"
+    )
+    filter_rule: Literal["random", "hard", "off"] = Field(default="random", description="brightness filter")
+    filter_threshold: float = Field(default=1.0, gt=0, description="mean squared distance to the black latent")
+    filter_denominator: Literal["kept", "all"] = Field(
+        default="kept",
+        description="mean over the kept pairs, or over all (public code; the filter then scales the gradient)",
+    )
+
+
+class ConsistencySettings(Section):
+    """The objective."""
+
+    prior_weight: PriorWeight = Field(default="inverse_tangent", description="1 / (sigma_data tan t), or none")
+    adaptive_weight: bool = Field(default=True, description="learn w_phi(t)")
+    normalise: Normalisation = Field(default="l2", description="tangent normalisation")
+    normalise_constant: float = Field(default=0.1, ge=0, description="c")
+    r_schedule: TangentSchedule = Field(default="warmup_cooldown", description="course of r")
+    r_final: float = Field(default=0.75, ge=0, le=1, description="where r ends")
+    r_warmup: int = Field(default=4000, ge=0, description="H, steps")
+    r_cooldown_start: int = Field(default=15000, ge=0, description="S_r, step")
+    r_cooldown_steps: int = Field(default=2000, ge=0, description="T_r, steps")
+
+
+class OptimiserSettings(Section):
+    """The optimiser and its learning rate."""
+
+    name: Literal["adamw", "came"] = Field(default="came", description="CAME (arXiv:2307.02047) or AdamW")
+    lr: float = Field(default=1e-5, gt=0, description="learning rate; never rescaled behind your back")
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up of the learning rate")
+    decay: float = Field(
+        default=0.0, ge=0, le=1, description="last fraction of the run over which it falls linearly to 0"
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.99), description="AdamW's")
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=0.1, gt=0, description="largest gradient norm")
+
+
+class TrainingSettings(Section):
+    """The loop."""
+
+    steps: int = Field(default=20000, ge=1, description="optimiser steps")
+    prompts_per_step: int = Field(default=1, ge=1, description="trajectories per optimiser step")
+    micro_batch: int = Field(
+        default=0, ge=0, description="pairs per backward pass, 0 for all at once; same gradient, less memory"
+    )
+    tangent: Literal["two_pass", "finite_difference"] = Field(
+        default="two_pass", description="backend of the total derivative"
+    )
+    precision: Literal["no", "bf16"] = Field(default="no", description="autocast of the student")
+    rollout_precision: Literal["no", "bf16"] = Field(default="no", description="autocast of the teacher's walks")
+    ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the average that is exported")
+    checkpoint_every: int = Field(default=200, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    preview_every: int = Field(default=200, ge=1)
+
+
+class EvaluationSettings(Section):
+    """The table at the end."""
+
+    n: int = Field(default=500, ge=0, description="pictures per row of the report's table; 0 for no table")
+    guidance: float | None = Field(default=None, description="scale for sampling; default: the pipeline's own")
+
+
+class Config(Section):
+    """All settings of one run."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    prompts: str | None = Field(
+        default=None, description="text file, one prompt a line; default: the bundled teacher's"
+    )
+    teacher: TeacherSettings = TeacherSettings()
+    space: SpaceSettings = SpaceSettings()
+    consistency: ConsistencySettings = ConsistencySettings()
+    optimiser: OptimiserSettings = OptimiserSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _prompts_for_teacher(self) -> "Config":
+        if self.prompts is None and self.teacher.source != "emoji":
+            raise ValueError(
+                "prompts is missing; give --prompts FILE (only the bundled teacher has prompts of its own)"
+            )
+        return self
+
+
+def preset_names() -> list[str]:
+    """The presets that ship with the package."""
+    folder = resources.files("stepfold") / "presets"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_config(preset: str, changes: Sequence[str] = (), **top: Any) -> Config:
+    """A preset, changed by `key=value` strings, such as `training.steps=100`.
+
+    Args:
+        preset: a name from `preset_names`, or the path of a yaml file.
+        changes: dotted keys with yaml values.
+        **top: dotted keys (with `__` for the dot) that are set unless None.
+
+    Raises:
+        UserError: unknown preset or key, or a value out of range.
+    """
+    if preset in preset_names():
+        text = (resources.files("stepfold") / "presets" / f"{preset}.yaml").read_text()
+    elif Path(preset).is_file():
+        text = Path(preset).read_text()
+    else:
+        raise UserError(f"unknown preset {preset!r}{_nearest(preset, preset_names())}; or give a yaml file")
+    values = _parse_yaml(text, preset) or {}
+    if not isinstance(values, dict):
+        raise UserError(f"{preset} holds no settings; it must be a yaml mapping such as `training: {{steps: 100}}`")
+    for change in changes:
+        key, sep, value = change.partition("=")
+        if not sep:
+            raise UserError(f"--set {change!r} is not key=value; for example --set training.steps=100")
+        _assign(values, key.strip(), _parse_yaml(value, change))
+    for key, value in top.items():
+        if value is not None:
+            _assign(values, key.replace("__", "."), value)
+    return validate(values)
+
+
+def validate(values: dict[str, Any]) -> Config:
+    """Checks settings and turns the first problem into one line."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            raise UserError(f"unknown setting {key!r}{_nearest(key, setting_names())}") from None
+        if not key:
+            raise UserError(str(problem["msg"]).removeprefix("Value error, ")) from None
+        raise UserError(f"setting {key} is {problem['input']!r}: {problem['msg']}") from None
+
+
+def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """All dotted setting names."""
+    names = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            names += setting_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def to_yaml(config: Config) -> str:
+    """The settings as yaml, complete, in order."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def from_yaml(path: Path) -> Config:
+    """The settings that `to_yaml` wrote."""
+    return validate(_parse_yaml(path.read_text(), str(path)))
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    if key not in setting_names():
+        raise UserError(f"unknown setting {key!r}{_nearest(key, setting_names())}")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[name] = value
+
+
+def _nearest(given: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
+    last = {name.rsplit(".", 1)[-1]: name for name in known}
+    close = close or [last[n] for n in difflib.get_close_matches(given.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.4)]
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, with YAML 1.2's booleans: `no` and `off`, which are values of ours, stay words."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid yaml: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,109 @@
+"""What a person sees while something runs: a live display in a terminal, plain lines elsewhere."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from stepfold.training.distill import Progress
+
+
+def quiet_libraries() -> None:
+    """No progress bars and warnings of the model libraries between our own lines."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+PLAIN_EVERY = 25  # steps between lines when the output is no terminal
+
+
+class Display:
+    """Writes to standard error, so that standard output stays clean for results."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._bars: Bars | None = None
+        self._task, self._total = None, 0
+        self._pairs_per_sec = 0.0
+
+    def note(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def _open(self) -> Iterator[Bars]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Bars(
+            *columns, console=self.console, speed_estimate_period=120, disable=not self.console.is_terminal
+        ) as bars:
+            yield bars
+
+    @contextmanager
+    def training(self, steps: int) -> Iterator[None]:
+        """Shows `step` calls as one bar."""
+        with self._open() as bars:
+            self._bars, self._task, self._total = bars, bars.add_task("distil", total=steps), steps
+            yield
+        self._bars = None
+
+    def step(self, progress: Progress) -> None:
+        """One optimiser step is done."""
+        row = progress.row
+        rate = row["pairs"] / row["sec"]
+        self._pairs_per_sec = 0.95 * self._pairs_per_sec + 0.05 * rate if self._pairs_per_sec else rate
+        text = f"{self._pairs_per_sec:.0f} pairs/s"
+        if "loss" in row:
+            text = (
+                f"loss {row['loss']:+.3f}  w_phi {row['w_phi']:+.2f}  tangent {row['tangent_norm']:.3f}  "
+                f"grad {row['grad_norm']:.2f}  {text}"
+            )
+        if self._bars is not None:
+            self._bars.update(self._task, completed=progress.step, description=text)  # type: ignore[arg-type]
+        if not self.console.is_terminal and (progress.step % PLAIN_EVERY == 0 or progress.step in (1, self._total)):
+            left = (self._total - progress.step) * row["sec"]
+            self.note(f"step {progress.step}/{self._total}  {text}  about {left / 60:.1f} min left")
+
+    @contextmanager
+    def measuring(self, totals: dict[str, int]) -> Iterator[Callable[[str, int], None]]:
+        """Bars for the samplers of an evaluation; yields the function that moves them."""
+        with self._open() as bars:
+            tasks = {name: bars.add_task(f"measure {name}", total=total) for name, total in totals.items()}
+
+            def tick(name: str, count: int) -> None:
+                bars.advance(tasks[name], count)
+                if bars.tasks[list(tasks).index(name)].finished and not self.console.is_terminal:
+                    self.note(f"measured {name}")
+
+            yield tick
+
+
+def results_table(result: dict) -> Table:
+    """The rows of a report as a table for the terminal."""
+    table = Table("sampler", "accuracy", "CLIP score", "FD", "diversity", "agreement", "images/s", box=None)
+    for who in ("teacher", "student"):
+        for steps, s in result.get(who, {}).items():
+            agreement = "-" if s["agreement"] is None else f"{s['agreement']:.3f}"
+            table.add_row(
+                f"{who} {steps} step{'s' * (steps != '1')}",
+                f"{s['accuracy']:.1%}",
+                f"{s['clip_score']:.1f}",
+                f"{s['fd']:.4f}",
+                f"{s['diversity']:.3f}",
+                agreement,
+                f"{s['images_per_sec']:.1f}",
+            )
+    return table

@@ -1,0 +1,186 @@
+"""`stepfold doctor`: is the teacher understood? Findings with numbers, before hours are spent."""
+
+import copy
+import gc
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepfold.config import Config, TeacherSettings, validate
+from stepfold.maths.routes import reference_route
+from stepfold.maths.tangent import total_derivative
+from stepfold.objectives.consistency import tangent_direction
+from stepfold.randomness import normal, uniform
+from stepfold.sampling import sample_teacher
+from stepfold.spaces.generation import pairs_from, walk
+from stepfold.spaces.pairs import Pairs
+from stepfold.teachers.contract import Condition
+from stepfold.teachers.loading import load_teacher
+from stepfold.teachers.sana import SanaStudent, SanaTeacher
+from stepfold.training.distill import make_accelerator, update
+from stepfold.training.optimisers import make_optimiser
+
+PROMPTS = ("red heart on blue background", "a picture of pizza", "fox", "green apple on yellow background")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was measured, what is wanted, and whether it is so."""
+
+    check: str
+    number: str
+    want: str
+    ok: bool
+
+
+def examine(source: str, device: str) -> list[Finding]:
+    """All checks of one teacher.
+
+    Args:
+        source: `emoji`, a folder or a hub id.
+        device: torch device.
+
+    Raises:
+        UserError: the teacher does not load, or no student can be made of it.
+    """
+    settings = TeacherSettings(source=source, max_tokens=64)
+    teacher = load_teacher(settings, device)
+    student = teacher.new_student()
+    condition = teacher.encode(PROMPTS)
+    count, n = len(PROMPTS), 8
+    noise = teacher.sigma_data * torch.stack([normal(teacher.latent_shape, 0, "doctor", i) for i in range(count)]).to(
+        device
+    )
+    guidance = torch.full((count,), teacher.default_guidance, device=device)
+    route = reference_route(uniform((1, n), 0, "doctor route")).expand(count, n).to(device)
+    trajectory = walk(teacher, noise, route, condition, guidance)
+    keep = torch.ones(count, dtype=torch.bool, device=device)
+    pairs = pairs_from(trajectory, condition, guidance, keep_first=False, keep=keep)
+    return [
+        same_sampler(teacher, noise, condition, guidance),
+        same_network(teacher, student, pairs),
+        backends_agree(student, pairs),
+        tangent_size(student, pairs),
+        guidance_effect(teacher, pairs),
+        *one_step(student, pairs, teacher),
+    ]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||."""
+    return float((a - b).norm() / b.norm())
+
+
+def same_sampler(teacher: SanaTeacher, noise: Tensor, condition: Condition, guidance: Tensor) -> Finding:
+    """The wrapped teacher and the pipeline's own loop, through the same scheduler, end in the same latents."""
+    check = "wrapped teacher = pipeline's own sampler, 4 steps"
+    if teacher.guidance_kind != "classifier_free":
+        return Finding(check, "not run", "SanaPipeline only", True)
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    old, shift = teacher.pipe.scheduler, 1.0
+    teacher.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    if teacher.pipe.vae is None:
+        teacher.black_latent()
+    theirs = teacher.pipe(
+        list(PROMPTS),
+        num_inference_steps=4,
+        height=teacher.height,
+        width=teacher.width,
+        use_resolution_binning=False,
+        max_sequence_length=teacher.max_tokens,
+        guidance_scale=float(guidance[0]),
+        latents=noise / teacher.sigma_data,
+        output_type="latent",
+    ).images
+    teacher.pipe.scheduler = old
+    ours = sample_teacher(teacher, noise, condition, guidance, 4, shift) / teacher.sigma_data
+    error = relative(ours, theirs)
+    return Finding(check, f"relative difference {error:.1e}", "<= 1e-4", error <= 1e-4)
+
+
+@torch.no_grad()
+def same_network(teacher: SanaTeacher, student: SanaStudent, pairs: Pairs) -> Finding:
+    """Before the first step, the student's F is the teacher's, unguided."""
+    ours = teacher.sigma_data * student(pairs.x / teacher.sigma_data, pairs.t, pairs.condition, pairs.guidance)
+    theirs = teacher.velocity(pairs.x, pairs.t, pairs.condition, torch.ones_like(pairs.guidance))
+    error = relative(ours, theirs)
+    return Finding(
+        "student = teacher at step 0 (guidance 1)", f"relative difference {error:.1e}", "<= 1e-4", error <= 1e-4
+    )
+
+
+def backends_agree(student: SanaStudent, pairs: Pairs) -> Finding:
+    """The exact tangent and the finite difference along the trajectory."""
+    exact, rough = (tangent(student, pairs, backend) for backend in ("two_pass", "finite_difference"))
+    error = relative(rough, exact)
+    return Finding("tangent backends agree", f"relative difference {error:.1e}", "<= 5e-2", error <= 5e-2)
+
+
+def tangent(student: SanaStudent, pairs: Pairs, backend: str) -> Tensor:
+    """cos t sin t dF/dt along the teacher's velocity."""
+    from stepfold.teachers.sana import SIGMA_DATA
+
+    dx, dt = tangent_direction(pairs.x, pairs.t, pairs.dxdt, SIGMA_DATA)
+    step = 1e-3 if backend == "finite_difference" else None  # small: ReLU in linear attention has kinks
+    with torch.no_grad():
+        return total_derivative(
+            lambda x, t: student(x, t, pairs.condition, pairs.guidance),
+            pairs.x / SIGMA_DATA,
+            pairs.t,
+            dx,
+            dt,
+            backend,
+            step,
+        ).dF
+
+
+def tangent_size(student: SanaStudent, pairs: Pairs) -> Finding:
+    """How fast F turns along the trajectory; networks whose time runs to 1000 turn a thousand times as fast."""
+    scale = (pairs.t.cos() * pairs.t.sin()).view(-1, *[1] * (pairs.x.ndim - 1))
+    size = float((tangent(student, pairs, "two_pass") / scale).square().mean().sqrt())
+    return Finding("size of dF/dt (root mean square)", f"{size:.2f}", "<= 50", size <= 50)
+
+
+def guidance_effect(teacher: SanaTeacher, pairs: Pairs) -> Finding:
+    """A guided and an unguided velocity differ."""
+    guided = teacher.velocity(pairs.x, pairs.t, pairs.condition, pairs.guidance)
+    plain = teacher.velocity(pairs.x, pairs.t, pairs.condition, torch.ones_like(pairs.guidance))
+    effect = relative(guided, plain)
+    wanted = teacher.guidance_kind != "none"
+    return Finding(
+        "guidance changes the velocity", f"{effect:.1%}", ">= 1%" if wanted else "any", effect >= 0.01 or not wanted
+    )
+
+
+def one_step(student: SanaStudent, pairs: Pairs, teacher: SanaTeacher) -> list[Finding]:
+    """One real optimiser step: every parameter moves, the loss is finite; what it needs in memory."""
+    config: Config = validate(
+        {"teacher": {"source": "emoji"}, "optimiser": {"name": "adamw", "lr": 1e-4}, "consistency": {"r_warmup": 0}}
+    )
+    accelerator = make_accelerator("no")
+    student = student.to(accelerator.device)
+    before = copy.deepcopy(student.state_dict())
+    optimiser = make_optimiser(student.parameters(), config.optimiser)
+    gc.collect()
+    figures = update(student, pairs, config, 0, teacher.sigma_data, accelerator)
+    still = [n for n, p in student.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
+    optimiser.step()
+    moved = sum(not torch.equal(before[n], p) for n, p in student.named_parameters())
+    total = len(before)
+    # The guidance embedder's first layer waits for the zeroed last one: it has a gradient from the second step on.
+    waiting = [n for n in still if ".guidance_embedder.linear_1." in n]
+    loss = float(figures["loss"].mean())
+    from stepfold.jobs import peak_memory_gib
+
+    return [
+        Finding(
+            "one step changes the weights",
+            f"{moved} of {total} tensors",
+            f">= {total - len(waiting)}",
+            len(still) == len(waiting),
+        ),
+        Finding("loss is finite", f"{loss:.3f}", "finite", bool(torch.isfinite(figures["loss"]).all())),
+        Finding("peak memory up to here", f"{peak_memory_gib(accelerator.device):.2f} GiB", "any", True),
+    ]

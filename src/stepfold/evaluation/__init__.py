@@ -1,0 +1,1 @@
+"""How good a sampler is: the judge, its metrics, the frozen protocol and the report."""

@@ -1,0 +1,99 @@
+"""Samples teacher and student under one protocol, from the same prompts and the same noise, and scores them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from stepfold.evaluation.judge import Judge
+from stepfold.evaluation.metrics import latent_error
+from stepfold.evaluation.protocol import Protocol, Scores, protocol_prompts, score_images
+from stepfold.randomness import normal
+from stepfold.sampling import few_step_times, sample_student, sample_teacher
+from stepfold.teachers.contract import Condition, Student, Teacher, concatenate
+
+BATCH = 50
+
+Sampler = Callable[[Tensor, Condition, Tensor, range], Tensor]
+"""(noise [B, ...], condition, guidance [B], sample numbers) -> x_0 [B, ...]."""
+
+
+def teacher_sampler(teacher: Teacher, num_steps: int, shift: float = 1.0) -> Sampler:
+    """The teacher at `num_steps` Euler steps."""
+    return lambda noise, condition, guidance, _: sample_teacher(teacher, noise, condition, guidance, num_steps, shift)
+
+
+def student_sampler(student: Student, num_steps: int, seed: int, sigma_data: float) -> Sampler:
+    """The student at `num_steps` consistency steps, its fresh noise drawn per sample."""
+
+    def sample(noise: Tensor, condition: Condition, guidance: Tensor, samples: range) -> Tensor:
+        def fresh(i: int) -> Tensor:
+            parts = [normal(tuple(noise.shape[1:]), seed, "evaluation fresh noise", i, s) for s in samples]
+            return sigma_data * torch.stack(parts).to(noise)
+
+        return sample_student(student, noise, condition, guidance, few_step_times(num_steps), fresh, sigma_data)
+
+    return sample
+
+
+def evaluation_noise(protocol_seed: int, samples: range, teacher: Teacher, device: torch.device) -> Tensor:
+    """The noise of the given samples [B, ...], of standard deviation sigma_data; the same for every sampler."""
+    parts = [normal(teacher.latent_shape, protocol_seed, "evaluation noise", s) for s in samples]
+    return teacher.sigma_data * torch.stack(parts).to(device)
+
+
+def encode_distinct(teacher: Teacher, prompts: list[str]) -> Condition:
+    """One row a prompt; equal prompts are encoded once."""
+    distinct = list(dict.fromkeys(prompts))
+    condition = concatenate([teacher.encode(distinct[i : i + BATCH]) for i in range(0, len(distinct), BATCH)])
+    row = {prompt: i for i, prompt in enumerate(distinct)}
+    return condition.rows(torch.tensor([row[p] for p in prompts], device=condition.mask.device))
+
+
+def measure(
+    judge: Judge,
+    protocol: Protocol,
+    teacher: Teacher,
+    samplers: dict[str, Sampler],
+    device: torch.device,
+    tick: Callable[[str, int], None] = lambda name, count: None,
+) -> dict[str, Scores]:
+    """Scores every sampler on the protocol's prompts.
+
+    Args:
+        judge: scores the pictures.
+        protocol: prompts, noise and guidance.
+        teacher: encodes prompts and decodes latents.
+        samplers: name -> sampler. The first is the reference of `agreement`.
+        device: where the noise goes.
+        tick: called with (name, pictures made) after every batch.
+
+    Returns:
+        name -> scores, in the order of `samplers`.
+    """
+    prompts, targets, groups = protocol_prompts(judge, protocol)
+    condition = encode_distinct(teacher, prompts)
+    reference: Tensor | None = None
+    rows = {}
+    for name, sampler in samplers.items():
+        latents: list[Tensor] = []
+
+        def pictures(name: str = name, sampler: Sampler = sampler, latents: list[Tensor] = latents) -> Iterator[Tensor]:
+            for start in range(0, protocol.n, BATCH):
+                samples = range(start, min(start + BATCH, protocol.n))
+                noise = evaluation_noise(protocol.seed, samples, teacher, device)
+                guidance = torch.full((len(samples),), protocol.guidance, device=device)
+                part = condition.rows(slice(samples.start, samples.stop)).trimmed()
+                latents.append(sampler(noise, part, guidance, samples))
+                yield teacher.decode(latents[-1])
+                tick(name, len(samples))
+
+        scores = score_images(judge, pictures(), prompts, targets, groups)
+        x0 = torch.cat(latents)
+        if reference is None:
+            reference, error = x0, None
+        else:
+            error = float(latent_error(x0, reference, teacher.sigma_data))
+        rows[name] = replace(scores, agreement=error)
+    return rows

@@ -1,0 +1,43 @@
+"""Preview grids: the teacher beside the student at equal noise."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from stepfold.evaluation.measure import Sampler
+from stepfold.teachers.contract import Condition
+from stepfold.training.runs import writing
+
+LABEL_WIDTH = 132
+
+
+def sample_rows(
+    samplers: dict[str, Sampler], noise: Tensor, condition: Condition, guidance: float
+) -> dict[str, Tensor]:
+    """x_0 [B, ...] of every sampler, from the same noise."""
+    scale = torch.full((len(noise),), guidance, device=noise.device)
+    return {name: sampler(noise, condition, scale, range(len(noise))) for name, sampler in samplers.items()}
+
+
+def save_grid(rows: dict[str, Tensor], path: Path, cell: int = 96) -> None:
+    """One row of pictures a sampler, its name on the left.
+
+    Args:
+        rows: name -> pictures [B, 3, H, W] in [0, 1].
+        path: of the PNG.
+        cell: pixels a picture.
+    """
+    count = max(len(pictures) for pictures in rows.values())
+    grid = Image.new("RGB", (LABEL_WIDTH + cell * count, cell * len(rows)), "white")
+    pen = ImageDraw.Draw(grid)
+    for y, (name, pictures) in enumerate(rows.items()):
+        pen.text((8, y * cell + cell // 2 - 6), name, fill="black", font_size=13)
+        for x, picture in enumerate(pictures):
+            array = (picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+            resized = Image.fromarray(array).resize((cell, cell), Image.Resampling.LANCZOS)
+            grid.paste(resized, (LABEL_WIDTH + x * cell, y * cell))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path) as part:
+        grid.save(part, format="PNG")

@@ -1,0 +1,153 @@
+"""The frozen protocol: which prompts, how many pictures, which step counts. Numbers compare only at equal hash."""
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from stepfold.errors import UserError
+from stepfold.evaluation.judge import Judge, image_features, text_features
+from stepfold.evaluation.metrics import StreamingMoments, accuracy, clip_score, diversity, frechet_distance
+from stepfold.prompts.reading import shuffled_index
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that a result depends on besides the sampler and the judge.
+
+    Attributes:
+        name: of the protocol.
+        version: goes up whenever the same fields would give other prompts or other metrics.
+        n: pictures per sampler and step count, >= 2.
+        seed: of the prompts, the noise and the colours.
+        samples_per_prompt: consecutive pictures that share a prompt, >= 2, as diversity needs.
+        teacher_steps: step counts that the teacher is measured at; the first is the reference for agreement.
+        student_steps: step counts that the student is measured at.
+        guidance: scale given to the teacher and embedded in the student.
+    """
+
+    name: str
+    version: int
+    n: int
+    seed: int
+    samples_per_prompt: int
+    teacher_steps: tuple[int, ...] = (20, 4, 2, 1)
+    student_steps: tuple[int, ...] = (4, 2, 1)
+    guidance: float = 4.5
+
+    def __post_init__(self) -> None:
+        if self.samples_per_prompt < 2:
+            raise UserError(f"samples_per_prompt is {self.samples_per_prompt}; diversity needs 2 or more")
+        if self.n < self.samples_per_prompt:
+            raise UserError(f"n is {self.n}; at least {self.samples_per_prompt} pictures are needed, 2000 is usual")
+        if any(steps < 1 for steps in (*self.teacher_steps, *self.student_steps)):
+            raise UserError(f"step counts {self.teacher_steps} and {self.student_steps}: each must be 1 or more")
+
+    def hash(self) -> str:
+        """sha256, in hexadecimal, of the fields as JSON with sorted keys and no spaces."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+EMOJI = Protocol(name="emoji", version=1, n=500, seed=0, samples_per_prompt=2)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One sampler at one step count.
+
+    Attributes:
+        accuracy: share of pictures whose nearest name is the prompt's, in [0, 1].
+        clip_score: 100 x mean cosine to the prompt, in [0, 100].
+        fd: Frechet distance to real pictures in the judge's features (not an Inception FID).
+        diversity: mean feature distance between pictures of one prompt.
+        agreement: latent error against the teacher's reference from the same noise, in latent variances, or None.
+        images_per_sec: pictures made per second, the judge's own time left out.
+    """
+
+    accuracy: float
+    clip_score: float
+    fd: float
+    diversity: float
+    agreement: float | None
+    images_per_sec: float
+
+    def to_json(self) -> dict[str, float | None]:
+        """A plain dict, ready for json.dumps and for the report."""
+        return asdict(self)
+
+
+def protocol_prompts(judge: Judge, protocol: Protocol) -> tuple[list[str], Tensor, Tensor]:
+    """The prompts of a protocol, "NAME on COLOUR background": every name once before any comes again.
+
+    With the same seed, a smaller n gives the first prompts of a larger n.
+
+    Returns:
+        prompts: n strings, `samples_per_prompt` consecutive ones equal.
+        target: int64 [n], the prompt's name as an index into judge.names.
+        group: int64 [n], which prompt a row belongs to: 0, 0, 1, 1, 2, ...
+    """
+    colour = random.Random(protocol.seed)
+    num_prompts = -(-protocol.n // protocol.samples_per_prompt)
+    names = [shuffled_index(i, len(judge.names), protocol.seed) for i in range(num_prompts)]
+    drawn = [judge.colours[int(colour.random() * len(judge.colours))] for _ in names]
+    distinct = [f"{judge.names[name]} on {word} background" for name, word in zip(names, drawn, strict=True)]
+    group = torch.arange(protocol.n) // protocol.samples_per_prompt
+    return [distinct[i] for i in group.tolist()], torch.tensor(names)[group], group
+
+
+def score_images(
+    judge: Judge,
+    images: Iterable[Tensor],
+    prompts: Sequence[str],
+    targets: Tensor,
+    groups: Tensor,
+    agreement: float | None = None,
+) -> Scores:
+    """Judges a stream of pictures; only their features are kept.
+
+    Args:
+        judge: the judge.
+        images: yields float batches [B, 3, H, W] in [0, 1], in the order of the prompts. The time that the next batch
+            takes is what `images_per_sec` measures, so a generator that samples as it goes is timed as it samples.
+        prompts: N strings.
+        targets: int64 [N], index of each prompt's name in judge.names.
+        groups: int64 [N], equal for pictures of one prompt.
+        agreement: the latent error, measured by the caller, to go with the scores.
+
+    Raises:
+        NonFiniteError: a picture holds NaN or infinity.
+    """
+    parts: list[Tensor] = []
+    moments = StreamingMoments.empty(len(judge.mean))
+    sampling_sec = 0.0
+    for batch, elapsed_sec in _timed(images):
+        sampling_sec += elapsed_sec
+        parts.append(image_features(judge, batch))
+        moments = moments.updated(parts[-1])
+    assert moments.count == len(prompts) == len(targets) == len(groups), (
+        f"{moments.count} images, {len(prompts)} prompts, {len(targets)} targets, {len(groups)} groups"
+    )
+    features = torch.cat(parts)
+    return Scores(
+        accuracy=accuracy(features, text_features(judge, judge.names), targets.cpu()).item(),
+        clip_score=clip_score(features, text_features(judge, prompts)).item(),
+        fd=frechet_distance(moments.mean, moments.covariance, judge.mean, judge.covariance).item(),
+        diversity=diversity(features, groups.cpu()).item(),
+        agreement=agreement,
+        images_per_sec=moments.count / sampling_sec,
+    )
+
+
+def _timed(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, float]]:
+    """Each batch with the seconds it took to come, queued GPU work included."""
+    start = time.perf_counter()
+    for batch in batches:
+        if batch.is_cuda:
+            torch.cuda.synchronize(batch.device)
+        yield batch, time.perf_counter() - start
+        start = time.perf_counter()

@@ -1,0 +1,249 @@
+"""What the commands do: `distill`, `sample`, `evaluate`. Each is one function from settings to files."""
+
+import json
+import platform
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from stepfold import __version__, assets
+from stepfold.config import Config, TeacherSettings
+from stepfold.display import Display
+from stepfold.errors import UserError
+from stepfold.evaluation.judge import Judge, load_judge
+from stepfold.evaluation.measure import Sampler, measure, student_sampler, teacher_sampler
+from stepfold.evaluation.preview import sample_rows, save_grid
+from stepfold.evaluation.protocol import EMOJI, Protocol, Scores
+from stepfold.evaluation.report import curves_from_rows, write_report
+from stepfold.export.pipeline import model_card, save_student
+from stepfold.prompts.reading import PromptFile, open_prompts
+from stepfold.randomness import normal
+from stepfold.teachers.contract import Student
+from stepfold.teachers.loading import CARD, load_student, load_teacher
+from stepfold.teachers.sana import SanaTeacher
+from stepfold.training.distill import Progress, distill, make_accelerator
+from stepfold.training.runs import open_run, read_metrics, writing
+
+NUM_PREVIEWS = 8
+
+
+def run_distill(config: Config, folder: Path, *, resume: bool, display: Display, command: str) -> dict[str, Any]:
+    """Distils, exports, measures and reports. Returns what is in report.json.
+
+    Raises:
+        UserError: something in the settings, the prompts, the teacher or the folder is wrong.
+        NonFiniteError: the training diverged.
+    """
+    accelerator = make_accelerator(config.training.precision)
+    device = accelerator.device
+    prompts = open_prompts(config.prompts or assets.PROMPTS)
+    open_run(folder, config, resume)
+    remember_prompts(folder, prompts)
+    display.note(
+        f"{len(prompts)} prompts ({prompts.num_blank} blank and {prompts.num_duplicate} repeated lines left out), "
+        f"device {device.type}, run folder {folder}"
+    )
+    torch.manual_seed(config.seed)  # the guidance embedder's and the weight head's initial values
+    teacher = load_teacher(config.teacher, device)
+    student = teacher.new_student()
+    guidance = config.evaluation.guidance or teacher.default_guidance
+    black = cached_black(folder, teacher)
+    teacher.release_decoder()
+    preview = make_preview(folder, teacher, prompts, config, guidance, display)
+
+    tracker = make_tracker(folder)
+    stages: dict[str, float] = {}
+
+    def report(progress: Progress) -> None:
+        stages.update(progress.stages)
+        display.step(progress)
+        for name, value in progress.row.items():
+            if name != "step":
+                tracker.add_scalar(name, value, progress.step)
+
+    with display.training(config.training.steps):
+        average = distill(config, folder, teacher, student, prompts, black, accelerator, report=report, preview=preview)
+    tracker.close()
+
+    save_student(teacher, average, folder / "student", config, guidance, prompts.prompt(0))
+    result: dict[str, Any] = {"teacher": {}, "student": {}}
+    protocol = replace(EMOJI, n=config.evaluation.n or 2, guidance=guidance)
+    if config.evaluation.n and config.teacher.source == "emoji":
+        judge = load_judge(assets.JUDGE, device)
+        result |= measure_both(judge, protocol, teacher, average, config, display)
+    result = {
+        "title": f"{folder.name}: one-step student of {config.teacher.source}",
+        "command": command,
+        "versions": versions(),
+        "config": config.model_dump(mode="json"),
+        "protocol": protocol_record(protocol),
+        **result,
+        "prompts": {"file": str(prompts.path), "count": len(prompts), "sha256": prompts.sha256},
+        "stages_sec": stages,
+        "peak_memory_gib": peak_memory_gib(device),
+        "curves": curves_from_rows(read_metrics(folder)),
+        "images": {
+            p.stem.replace("_", " "): str(p.relative_to(folder))
+            for p in sorted((folder / "previews").glob("*.png"))[-1:]
+        },
+    }
+    write_report(folder, result)
+    card = json.loads((folder / "student" / CARD).read_text())
+    (folder / "student" / "README.md").write_text(model_card(card, prompts.prompt(0), result))
+    return result
+
+
+def remember_prompts(folder: Path, prompts: PromptFile) -> None:
+    """Notes which prompts a run uses, and refuses to go on with others.
+
+    Raises:
+        UserError: the file has changed since the run began.
+    """
+    note = folder / "prompts.json"
+    record = {"file": str(prompts.path), "count": len(prompts), "sha256": prompts.sha256}
+    if note.exists():
+        before = json.loads(note.read_text())
+        if before["sha256"] != record["sha256"]:
+            raise UserError(
+                f"{prompts.path} has changed since this run began; restore it or start a new run with another --out"
+            )
+        return
+    with writing(note) as part:
+        part.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def cached_black(folder: Path, teacher: SanaTeacher) -> torch.Tensor:
+    """The black latent of the brightness filter, made once and kept with the run."""
+    path = folder / "black.safetensors"
+    if not path.exists():
+        with writing(path) as part:
+            save_file({"black": teacher.black_latent().cpu().contiguous()}, part)
+    return load_file(path)["black"].to(teacher.device)
+
+
+def make_preview(
+    folder: Path, teacher: SanaTeacher, prompts: PromptFile, config: Config, guidance: float, display: Display
+) -> Callable[[Student, int], None]:
+    """Draws the teacher at 20 steps and the student at 1, 2 and 4, from the same prompts and noise, into previews/."""
+    shown = [prompts.prompt(i * len(prompts) // NUM_PREVIEWS) for i in range(min(NUM_PREVIEWS, len(prompts)))]
+    condition = teacher.encode(shown)
+    noise = teacher.sigma_data * torch.stack(
+        [normal(teacher.latent_shape, config.seed, "preview noise", i) for i in range(len(shown))]
+    ).to(teacher.device)
+    reference: dict[str, torch.Tensor] = {}
+
+    def preview(student: Student, step: int) -> None:
+        if not reference:
+            samplers: dict[str, Sampler] = {f"teacher {k} steps": teacher_sampler(teacher, k) for k in (20, 1)}
+            reference.update(sample_rows(samplers, noise, condition, guidance))
+        ours = {
+            f"student {k} step{'s' * (k > 1)}": student_sampler(student, k, config.seed, teacher.sigma_data)
+            for k in (1, 2, 4)
+        }
+        latents = reference | sample_rows(ours, noise, condition, guidance)
+        save_grid(
+            {name: teacher.decode(x0) for name, x0 in latents.items()}, folder / "previews" / f"step_{step:06d}.png"
+        )
+        teacher.release_decoder()
+        error = (latents["student 1 step"] - latents["teacher 20 steps"]).square().mean() / teacher.sigma_data**2
+        display.note(f"step {step}: preview written, error of one step against the teacher's 20: {error:.3f}")
+
+    return preview
+
+
+def measure_both(
+    judge: Judge, protocol: Protocol, teacher: SanaTeacher, student: Student, config: Config, display: Display
+) -> dict[str, Any]:
+    """Teacher and student at the protocol's step counts, as the report has them."""
+    samplers: dict[str, Sampler] = {f"teacher {k}": teacher_sampler(teacher, k) for k in protocol.teacher_steps}
+    for k in protocol.student_steps:
+        samplers[f"student {k}"] = student_sampler(student, k, protocol.seed, teacher.sigma_data)
+    with display.measuring(dict.fromkeys(samplers, protocol.n)) as tick:
+        scores = measure(judge, protocol, teacher, samplers, teacher.device, tick)
+    teacher.release_decoder()
+    return {"reals": {"diversity": judge.diversity}} | rows_by_steps(scores)
+
+
+def rows_by_steps(scores: dict[str, Scores]) -> dict[str, dict[str, Any]]:
+    """{"teacher 20": scores} -> {"teacher": {"20": {...}}}."""
+    out: dict[str, dict[str, Any]] = {"teacher": {}, "student": {}}
+    for name, row in scores.items():
+        who, steps = name.split()
+        out[who][steps] = row.to_json()
+    return out
+
+
+def run_sample(
+    folder: Path, prompts: Sequence[str], *, steps: int, seed: int, guidance: float | None, device: str
+) -> list[Image.Image]:
+    """Pictures of a student, one a prompt; the same as SanaSprintPipeline's with the same noise."""
+    pipeline, student, card = load_student(folder, device)
+    condition = pipeline.encode(prompts)
+    shape = pipeline.latent_shape
+    noise = torch.stack([normal(shape, seed, "sample", i) for i in range(len(prompts))])
+    x0 = student_sampler(student, steps, seed, pipeline.sigma_data)(
+        pipeline.sigma_data * noise.to(device),
+        condition,
+        torch.full((len(prompts),), card["guidance"] if guidance is None else guidance, device=device),
+        range(len(prompts)),
+    )
+    pictures = (pipeline.decode(x0) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pictures]
+
+
+def run_evaluate(folder: Path, *, steps: Sequence[int], n: int, display: Display, device: str) -> dict[str, Any]:
+    """A student and its teacher under the protocol; only the bundled teacher has a judge.
+
+    Raises:
+        UserError: the student's teacher is not the bundled one.
+    """
+    _, student, card = load_student(folder, device)
+    source = card["teacher"]
+    if source != "emoji":
+        raise UserError(
+            f"{folder} is a student of {source!r}; this version has a judge for the bundled teacher's pictures only"
+        )
+    teacher = load_teacher(TeacherSettings.model_validate(card["config"]["teacher"]), device)
+    protocol = replace(EMOJI, n=n, student_steps=tuple(steps), guidance=card["guidance"])
+    judge = load_judge(assets.JUDGE, device)
+    config = Config.model_validate(card["config"])
+    return {
+        "student_folder": str(folder),
+        "versions": versions(),
+        "protocol": protocol_record(protocol),
+        **measure_both(judge, protocol, teacher, student, config, display),
+    }
+
+
+def protocol_record(protocol: Protocol) -> dict[str, Any]:
+    """The protocol and its hash, as every result carries them."""
+    return asdict(protocol) | {"hash": protocol.hash()}
+
+
+def versions() -> dict[str, str]:
+    """What a result was made with."""
+    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
+    return {"stepfold": __version__, "python": platform.python_version(), "machine": platform.machine()} | libraries
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process on its device, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def make_tracker(folder: Path) -> Any:
+    """A tensorboard writer in the run folder."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder / "tensorboard")

@@ -1,0 +1,1 @@
+"""Files of prompts, and the order in which they are used."""

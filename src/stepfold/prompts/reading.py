@@ -1,0 +1,184 @@
+"""A text file of prompts, one a line, of any size: checked once from start to end, then read by seeking."""
+
+import hashlib
+import os
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from stepfold.errors import UserError
+
+MAX_CHARACTERS = 2_000
+# UTF-8 takes at most 4 bytes a character; the rest is for a BOM, CRLF and spaces around the prompt.
+_MAX_LINE_BYTES = 4 * MAX_CHARACTERS + 64
+_BOM = b"\xef\xbb\xbf"
+_FEISTEL_ROUNDS = 6
+
+
+@dataclass(frozen=True, eq=False)
+class PromptFile:
+    """Where every prompt of a file lies; the strings themselves stay on disk.
+
+    Attributes:
+        path: the file.
+        offsets: int64 [P], first byte of every kept line (after leading spaces and the BOM).
+        lengths: int32 [P], bytes of every kept line (without trailing spaces and line end).
+        num_blank: blank lines dropped.
+        num_duplicate: lines dropped because the same line came before.
+        sha256: of the whole file, in hexadecimal.
+    """
+
+    path: Path
+    offsets: np.ndarray
+    lengths: np.ndarray
+    num_blank: int
+    num_duplicate: int
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def prompt(self, index: int) -> str:
+        """The prompt number `index`, 0 <= index < len(self), read from the file.
+
+        Raises:
+            UserError: the file is gone or has changed since it was opened.
+        """
+        assert 0 <= index < len(self), f"prompt {index} of {len(self)}"
+        length = int(self.lengths[index])
+        try:
+            with self.path.open("rb") as file:
+                file.seek(int(self.offsets[index]))
+                raw = file.read(length)
+            text = raw.decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.path}: changed or removed during the run; put the old file back") from error
+        if len(raw) != length:
+            raise UserError(f"{self.path}: shorter than when it was opened; put the old file back")
+        return text
+
+
+def open_prompts(path: str | os.PathLike[str]) -> PromptFile:
+    """Checks a file of prompts in one streaming pass and notes where each prompt lies.
+
+    CRLF, a BOM, blank lines and spaces around a prompt are accepted; a line that came before is dropped. Lines are
+    compared by 8-byte hashes, so that memory is about 40 bytes a line; among ten million different lines the chance
+    that any two are taken for duplicates is 3e-6.
+
+    Args:
+        path: a UTF-8 text file, one prompt a line, at most MAX_CHARACTERS characters each.
+
+    Raises:
+        UserError: no such file, not a regular file, unreadable, no prompts in it, or a line (named by its number) that
+            is binary, is not UTF-8, is too long or holds a carriage return.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give a text file with one prompt a line")
+    if not path.exists():
+        raise UserError(f"{path}: no such prompts file; give a text file with one prompt a line")
+    if not path.is_file():
+        raise UserError(f"{path}: is not a regular file (pipes cannot be shuffled); save the prompts to a file")
+    try:
+        with path.open("rb") as file:
+            return _scan(path, file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _scan(path: Path, file: BinaryIO) -> PromptFile:
+    """The streaming pass of `open_prompts`; a line is read in bounded pieces, whatever the file holds."""
+    digest = hashlib.sha256()
+    offsets, lengths, hashes = array("q"), array("i"), array("Q")
+    position = line = num_blank = 0
+    while raw := file.readline(_MAX_LINE_BYTES):
+        line += 1
+        digest.update(raw)
+        skipped = len(_BOM) if line == 1 and raw.startswith(_BOM) else 0
+        text = _checked(raw[skipped:], path, line)
+        prompt = text.strip().encode()
+        if prompt:
+            skipped += len(text[: len(text) - len(text.lstrip())].encode())
+            offsets.append(position + skipped)
+            lengths.append(len(prompt))
+            hashes.append(int.from_bytes(hashlib.blake2b(prompt, digest_size=8).digest(), "little"))
+        else:
+            num_blank += 1
+        position += len(raw)
+    if not offsets:
+        what = f"{line} blank lines" if line else "empty"
+        raise UserError(f"{path}: no prompts in it ({what}); write one prompt a line")
+    first = np.sort(np.unique(np.frombuffer(hashes, np.uint64), return_index=True)[1])
+    return PromptFile(
+        path=path,
+        offsets=_frozen(np.frombuffer(offsets, np.int64)[first]),
+        lengths=_frozen(np.frombuffer(lengths, np.int32)[first]),
+        num_blank=num_blank,
+        num_duplicate=len(offsets) - len(first),
+        sha256=digest.hexdigest(),
+    )
+
+
+def _checked(raw: bytes, path: Path, line: int) -> str:
+    """One line as text, or the error that says what is wrong with it."""
+    where = f"{path}, line {line}"
+    if b"\0" in raw:
+        raise UserError(f"{where}: binary data (a NUL byte); give plain text saved as UTF-8 (UTF-16 is not read)")
+    too_long = UserError(f"{where}: longer than {MAX_CHARACTERS:,} characters; shorten it or put one prompt a line")
+    if len(raw) >= _MAX_LINE_BYTES - len(_BOM) and not raw.endswith(b"\n"):
+        raise too_long
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from error
+    if len(text.strip()) > MAX_CHARACTERS:
+        raise too_long
+    if "\r" in text.strip():
+        raise UserError(f"{where}: a carriage return inside the line; end lines with LF or CRLF")
+    return text
+
+
+def _frozen(values: np.ndarray) -> np.ndarray:
+    values.setflags(write=False)
+    return values
+
+
+def shuffled_index(position: int, size: int, seed: int) -> int:
+    """The prompt that sample number `position` uses: every prompt once an epoch, each epoch in an order of its own.
+
+    A balanced Feistel network keyed by (seed, epoch) permutes the smallest power of four, 16 or more, that holds
+    `size`; results outside are fed back in until one falls inside (cycle walking), which keeps it a permutation. Memory
+    is O(1), and no position needs the ones before it, so resumed runs and many processes agree without shared state.
+
+    Args:
+        position: global sample number, >= 0; its epoch is position // size.
+        size: number of prompts, >= 1.
+        seed: any integer.
+
+    Returns:
+        The prompt's index, 0 <= index < size.
+
+    Reference: Black and Rogaway, "Ciphers with arbitrary finite domains" (2002), Feistel and cycle-walking ciphers.
+    """
+    assert position >= 0 and size >= 1, f"position {position}, size {size}"
+    epoch, index = divmod(position, size)
+    key = hashlib.blake2b(f"prompts {seed} {epoch}".encode(), digest_size=32).digest()
+    half_bits = max(2, ((size - 1).bit_length() + 1) // 2)
+    index = _feistel(index, half_bits, key)
+    while index >= size:
+        index = _feistel(index, half_bits, key)
+    return index
+
+
+def _feistel(value: int, half_bits: int, key: bytes) -> int:
+    """A keyed permutation of 0 .. 4**half_bits - 1."""
+    mask = (1 << half_bits) - 1
+    left, right = value >> half_bits, value & mask
+    for turn in range(_FEISTEL_ROUNDS):
+        message = bytes([turn]) + right.to_bytes(8, "little")
+        mixed = int.from_bytes(hashlib.blake2b(message, key=key, digest_size=8).digest(), "little")
+        left, right = right, left ^ (mixed & mask)
+    return left << half_bits | right

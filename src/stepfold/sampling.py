@@ -1,0 +1,93 @@
+"""Sampling: the student's few steps and the teacher's many. Previews, commands and tests all come through here."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from stepfold.maths.formulations import (
+    data_prediction,
+    expand,
+    flow_time,
+    flow_velocity,
+    interpolate,
+    trigflow_input,
+)
+from stepfold.maths.routes import flow_euler_times
+from stepfold.teachers.contract import Condition, Student, Teacher
+
+SECOND_TIME = 1.3  # of two-step sampling, as in SanaSprintPipeline
+START = 1.57080  # SanaSprintPipeline's first time; the float32 just above pi/2
+
+
+def few_step_times(num_steps: int) -> list[float]:
+    """The times of a student's steps without the final 0: pi/2; pi/2 and 1.3; or even, as SCMScheduler has them."""
+    if num_steps == 2:
+        return [START, SECOND_TIME]
+    return torch.linspace(START, 0, num_steps + 1)[:-1].tolist()
+
+
+@torch.no_grad()
+def sample_student(
+    student: Student,
+    noise: Tensor,
+    condition: Condition,
+    guidance: Tensor,
+    times: Sequence[float],
+    fresh_noise: Callable[[int], Tensor],
+    sigma_data: float,
+) -> Tensor:
+    """Multi-step consistency sampling: predict x_0, add fresh noise of the next time, repeat.
+
+    Args:
+        student: gives F.
+        noise: [B, ...], of standard deviation sigma_data.
+        condition: B rows.
+        guidance: scales [B].
+        times: falling from pi/2, without the final 0; one network call each.
+        fresh_noise: step index (from 1) -> noise like `noise`, of standard deviation sigma_data.
+        sigma_data: standard deviation of the data.
+
+    Returns:
+        x_0 [B, ...].
+
+    Reference: arXiv:2303.01469, Algorithm 1, in TrigFlow; equal to diffusers' SCMScheduler.
+    """
+    x, x0 = noise, noise
+    for i, time in enumerate(times):
+        t = torch.full((len(noise),), time, dtype=noise.dtype, device=noise.device)
+        if i:
+            x = interpolate(x0, fresh_noise(i), t)
+        x0 = data_prediction(x, t, sigma_data * student(x / sigma_data, t, condition, guidance))
+    return x0
+
+
+@torch.no_grad()
+def sample_teacher(
+    teacher: Teacher, noise: Tensor, condition: Condition, guidance: Tensor, num_steps: int, shift: float = 1.0
+) -> Tensor:
+    """The teacher's flow-Euler sampler, as its diffusers pipeline runs it with FlowMatchEulerDiscreteScheduler.
+
+    Args:
+        teacher: gives dx/dt.
+        noise: [B, ...], of standard deviation sigma_data.
+        condition: B rows.
+        guidance: scales [B].
+        num_steps: Euler steps; each calls the network for both branches of guidance.
+        shift: the scheduler's shift.
+
+    Returns:
+        x_0 [B, ...].
+    """
+    sigma_data = teacher.sigma_data
+    times = flow_euler_times(num_steps, shift).tolist()
+    x_flow = noise / sigma_data
+    for time, time_next in pairwise(times):
+        t = torch.full((len(noise),), min(time, math.pi / 2), dtype=noise.dtype, device=noise.device)
+        t_flow, t_flow_next = flow_time(t), flow_time(torch.full_like(t, time_next))
+        dxdt = teacher.velocity(trigflow_input(x_flow, t_flow, sigma_data), t, condition, guidance)
+        velocity = flow_velocity(x_flow, t_flow, dxdt / sigma_data)
+        x_flow = x_flow + expand(t_flow_next - t_flow, x_flow) * velocity
+    return sigma_data * x_flow

@@ -1,0 +1,45 @@
+"""Training pairs: what every sample space yields and every objective takes."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stepfold.teachers.contract import Condition
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """States with the teacher's velocity at them.
+
+    Attributes:
+        x: [M, ...], at time t, data part of standard deviation sigma_data.
+        t: [M], in [0, pi/2].
+        dxdt: [M, ...], the teacher's (guided) velocity at (x, t).
+        condition: M rows.
+        guidance: [M], the guidance scale that is in dxdt.
+        prompt: int64 [M], which prompt of the batch each pair belongs to.
+        num_walked: how many pairs there would be, had none been filtered out.
+    """
+
+    x: Tensor
+    t: Tensor
+    dxdt: Tensor
+    condition: Condition
+    guidance: Tensor
+    prompt: Tensor
+    num_walked: int
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def rows(self, index: Tensor | slice) -> "Pairs":
+        """The pairs that `index` selects."""
+        return Pairs(
+            self.x[index],
+            self.t[index],
+            self.dxdt[index],
+            self.condition.rows(index),
+            self.guidance[index],
+            self.prompt[index],
+            self.num_walked,
+        )

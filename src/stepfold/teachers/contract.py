@@ -1,0 +1,103 @@
+"""What a teacher and a student are to the rest of the code. Everything past this border speaks TrigFlow."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+GuidanceKind = Literal["classifier_free", "embedded", "none"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the networks are conditioned on: the text encoder's output.
+
+    Attributes:
+        embeds: [B, L, D].
+        mask: int64 [B, L], 1 where attention may look.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def rows(self, index: Tensor | slice) -> "Condition":
+        """The samples that `index` selects, in its order."""
+        return Condition(self.embeds[index], self.mask[index])
+
+    def repeat_interleave(self, times: int) -> "Condition":
+        """Each sample `times` times in a row."""
+        return Condition(self.embeds.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))
+
+    def trimmed(self) -> "Condition":
+        """Without the positions that no sample of the batch attends to; they would only cost time."""
+        length = int(self.mask.any(0).nonzero().max()) + 1
+        return Condition(self.embeds[:, :length], self.mask[:, :length])
+
+    def padded(self, length: int) -> "Condition":
+        """With masked positions appended up to `length`."""
+        extra = length - self.mask.shape[1]
+        return Condition(nn.functional.pad(self.embeds, (0, 0, 0, extra)), nn.functional.pad(self.mask, (0, extra)))
+
+
+def concatenate(conditions: Sequence[Condition]) -> Condition:
+    """One batch out of several, padded to the longest."""
+    length = max(c.mask.shape[1] for c in conditions)
+    parts = [c.padded(length) for c in conditions]
+    return Condition(torch.cat([c.embeds for c in parts]), torch.cat([c.mask for c in parts]))
+
+
+class Student(nn.Module):
+    """Abstract: a trainable consistency model f(x, t) = cos t x - sin t sigma_data F(x / sigma_data, t)."""
+
+    @abstractmethod
+    def forward(self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        """x / sigma_data [B, ...], t [B], guidance scales [B] -> F [B, ...]."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def log_variance(self, t: Tensor, guidance: Tensor) -> Tensor:
+        """-w_phi: t [B], guidance scales [B] -> [B]."""
+        raise NotImplementedError
+
+
+class Teacher(Protocol):
+    """A frozen diffusion or flow model, its text encoder and its autoencoder."""
+
+    sigma_data: float
+    guidance_kind: GuidanceKind
+    latent_shape: tuple[int, ...]
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Prompts -> condition, one row a prompt."""
+        ...
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        """dx/dt [B, ...] at x [B, ...], t [B], guided by the scales [B]; no gradient."""
+        ...
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Clean latents (of standard deviation sigma_data) [B, ...] -> pictures [B, 3, H, W] in [0, 1]."""
+        ...
+
+    def black_latent(self) -> Tensor:
+        """z_black [...]: the unit-variance latent of an all-black picture."""
+        ...
+
+    def release_decoder(self) -> None:
+        """Takes the autoencoder out of memory; `decode` and `black_latent` load it again."""
+        ...
+
+    def new_student(self) -> Student:
+        """A trainable `Student` that starts as this teacher."""
+        ...
+
+    def save_student(self, student: Student, folder: Path) -> None:
+        """Writes a folder that plain diffusers loads."""
+        ...

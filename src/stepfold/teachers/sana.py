@@ -1,0 +1,300 @@
+"""The Sana family: SanaPipeline teachers and SanaSprintPipeline students."""
+
+import inspect
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    DiffusionPipeline,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
+)
+from torch import Tensor, nn
+
+from stepfold.errors import UserError
+from stepfold.maths.formulations import flow_input, flow_time, guide, trigflow_output
+from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate
+
+SIGMA_DATA = 0.5
+
+
+def trigflow_network(
+    transformer: Any,
+    x_unit: Tensor,
+    t: Tensor,
+    condition: Condition,
+    guidance: Tensor | None,
+    time_scale: float,
+) -> Tensor:
+    """F of a flow-predicting transformer (arXiv:2511.20410, Eq. 5-7).
+
+    Args:
+        transformer: predicts v = z - x_0 from x_FM at t_FM.
+        x_unit: x / sigma_data [B, C, H, W].
+        t: [B], in [0, pi/2].
+        condition: B rows.
+        guidance: scales [B] for a network that embeds them, else None.
+        time_scale: what the transformer's own time counts to: 1 or 1000.
+
+    Returns:
+        F [B, C, H, W].
+    """
+    t_flow = flow_time(t)
+    x_flow = flow_input(x_unit, t, 1.0)
+    embedded = None if guidance is None else guidance * transformer.config.guidance_embeds_scale
+    velocity = transformer(
+        x_flow,
+        encoder_hidden_states=condition.embeds,
+        encoder_attention_mask=condition.mask,
+        timestep=t_flow * time_scale,
+        guidance=embedded,
+        return_dict=False,
+    )[0]
+    return trigflow_output(x_flow, t_flow, velocity)
+
+
+class SanaStudent(Student):
+    """A SanaTransformer2DModel that embeds its guidance scale, with a head for the adaptive weight."""
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.variance_head = nn.Linear(
+            transformer.config.num_attention_heads * transformer.config.attention_head_dim, 1
+        )
+        nn.init.zeros_(self.variance_head.weight)
+        nn.init.zeros_(self.variance_head.bias)
+
+    def forward(self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        """See `Student`."""
+        return trigflow_network(self.transformer, x_unit, t, condition, guidance, 1.0)
+
+    def log_variance(self, t: Tensor, guidance: Tensor) -> Tensor:
+        """See `Student`; it reads the time and guidance embedding, and trains it."""
+        scale = self.transformer.config.guidance_embeds_scale
+        dtype = self.variance_head.weight.dtype
+        _, embedding = self.transformer.time_embed(flow_time(t), guidance=guidance * scale, hidden_dtype=dtype)
+        return self.variance_head(embedding).squeeze(-1)
+
+
+def student_transformer(teacher: Any) -> SanaTransformer2DModel:
+    """A copy of the teacher's transformer that embeds its guidance scale and starts as the teacher.
+
+    Only the last layer of the guidance embedder starts at zero: the output does not depend on guidance yet, but its
+    gradient does, so it learns.
+    """
+    student: Any = SanaTransformer2DModel.from_config(
+        dict(teacher.config) | {"guidance_embeds": True, "timestep_scale": 1.0}
+    )
+    weights = {
+        name.replace("time_embed.emb.timestep_embedder.", "time_embed.timestep_embedder."): value
+        for name, value in teacher.state_dict().items()
+    }
+    missing, unexpected = student.load_state_dict(weights, strict=False)
+    allowed = "time_embed.guidance_embedder."
+    if unexpected or any(not name.startswith(allowed) for name in missing):
+        raise AssertionError(f"student and teacher do not match: missing {missing}, unexpected {unexpected}")
+    if not teacher.config.guidance_embeds:
+        last = student.time_embed.guidance_embedder.linear_2
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    return student
+
+
+class SanaTeacher:
+    """A SanaPipeline (or SanaSprintPipeline) folder or hub id as a TrigFlow teacher. See `contract.Teacher`."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        height: int | None = None,
+        width: int | None = None,
+        max_tokens: int = 300,
+        null_mask: Literal["own", "prompt"] = "own",
+        guidance_kind: GuidanceKind | Literal["auto"] = "auto",
+    ) -> None:
+        self.source, self.device, self.dtype = str(source), torch.device(device), dtype
+        self.pipe: Any = load_pipeline(self.source, dtype)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.transformer: Any = self.pipe.transformer.to(self.device).eval().requires_grad_(False)
+        self.pipe.text_encoder.to(self.device).eval().requires_grad_(False)
+        config = self.transformer.config
+        self.sigma_data = SIGMA_DATA
+        embeds: GuidanceKind = "embedded" if config.guidance_embeds else "classifier_free"
+        self.guidance_kind: GuidanceKind = embeds if guidance_kind == "auto" else guidance_kind
+        if (self.guidance_kind == "embedded") != config.guidance_embeds:
+            raise UserError(
+                f"teacher guidance is {guidance_kind!r}, but this network calls for {embeds!r}; leave it at 'auto'"
+            )
+        self.default_guidance = float(inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default)
+        factor = self.pipe.vae_scale_factor
+        self.height, self.width = height or config.sample_size * factor, width or config.sample_size * factor
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side % factor:
+                raise UserError(f"{name} is {side}, but this autoencoder needs a multiple of {factor}")
+        self.latent_shape = (config.in_channels, self.height // factor, self.width // factor)
+        # SanaPipeline multiplies the scheduler's 0..1000 by timestep_scale; SanaSprintPipeline passes 0..1 as it is.
+        self.time_scale = 1.0 if isinstance(self.pipe, SanaSprintPipeline) else 1000.0 * config.timestep_scale
+        self.max_tokens, self.null_mask = max_tokens, null_mask
+        self._null = None if self.guidance_kind != "classifier_free" else self._encode([""], instruct=False)
+
+    @torch.no_grad()
+    def _encode(self, prompts: Sequence[str], instruct: bool) -> Condition:
+        instruction = inspect.signature(self.pipe.__call__).parameters["complex_human_instruction"].default
+        options = {"do_classifier_free_guidance": False} if isinstance(self.pipe, SanaPipeline) else {}
+        encode_prompt: Any = self.pipe.encode_prompt
+        embeds, mask, *_ = encode_prompt(
+            list(prompts),
+            device=self.device,
+            max_sequence_length=self.max_tokens,
+            complex_human_instruction=instruction if instruct else None,
+            **options,
+        )
+        return Condition(embeds.to(self.dtype), mask)
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """See `Teacher`. Prompts get the pipeline's default instruction, as in use."""
+        return self._encode(prompts, instruct=True).trimmed()
+
+    def null(self, like: Condition) -> Condition:
+        """The unconditional branch's condition for each row of `like`.
+
+        With `null_mask="own"` it is masked by its own length, as diffusers' pipelines do; with `"prompt"` by the
+        prompt's mask, as the public training code does.
+        """
+        assert self._null is not None
+        if self.null_mask == "prompt":
+            length = like.mask.shape[1]
+            return Condition(self._null.embeds[:, :length].expand(len(like), -1, -1), like.mask)
+        null = self._null.trimmed()
+        return Condition(null.embeds.expand(len(like), -1, -1), null.mask.expand(len(like), -1))
+
+    @torch.no_grad()
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        """See `Teacher`. Both branches of classifier-free guidance go through the network as one batch."""
+        x_unit = x / self.sigma_data
+        if self.guidance_kind == "embedded":
+            F = trigflow_network(self.transformer, x_unit, t, condition, guidance, self.time_scale)
+        elif self.guidance_kind == "none":
+            F = trigflow_network(self.transformer, x_unit, t, condition, None, self.time_scale)
+        else:
+            both = concatenate([self.null(condition), condition])
+            F = trigflow_network(
+                self.transformer, torch.cat([x_unit, x_unit]), torch.cat([t, t]), both, None, self.time_scale
+            )
+            unguided, guided = F.chunk(2)
+            F = guide(unguided, guided, guidance)
+        return (self.sigma_data * F).to(x.dtype)
+
+    def _vae(self) -> Any:
+        if self.pipe.vae is None:
+            self.pipe.vae = AutoencoderDC.from_pretrained(self.source, subfolder="vae", use_safetensors=True)
+        vae: Any = self.pipe.vae
+        return vae.to(self.device).eval().requires_grad_(False)
+
+    def release_decoder(self) -> None:
+        """See `Teacher`."""
+        self.pipe.vae = None
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor, batch: int = 64) -> Tensor:
+        """See `Teacher`."""
+        vae = self._vae()
+        parts = (
+            vae.decode((part / self.sigma_data).to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+            for part in x0.split(batch)
+        )
+        return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
+
+    @torch.no_grad()
+    def black_latent(self) -> Tensor:
+        """See `Teacher`."""
+        vae = self._vae()
+        picture = torch.full((1, 3, self.height, self.width), -1.0, device=self.device, dtype=vae.dtype)
+        return (vae.encode(picture, return_dict=False)[0] * vae.config.scaling_factor)[0].float()
+
+    def new_student(self) -> SanaStudent:
+        """See `Teacher`."""
+        if not math.isclose(self.time_scale, 1.0):
+            raise UserError(
+                f"this teacher's time counts to {self.time_scale:g}, and SanaSprintPipeline students need 1; "
+                "use a teacher re-timed to [0, 1] (transformer config timestep_scale 0.001)"
+            )
+        return SanaStudent(student_transformer(self.transformer)).to(self.device)
+
+    def save_student(self, student: Student, folder: Path) -> None:
+        """See `Teacher`: a SanaSprintPipeline with the teacher's own encoder and autoencoder."""
+        assert isinstance(student, SanaStudent)
+        self._vae()
+        parts: Any = dict(
+            tokenizer=self.pipe.tokenizer,
+            text_encoder=self.pipe.text_encoder,
+            vae=self.pipe.vae,
+            transformer=student.transformer,
+            scheduler=SCMScheduler(prediction_type="trigflow", sigma_data=self.sigma_data),
+        )
+        SanaSprintPipeline(**parts).save_pretrained(folder, safe_serialization=True)
+
+
+def load_pipeline(source: str, dtype: torch.dtype) -> SanaPipeline | SanaSprintPipeline:
+    """Loads a Sana pipeline from a folder or a hub id; safetensors only, no remote code.
+
+    Raises:
+        UserError: the folder is not a whole Sana pipeline.
+    """
+    folder = Path(source)
+    if folder.exists():
+        check_folder(folder)
+    try:
+        config: Any = DiffusionPipeline.load_config(source)
+    except OSError as error:
+        raise UserError(
+            f"teacher {source!r} is neither a pipeline folder nor a hub id that can be reached: {_first_line(error)}"
+        ) from None
+    names = {"SanaPipeline": SanaPipeline, "SanaSprintPipeline": SanaSprintPipeline}
+    name = config.get("_class_name")
+    if name not in names:
+        raise UserError(f"teacher {source!r} is a {name}; this version distils {' and '.join(names)}")
+    try:
+        return names[name].from_pretrained(source, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"teacher {source!r} does not load: {_first_line(error)}; save it again with save_pretrained"
+        ) from None
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a pipeline folder with a missing part or a file that could execute code when loaded."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(
+            f"teacher folder {str(folder)!r} has no model_index.json; give a folder written by save_pretrained"
+        )
+    for path in folder.rglob("*"):
+        if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}:
+            raise UserError(
+                f"teacher folder holds a pickle, {path.relative_to(folder)}, which could run code; "
+                "convert it with save_pretrained(..., safe_serialization=True)"
+            )
+    try:
+        parts = json.loads(index.read_text())
+    except ValueError as error:
+        raise UserError(f"{index} is not valid JSON ({error}); save the pipeline again with save_pretrained") from None
+    for part, spec in parts.items():
+        present = isinstance(spec, list) and len(spec) == 2 and spec[0] is not None
+        if present and not part.startswith("_") and not (folder / part).is_dir():
+            raise UserError(f"teacher folder {str(folder)!r} lacks its part {part!r}; copy the whole pipeline folder")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

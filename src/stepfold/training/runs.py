@@ -1,0 +1,169 @@
+"""The run folder: settings, metrics, checkpoints. A file is written whole or not at all; none can execute code."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepfold.config import Config, from_yaml, to_yaml
+from stepfold.errors import UserError
+
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written to.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another --out"
+        ) from None
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def open_run(folder: Path, config: Config, resume: bool) -> None:
+    """Makes the run folder, or checks that the one there is this run's.
+
+    Raises:
+        UserError: the folder holds another run, holds other files, or cannot be written to.
+    """
+    config_file = folder / CONFIG
+    if config_file.exists():
+        if not resume:
+            raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --out")
+        if from_yaml(config_file) != config:
+            raise UserError(
+                f"{folder} holds a run with other settings ({_difference(from_yaml(config_file), config)}); "
+                "resume with the same ones or choose another --out"
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no run; choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}; choose another --out") from None
+    with writing(config_file) as part:
+        part.write_text(to_yaml(config))
+
+
+def _difference(a: Config, b: Config) -> str:
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        out = {}
+        for key, value in values.items():
+            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return out
+
+    x, y = flat(a.model_dump()), flat(b.model_dump())
+    return ", ".join(f"{k} {x[k]!r} there, {y[k]!r} given" for k in x if x[k] != y[k])
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    modules: dict[str, torch.nn.Module],
+    optimiser: torch.optim.Optimizer,
+    keep: int,
+) -> None:
+    """Writes `folder/checkpoints/NNNNNN` in one piece and removes the oldest beyond `keep`."""
+    root = folder / "checkpoints"
+    root.mkdir(exist_ok=True)
+    with writing(root / f"{step:06d}") as part:
+        if part.exists():
+            shutil.rmtree(part)
+        part.mkdir()
+        try:
+            for name, module in modules.items():
+                save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part / f"{name}.safetensors")
+            tensors, rest = split_state(optimiser.state_dict())
+            save_file(tensors, part / "optimiser.safetensors")
+            (part / "state.json").write_text(json.dumps({"step": step, "optimiser": rest}))
+        except SafetensorError as error:  # its I/O errors are no OSErrors
+            raise OSError(str(error)) from None
+        for file in part.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(p for p in (folder / "checkpoints").glob("[0-9]*") if p.is_dir())
+
+
+def load_checkpoint(path: Path, modules: dict[str, torch.nn.Module], optimiser: torch.optim.Optimizer) -> int:
+    """Puts a checkpoint's state into the modules and the optimiser; returns the number of steps done."""
+    try:
+        for name, module in modules.items():
+            module.load_state_dict(load_file(path / f"{name}.safetensors"))
+        state = json.loads((path / "state.json").read_text())
+        optimiser.load_state_dict(join_state(load_file(path / "optimiser.safetensors"), state["optimiser"]))
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"checkpoint {path} is damaged ({reason}); delete that folder to resume from the one before"
+        ) from None
+    return state["step"]
+
+
+def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state_dict as tensors for safetensors and the rest for json."""
+    tensors, rest = {}, {}
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value.contiguous()
+            else:
+                rest[f"{index}.{key}"] = value
+    return tensors, {"values": rest, "param_groups": state["param_groups"]}
+
+
+def join_state(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `split_state`."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in [*tensors.items(), *rest["values"].items()]:
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the metrics file; a last row that a kill cut short is left out."""
+    path = folder / METRICS
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def rewind_metrics(folder: Path, step: int) -> None:
+    """Drops the rows of steps that are about to be done again."""
+    rows = [row for row in read_metrics(folder) if row["step"] < step]
+    with writing(folder / METRICS) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,174 @@
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import SanaTransformer2DModel
+from torch import Tensor, nn
+
+from stepfold.errors import UserError
+from stepfold.maths.closed_form import GaussianTeacher
+from stepfold.maths.formulations import expand
+from stepfold.maths.tangent import BACKENDS, Network, total_derivative
+
+SIGMA_DATA = 0.5
+
+
+class AttentionNet(nn.Module):
+    """Tokens with fused attention; notes at each call whether fused kernels were allowed and a graph was recorded."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.embed, self.qkv = nn.Linear(2, width), nn.Linear(width, 3 * width)
+        self.out, self.time = nn.Linear(width, 2), nn.Linear(1, width)
+        self.calls: list[tuple[bool, bool]] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls.append((torch.backends.cuda.flash_sdp_enabled(), torch.is_grad_enabled()))
+        h = torch.tanh(self.embed(x) + self.time(t[:, None])[:, None])
+        q, k, v = self.qkv(h)[:, None].chunk(3, dim=-1)
+        return self.out(h + nn.functional.scaled_dot_product_attention(q, k, v)[:, 0])
+
+
+def attention_case() -> tuple[AttentionNet, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    torch.manual_seed(0)
+    net = AttentionNet().double()
+    x, dx = torch.randn(2, 4, 6, 2, dtype=torch.float64)
+    t = torch.tensor([0.3, 0.7, 1.0, 1.4], dtype=torch.float64)
+    return net, (x, t, dx, torch.tensor([0.5, -0.8, 1.0, 0.2], dtype=torch.float64))
+
+
+def observed_orders(network: Network, inputs: tuple[Tensor, Tensor, Tensor, Tensor], steps: list[float]) -> list[float]:
+    """Observed orders at which the finite difference approaches the exact tangent as its step halves."""
+    exact = total_derivative(network, *inputs).dF
+    errors = [
+        (total_derivative(network, *inputs, backend="finite_difference", step=step).dF - exact).norm().item()
+        for step in steps
+    ]
+    return [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_known_derivative(backend):
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return x**2 * torch.sin(3 * expand(t, x))
+
+    x, dxdt = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.linspace(0.1, 1.5, 5, dtype=torch.float64)
+    dt = torch.tensor([1.0, -0.5, 0.2, 2.0, 1e-9], dtype=torch.float64)
+    s, dx = t[:, None], dt[:, None] * dxdt
+    expected = 2 * x * torch.sin(3 * s) * dx + 3 * x**2 * torch.cos(3 * s) * dt[:, None]
+    tangent = total_derivative(network, x, t, dx, dt, backend=backend)
+    torch.testing.assert_close(tangent.F, network(x, t))
+    torch.testing.assert_close(tangent.dF, expected, rtol=1e-7, atol=1e-16)
+
+
+def test_backends_agree_at_second_order():
+    net, inputs = attention_case()
+    orders = observed_orders(net, inputs, [0.04, 0.02, 0.01, 0.005])
+    assert all(1.9 < order < 2.1 for order in orders), orders
+
+
+def test_backends_agree_on_a_real_backbone():
+    """In diffusers' Sana the time embedding and the linear attention run in float32, hence large steps for the order.
+
+    The order shows along the time alone: along x the ReLUs of the attention switch, and only a small step agrees.
+    """
+    torch.manual_seed(0)
+    sana = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=32, num_layers=2, sample_size=4,
+        num_cross_attention_heads=2, cross_attention_head_dim=32, cross_attention_dim=64, caption_channels=6,
+        qk_norm="rms_norm_across_heads",
+    ).double()  # fmt: skip
+    caption, mask = torch.randn(2, 5, 6, dtype=torch.float64), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return sana(x, encoder_hidden_states=caption, encoder_attention_mask=mask, timestep=t, return_dict=False)[0]
+
+    x, dx = torch.randn(2, 2, 4, 4, 4, dtype=torch.float64)
+    t, dt = torch.tensor([0.5, 1.0], dtype=torch.float64), torch.tensor([0.42, 0.45], dtype=torch.float64)
+    orders = observed_orders(network, (x, t, 0 * dx, dt), [0.2, 0.1, 0.05])
+    assert all(1.8 < order < 2.2 for order in orders), orders
+    exact = total_derivative(network, x, t, 0.4 * dx, dt)
+    near = total_derivative(network, x, t, 0.4 * dx, dt, backend="finite_difference", step=0.001)
+    assert (near.dF - exact.dF).norm() < 1e-3 * exact.dF.norm()
+    exact.F.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in sana.parameters())
+
+
+def test_fused_attention_is_off_inside_the_tangent_pass_only():
+    net, inputs = attention_case()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    total_derivative(net, *inputs)
+    assert net.calls == [(False, False), (True, True)]
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradient_through_the_derivative(backend):
+    net, inputs = attention_case()
+    tangent = total_derivative(net, *inputs, backend=backend)
+    assert (tangent.F.requires_grad, tangent.dF.requires_grad) == (True, False)
+    (tangent.F * tangent.dF).sum().backward()
+    mixed = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    x, t, _, _ = inputs
+    (net(x, t) * tangent.dF).sum().backward()  # dF as a constant
+    torch.testing.assert_close(mixed, [p.grad for p in net.parameters()], rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert not total_derivative(net, *inputs, backend=backend).F.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finite_difference_is_safe_at_the_ends_and_stays_inside(dtype):
+    times = []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        times.append(t)
+        return torch.sin(x + expand(t, x))
+
+    t = torch.tensor([0.0, 1e-5, 1.5707, math.pi / 2 - 1e-7, math.pi / 2], dtype=dtype)
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    dt = (t.cos() * t.sin()).clamp(min=0)
+    dx = dt[:, None] * x
+    exact = total_derivative(network, x, t, dx, dt)
+    times.clear()
+    near = total_derivative(network, x, t, dx, dt, backend="finite_difference")
+    torch.testing.assert_close(near.dF, exact.dF, rtol=1e-3, atol=2e-6)
+    slack = torch.finfo(dtype).eps
+    assert all(((s >= 0) & (s <= math.pi / 2 + slack)).all() for s in times)
+    still = total_derivative(network, x, t, dx, torch.zeros_like(t), backend="finite_difference")
+    torch.testing.assert_close(still.dF, torch.cos(x + expand(t, x)) * dx, rtol=1e-3, atol=2e-4)
+
+
+def gaussian_df_dt(error: float, backend: str) -> Tensor:
+    """df/dt of a Gaussian teacher's exact consistency function along a velocity that is wrong by a factor 1 + error."""
+    teacher = GaussianTeacher(torch.tensor(2.0).double(), torch.tensor(0.8).double(), SIGMA_DATA)
+    t = torch.linspace(0.2, 1.5, 27, dtype=torch.float64)
+    x = teacher.flow_map(
+        SIGMA_DATA * torch.linspace(-2, 2, 27, dtype=torch.float64)[:, None], torch.full_like(t, math.pi / 2), t
+    )
+    dxdt = (1 + error) * teacher.velocity(x, t)
+    cos, sin = t.cos()[:, None], t.sin()[:, None]
+    network: Callable[[Tensor, Tensor], Tensor] = lambda x, t: teacher.F_of_consistency(SIGMA_DATA * x, t)  # noqa: E731
+    tangent = total_derivative(
+        network, x / SIGMA_DATA, t, cos * sin * dxdt / SIGMA_DATA, t.cos() * t.sin(), backend=backend
+    )
+    dFdt = tangent.dF / (cos * sin)
+    return -sin * x + cos * dxdt - SIGMA_DATA * (cos * tangent.F + sin * dFdt)
+
+
+@pytest.mark.parametrize(("backend", "tolerance"), [("two_pass", 1e-10), ("finite_difference", 1e-8)])
+def test_the_exact_flow_map_does_not_move_along_its_trajectory(backend, tolerance):
+    assert gaussian_df_dt(0.0, backend).abs().max() < tolerance
+    assert gaussian_df_dt(0.01, backend).abs().max() > 1e-2
+
+
+def test_impossible_values_are_refused():
+    net, inputs = attention_case()
+    with pytest.raises(UserError, match="two_pass, finite_difference"):
+        total_derivative(net, *inputs, backend="onepass")
+    for step in (0.0, -1.0, math.nan):
+        with pytest.raises(UserError):
+            total_derivative(net, *inputs, backend="finite_difference", step=step)
