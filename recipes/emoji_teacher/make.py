@@ -75,11 +75,12 @@ def prompts() -> list[str]:
     """The bundled prompts: every name in a dozen phrasings and colours."""
     rng = np.random.default_rng(4)
     colours = list(COLOURS)
-    return [
+    drawn = (
         prompt_for(name, colours[(i + j) % len(colours)], rng, p_colour=0.85)
         for j in range(PROMPTS_PER_NAME)
         for i, name in enumerate(NAMES)
-    ]
+    )
+    return list(dict.fromkeys(drawn))
 
 
 def bundle(work: Path, pipeline: Path) -> None:
@@ -152,8 +153,8 @@ def main() -> None:
         "--work", type=Path, default=Path("build/emoji_teacher"), help="where stages leave their results"
     )
     parser.add_argument("--autoencoder", type=int, default=2200, help="training steps")
-    parser.add_argument("--judge", type=int, default=1800, help="training steps")
-    parser.add_argument("--teacher", type=int, default=3400, help="training steps")
+    parser.add_argument("--judge", type=int, default=1300, help="training steps")
+    parser.add_argument("--teacher", type=int, default=4700, help="training steps")
     parser.add_argument("--n", type=int, default=2000, help="pictures per row of the teacher's own quality table")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,19 @@ app = typer.Typer(
     help="Distil a diffusion or flow model into a one-step student, from prompts alone.",
 )
 
+
+def usable_device(name: str) -> str:
+    """The device, if this machine has it."""
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); cpu always can") from None
+    return name
+
+
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
 
 
@@ -33,7 +47,7 @@ def distill(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Settings to start from: demo, emoji-long, default, paper, released, or a yaml file."),
+        typer.Option(help="Settings to start from: demo, default, paper, released, or a yaml file."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/PRESET.", show_default=False)] = None,
     changes: Annotated[
@@ -65,11 +79,11 @@ def distill(
     quiet_libraries()
     folder = out or Path("runs") / Path(name).stem
     display = Display(quiet)
-    command = "stepfold " + " ".join(sys.argv[1:])
+    command = "stepfold " + shlex.join(sys.argv[1:])
     try:
         result = run_distill(config, folder, resume=resume, display=display, command=command)
     except KeyboardInterrupt:
-        display.note(f"stopped; the state is saved. Continue with: {command} --resume")
+        display.note(f"stopped; the state is saved. Continue with: {command}{'' if resume else ' --resume'}")
         raise typer.Exit(130) from None
     if result["teacher"]:
         display.console.print(results_table(result))
@@ -101,7 +115,7 @@ def sample(
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out} is no PNG; give a name that ends in .png")
     quiet_libraries()
-    pictures = run_sample(student, prompts, steps=steps, seed=seed, guidance=guidance, device=device)
+    pictures = run_sample(student, prompts, steps=steps, seed=seed, guidance=guidance, device=usable_device(device))
     strip = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
     left = 0
     for picture in pictures:
@@ -139,7 +153,7 @@ def evaluate(
         raise UserError(f"--steps {steps!r} is no list of numbers; for example --steps 1,2,4") from None
     quiet_libraries()
     display = Display(quiet)
-    result = run_evaluate(student, steps=counts, n=n, display=display, device=device)
+    result = run_evaluate(student, steps=counts, n=n, display=display, device=usable_device(device))
     if json_file:
         with writing(json_file) as part:
             part.write_text(json.dumps(result, indent=2) + "\n")
@@ -168,7 +182,7 @@ def doctor(
     from stepfold.training.runs import writing
 
     quiet_libraries()
-    findings = examine(teacher, device)
+    findings = examine(teacher, usable_device(device))
     table = Table("check", "number", "want", "verdict", box=None)
     for f in findings:
         table.add_row(f.check, f.number, f.want, "[green]ok[/]" if f.ok else "[red]LOOK[/]")

@@ -5,10 +5,10 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stepfold.errors import UserError
 from stepfold.maths.schedules import TangentSchedule
@@ -18,7 +18,7 @@ from stepfold.objectives.consistency import Normalisation, PriorWeight
 class Section(BaseModel):
     """A part of the settings: unknown keys are errors, values cannot change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TeacherSettings(Section):
@@ -76,6 +76,9 @@ class ConsistencySettings(Section):
     r_cooldown_steps: int = Field(default=2000, ge=0, description="T_r, steps")
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimiserSettings(Section):
     """The optimiser and its learning rate."""
 
@@ -85,8 +88,8 @@ class OptimiserSettings(Section):
     decay: float = Field(
         default=0.0, ge=0, le=1, description="last fraction of the run over which it falls linearly to 0"
     )
-    betas: tuple[float, float] = Field(default=(0.9, 0.99), description="AdamW's")
-    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.99), description="AdamW's")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled, in units of the learning rate")
     clip: float = Field(default=0.1, gt=0, description="largest gradient norm")
 
 
@@ -104,9 +107,9 @@ class TrainingSettings(Section):
     precision: Literal["no", "bf16"] = Field(default="no", description="autocast of the student")
     rollout_precision: Literal["no", "bf16"] = Field(default="no", description="autocast of the teacher's walks")
     ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the average that is exported")
-    checkpoint_every: int = Field(default=200, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
-    preview_every: int = Field(default=200, ge=1)
+    checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(default=2, ge=1, description="how many checkpoints stay, the newest ones")
+    preview_every: int = Field(default=200, ge=1, description="steps between preview pictures")
 
 
 class EvaluationSettings(Section):
@@ -115,11 +118,18 @@ class EvaluationSettings(Section):
     n: int = Field(default=500, ge=0, description="pictures per row of the report's table; 0 for no table")
     guidance: float | None = Field(default=None, description="scale for sampling; default: the pipeline's own")
 
+    @field_validator("n")
+    @classmethod
+    def _no_single_picture(cls, n: int) -> int:
+        if n == 1:
+            raise ValueError("diversity needs 2 or more; 0 for no table")
+        return n
+
 
 class Config(Section):
     """All settings of one run."""
 
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of every draw; equal seeds give equal runs")
     prompts: str | None = Field(
         default=None, description="text file, one prompt a line; default: the bundled teacher's"
     )
@@ -159,7 +169,7 @@ def load_config(preset: str, changes: Sequence[str] = (), **top: Any) -> Config:
     if preset in preset_names():
         text = (resources.files("stepfold") / "presets" / f"{preset}.yaml").read_text()
     elif Path(preset).is_file():
-        text = Path(preset).read_text()
+        text = _read(Path(preset))
     else:
         raise UserError(f"unknown preset {preset!r}{_nearest(preset, preset_names())}; or give a yaml file")
     values = _parse_yaml(text, preset) or {}
@@ -187,7 +197,8 @@ def validate(values: dict[str, Any]) -> Config:
             raise UserError(f"unknown setting {key!r}{_nearest(key, setting_names())}") from None
         if not key:
             raise UserError(str(problem["msg"]).removeprefix("Value error, ")) from None
-        raise UserError(f"setting {key} is {problem['input']!r}: {problem['msg']}") from None
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        raise UserError(f"setting {key} is {problem['input']!r}: {message}") from None
 
 
 def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -209,7 +220,7 @@ def to_yaml(config: Config) -> str:
 
 def from_yaml(path: Path) -> Config:
     """The settings that `to_yaml` wrote."""
-    return validate(_parse_yaml(path.read_text(), str(path)))
+    return validate(_parse_yaml(_read(path), str(path)))
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
@@ -218,6 +229,10 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         raise UserError(f"unknown setting {key!r}{_nearest(key, setting_names())}")
     for section in sections:
         values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(
+                f"setting {section} is {values!r}, but it is a section such as `{section}: {{{name}: ...}}`"
+            )
     values[name] = value
 
 
@@ -226,6 +241,13 @@ def _nearest(given: str, known: list[str]) -> str:
     last = {name.rsplit(".", 1)[-1]: name for name in known}
     close = close or [last[n] for n in difflib.get_close_matches(given.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.4)]
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give a yaml file saved as UTF-8") from None
 
 
 class _Loader(yaml.SafeLoader):

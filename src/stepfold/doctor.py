@@ -5,9 +5,11 @@ import gc
 from dataclasses import dataclass
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from stepfold.config import Config, TeacherSettings, validate
+from stepfold.jobs import peak_memory_gib
 from stepfold.maths.routes import reference_route
 from stepfold.maths.tangent import total_derivative
 from stepfold.objectives.consistency import tangent_direction
@@ -17,7 +19,7 @@ from stepfold.spaces.generation import pairs_from, walk
 from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_teacher
-from stepfold.teachers.sana import SanaStudent, SanaTeacher
+from stepfold.teachers.sana import SIGMA_DATA, SanaStudent, SanaTeacher
 from stepfold.training.distill import make_accelerator, update
 from stepfold.training.optimisers import make_optimiser
 
@@ -77,10 +79,8 @@ def same_sampler(teacher: SanaTeacher, noise: Tensor, condition: Condition, guid
     check = "wrapped teacher = pipeline's own sampler, 4 steps"
     if teacher.guidance_kind != "classifier_free":
         return Finding(check, "not run", "SanaPipeline only", True)
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    old, shift = teacher.pipe.scheduler, 1.0
-    teacher.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    old = teacher.pipe.scheduler
+    teacher.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=teacher.shift)
     if teacher.pipe.vae is None:
         teacher.black_latent()
     theirs = teacher.pipe(
@@ -95,7 +95,7 @@ def same_sampler(teacher: SanaTeacher, noise: Tensor, condition: Condition, guid
         output_type="latent",
     ).images
     teacher.pipe.scheduler = old
-    ours = sample_teacher(teacher, noise, condition, guidance, 4, shift) / teacher.sigma_data
+    ours = sample_teacher(teacher, noise, condition, guidance, 4) / teacher.sigma_data
     error = relative(ours, theirs)
     return Finding(check, f"relative difference {error:.1e}", "<= 1e-4", error <= 1e-4)
 
@@ -120,8 +120,6 @@ def backends_agree(student: SanaStudent, pairs: Pairs) -> Finding:
 
 def tangent(student: SanaStudent, pairs: Pairs, backend: str) -> Tensor:
     """cos t sin t dF/dt along the teacher's velocity."""
-    from stepfold.teachers.sana import SIGMA_DATA
-
     dx, dt = tangent_direction(pairs.x, pairs.t, pairs.dxdt, SIGMA_DATA)
     step = 1e-3 if backend == "finite_difference" else None  # small: ReLU in linear attention has kinks
     with torch.no_grad():
@@ -172,8 +170,6 @@ def one_step(student: SanaStudent, pairs: Pairs, teacher: SanaTeacher) -> list[F
     # The guidance embedder's first layer waits for the zeroed last one: it has a gradient from the second step on.
     waiting = [n for n in still if ".guidance_embedder.linear_1." in n]
     loss = float(figures["loss"].mean())
-    from stepfold.jobs import peak_memory_gib
-
     return [
         Finding(
             "one step changes the weights",

@@ -30,7 +30,7 @@ from stepfold.teachers.contract import Student
 from stepfold.teachers.loading import CARD, load_student, load_teacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.distill import Progress, distill, make_accelerator
-from stepfold.training.runs import open_run, read_metrics, writing
+from stepfold.training.runs import check_run, open_run, read_metrics, writing
 
 NUM_PREVIEWS = 8
 
@@ -45,8 +45,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     accelerator = make_accelerator(config.training.precision)
     device = accelerator.device
     prompts = open_prompts(config.prompts or assets.PROMPTS)
-    open_run(folder, config, resume)
-    remember_prompts(folder, prompts)
+    check_run(folder, config, resume)
     display.note(
         f"{len(prompts)} prompts ({prompts.num_blank} blank and {prompts.num_duplicate} repeated lines left out), "
         f"device {device.type}, run folder {folder}"
@@ -54,6 +53,8 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     torch.manual_seed(config.seed)  # the guidance embedder's and the weight head's initial values
     teacher = load_teacher(config.teacher, device)
     student = teacher.new_student()
+    open_run(folder, config, resume)  # only now: a teacher that does not load leaves no run behind
+    remember_prompts(folder, prompts)
     guidance = config.evaluation.guidance or teacher.default_guidance
     black = cached_black(folder, teacher)
     teacher.release_decoder()
@@ -92,7 +93,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         "curves": curves_from_rows(read_metrics(folder)),
         "images": {
             p.stem.replace("_", " "): str(p.relative_to(folder))
-            for p in sorted((folder / "previews").glob("*.png"))[-1:]
+            for p in first_and_last(sorted((folder / "previews").glob("*.png")))
         },
     }
     write_report(folder, result)
@@ -142,11 +143,10 @@ def make_preview(
 
     def preview(student: Student, step: int) -> None:
         if not reference:
-            samplers: dict[str, Sampler] = {f"teacher {k} steps": teacher_sampler(teacher, k) for k in (20, 1)}
+            samplers: dict[str, Sampler] = {f"teacher {counted(k)}": teacher_sampler(teacher, k) for k in (20, 1)}
             reference.update(sample_rows(samplers, noise, condition, guidance))
         ours = {
-            f"student {k} step{'s' * (k > 1)}": student_sampler(student, k, config.seed, teacher.sigma_data)
-            for k in (1, 2, 4)
+            f"student {counted(k)}": student_sampler(student, k, config.seed, teacher.sigma_data) for k in (1, 2, 4)
         }
         latents = reference | sample_rows(ours, noise, condition, guidance)
         save_grid(
@@ -157,6 +157,16 @@ def make_preview(
         display.note(f"step {step}: preview written, error of one step against the teacher's 20: {error:.3f}")
 
     return preview
+
+
+def first_and_last(paths: list[Path]) -> list[Path]:
+    """Both ends of a list, or all of a shorter one."""
+    return paths[:1] + paths[1:][-1:]
+
+
+def counted(steps: int) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{steps} step{'s' * (steps > 1)}"
 
 
 def measure_both(

@@ -6,6 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from stepfold.errors import UserError
 from stepfold.maths import routes
+from stepfold.maths.formulations import flow_time
 
 # The ladder for 16 steps and shift 2.5, to four places
 LADDER_16 = "1.5708 1.5423 1.5095 1.4714 1.4268 1.3741 1.3112 1.2356 1.1440 1.0331 .8997 .7425 .5642 .3734 .1832 .0063"
@@ -96,3 +97,13 @@ def test_reference_route_draws_uniformly_within_its_cells():
 def test_impossible_values_are_refused(num_steps, shift):
     with pytest.raises(UserError):
         routes.reference_times(num_steps, shift)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 20])
+def test_even_times_are_even_noise_levels_shifted_once(num_steps: int, shift: float):
+    times = routes.even_flow_times(num_steps, shift)
+    sigma = flow_time(times)
+    even = sigma / (shift - (shift - 1) * sigma)  # the shift undone
+    wanted = 1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    assert torch.allclose(even, wanted, atol=1e-12)

@@ -19,9 +19,11 @@ Sampler = Callable[[Tensor, Condition, Tensor, range], Tensor]
 """(noise [B, ...], condition, guidance [B], sample numbers) -> x_0 [B, ...]."""
 
 
-def teacher_sampler(teacher: Teacher, num_steps: int, shift: float = 1.0) -> Sampler:
-    """The teacher at `num_steps` Euler steps."""
-    return lambda noise, condition, guidance, _: sample_teacher(teacher, noise, condition, guidance, num_steps, shift)
+def teacher_sampler(teacher: Teacher, num_steps: int) -> Sampler:
+    """The teacher at `num_steps` Euler steps of even noise levels."""
+    return lambda noise, condition, guidance, _: sample_teacher(
+        teacher, noise, condition, guidance, num_steps, even=True
+    )
 
 
 def student_sampler(student: Student, num_steps: int, seed: int, sigma_data: float) -> Sampler:

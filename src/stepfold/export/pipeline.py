@@ -18,7 +18,7 @@ from diffusers import SanaSprintPipeline
 
 pipe = SanaSprintPipeline.from_pretrained("{folder}")
 image = pipe(
-    "{prompt}",
+    {prompt},
     num_inference_steps=1,
     intermediate_timesteps=None,  # diffusers accepts it with 2 steps only
     height={height},
@@ -63,7 +63,7 @@ def save_student(
 
 def model_card(card: dict[str, Any], example: str, metrics: dict[str, Any] | None = None) -> str:
     """The student's README: use, recipe, metrics, licence."""
-    use = USE.format(folder="FOLDER", prompt=example.replace('"', '\\"'), **card)
+    use = USE.format(folder="FOLDER", prompt=json.dumps(example, ensure_ascii=False), **card)
     training, space = card["config"]["training"], card["config"]["space"]
     rows = ""
     if metrics:

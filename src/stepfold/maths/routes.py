@@ -114,6 +114,20 @@ def flow_euler_times(num_steps: int, shift: float) -> Tensor:
     return torch.cat([ladder, ladder.new_zeros(1)])
 
 
+def even_flow_times(num_steps: int, shift: float) -> Tensor:
+    """Times for sampling a flow-matching teacher at few steps: noise levels 1, 1 - 1/n, ..., 1/n, 0, then shifted.
+
+    Args:
+        num_steps: n >= 1.
+        shift: of the noise levels; 1 leaves them.
+
+    Returns:
+        float64 [num_steps + 1] in [0, pi/2], falling, the last one 0.
+    """
+    sigma = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return trigflow_time(_shifted(sigma, shift))
+
+
 def _shifted(sigma: Tensor, shift: float) -> Tensor:
     """Flow-matching noise levels in [0, 1] moved towards 1 by shift > 1."""
     return shift * sigma / (1 + (shift - 1) * sigma)

@@ -73,6 +73,7 @@ class Teacher(Protocol):
     sigma_data: float
     guidance_kind: GuidanceKind
     latent_shape: tuple[int, ...]
+    shift: float  # of the teacher's own flow sampler
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Prompts -> condition, one row a prompt."""

@@ -39,8 +39,10 @@ def load_student(folder: Path, device: torch.device | str) -> tuple[SanaTeacher,
     if not (folder / CARD).is_file():
         raise UserError(f"{folder} is no student folder ({CARD} is missing); give OUT/student of a finished run")
     check_folder(folder)
-    card = json.loads((folder / CARD).read_text())
-    pipeline = SanaTeacher(
-        folder, device=device, height=card["height"], width=card["width"], max_tokens=card["max_tokens"]
-    )
+    try:
+        card = json.loads((folder / CARD).read_text())
+        settings = {name: card[name] for name in ("height", "width", "max_tokens")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / CARD} is damaged ({error}); copy the student folder again") from None
+    pipeline = SanaTeacher(folder, device=device, **settings)
     return pipeline, SanaStudent(pipeline.transformer), card

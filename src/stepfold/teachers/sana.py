@@ -16,6 +16,7 @@ from diffusers import (
     SanaTransformer2DModel,
     SCMScheduler,
 )
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from stepfold.errors import UserError
@@ -140,11 +141,13 @@ class SanaTeacher:
         factor = self.pipe.vae_scale_factor
         self.height, self.width = height or config.sample_size * factor, width or config.sample_size * factor
         for name, side in (("height", self.height), ("width", self.width)):
-            if side % factor:
-                raise UserError(f"{name} is {side}, but this autoencoder needs a multiple of {factor}")
+            if side % math.lcm(factor, 32):  # the pipelines themselves insist on 32
+                raise UserError(f"{name} is {side}, but this pipeline needs a multiple of {math.lcm(factor, 32)}")
         self.latent_shape = (config.in_channels, self.height // factor, self.width // factor)
         # SanaPipeline multiplies the scheduler's 0..1000 by timestep_scale; SanaSprintPipeline passes 0..1 as it is.
         self.time_scale = 1.0 if isinstance(self.pipe, SanaSprintPipeline) else 1000.0 * config.timestep_scale
+        schedule = self.pipe.scheduler.config
+        self.shift = float(schedule.get("shift", schedule.get("flow_shift", 1.0)))
         self.max_tokens, self.null_mask = max_tokens, null_mask
         self._null = None if self.guidance_kind != "classifier_free" else self._encode([""], instruct=False)
 
@@ -198,7 +201,9 @@ class SanaTeacher:
 
     def _vae(self) -> Any:
         if self.pipe.vae is None:
-            self.pipe.vae = AutoencoderDC.from_pretrained(self.source, subfolder="vae", use_safetensors=True)
+            self.pipe.vae = AutoencoderDC.from_pretrained(
+                self.source, subfolder="vae", use_safetensors=True, dtype=self.dtype
+            )
         vae: Any = self.pipe.vae
         return vae.to(self.device).eval().requires_grad_(False)
 
@@ -230,7 +235,11 @@ class SanaTeacher:
                 f"this teacher's time counts to {self.time_scale:g}, and SanaSprintPipeline students need 1; "
                 "use a teacher re-timed to [0, 1] (transformer config timestep_scale 0.001)"
             )
-        return SanaStudent(student_transformer(self.transformer)).to(self.device)
+        student = SanaStudent(student_transformer(self.transformer))
+        # Where w_phi settles for a tangent of unit norm: starting there, the weight's own gradient does not swamp the
+        # time embedding's while w_phi climbs.
+        nn.init.constant_(student.variance_head.bias, -math.log(math.prod(self.latent_shape)))
+        return student.to(self.device)
 
     def save_student(self, student: Student, folder: Path) -> None:
         """See `Teacher`: a SanaSprintPipeline with the teacher's own encoder and autoencoder."""
@@ -267,7 +276,7 @@ def load_pipeline(source: str, dtype: torch.dtype) -> SanaPipeline | SanaSprintP
         raise UserError(f"teacher {source!r} is a {name}; this version distils {' and '.join(names)}")
     try:
         return names[name].from_pretrained(source, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"teacher {source!r} does not load: {_first_line(error)}; save it again with save_pretrained"
         ) from None
@@ -290,6 +299,8 @@ def check_folder(folder: Path) -> None:
         parts = json.loads(index.read_text())
     except ValueError as error:
         raise UserError(f"{index} is not valid JSON ({error}); save the pipeline again with save_pretrained") from None
+    if not isinstance(parts, dict):
+        raise UserError(f"{index} describes no pipeline; save the pipeline again with save_pretrained")
     for part, spec in parts.items():
         present = isinstance(spec, list) and len(spec) == 2 and spec[0] is not None
         if present and not part.startswith("_") and not (folder / part).is_dir():

@@ -1,7 +1,6 @@
 """The loop: prompts in, one-step student out. One batch is `draw`, `walk`, `update`; read `distill` top to bottom."""
 
 import copy
-import json
 import signal
 import time
 from collections import defaultdict
@@ -27,7 +26,7 @@ from stepfold.spaces.generation import brightness_filter, pairs_from, walk
 from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Student, Teacher
 from stepfold.training.optimisers import learning_rate, make_optimiser
-from stepfold.training.runs import METRICS, checkpoints, load_checkpoint, rewind_metrics, save_checkpoint
+from stepfold.training.runs import append_metrics, checkpoints, load_checkpoint, rewind_metrics, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def distill(
         preview(average, 0)
     stages = Stages()
 
-    with stop_requests() as stop, open(folder / METRICS, "a") as metrics:
+    with stop_requests() as stop:
         for step in range(start, training.steps):
             began = time.perf_counter()
             with stages("text"):
@@ -223,8 +222,7 @@ def distill(
                 row |= {"grad_norm": float(torch.as_tensor(norm)), "lr": rate} | tangent_by_time(
                     pairs.t, figures["tangent_norm"]
                 )
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
+            append_metrics(folder, row)
             report(
                 Progress(
                     step + 1, row | {"sec": time.perf_counter() - began, "pairs": len(pairs)}, dict(stages.seconds)

@@ -27,27 +27,33 @@ def writing(path: Path) -> Iterator[Path]:
         UserError: the disk is full or the folder cannot be written to.
     """
     part = path.with_name(f".{path.name}.part")
+    _remove(part)  # of a run that was killed
     try:
         yield part
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(part, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another --out"
-        ) from None
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error " not in str(error):  # safetensors' and tokenizers' own
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"cannot write {path}: {reason}; free some space or choose another --out") from None
     finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
+        _remove(part)
 
 
-def open_run(folder: Path, config: Config, resume: bool) -> None:
-    """Makes the run folder, or checks that the one there is this run's.
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.unlink()
+
+
+def check_run(folder: Path, config: Config, resume: bool) -> None:
+    """Checks that the run folder is free, or this run's own.
 
     Raises:
-        UserError: the folder holds another run, holds other files, or cannot be written to.
+        UserError: the folder is a file, holds another run or holds other files.
     """
     config_file = folder / CONFIG
     if config_file.exists():
@@ -58,15 +64,26 @@ def open_run(folder: Path, config: Config, resume: bool) -> None:
                 f"{folder} holds a run with other settings ({_difference(from_yaml(config_file), config)}); "
                 "resume with the same ones or choose another --out"
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --out")
+    elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run; choose another --out")
+
+
+def open_run(folder: Path, config: Config, resume: bool) -> None:
+    """Makes the run folder and notes the settings in it, or checks that the one there is this run's.
+
+    Raises:
+        UserError: as `check_run`, or the folder cannot be written to.
+    """
+    check_run(folder, config, resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}; choose another --out") from None
-    with writing(config_file) as part:
-        part.write_text(to_yaml(config))
+    if not (folder / CONFIG).exists():
+        with writing(folder / CONFIG) as part:
+            part.write_text(to_yaml(config))
 
 
 def _difference(a: Config, b: Config) -> str:
@@ -91,17 +108,12 @@ def save_checkpoint(
     root = folder / "checkpoints"
     root.mkdir(exist_ok=True)
     with writing(root / f"{step:06d}") as part:
-        if part.exists():
-            shutil.rmtree(part)
         part.mkdir()
-        try:
-            for name, module in modules.items():
-                save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part / f"{name}.safetensors")
-            tensors, rest = split_state(optimiser.state_dict())
-            save_file(tensors, part / "optimiser.safetensors")
-            (part / "state.json").write_text(json.dumps({"step": step, "optimiser": rest}))
-        except SafetensorError as error:  # its I/O errors are no OSErrors
-            raise OSError(str(error)) from None
+        for name, module in modules.items():
+            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part / f"{name}.safetensors")
+        tensors, rest = split_state(optimiser.state_dict())
+        save_file(tensors, part / "optimiser.safetensors")
+        (part / "state.json").write_text(json.dumps({"step": step, "optimiser": rest}))
         for file in part.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -160,6 +172,21 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def append_metrics(folder: Path, row: dict[str, Any]) -> None:
+    """Adds a row.
+
+    Raises:
+        UserError: the disk is full or the folder is gone.
+    """
+    try:
+        with open(folder / METRICS, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder / METRICS}: {error.strerror}; free some space, then continue with --resume"
+        ) from None
 
 
 def rewind_metrics(folder: Path, step: int) -> None:

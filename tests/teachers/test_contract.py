@@ -1,0 +1,245 @@
+"""What every teacher and the student made from it must do. A new family is one more row in TEACHERS."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepfold.config import validate
+from stepfold.errors import UserError
+from stepfold.spaces.generation import pairs_from, walk
+from stepfold.teachers.contract import Condition
+from stepfold.teachers.sana import SanaTeacher
+from stepfold.training.distill import make_accelerator, update
+
+MAX_TOKENS = 48
+PROMPTS = ["red heart", "dog on blue background", "pizza on a white plate"]
+TIMES = (0.02, 0.6, 1.2, 1.5707)
+
+
+def sprint_folder(source: Path, folder: Path) -> Path:
+    """A SanaSprintPipeline whose guidance embedding matters."""
+    teacher = SanaTeacher(source, max_tokens=MAX_TOKENS)
+    student = teacher.new_student()
+    nn.init.normal_(student.transformer.time_embed.guidance_embedder.linear_2.weight, std=0.2)
+    teacher.save_student(student, folder)
+    return folder
+
+
+# name -> (folder of the tiny SanaPipeline, empty folder) -> teacher
+TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
+    "sana": lambda tiny, _: SanaTeacher(tiny, max_tokens=MAX_TOKENS),
+    "sana, the prompt's mask": lambda tiny, _: SanaTeacher(tiny, max_tokens=MAX_TOKENS, null_mask="prompt"),
+    "sana, no guidance": lambda tiny, _: SanaTeacher(tiny, max_tokens=MAX_TOKENS, guidance_kind="none"),
+    "sana, float64": lambda tiny, _: SanaTeacher(tiny, max_tokens=MAX_TOKENS, dtype=torch.float64),
+    "sprint": lambda tiny, empty: SanaTeacher(sprint_folder(tiny, empty / "sprint"), max_tokens=MAX_TOKENS),
+}
+
+
+@pytest.fixture(scope="module", params=list(TEACHERS))
+def teacher(request: pytest.FixtureRequest, tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return TEACHERS[request.param](tiny_sana, tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(params=TIMES)
+def state(request: pytest.FixtureRequest, teacher: Any) -> tuple[Tensor, Tensor]:
+    x = teacher.sigma_data * torch.randn(3, *teacher.latent_shape, dtype=teacher.dtype)
+    return x, torch.full((3,), request.param, dtype=teacher.dtype)
+
+
+def scales(teacher: Any, *values: float) -> Tensor:
+    return torch.tensor(values, dtype=teacher.dtype)
+
+
+def count_rows(teacher: Any) -> tuple[list[int], Any]:
+    """The batch size of every call of the network from now on, and the handle that ends the count."""
+    rows: list[int] = []
+    hook = teacher.transformer.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+    return rows, hook
+
+
+def spread(a: Tensor, b: Tensor) -> float:
+    """Size of the difference, in sizes of a."""
+    return ((a - b).norm() / a.norm()).item()
+
+
+def test_velocity_is_finite_deterministic_and_has_no_graph(teacher: Any, state: tuple[Tensor, Tensor]):
+    condition, guidance = teacher.encode(PROMPTS), scales(teacher, 4, 4.5, 5)
+    x, t = state
+    v = teacher.velocity(x.requires_grad_(), t, condition, guidance)
+    assert v.shape == x.shape and v.dtype == x.dtype and not v.requires_grad and v.isfinite().all()
+    assert torch.equal(v, teacher.velocity(x, t, condition, guidance))
+    assert all(not p.requires_grad for p in teacher.transformer.parameters())
+
+
+def test_everything_that_velocity_is_given_matters(teacher: Any, state: tuple[Tensor, Tensor]):
+    condition, guidance = teacher.encode(PROMPTS), scales(teacher, 4, 4.5, 5)
+    x, t = state
+    v = teacher.velocity(x, t, condition, guidance)
+    assert spread(v, teacher.velocity(-x, t, condition, guidance)) > 0.05
+    assert spread(v, teacher.velocity(x, t * 0.8, condition, guidance)) > 1e-3
+    assert spread(v, teacher.velocity(x, t, condition.rows(torch.tensor([1, 2, 0])), guidance)) > 0.05
+    changed = spread(v, teacher.velocity(x, t, condition, guidance - 2))
+    assert changed == 0 if teacher.guidance_kind == "none" else changed > 1e-3
+
+
+def test_one_network_call_a_velocity(teacher: Any, state: tuple[Tensor, Tensor]):
+    """Embedded guidance needs one row a sample; classifier-free guidance two, in one batch."""
+    condition, guidance = teacher.encode(PROMPTS), scales(teacher, 4, 4.5, 5)
+    rows, hook = count_rows(teacher)
+    teacher.velocity(*state, condition, guidance)
+    hook.remove()
+    assert rows == ([6] if teacher.guidance_kind == "classifier_free" else [3])
+
+
+def test_rows_do_not_know_of_each_other(teacher: Any, state: tuple[Tensor, Tensor]):
+    """Nor of how far the batch's conditions are padded."""
+    condition, guidance = teacher.encode(PROMPTS), scales(teacher, 3, 4.5, 6)
+    x, t = state
+    t = t * torch.tensor([1.0, 0.5, 0.25], dtype=t.dtype)
+    together = teacher.velocity(x, t, condition, guidance)
+    for i, prompt in enumerate(PROMPTS):
+        row = slice(i, i + 1)
+        alone = teacher.velocity(x[row], t[row], teacher.encode([prompt]), guidance[row])
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-5)
+
+
+def test_trimmed_conditions_are_the_untrimmed_ones(teacher: Any, state: tuple[Tensor, Tensor]):
+    condition, guidance = teacher.encode(PROMPTS), scales(teacher, 4, 4.5, 5)
+    assert condition.mask.any(0).all() and condition.mask.shape[1] < MAX_TOKENS  # nothing left to trim
+    v = teacher.velocity(*state, condition, guidance)
+    if teacher.guidance_kind != "classifier_free" or teacher.null_mask == "own":
+        whole = condition.padded(300)
+        whole.embeds[whole.mask == 0] = 7.0  # what is masked must not matter
+        torch.testing.assert_close(teacher.velocity(*state, whole, guidance), v, rtol=0, atol=1e-5)
+
+
+def test_guidance_in_float64_does_not_promote(teacher: Any, state: tuple[Tensor, Tensor]):
+    condition, guidance = teacher.encode(PROMPTS), scales(teacher, 4, 4.5, 5)
+    v = teacher.velocity(*state, condition, guidance.double())
+    assert v.dtype == state[0].dtype
+    torch.testing.assert_close(v, teacher.velocity(*state, condition, guidance), rtol=0, atol=1e-6)
+
+
+def test_states_may_be_more_precise_than_the_network(teacher: Any, state: tuple[Tensor, Tensor]):
+    """A teacher in bfloat16 under autocast still walks states in float32: velocity has the state's dtype."""
+    if teacher.dtype != torch.float32:
+        pytest.skip("autocast is for float32 networks")
+    condition, guidance = teacher.encode(PROMPTS), scales(teacher, 4, 4.5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        v = teacher.velocity(*state, condition, guidance)
+    assert v.dtype == torch.float32
+    assert 0 < spread(teacher.velocity(*state, condition, guidance), v) < 0.1
+
+
+def test_pictures_and_the_black_latent(teacher: Any):
+    black = teacher.black_latent()
+    assert black.shape == teacher.latent_shape and black.dtype == torch.float32
+    x0 = teacher.sigma_data * torch.randn(3, *teacher.latent_shape, dtype=teacher.dtype)
+    pictures = teacher.decode(x0)
+    assert pictures.shape == (3, 3, teacher.height, teacher.width)
+    assert pictures.min() >= 0 and pictures.max() <= 1 and pictures.std() > 0.01
+    torch.testing.assert_close(teacher.decode(x0, batch=2), pictures, rtol=0, atol=1e-5)
+    teacher.release_decoder()
+    torch.testing.assert_close(teacher.decode(x0), pictures, rtol=0, atol=1e-5)
+    assert torch.equal(teacher.black_latent(), black)
+
+
+def student_velocity(teacher: Any, student: nn.Module, state: tuple[Tensor, Tensor], *rest: Any) -> Tensor:
+    with torch.no_grad():
+        return teacher.sigma_data * student(state[0] / teacher.sigma_data, state[1], *rest)
+
+
+def test_a_new_student_is_its_teacher(teacher: Any, state: tuple[Tensor, Tensor]):
+    """With guidance embedded at any scale; without, at the scale 1 that leaves classifier-free guidance out."""
+    condition, student = teacher.encode(PROMPTS), teacher.new_student().to(teacher.dtype)
+    guidance = scales(teacher, 3, 4.5, 6)
+    same = guidance if teacher.guidance_kind == "embedded" else torch.ones_like(guidance)
+    expected = teacher.velocity(*state, condition, same)
+    ours = student_velocity(teacher, student, state, condition, guidance)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    again = student_velocity(teacher, student, state, condition, guidance + 3)
+    assert (spread(ours, again) > 1e-3) if teacher.guidance_kind == "embedded" else torch.equal(ours, again)
+    settled = torch.full_like(guidance, -math.log(math.prod(teacher.latent_shape)))
+    torch.testing.assert_close(student.log_variance(state[1], guidance), settled)  # the same at every time
+
+
+def test_a_new_student_owns_its_weights_and_can_learn_all_of_them(teacher: Any, state: tuple[Tensor, Tensor]):
+    """Every parameter but those behind a zero layer gets a gradient, so the guidance embedder's last layer does."""
+    condition, guidance = teacher.encode(PROMPTS), scales(teacher, 3, 4.5, 6)
+    student = teacher.new_student().to(teacher.dtype)
+    taken = {p.data_ptr() for p in teacher.transformer.parameters()}
+    assert all(p.requires_grad and p.data_ptr() not in taken for p in student.parameters())
+    F = student(state[0] / teacher.sigma_data, state[1], condition, guidance)
+    (F.square().sum() + student.log_variance(state[1], guidance).sum()).backward()
+    idle = {name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()}
+    behind_zeros = {f"transformer.time_embed.guidance_embedder.linear_1.{kind}" for kind in ("weight", "bias")}
+    assert idle <= behind_zeros if teacher.guidance_kind != "embedded" else not idle
+
+
+def test_a_student_learns_guidance_in_twenty_steps(teacher: Any):
+    """The real update: neutral at first, guidance changes the output after it."""
+    if teacher.dtype != torch.float32:
+        pytest.skip("training is in float32")
+    student, accelerator = teacher.new_student(), make_accelerator("no")
+    config = validate(
+        {
+            "prompts": "prompts.txt",
+            "space": {"guidance": [1.0, 8.0]},
+            "consistency": {"r_warmup": 0},
+        }
+    )
+    condition, guidance = teacher.encode([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]), scales(teacher, 1, 8, 1, 8)
+    noise = teacher.sigma_data * torch.randn(4, *teacher.latent_shape)
+    route = torch.linspace(torch.pi / 2, 0, 5)[:-1].expand(4, -1)
+    keep = torch.ones(4, dtype=torch.bool)
+    pairs = pairs_from(
+        walk(teacher, noise, route, condition, guidance), condition, guidance, keep_first=False, keep=keep
+    )
+
+    def sensitivity() -> float:
+        rest = (pairs.x, pairs.t), pairs.condition
+        low, high = (student_velocity(teacher, student, *rest, torch.full_like(pairs.t, w)) for w in (1.0, 8.0))
+        return spread(low, high)
+
+    before = sensitivity()
+    assert (before == 0) == (teacher.guidance_kind != "embedded")
+    optimiser = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    for step in range(20):
+        update(student, pairs, config, step, teacher.sigma_data, accelerator)
+        optimiser.step()
+        optimiser.zero_grad()
+    assert abs(sensitivity() - before) > 1e-3
+
+
+def test_a_saved_student_is_a_teacher_with_embedded_guidance(
+    teacher: Any, state: tuple[Tensor, Tensor], tmp_path: Path
+):
+    student = teacher.new_student().to(teacher.dtype)
+    nn.init.normal_(student.transformer.time_embed.guidance_embedder.linear_2.weight, std=0.2)
+    teacher.save_student(student, tmp_path / "student")
+    saved = type(teacher)(tmp_path / "student", dtype=teacher.dtype, max_tokens=MAX_TOKENS)
+    assert saved.guidance_kind == "embedded" and saved.latent_shape == teacher.latent_shape
+    condition, guidance = saved.encode(PROMPTS), scales(teacher, 3, 4.5, 6)
+    expected = student_velocity(teacher, student, state, teacher.encode(PROMPTS), guidance)
+    torch.testing.assert_close(saved.velocity(*state, condition, guidance), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(saved.black_latent(), teacher.black_latent(), rtol=0, atol=1e-6)
+
+
+def test_impossible_guidance_is_refused(teacher: Any):
+    wrong = "classifier_free" if teacher.guidance_kind == "embedded" else "embedded"
+    with pytest.raises(UserError, match="auto") as caught:
+        type(teacher)(teacher.source, max_tokens=MAX_TOKENS, guidance_kind=wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_conditions_pad_trim_and_join():
+    a = Condition(torch.ones(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    assert a.trimmed().mask.tolist() == [[1, 1], [1, 0]] and a.trimmed().embeds.shape == (2, 2, 4)
+    padded = a.padded(5)
+    assert padded.mask.tolist() == [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]] and padded.embeds[:, 3:].abs().max() == 0
+    assert torch.equal(a.repeat_interleave(2).mask, a.mask[[0, 0, 1, 1]]) and len(a.rows(slice(1, 2))) == 1

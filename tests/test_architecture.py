@@ -1,0 +1,171 @@
+"""The source keeps to the table in docs/architecture.md and to a few rules that no linter knows."""
+
+import ast
+import graphlib
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import stepfold
+
+SOURCE = Path(stepfold.__file__).parent
+DOCS = Path(__file__).parents[1] / "docs" / "architecture.md"
+FILES = sorted(p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*.py"))
+
+EXTERNAL = {
+    "accelerate": ("training/distill.py",),
+    "diffusers": ("teachers/", "display.py", "doctor.py"),
+    "transformers": ("evaluation/judge.py", "display.py"),
+    "typer": ("cli.py",),
+    "rich": ("cli.py", "display.py"),
+    "pydantic": ("config.py",),
+    "yaml": ("config.py",),
+    "matplotlib": ("evaluation/report.py",),
+    "jinja2": ("evaluation/report.py",),
+}
+"""Libraries that few files may touch."""
+
+
+@cache
+def tree(file: str) -> ast.Module:
+    return ast.parse((SOURCE / file).read_text())
+
+
+@cache
+def imports(file: str) -> tuple[str, ...]:
+    """Full names of what a file imports anywhere, `from a import b` as `a.b`."""
+    names = []
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(names)
+
+
+def own_imports(file: str) -> set[str]:
+    """The files of stepfold that a file imports."""
+    found = set()
+    for name in imports(file):
+        parts = name.split(".")
+        if parts[0] != "stepfold":
+            continue
+        for end in (len(parts), len(parts) - 1):
+            path = "/".join(parts[1:end])
+            found |= {c for c in (f"{path}.py", f"{path}/__init__.py") if c in FILES and c != "/__init__.py"}
+    return found - {file}
+
+
+@cache
+def table() -> dict[str, set[str] | None]:
+    """Row -> rows it may import, None for all above, in the order of the page."""
+    section = DOCS.read_text().split("## Modules", 1)[1].split("\n## ", 1)[0]
+    rows: dict[str, set[str] | None] = {}
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if len(cells) != 3 or not cells[0].startswith("`"):
+            continue
+        name = cells[0].strip("`")
+        if cells[2].startswith("as `"):
+            continue
+        allowed = set(re.findall(r"`([^`]+)`", cells[2]))
+        assert allowed or cells[2] in ("nothing", "all above"), line
+        rows[name] = None if cells[2] == "all above" else allowed
+    return rows
+
+
+def row_of(file: str) -> str:
+    matching = [row for row in table() if file == row or (row.endswith("/") and file.startswith(row))]
+    assert matching, f"{file} is not in the table of docs/architecture.md"
+    return max(matching, key=len)
+
+
+MODULES = [file for file in FILES if file not in ("__init__.py", "__main__.py")]
+
+
+def test_table_reads_from_the_bottom_up() -> None:
+    rows = list(table())
+    assert len(rows) > 12
+    for position, (row, allowed) in enumerate(table().items()):
+        assert (allowed or set()) <= set(rows[:position]), f"{row} names rows below it"
+
+
+def test_every_file_on_the_page_exists() -> None:
+    section = DOCS.read_text().split("## Modules", 1)[1].split("\n## ", 1)[0]
+    for name in re.findall(r"^\| `([^`]+)`", section, re.MULTILINE):
+        assert (SOURCE / name).exists(), name
+
+
+@pytest.mark.parametrize("file", MODULES)
+def test_imports_go_downward(file: str) -> None:
+    row, rows = row_of(file), list(table())
+    allowed = table()[row]
+    if allowed is None:
+        allowed = set(rows[: rows.index(row)])
+    used = {row_of(other) for other in own_imports(file)} - {row}
+    assert used <= allowed, f"{file} imports from {sorted(used - allowed)}"
+
+
+def test_table_allows_nothing_that_is_not_used() -> None:
+    for row, allowed in table().items():
+        used = {row_of(other) for file in MODULES if row_of(file) == row for other in own_imports(file)}
+        assert (allowed or set()) <= used, f"{row} never imports {sorted((allowed or set()) - used)}"
+
+
+def test_no_circle() -> None:
+    order = list(graphlib.TopologicalSorter({file: own_imports(file) for file in FILES}).static_order())
+    assert set(order) == set(FILES)
+    assert order.index("errors.py") < order.index("maths/routes.py") < order.index("training/distill.py")
+
+
+@pytest.mark.parametrize("file", [f for f in MODULES if f.startswith(("maths/", "objectives/"))])
+def test_maths_is_torch_only(file: str) -> None:
+    libraries = {name.split(".")[0] for name in imports(file)}
+    assert libraries <= sys.stdlib_module_names | {"torch", "stepfold"}
+    assert not libraries & {"os", "pathlib", "json", "io", "random", "time"}
+
+
+@pytest.mark.parametrize("library", EXTERNAL)
+def test_libraries_stay_where_they_belong(library: str) -> None:
+    users = {file for file in FILES if any(name.split(".")[0] == library for name in imports(file))}
+    assert users, f"nothing imports {library}"
+    assert {file for file in users if not file.startswith(EXTERNAL[library])} == set()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_runs_code_from_a_file_or_guesses(file: str) -> None:
+    assert not {name.split(".")[0] for name in imports(file)} & {"pickle", "dill", "joblib", "cloudpickle", "marshal"}
+    calls = [ast.unparse(node.func) for node in ast.walk(tree(file)) if isinstance(node, ast.Call)]
+    forbidden = {"eval", "exec", "compile", "hasattr", "torch.load", "torch.save", "np.load", "torch.nan_to_num"}
+    assert not forbidden & set(calls)
+    assert not [call for call in calls if call.endswith((".nan_to_num", ".unsafe_load", ".full_load"))]
+    assert "trust_remote_code" not in (SOURCE / file).read_text()
+
+
+def test_weights_load_from_safetensors_only() -> None:
+    for file in FILES:
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                if node.func.attr == "from_pretrained" and ast.unparse(node.func.value) != "PreTrainedTokenizerFast":
+                    assert options.get("use_safetensors") == "True", f"{file}:{node.lineno}"
+                if node.func.attr == "save_pretrained":
+                    assert options.get("safe_serialization") == "True", f"{file}:{node.lineno}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_everything_public_says_what_it_is(file: str) -> None:
+    assert ast.get_docstring(tree(file))
+    nodes: list[ast.AST] = [tree(file)]
+    while nodes:
+        for node in ast.iter_child_nodes(nodes.pop()):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith(
+                "_"
+            ):
+                assert ast.get_docstring(node), f"{file}: {node.name}"
+                if isinstance(node, ast.ClassDef):
+                    nodes.append(node)

@@ -1,0 +1,64 @@
+"""The bundled teacher, its judge and its prompts are what they are said to be."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SanaPipeline
+
+from stepfold import assets
+from stepfold.config import TeacherSettings
+from stepfold.evaluation.judge import load_judge
+from stepfold.evaluation.measure import measure, teacher_sampler
+from stepfold.evaluation.protocol import EMOJI
+from stepfold.prompts.reading import open_prompts
+from stepfold.teachers.loading import load_teacher
+
+
+def test_under_24_mb_and_nothing_that_can_execute():
+    files = [path for path in assets.EMOJI.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 24e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md", ".jinja"}
+    card = (assets.TEACHER / "README.md").read_text()
+    assert "SIL Open Font License" in card
+    assert "accuracy" in card
+
+
+def test_at_least_300_names_each_in_the_prompts():
+    judge = load_judge(assets.JUDGE, "cpu")
+    assert len(set(judge.names)) == len(judge.names) >= 300
+    prompts = open_prompts(assets.PROMPTS)
+    text = "\n".join(prompts.prompt(i) for i in range(len(prompts)))
+    assert [name for name in judge.names if name not in text] == []
+
+
+def test_plain_diffusers_draws_with_its_default_instruction_and_guidance(tmp_path: Path):
+    """Only the size is given: diffusers' default of 1024 pixels is no size for a 64-pixel model."""
+    pipe = SanaPipeline.from_pretrained(assets.TEACHER)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["red heart on blue background", "green apple on yellow background"]
+    generator = torch.Generator().manual_seed(0)
+    pictures = pipe(
+        prompts, height=64, width=64, use_resolution_binning=False, output_type="pt", generator=generator
+    ).images
+    assert torch.is_tensor(pictures)
+    red, green, blue = pictures[0, :, 32, 32]
+    assert red > 0.6 > 0.5 > max(green, blue)
+    assert pictures[0, 2, 2, 2] > 0.5 > pictures[0, 0, 2, 2]  # blue corner
+    assert pictures[1, :2, 2, 2].min() > 0.5 > pictures[1, 2, 2, 2]  # yellow corner
+
+
+@pytest.fixture(scope="module")
+def scores() -> dict[str, float]:
+    torch.manual_seed(0)
+    teacher = load_teacher(TeacherSettings(source="emoji", max_tokens=32), "cpu")
+    samplers = {str(k): teacher_sampler(teacher, k) for k in (20, 1)}
+    judge = load_judge(assets.JUDGE, "cpu")
+    rows = measure(judge, replace(EMOJI, n=100), teacher, samplers, torch.device("cpu"))
+    return {name: row.accuracy for name, row in rows.items()}
+
+
+def test_the_teacher_draws_what_it_is_asked_for_and_one_step_is_visibly_worse(scores: dict[str, float]):
+    assert scores["20"] >= 0.7  # the card has the figure for n = 2000
+    assert scores["1"] <= scores["20"] - 0.2

@@ -1,0 +1,355 @@
+"""The command line: every mistake is one line that says what to do, and a run does what its log says."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from stepfold.cli import main
+from stepfold.config import from_yaml, load_config, preset_names, to_yaml
+
+COMMANDS = ("distill", "sample", "evaluate", "doctor", "presets")
+FAST = (
+    "training.steps=1", "training.precision=no", "training.rollout_precision=no", "space.route_steps=2",
+    "teacher.max_tokens=32", "evaluation.n=0", "training.preview_every=1000",
+)  # fmt: skip
+
+
+class Result:
+    """What a command printed and how it ended."""
+
+    def __init__(self, *args: str | Path) -> None:
+        out, err, old = StringIO(), StringIO(), sys.argv
+        sys.argv = ["stepfold", *map(str, args)]
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                main()
+            self.code: object = 0
+        except SystemExit as exit_:
+            self.code = exit_.code or 0
+        finally:
+            sys.argv = old
+        self.out, self.err = out.getvalue(), err.getvalue()
+
+
+def assert_one_line(result: Result, *wanted: str, code: int = 2) -> None:
+    """Exit code, exactly one line on stderr, nothing on stdout, and what the line must say."""
+    assert result.code == code, result.err
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+    assert result.out == ""
+    for text in wanted:
+        assert text in result.err, result.err
+
+
+def distill(*args: str | Path, fast: bool = True) -> Result:
+    settings = [part for change in FAST if fast for part in ("--set", change)]
+    return Result("distill", "--preset", "default", "--quiet", *settings, *args)
+
+
+MESSY = "\ufeffred heart\r\n\r\n  a cat  \r\nred heart\r\n   \r\nrocket\r\na cat\r\n"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """One finished run of one step, from prompts with a BOM, CRLF, blank lines and repeats."""
+    folder = tmp_path_factory.mktemp("cli")
+    prompts = folder / "messy.txt"
+    prompts.write_bytes(MESSY.encode())
+    settings = [part for change in FAST for part in ("--set", change)]
+    out = folder / "run"
+    return out, Result("distill", "--teacher", tiny_sana, "--prompts", prompts, "--out", out, *settings)
+
+
+def test_messy_prompts_are_accepted_and_counted(run: tuple[Path, Result]) -> None:
+    out, result = run
+    assert result.code == 0, result.err
+    assert "3 prompts (2 blank and 2 repeated lines left out)" in result.err
+    assert "step 1/1" in result.err
+    assert result.out == f"student: {out / 'student'}\nreport:  {out / 'report.html'}\n"
+    assert (out / "report.html").is_file()
+    assert from_yaml(out / "config.yaml").training.steps == 1
+
+
+def test_sample_writes_pictures_side_by_side(run: tuple[Path, Result], tmp_path: Path) -> None:
+    picture = tmp_path / "two.png"
+    result = Result("sample", run[0] / "student", "red heart", "rocket", "--steps", "2", "--out", picture)
+    assert (result.code, result.out) == (0, f"{picture}\n"), result.err
+    with Image.open(picture) as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 32))
+        assert image.crop((0, 0, 32, 32)).tobytes() != image.crop((32, 0, 64, 32)).tobytes()
+
+
+def test_sample_depends_on_the_seed_alone(run: tuple[Path, Result], tmp_path: Path) -> None:
+    def draw(name: str, *options: str) -> bytes:
+        path = tmp_path / f"{name}.png"
+        assert Result("sample", run[0] / "student", "red heart", *options, "--out", path).code == 0
+        return path.read_bytes()
+
+    assert draw("a") == draw("b", "--seed", "0") != draw("c", "--seed", "1")
+
+
+def test_sample_mistakes(run: tuple[Path, Result], tmp_path: Path, tiny_sana: Path) -> None:
+    student = run[0] / "student"
+    assert_one_line(Result("sample", student, "x", "--out", tmp_path / "x.jpg"), "no PNG", "ends in .png")
+    assert_one_line(Result("sample", tmp_path, "x", "--out", tmp_path / "x.png"), "no student folder", "OUT/student")
+    assert_one_line(Result("sample", tiny_sana, "x", "--out", tmp_path / "x.png"), "no student folder", "stepfold.json")
+    assert_one_line(Result("sample", tmp_path / "none", "x", "--out", tmp_path / "x.png"), "no student folder")
+    assert_one_line(
+        Result("sample", student, "x", "--out", tmp_path / "no" / "x.png"), "cannot write", "choose another"
+    )
+    assert_one_line(Result("sample", student, "x", "--device", "abacus"), "--device abacus cannot be used here", "cpu")
+    if not torch.cuda.is_available():
+        assert_one_line(Result("sample", student, "x", "--device", "cuda"), "--device cuda cannot be used here", "cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_student_is_one_line(run: tuple[Path, Result], tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(run[0] / "student", student)
+    (student / "stepfold.json").write_text("{}")
+    assert_one_line(Result("sample", student, "x", "--out", tmp_path / "x.png"), "stepfold.json is damaged")
+    shutil.rmtree(student / "vae")
+    (student / "stepfold.json").write_bytes((run[0] / "student" / "stepfold.json").read_bytes())
+    assert_one_line(Result("sample", student, "x", "--out", tmp_path / "x.png"), "lacks its part 'vae'")
+
+
+def test_evaluate_mistakes(run: tuple[Path, Result]) -> None:
+    student = run[0] / "student"
+    assert_one_line(Result("evaluate", student, "--steps", "one"), "no list of numbers", "--steps 1,2,4")
+    assert_one_line(Result("evaluate", student), "has a judge for the bundled teacher's pictures only")
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (None, ["no such prompts file", "give a text file"]),
+        (b"", ["no prompts in it (empty)", "write one prompt a line"]),
+        (b"\n  \n\n", ["no prompts in it (3 blank lines)"]),
+        (b"ok\n\x89PNG\0\0\n", ["line 2", "binary", "UTF-8"]),
+        (b"ok\nfine\ncaf\xe9\n", ["line 3", "not UTF-8", "save the file as UTF-8"]),
+        ("fox\n".encode("utf-16"), ["line 1", "UTF-8"]),
+        (b"ok\n" + b"x" * 2001 + b"\n", ["line 2", "longer than 2,000 characters", "shorten it"]),
+        (b"x" * 100_000, ["line 1", "longer than 2,000 characters"]),
+        ("folder", ["is a folder", "one prompt a line"]),
+    ],
+    ids=["missing", "empty", "blank", "binary", "latin-1", "utf-16", "long", "endless", "folder"],
+)
+def test_bad_prompts_are_one_line(
+    tiny_sana: Path, tmp_path: Path, content: bytes | str | None, wanted: list[str]
+) -> None:
+    path = tmp_path / "prompts.txt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        path.mkdir()
+    result = distill("--teacher", tiny_sana, "--prompts", path, "--out", tmp_path / "run")
+    assert_one_line(result, str(path), *wanted)
+    assert not (tmp_path / "run").exists()
+
+
+def no_index(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+
+
+def bad_index(folder: Path) -> None:
+    (folder / "model_index.json").write_text("{")
+
+
+def other_pipeline(folder: Path) -> None:
+    file = folder / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "FluxPipeline"}))
+
+
+def no_vae(folder: Path) -> None:
+    shutil.rmtree(folder / "vae")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def pickled(folder: Path) -> None:
+    (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n")
+
+
+def cut(part: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (file,) = (folder / part).glob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:1000])
+
+    return damage
+
+
+def bad_config(folder: Path) -> None:
+    (folder / "transformer" / "config.json").write_text("{")
+
+
+def other_shape(folder: Path) -> None:
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"caption_channels": 48}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "wanted"),
+    [
+        (no_index, ["no model_index.json", "save_pretrained"]),
+        (bad_index, ["not valid JSON", "save_pretrained"]),
+        (other_pipeline, ["is a FluxPipeline", "SanaPipeline"]),
+        (no_vae, ["lacks its part 'vae'", "copy the whole pipeline folder"]),
+        (no_weights, ["does not load", "save_pretrained"]),
+        (pickled, ["a pickle, transformer/diffusion_pytorch_model.bin", "safe_serialization=True"]),
+        (cut("transformer"), ["does not load", "save_pretrained"]),
+        (cut("text_encoder"), ["does not load", "save_pretrained"]),
+        (cut("vae"), ["does not load", "save_pretrained"]),
+        (bad_config, ["does not load", "save_pretrained"]),
+        (other_shape, ["does not load", "save_pretrained"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_bad_teacher_is_one_line_and_leaves_no_run(
+    tiny_sana: Path, prompts_file: Path, tmp_path: Path, damage: Callable[[Path], None], wanted: list[str]
+) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(tiny_sana, folder)
+    damage(folder)
+    result = distill("--teacher", folder, "--prompts", prompts_file, "--out", tmp_path / "run")
+    assert_one_line_at_the_end(result, *wanted)
+    assert not (tmp_path / "run").exists()  # so that the corrected command can use the same --out
+
+
+def assert_one_line_at_the_end(result: Result, *wanted: str) -> None:
+    """As `assert_one_line`, for errors of the model libraries, which may warn before."""
+    assert result.code == 2, result.err
+    assert "Traceback" not in result.err
+    last = result.err.strip().splitlines()[-1]
+    assert last.startswith("error: "), result.err
+    assert all(text in last for text in wanted), last
+
+
+def test_teacher_that_is_nowhere_is_one_line(
+    prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = distill("--teacher", tmp_path / "nowhere", "--prompts", prompts_file, "--out", tmp_path / "run")
+    assert_one_line_at_the_end(result, "neither a pipeline folder nor a hub id that can be reached")
+
+
+def test_odd_sizes_are_one_line(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
+    args = ("--teacher", tiny_sana, "--prompts", prompts_file, "--out", tmp_path / "run")
+    assert_one_line(distill(*args, "--set", "teacher.height=33"), "height is 33", "multiple of ")
+    assert_one_line(distill(*args, "--set", "teacher.guidance=embedded"), "leave it at 'auto'")
+
+
+@pytest.mark.parametrize(
+    ("args", "wanted"),
+    [
+        (["--set", "training.stpes=5"], ["unknown setting 'training.stpes'", "did you mean 'training.steps'?"]),
+        (["--set", "training.steps=0"], ["training.steps is 0", "greater than or equal to 1"]),
+        (["--set", "training.steps"], ["is not key=value", "--set training.steps=100"]),
+        (["--preset", "papr"], ["unknown preset", "'paper'"]),
+        ([], ["prompts is missing", "--prompts FILE"]),
+    ],
+)
+def test_bad_settings_are_one_line(tmp_path: Path, args: list[str], wanted: list[str]) -> None:
+    assert_one_line(distill("--teacher", "x/y", "--out", tmp_path / "run", *args), *wanted)
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_folder_mistakes(run: tuple[Path, Result], tiny_sana: Path, tmp_path: Path, prompts_file: Path) -> None:
+    out, prompts = run[0], run[0].parent / "messy.txt"
+    args = ("--teacher", tiny_sana, "--prompts", prompts)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert_one_line(distill(*args, "--out", out), "already holds a run", "add --resume", "choose another --out")
+    assert_one_line(
+        distill(*args, "--out", out, "--resume", "--set", "training.steps=9"), "training.steps 1 there, 9 given"
+    )
+    file = tmp_path / "a file"
+    file.write_text("mine")
+    assert_one_line(distill(*args, "--out", file), "is a file", "choose another --out")
+    assert_one_line(distill(*args, "--out", file / "run"), "cannot make", "choose another --out")
+    assert_one_line(distill(*args, "--out", tmp_path), "not empty", "choose another --out")
+    assert file.read_text() == "mine"
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+    content = prompts.read_bytes()
+    prompts.write_bytes(content + b"one more\n")
+    try:
+        assert_one_line(distill(*args, "--out", out, "--resume"), "has changed since this run began", "restore it")
+    finally:
+        prompts.write_bytes(content)
+
+
+def test_dry_run_prints_settings_that_load(tmp_path: Path) -> None:
+    args = ("--teacher", "x/y", "--prompts", "p.txt", "--set", "seed=5", "--out", tmp_path / "run", "--dry-run")
+    result = distill(*args, fast=False)
+    assert (result.code, result.err) == (0, "")
+    expected = load_config("default", ["seed=5"], teacher__source="x/y", prompts="p.txt")
+    assert result.out == to_yaml(expected)
+    path = tmp_path / "settings.yaml"
+    path.write_text(result.out)
+    again = Result("distill", "--preset", path, "--dry-run")
+    assert again.out == result.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_default_preset_goes_with_the_teacher() -> None:
+    assert Result("distill", "--dry-run").out == to_yaml(load_config("demo"))
+    other = Result("distill", "--teacher", "x/y", "--prompts", "p.txt", "--dry-run")
+    assert other.out == to_yaml(load_config("default", prompts="p.txt", teacher__source="x/y"))
+
+
+def test_doctor_says_ok_and_writes_its_findings(tiny_sana: Path, tmp_path: Path) -> None:
+    path = tmp_path / "findings.json"
+    result = Result("doctor", tiny_sana, "--json", path)
+    assert result.code == 0, result.out
+    findings = json.loads(path.read_text())
+    assert result.out.count(" ok") == len(findings) == 8
+    assert all(f["ok"] is True and f["number"] for f in findings)
+
+
+def test_doctor_refuses_what_is_no_teacher(tmp_path: Path) -> None:
+    assert_one_line(Result("doctor", tmp_path), "no model_index.json")
+
+
+def test_presets_are_listed() -> None:
+    assert Result("presets").out.split() == preset_names()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str) -> None:
+    result = Result(command, "--help")
+    assert result.code == 0
+    assert re.search(rf"^\W*stepfold {command}\b", result.out, re.MULTILINE), result.out
+
+
+def test_help_names_the_presets_that_exist() -> None:
+    text = " ".join(Result("distill", "--help").out.replace("│", " ").split())
+    named = re.search(r"Settings to start from: (.*?), or a yaml file", text)
+    assert named, text
+    assert set(named[1].split(", ")) == set(preset_names())
+
+
+def test_no_stack_trace_from_a_real_process(tmp_path: Path) -> None:
+    options = ("--preset", "paper", "--prompts", "none.txt", "--out", "run")
+    done = subprocess.run(
+        [sys.executable, "-m", "stepfold", "distill", *options],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "no such prompts file; give a text file" in done.stderr
+    assert done.stdout == ""

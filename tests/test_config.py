@@ -1,0 +1,192 @@
+"""Settings: presets, bad values, yaml."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+import stepfold
+from stepfold.config import Config, Section, from_yaml, load_config, preset_names, setting_names, to_yaml, validate
+from stepfold.errors import UserError
+
+SOURCE = Path(stepfold.__file__).parent
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_load(name: str) -> None:
+    config = load_config(name, prompts="prompts.txt", teacher__source="some/teacher")
+    assert config.prompts == "prompts.txt"
+    assert config.teacher.source == "some/teacher"
+
+
+def test_only_the_bundled_teacher_has_prompts_of_its_own() -> None:
+    assert load_config("demo").prompts is None
+    for name in ("default", "paper", "released"):
+        with pytest.raises(UserError, match=r"prompts is missing; give --prompts FILE"):
+            load_config(name, teacher__source="some/teacher")
+
+
+def test_presets_differ_where_paper_and_released_code_do() -> None:
+    paper, released = load_config("paper"), load_config("released")
+    assert (paper.consistency.prior_weight, released.consistency.prior_weight) == ("none", "inverse_tangent")
+    assert (paper.space.keep_first, released.space.keep_first) == (True, False)
+    assert (paper.space.filter_rule, released.space.filter_rule) == ("hard", "random")
+    assert (paper.space.filter_denominator, released.space.filter_denominator) == ("kept", "all")
+    assert (paper.teacher.null_mask, released.teacher.null_mask) == ("own", "prompt")
+    assert paper.consistency.r_final == released.consistency.r_final == 0.75
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("training.step", "training.steps"),
+        ("optimizer.lr", "optimiser.lr"),
+        ("lr", "optimiser.lr"),
+        ("space.rout_steps", "space.route_steps"),
+        ("sed", "seed"),
+        ("training", "training."),
+    ],
+)
+def test_unknown_setting_names_the_nearest(key: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"unknown setting '{re.escape(key)}'; did you mean '{re.escape(nearest)}"):
+        load_config("demo", [f"{key}=1"])
+
+
+def test_unknown_setting_in_a_file_names_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("training: {stpes: 3}\n")
+    with pytest.raises(UserError, match=r"unknown setting 'training.stpes'; did you mean 'training.steps'\?"):
+        load_config(str(path))
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"unknown preset 'papr'; did you mean 'paper'\?; or give a yaml file"):
+        load_config("papr")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "training.steps=0", "training.steps=-3", "training.steps=many", "training.steps=2.5", "training.steps=",
+        "training.prompts_per_step=0", "training.micro_batch=-1", "training.precision=fp16", "training.ema=1.0",
+        "training.ema=.nan", "training.checkpoint_every=0", "training.keep_checkpoints=0", "training.tangent=jvp",
+        "optimiser.lr=0", "optimiser.lr=-1e-4", "optimiser.lr=.nan", "optimiser.lr=.inf", "optimiser.name=sgd",
+        "optimiser.betas=[0.9, 1.5]", "optimiser.betas=[0.9]", "optimiser.decay=1.1", "optimiser.clip=0",
+        "space.route_steps=1", "space.route_steps=1000", "space.route=straight", "space.guidance=[]",
+        "space.guidance=[.nan]", "space.guidance=[.inf]", "space.filter_threshold=0", "space.route_shift=0",
+        "space.keep_first=perhaps", "consistency.r_final=1.5", "consistency.normalise_constant=-1",
+        "teacher.height=0", "teacher.max_tokens=0", "evaluation.n=-1", "evaluation.n=1", "seed=-1",
+        "seed=99999999999999999999",
+    ],
+)  # fmt: skip
+def test_impossible_values_are_named(change: str) -> None:
+    key = change.split("=")[0]
+    with pytest.raises(UserError, match=rf"^setting {re.escape(key)}[.\d]* is ") as caught:
+        load_config("demo", [change])
+    assert "\n" not in str(caught.value)
+
+
+def test_set_values_are_yaml() -> None:
+    config = load_config(
+        "demo",
+        [
+            "training.steps = 7", "optimiser.lr=1e-4", "space.guidance=[4, 4.5]", "space.keep_first=true",
+            "training.precision=no", "training.rollout_precision=no", "space.filter_rule=off", "teacher.height=null",
+            "prompts=a=b.txt",
+        ],
+    )  # fmt: skip
+    assert config.training.steps == 7
+    assert config.optimiser.lr == 1e-4
+    assert config.space.guidance == (4.0, 4.5)
+    assert config.space.keep_first is True
+    assert config.training.precision == config.training.rollout_precision == "no"
+    assert config.space.filter_rule == "off"
+    assert config.teacher.height is None
+    assert config.prompts == "a=b.txt"
+
+
+def test_later_changes_win_over_earlier_ones_and_options_over_both() -> None:
+    config = load_config("demo", ["seed=1", "seed=2", "prompts=a.txt"], prompts="b.txt", teacher__source=None)
+    assert (config.seed, config.prompts, config.teacher.source) == (2, "b.txt", "emoji")
+
+
+@pytest.mark.parametrize("change", ["training.steps", "=3", "training.steps=[1", "training.steps: 3"])
+def test_malformed_changes_are_one_line(change: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config("demo", [change])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- a\n- b\n", "holds no settings"),
+        (b"just words", "holds no settings"),
+        (b"training: [unclosed", "is not valid yaml"),
+        (b"seed: \xff\xfe", "cannot be read"),
+        (b"training: 3\n", "setting training is 3, but it is a section"),
+        (b"training:\n", "setting training is None, but it is a section"),
+        (b"seed: !!python/object/apply:os.getcwd []\n", "is not valid yaml"),
+    ],
+)
+def test_bad_settings_file_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(str(path), ["training.steps=4"])
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_settings_file_is_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("# nothing\n")
+    assert load_config(str(path)) == Config()
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_yaml_round_trip(tmp_path: Path, name: str) -> None:
+    config = load_config(name, ["optimiser.lr=1.2345678e-5", "space.filter_rule=off", "training.precision=no"])
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert from_yaml(path) == config
+    assert load_config(str(path)) == config
+    assert validate(yaml.safe_load(to_yaml(config))) == config  # other readers agree on what is a word
+    assert len(setting_names()) == to_yaml(config).count("\n") - _sections(config) + _list_rows(to_yaml(config))
+
+
+def _sections(config: Config) -> int:
+    return sum(isinstance(value, Section) for value in dict(config).values())
+
+
+def _list_rows(text: str) -> int:
+    return -len(re.findall(r"^ *- ", text, re.MULTILINE))
+
+
+def test_settings_cannot_change() -> None:
+    config = Config()
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.steps = 3  # type: ignore[misc]
+
+
+def fields(section: type[BaseModel] = Config) -> list[tuple[str, str | None, object]]:
+    """(name, description, annotation) of every setting."""
+    out: list[tuple[str, str | None, object]] = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            assert kind.__doc__
+            out += fields(kind)
+        else:
+            out.append((name, field.description, kind))
+    return out
+
+
+def test_every_setting_is_described() -> None:
+    assert [name for name, description, _ in fields() if not description] == []
+
+
+def test_every_setting_is_used() -> None:
+    source = "\n".join(p.read_text() for p in SOURCE.rglob("*.py") if p.name != "config.py")
+    assert [name for name, *_ in fields() if not re.search(rf"\.{name}\b(?!\()", source)] == []

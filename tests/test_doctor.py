@@ -1,0 +1,149 @@
+"""The doctor: a sound teacher passes, and each check fails on a teacher that is broken where the check looks."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stepfold import doctor
+from stepfold.config import TeacherSettings
+from stepfold.errors import UserError
+from stepfold.spaces.generation import pairs_from, walk
+from stepfold.spaces.pairs import Pairs
+from stepfold.teachers.loading import load_teacher
+from stepfold.teachers.sana import SanaTeacher
+
+
+@pytest.fixture
+def teacher(tiny_sana: Path) -> SanaTeacher:
+    return load_teacher(TeacherSettings(source=str(tiny_sana), max_tokens=64), "cpu")
+
+
+@pytest.fixture
+def pairs(teacher: SanaTeacher) -> Pairs:
+    condition = teacher.encode(doctor.PROMPTS)
+    noise, route = 0.5 * torch.randn(4, *teacher.latent_shape), torch.tensor([[1.57, 1.2, 0.8, 0.4]]).expand(4, 4)
+    guidance, keep = torch.full((4,), 4.5), torch.ones(4, dtype=torch.bool)
+    return pairs_from(
+        walk(teacher, noise, route, condition, guidance), condition, guidance, keep_first=False, keep=keep
+    )
+
+
+def test_sound_teacher_passes_every_check(tiny_sana: Path) -> None:
+    findings = doctor.examine(str(tiny_sana), "cpu")
+    assert [f for f in findings if not f.ok] == []
+    assert len({f.check for f in findings}) == len(findings) == 8
+    assert all(f.number and f.want for f in findings)
+
+
+def sampler_check(teacher: SanaTeacher) -> doctor.Finding:
+    condition, guidance = teacher.encode(doctor.PROMPTS), torch.full((4,), 4.5)
+    return doctor.same_sampler(teacher, 0.5 * torch.randn(4, *teacher.latent_shape), condition, guidance)
+
+
+def wrong_time(teacher: SanaTeacher) -> None:
+    teacher.time_scale *= 0.9
+
+
+def wrong_mask(teacher: SanaTeacher) -> None:
+    teacher.null_mask = "prompt"
+
+
+def wrong_null(teacher: SanaTeacher) -> None:
+    teacher._null = teacher._encode(["something"], instruct=False)
+
+
+@pytest.mark.parametrize("mistake", [wrong_time, wrong_mask, wrong_null])
+def test_a_wrapper_that_is_not_the_pipeline_is_flagged(
+    teacher: SanaTeacher, mistake: Callable[[SanaTeacher], None]
+) -> None:
+    assert sampler_check(teacher).ok
+    scheduler = teacher.pipe.scheduler
+    mistake(teacher)
+    assert not sampler_check(teacher).ok
+    assert teacher.pipe.scheduler is scheduler
+
+
+def test_a_student_that_is_not_the_teacher_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:
+    student = teacher.new_student()
+    assert doctor.same_network(teacher, student, pairs).ok
+    with torch.no_grad():
+        student.transformer.proj_out.weight.mul_(1.001)
+    assert not doctor.same_network(teacher, student, pairs).ok
+
+
+def test_a_time_embedding_that_turns_too_fast_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:
+    student = teacher.new_student()
+    assert doctor.tangent_size(student, pairs).ok
+    first = student.transformer.time_embed.timestep_embedder.linear_1
+    with torch.no_grad():
+        first.weight.mul_(1000)
+    finding = doctor.tangent_size(student, pairs)
+    assert not finding.ok
+    assert float(finding.number) > 50
+
+
+def test_a_kink_between_the_tangent_backends_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:
+    student = teacher.new_student()
+    assert doctor.backends_agree(student, pairs).ok
+
+    class Steps(nn.Module):
+        """Its derivative is zero, its differences are not."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 50).round() / 50
+
+    student.transformer.proj_out = nn.Sequential(student.transformer.proj_out, Steps())
+    assert not doctor.backends_agree(student, pairs).ok
+
+
+def test_a_teacher_without_guidance_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:
+    assert doctor.guidance_effect(teacher, pairs).ok
+    deaf(teacher.transformer)
+    assert not doctor.guidance_effect(teacher, pairs).ok
+
+
+def deaf(transformer: nn.Module) -> None:
+    """Cross-attention that adds nothing: prompts do not matter."""
+    for name, parameter in transformer.named_parameters():
+        if ".attn2.to_out.0." in name:
+            parameter.data.zero_()
+
+
+def test_a_parameter_that_nothing_trains_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:
+    student = teacher.new_student()
+    assert all(f.ok for f in doctor.one_step(copy.deepcopy(student), pairs, teacher))
+    student.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    assert [f.check for f in doctor.one_step(student, pairs, teacher) if not f.ok] == ["one step changes the weights"]
+
+
+def test_a_loss_that_is_not_finite_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:
+    student = teacher.new_student()
+    with torch.no_grad():
+        student.transformer.proj_out.bias.fill_(float("inf"))
+    assert "loss is finite" in [f.check for f in doctor.one_step(student, pairs, teacher) if not f.ok]
+
+
+def test_a_teacher_that_counts_to_a_thousand_is_refused(tiny_sana: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(tiny_sana, folder)
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"timestep_scale": 1.0}))
+    with pytest.raises(UserError, match="time counts to 1000"):
+        doctor.examine(str(folder), "cpu")
+
+
+def test_a_deaf_teacher_on_disk_is_flagged(tiny_sana: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(tiny_sana, folder)
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file({n: torch.zeros_like(v) if ".attn2.to_out.0." in n else v for n, v in weights.items()}, file)
+    flagged = [f.check for f in doctor.examine(str(folder), "cpu") if not f.ok]
+    assert flagged[0] == "guidance changes the velocity"

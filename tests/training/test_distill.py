@@ -1,0 +1,348 @@
+"""What must hold for the loop, on the tiny teacher."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from stepfold.config import Config
+from stepfold.display import Display
+from stepfold.errors import NonFiniteError, UserError
+from stepfold.export.pipeline import save_student
+from stepfold.jobs import run_distill
+from stepfold.prompts.reading import PromptFile, open_prompts
+from stepfold.spaces.generation import pairs_from, walk
+from stepfold.spaces.pairs import Pairs
+from stepfold.teachers.contract import Condition
+from stepfold.teachers.loading import load_student
+from stepfold.teachers.sana import SanaStudent, SanaTeacher
+from stepfold.training.distill import Draw, Progress, distill, draw, make_accelerator, update
+from stepfold.training.runs import checkpoints, read_metrics
+
+CPU = torch.device("cpu")
+Settings = Callable[..., Config]
+
+
+@pytest.fixture
+def prompts(prompts_file: Path) -> PromptFile:
+    return open_prompts(prompts_file)
+
+
+def train(
+    config: Config,
+    folder: Path,
+    teacher: SanaTeacher,
+    prompts: PromptFile,
+    student: SanaStudent | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> tuple[SanaStudent, SanaStudent]:
+    """A run in process: (student, average)."""
+    folder.mkdir(exist_ok=True)
+    if student is None:
+        torch.manual_seed(config.seed)
+        student = teacher.new_student()
+    black = torch.zeros(teacher.latent_shape)
+    accelerator = make_accelerator("no")
+    average = distill(config, folder, teacher, student, prompts, black, accelerator, report=report)
+    assert isinstance(average, SanaStudent)
+    return student, average
+
+
+def state(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def pairs_of(teacher: SanaTeacher, config: Config, prompts: PromptFile, keep: list[bool] | None = None) -> Pairs:
+    """The pairs of step 0, in float64."""
+    batch = draw(0, prompts, teacher, config, CPU)
+    condition = teacher.encode(batch.prompts)
+    trajectory = walk(teacher, batch.noise, batch.route, condition, batch.guidance)
+    kept = torch.tensor(keep or [True] * len(batch.prompts))
+    pairs = pairs_from(trajectory, condition, batch.guidance, keep_first=config.space.keep_first, keep=kept)
+    wide = {name: getattr(pairs, name).double() for name in ("x", "t", "dxdt", "guidance")}
+    return replace(pairs, **wide, condition=Condition(pairs.condition.embeds.double(), pairs.condition.mask))
+
+
+def lively_student(teacher: SanaTeacher) -> SanaStudent:
+    """Float64, with no zeroed layer, so that every parameter has a gradient."""
+    student = teacher.new_student().double()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return student
+
+
+def gradient(student: SanaStudent, pairs: Pairs, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    student.zero_grad(set_to_none=True)
+    figures = update(student, pairs, config, 10, 0.5, make_accelerator("no"))
+    return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]), figures
+
+
+@pytest.mark.parametrize("denominator", ["kept", "all"])
+def test_micro_batches_add_up(teacher: SanaTeacher, settings: Settings, prompts: PromptFile, denominator: str) -> None:
+    config = settings(f"space.filter_denominator={denominator}")
+    pairs, student = pairs_of(teacher, config, prompts), lively_student(teacher)
+    assert len(pairs) == 6
+    whole, figures = gradient(student, pairs, config)
+    assert whole.norm() > 0.1
+    for size in (1, 4, 6, 100):
+        parts, figures_of_parts = gradient(student, pairs, settings(*_micro(size, denominator)))
+        assert (parts - whole).norm() <= 1e-6 * whole.norm(), size
+        for name, values in figures.items():
+            assert torch.allclose(values, figures_of_parts[name], rtol=1e-6, atol=1e-8), (size, name)
+
+
+def _micro(size: int, denominator: str) -> tuple[str, str]:
+    return f"training.micro_batch={size}", f"space.filter_denominator={denominator}"
+
+
+def test_filtered_prompts_cost_nothing(teacher: SanaTeacher, settings: Settings, prompts: PromptFile) -> None:
+    student, config = lively_student(teacher), settings()
+    rows: list[int] = []
+    student.transformer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    _, figures = gradient(student, pairs_of(teacher, config, prompts, [False, True]), config)
+    assert rows
+    assert max(rows) == 3  # one prompt's
+    assert len(figures["loss"]) == 3
+
+
+def test_filter_does_not_dilute_unless_asked_to(teacher: SanaTeacher, settings: Settings, prompts: PromptFile) -> None:
+    student, kept, every = lively_student(teacher), settings(), settings("space.filter_denominator=all")
+    half = pairs_of(teacher, kept, prompts, [False, True])
+    alone = replace(half, num_walked=len(half))  # as if the other prompt had never been there
+    of_kept, of_all = gradient(student, half, kept)[0], gradient(student, half, every)[0]
+    assert torch.equal(of_kept, gradient(student, alone, kept)[0])
+    assert torch.equal(of_kept, gradient(student, alone, every)[0])
+    assert torch.allclose(of_all, of_kept / 2, rtol=1e-9, atol=1e-12)
+
+
+def test_a_step_without_kept_prompts_changes_nothing(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    config = settings("space.filter_rule=hard", "space.filter_threshold=1e9")
+    student = teacher.new_student()
+    before = state(student)
+    train(config, tmp_path / "run", teacher, prompts, student)
+    assert all(torch.equal(value, before[name]) for name, value in state(student).items())
+    assert read_metrics(tmp_path / "run") == [{"step": step, "kept": 0.0} for step in range(4)]
+
+
+def test_a_sample_does_not_depend_on_the_batch_size(
+    teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    def batches(size: int) -> list[Draw]:
+        config = settings(f"training.prompts_per_step={size}", "space.route_per=prompt")
+        return [draw(step, prompts, teacher, config, CPU) for step in range(12 // size)]
+
+    one, four = batches(1), batches(4)
+    assert [p for b in one for p in b.prompts] == [p for b in four for p in b.prompts]
+    for name in ("noise", "route", "guidance", "uniform"):
+        a, b = (torch.cat([getattr(batch, name) for batch in batches]) for batches in (one, four))
+        assert torch.equal(a, b), name
+    assert {p for b in one for p in b.prompts} == {prompts.prompt(i) for i in range(12)}  # an epoch
+    guidance = torch.cat([b.guidance for b in four])
+    assert set(guidance.tolist()) == {4.0, 4.5, 5.0}
+    noise = torch.cat([b.noise for b in four])
+    assert noise.flatten(1).unique(dim=0).shape[0] == 12
+    assert noise.std() == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_route_is_shared_by_a_step_or_is_the_prompts_own(
+    teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    for route in ("reference", "logit_normal", "random"):
+        shared = draw(0, prompts, teacher, settings(f"space.route={route}"), CPU).route
+        own = draw(0, prompts, teacher, settings(f"space.route={route}", "space.route_per=prompt"), CPU).route
+        assert torch.equal(shared[0], shared[1])
+        assert not torch.equal(own[0], own[1])
+        assert not torch.equal(shared, draw(1, prompts, teacher, settings(f"space.route={route}"), CPU).route)
+
+
+def test_every_draw_depends_on_the_seed(teacher: SanaTeacher, settings: Settings, prompts: PromptFile) -> None:
+    size = "training.prompts_per_step=12"
+    a, b = (draw(0, prompts, teacher, settings(size, f"seed={seed}"), CPU) for seed in (0, 1))
+    assert a.prompts != b.prompts
+    for name in ("noise", "route", "guidance", "uniform"):
+        assert not torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def test_average_follows_its_formula(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    student = teacher.new_student()
+    history = [state(student)]
+    config = settings("training.ema=0.15")
+    _, average = train(
+        config, tmp_path / "run", teacher, prompts, student, lambda progress: history.append(state(student))
+    )
+    expected = {name: value.double() for name, value in history[0].items()}
+    for step, weights in enumerate(history[1:]):
+        decay = min(0.15, (1 + step) / (10 + step))
+        expected = {name: decay * value + (1 - decay) * weights[name] for name, value in expected.items()}
+    for name, value in average.state_dict().items():
+        assert torch.allclose(value.double(), expected[name], rtol=1e-5, atol=1e-7), name
+    moved = [
+        not torch.equal(v, history[0][n]) and not torch.equal(v, history[-1][n]) for n, v in state(average).items()
+    ]
+    assert sum(moved) >= len(moved) - 2
+
+
+def test_every_trainable_tensor_moves(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    for optimiser in ("adamw", "came"):
+        student = teacher.new_student()
+        before = state(student)
+        train(
+            settings(f"optimiser.name={optimiser}", "training.steps=3"), tmp_path / optimiser, teacher, prompts, student
+        )
+        still = [name for name, p in student.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
+        assert still == [], optimiser
+        assert all(p.requires_grad for p in student.parameters())
+
+
+def test_the_teacher_stays_as_it_is(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    before = state(teacher.transformer) | state(teacher.pipe.text_encoder)
+    train(settings(), tmp_path / "run", teacher, prompts)
+    after = state(teacher.transformer) | state(teacher.pipe.text_encoder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_nan_stops_the_run_and_says_where(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, leftovers: Callable
+) -> None:
+    folder, config = tmp_path / "run", settings("training.steps=6")
+    torch.manual_seed(config.seed)
+    student = teacher.new_student()
+
+    def poison(progress: Progress) -> None:
+        if progress.step == 3:
+            with torch.no_grad():
+                student.transformer.proj_out.bias[0] = float("nan")
+
+    with pytest.raises(NonFiniteError) as caught:
+        train(config, folder, teacher, prompts, student, poison)
+    message = str(caught.value)
+    assert message.startswith("step 3: loss of 6 of 6 pairs is not finite")
+    assert any(repr(p) in message for p in draw(3, prompts, teacher, config, CPU).prompts)
+    assert " t=" in message and "|x|=" in message and "|dxdt|=" in message
+    assert [p.name for p in checkpoints(folder)] == ["000002"]
+    assert leftovers(folder) == []
+    assert [row["step"] for row in read_metrics(folder)] == [0, 1, 2]
+
+    recovered, _ = train(config, folder, teacher, prompts)  # the same command, without the poison
+    straight, _ = train(config, tmp_path / "straight", teacher, prompts)
+    assert all(torch.equal(value, state(straight)[name]) for name, value in state(recovered).items())
+    assert [row["step"] for row in read_metrics(folder)] == list(range(6))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    student = teacher.new_student()
+    student.variance_head.bias.register_hook(lambda grad: grad * float("inf"))
+    before = state(student)
+    with pytest.raises(NonFiniteError, match=r"^step 0: gradient is not finite \(gradient norm (inf|nan)\)"):
+        train(settings(), tmp_path / "run", teacher, prompts, student)
+    assert all(torch.equal(value, before[name]) for name, value in state(student).items())
+
+
+def test_the_student_learns_to_read_its_guidance(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    def effect(student: SanaStudent) -> float:
+        pairs = pairs_of(teacher, settings(), prompts)
+        x, t, condition = pairs.x.float() / 0.5, pairs.t.float(), teacher.encode([prompts.prompt(0)] * len(pairs))
+        with torch.no_grad():
+            low, high = (student(x, t, condition, torch.full_like(t, w)) for w in (1.0, 9.0))
+        return float((high - low).norm() / low.norm())
+
+    student = teacher.new_student()
+    assert effect(student) == 0
+    train(settings("training.steps=20", "space.guidance=[1.0, 9.0]"), tmp_path / "run", teacher, prompts, student)
+    assert effect(student) > 1e-3
+
+
+def test_runs_repeat_to_the_bit(tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile) -> None:
+    results = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = settings("training.steps=5", f"seed={seed}")
+        student, average = train(config, tmp_path / name, teacher, prompts)
+        results.append(((tmp_path / name / "metrics.jsonl").read_bytes(), state(student), state(average)))
+    a, b, c = results
+    assert a[0] == b[0]
+    assert len(a[0].splitlines()) == 5
+    assert all(torch.equal(a[i][name], b[i][name]) for i in (1, 2) for name in a[i])
+    assert a[0] != c[0]
+
+
+def test_full_disk_stops_the_run_and_it_resumes_to_the_bit(
+    tmp_path: Path,
+    teacher: SanaTeacher,
+    settings: Settings,
+    prompts: PromptFile,
+    full_disk: Callable,
+    leftovers: Callable,
+) -> None:
+    folder, config = tmp_path / "run", settings("training.steps=6")
+    straight, _ = train(config, tmp_path / "straight", teacher, prompts)
+
+    with full_disk(20_000), pytest.raises(UserError, match=r"cannot write .*000002: .*free some space"):
+        train(config, folder, teacher, prompts)
+    assert checkpoints(folder) == []
+    with full_disk(200), pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: .*continue with --resume"):
+        train(config, folder, teacher, prompts)
+    assert leftovers(folder) == []
+
+    resumed, _ = train(config, folder, teacher, prompts)
+    assert all(torch.equal(value, state(straight)[name]) for name, value in state(resumed).items())
+    assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "straight" / "metrics.jsonl").read_bytes()
+
+
+def test_what_is_exported_is_the_average(tmp_path: Path, settings: Settings, tensors: Callable) -> None:
+    folder, config = tmp_path / "run", settings("training.ema=0.5")
+    run_distill(config, folder, resume=False, display=Display(quiet=True), command="test")
+    final = tensors(folder / "checkpoints" / "000004")
+    _, exported, card = load_student(folder / "student", "cpu")
+    weights = exported.transformer.state_dict()
+    assert {f"average.transformer.{name}" for name in weights} <= final.keys()
+    differs = 0
+    for name, value in weights.items():
+        assert torch.equal(value, final[f"average.transformer.{name}"]), name
+        differs += not torch.equal(value, final[f"student.transformer.{name}"])
+    assert differs > len(weights) / 2
+    assert card["config"] == config.model_dump(mode="json")
+    assert json.loads((folder / "report.json").read_text())["config"] == card["config"]
+
+
+def test_export_on_a_full_disk_keeps_the_old_student(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, full_disk: Callable, leftovers: Callable
+) -> None:
+    folder = tmp_path / "student"
+    student = teacher.new_student()
+    save_student(teacher, student, folder, settings(), 4.5, "fox")
+    before = student.transformer.proj_out.bias.detach().clone()
+    with torch.no_grad():
+        student.transformer.proj_out.bias.add_(1)
+    with full_disk(20_000), pytest.raises(UserError, match=r"cannot write .*student: "):
+        save_student(teacher, student, folder, settings(), 4.5, "fox")
+    assert leftovers(tmp_path) == []
+    _, old, _ = load_student(folder, "cpu")
+    assert torch.equal(old.transformer.proj_out.bias, before)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_read_only_folder_is_one_line(tmp_path: Path, settings: Settings) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(UserError, match=r"cannot make .*choose another --out"):
+            run_distill(settings(), tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
+    finally:
+        tmp_path.chmod(0o700)

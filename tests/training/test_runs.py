@@ -1,0 +1,232 @@
+"""The run folder: nothing half-written, nothing mixed up, everything back to the bit."""
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from stepfold.config import Config, load_config
+from stepfold.errors import UserError
+from stepfold.teachers.sana import SanaTeacher
+from stepfold.training.optimisers import make_optimiser
+from stepfold.training.runs import (
+    append_metrics,
+    check_run,
+    checkpoints,
+    load_checkpoint,
+    open_run,
+    read_metrics,
+    rewind_metrics,
+    save_checkpoint,
+    writing,
+)
+
+
+def config_of(*changes: str) -> Config:
+    return load_config("demo", changes)
+
+
+def push(student: nn.Module, optimiser: torch.optim.Optimizer, seed: int) -> None:
+    """One optimiser step along a gradient that depends on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in student.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimiser.step()
+
+
+def make(teacher: SanaTeacher, name: str) -> tuple[dict[str, nn.Module], torch.optim.Optimizer]:
+    student = teacher.new_student()
+    average = copy.deepcopy(student).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter.mul_(0.5)
+    config = config_of(f"optimiser.name={name}", "optimiser.lr=1e-2")
+    return {"student": student, "average": average}, make_optimiser(student.parameters(), config.optimiser)
+
+
+@pytest.mark.parametrize("name", ["adamw", "came"])
+def test_checkpoint_round_trip_is_exact(tmp_path: Path, teacher: SanaTeacher, name: str) -> None:
+    modules, optimiser = make(teacher, name)
+    for seed in range(3):
+        push(modules["student"], optimiser, seed)
+    save_checkpoint(tmp_path, 3, modules, optimiser, keep=2)
+
+    torch.manual_seed(1)  # another initial guidance embedder: what comes back came from the file
+    again, optimiser_again = make(teacher, name)
+    assert load_checkpoint(tmp_path / "checkpoints" / "000003", again, optimiser_again) == 3
+    for part in modules:
+        for key, value in modules[part].state_dict().items():
+            assert torch.equal(value, again[part].state_dict()[key]), key
+    old, new = optimiser.state_dict()["state"], optimiser_again.state_dict()["state"]
+    assert old.keys() == new.keys()
+    assert len(old) == len(list(modules["student"].parameters()))
+    for index in old:
+        assert old[index].keys() == new[index].keys()
+        for key, value in old[index].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(new[index][key])), (index, key)
+
+    push(modules["student"], optimiser, 7)
+    push(again["student"], optimiser_again, 7)
+    for a, b in zip(modules["student"].parameters(), again["student"].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class Exploding(nn.Module):
+    """Its state cannot be had."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict:  # type: ignore[override]
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("broken"), MemoryError()])
+def test_interrupted_save_keeps_the_old_checkpoint(
+    tmp_path: Path, teacher: SanaTeacher, leftovers: Callable, tensors: Callable, error: BaseException
+) -> None:
+    modules, optimiser = make(teacher, "adamw")
+    save_checkpoint(tmp_path, 2, modules, optimiser, keep=1)
+    before = tensors(tmp_path / "checkpoints" / "000002")
+    push(modules["student"], optimiser, 0)
+    with pytest.raises(type(error)):
+        save_checkpoint(tmp_path, 4, modules | {"average": Exploding(error)}, optimiser, keep=1)
+    assert [p.name for p in checkpoints(tmp_path)] == ["000002"]
+    assert os.listdir(tmp_path / "checkpoints") == ["000002"]
+    after = tensors(tmp_path / "checkpoints" / "000002")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert leftovers(tmp_path) == []
+
+
+def test_full_disk_keeps_the_old_checkpoint(
+    tmp_path: Path, teacher: SanaTeacher, leftovers: Callable, full_disk: Callable
+) -> None:
+    modules, optimiser = make(teacher, "adamw")
+    save_checkpoint(tmp_path, 2, modules, optimiser, keep=1)
+    with full_disk(20_000), pytest.raises(UserError, match=r"cannot write .*000004: .*free some space"):
+        save_checkpoint(tmp_path, 4, modules, optimiser, keep=1)
+    assert [p.name for p in checkpoints(tmp_path)] == ["000002"]
+    assert leftovers(tmp_path) == []
+    assert load_checkpoint(checkpoints(tmp_path)[-1], modules, optimiser) == 2
+
+
+def test_rename_that_fails_keeps_the_old_file(
+    tmp_path: Path, leftovers: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    file = tmp_path / "state.json"
+    file.write_text("old")
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match="No space left on device"), writing(file) as part:
+        part.write_text("new")
+    assert file.read_text() == "old"
+    assert leftovers(tmp_path) == []
+
+
+def test_what_a_kill_left_behind_does_not_get_into_the_next_write(tmp_path: Path) -> None:
+    (tmp_path / ".student.part").mkdir()
+    (tmp_path / ".student.part" / "stale").write_text("x")
+    with writing(tmp_path / "student") as part:
+        part.mkdir()
+        (part / "fresh").write_text("y")
+    assert os.listdir(tmp_path) == ["student"]
+    assert os.listdir(tmp_path / "student") == ["fresh"]
+
+
+def test_rotation_keeps_the_newest(tmp_path: Path, teacher: SanaTeacher) -> None:
+    modules, optimiser = make(teacher, "adamw")
+    for step in (99, 100, 1000, 99_999, 100_000):
+        save_checkpoint(tmp_path, step, modules, optimiser, keep=2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["099999", "100000"]
+
+
+@pytest.mark.parametrize("file", ["student.safetensors", "average.safetensors", "optimiser.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "empty"])
+def test_damaged_checkpoint_names_its_folder(tmp_path: Path, teacher: SanaTeacher, file: str, damage: str) -> None:
+    modules, optimiser = make(teacher, "adamw")
+    push(modules["student"], optimiser, 0)
+    save_checkpoint(tmp_path, 2, modules, optimiser, keep=1)
+    path = tmp_path / "checkpoints" / "000002"
+    if damage == "missing":
+        (path / file).unlink()
+    else:
+        os.truncate(path / file, (path / file).stat().st_size // 2 if damage == "truncated" else 0)
+    with pytest.raises(UserError, match=r"000002 is damaged .*delete that folder") as caught:
+        load_checkpoint(path, modules, optimiser)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpoint_of_another_network_is_refused(tmp_path: Path, teacher: SanaTeacher) -> None:
+    modules, optimiser = make(teacher, "adamw")
+    save_checkpoint(tmp_path, 2, {"student": nn.Linear(2, 2), "average": nn.Linear(2, 2)}, optimiser, keep=1)
+    with pytest.raises(UserError, match="000002"):
+        load_checkpoint(tmp_path / "checkpoints" / "000002", modules, optimiser)
+
+
+def test_open_run_refuses_a_run_that_is_there(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "run"
+    open_run(out, config_of(), resume=False)
+    with pytest.raises(UserError, match=r"already holds a run; add --resume"):
+        open_run(out, config_of(), resume=False)
+    open_run(out, config_of(), resume=True)
+
+
+def test_open_run_names_the_settings_that_differ(tmp_path: Path) -> None:
+    open_run(tmp_path, config_of("training.steps=7", "seed=3"), resume=False)
+    with pytest.raises(UserError) as caught:
+        open_run(tmp_path, config_of("training.steps=8", "seed=3"), resume=True)
+    assert "training.steps 7 there, 8 given" in str(caught.value)
+    assert "seed" not in str(caught.value)
+
+
+def test_open_run_leaves_foreign_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(UserError, match="not empty and holds no run"):
+            open_run(tmp_path, config_of(), resume=resume)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_open_run_refuses_a_file_and_a_folder_below_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt is a file; choose another --out"):
+        open_run(file, config_of(), resume=False)
+    with pytest.raises(UserError, match=r"cannot make .*choose another --out"):
+        open_run(file / "run", config_of(), resume=False)
+    assert file.read_text() == "mine"
+
+
+def test_check_run_writes_nothing(tmp_path: Path) -> None:
+    check_run(tmp_path / "run", config_of(), resume=False)
+    assert os.listdir(tmp_path) == []
+
+
+def test_rewind_drops_later_rows_and_a_cut_last_line(tmp_path: Path) -> None:
+    for step in range(6):
+        append_metrics(tmp_path, {"step": step, "loss": step / 3})
+    metrics = tmp_path / "metrics.jsonl"
+    with open(metrics, "a") as file:
+        file.write('{"step": 6, "lo')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3, 4, 5]
+    rewind_metrics(tmp_path, 4)
+    assert metrics.read_text() == "".join(json.dumps({"step": s, "loss": s / 3}) + "\n" for s in range(4))
+    rewind_metrics(tmp_path, 9)
+    assert len(read_metrics(tmp_path)) == 4
+    append_metrics(tmp_path, {"step": 4})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+def test_rewind_without_metrics_starts_an_empty_file(tmp_path: Path) -> None:
+    rewind_metrics(tmp_path, 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
