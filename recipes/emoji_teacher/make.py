@@ -90,6 +90,10 @@ def bundle(work: Path, pipeline: Path) -> None:
     pipe.transformer.half()
     pipe.vae.half()
     pipe.save_pretrained(ASSETS / "pipeline", safe_serialization=True)
+    for path in (ASSETS / "pipeline").rglob("*.json"):  # the folder that it was made in is nobody's business
+        if "_name_or_path" in (values := json.loads(path.read_text())):
+            del values["_name_or_path"]
+            path.write_text(json.dumps(values, indent=2) + "\n")
     shutil.copytree(work / "judge", ASSETS / "judge")
     (ASSETS / "prompts.txt").write_text("\n".join(prompts()) + "\n")
 
