@@ -17,13 +17,14 @@ FILES = sorted(p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*.py"))
 
 EXTERNAL = {
     "accelerate": ("training/distill.py",),
-    "diffusers": ("teachers/", "display.py", "doctor.py"),
+    "diffusers": ("teachers/", "display.py", "doctor.py", "evaluation/solvers.py"),
     "transformers": ("evaluation/judge.py", "display.py"),
     "typer": ("cli.py",),
     "rich": ("cli.py", "display.py"),
-    "pydantic": ("config.py",),
-    "yaml": ("config.py",),
-    "matplotlib": ("evaluation/report.py",),
+    "pydantic": ("config.py", "reproduction/runs.py"),
+    "yaml": ("config.py", "reproduction/runs.py"),
+    "datasets": ("images/reading.py",),
+    "matplotlib": ("evaluation/report.py", "reproduction/figures.py"),
     "jinja2": ("evaluation/report.py",),
 }
 """Libraries that few files may touch."""

@@ -18,7 +18,7 @@ from PIL import Image
 from stepfold.cli import main
 from stepfold.config import from_yaml, load_config, preset_names, to_yaml
 
-COMMANDS = ("distill", "sample", "evaluate", "doctor", "presets")
+COMMANDS = ("distill", "sample", "evaluate", "reproduce", "doctor", "presets")
 FAST = (
     "training.steps=1", "training.precision=no", "training.rollout_precision=no", "space.route_steps=2",
     "teacher.max_tokens=32", "evaluation.n=0", "training.preview_every=1000",
@@ -319,6 +319,15 @@ def test_doctor_says_ok_and_writes_its_findings(tiny_sana: Path, tmp_path: Path)
 
 def test_doctor_refuses_what_is_no_teacher(tmp_path: Path) -> None:
     assert_one_line(Result("doctor", tmp_path), "no model_index.json")
+
+
+def test_reproduce_lists_its_runs_and_names_mistakes(tmp_path: Path) -> None:
+    runs = Result("reproduce", "--table", "T4", "--dry-run", "--out", tmp_path)
+    assert (runs.code, runs.err) == (0, "")
+    lines = runs.out.splitlines()
+    assert len(lines) == 9 and lines[0] == "to do  T4 random: space.route=random seed=0"
+    assert_one_line(Result("reproduce", "--table", "T9", "--out", tmp_path), "no table 'T9'")
+    assert_one_line(Result("reproduce", "--set", "training.step=1", "--out", tmp_path), "did you mean 'training.steps'")
 
 
 def test_presets_are_listed() -> None:

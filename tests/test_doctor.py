@@ -31,7 +31,7 @@ def pairs(teacher: SanaTeacher) -> Pairs:
     noise, route = 0.5 * torch.randn(4, *teacher.latent_shape), torch.tensor([[1.57, 1.2, 0.8, 0.4]]).expand(4, 4)
     guidance, keep = torch.full((4,), 4.5), torch.ones(4, dtype=torch.bool)
     return pairs_from(
-        walk(teacher, noise, route, condition, guidance), condition, guidance, keep_first=False, keep=keep
+        walk(teacher.velocity, noise, route, condition, guidance), condition, guidance, keep_first=False, keep=keep
     )
 
 
@@ -57,6 +57,7 @@ def wrong_mask(teacher: SanaTeacher) -> None:
 
 def wrong_null(teacher: SanaTeacher) -> None:
     teacher._null = teacher._encode(["something"], instruct=False)
+    teacher._null_trimmed = teacher._null.trimmed()
 
 
 @pytest.mark.parametrize("mistake", [wrong_time, wrong_mask, wrong_null])

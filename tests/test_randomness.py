@@ -62,6 +62,9 @@ def test_streams_stay_what_they_are():
     torch.testing.assert_close(normal((3,), 0, "noise", 0), torch.tensor(expected), rtol=1e-6, atol=1e-6)
 
 
+TENSORS = ("noise", "route", "guidance", "uniform", "times", "fresh_noise")
+
+
 @pytest.mark.parametrize("route", ["reference", "logit_normal", "random"])
 def test_a_sample_does_not_depend_on_how_many_share_its_step(tiny_sana: Path, prompts_file: Path, route: str):
     teacher, prompts = SanaTeacher(tiny_sana, max_tokens=32), open_prompts(prompts_file)
@@ -70,7 +73,7 @@ def test_a_sample_does_not_depend_on_how_many_share_its_step(tiny_sana: Path, pr
         config = validate(
             {
                 "prompts": str(prompts_file),
-                "space": {"route": route, "route_per": "prompt"},
+                "space": {"kind": "endpoints", "route": route, "route_per": "prompt"},
                 "training": {"prompts_per_step": per_step},
             }
         )
@@ -83,7 +86,7 @@ def test_a_sample_does_not_depend_on_how_many_share_its_step(tiny_sana: Path, pr
     alone, together = draws(1), draws(6)
     for a, b in zip(alone, together, strict=True):
         assert a["prompts"] == b["prompts"]
-        assert all(torch.equal(a[name], b[name]) for name in ("noise", "route", "guidance", "uniform"))  # type: ignore[arg-type]
+        assert all(torch.equal(a[name], b[name]) for name in TENSORS)  # type: ignore[arg-type]
     assert len({sample["prompts"] for sample in alone[:12]}) == 12  # an epoch: every prompt once
     assert {float(sample["guidance"]) for sample in alone} == {4.0, 4.5, 5.0}  # type: ignore[arg-type]
 

@@ -10,6 +10,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from diffusers import AutoencoderDC, SanaPipeline
@@ -106,6 +107,18 @@ def quality(n: int) -> dict[str, dict]:
     return rows_by_steps(rows)["teacher"]
 
 
+def draw_curves(work: Path) -> None:
+    """The loss of every stage over its steps, one plot each, into curves.png."""
+    logs = [work / stage / "log.jsonl" for stage in ("autoencoder", "judge_training", "teacher")]
+    figure, plots = plt.subplots(1, len(logs), figsize=(4 * len(logs), 3), layout="constrained")
+    for plot, log in zip(plots, logs, strict=True):
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        plot.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=0.7)
+        plot.set(title=log.parent.name.replace("_", " "), xlabel="step", ylabel="loss")
+    figure.savefig(work / "curves.png", dpi=120)
+    plt.close(figure)
+
+
 def card(made: dict[str, float], rows: dict[str, dict], steps: argparse.Namespace) -> str:
     """The model card."""
     table = "".join(
@@ -167,6 +180,7 @@ def main() -> None:
     made = judge(args.work, pool, fresh, args.judge)
     vae = autoencoder(args.work, pool, args.autoencoder)
     bundle(args.work, teacher(args.work, pool, vae, args.teacher))
+    draw_curves(args.work)
     text = card(made, quality(args.n), args)
     (ASSETS / "pipeline" / "README.md").write_text(text)
     print(text)

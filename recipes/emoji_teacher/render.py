@@ -2,8 +2,12 @@
 
 One render is a Noto Color Emoji glyph, randomly scaled, shifted and rotated, on a plain background of random colour.
 The same prompt therefore has many pictures, which is what makes the noise of the diffusion model matter.
+
+`python recipes/emoji_teacher/render.py FOLDER` writes some as an image folder, for methods that need images.
 """
 
+import argparse
+import json
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import Pool
@@ -120,3 +124,25 @@ def render_all(per_name: int, seed: int, processes: int = 2) -> Renders:
         np.repeat(np.arange(len(NAMES), dtype=np.int16), per_name),
         np.concatenate([colours for _, colours in parts]).astype(np.int8),
     )
+
+
+def save_folder(folder: Path, per_name: int, seed: int) -> int:
+    """Writes PNGs, then metadata.jsonl (a folder that has one is whole); returns how many."""
+    folder.mkdir(parents=True)
+    made, rng, colours = render_all(per_name, seed), np.random.default_rng(seed), list(COLOURS)
+    lines = []
+    for i, (image, name, colour) in enumerate(zip(made.images, made.name, made.colour, strict=True)):
+        Image.fromarray(image).save(folder / f"{i:06d}.png")
+        caption = prompt_for(NAMES[name], colours[colour], rng, p_colour=0.85)
+        lines.append(json.dumps({"file_name": f"{i:06d}.png", "text": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return len(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write; must not exist")
+    parser.add_argument("--per-name", type=int, default=48, help="pictures of each of the names")
+    parser.add_argument("--seed", type=int, default=3, help="1 and 2 made the teacher's and the judge's data")
+    args = parser.parse_args()
+    print(f"{save_folder(args.folder, args.per_name, args.seed)} pictures in {args.folder}")

@@ -47,7 +47,9 @@ def distill(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Settings to start from: demo, default, paper, released, or a yaml file."),
+        typer.Option(
+            help="Settings to start from: demo, emoji-long, reproduce, default, paper, released, or a yaml file."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/PRESET.", show_default=False)] = None,
     changes: Annotated[
@@ -192,6 +194,65 @@ def doctor(
             part.write_text(json.dumps([vars(f) for f in findings], indent=2) + "\n")
     if not all(f.ok for f in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def reproduce(
+    tables: Annotated[
+        list[str] | None, typer.Option("--table", help="T2, T4, ...; again for more. Default: all.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs; finished ones in it are not run again.")] = Path(
+        "runs/reproduce"
+    ),
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Image folder for rows that need one (recipes/emoji_teacher/render.py); else they are left out.",
+            show_default=False,
+        ),
+    ] = None,
+    page: Annotated[Path, typer.Option(help="Page to write; its numbers go beside it as json.")] = Path(
+        "runs/reproduce/paper.md"
+    ),
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of every run, e.g. training.steps=500."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and which are done, and stop.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the paper's comparisons again and write a page with a verdict on each claim.
+
+    Stop it whenever you like: started again, it goes on where it was.
+
+    stepfold reproduce --table T4
+
+    stepfold reproduce --table T6 --table T7 --dry-run
+    """
+    from stepfold.display import Display, quiet_libraries
+    from stepfold.reproduction import page as pages
+    from stepfold.reproduction import runs as experiment_runs
+
+    experiments = experiment_runs.load_experiments()
+    planned = experiment_runs.plan(experiments, tables or [], changes or [], images)
+    if dry_run:
+        for run in planned:
+            done = "done" if (out / run.name / experiment_runs.SCORES).exists() else "to do"
+            typer.echo(f"{done:6} {run.table} {run.row}: {' '.join(run.changes)}")
+        return
+    quiet_libraries()
+    display, solvers, figures = Display(quiet), {}, {}
+    try:
+        experiment_runs.reproduce(experiments, planned, out, display)
+        solvers = experiment_runs.measure_solvers(experiments, out, display)
+        figures = experiment_runs.measure_figures(experiments, out, display)
+    except KeyboardInterrupt:
+        display.note("stopped; start it again to go on")
+        raise typer.Exit(130) from None
+    finally:
+        everything = experiment_runs.plan(experiments, [], changes or [], images)
+        pages.write_page(experiments, experiment_runs.collect_scores(everything, out), solvers, figures, page)
+    typer.echo(f"page: {page}")
 
 
 @app.command()

@@ -40,6 +40,17 @@ class TeacherSettings(Section):
 class SpaceSettings(Section):
     """Where the training pairs come from."""
 
+    kind: Literal["generation", "endpoints", "images"] = Field(
+        default="generation",
+        description="the teacher's walk itself (TBCM), its end noised afresh (image-free sCM), or images noised (sCM); "
+        "in the last two each latent is noised to as many times as a walk would keep, drawn as the route says",
+    )
+    images: str | None = Field(
+        default=None, description="folder of pictures with a metadata.jsonl of file_name and text, for kind images"
+    )
+    cache_latents: bool = Field(
+        default=False, description="encode all images once, before training, instead of each when its turn comes"
+    )
     route: Literal["reference", "logit_normal", "random"] = Field(
         default="reference", description="how the times are drawn"
     )
@@ -63,7 +74,7 @@ class SpaceSettings(Section):
 
 
 class ConsistencySettings(Section):
-    """The objective."""
+    """Continuous-time consistency."""
 
     prior_weight: PriorWeight = Field(default="inverse_tangent", description="1 / (sigma_data tan t), or none")
     adaptive_weight: bool = Field(default=True, description="learn w_phi(t)")
@@ -74,6 +85,14 @@ class ConsistencySettings(Section):
     r_warmup: int = Field(default=4000, ge=0, description="H, steps")
     r_cooldown_start: int = Field(default=15000, ge=0, description="S_r, step")
     r_cooldown_steps: int = Field(default=2000, ge=0, description="T_r, steps")
+
+
+class DiscreteSettings(Section):
+    """Discrete consistency."""
+
+    huber_constant: float = Field(
+        default=0.03, ge=0, description="of the pseudo-Huber distance, per square root of elements, in latent units"
+    )
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -93,6 +112,9 @@ class OptimiserSettings(Section):
     clip: float = Field(default=0.1, gt=0, description="largest gradient norm")
 
 
+Precision = Literal["no", "bf16", "auto"]
+
+
 class TrainingSettings(Section):
     """The loop."""
 
@@ -104,8 +126,16 @@ class TrainingSettings(Section):
     tangent: Literal["two_pass", "finite_difference"] = Field(
         default="two_pass", description="backend of the total derivative"
     )
-    precision: Literal["no", "bf16"] = Field(default="no", description="autocast of the student")
-    rollout_precision: Literal["no", "bf16"] = Field(default="no", description="autocast of the teacher's walks")
+    precision: Precision = Field(
+        default="no", description="autocast of the student; auto: bf16 where the device has instructions for it"
+    )
+    rollout_precision: Precision = Field(default="no", description="autocast of the teacher's walks; auto as above")
+    compile: bool = Field(
+        default=False,
+        description="compile teacher and student: about two minutes first, faster after (CPU: needs a C++ compiler); "
+        "prompts are padded to teacher.max_tokens, so keep that small; with a filter, each number of kept prompts is "
+        "compiled for itself",
+    )
     ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the average that is exported")
     checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1, description="how many checkpoints stay, the newest ones")
@@ -135,14 +165,22 @@ class Config(Section):
     )
     teacher: TeacherSettings = TeacherSettings()
     space: SpaceSettings = SpaceSettings()
+    objective: Literal["continuous", "discrete"] = Field(
+        default="continuous", description="continuous-time consistency, or discrete consistency between route times"
+    )
     consistency: ConsistencySettings = ConsistencySettings()
+    discrete: DiscreteSettings = DiscreteSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
-    def _prompts_for_teacher(self) -> "Config":
-        if self.prompts is None and self.teacher.source != "emoji":
+    def _source_of_prompts(self) -> "Config":
+        if (self.space.kind == "images") != (self.space.images is not None):
+            raise ValueError("space.kind=images and space.images=FOLDER go together; give both or neither")
+        if self.space.images is not None and self.prompts is not None:
+            raise ValueError("prompts are the images' own captions with space.kind=images; leave --prompts out")
+        if self.space.images is None and self.prompts is None and self.teacher.source != "emoji":
             raise ValueError(
                 "prompts is missing; give --prompts FILE (only the bundled teacher has prompts of its own)"
             )

@@ -68,8 +68,9 @@ class Display:
         text = f"{self._pairs_per_sec:.0f} pairs/s"
         if "loss" in row:
             text = (
-                f"loss {row['loss']:+.3f}  w_phi {row['w_phi']:+.2f}  tangent {row['tangent_norm']:.3f}  "
-                f"grad {row['grad_norm']:.2f}  {text}"
+                f"loss {row['loss']:+.3f}  "
+                + (f"w_phi {row['w_phi']:+.2f}  tangent {row['tangent_norm']:.3f}  " if "w_phi" in row else "")
+                + f"grad {row['grad_norm']:.2f}  {text}"
             )
         if self._bars is not None:
             self._bars.update(self._task, completed=progress.step, description=text)  # type: ignore[arg-type]

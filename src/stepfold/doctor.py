@@ -56,7 +56,7 @@ def examine(source: str, device: str) -> list[Finding]:
     )
     guidance = torch.full((count,), teacher.default_guidance, device=device)
     route = reference_route(uniform((1, n), 0, "doctor route")).expand(count, n).to(device)
-    trajectory = walk(teacher, noise, route, condition, guidance)
+    trajectory = walk(teacher.velocity, noise, route, condition, guidance)
     keep = torch.ones(count, dtype=torch.bool, device=device)
     pairs = pairs_from(trajectory, condition, guidance, keep_first=False, keep=keep)
     return [

@@ -24,13 +24,14 @@ from stepfold.evaluation.preview import sample_rows, save_grid
 from stepfold.evaluation.protocol import EMOJI, Protocol, Scores
 from stepfold.evaluation.report import curves_from_rows, write_report
 from stepfold.export.pipeline import model_card, save_student
-from stepfold.prompts.reading import PromptFile, open_prompts
+from stepfold.images.reading import ImageFolder, open_images
+from stepfold.prompts.reading import PromptFile, Prompts, open_prompts
 from stepfold.randomness import normal
 from stepfold.teachers.contract import Student
 from stepfold.teachers.loading import CARD, load_student, load_teacher
 from stepfold.teachers.sana import SanaTeacher
-from stepfold.training.distill import Progress, distill, make_accelerator
-from stepfold.training.runs import check_run, open_run, read_metrics, writing
+from stepfold.training.distill import Progress, choose_precision, distill, make_accelerator
+from stepfold.training.runs import check_run, checkpoints, open_run, read_metrics, writing
 
 NUM_PREVIEWS = 8
 
@@ -42,9 +43,11 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         UserError: something in the settings, the prompts, the teacher or the folder is wrong.
         NonFiniteError: the training diverged.
     """
+    config = choose_precision(config)
     accelerator = make_accelerator(config.training.precision)
     device = accelerator.device
-    prompts = open_prompts(config.prompts or assets.PROMPTS)
+    images = open_images(config.space.images) if config.space.images else None
+    prompts = images or open_prompts(config.prompts or assets.PROMPTS)
     check_run(folder, config, resume)
     display.note(
         f"{len(prompts)} prompts ({prompts.num_blank} blank and {prompts.num_duplicate} repeated lines left out), "
@@ -53,11 +56,15 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     torch.manual_seed(config.seed)  # the guidance embedder's and the weight head's initial values
     teacher = load_teacher(config.teacher, device)
     student = teacher.new_student()
+    if resume and not checkpoints(folder):
+        display.note(f"{folder} holds no checkpoint yet: starting from the teacher")
     open_run(folder, config, resume)  # only now: a teacher that does not load leaves no run behind
     remember_prompts(folder, prompts)
     guidance = config.evaluation.guidance or teacher.default_guidance
     black = cached_black(folder, teacher)
-    teacher.release_decoder()
+    latents = image_latents(folder, teacher, images, config.space.cache_latents, display) if images else None
+    if images is None or config.space.cache_latents:
+        teacher.release_decoder()
     preview = make_preview(folder, teacher, prompts, config, guidance, display)
 
     tracker = make_tracker(folder)
@@ -71,7 +78,10 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
                 tracker.add_scalar(name, value, progress.step)
 
     with display.training(config.training.steps):
-        average = distill(config, folder, teacher, student, prompts, black, accelerator, report=report, preview=preview)
+        average = distill(
+            config, folder, teacher, student, prompts, black, accelerator,
+            latents=latents, report=report, preview=preview,
+        )  # fmt: skip
     tracker.close()
 
     save_student(teacher, average, folder / "student", config, guidance, prompts.prompt(0))
@@ -102,7 +112,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     return result
 
 
-def remember_prompts(folder: Path, prompts: PromptFile) -> None:
+def remember_prompts(folder: Path, prompts: PromptFile | ImageFolder) -> None:
     """Notes which prompts a run uses, and refuses to go on with others.
 
     Raises:
@@ -130,8 +140,34 @@ def cached_black(folder: Path, teacher: SanaTeacher) -> torch.Tensor:
     return load_file(path)["black"].to(teacher.device)
 
 
+def image_latents(
+    folder: Path, teacher: SanaTeacher, images: ImageFolder, cache: bool, display: Display
+) -> Callable[[list[int]], torch.Tensor]:
+    """A function from numbers of images to their clean latents [B, ...], encoded when asked for, or all at once now."""
+
+    def encode(index: Sequence[int]) -> torch.Tensor:
+        return teacher.encode_pictures(
+            torch.stack([images.picture(i, teacher.height, teacher.width) for i in index])
+        )  # fmt: skip
+
+    if not cache:
+        return encode
+    path = folder / "latents.safetensors"
+    if not path.exists():
+        display.note(f"encoding {len(images)} images once")
+        with display.measuring({"images": len(images)}) as tick, writing(path) as part:
+            parts = []
+            for start in range(0, len(images), 50):
+                index = range(start, min(start + 50, len(images)))
+                parts.append(encode(index).cpu())
+                tick("images", len(index))
+            save_file({"x0": torch.cat(parts)}, part)
+    kept = load_file(path)["x0"]
+    return lambda index: kept[index].to(teacher.device)
+
+
 def make_preview(
-    folder: Path, teacher: SanaTeacher, prompts: PromptFile, config: Config, guidance: float, display: Display
+    folder: Path, teacher: SanaTeacher, prompts: Prompts, config: Config, guidance: float, display: Display
 ) -> Callable[[Student, int], None]:
     """Draws the teacher at 20 steps and the student at 1, 2 and 4, from the same prompts and noise, into previews/."""
     shown = [prompts.prompt(i * len(prompts) // NUM_PREVIEWS) for i in range(min(NUM_PREVIEWS, len(prompts)))]

@@ -64,7 +64,7 @@ def test_a_walk_follows_the_exact_flow_with_first_order():
     for num_steps in (16, 32, 64, 128):
         teacher.calls.clear()
         route = even_route(4, num_steps)
-        path = walk(teacher, noise, route, condition, guidance)  # type: ignore[arg-type]
+        path = walk(teacher.velocity, noise, route, condition, guidance)
         assert torch.equal(torch.stack(teacher.calls), route.T) and torch.equal(path.t, route.T)
         assert torch.equal(path.x[0], noise) and path.x.shape == path.dxdt.shape == (num_steps, 4, *SHAPE)
         for x, t, dxdt in zip(path.x, path.t, path.dxdt, strict=True):
@@ -79,7 +79,7 @@ def test_a_walk_follows_the_exact_flow_with_first_order():
 
 def test_a_step_is_exact_where_data_and_noise_stand_still():
     teacher, (noise, condition, guidance) = ScaledGaussian(std=1e-9), start()
-    path = walk(teacher, noise, even_route(4, 3), condition, guidance)  # type: ignore[arg-type]
+    path = walk(teacher.velocity, noise, even_route(4, 3), condition, guidance)
     mean = teacher.gaussian(condition, guidance).mean
     torch.testing.assert_close(path.x0, mean.expand_as(noise), rtol=0, atol=1e-7)
     cos, sin = (f(path.t)[..., None, None, None] for f in (torch.cos, torch.sin))
@@ -89,10 +89,10 @@ def test_a_step_is_exact_where_data_and_noise_stand_still():
 def test_every_row_walks_its_own_route():
     teacher, (noise, condition, guidance) = ScaledGaussian(), start()
     route = torch.rand(4, 5, dtype=torch.float64).sort(dim=1, descending=True).values * HALF_PI
-    together = walk(teacher, noise, route, condition, guidance)  # type: ignore[arg-type]
+    together = walk(teacher.velocity, noise, route, condition, guidance)
     for i in range(4):
         row = slice(i, i + 1)
-        alone = walk(teacher, noise[row], route[row], condition.rows(row), guidance[row])  # type: ignore[arg-type]
+        alone = walk(teacher.velocity, noise[row], route[row], condition.rows(row), guidance[row])
         torch.testing.assert_close(alone.x[:, 0], together.x[:, i], rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(alone.x0[0], together.x0[i], rtol=1e-13, atol=1e-13)
 
@@ -175,7 +175,7 @@ def pairs_of(config: Config, keep: Sequence[bool]) -> Pairs:
     """What a preset makes of the closed-form teacher."""
     space, (noise, condition, guidance) = config.space, start(len(keep))
     route = torch.stack([draw_route(space, config.seed, 0, i, SIGMA_DATA) for i in range(len(keep))]).double()
-    path = walk(ScaledGaussian(), noise, route, condition, guidance)  # type: ignore[arg-type]
+    path = walk(ScaledGaussian().velocity, noise, route, condition, guidance)
     return pairs_from(path, condition, guidance, keep_first=space.keep_first, keep=torch.tensor(keep))
 
 

@@ -198,7 +198,7 @@ def test_a_student_learns_guidance_in_twenty_steps(teacher: Any):
     route = torch.linspace(torch.pi / 2, 0, 5)[:-1].expand(4, -1)
     keep = torch.ones(4, dtype=torch.bool)
     pairs = pairs_from(
-        walk(teacher, noise, route, condition, guidance), condition, guidance, keep_first=False, keep=keep
+        walk(teacher.velocity, noise, route, condition, guidance), condition, guidance, keep_first=False, keep=keep
     )
 
     def sensitivity() -> float:

@@ -40,8 +40,8 @@ def teacher(tiny_sana: Path) -> SanaTeacher:
 def settings(tiny_sana: Path, prompts_file: Path) -> Callable[..., Config]:
     """`settings("training.steps=9")`: the fast settings, changed."""
 
-    def make(*changes: str) -> Config:
-        return load_config("default", [*FAST, *changes], teacher__source=str(tiny_sana), prompts=str(prompts_file))
+    def make(*changes: str, prompts: str | None = str(prompts_file)) -> Config:
+        return load_config("default", [*FAST, *changes], teacher__source=str(tiny_sana), prompts=prompts)
 
     return make
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_student
 from stepfold.teachers.sana import SanaStudent, SanaTeacher
-from stepfold.training.distill import Draw, Progress, distill, draw, make_accelerator, update
+from stepfold.training.distill import Draw, Progress, choose_precision, collect, distill, draw, make_accelerator, update
 from stepfold.training.runs import checkpoints, read_metrics
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def pairs_of(teacher: SanaTeacher, config: Config, prompts: PromptFile, keep: li
     """The pairs of step 0, in float64."""
     batch = draw(0, prompts, teacher, config, CPU)
     condition = teacher.encode(batch.prompts)
-    trajectory = walk(teacher, batch.noise, batch.route, condition, batch.guidance)
+    trajectory = walk(teacher.velocity, batch.noise, batch.route, condition, batch.guidance)
     kept = torch.tensor(keep or [True] * len(batch.prompts))
     pairs = pairs_from(trajectory, condition, batch.guidance, keep_first=config.space.keep_first, keep=kept)
     wide = {name: getattr(pairs, name).double() for name in ("x", "t", "dxdt", "guidance")}
@@ -130,6 +131,87 @@ def test_a_step_without_kept_prompts_changes_nothing(
     train(config, tmp_path / "run", teacher, prompts, student)
     assert all(torch.equal(value, before[name]) for name, value in state(student).items())
     assert read_metrics(tmp_path / "run") == [{"step": step, "kept": 0.0} for step in range(4)]
+
+
+@pytest.mark.parametrize("keep_first", ["true", "false"])
+def test_endpoints_are_noised_to_the_times_that_a_walk_would_keep(
+    teacher: SanaTeacher, settings: Settings, prompts: PromptFile, keep_first: str
+) -> None:
+    """Both spaces from the same prompts, noise, routes: equal times, and at the top of the route different states."""
+    common = ("space.route_per=prompt", f"space.keep_first={keep_first}")
+    walked = pairs_in(settings(*common), teacher, prompts)
+    noised = pairs_in(settings(*common, "space.kind=endpoints"), teacher, prompts)
+    assert torch.equal(walked.t, noised.t) and torch.equal(walked.prompt, noised.prompt)
+    assert walked.num_walked == noised.num_walked and torch.equal(walked.t_next, noised.t_next)
+    count = len(walked) // len(walked.prompt.unique())
+    for first in range(0, len(walked), count):
+        t, t_next = (values[first : first + count] for values in (walked.t, walked.t_next))
+        assert torch.equal(t_next[:-1], t[1:]) and t_next[-1] == 0
+    assert (walked.x - noised.x).flatten(1).norm(dim=1).min() > 0.1
+    with torch.no_grad():
+        again = teacher.velocity(noised.x, noised.t, noised.condition, noised.guidance)
+    torch.testing.assert_close(noised.dxdt, again)
+
+
+def pairs_in(config: Config, teacher: SanaTeacher, prompts: PromptFile) -> Pairs:
+    """The pairs of step 0 of a run."""
+    batch = draw(0, prompts, teacher, config, CPU)
+    black = torch.zeros(teacher.latent_shape)
+    condition = teacher.encode(batch.prompts)
+    return collect(batch, condition, teacher.velocity, black, teacher.sigma_data, config.space)
+
+
+def test_diffusion_space_draws_independent_times(teacher: SanaTeacher, settings: Settings, prompts: PromptFile) -> None:
+    """Logit-normal times of the given mean and spread, none replaced by pi/2, as a walk's first is."""
+    changes = ("space.kind=endpoints", "space.route=logit_normal", "training.prompts_per_step=64")
+    draws = [draw(step, prompts, teacher, settings(*changes, "space.route_steps=9"), CPU) for step in range(8)]
+    times = torch.cat([batch.times for batch in draws if batch.times is not None])
+    assert times.shape == (512, 8) and (times.diff(dim=1) <= 0).all()
+    tau = torch.log(teacher.sigma_data * torch.tan(times))
+    assert abs(tau.mean() - 0.2) < 0.1 and abs(tau.std() - 1.6) < 0.1
+    one = settings(*changes, "space.route_steps=2")
+    single = torch.cat([t for step in range(8) if (t := draw(step, prompts, teacher, one, CPU).times) is not None])
+    assert single.shape == (512, 1) and abs(torch.log(teacher.sigma_data * torch.tan(single)).mean() - 0.2) < 0.25
+
+
+@pytest.mark.parametrize("change", ["space.kind=endpoints", "objective=discrete"])
+def test_other_spaces_and_objectives_train(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, change: str
+) -> None:
+    student = teacher.new_student()
+    before = state(student)
+    train(settings(change), tmp_path / "run", teacher, prompts, student)
+    assert any(not torch.equal(value, before[name]) for name, value in state(student).items())
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in read_metrics(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_the_same_steps(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    """Compiling changes rounding only, and a compiled run resumes to the bit."""
+    plain = state(train(settings(), tmp_path / "plain", teacher, prompts)[0])
+    config = settings("training.compile=true", "teacher.max_tokens=16")
+    whole = state(train(config, tmp_path / "run", teacher, prompts)[0])
+    start = state(teacher.new_student())
+    for name, value in whole.items():
+        assert (value - plain[name]).norm() <= 1e-2 * (plain[name] - start[name]).norm() + 1e-6, name
+    shutil.rmtree(checkpoints(tmp_path / "run")[-1])
+    resumed = state(train(config, tmp_path / "run", teacher, prompts)[0])
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
+def test_a_missing_compiler_is_named(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._inductor.config as inductor
+
+    torch.compiler.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(inductor.cpp, "cxx", (str(tmp_path / "no-compiler"),))
+    with pytest.raises(UserError, match=r"compiling .* failed .*training.compile=false"):
+        train(settings("training.compile=true", "teacher.max_tokens=16"), tmp_path / "run", teacher, prompts)
+    assert not checkpoints(tmp_path / "run")
 
 
 def test_a_sample_does_not_depend_on_the_batch_size(
@@ -346,3 +428,13 @@ def test_read_only_folder_is_one_line(tmp_path: Path, settings: Settings) -> Non
             run_distill(settings(), tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
     finally:
         tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize(("fast", "chosen"), [(True, "bf16"), (False, "no")])
+def test_automatic_precision_follows_the_machine(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, fast: bool, chosen: str
+) -> None:
+    monkeypatch.setattr("stepfold.training.distill.has_bf16", lambda device: fast)
+    config = choose_precision(settings("training.precision=auto", "training.rollout_precision=bf16"))
+    assert (config.training.precision, config.training.rollout_precision) == (chosen, "bf16")
+    assert choose_precision(settings()) == settings()

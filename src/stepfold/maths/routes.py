@@ -23,6 +23,19 @@ def half_pi(dtype: torch.dtype) -> float:
     return rounded.item()
 
 
+def random_times(uniform: Tensor) -> Tensor:
+    """U[0, 1) -> times uniform on (0, pi/2], elementwise; never 0, where the loss weight is infinite."""
+    return (1 - uniform) * (math.pi / 2)
+
+
+def logit_normal_times(normal: Tensor, sigma_data: float, mean: float = 0.2, std: float = 1.6) -> Tensor:
+    """N(0, 1) -> times with log(sigma_data tan t) of the given mean and standard deviation, elementwise.
+
+    Reference: arXiv:2410.11081 (its proposal distribution).
+    """
+    return torch.atan(torch.exp(mean + std * normal) / sigma_data)
+
+
 def random_route(uniform: Tensor) -> Tensor:
     """Times uniform on (0, pi/2], sorted down, the first set to pi/2.
 
@@ -34,7 +47,7 @@ def random_route(uniform: Tensor) -> Tensor:
 
     Reference: arXiv:2511.20410, Sec. 4.2.
     """
-    return _descend_from_half_pi((1 - uniform) * (math.pi / 2))  # 1 - u: never 0, where the loss weight is infinite
+    return _descend_from_half_pi(random_times(uniform))
 
 
 def logit_normal_route(normal: Tensor, sigma_data: float, mean: float = 0.2, std: float = 1.6) -> Tensor:
@@ -51,7 +64,7 @@ def logit_normal_route(normal: Tensor, sigma_data: float, mean: float = 0.2, std
     Reference: arXiv:2410.11081 (its proposal distribution).
     Deviation: arXiv:2511.20410 prints the rule with the exponent misplaced; this is the rule it cites.
     """
-    return _descend_from_half_pi(torch.atan(torch.exp(mean + std * normal) / sigma_data))
+    return _descend_from_half_pi(logit_normal_times(normal, sigma_data, mean, std))
 
 
 def reference_times(num_steps: int, shift: float = 2.5) -> Tensor:

@@ -5,7 +5,7 @@ import os
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -16,6 +16,16 @@ MAX_CHARACTERS = 2_000
 _MAX_LINE_BYTES = 4 * MAX_CHARACTERS + 64
 _BOM = b"\xef\xbb\xbf"
 _FEISTEL_ROUNDS = 6
+
+
+class Prompts(Protocol):
+    """What the loop reads prompts from: a file of them, or the captions of a folder of images."""
+
+    def __len__(self) -> int: ...
+
+    def prompt(self, index: int) -> str:
+        """The prompt number `index`, 0 <= index < len(self)."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

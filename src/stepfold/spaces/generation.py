@@ -1,5 +1,6 @@
 """Generation space (TBCM): pairs come from the teacher's own way from noise to picture. No image is involved."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -10,7 +11,10 @@ from torch import Tensor
 from stepfold.maths.filters import FilterRule, darkness, keep_mask
 from stepfold.maths.formulations import euler_step
 from stepfold.spaces.pairs import Pairs
-from stepfold.teachers.contract import Condition, Teacher
+from stepfold.teachers.contract import Condition
+
+Velocity = Callable[[Tensor, Tensor, Condition, Tensor], Tensor]
+"""(x [B, ...], t [B], condition, guidance scales [B]) -> dx/dt [B, ...]: a teacher's `velocity`, compiled or not."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,11 @@ class Trajectory:
     x0: Tensor
 
 
-def walk(teacher: Teacher, noise: Tensor, route: Tensor, condition: Condition, guidance: Tensor) -> Trajectory:
+def walk(velocity: Velocity, noise: Tensor, route: Tensor, condition: Condition, guidance: Tensor) -> Trajectory:
     """Walks the teacher from noise to t = 0 with first-order TrigFlow steps; one teacher call a step.
 
     Args:
-        teacher: gives the guided velocity.
+        velocity: the teacher's, guided.
         noise: [B, ...], of standard deviation sigma_data.
         route: [B, N], falling from pi/2.
         condition: B rows.
@@ -49,7 +53,7 @@ def walk(teacher: Teacher, noise: Tensor, route: Tensor, condition: Condition, g
     times = torch.cat([route, torch.zeros_like(route[:, :1])], dim=1).T
     x, states, velocities = noise, [], []
     for t, t_next in pairwise(times):
-        dxdt = teacher.velocity(x, t, condition, guidance)
+        dxdt = velocity(x, t, condition, guidance)
         states.append(x)
         velocities.append(dxdt)
         x = euler_step(x, t, t_next, dxdt)
@@ -86,6 +90,7 @@ def pairs_from(
     return Pairs(
         x=flat(trajectory.x),
         t=flat(trajectory.t),
+        t_next=flat(torch.cat([trajectory.t[1:], torch.zeros_like(trajectory.t[:1])])),
         dxdt=flat(trajectory.dxdt),
         condition=condition.rows(index).repeat_interleave(count),
         guidance=guidance[index].repeat_interleave(count),

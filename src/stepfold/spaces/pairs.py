@@ -14,6 +14,7 @@ class Pairs:
     Attributes:
         x: [M, ...], at time t, data part of standard deviation sigma_data.
         t: [M], in [0, pi/2].
+        t_next: [M], the time below t that the route goes on to, 0 at its end.
         dxdt: [M, ...], the teacher's (guided) velocity at (x, t).
         condition: M rows.
         guidance: [M], the guidance scale that is in dxdt.
@@ -23,6 +24,7 @@ class Pairs:
 
     x: Tensor
     t: Tensor
+    t_next: Tensor
     dxdt: Tensor
     condition: Condition
     guidance: Tensor
@@ -37,6 +39,7 @@ class Pairs:
         return Pairs(
             self.x[index],
             self.t[index],
+            self.t_next[index],
             self.dxdt[index],
             self.condition.rows(index),
             self.guidance[index],

@@ -87,6 +87,10 @@ class Teacher(Protocol):
         """Clean latents (of standard deviation sigma_data) [B, ...] -> pictures [B, 3, H, W] in [0, 1]."""
         ...
 
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] -> clean latents (of standard deviation sigma_data) [B, ...]."""
+        ...
+
     def black_latent(self) -> Tensor:
         """z_black [...]: the unit-variance latent of an all-black picture."""
         ...

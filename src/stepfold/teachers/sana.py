@@ -149,7 +149,10 @@ class SanaTeacher:
         schedule = self.pipe.scheduler.config
         self.shift = float(schedule.get("shift", schedule.get("flow_shift", 1.0)))
         self.max_tokens, self.null_mask = max_tokens, null_mask
-        self._null = None if self.guidance_kind != "classifier_free" else self._encode([""], instruct=False)
+        self._null = self._null_trimmed = None
+        if self.guidance_kind == "classifier_free":
+            self._null = self._encode([""], instruct=False)
+            self._null_trimmed = self._null.trimmed()
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str], instruct: bool) -> Condition:
@@ -175,11 +178,11 @@ class SanaTeacher:
         With `null_mask="own"` it is masked by its own length, as diffusers' pipelines do; with `"prompt"` by the
         prompt's mask, as the public training code does.
         """
-        assert self._null is not None
+        assert self._null is not None and self._null_trimmed is not None
         if self.null_mask == "prompt":
             length = like.mask.shape[1]
             return Condition(self._null.embeds[:, :length].expand(len(like), -1, -1), like.mask)
-        null = self._null.trimmed()
+        null = self._null_trimmed
         return Condition(null.embeds.expand(len(like), -1, -1), null.mask.expand(len(like), -1))
 
     @torch.no_grad()
@@ -222,11 +225,15 @@ class SanaTeacher:
         return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
 
     @torch.no_grad()
-    def black_latent(self) -> Tensor:
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
         """See `Teacher`."""
         vae = self._vae()
-        picture = torch.full((1, 3, self.height, self.width), -1.0, device=self.device, dtype=vae.dtype)
-        return (vae.encode(picture, return_dict=False)[0] * vae.config.scaling_factor)[0].float()
+        encoded = vae.encode((2 * pictures - 1).to(self.device, vae.dtype), return_dict=False)[0]
+        return self.sigma_data * (encoded * vae.config.scaling_factor).float()
+
+    def black_latent(self) -> Tensor:
+        """See `Teacher`."""
+        return self.encode_pictures(torch.zeros(1, 3, self.height, self.width))[0] / self.sigma_data
 
     def new_student(self) -> SanaStudent:
         """See `Teacher`."""

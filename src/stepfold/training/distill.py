@@ -1,11 +1,11 @@
-"""The loop: prompts in, one-step student out. One batch is `draw`, `walk`, `update`; read `distill` top to bottom."""
+"""The loop: prompts in, one-step student out. A batch is `draw`, `collect`, `update`; read `distill` top to bottom."""
 
 import copy
 import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,29 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepfold.config import Config, SpaceSettings
 from stepfold.errors import NonFiniteError, UserError
-from stepfold.maths.routes import logit_normal_route, random_route, reference_route
+from stepfold.maths.formulations import data_prediction, euler_step
+from stepfold.maths.routes import (
+    half_pi,
+    logit_normal_route,
+    logit_normal_times,
+    random_route,
+    random_times,
+    reference_route,
+)
 from stepfold.maths.schedules import tangent_warmup
-from stepfold.maths.tangent import total_derivative
+from stepfold.maths.tangent import Tangent, total_derivative
 from stepfold.objectives.consistency import ConsistencyOptions, consistency_terms, tangent_direction
-from stepfold.prompts.reading import PromptFile, shuffled_index
+from stepfold.objectives.discrete import discrete_terms
+from stepfold.prompts.reading import Prompts, shuffled_index
 from stepfold.randomness import normal, uniform
-from stepfold.spaces.generation import brightness_filter, pairs_from, walk
+from stepfold.spaces.diffusion import noised_pairs
+from stepfold.spaces.generation import Velocity, brightness_filter, pairs_from, walk
 from stepfold.spaces.pairs import Pairs
-from stepfold.teachers.contract import Student, Teacher
+from stepfold.teachers.contract import Condition, Student, Teacher
 from stepfold.training.optimisers import learning_rate, make_optimiser
 from stepfold.training.runs import append_metrics, checkpoints, load_checkpoint, rewind_metrics, save_checkpoint
 
@@ -35,32 +46,48 @@ class Draw:
 
     Attributes:
         prompts: B strings.
+        index: B numbers of the prompts in their file.
         noise: [B, ...], of standard deviation sigma_data.
         route: [B, N].
         guidance: [B], float32.
         uniform: [B], for the brightness filter.
+        times: [B, M], falling, that diffusion space noises to; None in generation space.
+        fresh_noise: [B, M, ...] like `noise`, that it noises with; None in generation space.
     """
 
     prompts: list[str]
+    index: list[int]
     noise: Tensor
     route: Tensor
     guidance: Tensor
     uniform: Tensor
+    times: Tensor | None = None
+    fresh_noise: Tensor | None = None
 
 
-def draw(step: int, prompts: PromptFile, teacher: Teacher, config: Config, device: torch.device) -> Draw:
+def draw(step: int, prompts: Prompts, teacher: Teacher, config: Config, device: torch.device) -> Draw:
     """Prompts, noise, routes and guidance scales of a step, each from its own stream, per global sample number."""
     seed, count = config.seed, config.training.prompts_per_step
     samples = range(step * count, (step + 1) * count)
     scales = torch.tensor(config.space.guidance)
     picks: Tensor = torch.cat([uniform((1,), seed, "guidance", i) for i in samples]) * len(scales)
+    index = [shuffled_index(i, len(prompts), seed) for i in samples]
+    times = fresh_noise = None
+    if config.space.kind != "generation":
+        times = torch.stack([draw_times(config.space, seed, step, i, teacher.sigma_data) for i in samples]).to(device)
+        shape = (times.shape[1], *teacher.latent_shape)
+        fresh_noise = torch.stack([normal(shape, seed, "fresh noise", i) for i in samples]).to(device)
+        fresh_noise = teacher.sigma_data * fresh_noise
     return Draw(
-        prompts=[prompts.prompt(shuffled_index(i, len(prompts), seed)) for i in samples],
+        prompts=[prompts.prompt(i) for i in index],
+        index=index,
         noise=torch.stack([normal(teacher.latent_shape, seed, "noise", i) for i in samples]).to(device)
         * teacher.sigma_data,
         route=torch.stack([draw_route(config.space, seed, step, i, teacher.sigma_data) for i in samples]).to(device),
         guidance=scales[picks.long()].to(device),
         uniform=torch.cat([uniform((1,), seed, "filter", i) for i in samples]).to(device),
+        times=times,
+        fresh_noise=fresh_noise,
     )
 
 
@@ -77,12 +104,85 @@ def draw_route(space: SpaceSettings, seed: int, step: int, sample: int, sigma_da
     return reference_route(numbers, space.route_shift)[0]
 
 
+def draw_times(space: SpaceSettings, seed: int, step: int, sample: int, sigma_data: float) -> Tensor:
+    """As many times [M], falling, as a walk would keep: one from each cell of the reference ladder, or independent."""
+    count = space.route_steps - (not space.keep_first)
+    if space.route == "reference":
+        return draw_route(space, seed, step, sample, sigma_data)[-count:]
+    if space.route == "logit_normal":
+        numbers = normal((count,), seed, "times of sample", sample)
+        times = logit_normal_times(numbers, sigma_data, space.logit_mean, space.logit_std)
+    else:
+        times = random_times(uniform((count,), seed, "times of sample", sample))
+    return times.sort(descending=True).values.clamp(max=half_pi(times.dtype))
+
+
+def collect(
+    batch: Draw,
+    condition: Condition,
+    velocity: Velocity,
+    black: Tensor,
+    sigma_data: float,
+    space: SpaceSettings,
+    x0: Tensor | None = None,
+) -> Pairs:
+    """The training pairs of a step; dark pictures are dropped.
+
+    Generation space keeps the states of the teacher's walk. Diffusion space noises clean latents: `x0` [B, ...], of
+    standard deviation sigma_data, if given, else the ends of the walks.
+    """
+    trajectory = None
+    if x0 is None:
+        trajectory = walk(velocity, batch.noise, batch.route, condition, batch.guidance)
+        x0 = trajectory.x0
+    keep = brightness_filter(
+        x0, black, sigma_data, batch.uniform, threshold=space.filter_threshold, rule=space.filter_rule
+    )
+    if batch.times is None or batch.fresh_noise is None:
+        assert trajectory is not None
+        return pairs_from(trajectory, condition, batch.guidance, keep_first=space.keep_first, keep=keep)
+    return noised_pairs(velocity, x0, batch.times, batch.fresh_noise, condition, batch.guidance, keep)
+
+
 def update(
-    student: Student, pairs: Pairs, config: Config, step: int, sigma_data: float, accelerator: Accelerator
+    student: Student,
+    pairs: Pairs,
+    config: Config,
+    step: int,
+    sigma_data: float,
+    accelerator: Accelerator,
+    derivative: Callable[..., Tangent] = total_derivative,
 ) -> dict[str, Tensor]:
-    """Adds the gradient of the mean loss over the pairs, in micro-batches; returns per-pair figures [M]."""
+    """Adds the gradient of the mean loss over the pairs, in micro-batches; returns per-pair figures [M].
+
+    `derivative` is `total_derivative` or its compiled self.
+    """
+    denominator = len(pairs) if config.space.filter_denominator == "kept" else pairs.num_walked
+    size = config.training.micro_batch or len(pairs)
+    figures = defaultdict(list)
+    for start in range(0, len(pairs), size):
+        part = pairs.rows(slice(start, start + size))
+        if config.objective == "discrete":
+            loss, rows = discrete_loss(student, part, config, sigma_data, accelerator)
+        else:
+            loss, rows = continuous_loss(student, part, config, step, sigma_data, accelerator, derivative)
+        accelerator.backward(loss.sum() / denominator)
+        for name, values in rows.items():
+            figures[name].append(values)
+    return {name: torch.cat(values) for name, values in figures.items()}
+
+
+def continuous_loss(
+    student: Student,
+    part: Pairs,
+    config: Config,
+    step: int,
+    sigma_data: float,
+    accelerator: Accelerator,
+    derivative: Callable[..., Tangent],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Continuous-time consistency, per pair [M]: the loss, with gradient, and what to log."""
     c = config.consistency
-    options = ConsistencyOptions(c.prior_weight, c.adaptive_weight, c.normalise, c.normalise_constant)
     r = tangent_warmup(
         step,
         warmup=c.r_warmup,
@@ -91,36 +191,48 @@ def update(
         cooldown_steps=c.r_cooldown_steps,
         schedule=c.r_schedule,
     )
-    denominator = len(pairs) if config.space.filter_denominator == "kept" else pairs.num_walked
-    size = config.training.micro_batch or len(pairs)
-    figures = defaultdict(list)
-    for start in range(0, len(pairs), size):
-        part = pairs.rows(slice(start, start + size))
 
-        def network(x_unit: Tensor, t: Tensor, part: Pairs = part) -> Tensor:
-            return student(x_unit, t, part.condition, part.guidance)
+    def network(x_unit: Tensor, t: Tensor) -> Tensor:
+        return student(x_unit, t, part.condition, part.guidance)
 
-        dx, dt = tangent_direction(part.x, part.t, part.dxdt, sigma_data)
-        with accelerator.autocast():
-            tangent = total_derivative(network, part.x / sigma_data, part.t, dx, dt, config.training.tangent)
-            log_variance = student.log_variance(part.t, part.guidance)
-        terms = consistency_terms(
-            tangent.F,
-            tangent.dF,
-            part.x,
-            part.t,
-            part.dxdt,
-            log_variance.float(),
-            r=r,
-            sigma_data=sigma_data,
-            options=options,
-        )
-        accelerator.backward(terms.loss.sum() / denominator)
-        figures["loss"].append(terms.loss.detach())
-        figures["squared_error"].append(terms.squared_error)
-        figures["tangent_norm"].append(terms.tangent_norm)
-        figures["w_phi"].append(-log_variance.detach())
-    return {name: torch.cat(values) for name, values in figures.items()}
+    dx, dt = tangent_direction(part.x, part.t, part.dxdt, sigma_data)
+    with accelerator.autocast(), student_attention(config.training.precision, part.x.device):
+        tangent = derivative(network, part.x / sigma_data, part.t, dx, dt, config.training.tangent)
+        log_variance = student.log_variance(part.t, part.guidance)
+    terms = consistency_terms(
+        tangent.F,
+        tangent.dF,
+        part.x,
+        part.t,
+        part.dxdt,
+        log_variance.float(),
+        r=r,
+        sigma_data=sigma_data,
+        options=ConsistencyOptions(c.prior_weight, c.adaptive_weight, c.normalise, c.normalise_constant),
+    )
+    return terms.loss, {
+        "loss": terms.loss.detach(),
+        "squared_error": terms.squared_error,
+        "tangent_norm": terms.tangent_norm,
+        "w_phi": -log_variance.detach(),
+    }
+
+
+def discrete_loss(
+    student: Student, part: Pairs, config: Config, sigma_data: float, accelerator: Accelerator
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Discrete consistency, per pair [M]: the loss, with gradient, and what to log. The student is its own target."""
+
+    def picture(x: Tensor, t: Tensor) -> Tensor:
+        with accelerator.autocast(), student_attention(config.training.precision, x.device):
+            F = student(x / sigma_data, t, part.condition, part.guidance)
+        return data_prediction(x, t, sigma_data * F.to(x.dtype))
+
+    x_next = euler_step(part.x, part.t, part.t_next, part.dxdt)
+    with torch.no_grad():
+        target = picture(x_next, part.t_next)
+    terms = discrete_terms(picture(part.x, part.t), target, config.discrete.huber_constant)
+    return terms.loss, {"loss": terms.loss.detach(), "squared_error": terms.squared_error}
 
 
 @dataclass
@@ -151,10 +263,11 @@ def distill(
     folder: Path,
     teacher: Teacher,
     student: Student,
-    prompts: PromptFile,
+    prompts: Prompts,
     black: Tensor,
     accelerator: Accelerator,
     *,
+    latents: Callable[[list[int]], Tensor] | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
     preview: Callable[[Student, int], None] = lambda student, step: None,
 ) -> Student:
@@ -168,11 +281,13 @@ def distill(
         prompts: the training prompts.
         black: unit-variance latent of a black picture, for the brightness filter.
         accelerator: device, precision.
+        latents: numbers of B prompts -> clean latents [B, ...] of their images, for `space.kind=images`.
         report: called after every step.
         preview: called with the average every `preview_every` steps.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; the checkpoints are intact.
+        UserError: `training.compile` is on and compiling fails.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     training, device = config.training, accelerator.device
@@ -185,6 +300,9 @@ def distill(
     if start == 0:
         preview(average, 0)
     stages = Stages()
+    velocity, derivative = teacher.velocity, total_derivative
+    if training.compile:
+        velocity, derivative = compiled(velocity), compiled(derivative)
 
     with stop_requests() as stop:
         for step in range(start, training.steps):
@@ -192,23 +310,17 @@ def distill(
             with stages("text"):
                 batch = draw(step, prompts, teacher, config, device)
                 condition = teacher.encode(batch.prompts)
+                if training.compile:  # equal shapes: one graph, and a resumed run has the same one
+                    condition = condition.padded(config.teacher.max_tokens)
+            with stages("images"):
+                x0 = latents(batch.index).to(device) if latents else None
             with stages("teacher"), rollout_precision(training.rollout_precision, device):
-                trajectory = walk(teacher, batch.noise, batch.route, condition, batch.guidance)
-            space = config.space
-            keep = brightness_filter(
-                trajectory.x0,
-                black,
-                teacher.sigma_data,
-                batch.uniform,
-                threshold=space.filter_threshold,
-                rule=space.filter_rule,
-            )
-            pairs = pairs_from(trajectory, condition, batch.guidance, keep_first=space.keep_first, keep=keep)
+                pairs = collect(batch, condition, velocity, black, teacher.sigma_data, config.space, x0)
 
             row: dict[str, Any] = {"step": step, "kept": len(pairs) / pairs.num_walked}
             if len(pairs):
                 with stages("student"):
-                    figures = update(student, pairs, config, step, teacher.sigma_data, accelerator)
+                    figures = update(student, pairs, config, step, teacher.sigma_data, accelerator, derivative)
                     norm = accelerator.clip_grad_norm_(student.parameters(), config.optimiser.clip)
                 check_finite(figures, norm, step, batch.prompts, pairs)
                 with stages("optimiser"):
@@ -219,9 +331,9 @@ def distill(
                     optimiser.zero_grad(set_to_none=True)
                     move_average(average, student, min(training.ema, (1 + step) / (10 + step)))
                 row |= {name: values.mean().item() for name, values in figures.items()}
-                row |= {"grad_norm": float(torch.as_tensor(norm)), "lr": rate} | tangent_by_time(
-                    pairs.t, figures["tangent_norm"]
-                )
+                row |= {"grad_norm": float(torch.as_tensor(norm)), "lr": rate}
+                if "tangent_norm" in figures:
+                    row |= tangent_by_time(pairs.t, figures["tangent_norm"])
             append_metrics(folder, row)
             report(
                 Progress(
@@ -243,6 +355,34 @@ def distill(
 def rollout_precision(precision: str, device: torch.device) -> torch.autocast:
     """Autocast for the teacher's walks; its states stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, compiled at its first call, once for every set of shapes.
+
+    The returned function raises:
+        UserError: the compiler is missing or fails.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # imported late: it takes a second
+
+    fast = torch.compile(function, dynamic=False)
+
+    def call(*args: Any) -> Any:
+        try:
+            return fast(*args)
+        except TorchDynamoException as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"compiling {function.__name__} failed ({reason}); on a CPU it needs a C++ compiler "
+                "and the headers of Python (Debian: g++, python3-dev); or go on without: --set training.compile=false"
+            ) from None
+
+    return call
+
+
+def student_attention(precision: str, device: torch.device) -> AbstractContextManager:
+    """Plain attention where fused attention is the slow one: backward in bfloat16 on a CPU (docs/lab-log.md)."""
+    return sdpa_kernel(SDPBackend.MATH) if precision == "bf16" and device.type == "cpu" else nullcontext()
 
 
 @torch.no_grad()
@@ -269,7 +409,8 @@ def check_finite(figures: dict[str, Tensor], grad_norm: Any, step: int, prompts:
     rows = bad.nonzero().squeeze(1)[:4] if bad.any() else torch.arange(min(4, len(pairs)))
     where = "; ".join(
         f"prompt {prompts[int(pairs.prompt[i])]!r} t={pairs.t[i]:.4f} |x|={pairs.x[i].norm():.3g} "
-        f"|dxdt|={pairs.dxdt[i].norm():.3g} tangent={figures['tangent_norm'][i]:.3g}"
+        f"|dxdt|={pairs.dxdt[i].norm():.3g} "
+        + " ".join(f"{name}={values[i]:.3g}" for name, values in figures.items() if name != "loss")
         for i in rows.tolist()
     )
     what = f"loss of {int(bad.sum())} of {len(pairs)} pairs" if bad.any() else "gradient"
@@ -306,6 +447,21 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def choose_precision(config: Config) -> Config:
+    """`auto` becomes what this machine is faster with, so that the run folder says what was used."""
+    fast = "bf16" if has_bf16(torch.accelerator.current_accelerator() or torch.device("cpu")) else "no"
+    names = ("precision", "rollout_precision")
+    changes = {name: fast for name in names if getattr(config.training, name) == "auto"}
+    return config.model_copy(update={"training": config.training.model_copy(update=changes)})
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware; where it does not, float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def make_accelerator(precision: str) -> Accelerator:

@@ -1,0 +1,1 @@
+"""Folders of pictures with captions, for the methods that need images."""

@@ -1,0 +1,85 @@
+"""A folder of pictures with captions, in the layout that the `datasets` library calls an image folder."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from stepfold.errors import UserError
+
+CAPTION = "text"
+METADATA = "metadata.jsonl"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFolder:
+    """Pictures and captions; both stay on disk. It also serves where prompts are read: a caption is a prompt.
+
+    Attributes:
+        path: the folder.
+        rows: of the `datasets` library, with `image` and `text`.
+        sha256: of the metadata file, in hexadecimal.
+        num_blank, num_duplicate: 0; a caption may come as often as it likes.
+    """
+
+    path: Path
+    rows: Any
+    sha256: str
+    num_blank: int = 0
+    num_duplicate: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def prompt(self, index: int) -> str:
+        """The caption of picture `index`, 0 <= index < len(self)."""
+        return self.rows[CAPTION][index]
+
+    def picture(self, index: int, height: int, width: int) -> Tensor:
+        """Picture `index` as float32 [3, height, width] in [0, 1]: scaled to cover, then cropped around the centre.
+
+        Raises:
+            UserError: the file is gone or is no picture.
+        """
+        try:
+            image = self.rows[index]["image"].convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # SyntaxError is what Pillow says of a broken PNG
+            raise UserError(f"{self.path}: picture {index} cannot be read ({error}); replace it") from None
+        fitted = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
+
+
+def open_images(path: str | os.PathLike[str]) -> ImageFolder:
+    """Opens a folder of pictures with a metadata.jsonl of `{"file_name": ..., "text": caption}` lines.
+
+    Raises:
+        UserError: no such folder, no metadata.jsonl in it, a row without picture or caption, or the `datasets` library
+            is not installed.
+    """
+    path = Path(path)
+    if not (path / METADATA).is_file():
+        raise UserError(
+            f"{path}: no folder with a {METADATA}; give one whose lines are "
+            '{"file_name": "0001.png", "text": "the caption"}'
+        )
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("reading images needs the datasets library: pip install 'stepfold[images]'") from None
+    datasets.disable_progress_bars()
+    try:
+        rows: Any = datasets.load_dataset("imagefolder", data_dir=str(path), split="train")
+    except Exception as error:  # the library's builders raise whatever their parsers do
+        cause = error.__cause__ or error
+        raise UserError(f"{path}: not readable as an image folder ({str(cause).splitlines()[0]})") from None
+    if CAPTION not in rows.column_names or any(not isinstance(text, str) or not text for text in rows[CAPTION]):
+        raise UserError(f"{path / METADATA}: a row has no caption; every line needs a `{CAPTION}`")
+    if not len(rows):
+        raise UserError(f"{path}: no pictures in it")
+    return ImageFolder(path, rows, hashlib.sha256((path / METADATA).read_bytes()).hexdigest())

@@ -1,0 +1,308 @@
+"""What to run, running it, and what the scores say about a claim."""
+
+import hashlib
+import json
+import math
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepfold import assets
+from stepfold.config import Config, Section, load_config, to_yaml
+from stepfold.display import Display
+from stepfold.errors import UserError
+from stepfold.evaluation.judge import Judge, load_judge
+from stepfold.evaluation.measure import Sampler, measure, student_sampler, teacher_sampler
+from stepfold.evaluation.protocol import EMOJI, Protocol
+from stepfold.evaluation.solvers import Solver, solver_sampler
+from stepfold.jobs import protocol_record, rows_by_steps, versions
+from stepfold.prompts.reading import open_prompts, shuffled_index
+from stepfold.reproduction.figures import route_numbers, walk_numbers
+from stepfold.teachers.contract import Condition
+from stepfold.teachers.loading import load_student, load_teacher
+from stepfold.teachers.sana import SanaTeacher
+from stepfold.training.runs import read_metrics, writing
+
+SCORES = "scores.json"
+IMAGES = "{images}"
+DIVERGED = 3  # exit code of `stepfold distill` after a non-finite loss
+Verdict = Literal["reproduced", "not reproduced", "not distinguishable", "not run"]
+
+
+class Experiment(Section):
+    """A table of the page.
+
+    Attributes:
+        title: its heading.
+        claim: what the paper says.
+        worst_to_best: rows in the order that the claim puts them in, if it does.
+        best: the row that the claim calls the best of all, if it does.
+        seeds: runs a row, with seeds 0, 1, ...
+        rows: name -> settings that differ from the preset, as `key=value`.
+        not_run: name -> the reason, of rows that cannot be run yet.
+    """
+
+    title: str
+    claim: str
+    worst_to_best: tuple[str, ...] = ()
+    best: str | None = None
+    seeds: int = Field(ge=2)
+    rows: dict[str, tuple[str, ...]]
+    not_run: dict[str, str] = Field(default={})
+
+
+class Experiments(Section):
+    """All tables.
+
+    Attributes:
+        preset: that every row changes.
+        pictures: that a score is made from.
+        solvers: solver -> step counts that the untrained teacher is measured at.
+        walks: of the teacher, that the figures show.
+        tables: name -> table.
+    """
+
+    preset: str
+    pictures: int = Field(ge=2)
+    solvers: dict[Solver, tuple[int, ...]] = Field(default={})
+    walks: int = Field(default=128, ge=2)
+    tables: dict[str, Experiment]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One distillation.
+
+    Attributes:
+        table, row: where it belongs.
+        changes: `key=value` strings, the seed's among them.
+        config: the whole settings.
+    """
+
+    table: str
+    row: str
+    changes: tuple[str, ...]
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Of its folder: a hash of the settings, so that equal settings run once, whatever table asks for them."""
+        return hashlib.sha256(to_yaml(self.config).encode()).hexdigest()[:12]
+
+
+def load_experiments() -> Experiments:
+    """The tables that ship with the package."""
+    return Experiments.model_validate(
+        yaml.safe_load((resources.files("stepfold.reproduction") / "experiments.yaml").read_text(encoding="utf-8"))
+    )
+
+
+def plan(experiments: Experiments, tables: list[str], extra: list[str], images: Path | None = None) -> list[Run]:
+    """The runs of some tables, all rows of seed 0 first: an early look at every row.
+
+    Args:
+        experiments: see `Experiments`.
+        tables: names; none means all.
+        extra: settings for every run, as `key=value`.
+        images: the folder for rows that need one; without it they are left out.
+
+    Raises:
+        UserError: no such table, or a bad setting.
+    """
+    if unknown := [name for name in tables if name not in experiments.tables]:
+        raise UserError(f"no table {unknown[0]!r}; there are {', '.join(experiments.tables)}")
+    runs = [
+        (seed, table, row, (*(c.replace(IMAGES, str(images)) for c in changes), *extra, f"seed={seed}"))
+        for table, experiment in experiments.tables.items()
+        if table in tables or not tables
+        for row, changes in experiment.rows.items()
+        if images or not any(IMAGES in change for change in changes)
+        for seed in range(experiment.seeds)
+    ]
+    runs.sort(key=lambda run: run[0])
+    return [Run(table, row, given, load_config(experiments.preset, given)) for _, table, row, given in runs]
+
+
+def reproduce(experiments: Experiments, runs: list[Run], root: Path, display: Display) -> None:
+    """Runs what has no scores yet, each as a `stepfold distill` of its own, which continues where a kill left it.
+
+    A run that diverges is left out of its row, which then counts fewer seeds; the others go on.
+
+    Raises:
+        UserError: a run failed for any other reason; its last words are above.
+    """
+    different: dict[str, Run] = {}
+    for run in runs:
+        different.setdefault(run.name, run)
+    todo = [run for run in different.values() if not (root / run.name / SCORES).exists()]
+    display.note(f"{len(different)} different runs, {len(todo)} to do, in {root}")
+    took: list[float] = []
+    for number, run in enumerate(todo, 1):
+        left = f", about {statistics.mean(took) * (len(todo) - number + 1) / 60:.0f} min left" if took else ""
+        display.note(f"run {number}/{len(todo)}: {run.table}, {run.row}, {run.changes[-1]}{left}")
+        began, folder = time.perf_counter(), root / run.name
+        command = distill_command(experiments.preset, run, folder)
+        quiet = ["--quiet"] if display.console.quiet else []
+        code = subprocess.run([sys.executable, "-m", "stepfold", *command, "--resume", *quiet]).returncode
+        if code == DIVERGED:
+            continue
+        if code:
+            raise UserError(f"stepfold {shlex.join(command)} failed; start `stepfold reproduce` again to continue it")
+        scores = score(folder / "student", replace(EMOJI, n=experiments.pictures), root)
+        steps = [row for row in read_metrics(folder) if "loss" in row]
+        stages = json.loads((folder / "report.json").read_text())["stages_sec"]
+        record = {
+            "command": f"stepfold {shlex.join(command)}",
+            "changes": list(run.changes),
+            "versions": versions(),
+            "sec_per_step": sum(stages[name] for name in ("text", "teacher", "student", "optimiser")) / len(steps),
+            **scores,
+        }
+        with writing(folder / SCORES) as part:
+            part.write_text(json.dumps(record, indent=2) + "\n")
+        took.append(time.perf_counter() - began)
+
+
+def distill_command(preset: str, run: Run, folder: Path) -> list[str]:
+    """The arguments of `stepfold` that repeat a run."""
+    changes = [part for change in run.changes for part in ("--set", change)]
+    return ["distill", "--preset", preset, *changes, "--out", str(folder)]
+
+
+def score(student_folder: Path, protocol: Protocol, root: Path) -> dict[str, Any]:
+    """A student's rows; the agreement is with the teacher's pictures that `measure_teacher` kept in `root`."""
+    _, student, card = load_student(student_folder, "cpu")
+    config = Config.model_validate(card["config"])
+    teacher = load_teacher(config.teacher, "cpu")
+    judge = load_judge(assets.JUDGE, torch.device("cpu"))
+    note = measure_teacher(teacher, judge, protocol, root)
+    reference = load_file(note.with_suffix(".safetensors"))["x0"]
+    samplers: dict[str, Sampler] = {
+        "teacher 0": lambda noise, condition, guidance, samples: reference[samples.start : samples.stop]
+    }
+    for k in protocol.student_steps:
+        samplers[f"student {k}"] = student_sampler(student, k, protocol.seed, teacher.sigma_data)
+    rows = rows_by_steps(measure(judge, protocol, teacher, samplers, teacher.device))["student"]
+    return {"protocol": protocol_record(protocol), "student": rows, "teacher": json.loads(note.read_text())}
+
+
+def measure_teacher(teacher: SanaTeacher, judge: Judge, protocol: Protocol, root: Path) -> Path:
+    """The teacher's own rows, measured once: a json file in `root`, and beside it its pictures at the most steps."""
+    note = root / f"teacher_{protocol.hash()[:12]}.json"
+    if not note.exists():
+        steps, made = protocol.teacher_steps, []
+        best = teacher_sampler(teacher, steps[0])
+
+        def remember(noise: Tensor, condition: Condition, guidance: Tensor, samples: range) -> Tensor:
+            made.append(best(noise, condition, guidance, samples))
+            return made[-1]
+
+        samplers: dict[str, Sampler] = {f"teacher {steps[0]}": remember}
+        samplers |= {f"teacher {k}": teacher_sampler(teacher, k) for k in steps[1:]}
+        rows = rows_by_steps(measure(judge, protocol, teacher, samplers, teacher.device))["teacher"]
+        with writing(note.with_suffix(".safetensors")) as part:
+            save_file({"x0": torch.cat(made)}, part)
+        with writing(note) as part:
+            part.write_text(json.dumps(rows, indent=2) + "\n")
+    return note
+
+
+def measure_solvers(experiments: Experiments, root: Path, display: Display) -> dict[str, dict[str, Any]]:
+    """solver -> steps -> scores of the teacher under it, measured once and kept in `root`."""
+    protocol = replace(EMOJI, n=experiments.pictures)
+    note = root / f"solvers_{protocol.hash()[:12]}.json"
+    kept: dict[str, dict[str, Any]] = json.loads(note.read_text()) if note.exists() else {}
+    settings = load_config(experiments.preset).teacher
+    for solver, counts in experiments.solvers.items():
+        if solver in kept:
+            continue
+        display.note(f"measuring the teacher under {solver} at {', '.join(map(str, counts))} steps")
+        teacher, judge = load_teacher(settings, "cpu"), load_judge(assets.JUDGE, torch.device("cpu"))
+        samplers = {f"teacher {k}": solver_sampler(teacher, solver, k) for k in counts}
+        rows = rows_by_steps(measure(judge, protocol, teacher, samplers, teacher.device))["teacher"]
+        kept[solver] = {k: scores | {"agreement": None} for k, scores in rows.items()}  # there is no reference here
+        with writing(note) as part:
+            part.write_text(json.dumps(kept, indent=2) + "\n")
+    return kept
+
+
+def measure_figures(experiments: Experiments, root: Path, display: Display) -> dict[str, Any]:
+    """The numbers that the figures are drawn from, measured once and kept in `root`."""
+    note = root / "figures.json"
+    if not note.exists():
+        display.note("walking the teacher for the figures")
+        config = load_config(experiments.preset)
+        teacher = load_teacher(config.teacher, "cpu")
+        prompts = open_prompts(assets.PROMPTS)
+        shown = [prompts.prompt(shuffled_index(i, len(prompts), 0)) for i in range(experiments.walks)]
+        guidance = torch.full((len(shown),), teacher.default_guidance)
+        numbers = {
+            "routes": route_numbers(config.space, teacher.sigma_data),
+            "walks": walk_numbers(teacher, teacher.encode(shown), guidance, config.space, teacher.black_latent()),
+            "threshold": config.space.filter_threshold,
+        }
+        root.mkdir(parents=True, exist_ok=True)
+        with writing(note) as part:
+            part.write_text(json.dumps(numbers) + "\n")
+    return json.loads(note.read_text())
+
+
+def collect_scores(runs: list[Run], root: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """table -> row -> the records of its finished seeds."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for run in runs:
+        rows = found.setdefault(run.table, {}).setdefault(run.row, [])
+        path = root / run.name / SCORES
+        if path.exists():
+            rows.append(json.loads(path.read_text()))
+    return found
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean, and standard deviation with n - 1; the spread of one value is not known."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def fd_at_one_step(records: list[dict[str, Any]]) -> tuple[float, float]:
+    """Mean and spread over the seeds; FD stands for the paper's FID."""
+    return mean_and_spread([record["student"]["1"]["fd"] for record in records])
+
+
+def is_better(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool | None:
+    """Whether row `a` has the lower one-step FD; None if the means are nearer than twice their standard error."""
+    (mean_a, spread_a), (mean_b, spread_b) = fd_at_one_step(a), fd_at_one_step(b)
+    error = math.sqrt(spread_a**2 / len(a) + spread_b**2 / len(b))
+    return None if math.isnan(error) or abs(mean_a - mean_b) < 2 * error else mean_a < mean_b
+
+
+def verdict(experiment: Experiment, rows: dict[str, list[dict[str, Any]]]) -> Verdict | None:
+    """What the seeds say about the claim; None if there is none.
+
+    `reproduced` if every comparison of the claim comes out as claimed, `not reproduced` if one comes out the other way
+    round, `not distinguishable` if one lies within the spread.
+    """
+    if experiment.best:
+        compared = [(experiment.best, row) for row in experiment.rows if row != experiment.best]
+    else:
+        order = experiment.worst_to_best
+        compared = list(zip(order[1:], order[:-1], strict=True)) if order else []
+    if not compared:
+        return None
+    if any(len(rows.get(row, [])) < 2 for pair in compared for row in pair):
+        return "not run"
+    answers = [is_better(rows[better], rows[worse]) for better, worse in compared]
+    if False in answers:
+        return "not reproduced"
+    return "not distinguishable" if None in answers else "reproduced"
