@@ -132,9 +132,9 @@ class TrainingSettings(Section):
     rollout_precision: Precision = Field(default="no", description="autocast of the teacher's walks; auto as above")
     compile: bool = Field(
         default=False,
-        description="compile teacher and student: about two minutes first, faster after (CPU: needs a C++ compiler); "
-        "prompts are padded to teacher.max_tokens, so keep that small; with a filter, each number of kept prompts is "
-        "compiled for itself",
+        description="compile teacher and student (discrete objective: teacher only): about two minutes, then faster "
+        "(CPU: needs a C++ compiler); prompts are padded to teacher.max_tokens, so keep that small; with a filter, "
+        "each number of kept prompts is compiled for itself",
     )
     ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the average that is exported")
     checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints")

@@ -69,8 +69,11 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
 
     tracker = make_tracker(folder)
     stages: dict[str, float] = {}
+    timed_steps = 0
 
     def report(progress: Progress) -> None:
+        nonlocal timed_steps
+        timed_steps += 1
         stages.update(progress.stages)
         display.step(progress)
         for name, value in progress.row.items():
@@ -97,8 +100,13 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         "config": config.model_dump(mode="json"),
         "protocol": protocol_record(protocol),
         **result,
-        "prompts": {"file": str(prompts.path), "count": len(prompts), "sha256": prompts.sha256},
-        "stages_sec": stages,
+        "prompts": {
+            "file": config.space.images or config.prompts or "bundled",
+            "count": len(prompts),
+            "sha256": prompts.sha256,
+        },
+        "stages_sec": stages,  # of this process: a resumed run's earlier steps are not in it
+        "timed_steps": timed_steps,
         "peak_memory_gib": peak_memory_gib(device),
         "curves": curves_from_rows(read_metrics(folder)),
         "images": {
@@ -146,9 +154,7 @@ def image_latents(
     """A function from numbers of images to their clean latents [B, ...], encoded when asked for, or all at once now."""
 
     def encode(index: Sequence[int]) -> torch.Tensor:
-        return teacher.encode_pictures(
-            torch.stack([images.picture(i, teacher.height, teacher.width) for i in index])
-        )  # fmt: skip
+        return teacher.encode_pictures(torch.stack([images.picture(i, teacher.height, teacher.width) for i in index]))
 
     if not cache:
         return encode

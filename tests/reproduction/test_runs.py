@@ -21,6 +21,7 @@ from stepfold.reproduction.runs import (
     measure_solvers,
     plan,
     reproduce,
+    seconds_per_step,
     verdict,
 )
 
@@ -31,7 +32,13 @@ def records(*fds: float) -> list[dict[str, Any]]:
     """Finished runs of a row with these one-step FDs."""
     score = {"accuracy": 0.5, "clip_score": 80.0, "diversity": 0.3, "agreement": 0.4, "images_per_sec": 9.0}
     rows = [{steps: {**score, "fd": fd} for steps in ("1", "2", "4")} for fd in fds]
-    return [{"student": row, "teacher": {}, "command": "stepfold distill", "sec_per_step": 1.0} for row in rows]
+    return [
+        {"student": row, "teacher": {}, "command": "stepfold distill", "sec_per_step": 1.0, "diverged": False}
+        for row in rows
+    ]
+
+
+DIVERGED: dict[str, Any] = {"command": "stepfold distill", "diverged": True}
 
 
 def test_every_row_is_a_valid_run_and_every_claim_names_rows() -> None:
@@ -82,6 +89,7 @@ def test_an_unknown_table_is_named() -> None:
         ({"a": records(3.0, 3.1), "b": records(1.0, 1.1), "c": records(0.9, 1.1)}, "not distinguishable"),
         ({"a": records(3.0, 3.1), "b": records(2.0, 2.1), "c": records(1.0)}, "not run"),
         ({"a": records(3.0, 3.1), "b": records(2.0, 2.1)}, "not run"),
+        ({"a": records(3.0, 3.1), "b": records(2.0, 2.1), "c": [*records(1.0), DIVERGED]}, "not run"),
     ],
 )
 def test_verdicts_follow_the_order_of_a_claim(rows: dict[str, list[dict[str, Any]]], expected: str) -> None:
@@ -109,6 +117,21 @@ def test_the_page_says_what_was_not_run() -> None:
     assert "| reproduced |" not in text
 
 
+def test_the_page_says_what_diverged_and_what_was_not_timed() -> None:
+    found = {"T4": {"random": [*records(0.03, 0.05), DIVERGED], "logit-normal": [DIVERGED]}}
+    for record in found["T4"]["random"]:
+        record["sec_per_step"] = None
+    text = page(EXPERIMENTS, found, {})
+    assert "| not timed | 2, 1 diverged |" in text
+    assert "| logit-normal | diverged | | | | | | | 0, 1 diverged |" in text
+
+
+def test_a_step_costs_what_was_timed() -> None:
+    stages = {"teacher": 3.0, "student": 5.0, "preview": 100.0}
+    assert seconds_per_step({"stages_sec": stages, "timed_steps": 4}) == 2.0
+    assert seconds_per_step({"stages_sec": {}, "timed_steps": 0}) is None
+
+
 @pytest.mark.slow
 def test_a_table_runs_resumes_and_makes_a_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     toy: Any = {
@@ -134,6 +157,12 @@ def test_a_table_runs_resumes_and_makes_a_page(tmp_path: Path, capfd: pytest.Cap
     record = found["X"]["two"][0]
     assert set(record["student"]) == {"1", "2", "4"} and set(record["teacher"]) == {"20", "4", "2", "1"}
     assert 0 < record["student"]["1"]["agreement"] < 5 and record["sec_per_step"] > 0
+    (tmp_path / "runs" / runs[1].name / SCORES).unlink()  # as if killed between its last step and its scores
+    reproduce(experiments, runs, tmp_path / "runs", Display(quiet=True))
+    again = collect_scores(runs, tmp_path / "runs")["X"]["three"][0]
+    assert again["sec_per_step"] is None
+    assert again["student"]["1"]["fd"] == found["X"]["three"][0]["student"]["1"]["fd"]
+    found = collect_scores(runs, tmp_path / "runs")
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob(f"*/{SCORES}")}
     reproduce(experiments, runs, tmp_path / "runs", Display())
     assert "2 different runs, 0 to do" in capfd.readouterr().err

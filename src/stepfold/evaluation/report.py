@@ -72,7 +72,7 @@ def write_report(folder: str | Path, report: Mapping[str, Any]) -> tuple[Path, P
     """
     folder = Path(folder)
     plain = _finite(report)
-    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
     page = render_html(plain, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stepfold.reproduction.figures import FIGURES, draw_all
-from stepfold.reproduction.runs import Experiment, Experiments, fd_at_one_step, mean_and_spread, verdict
+from stepfold.reproduction.runs import Experiment, Experiments, fd_at_one_step, mean_and_spread, scored, verdict
 from stepfold.training.runs import writing
 
 Records = list[dict[str, Any]]
@@ -33,7 +33,7 @@ def write_page(
 
     Args:
         experiments: what was asked.
-        found: table -> row -> the records of the finished seeds.
+        found: table -> row -> the records of the seeds that have ended.
         solvers: solver -> steps -> scores of the untrained teacher.
         figures: the numbers of the figures, or nothing for none.
         path: of the page, `.md`.
@@ -54,7 +54,7 @@ def page(
     with_figures: bool = False,
 ) -> str:
     """The page as markdown."""
-    every = [record for rows in found.values() for records in rows.values() for record in records]
+    every = [record for rows in found.values() for records in rows.values() for record in scored(records)]
     lines = [
         "# The paper, run again",
         "",
@@ -81,7 +81,7 @@ def page(
 
 
 def _in_short(rows: dict[str, Records]) -> str:
-    done = {row: fd_at_one_step(records) for row, records in rows.items() if records}
+    done = {row: fd_at_one_step(scored(records)) for row, records in rows.items() if scored(records)}
     return "; ".join(f"{row} {_number(*fd, 4)}" for row, fd in done.items()) or "not run"
 
 
@@ -116,9 +116,11 @@ def _table(name: str, experiment: Experiment, rows: dict[str, Records]) -> list[
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in experiment.rows:
-        records = rows.get(row, [])
+        ended = rows.get(row, [])
+        records = scored(ended)
+        seeds = f"{len(records)}" + (f", {len(ended) - len(records)} diverged" if len(ended) > len(records) else "")
         if not records:
-            lines.append(f"| {row} | not run | | | | | | | |")
+            lines.append(f"| {row} | {'diverged' if ended else 'not run'} | | | | | | | {seeds} |")
             continue
         for steps in STEPS:
             scores = [record["student"][steps] for record in records]
@@ -126,8 +128,9 @@ def _table(name: str, experiment: Experiment, rows: dict[str, Records]) -> list[
                 _of(scores, "accuracy", 1, 100), _of(scores, "clip_score", 1), _of(scores, "fd", 4),
                 _of(scores, "diversity", 3), _of(scores, "agreement", 3),
             )  # fmt: skip
-            cost = _number(*mean_and_spread([record["sec_per_step"] for record in records]), 2)
-            lines.append(f"| {row} | {steps} | {' | '.join(cells)} | {cost} | {len(records)} |")
+            timed = [record["sec_per_step"] for record in records if record["sec_per_step"] is not None]
+            cost = _number(*mean_and_spread(timed), 2) if timed else "not timed"
+            lines.append(f"| {row} | {steps} | {' | '.join(cells)} | {cost} | {seeds} |")
     lines += [f"| {row} | not run: {reason} | | | | | | | |" for row, reason in experiment.not_run.items()]
     commands = [f"- {row}: `{records[0]['command']}`" for row, records in rows.items() if records]
     return [*lines, *(["", "Commands of seed 0:", "", *commands] if commands else [])]

@@ -33,7 +33,7 @@ from stepfold.reproduction.figures import route_numbers, walk_numbers
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_student, load_teacher
 from stepfold.teachers.sana import SanaTeacher
-from stepfold.training.runs import read_metrics, writing
+from stepfold.training.runs import writing
 
 SCORES = "scores.json"
 IMAGES = "{images}"
@@ -138,7 +138,7 @@ def plan(experiments: Experiments, tables: list[str], extra: list[str], images: 
 def reproduce(experiments: Experiments, runs: list[Run], root: Path, display: Display) -> None:
     """Runs what has no scores yet, each as a `stepfold distill` of its own, which continues where a kill left it.
 
-    A run that diverges is left out of its row, which then counts fewer seeds; the others go on.
+    A run that diverges is noted as such and not tried again; the others go on.
 
     Raises:
         UserError: a run failed for any other reason; its last words are above.
@@ -156,23 +156,26 @@ def reproduce(experiments: Experiments, runs: list[Run], root: Path, display: Di
         command = distill_command(experiments.preset, run, folder)
         quiet = ["--quiet"] if display.console.quiet else []
         code = subprocess.run([sys.executable, "-m", "stepfold", *command, "--resume", *quiet]).returncode
-        if code == DIVERGED:
-            continue
-        if code:
+        if code not in (0, DIVERGED):
             raise UserError(f"stepfold {shlex.join(command)} failed; start `stepfold reproduce` again to continue it")
-        scores = score(folder / "student", replace(EMOJI, n=experiments.pictures), root)
-        steps = [row for row in read_metrics(folder) if "loss" in row]
-        stages = json.loads((folder / "report.json").read_text())["stages_sec"]
-        record = {
+        record: dict[str, Any] = {
             "command": f"stepfold {shlex.join(command)}",
             "changes": list(run.changes),
             "versions": versions(),
-            "sec_per_step": sum(stages[name] for name in ("text", "teacher", "student", "optimiser")) / len(steps),
-            **scores,
+            "diverged": code == DIVERGED,
         }
+        if not record["diverged"]:
+            record["sec_per_step"] = seconds_per_step(json.loads((folder / "report.json").read_text()))
+            record |= score(folder / "student", replace(EMOJI, n=experiments.pictures), root)
         with writing(folder / SCORES) as part:
             part.write_text(json.dumps(record, indent=2) + "\n")
         took.append(time.perf_counter() - began)
+
+
+def seconds_per_step(report: dict[str, Any]) -> float | None:
+    """What a step took, previews left out; None if the last process of the run had no step left to do."""
+    seconds = sum(sec for name, sec in report["stages_sec"].items() if name != "preview")
+    return seconds / report["timed_steps"] if report["timed_steps"] else None
 
 
 def distill_command(preset: str, run: Run, folder: Path) -> list[str]:
@@ -260,7 +263,7 @@ def measure_figures(experiments: Experiments, root: Path, display: Display) -> d
 
 
 def collect_scores(runs: list[Run], root: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """table -> row -> the records of its finished seeds."""
+    """table -> row -> the records of its seeds that have ended, well or diverged."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for run in runs:
         rows = found.setdefault(run.table, {}).setdefault(run.row, [])
@@ -273,6 +276,11 @@ def collect_scores(runs: list[Run], root: Path) -> dict[str, dict[str, list[dict
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
     """Mean, and standard deviation with n - 1; the spread of one value is not known."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def scored(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records that have scores: all but the diverged."""
+    return [record for record in records if not record["diverged"]]
 
 
 def fd_at_one_step(records: list[dict[str, Any]]) -> tuple[float, float]:
@@ -291,8 +299,9 @@ def verdict(experiment: Experiment, rows: dict[str, list[dict[str, Any]]]) -> Ve
     """What the seeds say about the claim; None if there is none.
 
     `reproduced` if every comparison of the claim comes out as claimed, `not reproduced` if one comes out the other way
-    round, `not distinguishable` if one lies within the spread.
+    round, `not distinguishable` if one lies within the spread, `not run` if a row has fewer than two seeds with scores.
     """
+    rows = {row: scored(records) for row, records in rows.items()}
     if experiment.best:
         compared = [(experiment.best, row) for row in experiment.rows if row != experiment.best]
     else:
