@@ -18,13 +18,15 @@ FILES = sorted(p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*.py"))
 EXTERNAL = {
     "accelerate": ("training/distill.py",),
     "diffusers": ("teachers/", "display.py", "doctor.py", "evaluation/solvers.py"),
-    "transformers": ("evaluation/judge.py", "display.py"),
+    "transformers": ("evaluation/judge.py", "evaluation/mjhq.py", "display.py"),
+    "torch_fidelity": ("evaluation/mjhq.py",),
     "typer": ("cli.py",),
     "rich": ("cli.py", "display.py"),
     "pydantic": ("config.py", "reproduction/runs.py"),
     "yaml": ("config.py", "reproduction/runs.py"),
     "datasets": ("images/reading.py",),
     "matplotlib": ("evaluation/report.py", "reproduction/figures.py"),
+    "sklearn": ("reproduction/figures.py",),
     "jinja2": ("evaluation/report.py",),
 }
 """Libraries that few files may touch."""
@@ -130,6 +132,9 @@ def test_maths_is_torch_only(file: str) -> None:
     assert not libraries & {"os", "pathlib", "json", "io", "random", "time"}
 
 
+WITHOUT_WEIGHTS = ("PreTrainedTokenizerFast", "AutoTokenizer", "CLIPImageProcessorPil")
+
+
 @pytest.mark.parametrize("library", EXTERNAL)
 def test_libraries_stay_where_they_belong(library: str) -> None:
     users = {file for file in FILES if any(name.split(".")[0] == library for name in imports(file))}
@@ -142,6 +147,8 @@ def test_nothing_runs_code_from_a_file_or_guesses(file: str) -> None:
     assert not {name.split(".")[0] for name in imports(file)} & {"pickle", "dill", "joblib", "cloudpickle", "marshal"}
     calls = [ast.unparse(node.func) for node in ast.walk(tree(file)) if isinstance(node, ast.Call)]
     forbidden = {"eval", "exec", "compile", "hasattr", "torch.load", "torch.save", "np.load", "torch.nan_to_num"}
+    if file == "evaluation/mjhq.py":
+        forbidden -= {"torch.save"}  # into memory, for a library that reads its own weights as a pickle
     assert not forbidden & set(calls)
     assert not [call for call in calls if call.endswith((".nan_to_num", ".unsafe_load", ".full_load"))]
     assert "trust_remote_code" not in (SOURCE / file).read_text()
@@ -152,7 +159,7 @@ def test_weights_load_from_safetensors_only() -> None:
         for node in ast.walk(tree(file)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                if node.func.attr == "from_pretrained" and ast.unparse(node.func.value) != "PreTrainedTokenizerFast":
+                if node.func.attr == "from_pretrained" and ast.unparse(node.func.value) not in WITHOUT_WEIGHTS:
                     assert options.get("use_safetensors") == "True", f"{file}:{node.lineno}"
                 if node.func.attr == "save_pretrained":
                     assert options.get("safe_serialization") == "True", f"{file}:{node.lineno}"

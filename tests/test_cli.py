@@ -127,6 +127,10 @@ def test_evaluate_mistakes(run: tuple[Path, Result]) -> None:
     student = run[0] / "student"
     assert_one_line(Result("evaluate", student, "--steps", "one"), "no list of numbers", "--steps 1,2,4")
     assert_one_line(Result("evaluate", student), "has a judge for the bundled teacher's pictures only")
+    assert_one_line(Result("evaluate", student, "--protocol", "fid"), "no protocol 'fid'", "emoji, mjhq30k and geneval")
+    assert_one_line(Result("evaluate", student, "--protocol", "mjhq30k"), "--images FOLDER")
+    assert_one_line(Result("evaluate", student, "--protocol", "geneval"), "--prompts FILE")
+    assert_one_line(Result("evaluate", run[0]), "no model_index.json")
 
 
 @pytest.mark.parametrize(
@@ -325,7 +329,7 @@ def test_reproduce_lists_its_runs_and_names_mistakes(tmp_path: Path) -> None:
     runs = Result("reproduce", "--table", "T4", "--dry-run", "--out", tmp_path)
     assert (runs.code, runs.err) == (0, "")
     lines = runs.out.splitlines()
-    assert len(lines) == 9 and lines[0] == "to do  T4 random: space.route=random seed=0"
+    assert len(lines) == 9 and lines[0] == "to do  T4 random: --preset reproduce space.route=random seed=0"
     assert_one_line(Result("reproduce", "--table", "T9", "--out", tmp_path), "no table 'T9'")
     assert_one_line(Result("reproduce", "--set", "training.step=1", "--out", tmp_path), "did you mean 'training.steps'")
 

@@ -164,6 +164,35 @@ def _list_rows(text: str) -> int:
     return -len(re.findall(r"^ *- ", text, re.MULTILINE))
 
 
+def test_a_preset_builds_on_another(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: demo\nspace: {route_steps: 5}\nseed: 3\n")
+    config, demo = load_config(str(path), ["training.steps=7"]), load_config("demo")
+    assert (config.space.route_steps, config.seed, config.training.steps) == (5, 3, 7)
+    space = demo.space.model_copy(update={"route_steps": 5})
+    training = demo.training.model_copy(update={"steps": 7})
+    assert config == demo.model_copy(update={"space": space, "seed": 3, "training": training})
+
+
+def test_a_preset_that_builds_on_itself_or_on_nothing_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"preset: {path}\n")
+    with pytest.raises(UserError, match=r"builds on itself .*mine.yaml -> .*mine.yaml"):
+        load_config(str(path))
+    path.write_text("preset: dmo\n")
+    with pytest.raises(UserError, match=r"unknown preset 'dmo'; did you mean 'demo'"):
+        load_config(str(path))
+
+
+def test_baselines_are_presets() -> None:
+    sprint, scm, tbcm = load_config("sana-sprint"), load_config("scm"), load_config("reproduce")
+    assert (scm.space.kind, sprint.space.kind, tbcm.space.kind) == ("images", "images", "generation")
+    assert (scm.adversarial.weight, sprint.adversarial.weight) == (0, 0.5)
+    assert sprint.model_copy(update={"adversarial": scm.adversarial}) == scm
+    assert load_config("lcm").objective == "discrete"
+    assert scm.optimiser == tbcm.optimiser and scm.consistency == tbcm.consistency
+
+
 def test_settings_cannot_change() -> None:
     config = Config()
     with pytest.raises(ValueError, match="frozen"):

@@ -8,7 +8,7 @@ from stepfold.config import validate
 from stepfold.prompts.reading import open_prompts
 from stepfold.randomness import generator, normal, uniform
 from stepfold.teachers.sana import SanaTeacher
-from stepfold.training.distill import draw
+from stepfold.training.draws import draw
 
 
 def test_a_draw_depends_on_its_key_alone():
@@ -63,6 +63,7 @@ def test_streams_stay_what_they_are():
 
 
 TENSORS = ("noise", "route", "guidance", "uniform", "times", "fresh_noise")
+TENSORS += ("judged start", "judged at_start", "judged t", "judged noise")
 
 
 @pytest.mark.parametrize("route", ["reference", "logit_normal", "random"])
@@ -75,12 +76,18 @@ def test_a_sample_does_not_depend_on_how_many_share_its_step(tiny_sana: Path, pr
                 "prompts": str(prompts_file),
                 "space": {"kind": "endpoints", "route": route, "route_per": "prompt"},
                 "training": {"prompts_per_step": per_step},
+                "adversarial": {"weight": 1},
             }
         )
         samples: list[dict[str, object]] = []
         for step in range(30 // per_step):
             one = vars(draw(step, prompts, teacher, config, torch.device("cpu")))
-            samples += [{name: values[i] for name, values in one.items()} for i in range(per_step)]
+            judged, pairs = vars(one.pop("judged")), one["times"].shape[1]
+            samples += [
+                {name: values[i] for name, values in one.items()}
+                | {f"judged {name}": values[i * pairs : (i + 1) * pairs] for name, values in judged.items()}
+                for i in range(per_step)
+            ]
         return samples
 
     alone, together = draws(1), draws(6)

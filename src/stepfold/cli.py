@@ -48,7 +48,8 @@ def distill(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Settings to start from: demo, emoji-long, reproduce, default, paper, released, or a yaml file."
+            help="Settings to start from: demo, emoji-long, default, paper, released, reproduce, scm, scm-endpoints, "
+            "sana-sprint, sana-sprint-endpoints, lcm, or a yaml file."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/PRESET.", show_default=False)] = None,
@@ -130,36 +131,105 @@ def sample(
 
 @app.command()
 def evaluate(
-    student: Annotated[Path, typer.Argument(help="Student folder: OUT/student of a finished run.", show_default=False)],
-    steps: Annotated[str, typer.Option(help="Student step counts, comma-separated.")] = "1,2,4",
-    n: Annotated[int, typer.Option(min=2, help="Pictures per row.")] = 2000,
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER...",
+            help="OUT/student of a finished run, or any diffusers text-to-image pipeline.",
+            show_default=False,
+        ),
+    ],
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="emoji: the bundled teacher's judge. mjhq30k: FID, CLIP score. geneval: pictures for its scorer."
+        ),
+    ] = "emoji",
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Step counts, comma-separated. Default: 1,2,4 for students, else the pipeline's own.",
+            show_default=False,
+        ),
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option(min=2, help="Pictures per row. Default: 2000; mjhq30k: 30000.", show_default=False)
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Scale. Default: the student's or the pipeline's own.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="evaluation_metadata.jsonl of GenEval (geneval).", show_default=False)
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="MJHQ-30k's folder, with meta_data.json (mjhq30k).", show_default=False)
+    ] = None,
+    inception: Annotated[Path, typer.Option(help="Weights of the 2015 Inception network (mjhq30k).")] = Path(
+        "inception.safetensors"
+    ),
+    clip: Annotated[
+        str, typer.Option(help="Folder or hub id of the CLIP (mjhq30k).")
+    ] = "openai/clip-vit-large-patch14",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures. Default: runs/PROTOCOL.", show_default=False)
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the numbers here too.", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
     quiet: Quiet = False,
 ) -> None:
-    """Measure a student beside its teacher: same prompts, same noise, same judge.
+    """Measure students and other pipelines side by side, the bundled teacher beside them: same prompts, same judge.
+
+    Students of the bundled teacher also start from its noise, which the column agreement needs.
 
     stepfold evaluate runs/demo/student
 
-    stepfold evaluate runs/demo/student --steps 1,2 --n 500 --json scores.json
+    stepfold evaluate runs/a/student runs/b/student ./my-sana --steps 1,2 --n 500 --json scores.json
+
+    stepfold evaluate runs/mine/student ./my-sana --protocol mjhq30k --images MJHQ-30K --steps 1 --device cuda
+
+    stepfold evaluate ./my-sana --protocol geneval --prompts evaluation_metadata.jsonl
     """
-    from stepfold.display import Display, quiet_libraries, results_table
-    from stepfold.jobs import run_evaluate
+    from stepfold.display import Display, mjhq_table, quiet_libraries, results_table
+    from stepfold.jobs import run_evaluate, run_geneval, run_mjhq
     from stepfold.training.runs import writing
 
     try:
-        counts = sorted({int(part) for part in steps.split(",")}, reverse=True)
+        counts = sorted({int(part) for part in steps.split(",")}, reverse=True) if steps else None
     except ValueError:
         raise UserError(f"--steps {steps!r} is no list of numbers; for example --steps 1,2,4") from None
+    if protocol not in ("emoji", "mjhq30k", "geneval"):
+        raise UserError(f"no protocol {protocol!r}; there are emoji, mjhq30k and geneval")
     quiet_libraries()
+    pictures = out or Path("runs") / protocol
     display = Display(quiet)
-    result = run_evaluate(student, steps=counts, n=n, display=display, device=usable_device(device))
+    if protocol == "geneval":
+        if prompts is None or len(folders) != 1 or (counts and len(counts) != 1):
+            raise UserError("--protocol geneval takes one folder, one step count and --prompts FILE")
+        run_geneval(
+            folders[0], prompts, pictures, steps=counts[0] if counts else None, guidance=guidance, display=display,
+            device=usable_device(device),
+        )  # fmt: skip
+        typer.echo(f"pictures: {pictures}")
+        return
+    if protocol == "mjhq30k":
+        if images is None:
+            raise UserError("--protocol mjhq30k takes --images FOLDER, where MJHQ-30k's meta_data.json is")
+        result = run_mjhq(
+            folders, images, inception, clip, pictures, steps=counts, n=n or 30_000, guidance=guidance, display=display,
+            device=usable_device(device),
+        )  # fmt: skip
+        table = mjhq_table(result)
+    else:
+        result = run_evaluate(
+            folders, steps=counts, n=n or 2000, guidance=guidance, display=display, device=usable_device(device)
+        )
+        table = results_table(result)
     if json_file:
         with writing(json_file) as part:
             part.write_text(json.dumps(result, indent=2) + "\n")
-    display.console.print(results_table(result))
+    display.console.print(table)
 
 
 @app.command()
@@ -231,26 +301,32 @@ def reproduce(
     """
     from stepfold.display import Display, quiet_libraries
     from stepfold.reproduction import page as pages
+    from stepfold.reproduction import pictures
     from stepfold.reproduction import runs as experiment_runs
 
     experiments = experiment_runs.load_experiments()
     planned = experiment_runs.plan(experiments, tables or [], changes or [], images)
     if dry_run:
-        for run in planned:
+        for run in [*planned, *experiment_runs.plan_equal_time(experiments, planned, out)]:
             done = "done" if (out / run.name / experiment_runs.SCORES).exists() else "to do"
-            typer.echo(f"{done:6} {run.table} {run.row}: {' '.join(run.changes)}")
+            typer.echo(f"{done:6} {run.table} {run.row}: --preset {run.preset} {' '.join(run.changes)}")
         return
     quiet_libraries()
     display, solvers, figures = Display(quiet), {}, {}
     try:
-        experiment_runs.reproduce(experiments, planned, out, display)
-        solvers = experiment_runs.measure_solvers(experiments, out, display)
         figures = experiment_runs.measure_figures(experiments, out, display)
+        experiment_runs.reproduce(planned, out, display, experiments.pictures)
+        equal_time = experiment_runs.plan_equal_time(experiments, planned, out)
+        experiment_runs.reproduce(equal_time, out, display, experiments.pictures)
+        solvers = experiment_runs.measure_solvers(experiments, out, display)
+        pictures.draw_grids(experiments, planned, page.parent / "figures", out, display)
+        pictures.draw_filter_examples(experiments, page.parent / "figures", display)
     except KeyboardInterrupt:
         display.note("stopped; start it again to go on")
         raise typer.Exit(130) from None
     finally:
         everything = experiment_runs.plan(experiments, [], changes or [], images)
+        everything += experiment_runs.plan_equal_time(experiments, everything, out)
         pages.write_page(experiments, experiment_runs.collect_scores(everything, out), solvers, figures, page)
     typer.echo(f"page: {page}")
 

@@ -95,6 +95,17 @@ class DiscreteSettings(Section):
     )
 
 
+class AdversarialSettings(Section):
+    """Sana-Sprint's adversarial term: hinge loss of heads on the frozen teacher's features of re-noised latents."""
+
+    weight: float = Field(default=0.0, ge=0, description="lambda_adv, beside the consistency loss; 0 for none")
+    max_time: float = Field(
+        default=0.5, ge=0, le=1, description="share of the judged pictures that are made from pure noise, t = pi/2"
+    )
+    logit_mean: float = Field(default=-0.6, description="of the times that pictures are re-noised to")
+    logit_std: float = Field(default=1.0, gt=0, description="of the times that pictures are re-noised to")
+
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -123,7 +134,7 @@ class TrainingSettings(Section):
     micro_batch: int = Field(
         default=0, ge=0, description="pairs per backward pass, 0 for all at once; same gradient, less memory"
     )
-    tangent: Literal["two_pass", "finite_difference"] = Field(
+    tangent: Literal["two_pass", "one_pass", "finite_difference"] = Field(
         default="two_pass", description="backend of the total derivative"
     )
     precision: Precision = Field(
@@ -132,9 +143,9 @@ class TrainingSettings(Section):
     rollout_precision: Precision = Field(default="no", description="autocast of the teacher's walks; auto as above")
     compile: bool = Field(
         default=False,
-        description="compile teacher and student (discrete objective: teacher only): about two minutes, then faster "
-        "(CPU: needs a C++ compiler); prompts are padded to teacher.max_tokens, so keep that small; with a filter, "
-        "each number of kept prompts is compiled for itself",
+        description="compile teacher and student: about two minutes, then faster (CPU: needs a C++ compiler); prompts "
+        "are padded to teacher.max_tokens, so keep that small; with a filter, each number of kept prompts is compiled "
+        "for itself",
     )
     ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the average that is exported")
     checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints")
@@ -170,17 +181,18 @@ class Config(Section):
     )
     consistency: ConsistencySettings = ConsistencySettings()
     discrete: DiscreteSettings = DiscreteSettings()
+    adversarial: AdversarialSettings = AdversarialSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
     def _source_of_prompts(self) -> "Config":
-        if (self.space.kind == "images") != (self.space.images is not None):
-            raise ValueError("space.kind=images and space.images=FOLDER go together; give both or neither")
+        if self.space.images is not None and self.space.kind != "images":
+            raise ValueError("space.images is for space.kind=images; give both or neither")
         if self.space.images is not None and self.prompts is not None:
             raise ValueError("prompts are the images' own captions with space.kind=images; leave --prompts out")
-        if self.space.images is None and self.prompts is None and self.teacher.source != "emoji":
+        if self.space.kind != "images" and self.prompts is None and self.teacher.source != "emoji":
             raise ValueError(
                 "prompts is missing; give --prompts FILE (only the bundled teacher has prompts of its own)"
             )
@@ -204,15 +216,7 @@ def load_config(preset: str, changes: Sequence[str] = (), **top: Any) -> Config:
     Raises:
         UserError: unknown preset or key, or a value out of range.
     """
-    if preset in preset_names():
-        text = (resources.files("stepfold") / "presets" / f"{preset}.yaml").read_text()
-    elif Path(preset).is_file():
-        text = _read(Path(preset))
-    else:
-        raise UserError(f"unknown preset {preset!r}{_nearest(preset, preset_names())}; or give a yaml file")
-    values = _parse_yaml(text, preset) or {}
-    if not isinstance(values, dict):
-        raise UserError(f"{preset} holds no settings; it must be a yaml mapping such as `training: {{steps: 100}}`")
+    values = _preset_values(preset)
     for change in changes:
         key, sep, value = change.partition("=")
         if not sep:
@@ -222,6 +226,33 @@ def load_config(preset: str, changes: Sequence[str] = (), **top: Any) -> Config:
         if value is not None:
             _assign(values, key.replace("__", "."), value)
     return validate(values)
+
+
+def _preset_values(preset: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A preset's settings over those of the one that its own key `preset` names, if it has that key."""
+    if preset in above:
+        raise UserError(f"preset {preset} builds on itself ({' -> '.join((*above, preset))}); name another one in it")
+    if preset in preset_names():
+        text = (resources.files("stepfold") / "presets" / f"{preset}.yaml").read_text()
+    elif Path(preset).is_file():
+        text = _read(Path(preset))
+    else:
+        raise UserError(f"unknown preset {preset!r}{_nearest(preset, preset_names())}; or give a yaml file")
+    values = _parse_yaml(text, preset) or {}
+    if not isinstance(values, dict):
+        raise UserError(f"{preset} holds no settings; it must be a yaml mapping such as `training: {{steps: 100}}`")
+    if "preset" not in values:
+        return values
+    return _over(_preset_values(str(values.pop("preset")), (*above, preset)), values)
+
+
+def _over(below: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """`below` with `values` in place of its own, section by section."""
+    both = below | values
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            both[key] = _over(below[key], value)
+    return both
 
 
 def validate(values: dict[str, Any]) -> Config:

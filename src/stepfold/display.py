@@ -95,8 +95,9 @@ class Display:
 def results_table(result: dict) -> Table:
     """The rows of a report as a table for the terminal."""
     table = Table("sampler", "accuracy", "CLIP score", "FD", "diversity", "agreement", "images/s", box=None)
-    for who in ("teacher", "student"):
-        for steps, s in result.get(who, {}).items():
+    groups = {who: result.get(who, {}) for who in ("teacher", "student")} | result.get("pipelines", {})
+    for who, rows in groups.items():
+        for steps, s in rows.items():
             agreement = "-" if s["agreement"] is None else f"{s['agreement']:.3f}"
             table.add_row(
                 f"{who} {steps} step{'s' * (steps != '1')}",
@@ -107,4 +108,13 @@ def results_table(result: dict) -> Table:
                 agreement,
                 f"{s['images_per_sec']:.1f}",
             )
+    return table
+
+
+def mjhq_table(result: dict) -> Table:
+    """The rows of an MJHQ result as a table for the terminal."""
+    table = Table("pipeline", "steps", "FID", "CLIP score", "pictures", box=None)
+    for folder, rows in result["pipelines"].items():
+        for steps, s in rows.items():
+            table.add_row(folder, steps, f"{s['fid']:.2f}", f"{s['clip_score']:.2f}", str(s["n"]))
     return table

@@ -1,11 +1,15 @@
 """What the commands do: `distill`, `sample`, `evaluate`. Each is one function from settings to files."""
 
+import hashlib
 import json
 import platform
+import re
 import resource
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,12 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stepfold import __version__, assets
-from stepfold.config import Config, TeacherSettings
+from stepfold.config import Config, TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.evaluation import mjhq
 from stepfold.evaluation.judge import Judge, load_judge
 from stepfold.evaluation.measure import Sampler, measure, student_sampler, teacher_sampler
-from stepfold.evaluation.preview import sample_rows, save_grid
+from stepfold.evaluation.pipelines import default_steps, geneval_prompts, measure_pipeline, write_geneval
+from stepfold.evaluation.preview import sample_rows, save_grid, to_image
 from stepfold.evaluation.protocol import EMOJI, Protocol, Scores
 from stepfold.evaluation.report import curves_from_rows, write_report
 from stepfold.export.pipeline import model_card, save_student
@@ -28,7 +34,7 @@ from stepfold.images.reading import ImageFolder, open_images
 from stepfold.prompts.reading import PromptFile, Prompts, open_prompts
 from stepfold.randomness import normal
 from stepfold.teachers.contract import Student
-from stepfold.teachers.loading import CARD, load_student, load_teacher
+from stepfold.teachers.loading import CARD, load_any_pipeline, load_student, load_teacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.distill import Progress, choose_precision, distill, make_accelerator
 from stepfold.training.runs import check_run, checkpoints, open_run, read_metrics, writing
@@ -43,6 +49,8 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         UserError: something in the settings, the prompts, the teacher or the folder is wrong.
         NonFiniteError: the training diverged.
     """
+    if config.space.kind == "images" and config.space.images is None:
+        raise UserError("space.kind=images needs a folder of images; add --set space.images=FOLDER")
     config = choose_precision(config)
     accelerator = make_accelerator(config.training.precision)
     device = accelerator.device
@@ -80,12 +88,14 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
             if name != "step":
                 tracker.add_scalar(name, value, progress.step)
 
+    reset_peak_memory(device)
     with display.training(config.training.steps):
         average = distill(
             config, folder, teacher, student, prompts, black, accelerator,
             latents=latents, report=report, preview=preview,
         )  # fmt: skip
     tracker.close()
+    peak = peak_memory_gib(device)
 
     save_student(teacher, average, folder / "student", config, guidance, prompts.prompt(0))
     result: dict[str, Any] = {"teacher": {}, "student": {}}
@@ -107,7 +117,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         },
         "stages_sec": stages,  # of this process: a resumed run's earlier steps are not in it
         "timed_steps": timed_steps,
-        "peak_memory_gib": peak_memory_gib(device),
+        "peak_memory_gib": peak,  # while training: neither loading before nor measuring after
         "curves": curves_from_rows(read_metrics(folder)),
         "images": {
             p.stem.replace("_", " "): str(p.relative_to(folder))
@@ -228,8 +238,8 @@ def rows_by_steps(scores: dict[str, Scores]) -> dict[str, dict[str, Any]]:
     """{"teacher 20": scores} -> {"teacher": {"20": {...}}}."""
     out: dict[str, dict[str, Any]] = {"teacher": {}, "student": {}}
     for name, row in scores.items():
-        who, steps = name.split()
-        out[who][steps] = row.to_json()
+        who, steps = name.rsplit(" ", 1)
+        out.setdefault(who, {})[steps] = row.to_json()
     return out
 
 
@@ -247,32 +257,116 @@ def run_sample(
         torch.full((len(prompts),), card["guidance"] if guidance is None else guidance, device=device),
         range(len(prompts)),
     )
-    pictures = (pipeline.decode(x0) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pictures]
+    return [to_image(picture) for picture in pipeline.decode(x0)]
 
 
-def run_evaluate(folder: Path, *, steps: Sequence[int], n: int, display: Display, device: str) -> dict[str, Any]:
-    """A student and its teacher under the protocol; only the bundled teacher has a judge.
+def run_evaluate(
+    folders: Sequence[Path],
+    *,
+    steps: Sequence[int] | None,
+    n: int,
+    guidance: float | None,
+    display: Display,
+    device: str,
+) -> dict[str, Any]:
+    """Students and any other diffusers pipelines under the bundled teacher's protocol, beside that teacher.
+
+    Students of the bundled teacher start from its noise, and so have an agreement with it. `steps` are 1, 2 and 4 for
+    them if None, and the pipeline's own default for others.
 
     Raises:
-        UserError: the student's teacher is not the bundled one.
+        UserError: a folder is no pipeline; a student's teacher is not the bundled one, so there is no judge for it.
     """
-    _, student, card = load_student(folder, device)
-    source = card["teacher"]
-    if source != "emoji":
-        raise UserError(
-            f"{folder} is a student of {source!r}; this version has a judge for the bundled teacher's pictures only"
-        )
-    teacher = load_teacher(TeacherSettings.model_validate(card["config"]["teacher"]), device)
-    protocol = replace(EMOJI, n=n, student_steps=tuple(steps), guidance=card["guidance"])
+    students: dict[str, tuple[Student, dict[str, Any]]] = {}
+    for folder in folders:
+        if (folder / CARD).is_file():
+            _, student, card = load_student(folder, device)
+            if card["teacher"] != "emoji":
+                raise UserError(
+                    f"{folder} is a student of {card['teacher']!r}; this version has a judge for the bundled teacher's "
+                    "pictures only"
+                )
+            students[str(folder)] = student, card
+    pipes = {str(folder): load_any_pipeline(folder, device) for folder in folders if str(folder) not in students}
+    first = next((card for _, card in students.values()), None)
+    settings = TeacherSettings.model_validate(first["config"]["teacher"]) if first else load_config("demo").teacher
+    teacher = load_teacher(settings, device)
+    scale = guidance or (first["guidance"] if first else teacher.default_guidance)
+    protocol = replace(EMOJI, n=n, student_steps=tuple(steps or EMOJI.student_steps), guidance=scale)
     judge = load_judge(assets.JUDGE, device)
-    config = Config.model_validate(card["config"])
-    return {
-        "student_folder": str(folder),
-        "versions": versions(),
-        "protocol": protocol_record(protocol),
-        **measure_both(judge, protocol, teacher, student, config, display),
-    }
+
+    samplers: dict[str, Sampler] = {f"teacher {k}": teacher_sampler(teacher, k) for k in protocol.teacher_steps}
+    for name, (student, _) in students.items():
+        for k in protocol.student_steps:
+            samplers[f"{name} {k}"] = student_sampler(student, k, protocol.seed, teacher.sigma_data)
+    jobs = {f"{name} {k}": (pipe, k) for name, pipe in pipes.items() for k in steps or [default_steps(pipe)]}
+    with display.measuring(dict.fromkeys([*samplers, *jobs], n)) as tick:
+        scores = measure(judge, protocol, teacher, samplers, teacher.device, tick)
+        for name, (pipe, k) in jobs.items():
+            scores[name] = measure_pipeline(judge, protocol, pipe, k, guidance, partial(tick, name))
+    rows = rows_by_steps(scores)
+    result = {"versions": versions(), "protocol": protocol_record(protocol), "reals": {"diversity": judge.diversity}}
+    if len(folders) == 1 and students:
+        return result | {
+            "student_folder": str(folders[0]),
+            "teacher": rows["teacher"],
+            "student": rows[str(folders[0])],
+        }
+    return result | {"teacher": rows.pop("teacher"), "pipelines": {name: row for name, row in rows.items() if row}}
+
+
+def run_geneval(
+    folder: Path, prompts: Path, out: Path, *, steps: int | None, guidance: float | None, display: Display, device: str
+) -> None:
+    """A pipeline's pictures for GenEval's scorer; a run that was stopped goes on where it was.
+
+    Raises:
+        UserError: the folder is no pipeline, or the prompts are not GenEval's.
+    """
+    rows = geneval_prompts(prompts)
+    pipe = load_any_pipeline(folder, device)
+    with display.measuring({"prompts": len(rows)}) as tick:
+        write_geneval(pipe, rows, out, steps or default_steps(pipe), guidance, partial(tick, "prompts"))
+
+
+def run_mjhq(
+    folders: Sequence[Path],
+    images: Path,
+    inception: Path,
+    clip: str,
+    out: Path,
+    *,
+    steps: Sequence[int] | None,
+    n: int,
+    guidance: float | None,
+    display: Display,
+    device: str,
+) -> dict[str, Any]:
+    """FID and CLIP score of pipelines on MJHQ-30k; pictures go to OUT and are not drawn twice.
+
+    Raises:
+        UserError: a folder is no pipeline; the benchmark or the networks that judge are not where they belong.
+    """
+    data = mjhq.open_mjhq(images, n)
+    features, scorer = mjhq.inception_features(inception, device), mjhq.load_clip(clip, device)
+    sha256 = hashlib.sha256(inception.read_bytes()).hexdigest()
+    protocol = mjhq.MjhqProtocol(n=n, seed=0, inception_sha256=sha256, clip=clip)
+    out.mkdir(parents=True, exist_ok=True)
+    with display.measuring({"real pictures": n}) as tick:
+        cache = out / f"reals_{protocol.hash()[:12]}.safetensors"
+        reals = mjhq.real_moments(data, features, cache, partial(tick, "real pictures"))
+    rows: dict[str, Any] = {}
+    for folder in folders:
+        pipe = load_any_pipeline(folder, device)
+        for k in steps or [default_steps(pipe)]:
+            key = hashlib.sha256(f"{folder.resolve()} {guidance}".encode()).hexdigest()[:8]
+            with display.measuring(dict.fromkeys(("draw", "judge"), n)) as tick:
+                pictures = out / f"{folder.name}_{key}_{k}_steps"
+                paths = mjhq.draw_all(pipe, data, pictures, k, guidance, protocol.seed, partial(tick, "draw"))
+                scores = mjhq.measure(paths, data, reals, features, scorer, partial(tick, "judge"))
+            rows.setdefault(str(folder), {})[str(k)] = scores
+    record = asdict(protocol) | {"hash": protocol.hash()}
+    return {"versions": versions(), "protocol": record, "pipelines": rows}
 
 
 def protocol_record(protocol: Protocol) -> dict[str, Any]:
@@ -286,10 +380,22 @@ def versions() -> dict[str, str]:
     return {"stepfold": __version__, "python": platform.python_version(), "machine": platform.machine()} | libraries
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Makes `peak_memory_gib` count from here, where the system can (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process on its device, in GiB."""
+    """Peak memory of this process on its device, in GiB: on a CPU all of it, libraries included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        if found := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
+            return int(found[1]) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 

@@ -29,6 +29,28 @@ def few_step_times(num_steps: int) -> list[float]:
     return torch.linspace(START, 0, num_steps + 1)[:-1].tolist()
 
 
+def predict_data(
+    student: Student, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, sigma_data: float
+) -> Tensor:
+    """The consistency function f(x, t) = cos t x - sin t sigma_data F(x / sigma_data, t).
+
+    Args:
+        student: gives F.
+        x: [M, ...], at time t.
+        t: [M], in [0, pi/2].
+        condition: M rows.
+        guidance: scales [M].
+        sigma_data: standard deviation of the data.
+
+    Returns:
+        x_0 [M, ...], of x's dtype under autocast too.
+
+    Reference: arXiv:2410.11081, Sec. 3; arXiv:2511.20410, Sec. 3.
+    """
+    F = student(x / sigma_data, t, condition, guidance)
+    return data_prediction(x, t, sigma_data * F.to(x.dtype))
+
+
 @torch.no_grad()
 def sample_student(
     student: Student,
@@ -60,7 +82,7 @@ def sample_student(
         t = torch.full((len(noise),), time, dtype=noise.dtype, device=noise.device)
         if i:
             x = interpolate(x0, fresh_noise(i), t)
-        x0 = data_prediction(x, t, sigma_data * student(x / sigma_data, t, condition, guidance))
+        x0 = predict_data(student, x, t, condition, guidance, sigma_data)
     return x0
 
 

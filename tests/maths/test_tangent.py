@@ -167,7 +167,7 @@ def test_the_exact_flow_map_does_not_move_along_its_trajectory(backend, toleranc
 
 def test_impossible_values_are_refused():
     net, inputs = attention_case()
-    with pytest.raises(UserError, match="two_pass, finite_difference"):
+    with pytest.raises(UserError, match="two_pass, one_pass, finite_difference"):
         total_derivative(net, *inputs, backend="onepass")
     for step in (0.0, -1.0, math.nan):
         with pytest.raises(UserError):

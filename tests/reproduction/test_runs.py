@@ -9,19 +9,21 @@ import pytest
 
 from stepfold.display import Display
 from stepfold.errors import UserError
-from stepfold.reproduction.figures import FIGURES
+from stepfold.reproduction.figures import WALK_FIGURES
 from stepfold.reproduction.page import page, write_page
+from stepfold.reproduction.pictures import draw_filter_examples, draw_grids
 from stepfold.reproduction.runs import (
     SCORES,
     Experiment,
     Experiments,
     collect_scores,
+    costs,
     load_experiments,
     measure_figures,
     measure_solvers,
     plan,
+    plan_equal_time,
     reproduce,
-    seconds_per_step,
     verdict,
 )
 
@@ -32,21 +34,28 @@ def records(*fds: float) -> list[dict[str, Any]]:
     """Finished runs of a row with these one-step FDs."""
     score = {"accuracy": 0.5, "clip_score": 80.0, "diversity": 0.3, "agreement": 0.4, "images_per_sec": 9.0}
     rows = [{steps: {**score, "fd": fd} for steps in ("1", "2", "4")} for fd in fds]
-    return [
-        {"student": row, "teacher": {}, "command": "stepfold distill", "sec_per_step": 1.0, "diverged": False}
-        for row in rows
-    ]
+    return [cost_record(1.0) | {"student": row, "teacher": {}, "parameters": 2_500_000} for row in rows]
 
 
-DIVERGED: dict[str, Any] = {"command": "stepfold distill", "diverged": True}
+def cost_record(sec_per_step: float, memory: float = 1.5) -> dict[str, Any]:
+    """A finished run of 240 steps of 60 pairs, without scores."""
+    return {
+        "command": "stepfold distill", "diverged": False, "steps": 240, "sec_per_step": sec_per_step,
+        "sec_per_pair": sec_per_step / 60, "pairs_per_step": 60.0, "peak_memory_gib": memory,
+        "stages_sec": {"teacher": sec_per_step / 4, "student forward": 3 * sec_per_step / 4},
+    }  # fmt: skip
+
+
+DIVERGED: dict[str, Any] = {"command": "stepfold distill", "diverged": True, "steps": 240}
 
 
 def test_every_row_is_a_valid_run_and_every_claim_names_rows() -> None:
-    assert {"T2", "T4", "T5", "T6", "T7", "T8"} <= set(EXPERIMENTS.tables)
+    assert set(EXPERIMENTS.tables) == {f"T{i}" for i in range(2, 9)}
     runs = plan(EXPERIMENTS, [], [], Path("folder"))
     assert len(runs) == sum(e.seeds * len(e.rows) for e in EXPERIMENTS.tables.values())
     for experiment in EXPERIMENTS.tables.values():
-        assert set(experiment.worst_to_best) | ({experiment.best} - {None}) <= set(experiment.rows)
+        named = {*experiment.worst_to_best, experiment.best, experiment.equal_time} - {None}
+        assert named <= set(experiment.rows)
     for run in runs:
         assert run.config.seed == int(run.changes[-1].removeprefix("seed="))
 
@@ -54,6 +63,8 @@ def test_every_row_is_a_valid_run_and_every_claim_names_rows() -> None:
 def test_rows_see_about_equally_many_pairs() -> None:
     for run in plan(EXPERIMENTS, [], [], Path("folder")):
         config = run.config
+        if run.table == "T3":  # about time and memory
+            continue
         kept = config.space.route_steps - (not config.space.keep_first)
         assert 60 <= kept * config.training.prompts_per_step <= 64, run.row
         assert config.training.steps == 240
@@ -72,12 +83,12 @@ def test_equal_settings_are_one_run_and_seed_0_comes_first() -> None:
 def test_rows_that_need_images_wait_for_a_folder() -> None:
     with_images, without = plan(EXPERIMENTS, ["T2"], [], Path("folder")), plan(EXPERIMENTS, ["T2"], [])
     left_out = {run.row for run in with_images} - {run.row for run in without}
-    assert left_out == {"sCM over images"}
+    assert left_out == {"sCM over images", "Sana-Sprint"}
     assert {run.config.space.images for run in with_images} == {"folder", None}
 
 
 def test_an_unknown_table_is_named() -> None:
-    with pytest.raises(UserError, match=r"no table 'T9'; there are T2, T4"):
+    with pytest.raises(UserError, match=r"no table 'T9'; there are T2, T3, T4"):
         plan(EXPERIMENTS, ["T4", "T9"], [])
 
 
@@ -111,8 +122,7 @@ def test_the_page_says_what_was_not_run() -> None:
     text = page(EXPERIMENTS, {"T4": {"random": records(0.03, 0.05), "reference": []}}, {"heun": {"2": scores}})
     assert "| heun | 2 | 50.0 | 80.0 | 0.0400 | 0.300 |" in text
     assert "random 0.0400 ± 0.0141" in text
-    assert "| reference | not run |" in text
-    assert "| Sana-Sprint | not run: " in text
+    assert re.search(r"^\| reference \|[ |]+ not run \|$", text, re.MULTILINE)
     assert len(re.findall(r"^## T\d", text, re.MULTILINE)) == len(EXPERIMENTS.tables)
     assert "| reproduced |" not in text
 
@@ -122,14 +132,68 @@ def test_the_page_says_what_diverged_and_what_was_not_timed() -> None:
     for record in found["T4"]["random"]:
         record["sec_per_step"] = None
     text = page(EXPERIMENTS, found, {})
-    assert "| not timed | 2, 1 diverged |" in text
-    assert "| logit-normal | diverged | | | | | | | 0, 1 diverged |" in text
+    assert "| not timed | 240 | 2.50 | 2, 1 diverged |" in text
+    assert re.search(r"^\| logit-normal \|[ |]+ 0, 1 diverged \|$", text, re.MULTILINE)
 
 
-def test_a_step_costs_what_was_timed() -> None:
-    stages = {"teacher": 3.0, "student": 5.0, "preview": 100.0}
-    assert seconds_per_step({"stages_sec": stages, "timed_steps": 4}) == 2.0
-    assert seconds_per_step({"stages_sec": {}, "timed_steps": 0}) is None
+def test_every_row_of_a_table_has_as_many_cells_as_its_head() -> None:
+    found = {
+        "T2": {"TBCM": records(0.03, 0.05), "sCM over images": [DIVERGED], "Sana-Sprint, equal time": records(0.1)},
+        "T3": {"TBCM": [cost_record(0.5)], "sCM over images": [cost_record(1.0), DIVERGED]},
+    }
+    for block in page(EXPERIMENTS, found, {"heun": {}}).split("\n\n"):
+        rows = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in rows}) <= 1, block
+
+
+def test_costs_are_ratios_to_the_first_row_of_as_many_pairs() -> None:
+    fast, slow = [cost_record(0.5, 1.0), cost_record(0.6, 1.0)], [cost_record(1.0, 2.0), cost_record(1.1, 2.0)]
+    text = page(EXPERIMENTS, {"T3": {"TBCM": fast, "sCM over images": slow}}, {})
+    assert "| sCM over images | 60 | 17.5 ± 1.2 | 1.00 | 1050 ± 71 | 2.00 ± 0.00 | 1.00 | 262 | 788 | 2 |" in text
+    assert "| TBCM | 60 | 9.2 ± 1.2 | 0.52 | 550 ± 71 | 1.00 ± 0.00 | 0.50 | 138 | 412 | 2 |" in text
+    claims = [line for line in text.splitlines() if line.startswith("| [T3]")]
+    assert [line.split("|")[-2].strip() for line in claims] == ["reproduced", "reproduced"]
+    assert "milliseconds a pair: " in claims[0] and "GiB at most while training: " in claims[1]
+
+
+def test_a_step_costs_what_was_timed(tmp_path: Path) -> None:
+    run = plan(EXPERIMENTS, ["T4"], [])[0]
+    stages = {"teacher": 3.0, "student forward": 5.0, "preview": 100.0}
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "kept": 1.0}\n{"step": 1, "kept": 0.5}\n')
+    for timed_steps, expected in ((4, 2.0), (0, None)):
+        report = {"stages_sec": stages, "timed_steps": timed_steps, "peak_memory_gib": 1.25}
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        found = costs(tmp_path, run.config)
+        assert (found["sec_per_step"], found["peak_memory_gib"]) == (expected, 1.25)
+        assert found["pairs_per_step"] == 45  # a quarter of 60 was filtered out
+        assert found["sec_per_pair"] == (expected and expected / 45)
+
+
+def test_equal_time_follows_from_what_steps_took_and_stays(tmp_path: Path) -> None:
+    """Half as fast a row gets half the steps, and the course of r with them."""
+    runs = plan(EXPERIMENTS, ["T5"], [])
+    assert plan_equal_time(EXPERIMENTS, runs, tmp_path) == []
+    for run in runs:
+        (tmp_path / run.name).mkdir()
+        took = 2.0 if run.row == "N = 4" else 1.0
+        (tmp_path / run.name / SCORES).write_text(json.dumps(cost_record(took)))
+    extra = plan_equal_time(EXPERIMENTS, runs, tmp_path)
+    assert {run.row for run in extra} == {f"N = {n}, equal time" for n in (4, 8, 32)}
+    slow = next(run for run in extra if run.row == "N = 4, equal time")
+    whole = next(run for run in runs if run.row == "N = 4")
+    assert slow.config.training.steps == 120 and slow.config.space == whole.config.space
+    r, of_whole = slow.config.consistency, whole.config.consistency
+    assert (r.r_warmup, r.r_cooldown_start) == (of_whole.r_warmup / 2, of_whole.r_cooldown_start / 2)
+    for run in runs:
+        (tmp_path / run.name / SCORES).write_text(json.dumps(cost_record(3.0)))  # measured again, on another day
+    assert [run.name for run in plan_equal_time(EXPERIMENTS, runs, tmp_path)] == [run.name for run in extra]
+
+
+def test_a_claim_is_judged_at_equal_pairs_and_at_equal_time() -> None:
+    rows = {"sCM over images": records(0.2, 0.21), "Sana-Sprint": records(0.15, 0.16), "TBCM": records(0.1, 0.11)}
+    rows |= {"sCM over images, equal time": records(0.05, 0.06)}
+    text = page(EXPERIMENTS, {"T2": rows}, {})
+    assert "| at equal pairs: reproduced; at equal time: not reproduced |" in text
 
 
 @pytest.mark.slow
@@ -150,7 +214,7 @@ def test_a_table_runs_resumes_and_makes_a_page(tmp_path: Path, capfd: pytest.Cap
     }  # fmt: skip
     experiments = Experiments.model_validate(toy)
     runs = plan(experiments, [], ["training.steps=1", "training.preview_every=9", "training.precision=no"])[:3]
-    reproduce(experiments, runs, tmp_path / "runs", Display())
+    reproduce(runs, tmp_path / "runs", Display(), 4)
     assert "run 2/2: X, three, seed=0" in capfd.readouterr().err
     found = collect_scores(runs, tmp_path / "runs")
     assert found["X"]["again"] == found["X"]["three"] != found["X"]["two"]
@@ -158,22 +222,28 @@ def test_a_table_runs_resumes_and_makes_a_page(tmp_path: Path, capfd: pytest.Cap
     assert set(record["student"]) == {"1", "2", "4"} and set(record["teacher"]) == {"20", "4", "2", "1"}
     assert 0 < record["student"]["1"]["agreement"] < 5 and record["sec_per_step"] > 0
     (tmp_path / "runs" / runs[1].name / SCORES).unlink()  # as if killed between its last step and its scores
-    reproduce(experiments, runs, tmp_path / "runs", Display(quiet=True))
+    reproduce(runs, tmp_path / "runs", Display(quiet=True), 4)
     again = collect_scores(runs, tmp_path / "runs")["X"]["three"][0]
     assert again["sec_per_step"] is None
     assert again["student"]["1"]["fd"] == found["X"]["three"][0]["student"]["1"]["fd"]
     found = collect_scores(runs, tmp_path / "runs")
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob(f"*/{SCORES}")}
-    reproduce(experiments, runs, tmp_path / "runs", Display())
+    reproduce(runs, tmp_path / "runs", Display(), 4)
     assert "2 different runs, 0 to do" in capfd.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in written} == written
     solvers = measure_solvers(experiments, tmp_path / "runs", Display())
     assert set(solvers["dpmsolver++"]) == {"2"} and solvers["dpmsolver++"]["2"]["agreement"] is None
     assert measure_solvers(experiments, tmp_path / "runs", Display(quiet=True)) == solvers
     figures = measure_figures(experiments, tmp_path / "runs", Display())
+    draw_grids(experiments, runs, tmp_path / "page" / "figures", tmp_path / "runs", Display())
+    draw_filter_examples(experiments, tmp_path / "page" / "figures", Display())
     write_page(experiments, found, solvers, figures, tmp_path / "page" / "paper.md")
     drawn = {file.name for file in (tmp_path / "page" / "figures").iterdir()}
-    assert drawn == {f"{name}.{suffix}" for name in FIGURES for suffix in ("svg", "png")}
+    grids = {f"grid_methods_at_{steps}.png" for steps in ("1_step", "2_steps", "4_steps")}
+    grids |= {"grid_the_brightness_filter.png"}
+    assert drawn == grids | {f"{name}.{suffix}" for name in WALK_FIGURES for suffix in ("svg", "png")}
+    text = (tmp_path / "page" / "paper.md").read_text()
+    assert all(f"(figures/{name})" in text for name in drawn if not name.endswith(".png") or name in grids)
     assert "| two | 1 |" in (tmp_path / "page" / "paper.md").read_text()
     assert json.loads((tmp_path / "page" / "paper.json").read_text()) == {
         "tables": found,

@@ -243,3 +243,21 @@ def test_a_students_card_must_be_readable(copy_of_tiny: Path):
         (copy_of_tiny / CARD).write_text(text)
         with pytest.raises(UserError, match=CARD):
             load_student(copy_of_tiny, "cpu")
+
+
+def test_features_are_the_blocks_outputs_with_a_gradient_to_the_latent(teacher: SanaTeacher):
+    condition, guidance = teacher.encode(PROMPTS), torch.full((3,), 4.5)
+    x, t = 0.5 * torch.randn(3, *teacher.latent_shape), torch.tensor([0.2, 0.9, 1.5])
+    seen: list[Tensor] = []
+    handle = teacher.transformer.proj_out.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    maps = teacher.features(x.requires_grad_(), t, condition, guidance)
+    handle.remove()
+    assert [tuple(m.shape) for m in maps] == [(3, 64, width) for width in teacher.feature_widths]
+    assert not any(block._forward_hooks for block in teacher.transformer.transformer_blocks)
+    assert not torch.equal(maps[0], maps[1])
+    maps[-1].sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    assert len(seen) == 1 and len(seen[0]) == 3  # one unguided call, and the last map is what the output is made of
+    modulated = torch.nn.functional.layer_norm(maps[-1], maps[-1].shape[-1:], eps=1e-6)
+    similarity = torch.cosine_similarity(modulated.flatten(1), seen[0].flatten(1))
+    assert (similarity > 0.5).all(), similarity

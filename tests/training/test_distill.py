@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stepfold.config import Config
@@ -16,13 +17,24 @@ from stepfold.display import Display
 from stepfold.errors import NonFiniteError, UserError
 from stepfold.export.pipeline import save_student
 from stepfold.jobs import run_distill
+from stepfold.objectives.adversarial import Discriminator
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_student
 from stepfold.teachers.sana import SanaStudent, SanaTeacher
-from stepfold.training.distill import Draw, Progress, choose_precision, collect, distill, draw, make_accelerator, update
+from stepfold.training.distill import (
+    Judgement,
+    Progress,
+    choose_precision,
+    collect,
+    distill,
+    make_accelerator,
+    new_discriminator,
+    update,
+)
+from stepfold.training.draws import Draw, draw
 from stepfold.training.runs import checkpoints, read_metrics
 
 CPU = torch.device("cpu")
@@ -96,6 +108,17 @@ def test_micro_batches_add_up(teacher: SanaTeacher, settings: Settings, prompts:
         assert (parts - whole).norm() <= 1e-6 * whole.norm(), size
         for name, values in figures.items():
             assert torch.allclose(values, figures_of_parts[name], rtol=1e-6, atol=1e-8), (size, name)
+
+
+def test_the_tangent_beside_the_forward_gives_the_same_gradient(
+    teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    config = settings()
+    pairs, student = pairs_of(teacher, config, prompts), lively_student(teacher)
+    wanted, figures = gradient(student, pairs, config)
+    found, beside = gradient(student, pairs, settings("training.tangent=one_pass"))
+    assert (found - wanted).norm() <= 1e-6 * wanted.norm()  # Sana's attention works in float32
+    torch.testing.assert_close(beside["tangent_norm"], figures["tangent_norm"], rtol=1e-5, atol=0)
 
 
 def _micro(size: int, denominator: str) -> tuple[str, str]:
@@ -174,7 +197,7 @@ def test_diffusion_space_draws_independent_times(teacher: SanaTeacher, settings:
     assert single.shape == (512, 1) and abs(torch.log(teacher.sigma_data * torch.tan(single)).mean() - 0.2) < 0.25
 
 
-@pytest.mark.parametrize("change", ["space.kind=endpoints", "objective=discrete"])
+@pytest.mark.parametrize("change", ["space.kind=endpoints", "objective=discrete", "training.tangent=one_pass"])
 def test_other_spaces_and_objectives_train(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, change: str
 ) -> None:
@@ -438,3 +461,85 @@ def test_automatic_precision_follows_the_machine(
     config = choose_precision(settings("training.precision=auto", "training.rollout_precision=bf16"))
     assert (config.training.precision, config.training.rollout_precision) == (chosen, "bf16")
     assert choose_precision(settings()) == settings()
+
+
+SPRINT = ("space.kind=endpoints", "adversarial.weight=0.5")
+
+
+def judged_gradients(
+    teacher: SanaTeacher, config: Config, prompts: PromptFile, keep: list[bool] | None = None
+) -> tuple[SanaStudent, Discriminator, dict[str, Tensor]]:
+    """One update with the adversarial term, without the step."""
+    torch.manual_seed(0)  # the same student every time
+    student, batch = lively_student(teacher).float(), draw(0, prompts, teacher, config, CPU)
+    assert batch.judged is not None
+    discriminator = new_discriminator(teacher, 0)
+    pairs = pairs_of(teacher, config, prompts, keep)
+    narrow = {name: getattr(pairs, name).float() for name in ("x", "t", "dxdt", "guidance")}
+    pairs = replace(pairs, **narrow, condition=Condition(pairs.condition.embeds.float(), pairs.condition.mask))
+    judgement = Judgement(teacher, discriminator, batch.judged)
+    figures = update(student, pairs, config, 10, 0.5, make_accelerator("no"), judgement=judgement)
+    return student, discriminator, figures
+
+
+def test_the_discriminators_gradient_is_that_of_its_own_loss_alone(
+    teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    """However the student weighs the term; the student's gradient does depend on it."""
+    found = [judged_gradients(teacher, settings(f"adversarial.weight={w}"), prompts) for w in (0.5, 50)]
+    (student, heads, figures), (strong, same_heads, _) = found
+    gradients = [
+        torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+        for module in (heads, same_heads)
+    ]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].norm() > 1e-3
+    weak = torch.cat([p.grad.flatten() for p in student.transformer.parameters() if p.grad is not None])
+    more = torch.cat([p.grad.flatten() for p in strong.transformer.parameters() if p.grad is not None])
+    assert (more - weak).norm() > 1e-3 * weak.norm()
+    assert all(parameter.grad is None for parameter in teacher.transformer.parameters())
+    assert set(figures) >= {"loss", "generator_loss", "discriminator_loss"}
+
+
+def test_filtered_prompts_are_not_judged(teacher: SanaTeacher, settings: Settings, prompts: PromptFile) -> None:
+    """The pair that is kept is judged with its own draw, whatever was dropped before it."""
+    config = settings("adversarial.weight=0.5")
+    both = judged_gradients(teacher, config, prompts)[2]["generator_loss"]
+    second = judged_gradients(teacher, config, prompts, [False, True])[2]["generator_loss"]
+    assert len(second) == len(both) / 2
+    torch.testing.assert_close(second, both[len(second) :], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_pictures_are_judged_from_noise_as_often_as_asked(
+    teacher: SanaTeacher, settings: Settings, prompts: PromptFile, share: float
+) -> None:
+    config = settings("adversarial.weight=0.5", f"adversarial.max_time={share}")
+    seen: list[Tensor] = []
+    student, pairs = teacher.new_student(), pairs_of(teacher, config, prompts)
+    student.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    narrow = {name: getattr(pairs, name).float() for name in ("x", "t", "dxdt", "guidance")}
+    pairs = replace(pairs, **narrow, condition=Condition(pairs.condition.embeds.float(), pairs.condition.mask))
+    judged = draw(0, prompts, teacher, config, CPU).judged
+    assert judged is not None
+    judgement = Judgement(teacher, new_discriminator(teacher, 0), judged)
+    update(student, pairs, config, 10, 0.5, make_accelerator("no"), judgement=judgement)
+    assert ((seen[-1] > 1.57).float().mean() == share).item()  # the last forward is the judged one
+
+
+def test_sana_sprint_trains_both_and_resumes_to_the_bit(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    config = settings(*SPRINT)
+    train(config, tmp_path / "run", teacher, prompts)
+    whole, first = checkpoints(tmp_path / "run")[::-1]
+    after = {file.name: load_file(file) for file in whole.glob("*.safetensors")}
+    before = load_file(first / "discriminator.safetensors")
+    assert any(not torch.equal(value, before[name]) for name, value in after["discriminator.safetensors"].items())
+    shutil.rmtree(whole)
+    train(config, tmp_path / "run", teacher, prompts)
+    for name, values in after.items():
+        again = load_file(whole / name)
+        assert all(torch.equal(value, again[key]) for key, value in values.items()), name
+    rows = read_metrics(tmp_path / "run")
+    assert all(0 < row["discriminator_loss"] < 4 for row in rows)

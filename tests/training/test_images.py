@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from stepfold.config import Config
+from stepfold.config import Config, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.images.reading import open_images
@@ -63,15 +63,30 @@ def test_the_latents_are_the_pictures(tmp_path: Path, settings: Settings, folder
     assert record["count"] == 5 and record["file"] == str(folder)
 
 
+def test_sana_sprint_over_images(tmp_path: Path, settings: Settings, folder: Path) -> None:
+    config = over_images(settings, folder, "adversarial.weight=0.5", "training.steps=2")
+    result = run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="")
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1] and all(row["discriminator_loss"] > 0 for row in rows)
+    assert set(result["stages_sec"]) >= {"data", "text", "images", "teacher", "student forward", "adversarial"}
+
+
 @pytest.mark.parametrize(
     "changes",
-    [("space.kind=images",), ("space.images=somewhere",), ("space.kind=endpoints", "space.images=somewhere")],
+    [("space.images=somewhere",), ("space.kind=endpoints", "space.images=somewhere")],
 )
 def test_the_kind_and_the_folder_go_together(settings: Settings, changes: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match="go together"):
+    with pytest.raises(UserError, match="give both or neither"):
         settings(*changes)
 
 
 def test_captions_are_the_prompts(settings: Settings) -> None:
     with pytest.raises(UserError, match="leave --prompts out"):
         settings("space.kind=images", "space.images=somewhere")
+
+
+def test_a_preset_over_images_asks_for_the_folder(tmp_path: Path) -> None:
+    for preset in ("scm", "sana-sprint"):
+        with pytest.raises(UserError, match=r"needs a folder of images; add --set space.images=FOLDER"):
+            run_distill(load_config(preset), tmp_path / "run", resume=False, display=Display(quiet=True), command="")
+    assert not (tmp_path / "run").exists()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from stepfold.evaluation.measure import Sampler
@@ -21,6 +21,11 @@ def sample_rows(
     return {name: sampler(noise, condition, scale, range(len(noise))) for name, sampler in samplers.items()}
 
 
+def to_image(picture: Tensor) -> Image.Image:
+    """A picture [3, H, W] in [0, 1] as 8-bit RGB."""
+    return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
 def save_grid(rows: dict[str, Tensor], path: Path, cell: int = 96) -> None:
     """One row of pictures a sampler, its name on the left.
 
@@ -30,14 +35,14 @@ def save_grid(rows: dict[str, Tensor], path: Path, cell: int = 96) -> None:
         cell: pixels a picture.
     """
     count = max(len(pictures) for pictures in rows.values())
-    grid = Image.new("RGB", (LABEL_WIDTH + cell * count, cell * len(rows)), "white")
+    longest = max(rows, key=len)
+    left = max(LABEL_WIDTH, 16 + int(ImageFont.load_default(13).getlength(longest)))
+    grid = Image.new("RGB", (left + cell * count, cell * len(rows)), "white")
     pen = ImageDraw.Draw(grid)
     for y, (name, pictures) in enumerate(rows.items()):
         pen.text((8, y * cell + cell // 2 - 6), name, fill="black", font_size=13)
         for x, picture in enumerate(pictures):
-            array = (picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-            resized = Image.fromarray(array).resize((cell, cell), Image.Resampling.LANCZOS)
-            grid.paste(resized, (LABEL_WIDTH + x * cell, y * cell))
+            grid.paste(to_image(picture).resize((cell, cell), Image.Resampling.LANCZOS), (left + x * cell, y * cell))
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path) as part:
         grid.save(part, format="PNG")

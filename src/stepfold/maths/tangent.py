@@ -10,11 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepfold.errors import UserError
 from stepfold.maths.formulations import expand
+from stepfold.maths.one_pass import one_pass
 
 Network = Callable[[Tensor, Tensor], Tensor]
 """(x_unit [B, ...], t [B]) -> F [B, ...]: a closure over a module, its condition and its guidance scale."""
 
-BACKENDS = ("two_pass", "finite_difference")
+BACKENDS = ("two_pass", "one_pass", "finite_difference")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def total_derivative(
         t: [B], in [0, pi/2].
         dx: [B, ...], dtype of x.
         dt: [B], dtype of t.
-        backend: `two_pass` (forward-mode differentiation, exact) or `finite_difference` (forwards only, second order).
+        backend: `two_pass` (forward-mode differentiation in a pass of its own, exact), `one_pass` (the same beside the
+            forward itself, exact, cheaper; see `one_pass.py`) or `finite_difference` (forwards only, second order).
         step: of `finite_difference`, see there.
 
     Returns:
@@ -60,6 +62,8 @@ def total_derivative(
     """
     if backend == "two_pass":
         return two_pass(network, x, t, dx, dt)
+    if backend == "one_pass":
+        return Tangent(*one_pass(network, x, t, dx, dt))
     if backend == "finite_difference":
         return finite_difference(network, x, t, dx, dt, step)
     raise UserError(f"unknown tangent backend {backend!r}; use one of {', '.join(BACKENDS)}")

@@ -2,11 +2,22 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from stepfold.reproduction.figures import FIGURES, draw_all
-from stepfold.reproduction.runs import Experiment, Experiments, fd_at_one_step, mean_and_spread, scored, verdict
+from stepfold.reproduction.figures import draw_all
+from stepfold.reproduction.runs import (
+    EQUAL_TIME_ROW,
+    Experiment,
+    Experiments,
+    Metric,
+    mean_and_spread,
+    scored,
+    values_of,
+    verdict,
+)
 from stepfold.training.runs import writing
 
 Records = list[dict[str, Any]]
@@ -15,8 +26,9 @@ INTRODUCTION = """\
 Written by `stepfold reproduce` from the scores in the json file beside this page; no number is typed by hand.
 
 The teacher is the bundled one. Every row is the preset `{preset}` with the settings named, sees the same number of
-pairs (60 to 64 a step) and is measured on the same {pictures} prompts and noises by the bundled judge. The learning
-rate is the preset's for all rows; none was tuned for itself. FD is a Frechet distance in the judge's features and
+pairs (60 to 64 a step) and is measured on the same {pictures} prompts and noises by the bundled judge; rows called
+"equal time" train for as long as their table's first row took instead. The learning rate is the preset's for all rows;
+none was tuned for itself. FD is a Frechet distance in the judge's features and
 stands for the paper's FID: the paper's numbers do not compare with ours, only the order of rows does. Numbers are
 mean ± standard deviation over the seeds. A comparison counts when the one-step FDs differ by more than twice the
 standard error of their difference; with two or three seeds that is weak evidence."""
@@ -41,20 +53,21 @@ def write_page(
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path.with_suffix(".json")) as part:
         part.write_text(json.dumps({"tables": found, "solvers": solvers}, indent=1) + "\n")
-    if figures:
-        draw_all(figures, path.parent / "figures")
+    drawn = draw_all(figures, found, path.parent / "figures")
     with writing(path) as part:
-        part.write_text(page(experiments, found, solvers, with_figures=bool(figures)))
+        part.write_text(page(experiments, found, solvers, drawn, sorted((path.parent / "figures").glob("grid_*.png"))))
 
 
 def page(
     experiments: Experiments,
     found: dict[str, dict[str, Records]],
     solvers: dict[str, dict[str, Any]],
-    with_figures: bool = False,
+    figures: Mapping[str, str] = MappingProxyType({}),
+    grids: Sequence[Path] = (),
 ) -> str:
-    """The page as markdown."""
-    every = [record for rows in found.values() for records in rows.values() for record in scored(records)]
+    """The page as markdown; `figures` are name -> caption, `grids` the files of `pictures.draw_grids`."""
+    records = [record for rows in found.values() for of_row in rows.values() for record in of_row]
+    own = next((record["teacher"] for record in records if "teacher" in record), None)
     lines = [
         "# The paper, run again",
         "",
@@ -62,27 +75,43 @@ def page(
         "",
         "## Summary",
         "",
-        "| table | the paper says | one-step FD here | verdict |",
+        "| table | the paper says | here | verdict |",
         "|---|---|---|---|",
-        *(
-            f"| [{name}](#{name.lower()}) {e.title} | {e.claim} | {_in_short(found.get(name, {}))} | "
-            f"{verdict(e, found.get(name, {})) or '(no claim)'} |"
-            for name, e in experiments.tables.items()
-        ),
     ]
-    lines += ["", *_teacher({"Euler, even noise levels": every[0]["teacher"]} if every else {}, solvers)]
+    for name, experiment in experiments.tables.items():
+        for metric in experiment.by:
+            lines.append(_summary(name, experiment, found.get(name, {}), metric))
+    lines += ["", *_teacher({"Euler, even noise levels": own} if own else {}, solvers)]
     for name, experiment in experiments.tables.items():
         lines += ["", *_table(name, experiment, found.get(name, {}))]
-    if with_figures:
+    if figures or grids:
         lines += ["", "## Figures"]
-        for figure, (caption, _) in FIGURES.items():
-            lines += ["", f"![{caption}](figures/{figure}.svg)", "", caption]
+    for figure, caption in figures.items():
+        lines += ["", f"![{caption}](figures/{figure}.svg)", "", caption]
+    for grid in grids:
+        caption = f"{grid.stem.removeprefix('grid_').replace('_', ' ')}, equal prompts and noise."
+        lines += ["", f"![{caption}](figures/{grid.name})", "", caption]
     return "\n".join(lines) + "\n"
 
 
-def _in_short(rows: dict[str, Records]) -> str:
-    done = {row: fd_at_one_step(scored(records)) for row, records in rows.items() if scored(records)}
-    return "; ".join(f"{row} {_number(*fd, 4)}" for row, fd in done.items()) or "not run"
+NAMES: dict[Metric, tuple[str, int, float]] = {
+    "fd": ("FD at one step", 4, 1),
+    "sec_per_pair": ("milliseconds a pair", 1, 1000),
+    "peak_memory_gib": ("GiB at most while training", 2, 1),
+}
+"""metric -> its name, the digits that it is printed with, and what it is multiplied by."""
+
+
+def _summary(name: str, experiment: Experiment, rows: dict[str, Records], metric: Metric) -> str:
+    label, digits, scale = NAMES[metric]
+    values = {row: [scale * value for value in values_of(records, metric)] for row, records in rows.items()}
+    told = "; ".join(f"{row} {_number(*mean_and_spread(of), digits)}" for row, of in values.items() if of)
+    answer = verdict(experiment, rows, metric) or "(no claim)"
+    equal_time = {row: rows.get(f"{row}{EQUAL_TIME_ROW}", records) for row, records in rows.items()}
+    if equal_time != rows and experiment.worst_to_best:
+        answer = f"at equal pairs: {answer}; at equal time: {verdict(experiment, equal_time, metric)}"
+    link = f"[{name}](#{name.lower()}) {experiment.title}"
+    return f"| {link} | {experiment.claim} | {f'{label}: {told}' if told else 'not run'} | {answer} |"
 
 
 def _teacher(own: dict[str, dict[str, Any]], solvers: dict[str, dict[str, Any]]) -> list[str]:
@@ -107,33 +136,70 @@ def _teacher(own: dict[str, dict[str, Any]], solvers: dict[str, dict[str, Any]])
 
 
 def _table(name: str, experiment: Experiment, rows: dict[str, Records]) -> list[str]:
+    lines = [f"## {name}", "", f"{experiment.title}. The paper: {experiment.claim}", ""]
+    lines += _cost_table(experiment, rows) if experiment.costs else _score_table(experiment, rows)
+    commands = [f"- {row}: `{records[0]['command']}`" for row, records in rows.items() if records]
+    return [*lines, *(["", "Commands of seed 0:", "", *commands] if commands else [])]
+
+
+def _ended(experiment: Experiment, rows: dict[str, Records]) -> dict[str, tuple[Records, str]]:
+    """row -> the records that have numbers, and how many seeds in words; the rows of equal time come last."""
+    ended = {}
+    for row in dict.fromkeys((*experiment.rows, *rows)):
+        every = rows.get(row, [])
+        records = scored(every)
+        seeds = f"{len(records)}" + (f", {len(every) - len(records)} diverged" if len(every) > len(records) else "")
+        ended[row] = (records, seeds if every else "not run")
+    return ended
+
+
+def _score_table(experiment: Experiment, rows: dict[str, Records]) -> list[str]:
     lines = [
-        f"## {name}",
-        "",
-        f"{experiment.title}. The paper: {experiment.claim}",
-        "",
-        "| row | steps | accuracy, % | CLIP score | FD | diversity | agreement | s a step | seeds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| row | steps | accuracy, % | CLIP score | FD | diversity | agreement | images/s | s a training step | "
+        "training steps | million parameters | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in experiment.rows:
-        ended = rows.get(row, [])
-        records = scored(ended)
-        seeds = f"{len(records)}" + (f", {len(ended) - len(records)} diverged" if len(ended) > len(records) else "")
+    for row, (records, seeds) in _ended(experiment, rows).items():
         if not records:
-            lines.append(f"| {row} | {'diverged' if ended else 'not run'} | | | | | | | {seeds} |")
+            lines.append(f"| {row} | | | | | | | | | | | {seeds} |")
             continue
+        timed = [record["sec_per_step"] for record in records if record["sec_per_step"] is not None]
+        cost = _number(*mean_and_spread(timed), 2) if timed else "not timed"
+        told = f"{cost} | {records[0]['steps']} | {records[0]['parameters'] / 1e6:.2f} | {seeds}"
         for steps in STEPS:
             scores = [record["student"][steps] for record in records]
             cells = (
                 _of(scores, "accuracy", 1, 100), _of(scores, "clip_score", 1), _of(scores, "fd", 4),
-                _of(scores, "diversity", 3), _of(scores, "agreement", 3),
+                _of(scores, "diversity", 3), _of(scores, "agreement", 3), _of(scores, "images_per_sec", 0),
             )  # fmt: skip
-            timed = [record["sec_per_step"] for record in records if record["sec_per_step"] is not None]
-            cost = _number(*mean_and_spread(timed), 2) if timed else "not timed"
-            lines.append(f"| {row} | {steps} | {' | '.join(cells)} | {cost} | {seeds} |")
-    lines += [f"| {row} | not run: {reason} | | | | | | | |" for row, reason in experiment.not_run.items()]
-    commands = [f"- {row}: `{records[0]['command']}`" for row, records in rows.items() if records]
-    return [*lines, *(["", "Commands of seed 0:", "", *commands] if commands else [])]
+            lines.append(f"| {row} | {steps} | {' | '.join(cells)} | {told} |")
+    return [*lines, *(f"| {row} | not run: {reason} |" for row, reason in experiment.not_run.items())]
+
+
+def _cost_table(experiment: Experiment, rows: dict[str, Records]) -> list[str]:
+    """Seconds and memory, and their ratios to the first row's of the same number of pairs."""
+    ended = _ended(experiment, rows)
+    stages = dict.fromkeys(name for records, _ in ended.values() for r in records for name in r["stages_sec"] or {})
+    head = ["row", "pairs a step", "ms a pair", "ratio", "ms a step", "peak GiB", "ratio", *(f"ms {s}" for s in stages)]
+    lines = [f"| {' | '.join([*head, 'seeds'])} |", f"|{'---|' * (len(head) + 1)}"]
+    first: dict[float, tuple[float, float]] = {}
+    for row, (records, seeds) in ended.items():
+        timed = [record for record in records if record["stages_sec"]]
+        if not timed:
+            lines.append(f"| {row} |{' |' * (len(head) - 1)} {seeds} |")
+            continue
+        pairs = timed[0]["pairs_per_step"]
+        sec, memory = ([record[key] for record in timed] for key in ("sec_per_pair", "peak_memory_gib"))
+        means = mean_and_spread(sec)[0], mean_and_spread(memory)[0]
+        first.setdefault(pairs, means)
+        cells = [
+            f"{pairs:.0f}", _number(*mean_and_spread([1000 * s for s in sec]), 1), f"{means[0] / first[pairs][0]:.2f}",
+            _of(timed, "sec_per_step", 0, 1000), _number(*mean_and_spread(memory), 2),
+            f"{means[1] / first[pairs][1]:.2f}",
+            *(f"{mean_and_spread([1000 * r['stages_sec'].get(s, 0) for r in timed])[0]:.0f}" for s in stages),
+        ]  # fmt: skip
+        lines.append(f"| {row} | {' | '.join(cells)} | {seeds} |")
+    return lines
 
 
 def _of(scores: list[dict[str, float]], name: str, digits: int, scale: float = 1) -> str:

@@ -33,12 +33,17 @@ from stepfold.reproduction.figures import route_numbers, walk_numbers
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_student, load_teacher
 from stepfold.teachers.sana import SanaTeacher
-from stepfold.training.runs import writing
+from stepfold.training.draws import pairs_per_prompt
+from stepfold.training.runs import read_metrics, writing
 
 SCORES = "scores.json"
 IMAGES = "{images}"
+PRESET = "preset="
 DIVERGED = 3  # exit code of `stepfold distill` after a non-finite loss
+EQUAL_TIME = "equal_time.json"
+EQUAL_TIME_ROW = ", equal time"
 Verdict = Literal["reproduced", "not reproduced", "not distinguishable", "not run"]
+Metric = Literal["fd", "sec_per_pair", "peak_memory_gib"]
 
 
 class Experiment(Section):
@@ -49,8 +54,12 @@ class Experiment(Section):
         claim: what the paper says.
         worst_to_best: rows in the order that the claim puts them in, if it does.
         best: the row that the claim calls the best of all, if it does.
+        by: what the claim compares, less being better: FD at one step (for the paper's FID), seconds or memory.
+        costs: whether the table is about time and memory alone; its students are not scored.
+        equal_time: the row whose training time all other rows get once more, in runs of their own.
+        common: settings of all rows, as `key=value`.
         seeds: runs a row, with seeds 0, 1, ...
-        rows: name -> settings that differ from the preset, as `key=value`.
+        rows: name -> settings that differ from the preset; `preset=NAME` begins with another one.
         not_run: name -> the reason, of rows that cannot be run yet.
     """
 
@@ -58,6 +67,10 @@ class Experiment(Section):
     claim: str
     worst_to_best: tuple[str, ...] = ()
     best: str | None = None
+    by: tuple[Metric, ...] = ("fd",)
+    costs: bool = False
+    equal_time: str | None = None
+    common: tuple[str, ...] = ()
     seeds: int = Field(ge=2)
     rows: dict[str, tuple[str, ...]]
     not_run: dict[str, str] = Field(default={})
@@ -67,7 +80,7 @@ class Experiments(Section):
     """All tables.
 
     Attributes:
-        preset: that every row changes.
+        preset: that every row changes, unless it names another one.
         pictures: that a score is made from.
         solvers: solver -> step counts that the untrained teacher is measured at.
         walks: of the teacher, that the figures show.
@@ -87,14 +100,18 @@ class Run:
 
     Attributes:
         table, row: where it belongs.
+        preset: that the settings begin with.
         changes: `key=value` strings, the seed's among them.
         config: the whole settings.
+        costs: whether only time and memory are wanted.
     """
 
     table: str
     row: str
+    preset: str
     changes: tuple[str, ...]
     config: Config
+    costs: bool = False
 
     @property
     def name(self) -> str:
@@ -124,7 +141,7 @@ def plan(experiments: Experiments, tables: list[str], extra: list[str], images: 
     if unknown := [name for name in tables if name not in experiments.tables]:
         raise UserError(f"no table {unknown[0]!r}; there are {', '.join(experiments.tables)}")
     runs = [
-        (seed, table, row, (*(c.replace(IMAGES, str(images)) for c in changes), *extra, f"seed={seed}"))
+        (seed, table, row, tuple(change.replace(IMAGES, str(images)) for change in changes))
         for table, experiment in experiments.tables.items()
         if table in tables or not tables
         for row, changes in experiment.rows.items()
@@ -132,13 +149,64 @@ def plan(experiments: Experiments, tables: list[str], extra: list[str], images: 
         for seed in range(experiment.seeds)
     ]
     runs.sort(key=lambda run: run[0])
-    return [Run(table, row, given, load_config(experiments.preset, given)) for _, table, row, given in runs]
+    return [
+        make_run(experiments, table, row, (*changes, *experiments.tables[table].common, *extra, f"seed={seed}"))
+        for seed, table, row, changes in runs
+    ]
 
 
-def reproduce(experiments: Experiments, runs: list[Run], root: Path, display: Display) -> None:
+def make_run(experiments: Experiments, table: str, row: str, changes: tuple[str, ...]) -> Run:
+    """A run from what its row says."""
+    named = [change.removeprefix(PRESET) for change in changes if change.startswith(PRESET)]
+    preset, rest = (named or [experiments.preset])[-1], tuple(c for c in changes if not c.startswith(PRESET))
+    return Run(table, row, preset, rest, load_config(preset, rest), experiments.tables[table].costs)
+
+
+def plan_equal_time(experiments: Experiments, runs: list[Run], root: Path) -> list[Run]:
+    """The runs of the rows that get as long as their table's `equal_time` row took, out of what steps took in `runs`.
+
+    The number of steps is worked out once all seeds of a row have ended, and kept in `root`; what is counted in steps
+    (the course of r) is stretched with it.
+    """
+    note = root / EQUAL_TIME
+    known: dict[str, int] = json.loads(note.read_text()) if note.exists() else {}
+    steps = dict(known)
+    found, planned = collect_scores(runs, root), []
+    for run in runs:
+        reference = experiments.tables[run.table].equal_time
+        if reference is None or run.row == reference:
+            continue
+        key = f"{run.table}, {run.row}"
+        if key not in steps:
+            ours, theirs = (found[run.table].get(row, []) for row in (run.row, reference))
+            if min(len(ours), len(theirs)) < experiments.tables[run.table].seeds:
+                continue
+            sec, reference_sec = mean_sec_per_step(ours), mean_sec_per_step(theirs)
+            if sec is None or reference_sec is None:
+                continue
+            steps[key] = max(1, round(theirs[0]["steps"] * reference_sec / sec))
+        given = (PRESET + run.preset, *run.changes, *stretched(run.config, steps[key]))
+        planned.append(make_run(experiments, run.table, run.row + EQUAL_TIME_ROW, given))
+    if steps != known:
+        with writing(note) as part:
+            part.write_text(json.dumps(steps, indent=2) + "\n")
+    return planned
+
+
+def stretched(config: Config, steps: int) -> list[str]:
+    """The settings that make a run `steps` long and stretch the course of r with it."""
+    c, factor = config.consistency, steps / config.training.steps
+    counted = {"r_warmup": c.r_warmup, "r_cooldown_start": c.r_cooldown_start, "r_cooldown_steps": c.r_cooldown_steps}
+    return [
+        f"training.steps={steps}",
+        *(f"consistency.{name}={round(factor * value)}" for name, value in counted.items()),
+    ]
+
+
+def reproduce(runs: list[Run], root: Path, display: Display, pictures: int) -> None:
     """Runs what has no scores yet, each as a `stepfold distill` of its own, which continues where a kill left it.
 
-    A run that diverges is noted as such and not tried again; the others go on.
+    Scores are made from so many `pictures`. A run that diverges is noted as such and not tried again; the others go on.
 
     Raises:
         UserError: a run failed for any other reason; its last words are above.
@@ -151,9 +219,9 @@ def reproduce(experiments: Experiments, runs: list[Run], root: Path, display: Di
     took: list[float] = []
     for number, run in enumerate(todo, 1):
         left = f", about {statistics.mean(took) * (len(todo) - number + 1) / 60:.0f} min left" if took else ""
-        display.note(f"run {number}/{len(todo)}: {run.table}, {run.row}, {run.changes[-1]}{left}")
+        display.note(f"run {number}/{len(todo)}: {run.table}, {run.row}, seed={run.config.seed}{left}")
         began, folder = time.perf_counter(), root / run.name
-        command = distill_command(experiments.preset, run, folder)
+        command = distill_command(run, folder)
         quiet = ["--quiet"] if display.console.quiet else []
         code = subprocess.run([sys.executable, "-m", "stepfold", *command, "--resume", *quiet]).returncode
         if code not in (0, DIVERGED):
@@ -163,25 +231,40 @@ def reproduce(experiments: Experiments, runs: list[Run], root: Path, display: Di
             "changes": list(run.changes),
             "versions": versions(),
             "diverged": code == DIVERGED,
+            "steps": run.config.training.steps,
         }
         if not record["diverged"]:
-            record["sec_per_step"] = seconds_per_step(json.loads((folder / "report.json").read_text()))
-            record |= score(folder / "student", replace(EMOJI, n=experiments.pictures), root)
+            record |= costs(folder, run.config)
+            if not run.costs:
+                record |= score(folder / "student", replace(EMOJI, n=pictures), root)
         with writing(folder / SCORES) as part:
             part.write_text(json.dumps(record, indent=2) + "\n")
         took.append(time.perf_counter() - began)
 
 
-def seconds_per_step(report: dict[str, Any]) -> float | None:
-    """What a step took, previews left out; None if the last process of the run had no step left to do."""
-    seconds = sum(sec for name, sec in report["stages_sec"].items() if name != "preview")
-    return seconds / report["timed_steps"] if report["timed_steps"] else None
+def costs(folder: Path, config: Config) -> dict[str, Any]:
+    """What a finished run took: seconds a step and its parts, previews left out; pairs a step; memory.
+
+    The seconds are None if the last process of the run had no step left to do.
+    """
+    report = json.loads((folder / "report.json").read_text())
+    stages = {name: sec for name, sec in report["stages_sec"].items() if name != "preview"}
+    steps = report["timed_steps"]
+    kept = statistics.mean(row["kept"] for row in read_metrics(folder))
+    pairs = kept * config.training.prompts_per_step * pairs_per_prompt(config.space)
+    return {
+        "sec_per_step": sum(stages.values()) / steps if steps else None,
+        "sec_per_pair": sum(stages.values()) / steps / pairs if steps else None,
+        "stages_sec": {name: sec / steps for name, sec in stages.items()} if steps else None,
+        "pairs_per_step": pairs,
+        "peak_memory_gib": report["peak_memory_gib"],
+    }
 
 
-def distill_command(preset: str, run: Run, folder: Path) -> list[str]:
+def distill_command(run: Run, folder: Path) -> list[str]:
     """The arguments of `stepfold` that repeat a run."""
     changes = [part for change in run.changes for part in ("--set", change)]
-    return ["distill", "--preset", preset, *changes, "--out", str(folder)]
+    return ["distill", "--preset", run.preset, *changes, "--out", str(folder)]
 
 
 def score(student_folder: Path, protocol: Protocol, root: Path) -> dict[str, Any]:
@@ -198,7 +281,12 @@ def score(student_folder: Path, protocol: Protocol, root: Path) -> dict[str, Any
     for k in protocol.student_steps:
         samplers[f"student {k}"] = student_sampler(student, k, protocol.seed, teacher.sigma_data)
     rows = rows_by_steps(measure(judge, protocol, teacher, samplers, teacher.device))["student"]
-    return {"protocol": protocol_record(protocol), "student": rows, "teacher": json.loads(note.read_text())}
+    return {
+        "protocol": protocol_record(protocol),
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "student": rows,
+        "teacher": json.loads(note.read_text()),
+    }
 
 
 def measure_teacher(teacher: SanaTeacher, judge: Judge, protocol: Protocol, root: Path) -> Path:
@@ -241,6 +329,12 @@ def measure_solvers(experiments: Experiments, root: Path, display: Display) -> d
     return kept
 
 
+def shown_prompts(count: int) -> list[str]:
+    """The first prompts of the bundled file in the order of seed 0."""
+    prompts = open_prompts(assets.PROMPTS)
+    return [prompts.prompt(shuffled_index(i, len(prompts), 0)) for i in range(count)]
+
+
 def measure_figures(experiments: Experiments, root: Path, display: Display) -> dict[str, Any]:
     """The numbers that the figures are drawn from, measured once and kept in `root`."""
     note = root / "figures.json"
@@ -248,8 +342,7 @@ def measure_figures(experiments: Experiments, root: Path, display: Display) -> d
         display.note("walking the teacher for the figures")
         config = load_config(experiments.preset)
         teacher = load_teacher(config.teacher, "cpu")
-        prompts = open_prompts(assets.PROMPTS)
-        shown = [prompts.prompt(shuffled_index(i, len(prompts), 0)) for i in range(experiments.walks)]
+        shown = shown_prompts(experiments.walks)
         guidance = torch.full((len(shown),), teacher.default_guidance)
         numbers = {
             "routes": route_numbers(config.space, teacher.sigma_data),
@@ -283,25 +376,31 @@ def scored(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record for record in records if not record["diverged"]]
 
 
-def fd_at_one_step(records: list[dict[str, Any]]) -> tuple[float, float]:
-    """Mean and spread over the seeds; FD stands for the paper's FID."""
-    return mean_and_spread([record["student"]["1"]["fd"] for record in records])
+def values_of(records: list[dict[str, Any]], metric: Metric) -> list[float]:
+    """One value a seed, of those that have one; FD is that of one step."""
+    found = [record["student"]["1"]["fd"] if metric == "fd" else record[metric] for record in scored(records)]
+    return [value for value in found if value is not None]
 
 
-def is_better(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool | None:
-    """Whether row `a` has the lower one-step FD; None if the means are nearer than twice their standard error."""
-    (mean_a, spread_a), (mean_b, spread_b) = fd_at_one_step(a), fd_at_one_step(b)
+def mean_sec_per_step(records: list[dict[str, Any]]) -> float | None:
+    """Mean over the seeds that were timed; None if none was."""
+    timed = [record["sec_per_step"] for record in scored(records) if record["sec_per_step"] is not None]
+    return statistics.mean(timed) if timed else None
+
+
+def is_less(a: list[float], b: list[float]) -> bool | None:
+    """Whether the mean of `a` is below that of `b`; None if they are nearer than twice their standard error."""
+    (mean_a, spread_a), (mean_b, spread_b) = mean_and_spread(a), mean_and_spread(b)
     error = math.sqrt(spread_a**2 / len(a) + spread_b**2 / len(b))
     return None if math.isnan(error) or abs(mean_a - mean_b) < 2 * error else mean_a < mean_b
 
 
-def verdict(experiment: Experiment, rows: dict[str, list[dict[str, Any]]]) -> Verdict | None:
-    """What the seeds say about the claim; None if there is none.
+def verdict(experiment: Experiment, rows: dict[str, list[dict[str, Any]]], metric: Metric = "fd") -> Verdict | None:
+    """What the seeds say about the claim, in one metric; None if there is no claim.
 
     `reproduced` if every comparison of the claim comes out as claimed, `not reproduced` if one comes out the other way
     round, `not distinguishable` if one lies within the spread, `not run` if a row has fewer than two seeds with scores.
     """
-    rows = {row: scored(records) for row, records in rows.items()}
     if experiment.best:
         compared = [(experiment.best, row) for row in experiment.rows if row != experiment.best]
     else:
@@ -309,9 +408,10 @@ def verdict(experiment: Experiment, rows: dict[str, list[dict[str, Any]]]) -> Ve
         compared = list(zip(order[1:], order[:-1], strict=True)) if order else []
     if not compared:
         return None
-    if any(len(rows.get(row, [])) < 2 for pair in compared for row in pair):
+    values = {row: values_of(rows.get(row, []), metric) for pair in compared for row in pair}
+    if any(len(of_row) < 2 for of_row in values.values()):
         return "not run"
-    answers = [is_better(rows[better], rows[worse]) for better, worse in compared]
+    answers = [is_less(values[better], values[worse]) for better, worse in compared]
     if False in answers:
         return "not reproduced"
     return "not distinguishable" if None in answers else "reproduced"

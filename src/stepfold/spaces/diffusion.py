@@ -5,7 +5,7 @@ from torch import Tensor
 
 from stepfold.maths.formulations import interpolate
 from stepfold.spaces.generation import Velocity
-from stepfold.spaces.pairs import Pairs
+from stepfold.spaces.pairs import Pairs, pair_numbers
 from stepfold.teachers.contract import Condition
 
 
@@ -31,7 +31,8 @@ def noised_pairs(
     """
     index, count = keep.nonzero().squeeze(1), times.shape[1]
     t = times[index].flatten()
-    x = interpolate(x0[index].repeat_interleave(count, 0), noise[index].flatten(0, 1), t)
+    clean = x0[index].repeat_interleave(count, 0)
+    x = interpolate(clean, noise[index].flatten(0, 1), t)
     repeated, scales = condition.rows(index).repeat_interleave(count), guidance[index].repeat_interleave(count)
     return Pairs(
         x=x,
@@ -40,6 +41,8 @@ def noised_pairs(
         dxdt=velocity(x, t, repeated, scales) if len(index) else torch.zeros_like(x),
         condition=repeated,
         guidance=scales,
+        x0=clean,
         prompt=index.repeat_interleave(count),
+        number=pair_numbers(index, count),
         num_walked=count * len(keep),
     )

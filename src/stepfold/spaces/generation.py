@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepfold.maths.filters import FilterRule, darkness, keep_mask
 from stepfold.maths.formulations import euler_step
-from stepfold.spaces.pairs import Pairs
+from stepfold.spaces.pairs import Pairs, pair_numbers
 from stepfold.teachers.contract import Condition
 
 Velocity = Callable[[Tensor, Tensor, Condition, Tensor], Tensor]
@@ -94,7 +94,9 @@ def pairs_from(
         dxdt=flat(trajectory.dxdt),
         condition=condition.rows(index).repeat_interleave(count),
         guidance=guidance[index].repeat_interleave(count),
+        x0=trajectory.x0[index].repeat_interleave(count, 0),
         prompt=index.repeat_interleave(count),
+        number=pair_numbers(index, count),
         num_walked=count * len(keep),
     )
 

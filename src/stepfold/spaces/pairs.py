@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from stepfold.teachers.contract import Condition
@@ -18,7 +19,9 @@ class Pairs:
         dxdt: [M, ...], the teacher's (guided) velocity at (x, t).
         condition: M rows.
         guidance: [M], the guidance scale that is in dxdt.
+        x0: [M, ...], the clean latent at the pair's t = 0: the end of its walk, or what was noised.
         prompt: int64 [M], which prompt of the batch each pair belongs to.
+        number: int64 [M], the pair's place among the `num_walked`.
         num_walked: how many pairs there would be, had none been filtered out.
     """
 
@@ -28,7 +31,9 @@ class Pairs:
     dxdt: Tensor
     condition: Condition
     guidance: Tensor
+    x0: Tensor
     prompt: Tensor
+    number: Tensor
     num_walked: int
 
     def __len__(self) -> int:
@@ -43,6 +48,13 @@ class Pairs:
             self.dxdt[index],
             self.condition.rows(index),
             self.guidance[index],
+            self.x0[index],
             self.prompt[index],
+            self.number[index],
             self.num_walked,
         )
+
+
+def pair_numbers(index: Tensor, count: int) -> Tensor:
+    """The `number` of the pairs of the kept prompts `index` [K], of `count` pairs each: [K count]."""
+    return (index[:, None] * count + torch.arange(count, device=index.device)).flatten()

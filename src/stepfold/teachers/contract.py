@@ -74,6 +74,7 @@ class Teacher(Protocol):
     guidance_kind: GuidanceKind
     latent_shape: tuple[int, ...]
     shift: float  # of the teacher's own flow sampler
+    feature_widths: tuple[int, ...]  # of `features`
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Prompts -> condition, one row a prompt."""
@@ -81,6 +82,10 @@ class Teacher(Protocol):
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
         """dx/dt [B, ...] at x [B, ...], t [B], guided by the scales [B]; no gradient."""
+        ...
+
+    def features(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> list[Tensor]:
+        """What the network sees inside at x [B, ...], t [B]: maps [B, tokens, width], with a gradient to x."""
         ...
 
     def decode(self, x0: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from stepfold import assets
@@ -28,6 +29,31 @@ def load_teacher(
         null_mask=settings.null_mask,
         guidance_kind=settings.guidance,
     )
+
+
+def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:
+    """A diffusers text-to-image pipeline of any class, from a folder; safetensors only, no code of its own.
+
+    Raises:
+        UserError: the folder is no pipeline, names a class outside diffusers and transformers, or does not load.
+    """
+    check_folder(folder)
+    parts = json.loads((folder / "model_index.json").read_text())
+    name = parts.get("_class_name")
+    if not isinstance(name, str) or not isinstance(getattr(diffusers, name, None), type):
+        raise UserError(f"{folder} is a {name}, which is no pipeline of diffusers {diffusers.__version__}")
+    for part, spec in parts.items():
+        if isinstance(spec, list) and spec[0] not in (None, "diffusers", "transformers"):
+            raise UserError(
+                f"{folder}: part {part!r} comes from {spec[0]!r}, whose code would be run; it is not loaded"
+            )
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder} does not load: {reason}; save it again with save_pretrained") from None
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
 
 
 def load_student(folder: Path, device: torch.device | str) -> tuple[SanaTeacher, SanaStudent, dict[str, Any]]:

@@ -24,6 +24,7 @@ from stepfold.maths.formulations import flow_input, flow_time, guide, trigflow_o
 from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate
 
 SIGMA_DATA = 0.5
+NUM_FEATURES = 5  # feature maps for discriminator heads, as many as Sana-Sprint has
 
 
 def trigflow_network(
@@ -148,6 +149,10 @@ class SanaTeacher:
         self.time_scale = 1.0 if isinstance(self.pipe, SanaSprintPipeline) else 1000.0 * config.timestep_scale
         schedule = self.pipe.scheduler.config
         self.shift = float(schedule.get("shift", schedule.get("flow_shift", 1.0)))
+        blocks = self.transformer.transformer_blocks
+        count = min(NUM_FEATURES, len(blocks))
+        self.feature_blocks = [blocks[(i + 1) * len(blocks) // count - 1] for i in range(count)]
+        self.feature_widths = (config.num_attention_heads * config.attention_head_dim,) * count
         self.max_tokens, self.null_mask = max_tokens, null_mask
         self._null = self._null_trimmed = None
         if self.guidance_kind == "classifier_free":
@@ -201,6 +206,20 @@ class SanaTeacher:
             unguided, guided = F.chunk(2)
             F = guide(unguided, guided, guidance)
         return (self.sigma_data * F).to(x.dtype)
+
+    def features(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> list[Tensor]:
+        """See `Teacher`. The outputs of evenly spaced blocks, without classifier-free guidance."""
+        maps: list[Tensor] = []
+        handles = [
+            block.register_forward_hook(lambda _, args, output: maps.append(output)) for block in self.feature_blocks
+        ]
+        try:
+            scales = guidance if self.guidance_kind == "embedded" else None
+            trigflow_network(self.transformer, x / self.sigma_data, t, condition, scales, self.time_scale)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return maps
 
     def _vae(self) -> Any:
         if self.pipe.vae is None:

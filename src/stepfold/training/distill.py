@@ -17,104 +17,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepfold.config import Config, SpaceSettings
 from stepfold.errors import NonFiniteError, UserError
-from stepfold.maths.formulations import data_prediction, euler_step
-from stepfold.maths.routes import (
-    half_pi,
-    logit_normal_route,
-    logit_normal_times,
-    random_route,
-    random_times,
-    reference_route,
-)
+from stepfold.maths.formulations import euler_step, expand, interpolate
+from stepfold.maths.routes import half_pi
 from stepfold.maths.schedules import tangent_warmup
 from stepfold.maths.tangent import Tangent, total_derivative
+from stepfold.objectives.adversarial import Discriminator, discriminator_loss, generator_loss
 from stepfold.objectives.consistency import ConsistencyOptions, consistency_terms, tangent_direction
 from stepfold.objectives.discrete import discrete_terms
-from stepfold.prompts.reading import Prompts, shuffled_index
-from stepfold.randomness import normal, uniform
+from stepfold.prompts.reading import Prompts
+from stepfold.sampling import predict_data
 from stepfold.spaces.diffusion import noised_pairs
 from stepfold.spaces.generation import Velocity, brightness_filter, pairs_from, walk
 from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Condition, Student, Teacher
+from stepfold.training.draws import Draw, JudgedDraw, draw
 from stepfold.training.optimisers import learning_rate, make_optimiser
 from stepfold.training.runs import append_metrics, checkpoints, load_checkpoint, rewind_metrics, save_checkpoint
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What one optimiser step starts from; a function of (seed, step) alone.
+class Judgement:
+    """What the adversarial term needs besides the pairs."""
 
-    Attributes:
-        prompts: B strings.
-        index: B numbers of the prompts in their file.
-        noise: [B, ...], of standard deviation sigma_data.
-        route: [B, N].
-        guidance: [B], float32.
-        uniform: [B], for the brightness filter.
-        times: [B, M], falling, that diffusion space noises to; None in generation space.
-        fresh_noise: [B, M, ...] like `noise`, that it noises with; None in generation space.
-    """
-
-    prompts: list[str]
-    index: list[int]
-    noise: Tensor
-    route: Tensor
-    guidance: Tensor
-    uniform: Tensor
-    times: Tensor | None = None
-    fresh_noise: Tensor | None = None
-
-
-def draw(step: int, prompts: Prompts, teacher: Teacher, config: Config, device: torch.device) -> Draw:
-    """Prompts, noise, routes and guidance scales of a step, each from its own stream, per global sample number."""
-    seed, count = config.seed, config.training.prompts_per_step
-    samples = range(step * count, (step + 1) * count)
-    scales = torch.tensor(config.space.guidance)
-    picks: Tensor = torch.cat([uniform((1,), seed, "guidance", i) for i in samples]) * len(scales)
-    index = [shuffled_index(i, len(prompts), seed) for i in samples]
-    times = fresh_noise = None
-    if config.space.kind != "generation":
-        times = torch.stack([draw_times(config.space, seed, step, i, teacher.sigma_data) for i in samples]).to(device)
-        shape = (times.shape[1], *teacher.latent_shape)
-        fresh_noise = torch.stack([normal(shape, seed, "fresh noise", i) for i in samples]).to(device)
-        fresh_noise = teacher.sigma_data * fresh_noise
-    return Draw(
-        prompts=[prompts.prompt(i) for i in index],
-        index=index,
-        noise=torch.stack([normal(teacher.latent_shape, seed, "noise", i) for i in samples]).to(device)
-        * teacher.sigma_data,
-        route=torch.stack([draw_route(config.space, seed, step, i, teacher.sigma_data) for i in samples]).to(device),
-        guidance=scales[picks.long()].to(device),
-        uniform=torch.cat([uniform((1,), seed, "filter", i) for i in samples]).to(device),
-        times=times,
-        fresh_noise=fresh_noise,
-    )
-
-
-def draw_route(space: SpaceSettings, seed: int, step: int, sample: int, sigma_data: float) -> Tensor:
-    """One route [N]; shared by the prompts of a step unless `route_per` is `prompt`."""
-    key = ("route", step) if space.route_per == "step" else ("route of sample", sample)
-    if space.route == "logit_normal":
-        return logit_normal_route(
-            normal((1, space.route_steps), seed, *key), sigma_data, space.logit_mean, space.logit_std
-        )[0]
-    numbers = uniform((1, space.route_steps), seed, *key)
-    if space.route == "random":
-        return random_route(numbers)[0]
-    return reference_route(numbers, space.route_shift)[0]
-
-
-def draw_times(space: SpaceSettings, seed: int, step: int, sample: int, sigma_data: float) -> Tensor:
-    """As many times [M], falling, as a walk would keep: one from each cell of the reference ladder, or independent."""
-    count = space.route_steps - (not space.keep_first)
-    if space.route == "reference":
-        return draw_route(space, seed, step, sample, sigma_data)[-count:]
-    if space.route == "logit_normal":
-        numbers = normal((count,), seed, "times of sample", sample)
-        times = logit_normal_times(numbers, sigma_data, space.logit_mean, space.logit_std)
-    else:
-        times = random_times(uniform((count,), seed, "times of sample", sample))
-    return times.sort(descending=True).values.clamp(max=half_pi(times.dtype))
+    teacher: Teacher
+    discriminator: Discriminator
+    draw: JudgedDraw
 
 
 def collect(
@@ -144,6 +71,20 @@ def collect(
     return noised_pairs(velocity, x0, batch.times, batch.fresh_noise, condition, batch.guidance, keep)
 
 
+@dataclass
+class Stages:
+    """Seconds spent in each stage of the step."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Adds the time that the block takes to stage `name`."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
+
+
 def update(
     student: Student,
     pairs: Pairs,
@@ -152,23 +93,39 @@ def update(
     sigma_data: float,
     accelerator: Accelerator,
     derivative: Callable[..., Tangent] = total_derivative,
+    predict: Callable[..., Tensor] = predict_data,
+    judgement: Judgement | None = None,
+    stages: Stages | None = None,
 ) -> dict[str, Tensor]:
     """Adds the gradient of the mean loss over the pairs, in micro-batches; returns per-pair figures [M].
 
-    `derivative` is `total_derivative` or its compiled self.
+    `derivative` is `total_derivative` and `predict` is `predict_data`, or their compiled selves. With a `judgement`,
+    the discriminator gets the gradient of its own loss. `stages` notes what forward and backward passes take.
     """
+    stages = stages or Stages()
     denominator = len(pairs) if config.space.filter_denominator == "kept" else pairs.num_walked
     size = config.training.micro_batch or len(pairs)
     figures = defaultdict(list)
     for start in range(0, len(pairs), size):
         part = pairs.rows(slice(start, start + size))
-        if config.objective == "discrete":
-            loss, rows = discrete_loss(student, part, config, sigma_data, accelerator)
-        else:
-            loss, rows = continuous_loss(student, part, config, step, sigma_data, accelerator, derivative)
-        accelerator.backward(loss.sum() / denominator)
+        with stages("student forward"):
+            if config.objective == "discrete":
+                loss, rows = discrete_loss(student, part, config, sigma_data, accelerator, predict)
+            else:
+                loss, rows = continuous_loss(student, part, config, step, sigma_data, accelerator, derivative)
+        for_heads = None
+        if judgement:
+            with stages("adversarial"):
+                for_student, for_heads = adversarial_losses(student, part, judgement, config, accelerator, predict)
+            loss = loss + config.adversarial.weight * for_student
+            rows |= {"loss": loss, "generator_loss": for_student, "discriminator_loss": for_heads}
+        with stages("student backward"):
+            accelerator.backward(loss.sum() / denominator, inputs=list(student.parameters()))
+        if for_heads is not None:
+            with stages("adversarial"):
+                accelerator.backward(for_heads.sum() / denominator)
         for name, values in rows.items():
-            figures[name].append(values)
+            figures[name].append(values.detach())
     return {name: torch.cat(values) for name, values in figures.items()}
 
 
@@ -211,7 +168,7 @@ def continuous_loss(
         options=ConsistencyOptions(c.prior_weight, c.adaptive_weight, c.normalise, c.normalise_constant),
     )
     return terms.loss, {
-        "loss": terms.loss.detach(),
+        "loss": terms.loss,
         "squared_error": terms.squared_error,
         "tangent_norm": terms.tangent_norm,
         "w_phi": -log_variance.detach(),
@@ -219,34 +176,55 @@ def continuous_loss(
 
 
 def discrete_loss(
-    student: Student, part: Pairs, config: Config, sigma_data: float, accelerator: Accelerator
+    student: Student,
+    part: Pairs,
+    config: Config,
+    sigma_data: float,
+    accelerator: Accelerator,
+    predict: Callable[..., Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Discrete consistency, per pair [M]: the loss, with gradient, and what to log. The student is its own target."""
 
     def picture(x: Tensor, t: Tensor) -> Tensor:
         with accelerator.autocast(), student_attention(config.training.precision, x.device):
-            F = student(x / sigma_data, t, part.condition, part.guidance)
-        return data_prediction(x, t, sigma_data * F.to(x.dtype))
+            return predict(student, x, t, part.condition, part.guidance, sigma_data)
 
     x_next = euler_step(part.x, part.t, part.t_next, part.dxdt)
     with torch.no_grad():
         target = picture(x_next, part.t_next)
     terms = discrete_terms(picture(part.x, part.t), target, config.discrete.huber_constant)
-    return terms.loss, {"loss": terms.loss.detach(), "squared_error": terms.squared_error}
+    return terms.loss, {"loss": terms.loss, "squared_error": terms.squared_error}
 
 
-@dataclass
-class Stages:
-    """Seconds spent in each stage of the step."""
+def adversarial_losses(
+    student: Student,
+    part: Pairs,
+    judgement: Judgement,
+    config: Config,
+    accelerator: Accelerator,
+    predict: Callable[..., Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Sana-Sprint's adversarial term, per pair [M]: what the student minimises, and what the discriminator does.
 
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    The student's picture, made from the pair's state or from pure noise, and the pair's clean latent are re-noised to
+    one time, and heads on the frozen teacher's features tell them apart.
+    """
+    teacher, draw = judgement.teacher, judgement.draw.rows(part.number)
+    x = torch.where(expand(draw.at_start, part.x), draw.start, part.x)
+    t = torch.where(draw.at_start, half_pi(part.t.dtype), part.t)
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Adds the time that the block takes to stage `name`."""
-        began = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - began
+    def features(picture: Tensor, noise: Tensor) -> list[Tensor]:
+        return teacher.features(interpolate(picture, noise, draw.t), draw.t, part.condition, part.guidance)
+
+    with accelerator.autocast(), student_attention(config.training.precision, x.device):
+        fake = predict(student, x, t, part.condition, part.guidance, teacher.sigma_data)
+        fake_features = features(fake, draw.noise[:, 0])
+        for_student = generator_loss(judgement.discriminator(fake_features))
+        with torch.no_grad():
+            real_features = features(part.x0, draw.noise[:, 1])
+        real_logits = judgement.discriminator(real_features)
+        fake_logits = judgement.discriminator([feature.detach() for feature in fake_features])
+    return for_student, discriminator_loss(real_logits, fake_logits)
 
 
 @dataclass(frozen=True)
@@ -292,23 +270,29 @@ def distill(
     """
     training, device = config.training, accelerator.device
     average = copy.deepcopy(student).requires_grad_(False)
-    optimiser = make_optimiser(student.parameters(), config.optimiser)
     modules: dict[str, nn.Module] = {"student": student, "average": average}
+    trained = list(student.parameters())
+    discriminator = new_discriminator(teacher, config.seed).to(device) if config.adversarial.weight else None
+    if discriminator:
+        modules["discriminator"] = discriminator
+        trained += discriminator.parameters()
+    optimiser = make_optimiser(trained, config.optimiser)
     saved = checkpoints(folder)
     start = load_checkpoint(saved[-1], modules, optimiser) if saved else 0
     rewind_metrics(folder, start)
     if start == 0:
         preview(average, 0)
     stages = Stages()
-    velocity, derivative = teacher.velocity, total_derivative
+    velocity, derivative, predict = teacher.velocity, total_derivative, predict_data
     if training.compile:
-        velocity, derivative = compiled(velocity), compiled(derivative)
+        velocity, derivative, predict = compiled(velocity), compiled(derivative), compiled(predict)
 
     with stop_requests() as stop:
         for step in range(start, training.steps):
             began = time.perf_counter()
-            with stages("text"):
+            with stages("data"):
                 batch = draw(step, prompts, teacher, config, device)
+            with stages("text"):
                 condition = teacher.encode(batch.prompts)
                 if training.compile:  # equal shapes: one graph, and a resumed run has the same one
                     condition = condition.padded(config.teacher.max_tokens)
@@ -319,9 +303,15 @@ def distill(
 
             row: dict[str, Any] = {"step": step, "kept": len(pairs) / pairs.num_walked}
             if len(pairs):
-                with stages("student"):
-                    figures = update(student, pairs, config, step, teacher.sigma_data, accelerator, derivative)
+                judgement = Judgement(teacher, discriminator, batch.judged) if discriminator and batch.judged else None
+                figures = update(
+                    student, pairs, config, step, teacher.sigma_data, accelerator,
+                    derivative, predict, judgement, stages,
+                )  # fmt: skip
+                with stages("optimiser"):
                     norm = accelerator.clip_grad_norm_(student.parameters(), config.optimiser.clip)
+                    if discriminator:
+                        accelerator.clip_grad_norm_(discriminator.parameters(), config.optimiser.clip)
                 check_finite(figures, norm, step, batch.prompts, pairs)
                 with stages("optimiser"):
                     rate = learning_rate(step, training.steps, config.optimiser)
@@ -350,6 +340,13 @@ def distill(
                 with stages("preview"):
                     preview(average, step + 1)
     return average
+
+
+def new_discriminator(teacher: Teacher, seed: int) -> Discriminator:
+    """Its first weights depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Discriminator(teacher.feature_widths)
 
 
 def rollout_precision(precision: str, device: torch.device) -> torch.autocast:

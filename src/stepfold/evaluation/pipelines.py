@@ -1,0 +1,118 @@
+"""Pictures from any diffusers text-to-image pipeline, for a place in our tables or for somebody else's scorer."""
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from stepfold.errors import UserError
+from stepfold.evaluation.judge import Judge
+from stepfold.evaluation.preview import to_image
+from stepfold.evaluation.protocol import Protocol, Scores, protocol_prompts, score_images
+from stepfold.randomness import generator
+from stepfold.training.runs import writing
+
+BATCH = 25
+GENEVAL_SAMPLES = 4  # pictures a prompt, as GenEval's own script draws
+
+
+def draw(
+    pipe: Any, prompts: Sequence[str], keys: Sequence[int], steps: int, guidance: float | None, seed: int
+) -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1] of a diffusers pipeline.
+
+    Args:
+        pipe: a text-to-image pipeline.
+        prompts: B strings.
+        keys: B numbers; a picture's noise depends on the seed and on its own number only.
+        steps: of its scheduler.
+        guidance: scale; None for the pipeline's own default.
+        seed: of the noise.
+
+    Raises:
+        UserError: the pipeline cannot be called so.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    options: dict[str, Any] = {"num_inference_steps": steps, "output_type": "pt"}
+    options["generator"] = [generator(seed, "pipeline", key) for key in keys]
+    if guidance is not None:
+        options["guidance_scale"] = guidance
+    if "use_resolution_binning" in accepted:  # else Sana and PixArt draw at 1024 px, whatever they were trained for
+        side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+        options |= {"use_resolution_binning": False, "height": side, "width": side}
+    if "intermediate_timesteps" in accepted and steps != 2:  # SanaSprintPipeline has a default for 2 steps alone
+        options["intermediate_timesteps"] = None
+    try:
+        return pipe(list(prompts), **options).images.float().clamp(0, 1)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{type(pipe).__name__} cannot draw with {', '.join(options)}: {error}") from error
+
+
+def measure_pipeline(
+    judge: Judge,
+    protocol: Protocol,
+    pipe: Any,
+    steps: int,
+    guidance: float | None,
+    tick: Callable[[int], None] = lambda count: None,
+) -> Scores:
+    """A pipeline's scores on the protocol's prompts, with noise of its own, so without an agreement."""
+    prompts, targets, groups = protocol_prompts(judge, protocol)
+
+    def pictures() -> Iterator[Tensor]:
+        for start in range(0, protocol.n, BATCH):
+            samples = range(start, min(start + BATCH, protocol.n))
+            yield draw(pipe, [prompts[s] for s in samples], samples, steps, guidance, protocol.seed)
+            tick(len(samples))
+
+    return score_images(judge, pictures(), prompts, targets, groups)
+
+
+def geneval_prompts(path: Path) -> list[dict[str, Any]]:
+    """The rows of GenEval's evaluation_metadata.jsonl: each a json object with a `prompt`.
+
+    Raises:
+        UserError: the file is missing or is none.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give GenEval's evaluation_metadata.jsonl") from None
+    if not rows or not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):
+        raise UserError(f"{path}: every line must be a json object with a prompt, as in evaluation_metadata.jsonl")
+    return rows
+
+
+def write_geneval(
+    pipe: Any,
+    rows: Sequence[dict[str, Any]],
+    out: Path,
+    steps: int,
+    guidance: float | None,
+    tick: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Pictures in the folders that GenEval's scorer reads: OUT/00000/metadata.jsonl and OUT/00000/samples/0000.png, ...
+
+    Prompts whose pictures are all there are not drawn again.
+    """
+    for index, row in enumerate(rows):
+        folder = out / f"{index:05d}"
+        paths = [folder / "samples" / f"{i:04d}.png" for i in range(GENEVAL_SAMPLES)]
+        if not all(path.exists() for path in paths):
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            keys = [index * GENEVAL_SAMPLES + i for i in range(GENEVAL_SAMPLES)]
+            pictures = draw(pipe, [row["prompt"]] * GENEVAL_SAMPLES, keys, steps, guidance, 0)
+            with writing(folder / "metadata.jsonl") as part:
+                part.write_text(json.dumps(row))
+            for path, picture in zip(paths, pictures, strict=True):
+                with writing(path) as part:
+                    to_image(picture).save(part, format="PNG")
+        tick(1)
+
+
+def default_steps(pipe: Any) -> int:
+    """What the pipeline takes when it is not told."""
+    return int(inspect.signature(pipe.__call__).parameters["num_inference_steps"].default)

@@ -1,0 +1,141 @@
+"""What an optimiser step draws at random: prompts, noise, routes, guidance. A function of (seed, step) alone."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepfold.config import Config, SpaceSettings
+from stepfold.maths.routes import (
+    half_pi,
+    logit_normal_route,
+    logit_normal_times,
+    random_route,
+    random_times,
+    reference_route,
+)
+from stepfold.prompts.reading import Prompts, shuffled_index
+from stepfold.randomness import normal, uniform
+from stepfold.teachers.contract import Teacher
+
+
+@dataclass(frozen=True)
+class JudgedDraw:
+    """What the adversarial term draws for every pair of a step.
+
+    Attributes:
+        start: [M, ...], pure noise of standard deviation sigma_data.
+        at_start: bool [M], whether the judged picture is made from `start` instead of the pair's own state.
+        t: [M], times that pictures are re-noised to.
+        noise: [M, 2, ...], that they are re-noised with: the student's, and the real ones.
+    """
+
+    start: Tensor
+    at_start: Tensor
+    t: Tensor
+    noise: Tensor
+
+    def rows(self, index: Tensor) -> "JudgedDraw":
+        """The pairs that `index` selects."""
+        return JudgedDraw(self.start[index], self.at_start[index], self.t[index], self.noise[index])
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one optimiser step starts from.
+
+    Attributes:
+        prompts: B strings.
+        index: B numbers of the prompts in their file.
+        noise: [B, ...], of standard deviation sigma_data.
+        route: [B, N].
+        guidance: [B], float32.
+        uniform: [B], for the brightness filter.
+        times: [B, M], falling, that diffusion space noises to; None in generation space.
+        fresh_noise: [B, M, ...] like `noise`, that it noises with; None in generation space.
+        judged: for the adversarial term; None without one.
+    """
+
+    prompts: list[str]
+    index: list[int]
+    noise: Tensor
+    route: Tensor
+    guidance: Tensor
+    uniform: Tensor
+    times: Tensor | None = None
+    fresh_noise: Tensor | None = None
+    judged: JudgedDraw | None = None
+
+
+def draw(step: int, prompts: Prompts, teacher: Teacher, config: Config, device: torch.device) -> Draw:
+    """Prompts, noise, routes and guidance scales of a step, each from its own stream, per global sample number."""
+    seed, count = config.seed, config.training.prompts_per_step
+    samples = range(step * count, (step + 1) * count)
+    scales = torch.tensor(config.space.guidance)
+    picks: Tensor = torch.cat([uniform((1,), seed, "guidance", i) for i in samples]) * len(scales)
+    index = [shuffled_index(i, len(prompts), seed) for i in samples]
+    times = fresh_noise = None
+    if config.space.kind != "generation":
+        times = torch.stack([draw_times(config.space, seed, step, i, teacher.sigma_data) for i in samples]).to(device)
+        shape = (times.shape[1], *teacher.latent_shape)
+        fresh_noise = torch.stack([normal(shape, seed, "fresh noise", i) for i in samples]).to(device)
+        fresh_noise = teacher.sigma_data * fresh_noise
+    return Draw(
+        prompts=[prompts.prompt(i) for i in index],
+        index=index,
+        noise=torch.stack([normal(teacher.latent_shape, seed, "noise", i) for i in samples]).to(device)
+        * teacher.sigma_data,
+        route=torch.stack([draw_route(config.space, seed, step, i, teacher.sigma_data) for i in samples]).to(device),
+        guidance=scales[picks.long()].to(device),
+        uniform=torch.cat([uniform((1,), seed, "filter", i) for i in samples]).to(device),
+        times=times,
+        fresh_noise=fresh_noise,
+        judged=draw_judged(samples, teacher, config, device) if config.adversarial.weight else None,
+    )
+
+
+def draw_judged(samples: range, teacher: Teacher, config: Config, device: torch.device) -> JudgedDraw:
+    """See `JudgedDraw`; the pairs of a sample one after the other."""
+    seed, adversarial, sigma_data = config.seed, config.adversarial, teacher.sigma_data
+    count = pairs_per_prompt(config.space)
+    shape = (count, 3, *teacher.latent_shape)
+    noise = sigma_data * torch.cat([normal(shape, seed, "judged noise", i) for i in samples]).to(device)
+    times = torch.cat([normal((count,), seed, "judged times", i) for i in samples])
+    picks = torch.cat([uniform((count,), seed, "judged starts", i) for i in samples])
+    return JudgedDraw(
+        start=noise[:, 0],
+        at_start=(picks < adversarial.max_time).to(device),
+        t=logit_normal_times(times, sigma_data, adversarial.logit_mean, adversarial.logit_std).to(device),
+        noise=noise[:, 1:],
+    )
+
+
+def pairs_per_prompt(space: SpaceSettings) -> int:
+    """How many states of a walk are trained on, and how many times a latent is noised to."""
+    return space.route_steps - (not space.keep_first)
+
+
+def draw_route(space: SpaceSettings, seed: int, step: int, sample: int, sigma_data: float) -> Tensor:
+    """One route [N]; shared by the prompts of a step unless `route_per` is `prompt`."""
+    key = ("route", step) if space.route_per == "step" else ("route of sample", sample)
+    if space.route == "logit_normal":
+        return logit_normal_route(
+            normal((1, space.route_steps), seed, *key), sigma_data, space.logit_mean, space.logit_std
+        )[0]
+    numbers = uniform((1, space.route_steps), seed, *key)
+    if space.route == "random":
+        return random_route(numbers)[0]
+    return reference_route(numbers, space.route_shift)[0]
+
+
+def draw_times(space: SpaceSettings, seed: int, step: int, sample: int, sigma_data: float) -> Tensor:
+    """As many times [M], falling, as a walk would keep: one from each cell of the reference ladder, or independent."""
+    count = pairs_per_prompt(space)
+    if space.route == "reference":
+        return draw_route(space, seed, step, sample, sigma_data)[-count:]
+    if space.route == "logit_normal":
+        numbers = normal((count,), seed, "times of sample", sample)
+        times = logit_normal_times(numbers, sigma_data, space.logit_mean, space.logit_std)
+    else:
+        times = random_times(uniform((count,), seed, "times of sample", sample))
+    return times.sort(descending=True).values.clamp(max=half_pi(times.dtype))

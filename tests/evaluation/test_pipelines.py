@@ -1,0 +1,103 @@
+"""Any diffusers pipeline in our tables."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from stepfold import assets
+from stepfold.display import Display, results_table
+from stepfold.errors import UserError
+from stepfold.evaluation.pipelines import default_steps, draw, geneval_prompts, write_geneval
+from stepfold.jobs import run_evaluate, run_geneval
+from stepfold.teachers.loading import load_any_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_sana: Path) -> Any:
+    return load_any_pipeline(tiny_sana, "cpu")
+
+
+def test_a_picture_depends_on_its_own_number_only(pipe: Any) -> None:
+    together = draw(pipe, ["red heart", "a cat"], [3, 4], 2, 4.5, seed=0)
+    alone = draw(pipe, ["a cat"], [4], 2, 4.5, seed=0)
+    assert together.shape == (2, 3, 32, 32) and together.min() >= 0 and together.max() <= 1
+    torch.testing.assert_close(together[1:], alone, atol=1e-3, rtol=0)
+    assert (draw(pipe, ["a cat"], [5], 2, 4.5, seed=0) - alone).abs().mean() > 1e-3
+    assert (draw(pipe, ["a cat"], [4], 2, 1.0, seed=0) - alone).abs().mean() > 1e-4  # guidance arrives
+    assert default_steps(pipe) == 20
+
+
+def test_a_call_that_the_pipeline_refuses_is_one_line(pipe: Any) -> None:
+    with pytest.raises(UserError, match="SanaPipeline cannot draw with num_inference_steps"):
+        draw(pipe, ["a cat"], [0, 1], 2, 4.5, seed=0)  # two generators for one prompt
+
+
+@pytest.mark.slow
+def test_pipelines_stand_side_by_side_and_the_better_one_scores_better(tiny_sana: Path) -> None:
+    folders = [tiny_sana, Path(str(assets.TEACHER))]
+    result = run_evaluate(folders, steps=[12], n=40, guidance=None, display=Display(quiet=True), device="cpu")
+    poor, good = (result["pipelines"][str(folder)]["12"] for folder in folders)
+    assert good["accuracy"] > 0.7 > 0.2 > poor["accuracy"] and good["fd"] < poor["fd"] / 2
+    assert abs(good["accuracy"] - result["teacher"]["20"]["accuracy"]) < 0.2  # it is the same network
+    assert good["agreement"] is None
+    assert len(results_table(result).rows) == 4 + 2
+
+
+def test_a_class_or_a_part_from_elsewhere_is_refused(tiny_sana: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny_sana, folder)
+    index = folder / "model_index.json"
+    parts = json.loads(index.read_text())
+    index.write_text(json.dumps(parts | {"_class_name": "MyPipeline"}))
+    with pytest.raises(UserError, match="MyPipeline, which is no pipeline of diffusers"):
+        load_any_pipeline(folder, "cpu")
+    index.write_text(json.dumps(parts | {"_class_name": ["pipeline", "MyPipeline"]}))
+    with pytest.raises(UserError, match="which is no pipeline of diffusers"):
+        load_any_pipeline(folder, "cpu")
+    index.write_text(json.dumps(parts | {"vae": ["evil", "Vae"]}))
+    with pytest.raises(UserError, match="part 'vae' comes from 'evil', whose code would be run"):
+        load_any_pipeline(folder, "cpu")
+    index.write_text(json.dumps(parts))
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="does not load"):
+        load_any_pipeline(folder, "cpu")
+
+
+def test_geneval_pictures_are_where_its_scorer_looks_and_are_drawn_once(tiny_sana: Path, tmp_path: Path) -> None:
+    rows = [{"tag": "single_object", "include": [], "prompt": "a cat"}, {"tag": "x", "prompt": "a fish, please"}]
+    prompts = tmp_path / "evaluation_metadata.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    out = tmp_path / "out"
+    options: Any = dict(steps=1, guidance=None, display=Display(quiet=True), device="cpu")
+    run_geneval(tiny_sana, prompts, out, **options)
+    for index, row in enumerate(rows):
+        folder = out / f"{index:05d}"
+        assert json.loads((folder / "metadata.jsonl").read_text()) == row
+        assert sorted(p.name for p in (folder / "samples").iterdir()) == [f"{i:04d}.png" for i in range(4)]
+    assert Image.open(out / "00001" / "samples" / "0003.png").size == (32, 32)
+    (out / "00001" / "samples" / "0002.png").unlink()  # as if stopped there
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("00000/samples/*.png")}
+    run_geneval(tiny_sana, prompts, out, **options)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert (out / "00001" / "samples" / "0002.png").exists()
+
+
+@pytest.mark.parametrize("content", ["", "not json\n", '{"tag": "no prompt"}\n', "[1]\n"])
+def test_a_file_that_is_not_genevals_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"evaluation_metadata.jsonl"):
+        geneval_prompts(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        geneval_prompts(tmp_path / "none")
+
+
+def test_pictures_of_a_prompt_differ(pipe: Any, tmp_path: Path) -> None:
+    write_geneval(pipe, [{"prompt": "a cat"}], tmp_path, 1, None)
+    pictures = {path.read_bytes() for path in (tmp_path / "00000" / "samples").iterdir()}
+    assert len(pictures) == 4

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from stepfold.objectives.adversarial import Discriminator, discriminator_loss, generator_loss
+
+WIDTHS = (6, 6, 8)
+
+
+def features(num: int, shift: float = 0.0) -> list[torch.Tensor]:
+    return [torch.randn(num, 5, width) + shift * torch.linspace(-1, 1, width) for width in WIDTHS]
+
+
+def test_the_hinge_losses_by_hand():
+    real, fake = torch.tensor([[0.5, 2.0], [-1.0, 1.0]]), torch.tensor([[-3.0, 0.0], [0.25, -0.25]])
+    assert discriminator_loss(real, fake).tolist() == [(0.5 + 0) / 2 + (0 + 1) / 2, (2 + 0) / 2 + (1.25 + 0.75) / 2]
+    assert generator_loss(fake).tolist() == [1.5, 0.0]
+
+
+def test_heads_that_know_nothing_lose_two():
+    nothing = torch.zeros(3, 7)
+    assert discriminator_loss(nothing, nothing).tolist() == [2.0] * 3
+
+
+def test_every_token_of_every_map_has_a_logit_and_rows_do_not_mix():
+    discriminator = Discriminator(WIDTHS).eval()
+    maps = features(4)
+    logits = discriminator(maps)
+    assert logits.shape == (4, 3 * 5)
+    alone = discriminator([m[2:3] for m in maps])
+    torch.testing.assert_close(logits[2:3], alone)
+    maps[1][2] = torch.randn(5, 6)  # the second map's tokens are logits 5 to 9 of row 2
+    changed = (discriminator(maps) - logits).abs() > 1e-6
+    assert changed[2, 5:10].any() and not changed[[0, 1, 3]].any() and not changed[2, :5].any()
+
+
+def test_a_wrong_number_of_maps_is_an_error():
+    with pytest.raises(ValueError, match="zip"):
+        Discriminator(WIDTHS)(features(2)[:2])
+
+
+def test_heads_learn_to_tell_two_kinds_apart_and_not_what_is_the_same():
+    discriminator = Discriminator(WIDTHS)
+    optimiser = torch.optim.AdamW(discriminator.parameters(), lr=1e-2)
+    for _ in range(100):
+        optimiser.zero_grad()
+        discriminator_loss(discriminator(features(16, 2.0)), discriminator(features(16))).mean().backward()
+        optimiser.step()
+    with torch.no_grad():
+        apart = discriminator_loss(discriminator(features(64, 2.0)), discriminator(features(64))).mean()
+        same = discriminator_loss(discriminator(features(64)), discriminator(features(64))).mean()
+    assert apart < 1.0
+    assert same > 1.8
+
+
+def test_no_layer_has_a_gain_above_one():
+    discriminator = Discriminator(WIDTHS)
+    with torch.no_grad():
+        for _ in range(50):  # power iterations, one a call in training
+            discriminator(features(2))
+        layers = [m for m in discriminator.modules() if isinstance(m, torch.nn.Linear)]
+        norms = torch.stack([torch.linalg.matrix_norm(layer.weight, ord=2) for layer in layers])
+    assert torch.allclose(norms, torch.ones(9), atol=1e-3)
