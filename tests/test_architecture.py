@@ -18,7 +18,7 @@ FILES = sorted(p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*.py"))
 EXTERNAL = {
     "accelerate": ("training/distill.py",),
     "diffusers": ("teachers/", "display.py", "doctor.py", "evaluation/solvers.py"),
-    "transformers": ("evaluation/judge.py", "evaluation/mjhq.py", "display.py"),
+    "transformers": ("evaluation/judge.py", "evaluation/mjhq.py", "teachers/", "display.py"),
     "torch_fidelity": ("evaluation/mjhq.py",),
     "typer": ("cli.py",),
     "rich": ("cli.py", "display.py"),

@@ -193,6 +193,13 @@ def test_baselines_are_presets() -> None:
     assert scm.optimiser == tbcm.optimiser and scm.consistency == tbcm.consistency
 
 
+def test_what_cannot_be_compiled_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"setting training: compile does not go .*leave tangent at two_pass, or compile off"
+    ):
+        load_config("demo", ["training.compile=true", "training.tangent=one_pass"])
+
+
 def test_settings_cannot_change() -> None:
     config = Config()
     with pytest.raises(ValueError, match="frozen"):

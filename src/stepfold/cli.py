@@ -331,6 +331,48 @@ def reproduce(
     typer.echo(f"page: {page}")
 
 
+prompts_app = typer.Typer(
+    no_args_is_help=True,
+    help="Encode files of prompts before training.\n\n    stepfold prompts encode prompts.txt --teacher ./my-sana",
+)
+app.add_typer(prompts_app, name="prompts")
+
+
+@prompts_app.command("encode")
+def encode(
+    prompts: Annotated[
+        Path | None,
+        typer.Argument(help="Text file, one prompt a line. Default: the bundled teacher's.", show_default=False),
+    ] = None,
+    teacher: Annotated[
+        str, typer.Option(help="`emoji` (bundled), a diffusers pipeline folder, or a hub id.")
+    ] = "emoji",
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/conditions"),
+    max_tokens: Annotated[int, typer.Option(min=2, help="As teacher.max_tokens of the run.")] = 300,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 64,
+    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Encode prompts once, so that training needs neither text encoder nor autoencoder in memory.
+
+    Stopped, it goes on where it was. Then train with --set conditions=FOLDER and the same teacher.max_tokens.
+
+    stepfold prompts encode --max-tokens 32 --out runs/conditions
+
+    stepfold prompts encode prompts.txt --teacher ./my-sana --device cuda --out my-conditions
+    """
+    from stepfold.config import TeacherSettings
+    from stepfold.display import Display, quiet_libraries
+    from stepfold.jobs import run_encode
+
+    if teacher != "emoji" and prompts is None:
+        raise UserError("give a file of prompts; only the bundled teacher has prompts of its own")
+    quiet_libraries()
+    settings = TeacherSettings(source=teacher, max_tokens=max_tokens)
+    run_encode(settings, prompts, out, batch=batch, display=Display(quiet), device=usable_device(device))
+    typer.echo(f"conditions: {out}")
+
+
 @app.command()
 def presets() -> None:
     """List the presets.

@@ -152,6 +152,15 @@ class TrainingSettings(Section):
     keep_checkpoints: int = Field(default=2, ge=1, description="how many checkpoints stay, the newest ones")
     preview_every: int = Field(default=200, ge=1, description="steps between preview pictures")
 
+    @model_validator(mode="after")
+    def _compilable(self) -> "TrainingSettings":
+        if self.compile and self.tangent == "one_pass":
+            raise ValueError(
+                "compile does not go with tangent=one_pass, since torch.compile cannot trace what it intercepts; leave "
+                "tangent at two_pass, or compile off"
+            )
+        return self
+
 
 class EvaluationSettings(Section):
     """The table at the end."""
@@ -173,6 +182,10 @@ class Config(Section):
     seed: int = Field(default=0, ge=0, lt=2**63, description="of every draw; equal seeds give equal runs")
     prompts: str | None = Field(
         default=None, description="text file, one prompt a line; default: the bundled teacher's"
+    )
+    conditions: str | None = Field(
+        default=None,
+        description="folder that `stepfold prompts encode` made of the prompts: the text encoder stays out of memory",
     )
     teacher: TeacherSettings = TeacherSettings()
     space: SpaceSettings = SpaceSettings()
@@ -267,7 +280,8 @@ def validate(values: dict[str, Any]) -> Config:
         if not key:
             raise UserError(str(problem["msg"]).removeprefix("Value error, ")) from None
         message = str(problem["msg"]).removeprefix("Value error, ")
-        raise UserError(f"setting {key} is {problem['input']!r}: {message}") from None
+        given = "" if isinstance(problem["input"], dict) else f" is {problem['input']!r}"
+        raise UserError(f"setting {key}{given}: {message}") from None
 
 
 def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -31,10 +31,11 @@ from stepfold.evaluation.protocol import EMOJI, Protocol, Scores
 from stepfold.evaluation.report import curves_from_rows, write_report
 from stepfold.export.pipeline import model_card, save_student
 from stepfold.images.reading import ImageFolder, open_images
-from stepfold.prompts.reading import PromptFile, Prompts, open_prompts
+from stepfold.prompts.cache import encode_prompts, open_conditions
+from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.randomness import normal
-from stepfold.teachers.contract import Student
-from stepfold.teachers.loading import CARD, load_any_pipeline, load_student, load_teacher
+from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.loading import CARD, encoder_fingerprint, load_any_pipeline, load_student, load_teacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.distill import Progress, choose_precision, distill, make_accelerator
 from stepfold.training.runs import check_run, checkpoints, open_run, read_metrics, writing
@@ -62,18 +63,28 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         f"device {device.type}, run folder {folder}"
     )
     torch.manual_seed(config.seed)  # the guidance embedder's and the weight head's initial values
-    teacher = load_teacher(config.teacher, device)
+    cache = None
+    if config.conditions:
+        cache = open_conditions(Path(config.conditions), conditions_key(config.teacher, prompts.sha256))
+    null = cache.null if cache else None
+    teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=null)
     student = teacher.new_student()
     if resume and not checkpoints(folder):
         display.note(f"{folder} holds no checkpoint yet: starting from the teacher")
     open_run(folder, config, resume)  # only now: a teacher that does not load leaves no run behind
     remember_prompts(folder, prompts)
     guidance = config.evaluation.guidance or teacher.default_guidance
-    black = cached_black(folder, teacher)
+    black = cache.black.to(device) if cache else cached_black(folder, teacher)
     latents = image_latents(folder, teacher, images, config.space.cache_latents, display) if images else None
     if images is None or config.space.cache_latents:
         teacher.release_decoder()
-    preview = make_preview(folder, teacher, prompts, config, guidance, display)
+
+    def conditions(index: Sequence[int]) -> Condition:
+        if cache:
+            return cache.rows(index).to(device, teacher.dtype)
+        return teacher.encode([prompts.prompt(i) for i in index])
+
+    preview = make_preview(folder, teacher, conditions, len(prompts), config, guidance, display)
 
     tracker = make_tracker(folder)
     stages: dict[str, float] = {}
@@ -92,7 +103,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     with display.training(config.training.steps):
         average = distill(
             config, folder, teacher, student, prompts, black, accelerator,
-            latents=latents, report=report, preview=preview,
+            latents=latents, conditions=conditions if cache else None, report=report, preview=preview,
         )  # fmt: skip
     tracker.close()
     peak = peak_memory_gib(device)
@@ -128,6 +139,36 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     card = json.loads((folder / "student" / CARD).read_text())
     (folder / "student" / "README.md").write_text(model_card(card, prompts.prompt(0), result))
     return result
+
+
+def run_encode(
+    settings: TeacherSettings, prompts: Path | str | None, folder: Path, *, batch: int, display: Display, device: str
+) -> None:
+    """Encodes a file of prompts into a folder that `conditions=FOLDER` trains from.
+
+    Raises:
+        UserError: see `encode_prompts`.
+    """
+    file = open_prompts(prompts or assets.PROMPTS)
+    teacher = load_teacher(settings, device)
+    key = conditions_key(settings, file.sha256)
+    with display.measuring({"prompts": len(file)}) as tick:
+        encode_prompts(
+            folder, key, file, teacher.encode, teacher.null_condition, teacher.black_latent(), batch=batch,
+            note=display.note, tick=partial(tick, "prompts"),
+        )  # fmt: skip
+
+
+def conditions_key(settings: TeacherSettings, prompts_sha256: str) -> dict[str, Any]:
+    """What encoded prompts depend on."""
+    return {
+        "teacher": settings.source,
+        "encoder": encoder_fingerprint(settings.source),
+        "max_tokens": settings.max_tokens,
+        "height": settings.height,  # of the black picture
+        "width": settings.width,
+        "prompts": prompts_sha256,
+    }
 
 
 def remember_prompts(folder: Path, prompts: PromptFile | ImageFolder) -> None:
@@ -183,11 +224,17 @@ def image_latents(
 
 
 def make_preview(
-    folder: Path, teacher: SanaTeacher, prompts: Prompts, config: Config, guidance: float, display: Display
+    folder: Path,
+    teacher: SanaTeacher,
+    conditions: Callable[[Sequence[int]], Condition],
+    num_prompts: int,
+    config: Config,
+    guidance: float,
+    display: Display,
 ) -> Callable[[Student, int], None]:
     """Draws the teacher at 20 steps and the student at 1, 2 and 4, from the same prompts and noise, into previews/."""
-    shown = [prompts.prompt(i * len(prompts) // NUM_PREVIEWS) for i in range(min(NUM_PREVIEWS, len(prompts)))]
-    condition = teacher.encode(shown)
+    shown = [i * num_prompts // NUM_PREVIEWS for i in range(min(NUM_PREVIEWS, num_prompts))]
+    condition = conditions(shown)
     noise = teacher.sigma_data * torch.stack(
         [normal(teacher.latent_shape, config.seed, "preview noise", i) for i in range(len(shown))]
     ).to(teacher.device)

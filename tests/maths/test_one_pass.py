@@ -254,3 +254,33 @@ def test_what_it_cannot_follow_it_refuses() -> None:
 def test_a_network_that_ignores_its_inputs_has_tangent_0() -> None:
     x, t = torch.randn(2, 3), torch.ones(2)
     assert total_derivative(lambda x, t: torch.ones(2, 3), x, t, x, t, backend="one_pass").dF.abs().max() == 0
+
+
+def test_tangents_do_not_outlive_what_the_model_holds() -> None:
+    """Autograd keeps the activations of a hundred layers; their tangents go."""
+    assert module.KEPT_BY_GRAPH is not None, "this torch keeps all of them; the step takes more memory"
+    layers = [torch.randn(4, 4, requires_grad=True, dtype=torch.float64) for _ in range(100)]
+    counts: list[int] = []
+    original = module.Dual._sweep
+
+    def sweep(dual: module.Dual) -> None:
+        original(dual)
+        counts.append(len(dual.tangents))
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        first = x * t[:, None]
+        x = first
+        for layer in layers:
+            x = F.silu(F.linear(x, layer)) + 0.1 * x
+        return x + first  # used again at the end, so its tangent has to stay
+
+    x, dx = torch.randn(2, 3, 4, dtype=torch.float64)
+    t = torch.ones(3, dtype=torch.float64)
+    exact = total_derivative(network, x, t, dx, t)
+    module.Dual._sweep = sweep  # type: ignore[method-assign]
+    try:
+        ours = total_derivative(network, x, t, dx, t, backend="one_pass")
+    finally:
+        module.Dual._sweep = original  # type: ignore[method-assign]
+    torch.testing.assert_close(ours.dF, exact.dF, rtol=1e-9, atol=1e-12)
+    assert len(counts) > 20 and max(counts) < 10, counts

@@ -5,6 +5,8 @@ graph, the derivative of the operation acts on the tangents of its inputs. Model
 intercepted. What has no rule here is differentiated by torch, at the price of computing it a second time.
 """
 
+import sys
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,6 +22,23 @@ from stepfold.errors import UserError
 QUERY_CHUNK = 1024
 """Queries whose attention to all keys is in memory at once; the primal's own attention stays fused."""
 
+SWEEP_EVERY = 16
+"""Operations between two looks for tangents that nothing can use any more."""
+
+
+def _count_when_kept_by_graph() -> int | None:
+    """What sys.getrefcount says of a tensor that the graph alone holds; None if this torch does not tell it apart."""
+    with torch.enable_grad():
+        held = torch.zeros(1, requires_grad=True) * 2
+        graph, ref = held.sin(), weakref.ref(held)
+        with_model = sys.getrefcount(ref())
+        del held
+        without = sys.getrefcount(ref())
+    return without if graph.requires_grad and with_model == without + 1 else None
+
+
+KEPT_BY_GRAPH = _count_when_kept_by_graph()
+
 Tangents = WeakTensorKeyDictionary
 Rule = Callable[..., Tensor | None]
 """(call) -> the output's tangent."""
@@ -31,6 +50,7 @@ class Dual(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.tangents = WeakTensorKeyDictionary()
+        self._until_sweep = SWEEP_EVERY
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs `func` as it is, then its tangent."""
@@ -52,7 +72,18 @@ class Dual(TorchFunctionMode):
             return out
         with torch.no_grad():
             self._remember(out, call.tangent(out))
+        self._until_sweep -= 1
+        if self._until_sweep == 0:
+            self._sweep()
         return out
+
+    def _sweep(self) -> None:
+        """Forgets the tangents of tensors that the model has let go of and only autograd's graph still holds."""
+        self._until_sweep = SWEEP_EVERY
+        if KEPT_BY_GRAPH is not None:
+            for ref in self.tangents.keyrefs():
+                if sys.getrefcount(ref()) == KEPT_BY_GRAPH and ref()._use_count() > 1:
+                    del self.tangents[ref()]
 
     def _remember(self, out: Any, tangent: Any) -> None:
         if isinstance(out, Tensor):

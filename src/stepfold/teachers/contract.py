@@ -31,6 +31,10 @@ class Condition:
         """The samples that `index` selects, in its order."""
         return Condition(self.embeds[index], self.mask[index])
 
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "Condition":
+        """On a device, the embeddings in a dtype."""
+        return Condition(self.embeds.to(device, dtype), self.mask.to(device))
+
     def repeat_interleave(self, times: int) -> "Condition":
         """Each sample `times` times in a row."""
         return Condition(self.embeds.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))

@@ -1,26 +1,34 @@
 """From the settings to a teacher; from a folder to a student."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 from stepfold import assets
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
+from stepfold.teachers.contract import Condition
 from stepfold.teachers.sana import SanaStudent, SanaTeacher, check_folder
 
 CARD = "stepfold.json"
 
 
 def load_teacher(
-    settings: TeacherSettings, device: torch.device | str, dtype: torch.dtype = torch.float32
+    settings: TeacherSettings,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    network_only: bool = False,
+    null: Condition | None = None,
 ) -> SanaTeacher:
-    """The teacher of a run. `emoji` is the bundled one, loaded like any other folder."""
+    """The teacher of a run; `emoji` is the bundled one, loaded like any other. The last two as in `SanaTeacher`."""
     return SanaTeacher(
-        assets.TEACHER if settings.source == "emoji" else settings.source,
+        folder_of(settings.source),
         device=device,
         dtype=dtype,
         height=settings.height,
@@ -28,7 +36,34 @@ def load_teacher(
         max_tokens=settings.max_tokens,
         null_mask=settings.null_mask,
         guidance_kind=settings.guidance,
+        network_only=network_only,
+        null=null,
     )
+
+
+def folder_of(source: str) -> str:
+    """The bundled teacher's folder for `emoji`, else the source itself."""
+    return str(assets.TEACHER) if source == "emoji" else source
+
+
+def encoder_fingerprint(source: str) -> str:
+    """Tells text encoders apart: by names and sizes of a folder's files and its settings, or by a hub id's revision.
+
+    Raises:
+        UserError: the hub id has not been fetched yet, so its revision is not known.
+    """
+    folder = Path(folder_of(source))
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(source, "model_index.json")
+        if not isinstance(cached, str):
+            raise UserError(f"teacher {source!r} is neither a folder nor a hub id that has been fetched; load it once")
+        return f"hub {source} at {Path(cached).parent.name}"
+    digest = hashlib.sha256()
+    for path in sorted(p for part in ("text_encoder", "tokenizer") for p in (folder / part).rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:

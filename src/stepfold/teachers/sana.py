@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from diffusers import (
     AutoencoderDC,
     DiffusionPipeline,
@@ -124,12 +125,14 @@ class SanaTeacher:
         max_tokens: int = 300,
         null_mask: Literal["own", "prompt"] = "own",
         guidance_kind: GuidanceKind | Literal["auto"] = "auto",
+        network_only: bool = False,
+        null: Condition | None = None,
     ) -> None:
+        """`network_only` leaves text encoder and VAE for when they are needed; it takes the unconditional `null`."""
         self.source, self.device, self.dtype = str(source), torch.device(device), dtype
-        self.pipe: Any = load_pipeline(self.source, dtype)
+        self.pipe: Any = load_pipeline(self.source, dtype, network_only)
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer: Any = self.pipe.transformer.to(self.device).eval().requires_grad_(False)
-        self.pipe.text_encoder.to(self.device).eval().requires_grad_(False)
         config = self.transformer.config
         self.sigma_data = SIGMA_DATA
         embeds: GuidanceKind = "embedded" if config.guidance_embeds else "classifier_free"
@@ -139,7 +142,10 @@ class SanaTeacher:
                 f"teacher guidance is {guidance_kind!r}, but this network calls for {embeds!r}; leave it at 'auto'"
             )
         self.default_guidance = float(inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default)
-        factor = self.pipe.vae_scale_factor
+        vae: Any = AutoencoderDC.load_config(self.source, subfolder="vae")
+        factor = 2 ** (
+            len(vae["encoder_block_out_channels"]) - 1
+        )  # as the pipelines reckon, which may have no VAE here
         self.height, self.width = height or config.sample_size * factor, width or config.sample_size * factor
         for name, side in (("height", self.height), ("width", self.width)):
             if side % math.lcm(factor, 32):  # the pipelines themselves insist on 32
@@ -156,13 +162,14 @@ class SanaTeacher:
         self.max_tokens, self.null_mask = max_tokens, null_mask
         self._null = self._null_trimmed = None
         if self.guidance_kind == "classifier_free":
-            self._null = self._encode([""], instruct=False)
+            self._null = null.to(self.device, dtype) if null else self._encode([""], instruct=False)
             self._null_trimmed = self._null.trimmed()
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str], instruct: bool) -> Condition:
         instruction = inspect.signature(self.pipe.__call__).parameters["complex_human_instruction"].default
         options = {"do_classifier_free_guidance": False} if isinstance(self.pipe, SanaPipeline) else {}
+        self._load_text_encoder()
         encode_prompt: Any = self.pipe.encode_prompt
         embeds, mask, *_ = encode_prompt(
             list(prompts),
@@ -172,6 +179,23 @@ class SanaTeacher:
             **options,
         )
         return Condition(embeds.to(self.dtype), mask)
+
+    def _load_text_encoder(self) -> None:
+        if self.pipe.text_encoder is None:
+            name = DiffusionPipeline.load_config(self.source)["text_encoder"][1]  # type: ignore[index]
+            self.pipe.text_encoder = getattr(transformers, name).from_pretrained(
+                self.source, subfolder="text_encoder", use_safetensors=True, dtype=self.dtype
+            )
+        self.pipe.text_encoder.to(self.device).eval().requires_grad_(False)
+
+    def release_text_encoder(self) -> None:
+        """Takes the text encoder out of memory; `encode` loads it again."""
+        self.pipe.text_encoder = None
+
+    @property
+    def null_condition(self) -> Condition | None:
+        """The unconditional branch's condition, one row, untrimmed; None for teachers without such a branch."""
+        return self._null
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """See `Teacher`. Prompts get the pipeline's default instruction, as in use."""
@@ -271,6 +295,7 @@ class SanaTeacher:
         """See `Teacher`: a SanaSprintPipeline with the teacher's own encoder and autoencoder."""
         assert isinstance(student, SanaStudent)
         self._vae()
+        self._load_text_encoder()
         parts: Any = dict(
             tokenizer=self.pipe.tokenizer,
             text_encoder=self.pipe.text_encoder,
@@ -281,8 +306,8 @@ class SanaTeacher:
         SanaSprintPipeline(**parts).save_pretrained(folder, safe_serialization=True)
 
 
-def load_pipeline(source: str, dtype: torch.dtype) -> SanaPipeline | SanaSprintPipeline:
-    """Loads a Sana pipeline from a folder or a hub id; safetensors only, no remote code.
+def load_pipeline(source: str, dtype: torch.dtype, network_only: bool) -> SanaPipeline | SanaSprintPipeline:
+    """Loads a Sana pipeline from a folder or a hub id, all or without text encoder and VAE; safetensors only.
 
     Raises:
         UserError: the folder is not a whole Sana pipeline.
@@ -301,7 +326,8 @@ def load_pipeline(source: str, dtype: torch.dtype) -> SanaPipeline | SanaSprintP
     if name not in names:
         raise UserError(f"teacher {source!r} is a {name}; this version distils {' and '.join(names)}")
     try:
-        return names[name].from_pretrained(source, dtype=dtype, use_safetensors=True)
+        parts: dict[str, Any] = {"text_encoder": None, "vae": None} if network_only else {}
+        return names[name].from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"teacher {source!r} does not load: {_first_line(error)}; save it again with save_pretrained"

@@ -246,6 +246,7 @@ def distill(
     accelerator: Accelerator,
     *,
     latents: Callable[[list[int]], Tensor] | None = None,
+    conditions: Callable[[list[int]], Condition] | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
     preview: Callable[[Student, int], None] = lambda student, step: None,
 ) -> Student:
@@ -260,6 +261,7 @@ def distill(
         black: unit-variance latent of a black picture, for the brightness filter.
         accelerator: device, precision.
         latents: numbers of B prompts -> clean latents [B, ...] of their images, for `space.kind=images`.
+        conditions: numbers of B prompts -> what the teacher would encode them to; None to have it do so.
         report: called after every step.
         preview: called with the average every `preview_every` steps.
 
@@ -293,7 +295,7 @@ def distill(
             with stages("data"):
                 batch = draw(step, prompts, teacher, config, device)
             with stages("text"):
-                condition = teacher.encode(batch.prompts)
+                condition = conditions(batch.index) if conditions else teacher.encode(batch.prompts)
                 if training.compile:  # equal shapes: one graph, and a resumed run has the same one
                     condition = condition.padded(config.teacher.max_tokens)
             with stages("images"):

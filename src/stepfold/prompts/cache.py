@@ -1,0 +1,172 @@
+"""Conditions encoded once and kept on disk, so that neither text encoder nor autoencoder is in memory while training.
+
+A folder holds index.json (what was encoded, with what), extras.safetensors (the unconditional branch's condition, the
+black latent) and shards of SHARD prompts: the embeddings of their real tokens one after the other, in bfloat16, and
+where those of each prompt begin. Shards are memory-mapped and read row by row.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepfold.errors import UserError
+from stepfold.prompts.reading import Prompts
+from stepfold.teachers.contract import Condition, concatenate
+from stepfold.training.runs import writing
+
+SHARD = 4096
+INDEX, EXTRAS = "index.json", "extras.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class ConditionCache:
+    """An encoded file of prompts.
+
+    Attributes:
+        shards: open safetensors files, SHARD prompts each.
+        starts: of each shard, int64 [k + 1]: the first token of every prompt, and the end.
+        null: the unconditional branch's condition, one row, for teachers that have such a branch.
+        black: unit-variance latent of a black picture, for the brightness filter.
+    """
+
+    shards: list[Any]
+    starts: list[Tensor]
+    null: Condition | None
+    black: Tensor
+
+    def rows(self, index: Sequence[int]) -> Condition:
+        """The conditions of the prompts of these numbers, padded to the longest of them; bfloat16, on the CPU."""
+        parts = []
+        for i in index:
+            shard, row = divmod(i, SHARD)
+            first, end = self.starts[shard][row : row + 2].tolist()
+            tokens = self.shards[shard].get_slice("embeds")[first:end]
+            parts.append(Condition(tokens[None], torch.ones(1, end - first, dtype=torch.long)))
+        return concatenate(parts)
+
+
+def encode_prompts(
+    folder: Path,
+    key: dict[str, Any],
+    prompts: Prompts,
+    encode: Callable[[list[str]], Condition],
+    null: Condition | None,
+    black: Tensor,
+    *,
+    batch: int,
+    note: Callable[[str], None] = lambda text: None,
+    tick: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Writes the folder. Whole shards that are there already stay, so a run that was stopped goes on.
+
+    Args:
+        folder: new, or of a run that was stopped.
+        key: what the result depends on: teacher, encoder, prompts; json values.
+        prompts: the prompts.
+        encode: strings -> conditions.
+        null, black: see `ConditionCache`.
+        batch: prompts a call of `encode`.
+        note: told the size before it starts.
+        tick: called with the number of prompts done.
+
+    Raises:
+        UserError: the folder holds something else, or the disk is too small.
+    """
+    index = {**key, "count": len(prompts), "shard": SHARD}
+    if (folder / INDEX).exists():
+        check_key(folder, read_index(folder), index)
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no encoded prompts; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    first = encode([prompts.prompt(i) for i in range(min(batch, len(prompts)))])
+    size = 2 * first.embeds.shape[2] * float(first.mask.sum()) / len(first) * len(prompts)
+    note(f"{len(prompts)} prompts, about {size / 2**30:.3g} GiB in {folder}")
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(f"the disk of {folder} has {free / 2**30:.3g} GiB left, about {size / 2**30:.3g} are needed")
+    with writing(folder / INDEX) as part:
+        part.write_text(json.dumps(index, indent=2) + "\n")
+    extras = {"black": black.cpu().contiguous()}
+    if null is not None:
+        extras |= {"null_embeds": null.embeds.cpu().contiguous(), "null_mask": null.mask.cpu().contiguous()}
+    with writing(folder / EXTRAS) as part:
+        save_file(extras, part)
+    for number, begin in enumerate(range(0, len(prompts), SHARD)):
+        members = range(begin, min(begin + SHARD, len(prompts)))
+        if not (path := shard_path(folder, number)).exists():
+            tokens, lengths = [], [torch.zeros(1, dtype=torch.long)]
+            for start in range(members.start, members.stop, batch):
+                these = range(start, min(start + batch, members.stop))
+                condition = encode([prompts.prompt(i) for i in these])
+                real = condition.mask.bool()
+                tokens.append(condition.embeds[real].to(torch.bfloat16).cpu())
+                lengths.append(real.sum(1).cpu())
+                tick(len(these))
+            with writing(path) as part:
+                save_file({"embeds": torch.cat(tokens), "starts": torch.cat(lengths).cumsum(0)}, part)
+        else:
+            tick(len(members))
+
+
+def open_conditions(folder: Path, key: dict[str, Any]) -> ConditionCache:
+    """Opens what `encode_prompts` wrote.
+
+    Raises:
+        UserError: there is none, it is not whole, or it was made with another teacher or from other prompts.
+    """
+    index = read_index(folder)
+    check_key(folder, index, {**key, "count": index.get("count"), "shard": SHARD})
+    count = -(-index["count"] // SHARD)
+    if missing := [number for number in range(count) if not shard_path(folder, number).exists()]:
+        raise UserError(f"{folder} lacks {len(missing)} of {count} shards; finish it with stepfold prompts encode")
+    try:
+        shards = [safe_open(shard_path(folder, number), framework="pt") for number in range(count)]
+        starts = [shard.get_tensor("starts") for shard in shards]
+        extras = load_file(folder / EXTRAS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} is damaged ({error}); delete it and encode again") from None
+    null = Condition(extras["null_embeds"], extras["null_mask"]) if "null_embeds" in extras else None
+    return ConditionCache(shards, starts, null, extras["black"])
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a folder says about itself.
+
+    Raises:
+        UserError: it is no folder of encoded prompts.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no encoded prompts ({error}); make it with stepfold prompts encode") from None
+    if not isinstance(index, dict):
+        raise UserError(f"{folder / INDEX} is damaged; delete the folder and encode again")
+    return index
+
+
+def check_key(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuses a folder that was made from something else.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    differing = [name for name in wanted if there.get(name) != wanted[name]]
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"{folder} was encoded with another {name} ({there.get(name)!r} there, {wanted[name]!r} now); "
+            "encode again into another folder"
+        )
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where a shard is."""
+    return folder / f"conditions_{number:05d}.safetensors"
