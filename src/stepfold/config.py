@@ -143,7 +143,7 @@ class TrainingSettings(Section):
     rollout_precision: Precision = Field(default="no", description="autocast of the teacher's walks; auto as above")
     compile: bool = Field(
         default=False,
-        description="compile teacher and student: about two minutes, then faster (CPU: needs a C++ compiler); prompts "
+        description="compile teacher and student: up to two minutes, then faster (CPU: needs a C++ compiler); prompts "
         "are padded to teacher.max_tokens, so keep that small; with a filter, each number of kept prompts is compiled "
         "for itself",
     )
@@ -205,6 +205,8 @@ class Config(Section):
             raise ValueError("space.images is for space.kind=images; give both or neither")
         if self.space.images is not None and self.prompts is not None:
             raise ValueError("prompts are the images' own captions with space.kind=images; leave --prompts out")
+        if self.space.kind == "images" and self.conditions is not None:
+            raise ValueError("conditions are those of a prompts file; leave them out with space.kind=images")
         if self.space.kind != "images" and self.prompts is None and self.teacher.source != "emoji":
             raise ValueError(
                 "prompts is missing; give --prompts FILE (only the bundled teacher has prompts of its own)"

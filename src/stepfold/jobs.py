@@ -25,7 +25,7 @@ from stepfold.errors import UserError
 from stepfold.evaluation import mjhq
 from stepfold.evaluation.judge import Judge, load_judge
 from stepfold.evaluation.measure import Sampler, measure, student_sampler, teacher_sampler
-from stepfold.evaluation.pipelines import default_steps, geneval_prompts, measure_pipeline, write_geneval
+from stepfold.evaluation.pipelines import claim, default_steps, geneval_prompts, measure_pipeline, write_geneval
 from stepfold.evaluation.preview import sample_rows, save_grid, to_image
 from stepfold.evaluation.protocol import EMOJI, Protocol, Scores
 from stepfold.evaluation.report import curves_from_rows, write_report
@@ -35,7 +35,14 @@ from stepfold.prompts.cache import encode_prompts, open_conditions
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.randomness import normal
 from stepfold.teachers.contract import Condition, Student
-from stepfold.teachers.loading import CARD, encoder_fingerprint, load_any_pipeline, load_student, load_teacher
+from stepfold.teachers.loading import (
+    CARD,
+    encoder_fingerprint,
+    files_fingerprint,
+    load_any_pipeline,
+    load_student,
+    load_teacher,
+)
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.distill import Progress, choose_precision, distill, make_accelerator
 from stepfold.training.runs import check_run, checkpoints, open_run, read_metrics, writing
@@ -372,8 +379,10 @@ def run_geneval(
     """
     rows = geneval_prompts(prompts)
     pipe = load_any_pipeline(folder, device)
+    count = steps or default_steps(pipe)
+    claim(out, {"pipeline": files_fingerprint(folder), "steps": count, "guidance": guidance})
     with display.measuring({"prompts": len(rows)}) as tick:
-        write_geneval(pipe, rows, out, steps or default_steps(pipe), guidance, partial(tick, "prompts"))
+        write_geneval(pipe, rows, out, count, guidance, partial(tick, "prompts"))
 
 
 def run_mjhq(
@@ -396,8 +405,8 @@ def run_mjhq(
     """
     data = mjhq.open_mjhq(images, n)
     features, scorer = mjhq.inception_features(inception, device), mjhq.load_clip(clip, device)
-    sha256 = hashlib.sha256(inception.read_bytes()).hexdigest()
-    protocol = mjhq.MjhqProtocol(n=n, seed=0, inception_sha256=sha256, clip=clip)
+    meta, weights = (hashlib.sha256(file.read_bytes()).hexdigest() for file in (images / mjhq.META, inception))
+    protocol = mjhq.MjhqProtocol(n=n, seed=0, images_sha256=meta, inception_sha256=weights, clip=clip)
     out.mkdir(parents=True, exist_ok=True)
     with display.measuring({"real pictures": n}) as tick:
         cache = out / f"reals_{protocol.hash()[:12]}.safetensors"
@@ -406,9 +415,11 @@ def run_mjhq(
     for folder in folders:
         pipe = load_any_pipeline(folder, device)
         for k in steps or [default_steps(pipe)]:
-            key = hashlib.sha256(f"{folder.resolve()} {guidance}".encode()).hexdigest()[:8]
+            made_by = {"pipeline": files_fingerprint(folder), "steps": k, "guidance": guidance, "prompts": meta}
+            key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
             with display.measuring(dict.fromkeys(("draw", "judge"), n)) as tick:
-                pictures = out / f"{folder.name}_{key}_{k}_steps"
+                pictures = out / key
+                claim(pictures, made_by)
                 paths = mjhq.draw_all(pipe, data, pictures, k, guidance, protocol.seed, partial(tick, "draw"))
                 scores = mjhq.measure(paths, data, reals, features, scorer, partial(tick, "judge"))
             rows.setdefault(str(folder), {})[str(k)] = scores

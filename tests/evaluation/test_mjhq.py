@@ -156,7 +156,8 @@ def test_without_torch_fidelity_the_extra_is_named(tmp_path: Path, monkeypatch: 
 
 
 def test_the_hash_changes_with_what_matters() -> None:
-    protocol = MjhqProtocol(n=30_000, seed=0, inception_sha256="a", clip="b")
-    others = [MjhqProtocol(n=9, seed=0, inception_sha256="a", clip="b"), MjhqProtocol(30_000, 0, "c", "b")]
-    assert len({p.hash() for p in (protocol, *others)}) == 3
-    assert protocol.hash() == MjhqProtocol(n=30_000, seed=0, inception_sha256="a", clip="b").hash()
+    fields: dict[str, Any] = dict(n=30_000, seed=0, images_sha256="a", inception_sha256="b", clip="c")
+    protocol = MjhqProtocol(**fields)
+    others = [MjhqProtocol(**fields | {name: "other"}) for name in fields]
+    assert len({p.hash() for p in (protocol, *others)}) == 1 + len(fields)
+    assert protocol.hash() == MjhqProtocol(**fields).hash()

@@ -14,7 +14,7 @@ from stepfold.display import Display, results_table
 from stepfold.errors import UserError
 from stepfold.evaluation.pipelines import default_steps, draw, geneval_prompts, write_geneval
 from stepfold.jobs import run_evaluate, run_geneval
-from stepfold.teachers.loading import load_any_pipeline
+from stepfold.teachers.loading import is_diffusers_own, load_any_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,8 @@ def test_a_class_or_a_part_from_elsewhere_is_refused(tiny_sana: Path, tmp_path: 
     index.write_text(json.dumps(parts | {"vae": ["evil", "Vae"]}))
     with pytest.raises(UserError, match="part 'vae' comes from 'evil', whose code would be run"):
         load_any_pipeline(folder, "cpu")
+    assert is_diffusers_own("stable_diffusion")  # where Stable Diffusion's safety checker comes from
+    assert not is_diffusers_own("evil") and not is_diffusers_own("../models") and not is_diffusers_own("")
     index.write_text(json.dumps(parts))
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="does not load"):
@@ -85,6 +87,13 @@ def test_geneval_pictures_are_where_its_scorer_looks_and_are_drawn_once(tiny_san
     run_geneval(tiny_sana, prompts, out, **options)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert (out / "00001" / "samples" / "0002.png").exists()
+    with pytest.raises(UserError, match="pictures of another pipeline or other settings"):
+        run_geneval(tiny_sana, prompts, out, **options | {"steps": 2})
+    other = tmp_path / "other"
+    shutil.copytree(tiny_sana, other)
+    (other / "model_index.json").touch()
+    with pytest.raises(UserError, match="pictures of another pipeline or other settings"):
+        run_geneval(other, prompts, out, **options)
 
 
 @pytest.mark.parametrize("content", ["", "not json\n", '{"tag": "no prompt"}\n', "[1]\n"])

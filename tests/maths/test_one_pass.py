@@ -187,6 +187,10 @@ OPERATIONS: dict[str, Operation] = {
     "products": lambda x, t: x @ x.mT @ x + torch.bmm(x[None], x.mT[None])[0] @ x + torch.einsum("ij,ik->jk", x, x)[:4],
     "a constant": lambda x, t: x.detach() * t[:, None] + torch.ones_like(x) * x.shape[0],
     "a tensor made of numbers": lambda x, t: x * torch.arange(6).double() + t.new_zeros(4, 1),
+    "keywords": lambda x, t: torch.cat(tensors=[torch.mul(input=x, other=t[:, None]), F.silu(input=x)], dim=1)
+    - torch.add(input=x, other=x.exp(), alpha=3).repeat(1, 2) + F.linear(input=x, weight=torch.ones(12, 6).double())
+    + F.layer_norm(input=x, normalized_shape=(6,)).repeat(1, 2)
+    + torch.div(x, x.exp(), rounding_mode=None).repeat(1, 2),
     "casts": lambda x, t: x.to(torch.float64).double().type_as(t).contiguous().clone() * t[:, None].expand(4, 6),
 }  # fmt: skip
 

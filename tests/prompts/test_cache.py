@@ -1,6 +1,7 @@
 """Conditions on disk: the same as the text encoder's, whole or refused, and enough to train from."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from stepfold.jobs import conditions_key, run_distill, run_encode
 from stepfold.prompts import cache as module
 from stepfold.prompts.cache import open_conditions
 from stepfold.prompts.reading import open_prompts
-from stepfold.teachers.loading import load_teacher
+from stepfold.teachers.loading import encoder_fingerprint, load_teacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.runs import read_metrics
 
@@ -146,3 +147,21 @@ def test_the_index_says_what_it_was_made_of(encode: Encode, tmp_path: Path, sett
     encode()
     index = json.loads((tmp_path / "cache" / "index.json").read_text())
     assert (index["count"], index["teacher"], index["max_tokens"]) == (12, settings.source, 32)
+
+
+def test_another_text_encoder_of_equal_size_is_another(settings: TeacherSettings, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(settings.source, folder)
+    assert encoder_fingerprint(str(folder)) == encoder_fingerprint(settings.source)
+    weights = next((folder / "text_encoder").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert encoder_fingerprint(str(folder)) != encoder_fingerprint(settings.source)
+    with pytest.raises(UserError, match="neither a folder nor a hub id that has been fetched"):
+        encoder_fingerprint("nobody/nothing")
+
+
+def test_images_have_captions_of_their_own() -> None:
+    with pytest.raises(UserError, match="conditions are those of a prompts file"):
+        load_config("scm", ["space.images=somewhere", "conditions=folder"])

@@ -209,12 +209,14 @@ def test_other_spaces_and_objectives_train(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("objective", ["continuous", "discrete"])
 def test_compiled_steps_are_the_same_steps(
-    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, objective: str
 ) -> None:
     """Compiling changes rounding only, and a compiled run resumes to the bit."""
-    plain = state(train(settings(), tmp_path / "plain", teacher, prompts)[0])
-    config = settings("training.compile=true", "teacher.max_tokens=16")
+    torch.compiler.reset()
+    plain = state(train(settings(f"objective={objective}"), tmp_path / "plain", teacher, prompts)[0])
+    config = settings("training.compile=true", "teacher.max_tokens=16", f"objective={objective}")
     whole = state(train(config, tmp_path / "run", teacher, prompts)[0])
     start = state(teacher.new_student())
     for name, value in whole.items():

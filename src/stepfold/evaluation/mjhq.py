@@ -4,11 +4,10 @@ Pictures go to disk first, so that a run which is stopped goes on where it was; 
 batch, and only their moments are kept.
 """
 
-import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,11 @@ from stepfold.errors import UserError
 from stepfold.evaluation.metrics import StreamingMoments, clip_score, frechet_distance
 from stepfold.evaluation.pipelines import draw
 from stepfold.evaluation.preview import to_image
+from stepfold.evaluation.protocol import fields_hash
 from stepfold.training.runs import writing
 
 BATCH = 16
+META = "meta_data.json"
 INCEPTION_SIZE = 2048
 Features = Callable[[Tensor], Tensor]
 """uint8 pictures [B, 3, H, W] -> features [B, D]."""
@@ -38,6 +39,7 @@ class MjhqProtocol:
     Attributes:
         n: prompts, the first of the list; 30,000 for the published figure.
         seed: of the noise.
+        images_sha256: of meta_data.json, the list of prompts and pictures.
         inception_sha256: of the weights file.
         clip: hub id or folder of the CLIP.
         resize: how pictures reach the Inception network's 299 pixels.
@@ -46,6 +48,7 @@ class MjhqProtocol:
 
     n: int
     seed: int
+    images_sha256: str
     inception_sha256: str
     clip: str
     resize: str = "TensorFlow 1's bilinear, as torch-fidelity has it"
@@ -53,8 +56,8 @@ class MjhqProtocol:
     version: int = 1
 
     def hash(self) -> str:
-        """sha256, in hexadecimal, of the fields as JSON."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """As `Protocol.hash`."""
+        return fields_hash(self)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def open_mjhq(folder: Path, n: int) -> Mjhq:
     Raises:
         UserError: meta_data.json or a picture is not where it belongs.
     """
-    meta = folder / "meta_data.json"
+    meta = folder / META
     if not meta.is_file():
         raise UserError(
             f"{meta} is missing; put MJHQ-30k's meta_data.json there and its unpacked mjhq30k_imgs.zip beside it, "

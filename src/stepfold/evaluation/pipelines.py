@@ -71,6 +71,21 @@ def measure_pipeline(
     return score_images(judge, pictures(), prompts, targets, groups)
 
 
+def claim(folder: Path, made_by: dict[str, Any]) -> None:
+    """Notes in a folder of pictures what makes them, so that they are never taken for another pipeline's.
+
+    Raises:
+        UserError: the folder holds pictures that something else made.
+    """
+    note = folder / "made_by.json"
+    if note.exists() and json.loads(note.read_text()) != made_by:
+        raise UserError(f"{folder} holds pictures of another pipeline or other settings; choose another --out")
+    if not note.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with writing(note) as part:
+            part.write_text(json.dumps(made_by, indent=2) + "\n")
+
+
 def geneval_prompts(path: Path) -> list[dict[str, Any]]:
     """The rows of GenEval's evaluation_metadata.jsonl: each a json object with a `prompt`.
 

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,12 @@ class Protocol:
 
     def hash(self) -> str:
         """sha256, in hexadecimal, of the fields as JSON with sorted keys and no spaces."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return fields_hash(self)
+
+
+def fields_hash(record: Any) -> str:
+    """sha256, in hexadecimal, of a dataclass's fields as JSON with sorted keys and no spaces."""
+    return hashlib.sha256(json.dumps(asdict(record), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 EMOJI = Protocol(name="emoji", version=1, n=500, seed=0, samples_per_prompt=2)

@@ -142,6 +142,7 @@ class Call:
     def _by_torch(self) -> Any:
         """Forward-mode differentiation of this one operation; fused attention has none, so not there."""
         primals: list[Tensor] = []
+        tangents: list[Any] = []
 
         def number(value: Any) -> Any:
             if isinstance(value, list | tuple):
@@ -157,15 +158,13 @@ class Call:
                 return type(value)([fill(part, duals) for part in value])
             return duals[value.index] if isinstance(value, _Place) else value
 
-        tangents: list[Any] = []
         args, kwargs = number(list(self.args)), {key: number(value) for key, value in self.kwargs.items()}
 
         def operation(*duals: Tensor) -> Any:
             return self.func(*fill(args, duals), **{key: fill(value, duals) for key, value in kwargs.items()})
 
         with sdpa_kernel(SDPBackend.MATH):
-            out = torch.func.jvp(operation, tuple(primals), tuple(tangents), strict=False)[1]
-        return out
+            return torch.func.jvp(operation, tuple(primals), tuple(tangents), strict=False)[1]
 
 
 class _Place:
@@ -197,26 +196,22 @@ def one_pass(
     return out, torch.zeros_like(out) if tangent is None else tangent.detach()
 
 
-def _add(call: Call, out: Tensor) -> Any:
-    alpha = call.kwargs.get("alpha", 1)
-    a, b = (call.of(value) for value in call.args[:2])
-    return _sum(out, a, None if b is None else alpha * b)
+def _add(sign: int) -> Rule:
+    def rule(call: Call, out: Tensor) -> Any:
+        a, b = (call.of(value) for value in _both(call))
+        return _sum(out, a, None if b is None else sign * call.kwargs.get("alpha", 1) * b)
 
-
-def _sub(call: Call, out: Tensor) -> Any:
-    alpha = call.kwargs.get("alpha", 1)
-    a, b = (call.of(value) for value in call.args[:2])
-    return _sum(out, a, None if b is None else -alpha * b)
+    return rule
 
 
 def _rsub(call: Call, out: Tensor) -> Any:
-    a, b = (call.of(value) for value in call.args[:2])
+    a, b = (call.of(value) for value in _both(call))
     return _sum(out, None if a is None else -a, b)
 
 
 def _product(operation: Callable[[Any, Any], Tensor]) -> Rule:
     def rule(call: Call, out: Tensor) -> Any:
-        a, b = call.args[:2]
+        a, b = _both(call)
         da, db = call.of(a), call.of(b)
         return _sum(
             out,
@@ -228,38 +223,40 @@ def _product(operation: Callable[[Any, Any], Tensor]) -> Rule:
 
 
 def _div(call: Call, out: Tensor) -> Any:
-    if len(call.args) != 2 or call.kwargs:
-        return NotImplemented  # a rounding mode
-    a, b = call.args
+    if call.kwargs.get("rounding_mode"):
+        return NotImplemented
+    a, b = _both(call)
     da, db = call.of(a), call.of(b)
     return _sum(out, None if da is None else da / b, None if db is None else -out / b * db)
 
 
 def _linear(call: Call, out: Tensor) -> Any:
-    x, weight = call.args[0], call.option(1, "weight", None)
+    x, weight = call.option(0, "input", None), call.option(1, "weight", None)
     if call.of(x) is None or call.of(weight) is not None or call.of(call.option(2, "bias", None)) is not None:
         return NotImplemented
     return F.linear(call.of(x), weight)  # type: ignore[arg-type]
 
 
 def _convolution(call: Call, out: Tensor) -> Any:
-    x, weight = call.args[0], call.option(1, "weight", None)
-    if call.of(x) is None or call.of(weight) is not None:
+    weight = call.option(1, "weight", None)
+    if len(call.args) < 1 or call.of(call.args[0]) is None or call.of(weight) is not None:
         return NotImplemented
-    args = [call.of(x), weight, None, *call.args[3:]]
+    args = [call.of(call.args[0]), weight, None, *call.args[3:]]
     kwargs = {key: value for key, value in call.kwargs.items() if key not in ("weight", "bias")}
     return call.func(*args, **kwargs)
 
 
 def _pad(call: Call, out: Tensor) -> Any:
     """A constant border has tangent 0, whatever the constant."""
-    return F.pad(call.of(call.args[0]), call.option(1, "pad", None), call.option(2, "mode", "constant"))  # type: ignore[arg-type]
+    return F.pad(
+        call.of(call.option(0, "input", None)), call.option(1, "pad", None), call.option(2, "mode", "constant")
+    )  # type: ignore[arg-type]
 
 
 def _joined(call: Call, out: Tensor) -> Any:
-    parts = call.args[0]
+    parts = call.option(0, "tensors", ())
     tangents = [torch.zeros_like(part) if call.of(part) is None else call.of(part) for part in parts]
-    return call.func(tangents, *call.args[1:], **call.kwargs)
+    return call.func(tangents, *call.args[1:], **{key: v for key, v in call.kwargs.items() if key != "tensors"})
 
 
 def _where(call: Call, out: Tensor) -> Any:
@@ -273,14 +270,14 @@ def _where(call: Call, out: Tensor) -> Any:
 def _dropout(call: Call, out: Tensor) -> Any:
     if call.option(2, "training", True) and call.option(1, "p", 0.5) > 0:
         raise UserError("the one_pass tangent cannot follow a dropout that is on; use training.tangent=two_pass")
-    return call.of(call.args[0])
+    return call.of(call.option(0, "input", None))
 
 
 def _elementwise(slope: Callable[[Tensor, Tensor], Tensor]) -> Rule:
     """Of a function of one tensor; `slope` takes its input and its output."""
 
     def rule(call: Call, out: Tensor) -> Any:
-        x = call.args[0]
+        x = call.option(0, "input", None)
         return call.of(x) * slope(x, out)  # type: ignore[operator]
 
     return rule
@@ -292,7 +289,7 @@ def _silu_slope(x: Tensor, out: Tensor) -> Tensor:
 
 
 def _pow(call: Call, out: Tensor) -> Any:
-    x, exponent = call.args[0], call.option(1, "exponent", None)
+    x, exponent = call.option(0, "input", None), call.option(1, "exponent", None)
     if isinstance(exponent, Tensor) or not isinstance(x, Tensor):
         return NotImplemented
     return call.of(x) * exponent * x ** (exponent - 1)
@@ -300,7 +297,7 @@ def _pow(call: Call, out: Tensor) -> Any:
 
 def _layer_norm(call: Call, out: Tensor) -> Any:
     """(dx - mean dx - n mean(n dx)) / deviation, with n the normalised input, times the weight."""
-    x, shape = call.args[0], call.option(1, "normalized_shape", None)
+    x, shape = call.option(0, "input", None), call.option(1, "normalized_shape", None)
     weight, eps = call.option(2, "weight", None), call.option(4, "eps", 1e-5)
     if any(call.of(value) is not None for value in (weight, call.option(3, "bias", None))):
         return NotImplemented
@@ -342,6 +339,11 @@ def _attention(call: Call, out: Tensor) -> Any:
     return torch.cat(parts, dim=-2)
 
 
+def _both(call: Call) -> tuple[Any, Any]:
+    """The two operands of an operation, however they were given."""
+    return call.option(0, "input", None), call.option(1, "mat2" if call.name == "bmm" else "other", None)
+
+
 def _sum(like: Tensor, *terms: Tensor | None) -> Tensor:
     """The sum of those that are there, of the output's shape."""
     found = [term for term in terms if term is not None]
@@ -371,7 +373,7 @@ _LINEAR_IN_FIRST = {
 """Operations that are linear in their first argument when nothing else has a tangent."""
 
 _RULES: dict[str, Rule] = {
-    "add": _add, "radd": _add, "sub": _sub, "subtract": _sub, "rsub": _rsub,
+    "add": _add(1), "radd": _add(1), "sub": _add(-1), "subtract": _add(-1), "rsub": _rsub,
     "mul": _product(torch.mul), "multiply": _product(torch.mul), "rmul": _product(torch.mul),
     "div": _div, "truediv": _div, "divide": _div,
     "matmul": _product(torch.matmul), "bmm": _product(torch.bmm),

@@ -127,9 +127,9 @@ def draw_routes(numbers: dict[str, Any]) -> "Figure":
     for column, scheme in enumerate(SCHEMES):
         density, routes = plots[0][column], plots[1][column]
         centres = [(i + 0.5) * math.pi / 2 / NUM_BINS for i in range(NUM_BINS)]
-        density.bar(centres, numbers[scheme]["shares"], width=math.pi / 2 / NUM_BINS)
+        density.bar(centres, numbers["routes"][scheme]["shares"], width=math.pi / 2 / NUM_BINS)
         density.set(title=_plain(scheme), ylabel="share of the times")
-        for row, route in enumerate(numbers[scheme]["routes"]):
+        for row, route in enumerate(numbers["routes"][scheme]["routes"]):
             routes.plot(route, [row] * len(route), "o-", markersize=3, linewidth=0.7)
         routes.set(ylabel="route", yticks=range(5))
     return figure
@@ -138,7 +138,7 @@ def draw_routes(numbers: dict[str, Any]) -> "Figure":
 def draw_noise_similarity(numbers: dict[str, Any]) -> "Figure":
     """Fig. 8: how like its first noise a state's equivalent noise is, on the forward and the backward process."""
     figure, plots = _plots(1, 1, "t, radians")
-    plot, schemes = plots[0][0], numbers["schemes"]
+    plot, schemes = plots[0][0], numbers["walks"]["schemes"]
     for scheme, rows in schemes.items():
         plot.plot(rows["t"], rows["noise_backward"], "o-", markersize=3, label=f"walk, {_plain(scheme)}")
     first = schemes[SCHEMES[0]]
@@ -151,7 +151,7 @@ def draw_noise_similarity(numbers: dict[str, Any]) -> "Figure":
 def draw_noise_plane(numbers: dict[str, Any]) -> "Figure":
     """Fig. 8: the equivalent noise of all walks at some times, embedded in a plane."""
     figure, plots = _plots(1, 1, "")
-    for t, points in zip(numbers["tsne"]["t"], numbers["tsne"]["points"], strict=True):
+    for t, points in zip(numbers["walks"]["tsne"]["t"], numbers["walks"]["tsne"]["points"], strict=True):
         plots[0][0].scatter(*zip(*points, strict=True), s=8, label=f"t = {t:.2f}")
     plots[0][0].set(xticks=[], yticks=[])
     plots[0][0].legend()
@@ -160,7 +160,7 @@ def draw_noise_plane(numbers: dict[str, Any]) -> "Figure":
 
 def draw_noise_maps(numbers: dict[str, Any]) -> "Figure":
     """Fig. 3: one channel of one walk's equivalent noise at some times, on the forward and the backward process."""
-    maps = numbers["maps"]
+    maps = numbers["walks"]["maps"]
     figure, plots = _plots(2, len(maps["t"]), "", size=1.7)
     for row, process in enumerate(("forward", "backward")):
         for plot, t, values in zip(plots[row], maps["t"], maps[process], strict=True):
@@ -172,7 +172,7 @@ def draw_noise_maps(numbers: dict[str, Any]) -> "Figure":
 def draw_picture_error(numbers: dict[str, Any]) -> "Figure":
     """Fig. 9: how far the teacher's one-step picture is from the end of the walk, by scheme and by steps."""
     figure, plots = _plots(1, 2, "t, radians")
-    for plot, curves in zip(plots[0], (numbers["schemes"], numbers["counts"]), strict=True):
+    for plot, curves in zip(plots[0], (numbers["walks"]["schemes"], numbers["walks"]["counts"]), strict=True):
         for name, rows in curves.items():
             label = f"N = {name}" if name.isdigit() else _plain(name)
             plot.plot(rows["t"], rows["picture_error"], "o-", markersize=3, label=label)
@@ -181,11 +181,11 @@ def draw_picture_error(numbers: dict[str, Any]) -> "Figure":
     return figure
 
 
-def draw_darkness(numbers: dict[str, Any], threshold: float) -> "Figure":
+def draw_darkness(numbers: dict[str, Any]) -> "Figure":
     """Fig. 10: the distance of walks' ends to black, and where the brightness filter begins to drop them."""
     figure, plots = _plots(1, 1, "mean squared distance to black")
-    plots[0][0].hist(numbers["darkness"], bins=30)
-    plots[0][0].axvline(threshold, color="black", linestyle="--", label="threshold of the filter")
+    plots[0][0].hist(numbers["walks"]["darkness"], bins=30)
+    plots[0][0].axvline(numbers["threshold"], color="black", linestyle="--", label="threshold of the filter")
     plots[0][0].set(ylabel="walks")
     plots[0][0].legend()
     return figure
@@ -243,30 +243,21 @@ def draw_memory(rows: Rows) -> "Figure":
 
 
 WALK_FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], "Figure"]]] = {
-    "routes": (
-        "Times of the three routes, and five routes of each (paper, Fig. 7).",
-        lambda n: draw_routes(n["routes"]),
-    ),
+    "routes": ("Times of the three routes, and five routes of each (paper, Fig. 7).", draw_routes),
     "noise_maps": (
         "Equivalent noise of one walk: constant on the forward process, changing on the backward one (paper, Fig. 3).",
-        lambda n: draw_noise_maps(n["walks"]),
+        draw_noise_maps,
     ),
     "noise_similarity": (
         "Equivalent noise against the noise that the walk began with (paper, Fig. 8).",
-        lambda n: draw_noise_similarity(n["walks"]),
+        draw_noise_similarity,
     ),
-    "noise_plane": (
-        "Equivalent noise of all walks, t-SNE (paper, Fig. 8).",
-        lambda n: draw_noise_plane(n["walks"]),
-    ),
+    "noise_plane": ("Equivalent noise of all walks, t-SNE (paper, Fig. 8).", draw_noise_plane),
     "picture_error": (
         "The teacher's one-step picture along its walk, against the walk's end (paper, Fig. 9).",
-        lambda n: draw_picture_error(n["walks"]),
+        draw_picture_error,
     ),
-    "darkness": (
-        "Distance of the walks' ends to black, and the filter's threshold (paper, Fig. 10).",
-        lambda n: draw_darkness(n["walks"], n["threshold"]),
-    ),
+    "darkness": ("Distance of the walks' ends to black, and the filter's threshold (paper, Fig. 10).", draw_darkness),
 }
 """name -> caption and how it is drawn from what `measure_figures` kept."""
 

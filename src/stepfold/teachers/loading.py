@@ -47,7 +47,7 @@ def folder_of(source: str) -> str:
 
 
 def encoder_fingerprint(source: str) -> str:
-    """Tells text encoders apart: by names and sizes of a folder's files and its settings, or by a hub id's revision.
+    """Tells text encoders (and VAEs) apart: by all that a folder's files hold, or by a hub id's revision.
 
     Raises:
         UserError: the hub id has not been fetched yet, so its revision is not known.
@@ -59,11 +59,25 @@ def encoder_fingerprint(source: str) -> str:
             raise UserError(f"teacher {source!r} is neither a folder nor a hub id that has been fetched; load it once")
         return f"hub {source} at {Path(cached).parent.name}"
     digest = hashlib.sha256()
-    for path in sorted(p for part in ("text_encoder", "tokenizer") for p in (folder / part).rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-        if path.suffix == ".json":
-            digest.update(path.read_bytes())
+    for part in ("text_encoder", "tokenizer", "vae"):
+        for path in sorted(p for p in (folder / part).rglob("*") if p.is_file()):
+            with path.open("rb") as file:
+                digest.update(
+                    f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
+                )
     return digest.hexdigest()
+
+
+def files_fingerprint(folder: Path) -> str:
+    """Changes with any file of a folder: its names, sizes and times."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def is_diffusers_own(library: str) -> bool:
+    """Whether a part's library is one of diffusers' own pipeline modules, as Stable Diffusion's safety checker's is."""
+    return library.isidentifier() and (Path(diffusers.__file__).parent / "pipelines" / library).is_dir()
 
 
 def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:
@@ -78,7 +92,7 @@ def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:
     if not isinstance(name, str) or not isinstance(getattr(diffusers, name, None), type):
         raise UserError(f"{folder} is a {name}, which is no pipeline of diffusers {diffusers.__version__}")
     for part, spec in parts.items():
-        if isinstance(spec, list) and spec[0] not in (None, "diffusers", "transformers"):
+        if isinstance(spec, list) and not (spec[0] in (None, "diffusers", "transformers") or is_diffusers_own(spec[0])):
             raise UserError(
                 f"{folder}: part {part!r} comes from {spec[0]!r}, whose code would be run; it is not loaded"
             )

@@ -143,9 +143,7 @@ class SanaTeacher:
             )
         self.default_guidance = float(inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default)
         vae: Any = AutoencoderDC.load_config(self.source, subfolder="vae")
-        factor = 2 ** (
-            len(vae["encoder_block_out_channels"]) - 1
-        )  # as the pipelines reckon, which may have no VAE here
+        factor = 2 ** (len(vae["encoder_block_out_channels"]) - 1)  # as the pipelines reckon it from a loaded VAE
         self.height, self.width = height or config.sample_size * factor, width or config.sample_size * factor
         for name, side in (("height", self.height), ("width", self.width)):
             if side % math.lcm(factor, 32):  # the pipelines themselves insist on 32
@@ -187,10 +185,6 @@ class SanaTeacher:
                 self.source, subfolder="text_encoder", use_safetensors=True, dtype=self.dtype
             )
         self.pipe.text_encoder.to(self.device).eval().requires_grad_(False)
-
-    def release_text_encoder(self) -> None:
-        """Takes the text encoder out of memory; `encode` loads it again."""
-        self.pipe.text_encoder = None
 
     @property
     def null_condition(self) -> Condition | None:
