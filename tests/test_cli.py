@@ -18,7 +18,7 @@ from PIL import Image
 from stepfold.cli import main
 from stepfold.config import from_yaml, load_config, preset_names, to_yaml
 
-COMMANDS = ("distill", "sample", "evaluate", "reproduce", "doctor", "presets", "prompts")
+COMMANDS = ("distill", "sample", "evaluate", "reproduce", "doctor", "plan", "presets", "prompts")
 FAST = (
     "training.steps=1", "training.precision=no", "training.rollout_precision=no", "space.route_steps=2",
     "teacher.max_tokens=32", "evaluation.n=0", "training.preview_every=1000",
@@ -317,7 +317,7 @@ def test_doctor_says_ok_and_writes_its_findings(tiny_sana: Path, tmp_path: Path)
     result = Result("doctor", tiny_sana, "--json", path)
     assert result.code == 0, result.out
     findings = json.loads(path.read_text())
-    assert result.out.count(" ok") == len(findings) == 8
+    assert result.out.count(" ok") == len(findings) == 9
     assert all(f["ok"] is True and f["number"] for f in findings)
 
 

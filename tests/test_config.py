@@ -195,7 +195,7 @@ def test_baselines_are_presets() -> None:
 
 def test_what_cannot_be_compiled_is_refused() -> None:
     with pytest.raises(
-        UserError, match=r"setting training: compile does not go .*leave tangent at two_pass, or compile off"
+        UserError, match=r"setting training: compile does not go .*leave tangent at auto, or compile off"
     ):
         load_config("demo", ["training.compile=true", "training.tangent=one_pass"])
 

@@ -38,7 +38,7 @@ def pairs(teacher: SanaTeacher) -> Pairs:
 def test_sound_teacher_passes_every_check(tiny_sana: Path) -> None:
     findings = doctor.examine(str(tiny_sana), "cpu")
     assert [f for f in findings if not f.ok] == []
-    assert len({f.check for f in findings}) == len(findings) == 8
+    assert len({f.check for f in findings}) == len(findings) == 9
     assert all(f.number and f.want for f in findings)
 
 

@@ -267,6 +267,55 @@ def doctor(
 
 
 @app.command()
+def plan(
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="`emoji` (bundled), a diffusers pipeline folder, or a hub id.", show_default=False),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Text file, one prompt a line. Default: the bundled teacher's.", show_default=False),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="As of `stepfold distill`; `stepfold presets` lists them.", show_default=False)
+    ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. training.steps=100.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps to time; the first one is start-up.")] = 12,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here too.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a distillation will take before you start it: time of a step, hours, peak memory.
+
+    It runs a few steps of the real thing in a folder that is thrown away. Options are those of `stepfold distill`.
+
+    stepfold plan
+
+    stepfold plan --teacher ./my-sana --prompts prompts.txt --set training.prompts_per_step=4
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from stepfold.config import load_config
+    from stepfold.display import Display, quiet_libraries
+    from stepfold.planning import make_plan, plan_rows
+    from stepfold.training.runs import writing
+
+    name = preset or ("demo" if teacher in (None, "emoji") else "default")
+    config = load_config(name, changes or [], teacher__source=teacher, prompts=prompts)
+    quiet_libraries()
+    found = make_plan(config, steps, Display(quiet))
+    table = Table("what", "prediction", box=None)
+    for row in plan_rows(found):
+        table.add_row(*row)
+    Console().print(table)
+    if json_file:
+        with writing(json_file) as part:
+            part.write_text(json.dumps(vars(found), indent=2) + "\n")
+
+
+@app.command()
 def reproduce(
     tables: Annotated[
         list[str] | None, typer.Option("--table", help="T2, T4, ...; again for more. Default: all.", show_default=False)

@@ -62,6 +62,9 @@ class SpaceSettings(Section):
     logit_mean: float = Field(default=0.2, description="P_mean of the logit-normal route")
     logit_std: float = Field(default=1.6, gt=0, description="P_std of the logit-normal route")
     keep_first: bool = Field(default=False, description="train on the state at t = pi/2 too")
+    reuse: int = Field(
+        default=1, ge=1, description="updates made of each step's pairs; 2 halves the teacher's share of the time"
+    )
     guidance: tuple[float, ...] = Field(
         default=(4.0, 4.5, 5.0), min_length=1, description="guidance scales, one drawn per prompt"
     )
@@ -134,8 +137,21 @@ class TrainingSettings(Section):
     micro_batch: int = Field(
         default=0, ge=0, description="pairs per backward pass, 0 for all at once; same gradient, less memory"
     )
-    tangent: Literal["two_pass", "one_pass", "finite_difference"] = Field(
-        default="two_pass", description="backend of the total derivative"
+    encode_ahead: int = Field(
+        default=1,
+        ge=1,
+        description="steps whose prompts are encoded at once; above 1 the text encoder is off the GPU in between (with "
+        "`conditions` it is never there)",
+    )
+    tangent: Literal["auto", "two_pass", "one_pass", "block", "finite_difference"] = Field(
+        default="auto",
+        description="backend of the total derivative; auto: one_pass where this model allows it, block where memory is "
+        "short, two_pass where it is compiled or one_pass cannot follow it",
+    )
+    checkpointing: bool = Field(
+        default=False,
+        description="compute each block's forward again in the backward pass instead of keeping its activations; less "
+        "memory, a forward more time",
     )
     precision: Precision = Field(
         default="no", description="autocast of the student; auto: bf16 where the device has instructions for it"
@@ -151,13 +167,31 @@ class TrainingSettings(Section):
     checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1, description="how many checkpoints stay, the newest ones")
     preview_every: int = Field(default=200, ge=1, description="steps between preview pictures")
+    look_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="steps between two looks at the losses, which wait for the device; default: 1 "
+        "on a CPU, 10 elsewhere",
+    )
+    time_stages: bool = Field(
+        default=False, description="wait for the GPU after every stage of a step, so that the stages' times are true"
+    )
 
     @model_validator(mode="after")
     def _compilable(self) -> "TrainingSettings":
-        if self.compile and self.tangent == "one_pass":
+        if self.compile and self.tangent in ("one_pass", "block"):
             raise ValueError(
-                "compile does not go with tangent=one_pass, since torch.compile cannot trace what it intercepts; leave "
-                "tangent at two_pass, or compile off"
+                f"compile does not go with tangent={self.tangent}, since torch.compile cannot trace what it "
+                "intercepts; leave tangent at auto, or compile off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _precise(self) -> "TrainingSettings":
+        if self.precision == "bf16" and self.tangent == "finite_difference":
+            raise ValueError(
+                "precision=bf16 does not go with tangent=finite_difference, since rounding swamps the difference; leave "
+                "tangent at auto, or precision at no"
             )
         return self
 

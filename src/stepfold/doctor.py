@@ -20,6 +20,7 @@ from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SIGMA_DATA, SanaStudent, SanaTeacher
+from stepfold.training.choices import choose_tangent
 from stepfold.training.distill import make_accelerator, update
 from stepfold.training.optimisers import make_optimiser
 
@@ -63,6 +64,7 @@ def examine(source: str, device: str) -> list[Finding]:
         same_sampler(teacher, noise, condition, guidance),
         same_network(teacher, student, pairs),
         backends_agree(student, pairs),
+        chosen_backend(student, condition.rows(slice(0, 1)), teacher.latent_shape),
         tangent_size(student, pairs),
         guidance_effect(teacher, pairs),
         *one_step(student, pairs, teacher),
@@ -121,6 +123,12 @@ def backends_agree(student: SanaStudent, pairs: Pairs) -> Finding:
         "<= 1e-4, <= 5e-2",
         small <= 1e-4 and error <= 5e-2,
     )
+
+
+def chosen_backend(student: SanaStudent, condition: Condition, latent_shape: tuple[int, ...]) -> Finding:
+    """What training.tangent=auto takes for this model with the default settings, and why."""
+    choice = choose_tangent(validate({"teacher": {"source": "emoji"}}), student, condition, latent_shape)
+    return Finding("tangent backend, training.tangent=auto", f"{choice.backend}: {choice.reason}", "any", True)
 
 
 def tangent(student: SanaStudent, pairs: Pairs, backend: str) -> Tensor:

@@ -5,7 +5,9 @@ import json
 import platform
 import re
 import resource
+import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -44,7 +46,8 @@ from stepfold.teachers.loading import (
     load_teacher,
 )
 from stepfold.teachers.sana import SanaTeacher
-from stepfold.training.distill import Progress, choose_precision, distill, make_accelerator
+from stepfold.training.choices import choose_precision
+from stepfold.training.distill import Progress, Stages, distill, make_accelerator
 from stepfold.training.runs import check_run, checkpoints, open_run, read_metrics, writing
 
 NUM_PREVIEWS = 8
@@ -59,6 +62,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     """
     if config.space.kind == "images" and config.space.images is None:
         raise UserError("space.kind=images needs a folder of images; add --set space.images=FOLDER")
+    began = time.perf_counter()
     config = choose_precision(config)
     accelerator = make_accelerator(config.training.precision)
     device = accelerator.device
@@ -94,13 +98,18 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     preview = make_preview(folder, teacher, conditions, len(prompts), config, guidance, display)
 
     tracker = make_tracker(folder)
-    stages: dict[str, float] = {}
-    timed_steps = 0
+    stages = Stages(device if config.training.time_stages else None)
+    stages.seconds["load"] = time.perf_counter() - began
+    tangent = ""
+    step_sec: list[float] = []
+
+    def note_tangent(text: str) -> None:
+        nonlocal tangent
+        tangent = text
+        display.note(f"tangent: {text}")
 
     def report(progress: Progress) -> None:
-        nonlocal timed_steps
-        timed_steps += 1
-        stages.update(progress.stages)
+        step_sec.append(progress.row["sec"])
         display.step(progress)
         for name, value in progress.row.items():
             if name != "step":
@@ -110,7 +119,8 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     with display.training(config.training.steps):
         average = distill(
             config, folder, teacher, student, prompts, black, accelerator,
-            latents=latents, conditions=conditions if cache else None, report=report, preview=preview,
+            latents=latents, conditions=conditions if cache else None,
+            stages=stages, note_tangent=note_tangent, report=report, preview=preview,
         )  # fmt: skip
     tracker.close()
     peak = peak_memory_gib(device)
@@ -120,7 +130,8 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     protocol = replace(EMOJI, n=config.evaluation.n or 2, guidance=guidance)
     if config.evaluation.n and config.teacher.source == "emoji":
         judge = load_judge(assets.JUDGE, device)
-        result |= measure_both(judge, protocol, teacher, average, config, display)
+        with stages("evaluation"):
+            result |= measure_both(judge, protocol, teacher, average, config, display)
     result = {
         "title": f"{folder.name}: one-step student of {config.teacher.source}",
         "command": command,
@@ -133,8 +144,10 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
             "count": len(prompts),
             "sha256": prompts.sha256,
         },
-        "stages_sec": stages,  # of this process: a resumed run's earlier steps are not in it
-        "timed_steps": timed_steps,
+        "stages_sec": dict(stages.seconds),  # of this process: a resumed run's earlier steps are not in it
+        "timed_steps": len(step_sec),
+        "step_sec": {"first": step_sec[0], "median": statistics.median(step_sec)} if step_sec else None,
+        "tangent": tangent,
         "peak_memory_gib": peak,  # while training: neither loading before nor measuring after
         "curves": curves_from_rows(read_metrics(folder)),
         "images": {

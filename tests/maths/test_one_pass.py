@@ -16,6 +16,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from stepfold.errors import UserError
+from stepfold.maths import attention
 from stepfold.maths import one_pass as module
 from stepfold.maths.tangent import Network, total_derivative
 
@@ -213,7 +214,7 @@ def test_operations(name: str) -> None:
 @pytest.mark.parametrize("kind", ["none", "boolean", "added"])
 @pytest.mark.parametrize("chunk", [3, 1000])
 def test_attention_in_chunks(kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "QUERY_CHUNK", chunk)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
     torch.manual_seed(0)
     x, dx = torch.randn(2, 4, 7, 6, dtype=torch.float64)
     t, dt = torch.rand(2, 4, dtype=torch.float64)

@@ -1,13 +1,18 @@
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepfold.errors import UserError
+from stepfold.maths import attention
+from stepfold.maths.attention import ChunkedAttention
 from stepfold.maths.closed_form import GaussianTeacher
 from stepfold.maths.formulations import expand
 from stepfold.maths.tangent import BACKENDS, Network, total_derivative
@@ -167,8 +172,59 @@ def test_the_exact_flow_map_does_not_move_along_its_trajectory(backend, toleranc
 
 def test_impossible_values_are_refused():
     net, inputs = attention_case()
-    with pytest.raises(UserError, match="two_pass, one_pass, finite_difference"):
+    with pytest.raises(UserError, match="two_pass, one_pass, block, finite_difference"):
         total_derivative(net, *inputs, backend="onepass")
     for step in (0.0, -1.0, math.nan):
         with pytest.raises(UserError):
             total_derivative(net, *inputs, backend="finite_difference", step=step)
+
+
+class LargestScores(TorchDispatchMode):
+    """Notes the most elements that any softmax has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "softmax" in func.__name__:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["none", "boolean", "added", "a row for all"])
+def test_the_tangent_pass_never_holds_all_attention_scores(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, dx = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    t, dt = torch.rand(2, 4, dtype=torch.float64)
+    masks = {"none": None, "boolean": torch.rand(4, 1, 7, 7) > 0.3, "added": torch.randn(4, 1, 7, 7).double()}
+    mask = (masks | {"a row for all": torch.randn(4, 1, 1, 7).double()})[kind]
+    if kind == "boolean":
+        mask[..., 0] = True  # type: ignore[index]
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        q, k, v = (x * t[:, None, None])[:, None].chunk(3, dim=-1)
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask) + nn.functional.scaled_dot_product_attention(
+            query=q.detach(), key=k, value=v, attn_mask=mask, scale=0.3
+        )
+
+    found, elements = [], []
+    for chunk in (100, 3):
+        monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
+        with LargestScores() as largest, torch.no_grad():
+            found.append(total_derivative(network, x, t, dx, dt))
+        elements.append(largest.elements)
+    torch.testing.assert_close(found[1].dF, found[0].dF, rtol=1e-12, atol=1e-15)
+    assert elements[0] == 4 * 7 * 7 and found[0].dF.norm() > 0
+    with LargestScores() as largest, torch.no_grad(), ChunkedAttention(), sdpa_kernel(SDPBackend.MATH):
+        network(x, t)
+    assert largest.elements == 4 * 3 * 7
+
+
+def test_attention_that_cannot_be_cut_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 2)
+    q = torch.randn(1, 1, 5, 4)
+    whole = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    with ChunkedAttention():
+        assert torch.equal(nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True), whole)

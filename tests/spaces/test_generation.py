@@ -147,7 +147,6 @@ def test_filter_rules():
     x0, black = ends_at(0.0, 0.5, 0.99, 1.01, 9.0)
     uniform = torch.full((5,), 0.6)
     settings: dict[str, Any] = dict(black=black, sigma_data=SIGMA_DATA, uniform=uniform)
-    assert brightness_filter(x0, **settings, threshold=1.0, rule="off").tolist() == [True] * 5
     assert brightness_filter(x0, **settings, threshold=1.0, rule="hard").tolist() == [False, False, False, True, True]
     # random: a keep probability of 0, 0.5, 0.99, 1, 1 against a draw of 0.6
     assert brightness_filter(x0, **settings, threshold=1.0, rule="random").tolist() == [False, False, True, True, True]

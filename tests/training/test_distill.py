@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepfold.config import Config
 from stepfold.display import Display
@@ -24,20 +26,23 @@ from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_student
 from stepfold.teachers.sana import SanaStudent, SanaTeacher
+from stepfold.training.choices import choose_precision
 from stepfold.training.distill import (
     Judgement,
     Progress,
-    choose_precision,
     collect,
     distill,
     make_accelerator,
     new_discriminator,
+    noted,
+    row_of,
     update,
 )
 from stepfold.training.draws import Draw, draw
 from stepfold.training.runs import checkpoints, read_metrics
 
 CPU = torch.device("cpu")
+SPRINT = ("space.kind=endpoints", "adversarial.weight=0.5")
 Settings = Callable[..., Config]
 
 
@@ -90,21 +95,28 @@ def lively_student(teacher: SanaTeacher) -> SanaStudent:
     return student
 
 
-def gradient(student: SanaStudent, pairs: Pairs, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+def gradient(
+    student: SanaStudent, pairs: Pairs, config: Config, backend: str = "two_pass"
+) -> tuple[Tensor, dict[str, Tensor]]:
     student.zero_grad(set_to_none=True)
-    figures = update(student, pairs, config, 10, 0.5, make_accelerator("no"))
+    figures = update(student, pairs, config, 10, 0.5, make_accelerator("no"), backend)
     return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]), figures
 
 
 @pytest.mark.parametrize("denominator", ["kept", "all"])
-def test_micro_batches_add_up(teacher: SanaTeacher, settings: Settings, prompts: PromptFile, denominator: str) -> None:
-    config = settings(f"space.filter_denominator={denominator}")
+@pytest.mark.parametrize("objective", ["continuous", "discrete"])
+def test_micro_batches_add_up(
+    teacher: SanaTeacher, settings: Settings, prompts: PromptFile, denominator: str, objective: str
+) -> None:
+    """Discrete consistency takes its targets from its own pictures where a micro-batch holds whole walks only."""
+    same = (f"space.filter_denominator={denominator}", f"objective={objective}")
+    config = settings(*same)
     pairs, student = pairs_of(teacher, config, prompts), lively_student(teacher)
     assert len(pairs) == 6
     whole, figures = gradient(student, pairs, config)
     assert whole.norm() > 0.1
     for size in (1, 4, 6, 100):
-        parts, figures_of_parts = gradient(student, pairs, settings(*_micro(size, denominator)))
+        parts, figures_of_parts = gradient(student, pairs, settings(*same, f"training.micro_batch={size}"))
         assert (parts - whole).norm() <= 1e-6 * whole.norm(), size
         for name, values in figures.items():
             assert torch.allclose(values, figures_of_parts[name], rtol=1e-6, atol=1e-8), (size, name)
@@ -116,13 +128,9 @@ def test_the_tangent_beside_the_forward_gives_the_same_gradient(
     config = settings()
     pairs, student = pairs_of(teacher, config, prompts), lively_student(teacher)
     wanted, figures = gradient(student, pairs, config)
-    found, beside = gradient(student, pairs, settings("training.tangent=one_pass"))
+    found, beside = gradient(student, pairs, config, "one_pass")
     assert (found - wanted).norm() <= 1e-6 * wanted.norm()  # Sana's attention works in float32
     torch.testing.assert_close(beside["tangent_norm"], figures["tangent_norm"], rtol=1e-5, atol=0)
-
-
-def _micro(size: int, denominator: str) -> tuple[str, str]:
-    return f"training.micro_batch={size}", f"space.filter_denominator={denominator}"
 
 
 def test_filtered_prompts_cost_nothing(teacher: SanaTeacher, settings: Settings, prompts: PromptFile) -> None:
@@ -206,6 +214,99 @@ def test_other_spaces_and_objectives_train(
     train(settings(change), tmp_path / "run", teacher, prompts, student)
     assert any(not torch.equal(value, before[name]) for name, value in state(student).items())
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in read_metrics(tmp_path / "run"))
+
+
+class Asked(TorchDispatchMode):
+    """Notes operations whose result the host has to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique"):
+            self.operations.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["two_pass", "one_pass", "discrete", "adversarial"])
+def test_a_step_asks_the_device_for_nothing(
+    teacher: SanaTeacher, settings: Settings, prompts: PromptFile, backend: str
+) -> None:
+    """From the drawn numbers to the gradient: no value is read, so a GPU is never waited for."""
+    changes = {"discrete": ("objective=discrete",), "adversarial": SPRINT}.get(backend, ())
+    config, student, accelerator = (
+        settings("space.filter_rule=off", *changes),
+        teacher.new_student(),
+        make_accelerator("no"),
+    )
+    batch, condition = draw(0, prompts, teacher, config, CPU), teacher.encode(["fox", "pizza"])
+    judgement = Judgement(teacher, new_discriminator(teacher, 0), batch.judged) if batch.judged else None
+    with Asked() as asked:
+        pairs = collect(batch, condition, teacher.velocity, condition.embeds, 0.5, config.space)
+        name = backend if backend == "one_pass" else "two_pass"
+        figures = update(student, pairs, config, 10, 0.5, accelerator, name, judgement=judgement)
+        norm = torch.as_tensor(accelerator.clip_grad_norm_(student.parameters(), 1.0))
+        note = noted(0, batch.prompts, pairs, figures, norm, 1e-3)
+        assert asked.operations == []
+        row = row_of(note)
+    assert asked.operations and row["loss"] == figures["loss"].mean().item()
+
+
+def test_looks_are_rare_and_lose_nothing(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    """The same steps and the same rows, however many of them are looked at at once."""
+    rows, seen = [], []
+    for name, every in (("each", 1), ("some", 4)):
+        config = settings("training.steps=10", "training.checkpoint_every=6", f"training.look_every={every}")
+        steps: list[int] = []
+        train(
+            config, tmp_path / name, teacher, prompts, report=lambda progress, steps=steps: steps.append(progress.step)
+        )
+        rows.append(read_metrics(tmp_path / name))
+        seen.append(steps)
+    assert rows[0] == rows[1] and seen[0] == seen[1] == list(range(1, 11))
+
+
+def test_pairs_can_be_used_again(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half the teacher's walks for as many steps; and a run stopped between two uses goes on to the bit."""
+    walks: list[int] = []
+    monkeypatch.setattr(
+        "stepfold.training.distill.draw", lambda number, *rest: walks.append(number) or draw(number, *rest)
+    )
+    config = settings("training.steps=6", "space.reuse=2", "training.checkpoint_every=3", "training.keep_checkpoints=9")
+    whole = state(train(config, tmp_path / "run", teacher, prompts)[0])
+    assert walks == [0, 1, 2]
+    rows = read_metrics(tmp_path / "run")
+    shutil.rmtree(checkpoints(tmp_path / "run")[-1])
+    resumed = state(train(config, tmp_path / "run", teacher, prompts)[0])
+    assert walks == [0, 1, 2, 1, 2] and read_metrics(tmp_path / "run") == rows
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
+def test_prompts_encoded_ahead_are_the_same_prompts(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text encoder works every third step, and is off the device between; resumed inside a group to the bit."""
+    events: list[Any] = []
+    encode, park = teacher.encode, teacher.park_text_encoder
+    monkeypatch.setattr(teacher, "encode", lambda texts: events.append(list(texts)) or encode(texts))
+    monkeypatch.setattr(teacher, "park_text_encoder", lambda: events.append("parked") or park())
+    config = settings("training.steps=5", "training.checkpoint_every=4", "training.encode_ahead=3")
+    whole = state(train(config, tmp_path / "run", teacher, prompts)[0])
+    drawn = [draw(step, prompts, teacher, config, CPU).prompts for step in range(6)]
+    first, second = ([text for texts in group for text in texts] for group in (drawn[:3], drawn[3:]))
+    assert events[1:] == [first, "parked", second, "parked"]  # before them, one prompt to choose the tangent with
+    shutil.rmtree(checkpoints(tmp_path / "run")[-1])
+    resumed = state(train(config, tmp_path / "run", teacher, prompts)[0])
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+    plain = state(train(settings("training.steps=5"), tmp_path / "plain", teacher, prompts)[0])
+    for name, value in plain.items():
+        torch.testing.assert_close(whole[name], value, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -350,15 +451,14 @@ def test_nan_stops_the_run_and_says_where(
     assert [row["step"] for row in read_metrics(folder)] == list(range(6))
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(
+def test_a_gradient_that_is_not_finite_stops_the_run_and_nothing_of_it_is_kept(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
 ) -> None:
     student = teacher.new_student()
     student.variance_head.bias.register_hook(lambda grad: grad * float("inf"))
-    before = state(student)
     with pytest.raises(NonFiniteError, match=r"^step 0: gradient is not finite \(gradient norm (inf|nan)\)"):
-        train(settings(), tmp_path / "run", teacher, prompts, student)
-    assert all(torch.equal(value, before[name]) for name, value in state(student).items())
+        train(settings("training.checkpoint_every=1"), tmp_path / "run", teacher, prompts, student)
+    assert not checkpoints(tmp_path / "run") and not read_metrics(tmp_path / "run")
 
 
 def test_the_student_learns_to_read_its_guidance(
@@ -459,13 +559,10 @@ def test_read_only_folder_is_one_line(tmp_path: Path, settings: Settings) -> Non
 def test_automatic_precision_follows_the_machine(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, fast: bool, chosen: str
 ) -> None:
-    monkeypatch.setattr("stepfold.training.distill.has_bf16", lambda device: fast)
+    monkeypatch.setattr("stepfold.training.choices.has_bf16", lambda device: fast)
     config = choose_precision(settings("training.precision=auto", "training.rollout_precision=bf16"))
     assert (config.training.precision, config.training.rollout_precision) == (chosen, "bf16")
     assert choose_precision(settings()) == settings()
-
-
-SPRINT = ("space.kind=endpoints", "adversarial.weight=0.5")
 
 
 def judged_gradients(

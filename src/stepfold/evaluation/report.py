@@ -220,10 +220,11 @@ def _ranking(ours: Row, teacher: Mapping[int, Row]) -> str:
 def _stages(stages_sec: Mapping[str, float]) -> list[tuple[str, str, float]]:
     """(stage, duration in words, percentage of the longest)."""
     longest = max(stages_sec.values(), default=0) or 1
-    return [(stage, _duration(seconds), 100 * seconds / longest) for stage, seconds in stages_sec.items()]
+    return [(stage, duration(seconds), 100 * seconds / longest) for stage, seconds in stages_sec.items()]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For people: `12.3 s`, `3 min 20 s`, `2 h 5 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

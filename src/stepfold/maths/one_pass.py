@@ -18,9 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from stepfold.errors import UserError
-
-QUERY_CHUNK = 1024
-"""Queries whose attention to all keys is in memory at once; the primal's own attention stays fused."""
+from stepfold.maths.attention import query_chunks
 
 SWEEP_EVERY = 16
 """Operations between two looks for tangents that nothing can use any more."""
@@ -184,13 +182,22 @@ def one_pass(
         x, t: where.
         dx, dt: the direction.
 
+    A network that is compiled, or has compiled parts, runs as if it were not: compiled code would go past the mode.
+
     Raises:
-        UserError: the network changes a tensor in place, or draws random numbers in a dropout.
+        UserError: it is called from compiled code; the network changes a tensor in place, or draws random numbers in a
+            dropout.
     """
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()  # so that the error is raised: what raises while traced is run again untraced
+        raise UserError(
+            "torch.compile cannot trace what the one_pass and block tangents intercept; use training.tangent=two_pass, "
+            "or leave training.compile off"
+        )
     dual = Dual()
     x, t = x.view_as(x), t.view_as(t)  # the caller's own tensors stay without tangents
     dual.tangents[x], dual.tangents[t] = dx, dt
-    with dual:
+    with torch.compiler.set_stance("force_eager"), dual:
         out = network(x, t)
     tangent = dual.tangents.get(out)
     return out, torch.zeros_like(out) if tangent is None else tangent.detach()
@@ -248,9 +255,8 @@ def _convolution(call: Call, out: Tensor) -> Any:
 
 def _pad(call: Call, out: Tensor) -> Any:
     """A constant border has tangent 0, whatever the constant."""
-    return F.pad(
-        call.of(call.option(0, "input", None)), call.option(1, "pad", None), call.option(2, "mode", "constant")
-    )  # type: ignore[arg-type]
+    tangent = call.of(call.option(0, "input", None))
+    return F.pad(tangent, call.option(1, "pad", None), call.option(2, "mode", "constant"))  # type: ignore[arg-type]
 
 
 def _joined(call: Call, out: Tensor) -> Any:
@@ -312,7 +318,10 @@ def _layer_norm(call: Call, out: Tensor) -> Any:
 
 
 def _attention(call: Call, out: Tensor) -> Any:
-    """dO = P (dS - sum_k P dS) V + P dV with P = softmax(S), S = scale Q K^T + mask; QUERY_CHUNK rows at a time."""
+    """dO = P (dS - sum_k P dS) V + P dV with P = softmax(S), S = scale Q K^T + mask; a chunk of queries at a time.
+
+    The primal's own attention stays fused.
+    """
     q, k, v = (call.option(i, name, None) for i, name in enumerate(("query", "key", "value")))
     mask, causal = call.option(3, "attn_mask", None), call.option(5, "is_causal", False)
     if causal or call.option(4, "dropout_p", 0.0) or call.kwargs.get("enable_gqa") or call.of(mask) is not None:
@@ -320,11 +329,9 @@ def _attention(call: Call, out: Tensor) -> Any:
     scale = call.kwargs.get("scale") or q.shape[-1] ** -0.5
     dq, dk, dv = (call.of(value) for value in (q, k, v))
     parts = []
-    for rows in torch.arange(q.shape[-2], device=q.device).split(QUERY_CHUNK):
-        span = slice(int(rows[0]), int(rows[-1]) + 1)
+    for span, part in query_chunks(q.shape[-2], mask):
         scores = scale * q[..., span, :] @ k.mT
-        if mask is not None:
-            part = mask[..., span, :] if mask.shape[-2] > 1 else mask
+        if part is not None:
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
         weights = scores.softmax(-1)
         slope = _sum(

@@ -4,6 +4,7 @@ A route is a pure function of draws that the caller takes from its own random st
 """
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 """Length of the training grid that diffusers' flow schedulers build their range of noise levels from."""
 
 
+@cache
 def half_pi(dtype: torch.dtype) -> float:
     """The largest number of a dtype that is not above pi/2 (plain float32 rounds pi/2 up: its tangent is negative)."""
     rounded = torch.tensor(math.pi / 2, dtype=dtype, device="cpu")

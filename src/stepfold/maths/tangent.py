@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +10,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepfold.errors import UserError
+from stepfold.maths.attention import ChunkedAttention
 from stepfold.maths.formulations import expand
 from stepfold.maths.one_pass import one_pass
 
 Network = Callable[[Tensor, Tensor], Tensor]
 """(x_unit [B, ...], t [B]) -> F [B, ...]: a closure over a module, its condition and its guidance scale."""
 
-BACKENDS = ("two_pass", "one_pass", "finite_difference")
+BACKENDS = ("two_pass", "one_pass", "block", "finite_difference")
+COARSEST = 1e-6  # rounding error of forwards that a finite difference survives: float32's is 1.2e-7, float16's 1e-3
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,20 @@ def total_derivative(
         dx: [B, ...], dtype of x.
         dt: [B], dtype of t.
         backend: `two_pass` (forward-mode differentiation in a pass of its own, exact), `one_pass` (the same beside the
-            forward itself, exact, cheaper; see `one_pass.py`) or `finite_difference` (forwards only, second order).
+            forward itself, exact, cheaper; see `one_pass.py`), `block` (the same with a network that checkpoints its
+            blocks, see `Student.recompute_blocks`: the backward pass computes each block's forward again, and no
+            tangent) or `finite_difference` (forwards only, second order).
         step: of `finite_difference`, see there.
 
     Returns:
         See `Tangent`.
 
     Raises:
-        UserError: unknown backend, or a step that is not positive.
+        UserError: unknown backend, or what the backend refuses (see each, and docs/tangents.md).
     """
     if backend == "two_pass":
         return two_pass(network, x, t, dx, dt)
-    if backend == "one_pass":
+    if backend in ("one_pass", "block"):
         return Tangent(*one_pass(network, x, t, dx, dt))
     if backend == "finite_difference":
         return finite_difference(network, x, t, dx, dt, step)
@@ -72,9 +77,11 @@ def total_derivative(
 def two_pass(network: Network, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> Tangent:
     """Forward-mode differentiation in a pass of its own without a graph, then one ordinary forward with one.
 
-    Fused attention kernels have no forward-mode rule, so the first pass uses torch's unfused one; the second is free.
+    Fused attention kernels have no forward-mode rule, so the first pass uses torch's unfused one, on a chunk of queries
+    at a time; the second is free. Compiled, the chunks are torch.compile's business.
     """
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    chunked = nullcontext() if torch.compiler.is_compiling() else ChunkedAttention()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), chunked:
         dF = torch.func.jvp(network, (x, t), (dx, dt))[1]
     return Tangent(F=network(x, t), dF=dF.detach())
 
@@ -94,8 +101,19 @@ def finite_difference(
     Args:
         network, x, t, dx, dt: as in `total_derivative`.
         step: change of time, in radians; by default the cube root of the rounding error of x's dtype (float32: 5e-3),
-            which balances rounding and truncation. Not for forwards in bfloat16: rounding swamps the difference.
+            which balances rounding and truncation.
+
+    Raises:
+        UserError: a step that is not positive, or forwards in half precision, whose rounding swamps the difference.
     """
+    kind = x.device.type
+    forwards = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if torch.finfo(forwards).eps > COARSEST:
+        name = str(forwards).removeprefix("torch.")
+        raise UserError(
+            f"the finite_difference tangent needs forwards in float32, since rounding in {name} swamps the difference; "
+            "use training.precision=no, or training.tangent=two_pass"
+        )
     if step is None:
         step = float(torch.finfo(x.dtype).eps ** (1 / 3))
     if not (math.isfinite(step) and step > 0):

@@ -30,10 +30,11 @@ from stepfold.evaluation.solvers import Solver, solver_sampler
 from stepfold.jobs import protocol_record, rows_by_steps, versions
 from stepfold.prompts.reading import open_prompts, shuffled_index
 from stepfold.reproduction.figures import route_numbers, walk_numbers
+from stepfold.spaces.pairs import pairs_per_prompt
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_student, load_teacher
 from stepfold.teachers.sana import SanaTeacher
-from stepfold.training.draws import pairs_per_prompt
+from stepfold.training.distill import BESIDE_STEPS
 from stepfold.training.runs import read_metrics, writing
 
 SCORES = "scores.json"
@@ -248,10 +249,12 @@ def costs(folder: Path, config: Config) -> dict[str, Any]:
     The seconds are None if the last process of the run had no step left to do.
     """
     report = json.loads((folder / "report.json").read_text())
-    stages = {name: sec for name, sec in report["stages_sec"].items() if name != "preview"}
+    stages = {name: sec for name, sec in report["stages_sec"].items() if name not in BESIDE_STEPS}
     steps = report["timed_steps"]
     kept = statistics.mean(row["kept"] for row in read_metrics(folder))
-    pairs = kept * config.training.prompts_per_step * pairs_per_prompt(config.space)
+    pairs = (
+        kept * config.training.prompts_per_step * pairs_per_prompt(config.space.route_steps, config.space.keep_first)
+    )
     return {
         "sec_per_step": sum(stages.values()) / steps if steps else None,
         "sec_per_pair": sum(stages.values()) / steps / pairs if steps else None,

@@ -5,13 +5,19 @@ from torch import Tensor
 
 from stepfold.maths.formulations import interpolate
 from stepfold.spaces.generation import Velocity
-from stepfold.spaces.pairs import Pairs, pair_numbers
+from stepfold.spaces.pairs import Pairs, kept_index, pair_numbers
 from stepfold.teachers.contract import Condition
 
 
 @torch.no_grad()
 def noised_pairs(
-    velocity: Velocity, x0: Tensor, times: Tensor, noise: Tensor, condition: Condition, guidance: Tensor, keep: Tensor
+    velocity: Velocity,
+    x0: Tensor,
+    times: Tensor,
+    noise: Tensor,
+    condition: Condition,
+    guidance: Tensor,
+    keep: Tensor | None,
 ) -> Pairs:
     """Noises every kept latent to M times, each with noise of its own, and asks the teacher for its velocity there.
 
@@ -22,14 +28,14 @@ def noised_pairs(
         noise: [B, M, ...], of standard deviation sigma_data.
         condition: B rows.
         guidance: scales [B].
-        keep: bool [B], from the brightness filter.
+        keep: bool [B], from the brightness filter; None for all.
 
     Returns:
         Pairs of the kept latents, latent by latent.
 
     Reference: arXiv:2410.11081, Sec. 2 and Algorithm 1.
     """
-    index, count = keep.nonzero().squeeze(1), times.shape[1]
+    index, count = kept_index(keep, x0), times.shape[1]
     t = times[index].flatten()
     clean = x0[index].repeat_interleave(count, 0)
     x = interpolate(clean, noise[index].flatten(0, 1), t)
@@ -44,5 +50,5 @@ def noised_pairs(
         x0=clean,
         prompt=index.repeat_interleave(count),
         number=pair_numbers(index, count),
-        num_walked=count * len(keep),
+        num_walked=count * len(x0),
     )

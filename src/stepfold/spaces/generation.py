@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stepfold.maths.filters import FilterRule, darkness, keep_mask
 from stepfold.maths.formulations import euler_step
-from stepfold.spaces.pairs import Pairs, pair_numbers
+from stepfold.spaces.pairs import Pairs, kept_index, pair_numbers
 from stepfold.teachers.contract import Condition
 
 Velocity = Callable[[Tensor, Tensor, Condition, Tensor], Tensor]
@@ -66,7 +65,7 @@ def pairs_from(
     guidance: Tensor,
     *,
     keep_first: bool,
-    keep: Tensor,
+    keep: Tensor | None,
 ) -> Pairs:
     """Flattens the kept trajectories into pairs, prompt by prompt, from noise to picture.
 
@@ -75,14 +74,14 @@ def pairs_from(
         condition: B rows.
         guidance: [B].
         keep_first: whether the state at t = pi/2 is a training pair too. Released code: no; its weight is ~0.
-        keep: bool [B], from the brightness filter.
+        keep: bool [B], from the brightness filter; None for all.
 
     Returns:
         Pairs of the kept prompts only: dropped ones cost the student nothing.
     """
     first = 0 if keep_first else 1
     count = len(trajectory.t) - first
-    index = keep.nonzero().squeeze(1)
+    index = kept_index(keep, trajectory.x0)
 
     def flat(values: Tensor) -> Tensor:
         return values[first:, index].transpose(0, 1).flatten(0, 1)
@@ -97,7 +96,7 @@ def pairs_from(
         x0=trajectory.x0[index].repeat_interleave(count, 0),
         prompt=index.repeat_interleave(count),
         number=pair_numbers(index, count),
-        num_walked=count * len(keep),
+        num_walked=count * len(trajectory.x0),
     )
 
 
@@ -108,7 +107,7 @@ def brightness_filter(
     uniform: Tensor,
     *,
     threshold: float,
-    rule: FilterRule | Literal["off"],
+    rule: FilterRule,
 ) -> Tensor:
     """Which trajectories to keep: bool [B]. Those that end near an all-black picture are dropped.
 
@@ -118,10 +117,8 @@ def brightness_filter(
         sigma_data: standard deviation of the latents.
         uniform: draws from U[0, 1) [B].
         threshold: mean squared distance below which a trajectory may be dropped.
-        rule: `random`, `hard`, or `off`.
+        rule: `random` or `hard`.
 
     Reference: arXiv:2511.20410, Sec. 4.3 and appendix D.
     """
-    if rule == "off":
-        return torch.ones(len(x0), dtype=torch.bool, device=x0.device)
     return keep_mask(darkness(x0, black, sigma_data), threshold, uniform, rule)

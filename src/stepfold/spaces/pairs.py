@@ -55,6 +55,16 @@ class Pairs:
         )
 
 
+def pairs_per_prompt(route_steps: int, keep_first: bool) -> int:
+    """How many states of a walk are trained on, and how many times a latent is noised to."""
+    return route_steps - (not keep_first)
+
+
+def kept_index(keep: Tensor | None, of: Tensor) -> Tensor:
+    """The numbers of the kept samples of `of` [B, ...]: all without a filter, which asks the device for nothing."""
+    return torch.arange(len(of), device=of.device) if keep is None else keep.nonzero().squeeze(1)
+
+
 def pair_numbers(index: Tensor, count: int) -> Tensor:
     """The `number` of the pairs of the kept prompts `index` [K], of `count` pairs each: [K count]."""
     return (index[:, None] * count + torch.arange(count, device=index.device)).flatten()

@@ -9,6 +9,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from stepfold.errors import UserError
+
 GuidanceKind = Literal["classifier_free", "embedded", "none"]
 
 
@@ -70,6 +72,17 @@ class Student(nn.Module):
         """-w_phi: t [B], guidance scales [B] -> [B]."""
         raise NotImplementedError
 
+    def recompute_blocks(self) -> None:
+        """From now on the backward pass computes each block's forward again, whose activations are not kept.
+
+        Raises:
+            UserError: a student that does not say how.
+        """
+        raise UserError(
+            f"{type(self).__name__} has no blocks to recompute; leave training.checkpointing off and training.tangent "
+            "at auto, or lower training.micro_batch to save memory"
+        )
+
 
 class Teacher(Protocol):
     """A frozen diffusion or flow model, its text encoder and its autoencoder."""
@@ -82,6 +95,10 @@ class Teacher(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Prompts -> condition, one row a prompt."""
+        ...
+
+    def park_text_encoder(self) -> None:
+        """Takes the text encoder off the device until `encode` needs it again."""
         ...
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:

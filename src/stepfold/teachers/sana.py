@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_input, flow_time, guide, trigflow_output
 from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate
+from stepfold.teachers.once import compute_once
 
 SIGMA_DATA = 0.5
 NUM_FEATURES = 5  # feature maps for discriminator heads, as many as Sana-Sprint has
@@ -86,6 +87,19 @@ class SanaStudent(Student):
         _, embedding = self.transformer.time_embed(flow_time(t), guidance=guidance * scale, hidden_dtype=dtype)
         return self.variance_head(embedding).squeeze(-1)
 
+    def recompute_blocks(self) -> None:
+        """See `Student`; diffusers' gradient checkpointing."""
+        self.transformer.enable_gradient_checkpointing()
+
+
+def of_the_prompt_alone(transformer: Any) -> list[nn.Module]:
+    """The parts whose input is the prompt's: no time and no latent."""
+    parts = [transformer.caption_projection, transformer.caption_norm]
+    for block in transformer.transformer_blocks:
+        attention = block.attn2
+        parts += [part for part in (attention.to_k, attention.to_v, attention.norm_k) if part is not None]
+    return parts
+
 
 def student_transformer(teacher: Any) -> SanaTransformer2DModel:
     """A copy of the teacher's transformer that embeds its guidance scale and starts as the teacher.
@@ -133,6 +147,7 @@ class SanaTeacher:
         self.pipe: Any = load_pipeline(self.source, dtype, network_only)
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer: Any = self.pipe.transformer.to(self.device).eval().requires_grad_(False)
+        compute_once(of_the_prompt_alone(self.transformer))
         config = self.transformer.config
         self.sigma_data = SIGMA_DATA
         embeds: GuidanceKind = "embedded" if config.guidance_embeds else "classifier_free"
@@ -159,6 +174,7 @@ class SanaTeacher:
         self.feature_widths = (config.num_attention_heads * config.attention_head_dim,) * count
         self.max_tokens, self.null_mask = max_tokens, null_mask
         self._null = self._null_trimmed = None
+        self._both: tuple[Condition, Condition] | None = None  # a condition, and it with the unconditional one before
         if self.guidance_kind == "classifier_free":
             self._null = null.to(self.device, dtype) if null else self._encode([""], instruct=False)
             self._null_trimmed = self._null.trimmed()
@@ -195,6 +211,11 @@ class SanaTeacher:
         """See `Teacher`. Prompts get the pipeline's default instruction, as in use."""
         return self._encode(prompts, instruct=True).trimmed()
 
+    def park_text_encoder(self) -> None:
+        """See `Teacher`."""
+        if self.pipe.text_encoder is not None:
+            self.pipe.text_encoder.to("cpu")
+
     def null(self, like: Condition) -> Condition:
         """The unconditional branch's condition for each row of `like`.
 
@@ -217,7 +238,9 @@ class SanaTeacher:
         elif self.guidance_kind == "none":
             F = trigflow_network(self.transformer, x_unit, t, condition, None, self.time_scale)
         else:
-            both = concatenate([self.null(condition), condition])
+            if self._both is None or self._both[0] is not condition:
+                self._both = (condition, concatenate([self.null(condition), condition]))
+            both = self._both[1]
             F = trigflow_network(
                 self.transformer, torch.cat([x_unit, x_unit]), torch.cat([t, t]), both, None, self.time_scale
             )

@@ -1,6 +1,7 @@
 """The loop: prompts in, one-step student out. A batch is `draw`, `collect`, `update`; read `distill` top to bottom."""
 
 import copy
+import math
 import signal
 import time
 from collections import defaultdict
@@ -28,9 +29,10 @@ from stepfold.prompts.reading import Prompts
 from stepfold.sampling import predict_data
 from stepfold.spaces.diffusion import noised_pairs
 from stepfold.spaces.generation import Velocity, brightness_filter, pairs_from, walk
-from stepfold.spaces.pairs import Pairs
+from stepfold.spaces.pairs import Pairs, pairs_per_prompt
 from stepfold.teachers.contract import Condition, Student, Teacher
-from stepfold.training.draws import Draw, JudgedDraw, draw
+from stepfold.training.choices import choose_tangent
+from stepfold.training.draws import Draw, JudgedDraw, draw, prompt_index
 from stepfold.training.optimisers import learning_rate, make_optimiser
 from stepfold.training.runs import append_metrics, checkpoints, load_checkpoint, rewind_metrics, save_checkpoint
 
@@ -62,19 +64,31 @@ def collect(
     if x0 is None:
         trajectory = walk(velocity, batch.noise, batch.route, condition, batch.guidance)
         x0 = trajectory.x0
-    keep = brightness_filter(
-        x0, black, sigma_data, batch.uniform, threshold=space.filter_threshold, rule=space.filter_rule
-    )
+    keep = None
+    if space.filter_rule != "off":
+        keep = brightness_filter(
+            x0, black, sigma_data, batch.uniform, threshold=space.filter_threshold, rule=space.filter_rule
+        )
     if batch.times is None or batch.fresh_noise is None:
         assert trajectory is not None
         return pairs_from(trajectory, condition, batch.guidance, keep_first=space.keep_first, keep=keep)
     return noised_pairs(velocity, x0, batch.times, batch.fresh_noise, condition, batch.guidance, keep)
 
 
+BESIDE_STEPS = ("load", "first preview", "preview", "checkpoint", "evaluation")
+"""Stages of a run that are no part of its optimiser steps."""
+
+
 @dataclass
 class Stages:
-    """Seconds spent in each stage of the step."""
+    """Seconds spent in each stage of the step.
 
+    Attributes:
+        device: waited for at the end of each stage; None not to wait, and then a GPU's time falls into later stages.
+        seconds: by stage.
+    """
+
+    device: torch.device | None = None
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
@@ -82,6 +96,8 @@ class Stages:
         """Adds the time that the block takes to stage `name`."""
         began = time.perf_counter()
         yield
+        if self.device and self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         self.seconds[name] += time.perf_counter() - began
 
 
@@ -92,6 +108,8 @@ def update(
     step: int,
     sigma_data: float,
     accelerator: Accelerator,
+    backend: str = "two_pass",
+    *,
     derivative: Callable[..., Tangent] = total_derivative,
     predict: Callable[..., Tensor] = predict_data,
     judgement: Judgement | None = None,
@@ -99,20 +117,25 @@ def update(
 ) -> dict[str, Tensor]:
     """Adds the gradient of the mean loss over the pairs, in micro-batches; returns per-pair figures [M].
 
-    `derivative` is `total_derivative` and `predict` is `predict_data`, or their compiled selves. With a `judgement`,
-    the discriminator gets the gradient of its own loss. `stages` notes what forward and backward passes take.
+    `backend` is the tangent's. `derivative` is `total_derivative` and `predict` is `predict_data`, or their compiled
+    selves. With a `judgement`, the discriminator gets the gradient of its own loss. `stages` notes what forward and
+    backward passes take.
     """
     stages = stages or Stages()
     denominator = len(pairs) if config.space.filter_denominator == "kept" else pairs.num_walked
-    size = config.training.micro_batch or len(pairs)
+    size = min(config.training.micro_batch or len(pairs), len(pairs))
     figures = defaultdict(list)
     for start in range(0, len(pairs), size):
         part = pairs.rows(slice(start, start + size))
         with stages("student forward"):
             if config.objective == "discrete":
-                loss, rows = discrete_loss(student, part, config, sigma_data, accelerator, predict)
+                whole_walks = (
+                    config.space.kind == "generation"
+                    and size % pairs_per_prompt(config.space.route_steps, config.space.keep_first) == 0
+                )
+                loss, rows = discrete_loss(student, part, config, sigma_data, accelerator, predict, whole_walks)
             else:
-                loss, rows = continuous_loss(student, part, config, step, sigma_data, accelerator, derivative)
+                loss, rows = continuous_loss(student, part, config, step, sigma_data, accelerator, backend, derivative)
         for_heads = None
         if judgement:
             with stages("adversarial"):
@@ -136,6 +159,7 @@ def continuous_loss(
     step: int,
     sigma_data: float,
     accelerator: Accelerator,
+    backend: str,
     derivative: Callable[..., Tangent],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Continuous-time consistency, per pair [M]: the loss, with gradient, and what to log."""
@@ -154,7 +178,7 @@ def continuous_loss(
 
     dx, dt = tangent_direction(part.x, part.t, part.dxdt, sigma_data)
     with accelerator.autocast(), student_attention(config.training.precision, part.x.device):
-        tangent = derivative(network, part.x / sigma_data, part.t, dx, dt, config.training.tangent)
+        tangent = derivative(network, part.x / sigma_data, part.t, dx, dt, backend)
         log_variance = student.log_variance(part.t, part.guidance)
     terms = consistency_terms(
         tangent.F,
@@ -182,17 +206,26 @@ def discrete_loss(
     sigma_data: float,
     accelerator: Accelerator,
     predict: Callable[..., Tensor],
+    whole_walks: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Discrete consistency, per pair [M]: the loss, with gradient, and what to log. The student is its own target."""
+    """Discrete consistency, per pair [M]: the loss, with gradient, and what to log. The student is its own target.
+
+    With `whole_walks`, each pair's step ends in the state of the pair after it, or at t = 0, where f is the identity:
+    one forward pass yields pictures and targets.
+    """
 
     def picture(x: Tensor, t: Tensor) -> Tensor:
         with accelerator.autocast(), student_attention(config.training.precision, x.device):
             return predict(student, x, t, part.condition, part.guidance, sigma_data)
 
     x_next = euler_step(part.x, part.t, part.t_next, part.dxdt)
-    with torch.no_grad():
-        target = picture(x_next, part.t_next)
-    terms = discrete_terms(picture(part.x, part.t), target, config.discrete.huber_constant)
+    x0 = picture(part.x, part.t)
+    if whole_walks:
+        target = torch.where(expand(part.t_next > 0, x0), x0.roll(-1, 0), x_next)
+    else:
+        with torch.no_grad():
+            target = picture(x_next, part.t_next)
+    terms = discrete_terms(x0, target, config.discrete.huber_constant)
     return terms.loss, {"loss": terms.loss, "squared_error": terms.squared_error}
 
 
@@ -233,7 +266,6 @@ class Progress:
 
     step: int
     row: dict[str, Any]
-    stages: dict[str, float]
 
 
 def distill(
@@ -247,6 +279,8 @@ def distill(
     *,
     latents: Callable[[list[int]], Tensor] | None = None,
     conditions: Callable[[list[int]], Condition] | None = None,
+    stages: Stages | None = None,
+    note_tangent: Callable[[str], None] = lambda text: None,
     report: Callable[[Progress], None] = lambda progress: None,
     preview: Callable[[Student, int], None] = lambda student, step: None,
 ) -> Student:
@@ -262,7 +296,9 @@ def distill(
         accelerator: device, precision.
         latents: numbers of B prompts -> clean latents [B, ...] of their images, for `space.kind=images`.
         conditions: numbers of B prompts -> what the teacher would encode them to; None to have it do so.
-        report: called after every step.
+        stages: notes the time of every stage.
+        note_tangent: called with the tangent's backend and the reason for it.
+        report: called for every step, some steps at a time where a device would have to be waited for.
         preview: called with the average every `preview_every` steps.
 
     Raises:
@@ -271,6 +307,11 @@ def distill(
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     training, device = config.training, accelerator.device
+    first = conditions([0]) if conditions else teacher.encode([prompts.prompt(0)])
+    choice = choose_tangent(config, student, first, teacher.latent_shape)
+    note_tangent(f"{choice.backend} ({choice.reason})")
+    if choice.recompute:
+        student.recompute_blocks()
     average = copy.deepcopy(student).requires_grad_(False)
     modules: dict[str, nn.Module] = {"student": student, "average": average}
     trained = list(student.parameters())
@@ -282,66 +323,143 @@ def distill(
     saved = checkpoints(folder)
     start = load_checkpoint(saved[-1], modules, optimiser) if saved else 0
     rewind_metrics(folder, start)
+    stages = stages or Stages()
     if start == 0:
-        preview(average, 0)
-    stages = Stages()
+        with stages("first preview"):
+            preview(average, 0)
     velocity, derivative, predict = teacher.velocity, total_derivative, predict_data
     if training.compile:
         velocity, derivative, predict = compiled(velocity), compiled(derivative), compiled(predict)
 
+    encoded: dict[int, Condition] = {}
+
+    def encode_ahead(number: int) -> Condition:
+        """The condition of batch `number`; its group is encoded with it, the same one however a run began."""
+        if number not in encoded:
+            encoded.clear()
+            group = number // training.encode_ahead * training.encode_ahead
+            numbers = range(group, group + training.encode_ahead)
+            texts = [prompts.prompt(i) for n in numbers for i in prompt_index(n, prompts, config)]
+            whole, size = teacher.encode(texts), training.prompts_per_step
+            encoded.update({n: whole.rows(slice(k * size, (k + 1) * size)) for k, n in enumerate(numbers)})
+            if training.encode_ahead > 1:
+                teacher.park_text_encoder()
+        return encoded[number]
+
+    def walk_teacher(number: int) -> tuple[Draw, Pairs]:
+        """Draws batch `number`, and its pairs."""
+        with stages("data"):
+            batch = draw(number, prompts, teacher, config, device)
+        with stages("text"):
+            condition = conditions(batch.index) if conditions else encode_ahead(number)
+            if training.compile:  # equal shapes: one graph, and a resumed run has the same one
+                condition = condition.padded(config.teacher.max_tokens)
+        with stages("images"):
+            x0 = latents(batch.index).to(device) if latents else None
+        with stages("teacher"), rollout_precision(training.rollout_precision, device):
+            return batch, collect(batch, condition, velocity, black, teacher.sigma_data, config.space, x0)
+
+    def train_on(batch: Draw, pairs: Pairs, step: int) -> Note:
+        """One optimiser step. It asks the device for nothing."""
+        if not len(pairs):
+            return Note(step, [], 0, pairs.num_walked)
+        judgement = Judgement(teacher, discriminator, batch.judged) if discriminator and batch.judged else None
+        figures = update(
+            student, pairs, config, step, teacher.sigma_data, accelerator, choice.backend,
+            derivative=derivative, predict=predict, judgement=judgement, stages=stages,
+        )  # fmt: skip
+        with stages("optimiser"):
+            norm = torch.as_tensor(accelerator.clip_grad_norm_(student.parameters(), config.optimiser.clip))
+            if discriminator:
+                accelerator.clip_grad_norm_(discriminator.parameters(), config.optimiser.clip)
+            rate = learning_rate(step, training.steps, config.optimiser)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            move_average(average, student, min(training.ema, (1 + step) / (10 + step)))
+        return noted(step, batch.prompts, pairs, figures, norm, rate)
+
+    notes: list[Note] = []
+    batch = pairs = None
+    look_every = training.look_every or (1 if device.type == "cpu" else 10)
+    began = time.perf_counter()
     with stop_requests() as stop:
         for step in range(start, training.steps):
-            began = time.perf_counter()
-            with stages("data"):
-                batch = draw(step, prompts, teacher, config, device)
-            with stages("text"):
-                condition = conditions(batch.index) if conditions else teacher.encode(batch.prompts)
-                if training.compile:  # equal shapes: one graph, and a resumed run has the same one
-                    condition = condition.padded(config.teacher.max_tokens)
-            with stages("images"):
-                x0 = latents(batch.index).to(device) if latents else None
-            with stages("teacher"), rollout_precision(training.rollout_precision, device):
-                pairs = collect(batch, condition, velocity, black, teacher.sigma_data, config.space, x0)
-
-            row: dict[str, Any] = {"step": step, "kept": len(pairs) / pairs.num_walked}
-            if len(pairs):
-                judgement = Judgement(teacher, discriminator, batch.judged) if discriminator and batch.judged else None
-                figures = update(
-                    student, pairs, config, step, teacher.sigma_data, accelerator,
-                    derivative, predict, judgement, stages,
-                )  # fmt: skip
-                with stages("optimiser"):
-                    norm = accelerator.clip_grad_norm_(student.parameters(), config.optimiser.clip)
-                    if discriminator:
-                        accelerator.clip_grad_norm_(discriminator.parameters(), config.optimiser.clip)
-                check_finite(figures, norm, step, batch.prompts, pairs)
-                with stages("optimiser"):
-                    rate = learning_rate(step, training.steps, config.optimiser)
-                    for group in optimiser.param_groups:
-                        group["lr"] = rate
-                    optimiser.step()
-                    optimiser.zero_grad(set_to_none=True)
-                    move_average(average, student, min(training.ema, (1 + step) / (10 + step)))
-                row |= {name: values.mean().item() for name, values in figures.items()}
-                row |= {"grad_norm": float(torch.as_tensor(norm)), "lr": rate}
-                if "tangent_norm" in figures:
-                    row |= tangent_by_time(pairs.t, figures["tangent_norm"])
-            append_metrics(folder, row)
-            report(
-                Progress(
-                    step + 1, row | {"sec": time.perf_counter() - began, "pairs": len(pairs)}, dict(stages.seconds)
-                )
-            )
+            if batch is None or pairs is None or step % config.space.reuse == 0:
+                batch, pairs = walk_teacher(step // config.space.reuse)
+            notes.append(train_on(batch, pairs, step))
 
             last = step + 1 == training.steps
-            if last or stop.requested or (step + 1) % training.checkpoint_every == 0:
-                save_checkpoint(folder, step + 1, modules, optimiser, training.keep_checkpoints)
+            saves = last or stop.requested or (step + 1) % training.checkpoint_every == 0
+            shows = last or (step + 1) % training.preview_every == 0
+            if saves or shows or len(notes) == look_every:
+                rows = [row_of(note) for note in notes]  # raises if a step went wrong: nothing of it is kept
+                seconds = (time.perf_counter() - began) / len(rows)
+                for note_, row in zip(notes, rows, strict=True):
+                    append_metrics(folder, row)
+                    report(Progress(note_.step + 1, row | {"sec": seconds, "pairs": note_.pairs}))
+                notes.clear()
+            if saves:
+                with stages("checkpoint"):
+                    save_checkpoint(folder, step + 1, modules, optimiser, training.keep_checkpoints)
             if stop.requested and not last:
                 raise KeyboardInterrupt
-            if last or (step + 1) % training.preview_every == 0:
+            if shows:
                 with stages("preview"):
                     preview(average, step + 1)
+            if not notes:
+                began = time.perf_counter()
     return average
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a step leaves behind for the log, still on the device.
+
+    Attributes:
+        step: its number.
+        prompts: its prompts.
+        pairs: how many pairs it trained on.
+        num_walked: how many there would have been, had none been filtered out.
+        prompt: int64 [M], which prompt each pair belongs to.
+        numbers: per pair [M]: the time, norms, and the figures of the objective.
+        norm: of the gradient.
+        rate: the learning rate.
+    """
+
+    step: int
+    prompts: list[str]
+    pairs: int
+    num_walked: int
+    prompt: Tensor | None = None
+    numbers: dict[str, Tensor] = field(default_factory=dict)
+    norm: Tensor | None = None
+    rate: float = 0.0
+
+
+def noted(step: int, prompts: list[str], pairs: Pairs, figures: dict[str, Tensor], norm: Tensor, rate: float) -> Note:
+    """See `Note`."""
+    sizes = {"t": pairs.t, "|x|": pairs.x.flatten(1).norm(dim=1), "|dxdt|": pairs.dxdt.flatten(1).norm(dim=1)}
+    return Note(step, prompts, len(pairs), pairs.num_walked, pairs.prompt, sizes | figures, norm, rate)
+
+
+def row_of(note: Note) -> dict[str, Any]:
+    """A step's line of the metrics file; the place where the device is waited for.
+
+    Raises:
+        NonFiniteError: the loss or the gradient is not finite; it names the step, the prompts, t and the norms.
+    """
+    row: dict[str, Any] = {"step": note.step, "kept": note.pairs / note.num_walked}
+    if note.norm is None or note.prompt is None:
+        return row
+    numbers = {name: values.cpu() for name, values in note.numbers.items()}
+    check_finite(note.step, note.prompts, note.prompt.tolist(), numbers, float(note.norm))
+    row |= {name: values.mean().item() for name, values in numbers.items() if name not in ("t", "|x|", "|dxdt|")}
+    row |= {"grad_norm": float(note.norm), "lr": note.rate}
+    if "tangent_norm" in numbers:
+        row |= tangent_by_time(numbers["t"], numbers["tangent_norm"])
+    return row
 
 
 def new_discriminator(teacher: Teacher, seed: int) -> Discriminator:
@@ -396,25 +514,32 @@ def tangent_by_time(t: Tensor, norm: Tensor, bins: int = 4) -> dict[str, float]:
     return {f"tangent_norm_{b}": norm[index == b].mean().item() for b in range(bins) if (index == b).any()}
 
 
-def check_finite(figures: dict[str, Tensor], grad_norm: Any, step: int, prompts: list[str], pairs: Pairs) -> None:
+def check_finite(
+    step: int, prompts: list[str], prompt: list[int], numbers: dict[str, Tensor], grad_norm: float
+) -> None:
     """Stops the run with everything one needs to look into it.
+
+    Args:
+        step: its number.
+        prompts: B strings.
+        prompt: which of them each pair belongs to, M numbers.
+        numbers: per pair [M], `loss` among them.
+        grad_norm: of the whole gradient.
 
     Raises:
         NonFiniteError: naming the step, the prompts, t and the norms.
     """
-    bad = ~torch.isfinite(figures["loss"])
-    if torch.isfinite(torch.as_tensor(grad_norm)) and not bad.any():
+    bad = ~torch.isfinite(numbers["loss"])
+    if math.isfinite(grad_norm) and not bad.any():
         return
-    rows = bad.nonzero().squeeze(1)[:4] if bad.any() else torch.arange(min(4, len(pairs)))
+    rows = bad.nonzero().squeeze(1)[:4] if bad.any() else torch.arange(min(4, len(prompt)))
     where = "; ".join(
-        f"prompt {prompts[int(pairs.prompt[i])]!r} t={pairs.t[i]:.4f} |x|={pairs.x[i].norm():.3g} "
-        f"|dxdt|={pairs.dxdt[i].norm():.3g} "
-        + " ".join(f"{name}={values[i]:.3g}" for name, values in figures.items() if name != "loss")
+        f"prompt {prompts[prompt[i]]!r} " + " ".join(f"{k}={v[i]:.4g}" for k, v in numbers.items() if k != "loss")
         for i in rows.tolist()
     )
-    what = f"loss of {int(bad.sum())} of {len(pairs)} pairs" if bad.any() else "gradient"
+    what = f"loss of {int(bad.sum())} of {len(prompt)} pairs" if bad.any() else "gradient"
     raise NonFiniteError(
-        f"step {step}: {what} is not finite (gradient norm {float(grad_norm):.3g}): {where}. "
+        f"step {step}: {what} is not finite (gradient norm {grad_norm:.3g}): {where}. "
         "The last checkpoint is intact; a lower optimiser.lr, a longer consistency.r_warmup or "
         "training.precision=no usually helps."
     )
@@ -446,21 +571,6 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def choose_precision(config: Config) -> Config:
-    """`auto` becomes what this machine is faster with, so that the run folder says what was used."""
-    fast = "bf16" if has_bf16(torch.accelerator.current_accelerator() or torch.device("cpu")) else "no"
-    names = ("precision", "rollout_precision")
-    changes = {name: fast for name in names if getattr(config.training, name) == "auto"}
-    return config.model_copy(update={"training": config.training.model_copy(update=changes)})
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 in hardware; where it does not, float32 is faster."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def make_accelerator(precision: str) -> Accelerator:

@@ -16,6 +16,7 @@ from stepfold.maths.routes import (
 )
 from stepfold.prompts.reading import Prompts, shuffled_index
 from stepfold.randomness import normal, uniform
+from stepfold.spaces.pairs import pairs_per_prompt
 from stepfold.teachers.contract import Teacher
 
 
@@ -73,46 +74,50 @@ def draw(step: int, prompts: Prompts, teacher: Teacher, config: Config, device: 
     samples = range(step * count, (step + 1) * count)
     scales = torch.tensor(config.space.guidance)
     picks: Tensor = torch.cat([uniform((1,), seed, "guidance", i) for i in samples]) * len(scales)
-    index = [shuffled_index(i, len(prompts), seed) for i in samples]
+    index = prompt_index(step, prompts, config)
     times = fresh_noise = None
     if config.space.kind != "generation":
-        times = torch.stack([draw_times(config.space, seed, step, i, teacher.sigma_data) for i in samples]).to(device)
+        times = send(
+            torch.stack([draw_times(config.space, seed, step, i, teacher.sigma_data) for i in samples]), device
+        )
         shape = (times.shape[1], *teacher.latent_shape)
-        fresh_noise = torch.stack([normal(shape, seed, "fresh noise", i) for i in samples]).to(device)
-        fresh_noise = teacher.sigma_data * fresh_noise
+        fresh_noise = torch.stack([normal(shape, seed, "fresh noise", i) for i in samples])
+        fresh_noise = send(teacher.sigma_data * fresh_noise, device)
+    noise = torch.stack([normal(teacher.latent_shape, seed, "noise", i) for i in samples])
+    route = torch.stack([draw_route(config.space, seed, step, i, teacher.sigma_data) for i in samples])
     return Draw(
         prompts=[prompts.prompt(i) for i in index],
         index=index,
-        noise=torch.stack([normal(teacher.latent_shape, seed, "noise", i) for i in samples]).to(device)
-        * teacher.sigma_data,
-        route=torch.stack([draw_route(config.space, seed, step, i, teacher.sigma_data) for i in samples]).to(device),
-        guidance=scales[picks.long()].to(device),
-        uniform=torch.cat([uniform((1,), seed, "filter", i) for i in samples]).to(device),
+        noise=send(teacher.sigma_data * noise, device),
+        route=send(route, device),
+        guidance=send(scales[picks.long()], device),
+        uniform=send(torch.cat([uniform((1,), seed, "filter", i) for i in samples]), device),
         times=times,
         fresh_noise=fresh_noise,
         judged=draw_judged(samples, teacher, config, device) if config.adversarial.weight else None,
     )
 
 
+def prompt_index(step: int, prompts: Prompts, config: Config) -> list[int]:
+    """The numbers of a step's prompts in their file."""
+    count = config.training.prompts_per_step
+    return [shuffled_index(i, len(prompts), config.seed) for i in range(step * count, (step + 1) * count)]
+
+
 def draw_judged(samples: range, teacher: Teacher, config: Config, device: torch.device) -> JudgedDraw:
     """See `JudgedDraw`; the pairs of a sample one after the other."""
     seed, adversarial, sigma_data = config.seed, config.adversarial, teacher.sigma_data
-    count = pairs_per_prompt(config.space)
+    count = pairs_per_prompt(config.space.route_steps, config.space.keep_first)
     shape = (count, 3, *teacher.latent_shape)
-    noise = sigma_data * torch.cat([normal(shape, seed, "judged noise", i) for i in samples]).to(device)
+    noise = send(sigma_data * torch.cat([normal(shape, seed, "judged noise", i) for i in samples]), device)
     times = torch.cat([normal((count,), seed, "judged times", i) for i in samples])
     picks = torch.cat([uniform((count,), seed, "judged starts", i) for i in samples])
     return JudgedDraw(
         start=noise[:, 0],
-        at_start=(picks < adversarial.max_time).to(device),
-        t=logit_normal_times(times, sigma_data, adversarial.logit_mean, adversarial.logit_std).to(device),
+        at_start=send(picks < adversarial.max_time, device),
+        t=send(logit_normal_times(times, sigma_data, adversarial.logit_mean, adversarial.logit_std), device),
         noise=noise[:, 1:],
     )
-
-
-def pairs_per_prompt(space: SpaceSettings) -> int:
-    """How many states of a walk are trained on, and how many times a latent is noised to."""
-    return space.route_steps - (not space.keep_first)
 
 
 def draw_route(space: SpaceSettings, seed: int, step: int, sample: int, sigma_data: float) -> Tensor:
@@ -130,7 +135,7 @@ def draw_route(space: SpaceSettings, seed: int, step: int, sample: int, sigma_da
 
 def draw_times(space: SpaceSettings, seed: int, step: int, sample: int, sigma_data: float) -> Tensor:
     """As many times [M], falling, as a walk would keep: one from each cell of the reference ladder, or independent."""
-    count = pairs_per_prompt(space)
+    count = pairs_per_prompt(space.route_steps, space.keep_first)
     if space.route == "reference":
         return draw_route(space, seed, step, sample, sigma_data)[-count:]
     if space.route == "logit_normal":
@@ -139,3 +144,8 @@ def draw_times(space: SpaceSettings, seed: int, step: int, sample: int, sigma_da
     else:
         times = random_times(uniform((count,), seed, "times of sample", sample))
     return times.sort(descending=True).values.clamp(max=half_pi(times.dtype))
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """To the device; to a GPU without waiting for what it still has to do."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -1,0 +1,97 @@
+"""`stepfold plan`: what a run will take, from a few of its own steps."""
+
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepfold.config import Config
+from stepfold.display import Display
+from stepfold.evaluation.report import duration
+from stepfold.jobs import run_distill
+
+TRIAL_PICTURES = 32  # pictures per row of the trial's table; its time grows with their number
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run of these settings will take on this machine.
+
+    Attributes:
+        tangent: which backend, and why.
+        step_sec: of one optimiser step.
+        parts_sec: by part: start, steps, previews, checkpoints, evaluation.
+        total_sec: their sum.
+        peak_memory_gib: of this process while training; of the GPU where there is one.
+        trial_steps: how many steps were timed.
+    """
+
+    tangent: str
+    step_sec: float
+    parts_sec: dict[str, float]
+    total_sec: float
+    peak_memory_gib: float
+    trial_steps: int
+
+
+def make_plan(config: Config, steps: int, display: Display) -> Plan:
+    """Runs the first `steps` steps of a distillation in a folder that is thrown away, and reckons the rest.
+
+    Everything is the run itself: loading, the first step with what it compiles, previews, a checkpoint, the table.
+
+    Args:
+        config: the settings of the run.
+        steps: to time; the first one counts as start-up. 2 or more.
+        display: where the trial shows its progress.
+
+    Raises:
+        UserError: as the run would.
+    """
+    training = config.training
+    steps = min(max(steps, 2), training.steps)
+    changes = {"steps": steps, "preview_every": steps, "checkpoint_every": steps}
+    trial = config.model_copy(
+        update={
+            "training": training.model_copy(update=changes),
+            "evaluation": config.evaluation.model_copy(update={"n": min(TRIAL_PICTURES, config.evaluation.n)}),
+        }
+    )
+    with tempfile.TemporaryDirectory(prefix="stepfold-plan-") as folder:
+        result = run_distill(trial, Path(folder) / "trial", resume=False, display=display, command="stepfold plan")
+    return reckon(config, trial, result)
+
+
+def reckon(config: Config, trial: Config, result: dict[str, Any]) -> Plan:
+    """From the trial's report.json to the plan."""
+    training, stages, step = config.training, result["stages_sec"], result["step_sec"]
+    previews, checkpoints = (
+        math.ceil(training.steps / every) for every in (training.preview_every, training.checkpoint_every)
+    )
+    pictures = config.evaluation.n / trial.evaluation.n if trial.evaluation.n else 0
+    seconds = {
+        "start": stages["load"] + stages["first preview"] + max(step["first"] - step["median"], 0),
+        "steps": training.steps * step["median"],
+        "previews": previews * stages["preview"],
+        "checkpoints": checkpoints * stages["checkpoint"],
+        "evaluation": pictures * stages.get("evaluation", 0),
+    }
+    return Plan(
+        tangent=result["tangent"],
+        step_sec=step["median"],
+        parts_sec=seconds,
+        total_sec=sum(seconds.values()),
+        peak_memory_gib=result["peak_memory_gib"],
+        trial_steps=result["timed_steps"],
+    )
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, str]]:
+    """For people."""
+    return [
+        ("tangent", plan.tangent),
+        ("one step", f"{plan.step_sec:.2f} s ({plan.trial_steps} timed)"),
+        *((name, duration(seconds)) for name, seconds in plan.parts_sec.items()),
+        ("in all", duration(plan.total_sec)),
+        ("peak memory", f"{plan.peak_memory_gib:.2f} GiB"),
+    ]

@@ -1,0 +1,147 @@
+"""What `auto` becomes on this machine, for this model: precision and the tangent's backend."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from stepfold.config import Config
+from stepfold.errors import UserError
+from stepfold.maths.tangent import total_derivative
+from stepfold.randomness import normal
+from stepfold.spaces.pairs import pairs_per_prompt
+from stepfold.teachers.contract import Condition, Student
+
+AGREEMENT = 1e-3  # relative difference between exact tangents in float32 that rounding explains
+MEMORY_SHARE = 0.8  # of the device's memory, that the estimate of a step may take
+STATES_PER_WEIGHT = 5  # weight, gradient, AdamW's two moments, exponential moving average
+
+
+def choose_precision(config: Config) -> Config:
+    """`auto` becomes what this machine is faster with, so that the run folder says what was used."""
+    fast = "bf16" if has_bf16(torch.accelerator.current_accelerator() or torch.device("cpu")) else "no"
+    names = ("precision", "rollout_precision")
+    changes = {name: fast for name in names if getattr(config.training, name) == "auto"}
+    return config.model_copy(update={"training": config.training.model_copy(update=changes)})
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware; where it does not, float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@dataclass(frozen=True)
+class TangentChoice:
+    """Which backend, and why.
+
+    Attributes:
+        backend: a name from `tangent.BACKENDS`, or `none`.
+        recompute: whether the backward pass computes the blocks' forward again.
+        reason: for people.
+    """
+
+    backend: str
+    recompute: bool
+    reason: str
+
+
+def choose_tangent(
+    config: Config, student: Student, condition: Condition, latent_shape: tuple[int, ...]
+) -> TangentChoice:
+    """The backend of `training.tangent`; `auto` follows this rule, in this order.
+
+    1. Discrete consistency has no tangent.
+    2. Compiled: `two_pass`, since torch.compile cannot trace what `one_pass` intercepts.
+    3. `one_pass`, if on this model it runs and agrees with `two_pass` (on one pair, in float32); else `two_pass`.
+    4. Where that step is estimated to need more than 80% of the device's memory, the blocks are recomputed: `one_pass`
+       becomes `block`. The estimate: what autograd keeps for one pair, times the pairs of a backward pass, and five
+       copies of the weights.
+
+    Args:
+        config: the settings.
+        student: on its device.
+        condition: one row.
+        latent_shape: of one sample.
+    """
+    training = config.training
+    if config.objective == "discrete":
+        need, fits = memory_estimate(config, student, condition, latent_shape)
+        recompute = training.checkpointing or not fits
+        return TangentChoice("none", recompute, f"discrete consistency has none; {_memory(need, recompute)}")
+    if training.tangent != "auto":
+        return TangentChoice(training.tangent, training.checkpointing or training.tangent == "block", "as set")
+    need, fits = memory_estimate(config, student, condition, latent_shape)
+    recompute = training.checkpointing or not fits
+    if training.compile:
+        return TangentChoice("two_pass", recompute, f"compiled, so two_pass; {_memory(need, recompute)}")
+    problem = one_pass_problem(student, condition, latent_shape)
+    if problem:
+        return TangentChoice("two_pass", recompute, f"one_pass {problem}, so two_pass; {_memory(need, recompute)}")
+    name = "block" if recompute else "one_pass"
+    return TangentChoice(name, recompute, f"one_pass agrees with two_pass on this model; {_memory(need, recompute)}")
+
+
+def one_pass_problem(student: Student, condition: Condition, latent_shape: tuple[int, ...]) -> str | None:
+    """What keeps `one_pass` from following this model, or None."""
+    network, x, t = trial(student, condition, latent_shape)
+    direction = (normal(latent_shape, 0, "tangent trial")[None].to(x), torch.full_like(t, 0.5))
+    with torch.no_grad():
+        try:
+            ours = total_derivative(network, x, t, *direction, backend="one_pass").dF
+        except (UserError, RuntimeError, TypeError, ValueError) as error:
+            return f"cannot follow this model ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+        exact = total_derivative(network, x, t, *direction, backend="two_pass").dF
+    difference = float((ours - exact).norm() / exact.norm().clamp(min=1e-12))
+    return None if difference <= AGREEMENT else f"differs from two_pass by {difference:.1e} on this model"
+
+
+def trial(
+    student: Student, condition: Condition, latent_shape: tuple[int, ...]
+) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
+    """The student as a function of one made-up state x / sigma_data [1, ...] and its time [1], and these two."""
+    device = next(student.parameters()).device
+    guidance = torch.full((1,), 4.5, device=device)
+    x = normal(latent_shape, 0, "trial")[None].to(device)
+    return lambda x, t: student(x, t, condition, guidance), x, torch.full((1,), 0.8, device=device)
+
+
+def memory_estimate(
+    config: Config, student: Student, condition: Condition, latent_shape: tuple[int, ...]
+) -> tuple[float, bool]:
+    """(GiB that the student's part of a step needs with all activations kept, whether the device has them to spare)."""
+    network, x, t = trial(student, condition, latent_shape)
+    pairs = config.training.prompts_per_step * pairs_per_prompt(config.space.route_steps, config.space.keep_first)
+    weights = sum(p.numel() * p.element_size() for p in student.parameters())
+    need = kept_bytes(lambda: network(x, t)) * min(config.training.micro_batch or pairs, pairs)
+    need += STATES_PER_WEIGHT * weights
+    return need / 2**30, need <= MEMORY_SHARE * device_memory(x.device)
+
+
+def kept_bytes(forward: Callable[[], Tensor]) -> int:
+    """What autograd keeps of a forward pass for its backward pass, leaves such as weights left out."""
+    storages: dict[int, int] = {}
+
+    def note(value: Tensor) -> Tensor:
+        if not value.is_leaf:
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+        out = forward()  # held until the storages are counted: none is freed and used again
+    del out
+    return sum(storages.values())
+
+
+def device_memory(device: torch.device) -> int:
+    """All of a device's memory in bytes, so that the choice does not depend on what else runs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
+def _memory(need: float, recompute: bool) -> str:
+    return f"activations and states about {need:.2g} GiB" + (", blocks recomputed" if recompute else "")

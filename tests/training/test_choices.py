@@ -1,0 +1,101 @@
+"""What `auto` becomes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepfold.config import Config
+from stepfold.errors import UserError
+from stepfold.maths import tangent
+from stepfold.maths.tangent import total_derivative
+from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.sana import SanaTeacher
+from stepfold.training import choices
+from stepfold.training.choices import TangentChoice, choose_tangent, kept_bytes
+
+Settings = Callable[..., Config]
+
+
+def chosen(teacher: SanaTeacher, config: Config, student: Student | None = None) -> TangentChoice:
+    return choose_tangent(config, student or teacher.new_student(), teacher.encode(["fox"]), teacher.latent_shape)
+
+
+def test_the_rule(teacher: SanaTeacher, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = chosen(teacher, settings())
+    assert (plain.backend, plain.recompute) == ("one_pass", False) and "agrees with two_pass" in plain.reason
+    compiled = chosen(teacher, settings("training.compile=true"))
+    assert (compiled.backend, compiled.recompute) == ("two_pass", False) and "compiled" in compiled.reason
+    assert chosen(teacher, settings("training.checkpointing=true")).backend == "block"
+    assert chosen(teacher, settings("objective=discrete")).backend == "none"
+    for backend in ("two_pass", "one_pass", "block", "finite_difference"):
+        choice = chosen(teacher, settings(f"training.tangent={backend}"))
+        assert (choice.backend, choice.recompute, choice.reason) == (backend, backend == "block", "as set")
+    monkeypatch.setattr(choices, "device_memory", lambda device: 10_000_000)
+    small = chosen(teacher, settings())
+    assert (small.backend, small.recompute) == ("block", True) and "blocks recomputed" in small.reason
+    assert chosen(teacher, settings("objective=discrete")).recompute
+    assert chosen(teacher, settings("training.compile=true")).recompute
+
+
+class Awkward(Student):
+    """A student that `one_pass` cannot follow, or follows wrongly."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.scale, self.operation = nn.Parameter(torch.tensor(0.3)), operation
+
+    def forward(self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        return self.operation(self.scale * x_unit) * t.view(-1, 1, 1, 1)
+
+    def log_variance(self, t: Tensor, guidance: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+
+def test_what_one_pass_cannot_follow_takes_two(
+    teacher: SanaTeacher, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = chosen(teacher, settings(), Awkward(lambda x: (x + 1).mul_(x)))
+    assert choice.backend == "two_pass" and "one_pass cannot follow this model" in choice.reason
+    assert "mul_" in choice.reason
+    monkeypatch.setattr(tangent, "one_pass", lambda network, x, t, dx, dt: (network(x, t), dx))
+    choice = chosen(teacher, settings())
+    assert choice.backend == "two_pass" and "one_pass differs from two_pass by" in choice.reason
+    with pytest.raises(UserError, match="no blocks to recompute"):
+        Awkward(lambda x: x).recompute_blocks()
+
+
+def test_what_autograd_keeps_is_counted_once_and_without_weights() -> None:
+    weight, x = torch.randn(16, 16, requires_grad=True), torch.randn(8, 16)
+
+    def forward() -> Tensor:
+        h = (x @ weight).tanh()  # kept: x (a leaf), weight (a leaf), tanh's output
+        return h * h  # keeps it twice more
+
+    assert kept_bytes(forward) == 8 * 16 * 4
+
+
+def test_blocks_that_are_recomputed_keep_less_and_give_the_same_gradient(teacher: SanaTeacher) -> None:
+    student, condition = teacher.new_student(), teacher.encode(["fox", "pizza"])
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    x, dx = torch.randn(2, 2, *teacher.latent_shape)
+    t, dt, guidance = torch.tensor([0.4, 1.0]), torch.tensor([0.4, 0.3]), torch.full((2,), 4.5)
+
+    def gradients(backend: str) -> list[Tensor]:
+        student.zero_grad(set_to_none=True)
+        both = total_derivative(lambda x, t: student(x, t, condition, guidance), x, t, dx, dt, backend)
+        (both.F - both.F.detach() - both.dF).square().mean().backward()
+        return [p.grad.clone() for p in student.parameters() if p.grad is not None]
+
+    def kept() -> int:
+        return kept_bytes(lambda: student(x, t, condition, guidance))
+
+    plain, before = gradients("two_pass"), kept()
+    student.recompute_blocks()
+    for backend in ("block", "two_pass"):
+        for found, wanted in zip(gradients(backend), plain, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+    assert kept() < 0.5 * before
