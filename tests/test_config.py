@@ -200,6 +200,11 @@ def test_what_cannot_be_compiled_is_refused() -> None:
         load_config("demo", ["training.compile=true", "training.tangent=one_pass"])
 
 
+def test_a_difference_that_rounding_swamps_is_refused() -> None:
+    with pytest.raises(UserError, match=r"setting training: precision=bf16 .*leave tangent at auto, or precision"):
+        load_config("demo", ["training.precision=bf16", "training.tangent=finite_difference"])
+
+
 def test_settings_cannot_change() -> None:
     config = Config()
     with pytest.raises(ValueError, match="frozen"):

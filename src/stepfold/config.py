@@ -105,6 +105,7 @@ class AdversarialSettings(Section):
     max_time: float = Field(
         default=0.5, ge=0, le=1, description="share of the judged pictures that are made from pure noise, t = pi/2"
     )
+    lr_factor: float = Field(default=1.0, gt=0, description="learning rate of the heads, in units of the student's")
     logit_mean: float = Field(default=-0.6, description="of the times that pictures are re-noised to")
     logit_std: float = Field(default=1.0, gt=0, description="of the times that pictures are re-noised to")
 
@@ -190,8 +191,8 @@ class TrainingSettings(Section):
     def _precise(self) -> "TrainingSettings":
         if self.precision == "bf16" and self.tangent == "finite_difference":
             raise ValueError(
-                "precision=bf16 does not go with tangent=finite_difference, since rounding swamps the difference; leave "
-                "tangent at auto, or precision at no"
+                "precision=bf16 does not go with tangent=finite_difference, since rounding swamps the difference; "
+                "leave tangent at auto, or precision at no"
             )
         return self
 

@@ -179,6 +179,15 @@ def test_impossible_values_are_refused():
             total_derivative(net, *inputs, backend="finite_difference", step=step)
 
 
+def test_a_difference_that_rounding_swamps_is_refused():
+    net, inputs = attention_case()
+    narrow = tuple(value.bfloat16() for value in inputs)
+    with pytest.raises(UserError, match=r"rounding in bfloat16 .*training.tangent=two_pass"):
+        total_derivative(net.bfloat16(), *narrow, backend="finite_difference")
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        total_derivative(net.float(), *(value.float() for value in inputs), backend="finite_difference")
+
+
 class LargestScores(TorchDispatchMode):
     """Notes the most elements that any softmax has."""
 

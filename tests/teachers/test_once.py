@@ -1,5 +1,6 @@
 """What depends on the prompt alone is computed once, and never for another prompt."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ def test_the_same_tensor_is_computed_once_and_any_other_afresh() -> None:
             module(x)
         assert module.calls == before + 2
     assert module(x).requires_grad and module(x) is not module(x)
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        other.weight.fill_(5.0)
+        assert other(x.clone()).tolist() == [10, 10, 10] and module(x).tolist() == [4, 4, 4]
 
 
 def test_a_walk_projects_its_prompts_once(teacher: SanaTeacher, monkeypatch: pytest.MonkeyPatch) -> None:

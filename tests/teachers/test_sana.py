@@ -261,3 +261,16 @@ def test_features_are_the_blocks_outputs_with_a_gradient_to_the_latent(teacher: 
     modulated = torch.nn.functional.layer_norm(maps[-1], maps[-1].shape[-1:], eps=1e-6)
     similarity = torch.cosine_similarity(modulated.flatten(1), seen[0].flatten(1))
     assert (similarity > 0.5).all(), similarity
+
+
+def test_checkpoints_older_than_guidance_embedding_can_be_distilled(tiny_sana: Path, tmp_path: Path) -> None:
+    """A published config names only the settings of its day; diffusers fills in the rest."""
+    folder = tmp_path / "old"
+    shutil.copytree(tiny_sana, folder)
+    config = folder / "transformer" / "config.json"
+    values = json.loads(config.read_text())
+    for key in ("guidance_embeds", "guidance_embeds_scale", "qk_norm"):
+        del values[key]
+    config.write_text(json.dumps(values))
+    student = SanaTeacher(folder, max_tokens=16).new_student()
+    assert student.transformer.config.guidance_embeds

@@ -1,6 +1,7 @@
 """What `auto` becomes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -53,12 +54,26 @@ class Awkward(Student):
         return torch.zeros_like(t)
 
 
+class Outside(torch.autograd.Function):
+    """An operation that leaves torch, as a kernel of one's own does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.detach().numpy() * 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
 def test_what_one_pass_cannot_follow_takes_two(
     teacher: SanaTeacher, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choice = chosen(teacher, settings(), Awkward(lambda x: (x + 1).mul_(x)))
     assert choice.backend == "two_pass" and "one_pass cannot follow this model" in choice.reason
     assert "mul_" in choice.reason
+    choice = chosen(teacher, settings(), Awkward(lambda x: Outside.apply(x)))  # type: ignore[arg-type, no-any-return]
+    assert choice.backend == "finite_difference" and "two_pass cannot follow this model" in choice.reason
     monkeypatch.setattr(tangent, "one_pass", lambda network, x, t, dx, dt: (network(x, t), dx))
     choice = chosen(teacher, settings())
     assert choice.backend == "two_pass" and "one_pass differs from two_pass by" in choice.reason

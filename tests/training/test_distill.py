@@ -254,6 +254,19 @@ def test_a_step_asks_the_device_for_nothing(
     assert asked.operations and row["loss"] == figures["loss"].mean().item()
 
 
+@pytest.mark.parametrize("change", ["training.tangent=block", "training.checkpointing=true", "objective=discrete"])
+def test_blocks_are_recomputed_in_bfloat16_too(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, change: str
+) -> None:
+    same = ("training.precision=bf16", "training.steps=2", change)
+    plain = [value for value in same if "block" not in value and "checkpointing" not in value]
+    wanted = state(train(settings(*plain, "training.tangent=one_pass"), tmp_path / "plain", teacher, prompts)[0])
+    checkpointing = () if "block" in change else ("training.checkpointing=true",)
+    found = state(train(settings(*same, *checkpointing), tmp_path / "run", teacher, prompts)[0])
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=1e-3)
+
+
 def test_looks_are_rare_and_lose_nothing(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
 ) -> None:
@@ -563,6 +576,8 @@ def test_automatic_precision_follows_the_machine(
     config = choose_precision(settings("training.precision=auto", "training.rollout_precision=bf16"))
     assert (config.training.precision, config.training.rollout_precision) == (chosen, "bf16")
     assert choose_precision(settings()) == settings()
+    differenced = settings("training.precision=auto", "training.tangent=finite_difference")
+    assert choose_precision(differenced).training.precision == "no"
 
 
 def judged_gradients(
@@ -642,3 +657,18 @@ def test_sana_sprint_trains_both_and_resumes_to_the_bit(
         assert all(torch.equal(value, again[key]) for key, value in values.items()), name
     rows = read_metrics(tmp_path / "run")
     assert all(0 < row["discriminator_loss"] < 4 for row in rows)
+
+
+def test_the_heads_have_a_learning_rate_of_their_own(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    """AdamW's first step moves a weight by the learning rate, whatever the gradient."""
+    moved = []
+    for factor in (1, 20):
+        folder = tmp_path / f"x{factor}"
+        config = settings(*SPRINT, f"adversarial.lr_factor={factor}", "training.steps=1", "training.checkpoint_every=1")
+        train(config, folder, teacher, prompts)
+        after = load_file(checkpoints(folder)[-1] / "discriminator.safetensors")
+        bias = after["heads.0.1.bias"] - new_discriminator(teacher, config.seed).state_dict()["heads.0.1.bias"]
+        moved.append(bias.abs().median().item())
+    assert moved[1] == pytest.approx(20 * moved[0], rel=1e-2)

@@ -1,11 +1,15 @@
 """What a frozen network computes of the prompt alone, computed once per prompt and not at every step of a walk."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+LAST = "_last_call"
+"""Where a module keeps it."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +43,16 @@ def compute_once(modules: Iterable[nn.Module]) -> None:
     projections into the keys and values of cross-attention. Compiled code computes as before.
     """
     for module in modules:
-        module.forward = _once(module.forward)
+        module.forward = MethodType(_forward_once, module)  # bound, so that a copied module has its own
 
 
-def _once(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    last: Last | None = None
-
-    def call(x: Tensor, *rest: Any, **options: Any) -> Tensor:
-        nonlocal last
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or rest or options:
-            return forward(x, *rest, **options)
-        if last is None or not last.is_of(x):
-            last = None  # its memory is free before the new output needs some
-            last = Last(x, x._version, torch.is_autocast_enabled(x.device.type), forward(x))
-        return last.out
-
-    return call
+def _forward_once(self: Any, x: Tensor, *rest: Any, **options: Any) -> Tensor:
+    forward = type(self).forward
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or rest or options:
+        return forward(self, x, *rest, **options)
+    last: Last | None = self.__dict__.get(LAST)
+    if last is None or not last.is_of(x):
+        self.__dict__[LAST] = None  # its memory is free before the new output needs some
+        last = Last(x, x._version, torch.is_autocast_enabled(x.device.type), forward(self, x))
+        self.__dict__[LAST] = last
+    return last.out

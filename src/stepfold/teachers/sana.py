@@ -107,9 +107,8 @@ def student_transformer(teacher: Any) -> SanaTransformer2DModel:
     Only the last layer of the guidance embedder starts at zero: the output does not depend on guidance yet, but its
     gradient does, so it learns.
     """
-    student: Any = SanaTransformer2DModel.from_config(
-        dict(teacher.config) | {"guidance_embeds": True, "timestep_scale": 1.0}
-    )
+    config = {key: value for key, value in teacher.config.items() if key != "_use_default_values"}  # else they win
+    student: Any = SanaTransformer2DModel.from_config(config | {"guidance_embeds": True, "timestep_scale": 1.0})
     weights = {
         name.replace("time_embed.emb.timestep_embedder.", "time_embed.timestep_embedder."): value
         for name, value in teacher.state_dict().items()

@@ -24,6 +24,8 @@ def choose_precision(config: Config) -> Config:
     fast = "bf16" if has_bf16(torch.accelerator.current_accelerator() or torch.device("cpu")) else "no"
     names = ("precision", "rollout_precision")
     changes = {name: fast for name in names if getattr(config.training, name) == "auto"}
+    if "precision" in changes and config.training.tangent == "finite_difference":
+        changes["precision"] = "no"  # rounding would swamp the difference
     return config.model_copy(update={"training": config.training.model_copy(update=changes)})
 
 
@@ -56,7 +58,8 @@ def choose_tangent(
 
     1. Discrete consistency has no tangent.
     2. Compiled: `two_pass`, since torch.compile cannot trace what `one_pass` intercepts.
-    3. `one_pass`, if on this model it runs and agrees with `two_pass` (on one pair, in float32); else `two_pass`.
+    3. `one_pass`, if on this model it runs and agrees with `two_pass` (on one pair, in float32); else `two_pass`, or
+       where that does not run either, `finite_difference`.
     4. Where that step is estimated to need more than 80% of the device's memory, the blocks are recomputed: `one_pass`
        becomes `block`. The estimate: what autograd keeps for one pair, times the pairs of a backward pass, and five
        copies of the weights.
@@ -78,25 +81,32 @@ def choose_tangent(
     recompute = training.checkpointing or not fits
     if training.compile:
         return TangentChoice("two_pass", recompute, f"compiled, so two_pass; {_memory(need, recompute)}")
-    problem = one_pass_problem(student, condition, latent_shape)
-    if problem:
-        return TangentChoice("two_pass", recompute, f"one_pass {problem}, so two_pass; {_memory(need, recompute)}")
-    name = "block" if recompute else "one_pass"
-    return TangentChoice(name, recompute, f"one_pass agrees with two_pass on this model; {_memory(need, recompute)}")
+    name, reason = runs_here(student, condition, latent_shape)
+    name = "block" if name == "one_pass" and recompute else name
+    return TangentChoice(name, recompute, f"{reason}; {_memory(need, recompute)}")
 
 
-def one_pass_problem(student: Student, condition: Condition, latent_shape: tuple[int, ...]) -> str | None:
-    """What keeps `one_pass` from following this model, or None."""
+def runs_here(student: Student, condition: Condition, latent_shape: tuple[int, ...]) -> tuple[str, str]:
+    """The cheapest backend that this model allows, and why no cheaper one; tried on one pair, in float32."""
     network, x, t = trial(student, condition, latent_shape)
     direction = (normal(latent_shape, 0, "tangent trial")[None].to(x), torch.full_like(t, 0.5))
-    with torch.no_grad():
+    found: dict[str, Tensor] = {}
+    problems: dict[str, str] = {}
+    for backend in ("one_pass", "two_pass"):
         try:
-            ours = total_derivative(network, x, t, *direction, backend="one_pass").dF
+            with torch.no_grad():
+                found[backend] = total_derivative(network, x, t, *direction, backend=backend).dF
         except (UserError, RuntimeError, TypeError, ValueError) as error:
-            return f"cannot follow this model ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
-        exact = total_derivative(network, x, t, *direction, backend="two_pass").dF
-    difference = float((ours - exact).norm() / exact.norm().clamp(min=1e-12))
-    return None if difference <= AGREEMENT else f"differs from two_pass by {difference:.1e} on this model"
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            problems[backend] = f"{backend} cannot follow this model ({line})"
+    if "two_pass" in problems:  # then what one_pass found cannot be trusted either
+        return "finite_difference", f"{problems['two_pass']}, so finite_difference"
+    if "one_pass" in problems:
+        return "two_pass", f"{problems['one_pass']}, so two_pass"
+    difference = float((found["one_pass"] - found["two_pass"]).norm() / found["two_pass"].norm().clamp(min=1e-12))
+    if difference > AGREEMENT:
+        return "two_pass", f"one_pass differs from two_pass by {difference:.1e} on this model, so two_pass"
+    return "one_pass", "one_pass agrees with two_pass on this model"
 
 
 def trial(

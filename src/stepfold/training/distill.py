@@ -142,7 +142,7 @@ def update(
                 for_student, for_heads = adversarial_losses(student, part, judgement, config, accelerator, predict)
             loss = loss + config.adversarial.weight * for_student
             rows |= {"loss": loss, "generator_loss": for_student, "discriminator_loss": for_heads}
-        with stages("student backward"):
+        with stages("student backward"), student_attention(config.training.precision, pairs.x.device):
             accelerator.backward(loss.sum() / denominator, inputs=list(student.parameters()))
         if for_heads is not None:
             with stages("adversarial"):
@@ -314,12 +314,12 @@ def distill(
         student.recompute_blocks()
     average = copy.deepcopy(student).requires_grad_(False)
     modules: dict[str, nn.Module] = {"student": student, "average": average}
-    trained = list(student.parameters())
     discriminator = new_discriminator(teacher, config.seed).to(device) if config.adversarial.weight else None
     if discriminator:
         modules["discriminator"] = discriminator
-        trained += discriminator.parameters()
-    optimiser = make_optimiser(trained, config.optimiser)
+    optimiser = make_optimiser(student.parameters(), config.optimiser)
+    if discriminator:
+        optimiser.add_param_group({"params": list(discriminator.parameters())})
     saved = checkpoints(folder)
     start = load_checkpoint(saved[-1], modules, optimiser) if saved else 0
     rewind_metrics(folder, start)
@@ -373,8 +373,8 @@ def distill(
             if discriminator:
                 accelerator.clip_grad_norm_(discriminator.parameters(), config.optimiser.clip)
             rate = learning_rate(step, training.steps, config.optimiser)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
+            for group, factor in zip(optimiser.param_groups, (1.0, config.adversarial.lr_factor), strict=False):
+                group["lr"] = factor * rate
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             move_average(average, student, min(training.ema, (1 + step) / (10 + step)))
@@ -498,7 +498,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def student_attention(precision: str, device: torch.device) -> AbstractContextManager:
-    """Plain attention where fused attention is the slow one: backward in bfloat16 on a CPU (docs/lab-log.md)."""
+    """Plain attention where fused attention is the slow one: backward in bfloat16 on a CPU (docs/lab-log.md).
+
+    Around the backward pass too: blocks that it computes again have to take the way they took before.
+    """
     return sdpa_kernel(SDPBackend.MATH) if precision == "bf16" and device.type == "cpu" else nullcontext()
 
 

@@ -1,0 +1,154 @@
+"""Peak memory of training against batch size: sCM with its VAE, sCM on cached latents, Sana-Sprint, TBCM.
+
+    python benchmarks/memory.py                     the bundled teacher, some minutes
+
+The methods are those of table T3 of `stepfold reproduce`. The batch size counts TBCM's prompts; the others, whose
+images are noised to one time each, get as many images as that makes pairs. Each number is the peak of a process of its
+own that takes some steps of `stepfold distill`'s loop, without previews: the whole, and what is above python and its
+libraries. The pictures are noise, which takes the memory that pictures take. The last row is ours as it is meant to be
+used: no text encoder and no VAE in memory.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from common import PeakMemory, in_child, make_parser, open_record, show, training_device, write_record
+from models import SIZES, Place, make_place, open_teacher
+from torch import Tensor
+
+from stepfold.config import Config
+from stepfold.display import Display
+from stepfold.images.reading import ImageFolder
+from stepfold.jobs import cached_black, image_latents
+from stepfold.reproduction.figures import draw_memory
+from stepfold.reproduction.runs import IMAGES, load_experiments, make_run
+from stepfold.spaces.pairs import pairs_per_prompt
+from stepfold.training.choices import choose_precision
+from stepfold.training.distill import distill, make_accelerator
+from stepfold.training.runs import open_run
+
+TABLE = "T3"
+ENCODED = "TBCM, conditions from a cache"
+METHODS = {
+    "sCM with its VAE": "sCM over images",
+    "sCM on cached latents": "sCM over images, latents encoded before",
+    "Sana-Sprint": "Sana-Sprint",
+    "TBCM": "TBCM",
+    ENCODED: "TBCM",
+}
+"""Ours -> the row of T3 that it is."""
+
+
+class Pictures:
+    """Noise in place of a folder of images."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def picture(self, index: int, height: int, width: int) -> Tensor:
+        """As `ImageFolder`'s."""
+        return torch.rand(3, height, width)
+
+
+def settings(place: Place, method: str, prompts: int, steps: int, changes: Sequence[str]) -> Config:
+    """T3's, with as many pairs as TBCM makes of so many prompts."""
+    experiments = load_experiments()
+
+    def config_of(row: str, *more: str) -> Config:
+        given = [change.replace(IMAGES, "pictures") for change in experiments.tables[TABLE].rows[row]]
+        return make_run(experiments, TABLE, row, (*given, *changes, *more)).config
+
+    ours, config = config_of("TBCM"), config_of(METHODS[method])
+    count = prompts * per_prompt(ours) // per_prompt(config)
+    config = config_of(METHODS[method], f"training.prompts_per_step={count}", f"training.steps={steps}")
+    return choose_precision(config.model_copy(update={"teacher": place.teacher}))
+
+
+def per_prompt(config: Config) -> int:
+    """Pairs of a prompt or an image."""
+    return pairs_per_prompt(config.space.route_steps, config.space.keep_first)
+
+
+def method_memory(place: Place, config: Config, cached: bool) -> dict[str, float]:
+    """Peak memory of a method's training, as `run_distill` sets it up; to be called in a child."""
+    memory, peaks = PeakMemory(torch.device(place.device)), []
+    accelerator = make_accelerator(config.training.precision)
+    cache = place.cache if cached else None
+    teacher = open_teacher(place, with_encoders=not cached)
+    device, prompts = teacher.device, place.prompts
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        open_run(folder, config, resume=False)
+        black = cache.black.to(device) if cache else cached_black(folder, teacher)
+        latents = None
+        if config.space.kind == "images":
+            pictures = cast(ImageFolder, Pictures(len(prompts)))
+            latents = image_latents(folder, teacher, pictures, config.space.cache_latents, Display(quiet=True))
+        if latents is None or config.space.cache_latents:
+            teacher.release_decoder()
+        student = teacher.new_student()
+        memory.start()
+        distill(
+            config, folder, teacher, student, prompts, black, accelerator, latents=latents,
+            conditions=(lambda index: cache.rows(index).to(device, teacher.dtype)) if cache else None,
+            report=lambda progress: peaks.append(memory.read()),
+        )  # fmt: skip
+    return peaks[-1]  # before the checkpoint is written
+
+
+def draw(records: dict[str, list[dict[str, Any]]], out: Path) -> None:
+    """The figure, as svg and png beside the json file; above the libraries, which no GPU holds either."""
+    rows = {
+        f"{method}; {record['pairs_per_step']}": [record | {"peak_memory_gib": record["above_gib"]}]
+        for method, of in records.items()
+        for record in of
+    }
+    figure = draw_memory(rows)
+    figure.axes[0].set_ylabel("peak GiB above the libraries")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(out.with_suffix(".png"), dpi=120)
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Measures, prints, draws and writes."""
+    parser = make_parser(__doc__, "memory", device=False)
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="emoji", help="emoji is the bundled teacher")
+    add("--prompts", type=int, nargs="+", default=[1, 2, 4, 8], help="TBCM's prompts a step (1 2 4 8)")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="some of the methods")
+    add("--steps", type=int, default=3, help="steps a process (3)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that differs from T3's")
+    args = parser.parse_args(argv)
+
+    device = training_device()
+    record = open_record("memory", argv, device)
+    records: dict[str, list[dict[str, Any]]] = {method: [] for method in args.methods}
+    with tempfile.TemporaryDirectory() as folder:
+        place = make_place(args.size, device.type, Path(folder))
+        for prompts in args.prompts:
+            for method, rows in records.items():
+                config = settings(place, method, prompts, args.steps, args.set)
+                pairs = config.training.prompts_per_step * per_prompt(config)
+                peak = in_child(method_memory, place, config, method == ENCODED)
+                rows.append({"prompts": prompts, "pairs_per_step": pairs, **peak})
+
+    counts = [f"{row['pairs_per_step']} pairs" for row in next(iter(records.values()))]
+    head = ["GiB above the libraries (in all)", *counts]
+    lines = [[m, *(f"{r['above_gib']:.2f} ({r['peak_gib']:.2f})" for r in rows)] for m, rows in records.items()]
+    show("Peak memory while training", head, lines)
+    record |= {"work": {"size": args.size, "steps": args.steps, "set": args.set}, "rows": records}
+    draw(records, args.out)
+    write_record(args.out, record)
+    return record
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,493 @@
+"""A distillation step of ours against today's practice: time, peak memory, forward units.
+
+    python benchmarks/step.py                                           the bundled teacher on a CPU, some minutes
+    python benchmarks/step.py --size sana-0.6b --device cuda --dtype bfloat16 --prompts 4 --peak-tflops 989
+
+Practice is written down in benchmarks/practice.py. Ours is what the package runs, with conditions from a cache. Both
+work on one model, from the same noise, routes and prompts, in the same dtype, with the same optimiser and moving
+average; first all parameter gradients are compared in float32, and nothing is timed if they differ. Then the steps take
+turns.
+
+Beside the rows of equal dtype there is one of our best setting, against practice in float32. A forward unit is a plain
+forward pass without a graph, of the same pairs and in the row's own dtype. The floor is 2 units of the teacher and 4 of
+the student, 5 where blocks are recomputed. Peak memory is that of a process of its own: the whole, and what is above
+python and its libraries.
+"""
+
+import copy
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from common import (
+    PeakMemory,
+    Run,
+    Timing,
+    console,
+    in_child,
+    make_parser,
+    open_record,
+    show,
+    take_turns,
+    write_record,
+)
+from models import SIZES, Place, as_cached, make_place, open_teacher
+from practice import practice_gradient, without_shortcuts
+from torch.utils.flop_counter import FlopCounterMode
+
+from stepfold.config import Config
+from stepfold.maths.tangent import BACKENDS, total_derivative
+from stepfold.prompts.cache import ConditionCache
+from stepfold.prompts.reading import PromptFile
+from stepfold.spaces.pairs import Pairs, pairs_per_prompt
+from stepfold.teachers.sana import SanaStudent, SanaTeacher
+from stepfold.training.choices import choose_tangent, has_bf16
+from stepfold.training.distill import Stages, collect, compiled, move_average, rollout_precision, update
+from stepfold.training.draws import draw
+from stepfold.training.optimisers import make_optimiser
+
+Side = Literal["practice", "ours"]
+AGREEMENT = 1e-3
+TEACHER_UNITS, STUDENT_UNITS, RECOMPUTED_UNITS = 2, 4, 5
+CHECKED_PAIRS = 8  # in one backward pass of the comparison of gradients, which is in float32 and keeps all activations
+MEMORY_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all rows have in common."""
+
+    place: Place
+    prompts: int
+    states: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to take the step; `backend` is empty for practice."""
+
+    dtype: str
+    backend: str = ""
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        """For people, and the key in the json file."""
+        return f"ours, {self.backend}{', compiled' * self.compiled}, {self.dtype}" if self.backend else self.practice
+
+    @property
+    def side(self) -> Side:
+        """Whose it is."""
+        return "ours" if self.backend else "practice"
+
+    @property
+    def practice(self) -> str:
+        """The name of practice in the same dtype."""
+        return f"practice, {self.dtype}"
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass computes the blocks' forward again."""
+        return self.backend in ("", "block")
+
+    @property
+    def floor(self) -> int:
+        """In forward units."""
+        return TEACHER_UNITS + (RECOMPUTED_UNITS if self.recomputes else STUDENT_UNITS)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the steps work on; `plain` is the teacher's transformer as practice has it."""
+
+    work: Work
+    teacher: SanaTeacher
+    plain: Any
+    student: SanaStudent
+    average: SanaStudent
+    optimiser: torch.optim.Optimizer
+    prompts: PromptFile
+    cache: ConditionCache
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return torch.device(self.work.place.device)
+
+
+class Precision:
+    """The part of accelerate's Accelerator that `update` calls; unlike it, two precisions fit into one process."""
+
+    def __init__(self, device: torch.device, bf16: bool) -> None:
+        self.device, self.bf16 = device, bf16
+
+    def autocast(self) -> torch.autocast:
+        """As accelerate's."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def backward(self, loss: torch.Tensor, **options: Any) -> None:
+        """As accelerate's."""
+        loss.backward(**options)
+
+
+def settings(work: Work, dtype: str) -> Config:
+    """Of a step: every state but the first is trained on, no filter, r = 1, so that both sides have all to do."""
+    precision = "bf16" if dtype == "bfloat16" else "no"
+    return work.place.config(
+        "demo",
+        [
+            f"space.route_steps={work.states}",
+            f"training.prompts_per_step={work.prompts}",
+            f"training.micro_batch={work.micro_batch}",
+            f"training.precision={precision}",
+            f"training.rollout_precision={precision}",
+            "consistency.r_schedule=none",
+            "optimiser.lr=1e-6",
+        ],
+    )
+
+
+def open_bench(work: Work, sides: tuple[Side, ...]) -> Bench:
+    """Models and inputs; the text encoder and the autoencoder only for practice."""
+    teacher = open_teacher(work.place, with_encoders="practice" in sides)
+    plain = None
+    if "practice" in sides:
+        teacher.black_latent()  # practice's filter needs it: the autoencoder has run and is on the device
+        plain = without_shortcuts(copy.deepcopy(teacher.transformer) if "ours" in sides else teacher.transformer)
+    torch.manual_seed(0)
+    student = teacher.new_student()
+    with torch.no_grad():
+        for parameter in student.parameters():  # off the teacher, so that every parameter has a gradient
+            parameter += 0.01 * torch.randn_like(parameter) * parameter.square().mean().sqrt().clamp(min=0.01)
+    optimiser = make_optimiser(student.parameters(), settings(work, "float32").optimiser)
+    average = copy.deepcopy(student).requires_grad_(False)
+    return Bench(work, teacher, plain, student, average, optimiser, work.place.prompts, work.place.cache)
+
+
+def gradient_of(bench: Bench, row: Row) -> Run:
+    """Adds the gradient of one step, ours or practice's."""
+    device, teacher, student = bench.device, bench.teacher, bench.student
+    config = settings(bench.work, row.dtype)
+    precision: Any = Precision(device, row.dtype == "bfloat16")
+    black = torch.zeros(teacher.latent_shape, device=device)
+    velocity, derivative = teacher.velocity, total_derivative
+    if row.compiled:
+        velocity, derivative = compiled(velocity), compiled(derivative)
+
+    def practice(turn: int, stages: Stages) -> None:
+        with stages("data"):
+            batch = draw(turn, bench.prompts, teacher, config, device)
+        with stages("text"):
+            condition = as_cached(teacher.encode(batch.prompts))
+        practice_gradient(teacher, bench.plain, student, batch, condition, config, stages)
+
+    def ours(turn: int, stages: Stages) -> None:
+        with stages("data"):
+            batch = draw(turn, bench.prompts, teacher, config, device)
+        with stages("text"):
+            condition = bench.cache.rows(batch.index).to(device, teacher.dtype)
+            if row.compiled:
+                condition = condition.padded(config.teacher.max_tokens)
+        with stages("teacher"), rollout_precision(config.training.rollout_precision, device):
+            pairs = collect(batch, condition, velocity, black, teacher.sigma_data, config.space)
+        update(
+            student, pairs, config, turn, teacher.sigma_data, precision, row.backend,
+            derivative=derivative, stages=stages,
+        )  # fmt: skip
+
+    def run(turn: int, stages: Stages) -> None:
+        set_recompute(student, row.recomputes)
+        ours(turn, stages) if row.backend else practice(turn, stages)
+
+    return run
+
+
+def step_of(bench: Bench, row: Row) -> Run:
+    """A whole step: gradient, clipping, optimiser, moving average; the last three are the same for both sides."""
+    gradient, clip = gradient_of(bench, row), settings(bench.work, row.dtype).optimiser.clip
+
+    def run(turn: int, stages: Stages) -> None:
+        gradient(turn, stages)
+        with stages("optimiser"):
+            torch.nn.utils.clip_grad_norm_(bench.student.parameters(), clip)
+            bench.optimiser.step()
+            bench.optimiser.zero_grad(set_to_none=True)
+            move_average(bench.average, bench.student, 0.98)
+
+    return run
+
+
+def set_recompute(student: SanaStudent, on: bool) -> None:
+    """Whether the blocks are checkpointed."""
+    if on:
+        student.recompute_blocks()
+    else:
+        cast(Any, student.transformer).disable_gradient_checkpointing()
+
+
+def example_pairs(bench: Bench) -> Pairs:
+    """Pairs of the size of a step's."""
+    device, config = bench.device, settings(bench.work, "float32")
+    batch = draw(0, bench.prompts, bench.teacher, config, device)
+    condition = bench.cache.rows(batch.index).to(device, bench.teacher.dtype)
+    black = torch.zeros(bench.teacher.latent_shape, device=device)
+    return collect(batch, condition, bench.teacher.velocity, black, bench.teacher.sigma_data, config.space)
+
+
+def forward_of(bench: Bench, pairs: Pairs, dtype: str) -> Run:
+    """The unit: a plain forward pass of a step's pairs, without a graph."""
+
+    def run(turn: int, stages: Stages) -> None:
+        with torch.no_grad(), Precision(pairs.x.device, dtype == "bfloat16").autocast():
+            bench.student(pairs.x / bench.teacher.sigma_data, pairs.t, pairs.condition, pairs.guidance)
+
+    return run
+
+
+def gradients(bench: Bench, row: Row) -> dict[str, torch.Tensor]:
+    """Of every parameter, for the first step's pairs; in parts, which changes nothing but the memory."""
+    small = replace(bench.work, micro_batch=min(bench.work.micro_batch or CHECKED_PAIRS, CHECKED_PAIRS))
+    parts = replace(bench, work=small)
+    bench.student.zero_grad(set_to_none=True)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        gradient_of(parts, row)(0, Stages())
+    found = {name: p.grad for name, p in bench.student.named_parameters() if p.grad is not None}
+    bench.student.zero_grad(set_to_none=True)
+    return found
+
+
+def compare_gradients(bench: Bench, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """row -> how far its gradients are from those of practice in float32, relative to them.
+
+    `all` is over all parameters at once; `worst` is the worst single parameter's, relative to its own gradient or, if
+    that is nearly zero, to a thousandth of the whole.
+    """
+    reference = gradients(bench, Row("float32"))
+    norm = total_norm(reference.values())
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        ours = gradients(bench, row)
+        if ours.keys() != reference.keys():
+            raise SystemExit(f"{row.name}: other parameters have a gradient than in practice")
+        apart = {name: ours[name] - theirs for name, theirs in reference.items()}
+        each = {
+            name: float(apart[name].norm() / theirs.norm().clamp(min=1e-3 * norm)) for name, theirs in reference.items()
+        }
+        worst = max(each, key=lambda name: each[name])
+        found[row.name] = {
+            "dtype": row.dtype, "all": total_norm(apart.values()) / norm, "worst": each[worst],
+            "worst_parameter": worst, "parameters": len(each),
+        }  # fmt: skip
+    return found
+
+
+def total_norm(values: Any) -> float:
+    """Of many tensors taken as one."""
+    return float(torch.stack([value.float().norm() for value in values]).norm())
+
+
+def must_agree(found: dict[str, dict[str, Any]]) -> None:
+    """Prints how far gradients are apart, and refuses to go on if a float32 one is off.
+
+    In bfloat16 rounding is larger than any fault worth finding; there practice's own distance is beside ours.
+    """
+    show(
+        "Gradients against those of practice in float32, relative difference",
+        ["", "over all parameters", "worst parameter"],
+        [[name, f"{apart['all']:.1e}", f"{apart['worst']:.1e}"] for name, apart in found.items()],
+    )
+    for name, apart in found.items():
+        if apart["dtype"] == "float32" and not apart["worst"] <= AGREEMENT:
+            raise SystemExit(
+                f"{name}: the gradient of {apart['worst_parameter']} is {apart['worst']:.1e} off, more than "
+                f"{AGREEMENT}; there is nothing to time"
+            )
+
+
+def step_memory(work: Work, row: Row) -> dict[str, float]:
+    """Peak memory of a row's steps; to be called in a child."""
+    memory = PeakMemory(torch.device(work.place.device))
+    step = step_of(open_bench(work, (row.side,)), row)
+    memory.start()
+    for turn in range(MEMORY_STEPS):
+        step(turn, Stages())
+    return memory.read()
+
+
+def result_of(row: Row, timings: dict[str, Timing], memory: dict[str, dict[str, float]], flops: int) -> dict[str, Any]:
+    """A row's numbers, and their ratios to practice in its own dtype."""
+    timing = timings[row.name]
+    units = timing.ratio(timings[unit_name(row.dtype)])["median"]
+    result = asdict(row) | {
+        "sec": timing.median,
+        "sec_of_turns": timing.seconds,
+        "stages_sec": timing.by_stage(),
+        "forward_units": units,
+        "floor_units": row.floor,
+        "share_of_floor": row.floor / units,
+        "model_tflops_per_sec": (TEACHER_UNITS + STUDENT_UNITS) * flops / timing.median / 1e12,  # nothing twice
+        "memory": memory.get(row.name),
+    }
+    if row.practice in timings:
+        result["against_practice"] = against(row.name, row.practice, timings, memory)
+    return result
+
+
+def against(name: str, other: str, timings: dict[str, Timing], memory: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Ratios of one row to another."""
+    ratios: dict[str, Any] = {"row": other, "time": timings[name].ratio(timings[other])}
+    if name in memory and other in memory:
+        ratios["memory"] = {key: memory[name][key] / memory[other][key] for key in ("peak_gib", "above_gib")}
+    return ratios
+
+
+def unit_name(dtype: str) -> str:
+    """Of the plain forward pass."""
+    return f"plain forward, {dtype}"
+
+
+def show_results(results: dict[str, dict[str, Any]], best: dict[str, Any] | None, pairs: int) -> None:
+    """Prints the tables."""
+
+    def line(name: str, result: dict[str, Any], ratios: dict[str, Any]) -> list[str]:
+        memory, shares = result["memory"], ratios.get("memory")
+        return [
+            name,
+            f"{1e3 * result['sec']:.1f}",
+            f"{ratios['time']['median']:.2f} ({ratios['time']['lowest']:.2f}-{ratios['time']['highest']:.2f})",
+            f"{result['forward_units']:.2f}",
+            f"{result['share_of_floor']:.0%} of {result['floor_units']}",
+            f"{memory['peak_gib']:.2f}" if memory else "-",
+            f"{memory['above_gib']:.2f}" if memory else "-",
+            f"{shares['above_gib']:.2f} ({shares['peak_gib']:.2f})" if shares else "-",
+        ]
+
+    lines = [
+        line(name, result, result["against_practice"])
+        for name, result in results.items()
+        if "against_practice" in result
+    ]
+    if best:
+        lines.append(line(f"best setting: {best['row']}*", results[best["row"]], best["against"]))
+    head = ["", "ms", "against practice", "units a pair", "floor", "peak GiB", "above libraries", "against practice"]
+    show(f"A step of {pairs} pairs", head, lines)
+    if best:
+        console.print(f"* against {best['against']['row']}; the other rows are against practice in their own dtype\n")
+    stages = list(dict.fromkeys(stage for result in results.values() for stage in result["stages_sec"]))
+    cells = [[name, *(f"{1e3 * r['stages_sec'].get(s, 0):.1f}" for s in stages)] for name, r in results.items()]
+    renamed = {"student forward": "tangent + forward", "student backward": "backward"}
+    show("Its stages, ms", ["", *[renamed.get(stage) or stage for stage in stages]], cells)
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """The options."""
+    parser = make_parser(__doc__, "step", device=True)
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="emoji", help="emoji is the bundled teacher; the sana sizes want a GPU")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of autocast, for both sides (float32)")
+    add("--prompts", type=int, default=1, help="walks a step (1)")
+    add("--states", type=int, default=16, help="states a walk; one less is trained on (16)")
+    add("--rounds", type=int, default=7, help="turns that count (7)")
+    add("--micro-batch", type=int, default=0, help="pairs a backward pass, for both sides; 0 for all at once (0)")
+    add(
+        "--backend", choices=("auto", *BACKENDS), default="auto",
+        help="our tangent; auto is what training.tangent=auto chooses here. block is measured beside it",
+    )  # fmt: skip
+    add(
+        "--best", choices=("one_pass", "compiled", "none"), default="one_pass",
+        help="our best setting: bfloat16 and one_pass, or compiled two_pass (minutes more), or no such row (one_pass)",
+    )  # fmt: skip
+    add("--no-memory", action="store_true", help="leave the children out that measure peak memory")
+    add("--peak-tflops", type=float, help="of the device in --dtype (H200, bfloat16, dense: 989): gives utilisation")
+    args = parser.parse_args(argv)
+    if args.states < 2 or min(args.prompts, args.rounds) < 1:
+        parser.error("--states must be at least 2, --prompts and --rounds at least 1")
+    return args
+
+
+def planned_rows(args: Any, backend: str) -> tuple[list[Row], Row | None]:
+    """The rows of equal dtype, then what the best setting needs; and the best setting."""
+    rows = [Row(args.dtype), Row(args.dtype, backend), Row(args.dtype, "block")]
+    best = None
+    if args.best != "none":
+        dtype = "bfloat16" if has_bf16(torch.device(args.device)) else "float32"
+        best = Row(dtype, "two_pass", True) if args.best == "compiled" else Row(dtype, "one_pass")
+        rows += [Row("float32"), best]
+    return list(dict.fromkeys(rows)), best
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Measures, prints and writes."""
+    args = parse(argv)
+    device = torch.device(args.device)
+    record = open_record("step", argv, device)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Work(make_place(args.size, args.device, Path(folder)), args.prompts, args.states, args.micro_batch)
+        bench = open_bench(work, ("practice", "ours"))
+        config = settings(work, args.dtype)
+        condition = bench.cache.rows([0]).to(device, bench.teacher.dtype)
+        backend, reason = args.backend, "as asked for"
+        if backend == "auto":
+            choice = choose_tangent(config, bench.student, condition, bench.teacher.latent_shape)
+            backend, reason = choice.backend, choice.reason
+        console.print(f"our tangent: {backend} ({reason})", soft_wrap=True)
+        rows, best = planned_rows(args, backend)
+
+        exact = [replace(row, dtype="float32") for row in rows if row.backend]
+        rounded = [row for row in rows if row.dtype != "float32"]
+        rounded += [replace(row, backend="", compiled=False) for row in rounded]
+        apart = compare_gradients(bench, list(dict.fromkeys([*exact, *rounded])))
+        must_agree(apart)
+
+        pairs = example_pairs(bench)
+        runs = {row.name: step_of(bench, row) for row in rows}
+        runs |= {unit_name(dtype): forward_of(bench, pairs, dtype) for dtype in {row.dtype for row in rows}}
+        with FlopCounterMode(display=False) as counter:
+            forward_of(bench, pairs, "float32")(0, Stages())
+        timings = take_turns(runs, args.rounds, device)
+        memory: dict[str, dict[str, float]] = {}
+        if not args.no_memory:
+            del bench, runs, condition
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            memory = {row.name: in_child(step_memory, work, row) for row in rows}
+
+    results = {row.name: result_of(row, timings, memory, counter.get_total_flops()) for row in rows}
+    if args.peak_tflops:
+        for row in rows:
+            if row.dtype == args.dtype:
+                results[row.name]["utilisation"] = results[row.name]["model_tflops_per_sec"] / args.peak_tflops
+    against_float32 = best and {
+        "row": best.name,
+        "against": against(best.name, Row("float32").name, timings, memory),
+    }
+    count = work.prompts * pairs_per_prompt(config.space.route_steps, config.space.keep_first)
+    show_results(results, against_float32, count)
+    record |= {
+        "work": {
+            "size": args.size,
+            "dtype": args.dtype,
+            "prompts": work.prompts,
+            "states": work.states,
+            "pairs": count,
+            "micro_batch": work.micro_batch,
+            "rounds": args.rounds,
+        },
+        "tangent": {"backend": backend, "reason": reason},
+        "gradients": apart,
+        "forward_sec": {name: timings[name].median for name in timings if name.startswith("plain forward")},
+        "forward_tflop": counter.get_total_flops() / 1e12,
+        "rows": results,
+        "best_setting": against_float32,
+    }
+    write_record(args.out, record)
+    return record
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,111 @@
+"""The benchmarks at tiny size: they run, their numbers are there, and a wrong gradient is not timed."""
+
+import copy
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stepfold.teachers.sana import SanaTeacher
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _benchmarks_can_be_imported() -> Iterator[None]:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+def run(name: str, out: Path, *options: str) -> dict[str, Any]:
+    """The json file that a benchmark writes at tiny size."""
+    path = out / f"{name}.json"
+    importlib.import_module(name).main(["--size", "tiny", "--out", str(path), *options])
+    record = json.loads(path.read_text())
+    assert record["command"].startswith(f"python benchmarks/{name}.py --size tiny")
+    assert set(record["machine"]) == {"cpu", "cores", "threads", "memory_gib", "gpu", "load_average"}
+    assert {"torch", "diffusers", "python", "stepfold"} <= set(record["versions"])
+    return record
+
+
+def test_step_compares_equal_gradients(tmp_path: Path) -> None:
+    record = run("step", tmp_path, "--rounds", "1", "--states", "3", "--best", "none")
+    assert record["work"]["pairs"] == 2
+    assert record["tangent"]["backend"] == "one_pass"
+    ours = ["ours, one_pass, float32", "ours, block, float32"]
+    assert list(record["rows"]) == ["practice, float32", *ours]
+    assert list(record["gradients"]) == ours
+    for apart in record["gradients"].values():
+        assert 0 < apart["all"] <= apart["worst"] < 1e-5
+        assert apart["parameters"] > 50
+    stages = {"data", "text", "teacher", "student forward", "student backward", "optimiser"}
+    for row in record["rows"].values():
+        assert set(row["stages_sec"]) == stages
+        assert sum(row["stages_sec"].values()) <= row["sec"]
+        assert row["share_of_floor"] == pytest.approx(row["floor_units"] / row["forward_units"])
+        assert 0 < row["memory"]["above_gib"] < row["memory"]["peak_gib"]
+        assert {"time", "memory"} <= set(row["against_practice"])
+    assert [row["floor_units"] for row in record["rows"].values()] == [7, 6, 7]
+
+
+def test_step_refuses_to_time_another_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    practice = importlib.import_module("practice")
+    losses = practice.pair_losses
+
+    def slightly_more(*args: Any) -> Tensor:
+        return 1.01 * losses(*args)
+
+    monkeypatch.setattr(practice, "pair_losses", slightly_more)
+    with pytest.raises(SystemExit, match="nothing to time"):
+        run("step", tmp_path, "--rounds", "1", "--states", "3", "--best", "none", "--no-memory")
+    assert not list(tmp_path.iterdir())
+
+
+def test_practice_computes_everything_at_every_call(tiny_sana: Path) -> None:
+    """The package's shortcuts are on the teacher's own transformer and not on practice's."""
+    without_shortcuts = importlib.import_module("practice").without_shortcuts
+    transformer = SanaTeacher(tiny_sana).transformer
+    plain = without_shortcuts(copy.deepcopy(transformer))
+    assert not [module for module in plain.modules() if "forward" in module.__dict__]
+    weights, theirs = next(plain.caption_projection.parameters()), next(transformer.caption_projection.parameters())
+    assert weights.data_ptr() != theirs.data_ptr()
+    weights.add_(1)
+    embeds = torch.randn(1, 3, transformer.config.caption_channels)
+    assert not torch.equal(plain.caption_projection(embeds), transformer.caption_projection(embeds))
+
+
+def test_stages_are_those_of_a_step(tmp_path: Path) -> None:
+    record = run("stages", tmp_path, "--rounds", "1", "--steps", "1", "--set", "training.prompts_per_step=1")
+    assert len(record["rows"]) == 4
+    for row in record["rows"].values():
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert {"text", "teacher", "student forward", "student backward", "optimiser"} <= set(row["shares"])
+        assert not {"preview", "first preview", "checkpoint", "load"} & set(row["shares"])
+
+
+def test_memory_draws_what_it_measured(tmp_path: Path) -> None:
+    record = run("memory", tmp_path, "--prompts", "1", "--steps", "1", "--methods", "sCM with its VAE", "TBCM")
+    rows = record["rows"]
+    assert list(rows) == ["sCM with its VAE", "TBCM"]
+    assert [row["pairs_per_step"] for of in rows.values() for row in of] == [15, 15]
+    assert all(0 < row["above_gib"] < row["peak_gib"] for of in rows.values() for row in of)
+    assert (tmp_path / "memory.svg").stat().st_size > 1000 and (tmp_path / "memory.png").stat().st_size > 1000
+
+
+def test_sample_splits_the_time(tmp_path: Path) -> None:
+    record = run("sample", tmp_path, "--rounds", "1", "--batches", "1", "2")
+    assert list(record["batches"]) == ["1", "2"]
+    for rows in record["batches"].values():
+        assert list(rows) == ["student 1", "student 2", "student 4", "teacher 20"]
+        for row in rows.values():
+            parts = row["text_sec"] + row["transformer_sec"] + row["decoder_sec"]
+            assert row["whole_sec"] == pytest.approx(parts)
+        assert rows["teacher 20"]["times_as_fast_as_teacher"] == {"transformer": 1, "whole": 1}
+        assert rows["student 1"]["times_as_fast_as_teacher"]["transformer"] > 2
