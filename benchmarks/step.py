@@ -8,10 +8,11 @@ work on one model, from the same noise, routes and prompts, in the same dtype, w
 average; first all parameter gradients are compared in float32, and nothing is timed if they differ. Then the steps take
 turns.
 
-Beside the rows of equal dtype there is one of our best setting, against practice in float32. A forward unit is a plain
-forward pass without a graph, of the same pairs and in the row's own dtype. The floor is 2 units of the teacher and 4 of
-the student, 5 where blocks are recomputed. Peak memory is that of a process of its own: the whole, and what is above
-python and its libraries.
+With several prompts there is a row with a backward pass for each walk (training.micro_batch): the same gradient in
+less memory. Beside the rows of equal dtype there is one of our best setting, against practice in float32. A forward
+unit is a plain forward pass without a graph, of the same pairs and in the row's own dtype. The floor is 2 units of the
+teacher and 4 of the student, 5 where blocks are recomputed. Peak memory is that of a process of its own: the whole, and
+what is above python and its libraries. On a CPU both sides keep freed memory, as `stepfold distill` does.
 """
 
 import copy
@@ -45,7 +46,7 @@ from stepfold.prompts.cache import ConditionCache
 from stepfold.prompts.reading import PromptFile
 from stepfold.spaces.pairs import Pairs, pairs_per_prompt
 from stepfold.teachers.sana import SanaStudent, SanaTeacher
-from stepfold.training.choices import choose_tangent, has_bf16
+from stepfold.training.choices import choose_tangent, has_bf16, keep_freed_memory
 from stepfold.training.distill import Stages, collect, compiled, move_average, rollout_precision, update
 from stepfold.training.draws import draw
 from stepfold.training.optimisers import make_optimiser
@@ -69,16 +70,18 @@ class Work:
 
 @dataclass(frozen=True)
 class Row:
-    """One way to take the step; `backend` is empty for practice."""
+    """One way to take the step; `backend` is empty for practice. `walks`: a backward pass for each walk."""
 
     dtype: str
     backend: str = ""
     compiled: bool = False
+    walks: bool = False
 
     @property
     def name(self) -> str:
         """For people, and the key in the json file."""
-        return f"ours, {self.backend}{', compiled' * self.compiled}, {self.dtype}" if self.backend else self.practice
+        extras = ", compiled" * self.compiled + ", walk by walk" * self.walks
+        return f"ours, {self.backend}{extras}, {self.dtype}" if self.backend else self.practice
 
     @property
     def side(self) -> Side:
@@ -154,6 +157,7 @@ def settings(work: Work, dtype: str) -> Config:
 
 def open_bench(work: Work, sides: tuple[Side, ...]) -> Bench:
     """Models and inputs; the text encoder and the autoencoder only for practice."""
+    keep_freed_memory(torch.device(work.place.device))
     teacher = open_teacher(work.place, with_encoders="practice" in sides)
     plain = None
     if "practice" in sides:
@@ -172,7 +176,8 @@ def open_bench(work: Work, sides: tuple[Side, ...]) -> Bench:
 def gradient_of(bench: Bench, row: Row) -> Run:
     """Adds the gradient of one step, ours or practice's."""
     device, teacher, student = bench.device, bench.teacher, bench.student
-    config = settings(bench.work, row.dtype)
+    work = replace(bench.work, micro_batch=bench.work.states - 1) if row.walks else bench.work
+    config = settings(work, row.dtype)
     precision: Any = Precision(device, row.dtype == "bfloat16")
     black = torch.zeros(teacher.latent_shape, device=device)
     velocity, derivative = teacher.velocity, total_derivative
@@ -413,6 +418,8 @@ def parse(argv: Sequence[str]) -> Any:
 def planned_rows(args: Any, backend: str) -> tuple[list[Row], Row | None]:
     """The rows of equal dtype, then what the best setting needs; and the best setting."""
     rows = [Row(args.dtype), Row(args.dtype, backend), Row(args.dtype, "block")]
+    if args.prompts > 1:
+        rows += [Row(args.dtype, backend, walks=True), Row(args.dtype, "block", walks=True)]
     best = None
     if args.best != "none":
         dtype = "bfloat16" if has_bf16(torch.device(args.device)) else "float32"

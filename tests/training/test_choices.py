@@ -1,5 +1,8 @@
 """What `auto` becomes."""
 
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +17,7 @@ from stepfold.maths.tangent import total_derivative
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training import choices
-from stepfold.training.choices import TangentChoice, choose_tangent, kept_bytes
+from stepfold.training.choices import TangentChoice, choose_tangent, keep_freed_memory, kept_bytes
 
 Settings = Callable[..., Config]
 
@@ -114,3 +117,23 @@ def test_blocks_that_are_recomputed_keep_less_and_give_the_same_gradient(teacher
         for found, wanted in zip(gradients(backend), plain, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
     assert kept() < 0.5 * before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_freed_memory_is_kept() -> None:
+    """A block of 16 MiB that is freed and asked for again costs no new pages."""
+    code = """
+import resource, torch
+from stepfold.training.choices import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(4 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+plain, _ = faults(), keep_freed_memory(torch.device("cpu"))
+faults()
+print(plain, faults())
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert int(out[0]) > 10_000 and int(out[1]) < 0.1 * int(out[0]), out
+    assert not keep_freed_memory(torch.device("meta"))

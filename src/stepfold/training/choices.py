@@ -1,5 +1,7 @@
 """What `auto` becomes on this machine, for this model: precision and the tangent's backend."""
 
+import ctypes
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ from stepfold.teachers.contract import Condition, Student
 
 AGREEMENT = 1e-3  # relative difference between exact tangents in float32 that rounding explains
 MEMORY_SHARE = 0.8  # of the device's memory, that the estimate of a step may take
+LARGEST_HEAP_BLOCK = 32 * 2**20  # bytes; glibc takes larger ones from the system whatever it is told
 STATES_PER_WEIGHT = 5  # weight, gradient, AdamW's two moments, exponential moving average
 
 
@@ -34,6 +37,18 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def keep_freed_memory(device: torch.device) -> bool:
+    """Has the C library keep what a step on a CPU frees, for the next step; says whether it does.
+
+    By default it gives large blocks back to the system, and every step waits for fresh pages (docs/lab-log.md). Linux
+    with glibc only. The largest memory a process takes stays the same.
+    """
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3  # names and numbers of malloc.h
+    return bool(mallopt(mmap_threshold, LARGEST_HEAP_BLOCK) and mallopt(trim_threshold, 2**31 - 1))
 
 
 @dataclass(frozen=True)

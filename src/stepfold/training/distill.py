@@ -31,7 +31,7 @@ from stepfold.spaces.diffusion import noised_pairs
 from stepfold.spaces.generation import Velocity, brightness_filter, pairs_from, walk
 from stepfold.spaces.pairs import Pairs, pairs_per_prompt
 from stepfold.teachers.contract import Condition, Student, Teacher
-from stepfold.training.choices import choose_tangent
+from stepfold.training.choices import choose_tangent, keep_freed_memory
 from stepfold.training.draws import Draw, JudgedDraw, draw, prompt_index
 from stepfold.training.optimisers import learning_rate, make_optimiser
 from stepfold.training.runs import append_metrics, checkpoints, load_checkpoint, rewind_metrics, save_checkpoint
@@ -307,6 +307,7 @@ def distill(
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     training, device = config.training, accelerator.device
+    keep_freed_memory(device)
     first = conditions([0]) if conditions else teacher.encode([prompts.prompt(0)])
     choice = choose_tangent(config, student, first, teacher.latent_shape)
     note_tangent(f"{choice.backend} ({choice.reason})")
