@@ -149,6 +149,8 @@ def settings(work: Work, dtype: str) -> Config:
             f"training.micro_batch={work.micro_batch}",
             f"training.precision={precision}",
             f"training.rollout_precision={precision}",
+            "objective=continuous",
+            "space.keep_first=false",
             "consistency.r_schedule=none",
             "optimiser.lr=1e-6",
         ],

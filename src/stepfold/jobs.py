@@ -115,15 +115,25 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
             if name != "step":
                 tracker.add_scalar(name, value, progress.step)
 
+    of_steps, of_previews = [0.0], [0.0]
+
+    def preview_apart(average: Student, step: int) -> None:
+        """A preview, whose memory is not that of the steps."""
+        of_steps.append(peak_memory_gib(device))
+        reset_peak_memory(device)
+        preview(average, step)
+        of_previews.append(peak_memory_gib(device))
+        reset_peak_memory(device)
+
     reset_peak_memory(device)
     with display.training(config.training.steps):
         average = distill(
             config, folder, teacher, student, prompts, black, accelerator,
             latents=latents, conditions=conditions if cache else None,
-            stages=stages, note_tangent=note_tangent, report=report, preview=preview,
+            stages=stages, note_tangent=note_tangent, report=report, preview=preview_apart,
         )  # fmt: skip
     tracker.close()
-    peak = peak_memory_gib(device)
+    of_steps.append(peak_memory_gib(device))
 
     save_student(teacher, average, folder / "student", config, guidance, prompts.prompt(0))
     result: dict[str, Any] = {"teacher": {}, "student": {}}
@@ -148,7 +158,8 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         "timed_steps": len(step_sec),
         "step_sec": {"first": step_sec[0], "median": statistics.median(step_sec)} if step_sec else None,
         "tangent": tangent,
-        "peak_memory_gib": peak,  # while training: neither loading before nor measuring after
+        "peak_memory_gib": max(of_steps + of_previews),  # while training: neither loading before nor measuring after
+        "peak_memory_steps_gib": max(of_steps),  # without the previews
         "curves": curves_from_rows(read_metrics(folder)),
         "images": {
             p.stem.replace("_", " "): str(p.relative_to(folder))

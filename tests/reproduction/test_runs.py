@@ -161,7 +161,12 @@ def test_a_step_costs_what_was_timed(tmp_path: Path) -> None:
     stages = {"teacher": 3.0, "student forward": 5.0, "preview": 100.0}
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "kept": 1.0}\n{"step": 1, "kept": 0.5}\n')
     for timed_steps, expected in ((4, 2.0), (0, None)):
-        report = {"stages_sec": stages, "timed_steps": timed_steps, "peak_memory_gib": 1.25}
+        report = {
+            "stages_sec": stages,
+            "timed_steps": timed_steps,
+            "peak_memory_gib": 9.0,
+            "peak_memory_steps_gib": 1.25,
+        }
         (tmp_path / "report.json").write_text(json.dumps(report))
         found = costs(tmp_path, run.config)
         assert (found["sec_per_step"], found["peak_memory_gib"]) == (expected, 1.25)

@@ -260,7 +260,7 @@ def costs(folder: Path, config: Config) -> dict[str, Any]:
         "sec_per_pair": sum(stages.values()) / steps / pairs if steps else None,
         "stages_sec": {name: sec / steps for name, sec in stages.items()} if steps else None,
         "pairs_per_step": pairs,
-        "peak_memory_gib": report["peak_memory_gib"],
+        "peak_memory_gib": report["peak_memory_steps_gib"],
     }
 
 

@@ -391,8 +391,8 @@ def distill(
                 batch, pairs = walk_teacher(step // config.space.reuse)
             notes.append(train_on(batch, pairs, step))
 
-            last = step + 1 == training.steps
-            saves = last or stop.requested or (step + 1) % training.checkpoint_every == 0
+            last, stopping = step + 1 == training.steps, stop.requested  # read once: a request in between waits a step
+            saves = last or stopping or (step + 1) % training.checkpoint_every == 0
             shows = last or (step + 1) % training.preview_every == 0
             if saves or shows or len(notes) == look_every:
                 rows = [row_of(note) for note in notes]  # raises if a step went wrong: nothing of it is kept
@@ -404,7 +404,7 @@ def distill(
             if saves:
                 with stages("checkpoint"):
                     save_checkpoint(folder, step + 1, modules, optimiser, training.keep_checkpoints)
-            if stop.requested and not last:
+            if stopping and not last:
                 raise KeyboardInterrupt
             if shows:
                 with stages("preview"):
