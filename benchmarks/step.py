@@ -202,6 +202,7 @@ def gradient_of(bench: Bench, row: Row) -> Run:
                 condition = condition.padded(config.teacher.max_tokens)
         with stages("teacher"), rollout_precision(config.training.rollout_precision, device):
             pairs = collect(batch, condition, velocity, black, teacher.sigma_data, config.space)
+            teacher.forget_prompts()
         update(
             student, pairs, config, turn, teacher.sigma_data, precision, row.backend,
             derivative=derivative, stages=stages,

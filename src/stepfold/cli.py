@@ -33,29 +33,38 @@ def usable_device(name: str) -> str:
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
+TeacherOption = Annotated[
+    str | None,
+    typer.Option(help="`emoji` (bundled), a diffusers pipeline folder, or a hub id.", show_default=False),
+]
+PromptsOption = Annotated[
+    str | None,
+    typer.Option(help="Text file, one prompt a line. Default: the bundled teacher's.", show_default=False),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Settings to start from: demo, emoji-long, default, paper, released, reproduce, scm, scm-endpoints, "
+        "sana-sprint, sana-sprint-endpoints, lcm, or a yaml file."
+    ),
+]
+ChangesOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. training.steps=100.")
+]
+
+
+def chosen_preset(preset: str | None, teacher: str | None) -> str:
+    """The preset of a distillation that names none."""
+    return preset or ("demo" if teacher in (None, "emoji") else "default")
 
 
 @app.command()
 def distill(
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="`emoji` (bundled), a diffusers pipeline folder, or a hub id.", show_default=False),
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(help="Text file, one prompt a line. Default: the bundled teacher's.", show_default=False),
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="Settings to start from: demo, emoji-long, default, paper, released, reproduce, scm, scm-endpoints, "
-            "sana-sprint, sana-sprint-endpoints, lcm, or a yaml file."
-        ),
-    ] = None,
+    teacher: TeacherOption = None,
+    prompts: PromptsOption = None,
+    preset: PresetOption = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/PRESET.", show_default=False)] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. training.steps=100.")
-    ] = None,
+    changes: ChangesOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that --out holds.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")] = False,
     quiet: Quiet = False,
@@ -71,7 +80,7 @@ def distill(
     """
     from stepfold.config import load_config, to_yaml
 
-    name = preset or ("demo" if teacher in (None, "emoji") else "default")
+    name = chosen_preset(preset, teacher)
     config = load_config(name, changes or [], teacher__source=teacher, prompts=prompts)
     if dry_run:
         typer.echo(to_yaml(config), nl=False)
@@ -268,20 +277,10 @@ def doctor(
 
 @app.command()
 def plan(
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="`emoji` (bundled), a diffusers pipeline folder, or a hub id.", show_default=False),
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(help="Text file, one prompt a line. Default: the bundled teacher's.", show_default=False),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="As of `stepfold distill`; `stepfold presets` lists them.", show_default=False)
-    ] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. training.steps=100.")
-    ] = None,
+    teacher: TeacherOption = None,
+    prompts: PromptsOption = None,
+    preset: PresetOption = None,
+    changes: ChangesOption = None,
     steps: Annotated[int, typer.Option(min=2, help="Steps to time; the first one is start-up.")] = 12,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here too.")] = None,
     quiet: Quiet = False,
@@ -302,8 +301,7 @@ def plan(
     from stepfold.planning import make_plan, plan_rows
     from stepfold.training.runs import writing
 
-    name = preset or ("demo" if teacher in (None, "emoji") else "default")
-    config = load_config(name, changes or [], teacher__source=teacher, prompts=prompts)
+    config = load_config(chosen_preset(preset, teacher), changes or [], teacher__source=teacher, prompts=prompts)
     quiet_libraries()
     found = make_plan(config, steps, Display(quiet))
     table = Table("what", "prediction", box=None)

@@ -50,7 +50,7 @@ def make_plan(config: Config, steps: int, display: Display) -> Plan:
     """
     training = config.training
     steps = min(max(steps, 2), training.steps)
-    changes = {"steps": steps, "preview_every": steps, "checkpoint_every": steps}
+    changes = {"steps": steps, "preview_every": steps, "checkpoint_every": steps, "look_every": 1}  # each step timed
     trial = config.model_copy(
         update={
             "training": training.model_copy(update=changes),

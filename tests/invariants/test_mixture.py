@@ -45,6 +45,9 @@ class LabelTeacher:
     def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
         return MIXTURE.velocity(x, t, condition.embeds[:, 0].argmax(1))
 
+    def forget_prompts(self) -> None:
+        """It keeps nothing."""
+
 
 class SmallStudent(Student):
     """An MLP behind the student contract."""

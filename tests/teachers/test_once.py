@@ -71,6 +71,11 @@ def test_a_walk_projects_its_prompts_once(teacher: SanaTeacher, monkeypatch: pyt
             walk(teacher.velocity, noise, routes, condition, scales)
             assert all(calls.count(part) == 1 for part in parts)
             assert calls.count(id(teacher.transformer.transformer_blocks[0].attn1.to_q.weight)) == 4
+        calls.clear()
+        teacher.forget_prompts()
+        assert all("_last_call" not in part.__dict__ for part in of_the_prompt_alone(teacher.transformer))
+        teacher.velocity(noise, routes[:, 0], second, scales)
+        assert all(calls.count(part) == 1 for part in parts)  # computed afresh
 
 
 def test_velocities_are_the_same_to_the_bit(teacher: SanaTeacher, tiny_sana: Path) -> None:

@@ -34,7 +34,7 @@ from stepfold.training.distill import (
     distill,
     make_accelerator,
     new_discriminator,
-    noted,
+    record_of,
     row_of,
     update,
 )
@@ -248,9 +248,9 @@ def test_a_step_asks_the_device_for_nothing(
         name = backend if backend == "one_pass" else "two_pass"
         figures = update(student, pairs, config, 10, 0.5, accelerator, name, judgement=judgement)
         norm = torch.as_tensor(accelerator.clip_grad_norm_(student.parameters(), 1.0))
-        note = noted(0, batch.prompts, pairs, figures, norm, 1e-3)
+        record = record_of(0, batch.prompts, pairs, figures, norm, 1e-3)
         assert asked.operations == []
-        row = row_of(note)
+        row = row_of(record)
     assert asked.operations and row["loss"] == figures["loss"].mean().item()
 
 

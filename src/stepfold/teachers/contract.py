@@ -105,6 +105,10 @@ class Teacher(Protocol):
         """dx/dt [B, ...] at x [B, ...], t [B], guided by the scales [B]; no gradient."""
         ...
 
+    def forget_prompts(self) -> None:
+        """Lets go of what `velocity` kept of its last prompts for the next call; nothing else depends on it."""
+        ...
+
     def features(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> list[Tensor]:
         """What the network sees inside at x [B, ...], t [B]: maps [B, tokens, width], with a gradient to x."""
         ...

@@ -56,3 +56,9 @@ def _forward_once(self: Any, x: Tensor, *rest: Any, **options: Any) -> Tensor:
         last = Last(x, x._version, torch.is_autocast_enabled(x.device.type), forward(self, x))
         self.__dict__[LAST] = last
     return last.out
+
+
+def forget(modules: Iterable[nn.Module]) -> None:
+    """Lets go of what `compute_once` has them keep."""
+    for module in modules:
+        module.__dict__.pop(LAST, None)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_input, flow_time, guide, trigflow_output
 from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate
-from stepfold.teachers.once import compute_once
+from stepfold.teachers.once import compute_once, forget
 
 SIGMA_DATA = 0.5
 NUM_FEATURES = 5  # feature maps for discriminator heads, as many as Sana-Sprint has
@@ -214,6 +214,11 @@ class SanaTeacher:
         """See `Teacher`."""
         if self.pipe.text_encoder is not None:
             self.pipe.text_encoder.to("cpu")
+
+    def forget_prompts(self) -> None:
+        """See `Teacher`."""
+        self._both = None
+        forget(of_the_prompt_alone(self.transformer))
 
     def null(self, like: Condition) -> Condition:
         """The unconditional branch's condition for each row of `like`.

@@ -86,19 +86,18 @@ def choose_tangent(
         latent_shape: of one sample.
     """
     training = config.training
-    if config.objective == "discrete":
-        need, fits = memory_estimate(config, student, condition, latent_shape)
-        recompute = training.checkpointing or not fits
-        return TangentChoice("none", recompute, f"discrete consistency has none; {_memory(need, recompute)}")
-    if training.tangent != "auto":
+    if config.objective != "discrete" and training.tangent != "auto":
         return TangentChoice(training.tangent, training.checkpointing or training.tangent == "block", "as set")
     need, fits = memory_estimate(config, student, condition, latent_shape)
     recompute = training.checkpointing or not fits
-    if training.compile:
-        return TangentChoice("two_pass", recompute, f"compiled, so two_pass; {_memory(need, recompute)}")
-    name, reason = runs_here(student, condition, latent_shape)
-    name = "block" if name == "one_pass" and recompute else name
-    return TangentChoice(name, recompute, f"{reason}; {_memory(need, recompute)}")
+    if config.objective == "discrete":
+        name, reason = "none", "discrete consistency has none"
+    elif training.compile:
+        name, reason = "two_pass", "compiled, so two_pass"
+    else:
+        name, reason = runs_here(student, condition, latent_shape)
+    memory = f"activations and states about {need:.2g} GiB" + (", blocks recomputed" if recompute else "")
+    return TangentChoice("block" if name == "one_pass" and recompute else name, recompute, f"{reason}; {memory}")
 
 
 def runs_here(student: Student, condition: Condition, latent_shape: tuple[int, ...]) -> tuple[str, str]:
@@ -166,7 +165,3 @@ def device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total
-
-
-def _memory(need: float, recompute: bool) -> str:
-    return f"activations and states about {need:.2g} GiB" + (", blocks recomputed" if recompute else "")

@@ -358,12 +358,14 @@ def distill(
         with stages("images"):
             x0 = latents(batch.index).to(device) if latents else None
         with stages("teacher"), rollout_precision(training.rollout_precision, device):
-            return batch, collect(batch, condition, velocity, black, teacher.sigma_data, config.space, x0)
+            pairs = collect(batch, condition, velocity, black, teacher.sigma_data, config.space, x0)
+        teacher.forget_prompts()  # the memory is the student's now
+        return batch, pairs
 
-    def train_on(batch: Draw, pairs: Pairs, step: int) -> Note:
+    def train_on(batch: Draw, pairs: Pairs, step: int) -> StepRecord:
         """One optimiser step. It asks the device for nothing."""
         if not len(pairs):
-            return Note(step, [], 0, pairs.num_walked)
+            return StepRecord(step, [], 0, pairs.num_walked)
         judgement = Judgement(teacher, discriminator, batch.judged) if discriminator and batch.judged else None
         figures = update(
             student, pairs, config, step, teacher.sigma_data, accelerator, choice.backend,
@@ -379,9 +381,9 @@ def distill(
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             move_average(average, student, min(training.ema, (1 + step) / (10 + step)))
-        return noted(step, batch.prompts, pairs, figures, norm, rate)
+        return record_of(step, batch.prompts, pairs, figures, norm, rate)
 
-    notes: list[Note] = []
+    records: list[StepRecord] = []
     batch = pairs = None
     look_every = training.look_every or (1 if device.type == "cpu" else 10)
     began = time.perf_counter()
@@ -389,18 +391,18 @@ def distill(
         for step in range(start, training.steps):
             if batch is None or pairs is None or step % config.space.reuse == 0:
                 batch, pairs = walk_teacher(step // config.space.reuse)
-            notes.append(train_on(batch, pairs, step))
+            records.append(train_on(batch, pairs, step))
 
             last, stopping = step + 1 == training.steps, stop.requested  # read once: a request in between waits a step
             saves = last or stopping or (step + 1) % training.checkpoint_every == 0
             shows = last or (step + 1) % training.preview_every == 0
-            if saves or shows or len(notes) == look_every:
-                rows = [row_of(note) for note in notes]  # raises if a step went wrong: nothing of it is kept
+            if saves or shows or len(records) == look_every:
+                rows = [row_of(record) for record in records]  # raises if a step went wrong: nothing of it is kept
                 seconds = (time.perf_counter() - began) / len(rows)
-                for note_, row in zip(notes, rows, strict=True):
+                for record, row in zip(records, rows, strict=True):
                     append_metrics(folder, row)
-                    report(Progress(note_.step + 1, row | {"sec": seconds, "pairs": note_.pairs}))
-                notes.clear()
+                    report(Progress(record.step + 1, row | {"sec": seconds, "pairs": record.pairs}))
+                records.clear()
             if saves:
                 with stages("checkpoint"):
                     save_checkpoint(folder, step + 1, modules, optimiser, training.keep_checkpoints)
@@ -409,13 +411,13 @@ def distill(
             if shows:
                 with stages("preview"):
                     preview(average, step + 1)
-            if not notes:
+            if not records:
                 began = time.perf_counter()
     return average
 
 
 @dataclass(frozen=True)
-class Note:
+class StepRecord:
     """What a step leaves behind for the log, still on the device.
 
     Attributes:
@@ -439,25 +441,27 @@ class Note:
     rate: float = 0.0
 
 
-def noted(step: int, prompts: list[str], pairs: Pairs, figures: dict[str, Tensor], norm: Tensor, rate: float) -> Note:
-    """See `Note`."""
+def record_of(
+    step: int, prompts: list[str], pairs: Pairs, figures: dict[str, Tensor], norm: Tensor, rate: float
+) -> StepRecord:
+    """See `StepRecord`."""
     sizes = {"t": pairs.t, "|x|": pairs.x.flatten(1).norm(dim=1), "|dxdt|": pairs.dxdt.flatten(1).norm(dim=1)}
-    return Note(step, prompts, len(pairs), pairs.num_walked, pairs.prompt, sizes | figures, norm, rate)
+    return StepRecord(step, prompts, len(pairs), pairs.num_walked, pairs.prompt, sizes | figures, norm, rate)
 
 
-def row_of(note: Note) -> dict[str, Any]:
+def row_of(record: StepRecord) -> dict[str, Any]:
     """A step's line of the metrics file; the place where the device is waited for.
 
     Raises:
         NonFiniteError: the loss or the gradient is not finite; it names the step, the prompts, t and the norms.
     """
-    row: dict[str, Any] = {"step": note.step, "kept": note.pairs / note.num_walked}
-    if note.norm is None or note.prompt is None:
+    row: dict[str, Any] = {"step": record.step, "kept": record.pairs / record.num_walked}
+    if record.norm is None or record.prompt is None:
         return row
-    numbers = {name: values.cpu() for name, values in note.numbers.items()}
-    check_finite(note.step, note.prompts, note.prompt.tolist(), numbers, float(note.norm))
+    numbers = {name: values.cpu() for name, values in record.numbers.items()}
+    check_finite(record.step, record.prompts, record.prompt.tolist(), numbers, float(record.norm))
     row |= {name: values.mean().item() for name, values in numbers.items() if name not in ("t", "|x|", "|dxdt|")}
-    row |= {"grad_norm": float(note.norm), "lr": note.rate}
+    row |= {"grad_norm": float(record.norm), "lr": record.rate}
     if "tangent_norm" in numbers:
         row |= tangent_by_time(numbers["t"], numbers["tangent_norm"])
     return row
