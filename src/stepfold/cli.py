@@ -165,7 +165,11 @@ def evaluate(
         int | None, typer.Option(min=2, help="Pictures per row. Default: 2000; mjhq30k: 30000.", show_default=False)
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Scale. Default: the student's or the pipeline's own.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Scale for teacher and students. Default: the teacher's own, and what a student was taught.",
+            show_default=False,
+        ),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="evaluation_metadata.jsonl of GenEval (geneval).", show_default=False)

@@ -66,7 +66,9 @@ class SpaceSettings(Section):
         default=1, ge=1, description="updates made of each step's pairs; 2 halves the teacher's share of the time"
     )
     guidance: tuple[float, ...] = Field(
-        default=(4.0, 4.5, 5.0), min_length=1, description="guidance scales, one drawn per prompt"
+        default=(4.0, 4.5, 5.0),
+        min_length=1,
+        description="guidance scales, one drawn per prompt; a single one is what the student always stands for",
     )
     filter_rule: Literal["random", "hard", "off"] = Field(default="random", description="brightness filter")
     filter_threshold: float = Field(default=1.0, gt=0, description="mean squared distance to the black latent")
@@ -74,6 +76,11 @@ class SpaceSettings(Section):
         default="kept",
         description="mean over the kept pairs, or over all (public code; the filter then scales the gradient)",
     )
+
+    @property
+    def only_guidance(self) -> float | None:
+        """The guidance scale of all walks, or None where they have several."""
+        return self.guidance[0] if len(set(self.guidance)) == 1 else None
 
 
 class ConsistencySettings(Section):
@@ -201,7 +208,9 @@ class EvaluationSettings(Section):
     """The table at the end."""
 
     n: int = Field(default=500, ge=0, description="pictures per row of the report's table; 0 for no table")
-    guidance: float | None = Field(default=None, description="scale for sampling; default: the pipeline's own")
+    guidance: float | None = Field(
+        default=None, description="scale that the teacher is measured at; default: the pipeline's own"
+    )
 
     @field_validator("n")
     @classmethod

@@ -94,8 +94,11 @@ class Display:
 
 def results_table(result: dict) -> Table:
     """The rows of a report as a table for the terminal."""
+    from stepfold.evaluation.protocol import teachers_of  # imported late: --help has no use for torch
+
     table = Table("sampler", "accuracy", "CLIP score", "FD", "diversity", "agreement", "images/s", box=None)
-    groups = {who: result.get(who, {}) for who in ("teacher", "student")} | result.get("pipelines", {})
+    groups = {who: result[who] for who in (*teachers_of(result), "student") if who in result}
+    groups |= result.get("pipelines", {})
     for who, rows in groups.items():
         for steps, s in rows.items():
             agreement = "-" if s["agreement"] is None else f"{s['agreement']:.3f}"

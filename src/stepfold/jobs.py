@@ -8,11 +8,12 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from stepfold.evaluation.judge import Judge, load_judge
 from stepfold.evaluation.measure import Sampler, measure, student_sampler, teacher_sampler
 from stepfold.evaluation.pipelines import claim, default_steps, geneval_prompts, measure_pipeline, write_geneval
 from stepfold.evaluation.preview import sample_rows, save_grid, to_image
-from stepfold.evaluation.protocol import EMOJI, Protocol, Scores
+from stepfold.evaluation.protocol import EMOJI, Protocol, Scores, teacher_at
 from stepfold.evaluation.report import curves_from_rows, write_report
 from stepfold.export.pipeline import model_card, save_student
 from stepfold.images.reading import ImageFolder, open_images
@@ -84,7 +85,8 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         display.note(f"{folder} holds no checkpoint yet: starting from the teacher")
     open_run(folder, config, resume)  # only now: a teacher that does not load leaves no run behind
     remember_prompts(folder, prompts)
-    guidance = config.evaluation.guidance or teacher.default_guidance
+    usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
+    taught = usual if config.space.only_guidance is None else config.space.only_guidance
     black = cache.black.to(device) if cache else cached_black(folder, teacher)
     latents = image_latents(folder, teacher, images, config.space.cache_latents, display) if images else None
     if images is None or config.space.cache_latents:
@@ -95,7 +97,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
             return cache.rows(index).to(device, teacher.dtype)
         return teacher.encode([prompts.prompt(i) for i in index])
 
-    preview = make_preview(folder, teacher, conditions, len(prompts), config, guidance, display)
+    preview = make_preview(folder, teacher, conditions, len(prompts), config, taught, display)
 
     tracker = make_tracker(folder)
     stages = Stages(device if config.training.time_stages else None)
@@ -135,13 +137,16 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     tracker.close()
     of_steps.append(peak_memory_gib(device))
 
-    save_student(teacher, average, folder / "student", config, guidance, prompts.prompt(0))
+    save_student(teacher, average, folder / "student", config, taught, prompts.prompt(0))
     result: dict[str, Any] = {"teacher": {}, "student": {}}
-    protocol = replace(EMOJI, n=config.evaluation.n or 2, guidance=guidance)
+    protocol = replace(EMOJI, n=config.evaluation.n or 2, guidance=usual)
     if config.evaluation.n and config.teacher.source == "emoji":
         judge = load_judge(assets.JUDGE, device)
         with stages("evaluation"):
-            result |= measure_both(judge, protocol, teacher, average, config, display)
+            groups = protocol_samplers(teacher, {"student": (average, taught)}, protocol)
+            scores = measure_groups(judge, protocol, teacher, groups, display)
+        teacher.release_decoder()
+        result |= {"reals": {"diversity": judge.diversity}} | rows_by_steps(scores)
     result = {
         "title": f"{folder.name}: one-step student of {config.teacher.source}",
         "command": command,
@@ -299,17 +304,40 @@ def counted(steps: int) -> str:
     return f"{steps} step{'s' * (steps > 1)}"
 
 
-def measure_both(
-    judge: Judge, protocol: Protocol, teacher: SanaTeacher, student: Student, config: Config, display: Display
-) -> dict[str, Any]:
-    """Teacher and student at the protocol's step counts, as the report has them."""
-    samplers: dict[str, Sampler] = {f"teacher {k}": teacher_sampler(teacher, k) for k in protocol.teacher_steps}
-    for k in protocol.student_steps:
-        samplers[f"student {k}"] = student_sampler(student, k, protocol.seed, teacher.sigma_data)
-    with display.measuring(dict.fromkeys(samplers, protocol.n)) as tick:
-        scores = measure(judge, protocol, teacher, samplers, teacher.device, tick)
-    teacher.release_decoder()
-    return {"reals": {"diversity": judge.diversity}} | rows_by_steps(scores)
+def protocol_samplers(
+    teacher: SanaTeacher, students: Mapping[str, tuple[Student, float]], protocol: Protocol
+) -> dict[float, dict[str, Sampler]]:
+    """Guidance scale -> what is measured at it: the teacher first, then the students (network, scale) taught by it.
+
+    At the protocol's own scale the teacher is measured at all its step counts, at others at its most.
+    """
+    groups: dict[float, dict[str, Sampler]] = {}
+    for scale in dict.fromkeys([protocol.guidance, *(scale for _, scale in students.values())]):
+        if scale == protocol.guidance:
+            group = {f"teacher {k}": teacher_sampler(teacher, k) for k in protocol.teacher_steps}
+        else:
+            most = protocol.teacher_steps[0]
+            group = {f"{teacher_at(scale)} {most}": teacher_sampler(teacher, most)}
+        for name, (student, taught) in students.items():
+            for k in protocol.student_steps if taught == scale else ():
+                group[f"{name} {k}"] = student_sampler(student, k, protocol.seed, teacher.sigma_data)
+        groups[scale] = group
+    return groups
+
+
+def measure_groups(
+    judge: Judge,
+    protocol: Protocol,
+    teacher: SanaTeacher,
+    groups: Mapping[float, dict[str, Sampler]],
+    display: Display,
+) -> dict[str, Scores]:
+    """Scores of `protocol_samplers`, each beside the teacher at its own guidance scale."""
+    scores = {}
+    with display.measuring(dict.fromkeys(chain.from_iterable(groups.values()), protocol.n)) as tick:
+        for scale, samplers in groups.items():
+            scores |= measure(judge, replace(protocol, guidance=scale), teacher, samplers, teacher.device, tick)
+    return scores
 
 
 def rows_by_steps(scores: dict[str, Scores]) -> dict[str, dict[str, Any]]:
@@ -369,28 +397,28 @@ def run_evaluate(
     first = next((card for _, card in students.values()), None)
     settings = TeacherSettings.model_validate(first["config"]["teacher"]) if first else load_config("demo").teacher
     teacher = load_teacher(settings, device)
-    scale = guidance or (first["guidance"] if first else teacher.default_guidance)
+    usual = first["config"]["evaluation"]["guidance"] if first else None
+    scale = next(s for s in (guidance, usual, teacher.default_guidance) if s is not None)
     protocol = replace(EMOJI, n=n, student_steps=tuple(steps or EMOJI.student_steps), guidance=scale)
     judge = load_judge(assets.JUDGE, device)
 
-    samplers: dict[str, Sampler] = {f"teacher {k}": teacher_sampler(teacher, k) for k in protocol.teacher_steps}
-    for name, (student, _) in students.items():
-        for k in protocol.student_steps:
-            samplers[f"{name} {k}"] = student_sampler(student, k, protocol.seed, teacher.sigma_data)
+    told = {
+        name: (student, card["guidance"] if guidance is None else guidance)
+        for name, (student, card) in students.items()
+    }
+    scores = measure_groups(judge, protocol, teacher, protocol_samplers(teacher, told, protocol), display)
     jobs = {f"{name} {k}": (pipe, k) for name, pipe in pipes.items() for k in steps or [default_steps(pipe)]}
-    with display.measuring(dict.fromkeys([*samplers, *jobs], n)) as tick:
-        scores = measure(judge, protocol, teacher, samplers, teacher.device, tick)
-        for name, (pipe, k) in jobs.items():
-            scores[name] = measure_pipeline(judge, protocol, pipe, k, guidance, partial(tick, name))
+    if jobs:
+        with display.measuring(dict.fromkeys(jobs, n)) as tick:
+            for name, (pipe, k) in jobs.items():
+                scores[name] = measure_pipeline(judge, protocol, pipe, k, guidance, partial(tick, name))
     rows = rows_by_steps(scores)
     result = {"versions": versions(), "protocol": protocol_record(protocol), "reals": {"diversity": judge.diversity}}
     if len(folders) == 1 and students:
-        return result | {
-            "student_folder": str(folders[0]),
-            "teacher": rows["teacher"],
-            "student": rows[str(folders[0])],
-        }
-    return result | {"teacher": rows.pop("teacher"), "pipelines": {name: row for name, row in rows.items() if row}}
+        rows["student"] = rows.pop(str(folders[0]))
+        return result | {"student_folder": str(folders[0])} | rows
+    named = {str(folder): rows.pop(str(folder)) for folder in folders}
+    return result | {who: row for who, row in rows.items() if row} | {"pipelines": named}
 
 
 def run_geneval(

@@ -5,6 +5,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from stepfold.errors import UserError
 from stepfold.evaluation.judge import Judge, image_features, text_features
 from stepfold.evaluation.metrics import accuracy, clip_score, diversity, frechet_distance
 from stepfold.evaluation.protocol import EMOJI, Protocol, protocol_prompts, score_images
+from stepfold.jobs import protocol_samplers
 
 SMALL = Protocol(name="small", version=1, n=20, seed=3, samples_per_prompt=2)
 
@@ -22,6 +25,18 @@ def test_hash_is_frozen_and_follows_every_field():
     assert EMOJI.hash() == "45f9a83ccf5152d84e076f5a15b990f8f440d3c108dccd573dfec31fe3ec5487"
     changes = [{"n": 2000}, {"seed": 1}, {"guidance": 5.0}, {"teacher_steps": (20,)}, {"version": 2}]
     assert len({replace(EMOJI, **change).hash() for change in [{}, *changes]}) == len(changes) + 1
+
+
+def test_students_stand_beside_the_teacher_at_the_scale_they_were_taught():
+    """The first of a group is what agreement is measured against."""
+    teacher: Any = SimpleNamespace(sigma_data=1.0)
+    student: Any = None
+    groups = protocol_samplers(teacher, {"a": (student, 4.5), "b": (student, 3.0)}, EMOJI)
+    usual = ["teacher 20", "teacher 4", "teacher 2", "teacher 1", "a 4", "a 2", "a 1"]
+    assert {scale: list(group) for scale, group in groups.items()} == {
+        4.5: usual,
+        3.0: ["teacher at guidance 3 20", "b 4", "b 2", "b 1"],
+    }
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stepfold.display import results_table
 from stepfold.errors import UserError
 from stepfold.evaluation.protocol import Scores
 from stepfold.evaluation.report import METRICS, curves_from_rows, plot_curves, verdict, write_report
@@ -128,6 +129,16 @@ def test_verdict_follows_the_numbers(report: dict):
         assert verdict(report | {"student": {"1": scores(0.5, fd)}}).endswith(f"is better than the teacher's {end}")
     worse = verdict(report | {"student": {"1": scores(0.5, 9.0)}})
     assert worse.endswith("Its FD is worse than the teacher's at every measured step count.")
+
+
+def test_the_teacher_at_the_scale_that_the_student_was_taught(tmp_path: Path, report: dict):
+    report |= {"teacher at guidance 3": {"20": scores(0.964, 0.011)}}
+    assert verdict(report).endswith(
+        " The teacher at guidance 3, as the student was taught: accuracy 0.964, FD 0.011 at 20 steps."
+    )
+    html = write_report(tmp_path, report)[1].read_text(encoding="utf-8")
+    assert "Teacher at guidance 3, 20 steps" in html
+    assert "teacher at guidance 3 20 steps" in list(results_table(report).columns[0].cells)
 
 
 def test_verdict_where_numbers_are_missing(report: dict):

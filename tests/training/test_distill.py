@@ -488,6 +488,10 @@ def test_the_student_learns_to_read_its_guidance(
     assert effect(student) == 0
     train(settings("training.steps=20", "space.guidance=[1.0, 9.0]"), tmp_path / "run", teacher, prompts, student)
     assert effect(student) > 1e-3
+    alone = teacher.new_student()
+    train(settings("training.steps=5", "space.guidance=[3.0, 3.0]"), tmp_path / "one", teacher, prompts, alone)
+    assert effect(alone) == 0  # one scale has nothing to teach: any that a sampler says is the right one
+    assert not torch.equal(alone.transformer.proj_out.weight, teacher.new_student().transformer.proj_out.weight)
 
 
 def test_runs_repeat_to_the_bit(tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class Protocol:
         samples_per_prompt: consecutive pictures that share a prompt, >= 2, as diversity needs.
         teacher_steps: step counts that the teacher is measured at; the first is the reference for agreement.
         student_steps: step counts that the student is measured at.
-        guidance: scale given to the teacher and embedded in the student.
+        guidance: scale that the teacher is given, and a student that was taught several.
     """
 
     name: str
@@ -57,6 +57,16 @@ class Protocol:
 def fields_hash(record: Any) -> str:
     """sha256, in hexadecimal, of a dataclass's fields as JSON with sorted keys and no spaces."""
     return hashlib.sha256(json.dumps(asdict(record), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def teacher_at(guidance: float) -> str:
+    """The name of the teacher's results at another scale than the protocol's."""
+    return f"teacher at guidance {guidance:g}"
+
+
+def teachers_of(result: Mapping[str, Any]) -> list[str]:
+    """Which keys of a report are results of the teacher: the protocol's scale first."""
+    return [who for who in result if who == "teacher" or who.startswith("teacher at guidance ")]
 
 
 EMOJI = Protocol(name="emoji", version=1, n=500, seed=0, samples_per_prompt=2)

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from stepfold.errors import UserError
+from stepfold.evaluation.protocol import teachers_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,8 +41,8 @@ METRICS = {
     ),
     "agreement": (
         "Agreement",
-        "Squared error to the teacher's latents at its most steps, from the same noise, in units of the latents' "
-        "variance. 0 is the same picture, 2 an unrelated one.",
+        "Squared error to the latents of the teacher that was followed, at its most steps and at its guidance scale, "
+        "from the same noise, in units of the latents' variance. 0 is the same picture, 2 an unrelated one.",
     ),
     "images_per_sec": ("Images/s", "Pictures made per second on this machine, judging left out."),
 }
@@ -134,7 +135,7 @@ def render_html(report: Mapping[str, Any], folder: Path) -> str:
 def _table(report: Mapping[str, Any]) -> list[list[tuple[str, list[str]]]]:
     """Rows (label, cells in the order of METRICS), one list for the student, the teacher and the real pictures each."""
     groups = []
-    for who in ("student", "teacher"):
+    for who in ("student", *teachers_of(report)):
         rows = _by_steps(report, who)
         groups.append([(f"{who.capitalize()}, {_steps(steps)}", _cells(scores)) for steps, scores in rows.items()])
     if report.get("reals"):
@@ -178,7 +179,7 @@ def verdict(report: Mapping[str, Any]) -> str:
     ]
     said = [part for part in parts if part]
     first = f"{'One step' if steps == 1 else _steps(steps)}: {'; '.join(said) or 'not measured'}."
-    return f"{first}{_ranking(ours, teacher)}"
+    return f"{first}{_ranking(ours, teacher)}{_taught(report)}"
 
 
 def _accuracy_part(ours: Row, theirs: Row, best: int) -> str | None:
@@ -215,6 +216,18 @@ def _ranking(ours: Row, teacher: Mapping[int, Row]) -> str:
         return " Its FD is better than the teacher's at every measured step count."
     counts = " and ".join(filter(None, [", ".join(map(str, beaten[:-1])), str(beaten[-1])]))
     return f" Its FD is better than the teacher's at {counts} step{'s' * (beaten != [1])}."
+
+
+def _taught(report: Mapping[str, Any]) -> str:
+    """The teacher at the scale that the student was taught, where that is not the one it is compared with."""
+    said = ""
+    for who in teachers_of(report):
+        for steps, scores in _by_steps(report, who).items() if who != "teacher" else ():
+            row = {key: _number(scores.get(key), 3) for key in ("accuracy", "fd")}
+            said += (
+                f" The {who}, as the student was taught: accuracy {row['accuracy']}, FD {row['fd']} at {_steps(steps)}."
+            )
+    return said
 
 
 def _stages(stages_sec: Mapping[str, float]) -> list[tuple[str, str, float]]:

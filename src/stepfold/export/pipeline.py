@@ -6,6 +6,7 @@ from typing import Any
 
 from stepfold import __version__
 from stepfold.config import Config
+from stepfold.evaluation.protocol import teachers_of
 from stepfold.sampling import few_step_times
 from stepfold.teachers.contract import Student
 from stepfold.teachers.loading import CARD
@@ -68,7 +69,7 @@ def model_card(card: dict[str, Any], example: str, metrics: dict[str, Any] | Non
     rows = ""
     if metrics:
         rows = "\n## Measured\n\n| sampler | accuracy | CLIP score | FD | diversity |\n|---|---|---|---|---|\n"
-        for who in ("teacher", "student"):
+        for who in (*teachers_of(metrics), "student"):
             for steps, s in metrics.get(who, {}).items():
                 cells = f"{s['accuracy']:.3f} | {s['clip_score']:.1f} | {s['fd']:.4f} | {s['diversity']:.3f}"
                 rows += f"| {who}, {steps} steps | {cells} |\n"

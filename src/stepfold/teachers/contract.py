@@ -72,6 +72,9 @@ class Student(nn.Module):
         """-w_phi: t [B], guidance scales [B] -> [B]."""
         raise NotImplementedError
 
+    def freeze_guidance(self) -> None:
+        """From now on what reads the guidance scale stays as it is: a run with one scale has nothing to teach it."""
+
     def recompute_blocks(self) -> None:
         """From now on the backward pass computes each block's forward again, whose activations are not kept.
 

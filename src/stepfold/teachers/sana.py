@@ -87,6 +87,10 @@ class SanaStudent(Student):
         _, embedding = self.transformer.time_embed(flow_time(t), guidance=guidance * scale, hidden_dtype=dtype)
         return self.variance_head(embedding).squeeze(-1)
 
+    def freeze_guidance(self) -> None:
+        """See `Student`; an embedder that starts neutral stays so: a sampler may then say any scale."""
+        self.transformer.time_embed.guidance_embedder.requires_grad_(False)
+
     def recompute_blocks(self) -> None:
         """See `Student`; diffusers' gradient checkpointing."""
         self.transformer.enable_gradient_checkpointing()

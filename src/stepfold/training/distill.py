@@ -143,7 +143,7 @@ def update(
             loss = loss + config.adversarial.weight * for_student
             rows |= {"loss": loss, "generator_loss": for_student, "discriminator_loss": for_heads}
         with stages("student backward"), student_attention(config.training.precision, pairs.x.device):
-            accelerator.backward(loss.sum() / denominator, inputs=list(student.parameters()))
+            accelerator.backward(loss.sum() / denominator, inputs=[p for p in student.parameters() if p.requires_grad])
         if for_heads is not None:
             with stages("adversarial"):
                 accelerator.backward(for_heads.sum() / denominator)
@@ -313,6 +313,8 @@ def distill(
     note_tangent(f"{choice.backend} ({choice.reason})")
     if choice.recompute:
         student.recompute_blocks()
+    if config.space.only_guidance is not None:
+        student.freeze_guidance()
     average = copy.deepcopy(student).requires_grad_(False)
     modules: dict[str, nn.Module] = {"student": student, "average": average}
     discriminator = new_discriminator(teacher, config.seed).to(device) if config.adversarial.weight else None
