@@ -199,7 +199,7 @@ def gradient_of(bench: Bench, row: Row) -> Run:
         with stages("text"):
             condition = bench.cache.rows(batch.index).to(device, teacher.dtype)
             if row.compiled:
-                condition = condition.padded(config.teacher.max_tokens)
+                condition = condition.padded(teacher.max_tokens)
         with stages("teacher"), rollout_precision(config.training.rollout_precision, device):
             pairs = collect(batch, condition, velocity, black, teacher.sigma_data, config.space)
             teacher.forget_prompts()

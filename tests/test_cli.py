@@ -171,7 +171,7 @@ def bad_index(folder: Path) -> None:
 
 def other_pipeline(folder: Path) -> None:
     file = folder / "model_index.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "FluxPipeline"}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "AudioLDM2Pipeline"}))
 
 
 def no_vae(folder: Path) -> None:
@@ -208,7 +208,7 @@ def other_shape(folder: Path) -> None:
     [
         (no_index, ["no model_index.json", "save_pretrained"]),
         (bad_index, ["not valid JSON", "save_pretrained"]),
-        (other_pipeline, ["is a FluxPipeline", "SanaPipeline"]),
+        (other_pipeline, ["is a AudioLDM2Pipeline", "SanaPipeline"]),
         (no_vae, ["lacks its part 'vae'", "copy the whole pipeline folder"]),
         (no_weights, ["does not load", "save_pretrained"]),
         (pickled, ["a pickle, transformer/diffusion_pytorch_model.bin", "safe_serialization=True"]),

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from stepfold.errors import UserError
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.loading import load_teacher
-from stepfold.teachers.sana import SanaTeacher
+from stepfold.teachers.sana import SanaTeacher, trigflow_network
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def pairs(teacher: SanaTeacher) -> Pairs:
 
 
 def test_sound_teacher_passes_every_check(tiny_sana: Path) -> None:
-    findings = doctor.examine(str(tiny_sana), "cpu")
+    findings = doctor.examine(TeacherSettings(source=str(tiny_sana), max_tokens=64), "cpu")
     assert [f for f in findings if not f.ok] == []
     assert len({f.check for f in findings}) == len(findings) == 9
     assert all(f.number and f.want for f in findings)
@@ -48,7 +49,7 @@ def sampler_check(teacher: SanaTeacher) -> doctor.Finding:
 
 
 def wrong_time(teacher: SanaTeacher) -> None:
-    teacher.time_scale *= 0.9
+    teacher.predict = partial(trigflow_network, time_scale=0.9)
 
 
 def wrong_mask(teacher: SanaTeacher) -> None:
@@ -56,7 +57,7 @@ def wrong_mask(teacher: SanaTeacher) -> None:
 
 
 def wrong_null(teacher: SanaTeacher) -> None:
-    teacher._null = teacher._encode(["something"], instruct=False)
+    teacher._null = teacher._encode(["something"], None)
     teacher._null_trimmed = teacher._null.trimmed()
 
 
@@ -137,7 +138,7 @@ def test_a_teacher_that_counts_to_a_thousand_is_refused(tiny_sana: Path, tmp_pat
     file = folder / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"timestep_scale": 1.0}))
     with pytest.raises(UserError, match="time counts to 1000"):
-        doctor.examine(str(folder), "cpu")
+        doctor.examine(TeacherSettings(source=str(folder), max_tokens=64), "cpu")
 
 
 def test_a_deaf_teacher_on_disk_is_flagged(tiny_sana: Path, tmp_path: Path) -> None:
@@ -146,5 +147,5 @@ def test_a_deaf_teacher_on_disk_is_flagged(tiny_sana: Path, tmp_path: Path) -> N
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     save_file({n: torch.zeros_like(v) if ".attn2.to_out.0." in n else v for n, v in weights.items()}, file)
-    flagged = [f.check for f in doctor.examine(str(folder), "cpu") if not f.ok]
+    flagged = [f.check for f in doctor.examine(TeacherSettings(source=str(folder), max_tokens=64), "cpu") if not f.ok]
     assert flagged[0] == "guidance changes the velocity"

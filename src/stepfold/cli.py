@@ -251,23 +251,29 @@ def doctor(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the findings here too.", show_default=False)
     ] = None,
+    height: Annotated[
+        int | None, typer.Option(min=1, help="Pixels. Default: the teacher's own.", show_default=False)
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels.", show_default=False)] = None,
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
 ) -> None:
     """Check that a teacher is understood before a run: each finding with a number and a verdict.
 
     stepfold doctor emoji
 
-    stepfold doctor ./my-sana --json findings.json
+    stepfold doctor ./my-flux --height 256 --width 256 --json findings.json
     """
     from rich.console import Console
     from rich.table import Table
 
+    from stepfold.config import TeacherSettings
     from stepfold.display import quiet_libraries
     from stepfold.doctor import examine
     from stepfold.training.runs import writing
 
     quiet_libraries()
-    findings = examine(teacher, usable_device(device))
+    settings = TeacherSettings(source=teacher, height=height, width=width, max_tokens=64)
+    findings = examine(settings, usable_device(device))
     table = Table("check", "number", "want", "verdict", box=None)
     for f in findings:
         table.add_row(f.check, f.number, f.want, "[green]ok[/]" if f.ok else "[red]LOOK[/]")
@@ -399,7 +405,10 @@ def encode(
         str, typer.Option(help="`emoji` (bundled), a diffusers pipeline folder, or a hub id.")
     ] = "emoji",
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/conditions"),
-    max_tokens: Annotated[int, typer.Option(min=2, help="As teacher.max_tokens of the run.")] = 300,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="As teacher.max_tokens of the run. Default: the pipeline's.", show_default=False),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 64,
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
     quiet: Quiet = False,

@@ -34,7 +34,9 @@ class TeacherSettings(Section):
     )
     height: int | None = Field(default=None, gt=0, description="pixels; default: what the transformer was trained on")
     width: int | None = Field(default=None, gt=0, description="pixels")
-    max_tokens: int = Field(default=300, ge=2, le=4096, description="longest prompt, in tokens")
+    max_tokens: int | None = Field(
+        default=None, ge=2, le=4096, description="longest prompt, in tokens; default: the pipeline's own"
+    )
 
 
 class SpaceSettings(Section):
@@ -65,10 +67,11 @@ class SpaceSettings(Section):
     reuse: int = Field(
         default=1, ge=1, description="updates made of each step's pairs; 2 halves the teacher's share of the time"
     )
-    guidance: tuple[float, ...] = Field(
-        default=(4.0, 4.5, 5.0),
+    guidance: tuple[float, ...] | None = Field(
+        default=None,
         min_length=1,
-        description="guidance scales, one drawn per prompt; a single one is what the student always stands for",
+        description="guidance scales, one drawn per prompt; a single one is what the student stands for. Default: "
+        "the pipeline's own, and half a unit around it where the student can be told which",
     )
     filter_rule: Literal["random", "hard", "off"] = Field(default="random", description="brightness filter")
     filter_threshold: float = Field(default=1.0, gt=0, description="mean squared distance to the black latent")
@@ -76,11 +79,6 @@ class SpaceSettings(Section):
         default="kept",
         description="mean over the kept pairs, or over all (public code; the filter then scales the gradient)",
     )
-
-    @property
-    def only_guidance(self) -> float | None:
-        """The guidance scale of all walks, or None where they have several."""
-        return self.guidance[0] if len(set(self.guidance)) == 1 else None
 
 
 class ConsistencySettings(Section):

@@ -46,9 +46,10 @@ from stepfold.teachers.loading import (
     load_student,
     load_teacher,
 )
-from stepfold.teachers.sana import SanaTeacher
+from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import Progress, Stages, distill, make_accelerator
+from stepfold.training.draws import guidance_scales
 from stepfold.training.runs import check_run, checkpoints, open_run, read_metrics, writing
 
 NUM_PREVIEWS = 8
@@ -83,10 +84,11 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     student = teacher.new_student()
     if resume and not checkpoints(folder):
         display.note(f"{folder} holds no checkpoint yet: starting from the teacher")
+    scales = guidance_scales(config, teacher)
+    usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
+    taught = usual if len(set(scales)) > 1 else scales[0]
     open_run(folder, config, resume)  # only now: a teacher that does not load leaves no run behind
     remember_prompts(folder, prompts)
-    usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
-    taught = usual if config.space.only_guidance is None else config.space.only_guidance
     black = cache.black.to(device) if cache else cached_black(folder, teacher)
     latents = image_latents(folder, teacher, images, config.space.cache_latents, display) if images else None
     if images is None or config.space.cache_latents:
@@ -137,7 +139,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     tracker.close()
     of_steps.append(peak_memory_gib(device))
 
-    save_student(teacher, average, folder / "student", config, taught, prompts.prompt(0))
+    save_student(teacher, average, folder / "student", config, scales, taught, prompts.prompt(0))
     result: dict[str, Any] = {"teacher": {}, "student": {}}
     protocol = replace(EMOJI, n=config.evaluation.n or 2, guidance=usual)
     if config.evaluation.n and config.teacher.source == "emoji":
@@ -226,7 +228,7 @@ def remember_prompts(folder: Path, prompts: PromptFile | ImageFolder) -> None:
         part.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def cached_black(folder: Path, teacher: SanaTeacher) -> torch.Tensor:
+def cached_black(folder: Path, teacher: PipelineTeacher) -> torch.Tensor:
     """The black latent of the brightness filter, made once and kept with the run."""
     path = folder / "black.safetensors"
     if not path.exists():
@@ -236,7 +238,7 @@ def cached_black(folder: Path, teacher: SanaTeacher) -> torch.Tensor:
 
 
 def image_latents(
-    folder: Path, teacher: SanaTeacher, images: ImageFolder, cache: bool, display: Display
+    folder: Path, teacher: PipelineTeacher, images: ImageFolder, cache: bool, display: Display
 ) -> Callable[[list[int]], torch.Tensor]:
     """A function from numbers of images to their clean latents [B, ...], encoded when asked for, or all at once now."""
 
@@ -261,7 +263,7 @@ def image_latents(
 
 def make_preview(
     folder: Path,
-    teacher: SanaTeacher,
+    teacher: PipelineTeacher,
     conditions: Callable[[Sequence[int]], Condition],
     num_prompts: int,
     config: Config,
@@ -305,7 +307,7 @@ def counted(steps: int) -> str:
 
 
 def protocol_samplers(
-    teacher: SanaTeacher, students: Mapping[str, tuple[Student, float]], protocol: Protocol
+    teacher: PipelineTeacher, students: Mapping[str, tuple[Student, float]], protocol: Protocol
 ) -> dict[float, dict[str, Sampler]]:
     """Guidance scale -> what is measured at it: the teacher first, then the students (network, scale) taught by it.
 
@@ -328,7 +330,7 @@ def protocol_samplers(
 def measure_groups(
     judge: Judge,
     protocol: Protocol,
-    teacher: SanaTeacher,
+    teacher: PipelineTeacher,
     groups: Mapping[float, dict[str, Sampler]],
     display: Display,
 ) -> dict[str, Scores]:

@@ -61,7 +61,7 @@ def folder(
 ) -> Path:
     folder = tmp_path_factory.mktemp("run") / "student"
     teacher.release_decoder()  # as during training; the folder must have the autoencoder all the same
-    save_student(teacher, student, folder, config, GUIDANCE, PROMPTS[0])
+    save_student(teacher, student, folder, config, [GUIDANCE], GUIDANCE, PROMPTS[0])
     return folder
 
 
@@ -180,8 +180,8 @@ def test_a_student_is_replaced_whole_or_not_at_all(
     with monkeypatch.context() as patch:
         patch.setattr("stepfold.export.pipeline.model_card", lambda *_: 1 / 0)  # after the weights are written
         with pytest.raises(ZeroDivisionError):
-            save_student(teacher, student, folder, config, GUIDANCE, "fox")
+            save_student(teacher, student, folder, config, [GUIDANCE], GUIDANCE, "fox")
     assert [path.name for path in tmp_path.rglob("*")] == ["student", "old.txt"]
-    save_student(teacher, student, folder, config, GUIDANCE, "fox")
+    save_student(teacher, student, folder, config, [GUIDANCE], GUIDANCE, "fox")
     assert not (folder / "old.txt").exists() and (folder / "model_index.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["student"]

@@ -36,6 +36,8 @@ class LabelTeacher:
 
     sigma_data: float = SIGMA_DATA
     guidance_kind: str = "none"
+    default_guidance: float = 4.5
+    student_reads_guidance: bool = True
     latent_shape: tuple[int, ...] = (2,)
 
     def encode(self, prompts: Sequence[str]) -> Condition:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stepfold.spaces.generation import walk
 from stepfold.teachers.once import compute_once
-from stepfold.teachers.sana import SanaTeacher, of_the_prompt_alone
+from stepfold.teachers.sana import SanaTeacher
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_walk_projects_its_prompts_once(teacher: SanaTeacher, monkeypatch: pyt
     monkeypatch.setattr(nn.functional, "linear", counting)
     routes = torch.linspace(1.5, 0.3, 4).expand(2, 4)
     noise, scales = 0.5 * torch.randn(2, *teacher.latent_shape), torch.full((2,), 4.5)
-    parts = [id(p.weight) for p in of_the_prompt_alone(teacher.transformer) if isinstance(p, nn.Linear)]
+    parts = [id(p.weight) for p in teacher.of_the_prompt_alone() if isinstance(p, nn.Linear)]
     assert len(parts) >= 2
     first, second = teacher.encode(["fox", "pizza"]), teacher.encode(["red heart", "sun"])
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_a_walk_projects_its_prompts_once(teacher: SanaTeacher, monkeypatch: pyt
             assert calls.count(id(teacher.transformer.transformer_blocks[0].attn1.to_q.weight)) == 4
         calls.clear()
         teacher.forget_prompts()
-        assert all("_last_call" not in part.__dict__ for part in of_the_prompt_alone(teacher.transformer))
+        assert all("_last_call" not in part.__dict__ for part in teacher.of_the_prompt_alone())
         teacher.velocity(noise, routes[:, 0], second, scales)
         assert all(calls.count(part) == 1 for part in parts)  # computed afresh
 

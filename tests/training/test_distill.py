@@ -551,12 +551,12 @@ def test_export_on_a_full_disk_keeps_the_old_student(
 ) -> None:
     folder = tmp_path / "student"
     student = teacher.new_student()
-    save_student(teacher, student, folder, settings(), 4.5, "fox")
+    save_student(teacher, student, folder, settings(), [4.5], 4.5, "fox")
     before = student.transformer.proj_out.bias.detach().clone()
     with torch.no_grad():
         student.transformer.proj_out.bias.add_(1)
     with full_disk(20_000), pytest.raises(UserError, match=r"cannot write .*student: "):
-        save_student(teacher, student, folder, settings(), 4.5, "fox")
+        save_student(teacher, student, folder, settings(), [4.5], 4.5, "fox")
     assert leftovers(tmp_path) == []
     _, old, _ = load_student(folder, "cpu")
     assert torch.equal(old.transformer.proj_out.bias, before)

@@ -29,7 +29,8 @@ from stepfold.errors import UserError
 from stepfold.maths.tangent import BACKENDS, Tangent, total_derivative
 from stepfold.objectives.consistency import ConsistencyOptions, consistency_terms, tangent_direction
 from stepfold.teachers.contract import Condition
-from stepfold.teachers.sana import SIGMA_DATA, SanaStudent, student_transformer
+from stepfold.teachers.pipeline import SIGMA_DATA
+from stepfold.teachers.sana import SanaStudent, student_transformer
 
 PAGE = Path(__file__).parents[2] / "docs" / "tangents.md"
 COLUMNS = ("checkpointing", "torch.compile", "bf16 autocast", "DDP", "FSDP2", "LoRA")

@@ -1,6 +1,7 @@
 """Student -> a folder that plain diffusers loads, with a card that says how to use it and where it comes from."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +11,30 @@ from stepfold.evaluation.protocol import teachers_of
 from stepfold.sampling import few_step_times
 from stepfold.teachers.contract import Student
 from stepfold.teachers.loading import CARD
-from stepfold.teachers.sana import SanaTeacher
+from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.runs import writing
 
 USE = """```python
 import torch
-from diffusers import SanaSprintPipeline
+from diffusers import {pipeline}
 
-pipe = SanaSprintPipeline.from_pretrained("{folder}")
+pipe = {pipeline}.from_pretrained("{folder}")
 image = pipe(
     {prompt},
-    num_inference_steps=1,
-    intermediate_timesteps=None,  # diffusers accepts it with 2 steps only
-    height={height},
-    width={width},
-    use_resolution_binning=False,
-    max_sequence_length={max_tokens},
-    guidance_scale={guidance},
+{arguments}
     generator=torch.Generator().manual_seed(0),
 ).images[0]
 ```"""
 
 
 def save_student(
-    teacher: SanaTeacher, student: Student, folder: Path, config: Config, guidance: float, example: str
+    teacher: PipelineTeacher,
+    student: Student,
+    folder: Path,
+    config: Config,
+    scales: Sequence[float],
+    guidance: float,
+    example: str,
 ) -> None:
     """Writes the student's pipeline and its cards, as a whole.
 
@@ -42,9 +43,11 @@ def save_student(
         student: the network to export (the average).
         folder: replaced if it exists.
         config: the run's settings.
+        scales: guidance scales of its walks.
         guidance: default scale to sample with.
         example: a prompt for the model card.
     """
+    times = {str(k): few_step_times(k) for k in (1, 2, 4)}
     card = {
         "stepfold": __version__,
         "teacher": config.teacher.source,
@@ -52,8 +55,11 @@ def save_student(
         "width": teacher.width,
         "max_tokens": teacher.max_tokens,
         "guidance": guidance,
+        "taught": list(scales),
         "sigma_data": teacher.sigma_data,
-        "times": {str(k): few_step_times(k) for k in (1, 2, 4)},
+        "times": times,
+        "pipeline": teacher.student_class.__name__,
+        "calls": {k: teacher.student_call(t, guidance) for k, t in times.items()},
         "config": config.model_dump(mode="json"),
     }
     with writing(folder) as part:
@@ -64,7 +70,11 @@ def save_student(
 
 def model_card(card: dict[str, Any], example: str, metrics: dict[str, Any] | None = None) -> str:
     """The student's README: use, recipe, metrics, licence."""
-    use = USE.format(folder="FOLDER", prompt=json.dumps(example, ensure_ascii=False), **card)
+    arguments = "\n".join(f"    {name}={value!r}," for name, value in card["calls"]["1"].items())
+    prompt = json.dumps(example, ensure_ascii=False)
+    use = USE.format(pipeline=card["pipeline"], folder="FOLDER", prompt=prompt, arguments=arguments)
+    changed = {name: value for name, value in card["calls"]["2"].items() if value != card["calls"]["1"][name]}
+    two = ", ".join(f"`{name}={value!r}`" for name, value in changed.items())
     training, space = card["config"]["training"], card["config"]["space"]
     rows = ""
     if metrics:
@@ -83,11 +93,13 @@ tags: [few-step, distillation, stepfold]
 
 Distilled from prompts alone by stepfold {card["stepfold"]}, with trajectory-backward consistency (arXiv:2511.20410):
 {training["steps"]} optimiser steps of {training["prompts_per_step"]} trajectories, {space["route_steps"]} route steps,
-guidance {space["guidance"]}. The whole recipe is in `{CARD}`.
+guidance {", ".join(f"{scale:g}" for scale in card["taught"])}. The whole recipe is in `{CARD}`.
 
 ## Use
 
 {use}
+
+For two steps: {two}.
 {rows}
 ## Licence
 

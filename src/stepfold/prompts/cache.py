@@ -2,7 +2,8 @@
 
 A folder holds index.json (what was encoded, with what), extras.safetensors (the unconditional branch's condition, the
 black latent) and shards of SHARD prompts: the embeddings of their real tokens one after the other, in bfloat16, and
-where those of each prompt begin. Shards are memory-mapped and read row by row.
+where those of each prompt begin, and a pooled vector a prompt where the teacher takes one. Shards are memory-mapped and
+read row by row.
 """
 
 import json
@@ -35,12 +36,14 @@ class ConditionCache:
         starts: of each shard, int64 [k + 1]: the first token of every prompt, and the end.
         null: the unconditional branch's condition, one row, for teachers that have such a branch.
         black: unit-variance latent of a black picture, for the brightness filter.
+        has_pooled: the shards hold a pooled vector a prompt too.
     """
 
     shards: list[Any]
     starts: list[Tensor]
     null: Condition | None
     black: Tensor
+    has_pooled: bool
 
     def rows(self, index: Sequence[int]) -> Condition:
         """The conditions of the prompts of these numbers, padded to the longest of them; bfloat16, on the CPU."""
@@ -49,7 +52,8 @@ class ConditionCache:
             shard, row = divmod(i, SHARD)
             first, end = self.starts[shard][row : row + 2].tolist()
             tokens = self.shards[shard].get_slice("embeds")[first:end]
-            parts.append(Condition(tokens[None], torch.ones(1, end - first, dtype=torch.long)))
+            pooled = self.shards[shard].get_slice("pooled")[row : row + 1] if self.has_pooled else None
+            parts.append(Condition.whole(tokens[None], pooled))
         return concatenate(parts)
 
 
@@ -96,22 +100,26 @@ def encode_prompts(
         part.write_text(json.dumps(index, indent=2) + "\n")
     extras = {"black": black.cpu().contiguous()}
     if null is not None:
-        extras |= {"null_embeds": null.embeds.cpu().contiguous(), "null_mask": null.mask.cpu().contiguous()}
+        tensors = {"embeds": null.embeds, "mask": null.mask} | ({} if null.pooled is None else {"pooled": null.pooled})
+        extras |= {f"null_{name}": values.cpu().contiguous() for name, values in tensors.items()}
     with writing(folder / EXTRAS) as part:
         save_file(extras, part)
     for number, begin in enumerate(range(0, len(prompts), SHARD)):
         members = range(begin, min(begin + SHARD, len(prompts)))
         if not (path := shard_path(folder, number)).exists():
-            tokens, lengths = [], [torch.zeros(1, dtype=torch.long)]
+            tokens, pooled, lengths = [], [], [torch.zeros(1, dtype=torch.long)]
             for start in range(members.start, members.stop, batch):
                 these = range(start, min(start + batch, members.stop))
                 condition = encode([prompts.prompt(i) for i in these])
                 real = condition.mask.bool()
                 tokens.append(condition.embeds[real].to(torch.bfloat16).cpu())
                 lengths.append(real.sum(1).cpu())
+                if condition.pooled is not None:
+                    pooled.append(condition.pooled.to(torch.bfloat16).cpu())
                 tick(len(these))
             with writing(path) as part:
-                save_file({"embeds": torch.cat(tokens), "starts": torch.cat(lengths).cumsum(0)}, part)
+                shard = {"embeds": torch.cat(tokens), "starts": torch.cat(lengths).cumsum(0)}
+                save_file(shard | ({"pooled": torch.cat(pooled)} if pooled else {}), part)
         else:
             tick(len(members))
 
@@ -133,8 +141,10 @@ def open_conditions(folder: Path, key: dict[str, Any]) -> ConditionCache:
         extras = load_file(folder / EXTRAS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} is damaged ({error}); delete it and encode again") from None
-    null = Condition(extras["null_embeds"], extras["null_mask"]) if "null_embeds" in extras else None
-    return ConditionCache(shards, starts, null, extras["black"])
+    null = None
+    if "null_embeds" in extras:
+        null = Condition(extras["null_embeds"], extras["null_mask"], extras.get("null_pooled"))
+    return ConditionCache(shards, starts, null, extras["black"], "pooled" in set(shards[0].keys()))
 
 
 def read_index(folder: Path) -> dict[str, Any]:

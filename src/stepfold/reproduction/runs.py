@@ -33,7 +33,7 @@ from stepfold.reproduction.figures import route_numbers, walk_numbers
 from stepfold.spaces.pairs import pairs_per_prompt
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_student, load_teacher
-from stepfold.teachers.sana import SanaTeacher
+from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.distill import BESIDE_STEPS
 from stepfold.training.runs import read_metrics, writing
 
@@ -292,7 +292,7 @@ def score(student_folder: Path, protocol: Protocol, root: Path) -> dict[str, Any
     }
 
 
-def measure_teacher(teacher: SanaTeacher, judge: Judge, protocol: Protocol, root: Path) -> Path:
+def measure_teacher(teacher: PipelineTeacher, judge: Judge, protocol: Protocol, root: Path) -> Path:
     """The teacher's own rows, measured once: a json file in `root`, and beside it its pictures at the most steps."""
     note = root / f"teacher_{protocol.hash()[:12]}.json"
     if not note.exists():

@@ -1,8 +1,8 @@
 """What a teacher and a student are to the rest of the code. Everything past this border speaks TrigFlow."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -16,47 +16,72 @@ GuidanceKind = Literal["classifier_free", "embedded", "none"]
 
 @dataclass(frozen=True)
 class Condition:
-    """What the networks are conditioned on: the text encoder's output.
+    """What the networks are conditioned on: the text encoders' output.
 
     Attributes:
         embeds: [B, L, D].
         mask: int64 [B, L], 1 where attention may look.
+        pooled: [B, P], of the whole prompt, for networks that take such a vector.
     """
 
     embeds: Tensor
     mask: Tensor
+    pooled: Tensor | None = None
+
+    @staticmethod
+    def whole(embeds: Tensor, pooled: Tensor | None = None) -> "Condition":
+        """One in which attention looks everywhere, at padding too."""
+        return Condition(embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device), pooled)
 
     def __len__(self) -> int:
         return len(self.embeds)
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Condition":
+        """With `change` made to every tensor; each has the samples in its first dimension."""
+        pooled = None if self.pooled is None else change(self.pooled)
+        return Condition(change(self.embeds), change(self.mask), pooled)
+
     def rows(self, index: Tensor | slice) -> "Condition":
         """The samples that `index` selects, in its order."""
-        return Condition(self.embeds[index], self.mask[index])
+        return self.each(lambda values: values[index])
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Condition":
         """On a device, the embeddings in a dtype."""
-        return Condition(self.embeds.to(device, dtype), self.mask.to(device))
+        return self.each(lambda values: values.to(device, dtype if values.is_floating_point() else None))
 
     def repeat_interleave(self, times: int) -> "Condition":
         """Each sample `times` times in a row."""
-        return Condition(self.embeds.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))
+        return self.each(lambda values: values.repeat_interleave(times, 0))
+
+    def expand(self, count: int) -> "Condition":
+        """Of one sample, `count`."""
+        return self.each(lambda values: values.expand(count, *values.shape[1:]))
+
+    def first_tokens(self, length: int) -> "Condition":
+        """Without the positions from `length` on."""
+        return replace(self, embeds=self.embeds[:, :length], mask=self.mask[:, :length])
 
     def trimmed(self) -> "Condition":
         """Without the positions that no sample of the batch attends to; they would only cost time."""
-        length = int(self.mask.any(0).nonzero().max()) + 1
-        return Condition(self.embeds[:, :length], self.mask[:, :length])
+        return self.first_tokens(int(self.mask.any(0).nonzero().max()) + 1)
 
     def padded(self, length: int) -> "Condition":
         """With masked positions appended up to `length`."""
         extra = length - self.mask.shape[1]
-        return Condition(nn.functional.pad(self.embeds, (0, 0, 0, extra)), nn.functional.pad(self.mask, (0, extra)))
+        pad = nn.functional.pad
+        return replace(self, embeds=pad(self.embeds, (0, 0, 0, extra)), mask=pad(self.mask, (0, extra)))
 
 
 def concatenate(conditions: Sequence[Condition]) -> Condition:
     """One batch out of several, padded to the longest."""
     length = max(c.mask.shape[1] for c in conditions)
     parts = [c.padded(length) for c in conditions]
-    return Condition(torch.cat([c.embeds for c in parts]), torch.cat([c.mask for c in parts]))
+    pooled = [c.pooled for c in parts if c.pooled is not None]
+    return Condition(
+        torch.cat([c.embeds for c in parts]),
+        torch.cat([c.mask for c in parts]),
+        torch.cat(pooled) if pooled else None,
+    )
 
 
 class Student(nn.Module):
@@ -92,9 +117,16 @@ class Teacher(Protocol):
 
     sigma_data: float
     guidance_kind: GuidanceKind
+    default_guidance: float  # of its pipeline
     latent_shape: tuple[int, ...]
+    max_tokens: int  # of a prompt
     shift: float  # of the teacher's own flow sampler
     feature_widths: tuple[int, ...]  # of `features`
+
+    @property
+    def student_reads_guidance(self) -> bool:
+        """Whether a student of it can be told which scale it stands for."""
+        ...
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Prompts -> condition, one row a prompt."""

@@ -12,10 +12,31 @@ from huggingface_hub import try_to_load_from_cache
 from stepfold import assets
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
-from stepfold.teachers.contract import Condition
-from stepfold.teachers.sana import SanaStudent, SanaTeacher, check_folder
+from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.flux import FluxTeacher
+from stepfold.teachers.pipeline import PipelineTeacher, check_folder, load_index
+from stepfold.teachers.sana import SanaTeacher
+from stepfold.teachers.sd3 import SD3Teacher
 
 CARD = "stepfold.json"
+
+
+FAMILIES: dict[str, type[PipelineTeacher]] = {
+    pipeline.__name__: family for family in (SanaTeacher, SD3Teacher, FluxTeacher) for pipeline in family.pipelines
+}
+"""Class of a pipeline -> the family that wraps it. A new family is one file and its name here."""
+
+
+def family_of(source: str) -> type[PipelineTeacher]:
+    """The family of a pipeline folder or hub id, as its model_index.json says.
+
+    Raises:
+        UserError: there is no such pipeline, or no family for it.
+    """
+    name = load_index(source).get("_class_name")
+    if name not in FAMILIES:
+        raise UserError(f"teacher {source!r} is a {name}; this version distils {', '.join(FAMILIES)}")
+    return FAMILIES[name]
 
 
 def load_teacher(
@@ -25,10 +46,11 @@ def load_teacher(
     *,
     network_only: bool = False,
     null: Condition | None = None,
-) -> SanaTeacher:
-    """The teacher of a run; `emoji` is the bundled one, loaded like any other. The last two as in `SanaTeacher`."""
-    return SanaTeacher(
-        folder_of(settings.source),
+) -> PipelineTeacher:
+    """The teacher of a run; `emoji` is the bundled one, loaded like any other. The last two as in `PipelineTeacher`."""
+    source = folder_of(settings.source)
+    return family_of(source)(
+        source,
         device=device,
         dtype=dtype,
         height=settings.height,
@@ -59,7 +81,8 @@ def encoder_fingerprint(source: str) -> str:
             raise UserError(f"teacher {source!r} is neither a folder nor a hub id that has been fetched; load it once")
         return f"hub {source} at {Path(cached).parent.name}"
     digest = hashlib.sha256()
-    for part in ("text_encoder", "tokenizer", "vae"):
+    parts = (path.name for path in folder.iterdir() if path.name.startswith(("text_encoder", "tokenizer", "vae")))
+    for part in sorted(parts):
         for path in sorted(p for p in (folder / part).rglob("*") if p.is_file()):
             with path.open("rb") as file:
                 digest.update(
@@ -105,8 +128,8 @@ def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:
     return pipe.to(device)
 
 
-def load_student(folder: Path, device: torch.device | str) -> tuple[SanaTeacher, SanaStudent, dict[str, Any]]:
-    """A student folder: its encoder and autoencoder (as a teacher with embedded guidance), its network, its card.
+def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeacher, Student, dict[str, Any]]:
+    """A student folder: its encoder and autoencoder (as a teacher), its network, its card.
 
     Raises:
         UserError: the folder is no student that stepfold wrote.
@@ -119,5 +142,5 @@ def load_student(folder: Path, device: torch.device | str) -> tuple[SanaTeacher,
         settings = {name: card[name] for name in ("height", "width", "max_tokens")}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / CARD} is damaged ({error}); copy the student folder again") from None
-    pipeline = SanaTeacher(folder, device=device, **settings)
-    return pipeline, SanaStudent(pipeline.transformer), card
+    pipeline = family_of(str(folder))(folder, device=device, **settings)
+    return pipeline, pipeline.as_student(), card

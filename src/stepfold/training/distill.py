@@ -32,7 +32,7 @@ from stepfold.spaces.generation import Velocity, brightness_filter, pairs_from, 
 from stepfold.spaces.pairs import Pairs, pairs_per_prompt
 from stepfold.teachers.contract import Condition, Student, Teacher
 from stepfold.training.choices import choose_tangent, keep_freed_memory
-from stepfold.training.draws import Draw, JudgedDraw, draw, prompt_index
+from stepfold.training.draws import Draw, JudgedDraw, draw, guidance_scales, prompt_index
 from stepfold.training.optimisers import learning_rate, make_optimiser
 from stepfold.training.runs import append_metrics, checkpoints, load_checkpoint, rewind_metrics, save_checkpoint
 
@@ -313,7 +313,7 @@ def distill(
     note_tangent(f"{choice.backend} ({choice.reason})")
     if choice.recompute:
         student.recompute_blocks()
-    if config.space.only_guidance is not None:
+    if len(set(guidance_scales(config, teacher))) == 1:
         student.freeze_guidance()
     average = copy.deepcopy(student).requires_grad_(False)
     modules: dict[str, nn.Module] = {"student": student, "average": average}
@@ -356,7 +356,7 @@ def distill(
         with stages("text"):
             condition = conditions(batch.index) if conditions else encode_ahead(number)
             if training.compile:  # equal shapes: one graph, and a resumed run has the same one
-                condition = condition.padded(config.teacher.max_tokens)
+                condition = condition.padded(max(teacher.max_tokens, condition.mask.shape[1]))
         with stages("images"):
             x0 = latents(batch.index).to(device) if latents else None
         with stages("teacher"), rollout_precision(training.rollout_precision, device):

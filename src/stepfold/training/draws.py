@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stepfold.config import Config, SpaceSettings
+from stepfold.errors import UserError
 from stepfold.maths.routes import (
     half_pi,
     logit_normal_route,
@@ -68,11 +69,29 @@ class Draw:
     judged: JudgedDraw | None = None
 
 
+def guidance_scales(config: Config, teacher: Teacher) -> tuple[float, ...]:
+    """The guidance scales of a run's walks.
+
+    Raises:
+        UserError: several, for a student that cannot be told which one it stands for.
+    """
+    usual = teacher.default_guidance
+    if config.space.guidance is None:
+        return (usual - 0.5, usual, usual + 0.5) if teacher.student_reads_guidance else (usual,)
+    scales = config.space.guidance
+    if len(set(scales)) > 1 and not teacher.student_reads_guidance:
+        raise UserError(
+            f"space.guidance has {len(set(scales))} scales, but this teacher's network takes none, so its student "
+            f"could not tell them apart; give one, for example --set space.guidance=[{usual:g}]"
+        )
+    return scales
+
+
 def draw(step: int, prompts: Prompts, teacher: Teacher, config: Config, device: torch.device) -> Draw:
     """Prompts, noise, routes and guidance scales of a step, each from its own stream, per global sample number."""
     seed, count = config.seed, config.training.prompts_per_step
     samples = range(step * count, (step + 1) * count)
-    scales = torch.tensor(config.space.guidance)
+    scales = torch.tensor(guidance_scales(config, teacher))
     picks: Tensor = torch.cat([uniform((1,), seed, "guidance", i) for i in samples]) * len(scales)
     index = prompt_index(step, prompts, config)
     times = fresh_noise = None

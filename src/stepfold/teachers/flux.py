@@ -1,0 +1,90 @@
+"""FLUX.1: flow prediction on latents packed two by two; dev embeds its guidance scale, schnell has none."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor, nn
+
+from stepfold.maths.formulations import flow_input, flow_time, trigflow_output
+from stepfold.teachers.contract import Condition, GuidanceKind
+from stepfold.teachers.pipeline import PipelineTeacher, Predict
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, H, W] -> tokens [B, H/2 W/2, 4 C], one for every square of two by two."""
+    squares = latents.unfold(2, 2, 2).unfold(3, 2, 2)  # [B, C, H/2, W/2, 2, 2]
+    return squares.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`, for latents of the given sides."""
+    squares = tokens.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))  # [B, H/2, W/2, C, 2, 2]
+    return squares.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def places(height: int, width: int, like: Tensor) -> Tensor:
+    """Position ids [H/2 W/2, 3] of the packed tokens: 0, row, column."""
+    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(like)
+
+
+def flux_network(transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None) -> Tensor:
+    """F [B, C, H, W] of a FluxTransformer2DModel, which multiplies its time and its guidance by 1000 itself."""
+    t_flow, x_flow = flow_time(t).clamp(max=1.0), flow_input(x_unit, t, 1.0)  # samplers start a hair above pi/2
+    height, width = x_unit.shape[-2:]
+    velocity = transformer(
+        hidden_states=pack(x_flow),
+        timestep=t_flow,
+        guidance=guidance if transformer.config.guidance_embeds else None,
+        encoder_hidden_states=condition.embeds,
+        pooled_projections=condition.pooled,
+        txt_ids=condition.embeds.new_zeros(condition.embeds.shape[1], 3),
+        img_ids=places(height, width, condition.embeds),
+        return_dict=False,
+    )[0]
+    return trigflow_output(x_flow, t_flow, unpack(velocity, height, width))
+
+
+def keep_precision(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A forward hook of the first layer: its output stays in its input's dtype under autocast.
+
+    The network rounds its time to that dtype before it multiplies it by 1000: in bfloat16, to steps of 4.
+    """
+    return output.to(args[0].dtype)
+
+
+class FluxTeacher(PipelineTeacher):
+    """FluxPipeline; the student is one too, with guidance embedded as in its teacher."""
+
+    pipelines = (FluxPipeline,)
+    even_ladder = True
+
+    def predictor(self) -> Predict:
+        """See `PipelineTeacher`."""
+        self.transformer.x_embedder.register_forward_hook(keep_precision)  # a student's copy has it too
+        return flux_network
+
+    def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
+        """See `PipelineTeacher`."""
+        return ("embedded",) if self.transformer.config.guidance_embeds else ("none",)
+
+    def geometry(self, factor: int) -> tuple[int, int, int]:
+        """See `PipelineTeacher`."""
+        return self.transformer.config.in_channels // 4, 2 * factor, self.pipe.default_sample_size * factor
+
+    def encode_texts(self, prompts: Sequence[str]) -> Condition:
+        """See `PipelineTeacher`; both text encoders read the same prompt, and padding is attended to as in use."""
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            list(prompts), device=self.device, max_sequence_length=self.max_tokens
+        )
+        return Condition.whole(embeds.to(self.dtype), pooled.to(self.dtype))
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """See `PipelineTeacher`."""
+        return pack(latents)
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        """See `PipelineTeacher`."""
+        return unpack(latents, *self.latent_shape[1:])

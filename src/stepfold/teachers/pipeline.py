@@ -1,0 +1,466 @@
+"""What families of diffusers pipelines share as teachers; a family adds how network and encoders are called."""
+
+import copy
+import inspect
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from stepfold.errors import UserError
+from stepfold.maths.formulations import flow_time, guide
+from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate
+from stepfold.teachers.once import compute_once, forget
+
+SIGMA_DATA = 0.5
+NUM_FEATURES = 5  # feature maps for discriminator heads, as many as Sana-Sprint has
+
+Predict = Callable[[Any, Tensor, Tensor, Condition, Tensor | None], Tensor]
+"""(network, x / sigma_data [B, ...], t [B], condition, guidance scales [B] for a network that embeds them) -> F."""
+
+
+class TimeHead(nn.Module):
+    """The adaptive weight's own small network: -w_phi(t) from a few waves of t."""
+
+    WAVES = 8
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 * self.WAVES, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, start)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t [B] -> [B]."""
+        angles = t[:, None] * torch.arange(1, self.WAVES + 1, dtype=t.dtype, device=t.device)
+        waves = torch.cat([angles.cos(), angles.sin()], 1)
+        return self.linear(waves.to(self.linear.weight.dtype)).squeeze(-1)
+
+
+class PipelineStudent(Student):
+    """A copy of the teacher's network, called as the teacher's is."""
+
+    def __init__(self, transformer: Any, predict: Predict, weight_start: float = 0.0) -> None:
+        """`predict` must be a plain function (or a partial of one): a student is copied whole."""
+        super().__init__()
+        self.transformer, self.predict = transformer, predict
+        self.variance_head = TimeHead(weight_start)
+
+    def forward(self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        """See `Student`; a network that embeds no guidance ignores it."""
+        return self.predict(self.transformer, x_unit, t, condition, guidance)
+
+    def log_variance(self, t: Tensor, guidance: Tensor) -> Tensor:
+        """See `Student`."""
+        return self.variance_head(t)
+
+    def recompute_blocks(self) -> None:
+        """See `Student`; diffusers' gradient checkpointing."""
+        self.transformer.enable_gradient_checkpointing()
+
+
+class PipelineTeacher:
+    """A diffusers pipeline, from a folder or a hub id, as a TrigFlow teacher. See `contract.Teacher`.
+
+    A family sets the first two and says the rest in its methods.
+
+    Attributes:
+        pipelines: classes that the family can load.
+        even_ladder: the pipeline's own sampler walks noise levels 1, 1 - 1/n, ..., 1/n.
+    """
+
+    pipelines: ClassVar[tuple[type, ...]] = ()
+    even_ladder: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        height: int | None = None,
+        width: int | None = None,
+        max_tokens: int | None = None,
+        null_mask: Literal["own", "prompt"] = "own",
+        guidance_kind: GuidanceKind | Literal["auto"] = "auto",
+        network_only: bool = False,
+        null: Condition | None = None,
+    ) -> None:
+        """`network_only` leaves text encoders and VAE for when they are needed; it takes the unconditional `null`.
+
+        Raises:
+            UserError: the folder is not whole, or the network cannot do what is asked for.
+        """
+        self.source, self.device, self.dtype = str(source), torch.device(device), dtype
+        self.sigma_data = SIGMA_DATA
+        self.index = load_index(self.source)
+        self.pipe: Any = load_pipeline(self.source, self.index, self.pipelines, dtype, network_only)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.transformer: Any = self.pipe.transformer.to(self.device).eval().requires_grad_(False)
+        compute_once(self.of_the_prompt_alone())
+        self.predict = self.predictor()
+        kinds = self.guidance_kinds()
+        self.guidance_kind: GuidanceKind = kinds[0] if guidance_kind == "auto" else guidance_kind
+        if self.guidance_kind not in kinds:
+            raise UserError(
+                f"teacher guidance is {guidance_kind!r}, but this network calls for {' or '.join(map(repr, kinds))}; "
+                "leave it at 'auto'"
+            )
+        defaults = inspect.signature(self.pipe.__call__).parameters
+        self.default_guidance = float(defaults["guidance_scale"].default)
+        self.max_tokens = int(defaults["max_sequence_length"].default) if max_tokens is None else max_tokens
+        self.null_mask = null_mask
+
+        vae: Any = self._vae_class().load_config(self.source, subfolder="vae")
+        factor = 2 ** (len(vae.get("encoder_block_out_channels") or vae["block_out_channels"]) - 1)
+        channels, multiple, usual = self.geometry(factor)
+        self.height, self.width = height or usual, width or usual
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side % multiple:
+                raise UserError(f"{name} is {side}, but this pipeline needs a multiple of {multiple}")
+        self.latent_shape = (channels, self.height // factor, self.width // factor)
+        self.shift = self._shift()
+
+        blocks = self.transformer.transformer_blocks
+        count = min(NUM_FEATURES, len(blocks))
+        self.feature_blocks = [blocks[(i + 1) * len(blocks) // count - 1] for i in range(count)]
+        config = self.transformer.config
+        self.feature_widths = (config.num_attention_heads * config.attention_head_dim,) * count
+
+        self._null = self._null_trimmed = None
+        self._both: tuple[Condition, Condition] | None = None  # a condition, and it with the unconditional one before
+        if self.guidance_kind == "classifier_free":
+            self._null = null.to(self.device, dtype) if null else self._encode_null()
+            self._null_trimmed = self._null.trimmed()
+
+    # What a family says.
+
+    def predictor(self) -> Predict:
+        """How the network is called: a plain function, or a partial of one."""
+        raise NotImplementedError
+
+    def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
+        """What this network can do about guidance, the usual one first."""
+        return ("classifier_free", "none")
+
+    @property
+    def student_reads_guidance(self) -> bool:
+        """See `Teacher`."""
+        return self.guidance_kind == "embedded"
+
+    def geometry(self, factor: int) -> tuple[int, int, int]:
+        """Latent channels, what a picture's sides must be multiples of, and its usual side in pixels.
+
+        Args:
+            factor: pixels a latent, along each side.
+        """
+        raise NotImplementedError
+
+    def encode_texts(self, prompts: Sequence[str]) -> Condition:
+        """Prompts as in use -> condition; text encoders are loaded."""
+        raise NotImplementedError
+
+    def encode_nothing(self) -> Condition:
+        """The condition of the unconditional branch, one row."""
+        return self.encode_texts([""])
+
+    def idle_parameters(self) -> tuple[str, ...]:
+        """Parts of the names of a student's parameters that the first step cannot move."""
+        return ()
+
+    def of_the_prompt_alone(self) -> list[nn.Module]:
+        """The network's parts whose one input is the prompt's: no time and no latent. See `once.compute_once`."""
+        return []
+
+    def call_options(self) -> dict[str, Any]:
+        """Arguments that each call of the pipeline needs besides the usual ones."""
+        return {}
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents [B, ...] as the pipeline's own sampler has them."""
+        return latents
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        """The inverse of `pack`."""
+        return latents
+
+    # What they share.
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """See `Teacher`. Prompts are treated as the pipeline treats them by default."""
+        self._load_text_encoders()
+        return self.encode_texts(list(prompts)).trimmed()
+
+    @torch.no_grad()
+    def _encode_null(self) -> Condition:
+        self._load_text_encoders()
+        return self.encode_nothing()
+
+    def _text_encoders(self) -> list[str]:
+        return [name for name, spec in self.index.items() if name.startswith("text_encoder") and spec[0] is not None]
+
+    def _load_text_encoders(self) -> None:
+        for name in self._text_encoders():
+            if getattr(self.pipe, name) is None:
+                library, kind = self.index[name]
+                assert library == "transformers", f"{name} is from {library}"
+                encoder = getattr(transformers, kind).from_pretrained(
+                    self.source, subfolder=name, use_safetensors=True, dtype=self.dtype
+                )
+                setattr(self.pipe, name, encoder)
+            getattr(self.pipe, name).to(self.device).eval().requires_grad_(False)
+
+    @property
+    def null_condition(self) -> Condition | None:
+        """The unconditional branch's condition, one row, untrimmed; None for teachers without such a branch."""
+        return self._null
+
+    def park_text_encoder(self) -> None:
+        """See `Teacher`."""
+        for name in self._text_encoders():
+            if (encoder := getattr(self.pipe, name)) is not None:
+                encoder.to("cpu")
+
+    def forget_prompts(self) -> None:
+        """See `Teacher`."""
+        self._both = None
+        forget(self.of_the_prompt_alone())
+
+    def null(self, like: Condition) -> Condition:
+        """The unconditional branch's condition for each row of `like`.
+
+        With `null_mask="own"` it is masked by its own length, as diffusers' pipelines do; with `"prompt"` by the
+        prompt's mask, as the public training code does.
+        """
+        assert self._null is not None and self._null_trimmed is not None
+        if self.null_mask == "prompt":
+            null = self._null.first_tokens(like.mask.shape[1]).expand(len(like))
+            return Condition(null.embeds, like.mask, null.pooled)
+        return self._null_trimmed.expand(len(like))
+
+    @torch.no_grad()
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        """See `Teacher`. Both branches of classifier-free guidance go through the network as one batch."""
+        x_unit = x / self.sigma_data
+        if self.guidance_kind == "classifier_free":
+            if self._both is None or self._both[0] is not condition:
+                self._both = (condition, concatenate([self.null(condition), condition]))
+            F = self.predict(self.transformer, torch.cat([x_unit, x_unit]), torch.cat([t, t]), self._both[1], None)
+            unguided, guided = F.chunk(2)
+            F = guide(unguided, guided, guidance)
+        else:
+            scales = guidance if self.guidance_kind == "embedded" else None
+            F = self.predict(self.transformer, x_unit, t, condition, scales)
+        return (self.sigma_data * F).to(x.dtype)
+
+    def features(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> list[Tensor]:
+        """See `Teacher`. The outputs of evenly spaced blocks, without classifier-free guidance."""
+        maps: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            maps.append(output[-1] if isinstance(output, tuple) else output)  # text tokens come first, if at all
+
+        handles = [block.register_forward_hook(keep) for block in self.feature_blocks]
+        try:
+            scales = guidance if self.guidance_kind == "embedded" else None
+            self.predict(self.transformer, x / self.sigma_data, t, condition, scales)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return maps
+
+    def _shift(self) -> float:
+        """The shift of the pipeline's flow sampler, at this number of tokens where it depends on that."""
+        schedule = self.pipe.scheduler.config
+        if not schedule.get("use_dynamic_shifting", False):
+            return float(schedule.get("shift", schedule.get("flow_shift", 1.0)))
+        _, height, width = self.latent_shape
+        first, last = schedule["base_image_seq_len"], schedule["max_image_seq_len"]
+        share = ((height // 2) * (width // 2) - first) / (last - first)
+        mu = schedule["base_shift"] + share * (schedule["max_shift"] - schedule["base_shift"])
+        return math.exp(mu) if schedule.get("time_shift_type", "exponential") == "exponential" else mu
+
+    def _vae_class(self) -> Any:
+        return getattr(diffusers, self.index["vae"][1])
+
+    def _vae(self) -> Any:
+        if self.pipe.vae is None:
+            self.pipe.vae = self._vae_class().from_pretrained(
+                self.source, subfolder="vae", use_safetensors=True, dtype=self.dtype
+            )
+        vae: Any = self.pipe.vae
+        return vae.to(self.device).eval().requires_grad_(False)
+
+    def release_decoder(self) -> None:
+        """See `Teacher`."""
+        self.pipe.vae = None
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor, batch: int = 64) -> Tensor:
+        """See `Teacher`."""
+        vae = self._vae()
+        scale, offset = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+        parts = (
+            vae.decode((part / self.sigma_data).to(vae.dtype) / scale + offset, return_dict=False)[0]
+            for part in x0.split(batch)
+        )
+        return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """See `Teacher`. The mean, where the autoencoder gives a distribution."""
+        vae = self._vae()
+        encoded = vae.encode((2 * pictures - 1).to(self.device, vae.dtype), return_dict=False)[0]
+        latents = encoded if isinstance(encoded, Tensor) else encoded.mode()
+        offset = vae.config.get("shift_factor") or 0.0
+        return self.sigma_data * ((latents - offset) * vae.config.scaling_factor).float()
+
+    def black_latent(self) -> Tensor:
+        """See `Teacher`."""
+        return self.encode_pictures(torch.zeros(1, 3, self.height, self.width))[0] / self.sigma_data
+
+    def pipeline_latents(self, prompts: Sequence[str], noise: Tensor, guidance: float, num_steps: int) -> Tensor:
+        """What the pipeline's own loop makes of unit noise [B, ...] with flow-Euler steps: unit latents [B, ...]."""
+        old, self.pipe.scheduler = self.pipe.scheduler, FlowMatchEulerDiscreteScheduler(shift=self.shift)
+        self._load_text_encoders()
+        self._vae()
+        try:
+            latents = self.pipe(
+                list(prompts),
+                num_inference_steps=num_steps,
+                height=self.height,
+                width=self.width,
+                max_sequence_length=self.max_tokens,
+                guidance_scale=guidance,
+                latents=self.pack(noise),
+                output_type="latent",
+                **self.call_options(),
+            ).images
+        finally:
+            self.pipe.scheduler = old
+        return self.unpack(latents)
+
+    # The student.
+
+    def _weight_start(self) -> float:
+        """Where w_phi settles for a tangent of unit norm.
+
+        Starting there, the weight's own gradient does not swamp the time embedding's while w_phi climbs.
+        """
+        return -math.log(math.prod(self.latent_shape))
+
+    def new_student(self) -> Student:
+        """See `Teacher`."""
+        network = copy.deepcopy(self.transformer).requires_grad_(True)
+        return PipelineStudent(network, self.predict, self._weight_start()).to(self.device)
+
+    def as_student(self) -> Student:
+        """The network of this folder, which is a student's, as a student."""
+        return PipelineStudent(self.transformer, self.predict)
+
+    @property
+    def student_class(self) -> type:
+        """The pipeline class that a student is saved as."""
+        return type(self.pipe)
+
+    def student_parts(self) -> dict[str, Any]:
+        """The parts of a student's pipeline besides its network; its sampler adds fresh noise at each step."""
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+        return self.pipe.components | {"scheduler": scheduler}
+
+    def student_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
+        """Arguments with which the saved pipeline takes consistency steps at the given times."""
+        sigmas = flow_time(torch.tensor(times, dtype=torch.float64)).clamp(max=1.0).tolist()
+        scale = guidance if self.guidance_kind == "embedded" else 1.0  # 1: one network call a step
+        return self._usual_call() | {"sigmas": sigmas, "guidance_scale": scale}
+
+    def _usual_call(self) -> dict[str, Any]:
+        size = {"height": self.height, "width": self.width, "max_sequence_length": self.max_tokens}
+        return size | self.call_options()
+
+    def save_student(self, student: Student, folder: Path) -> None:
+        """See `Teacher`: with the teacher's own encoders and autoencoder."""
+        self._vae()
+        self._load_text_encoders()
+        parts = self.student_parts() | {"transformer": student.transformer}
+        pipe: Any = self.student_class(**parts)
+        pipe.save_pretrained(folder, safe_serialization=True)
+
+
+def load_index(source: str) -> dict[str, Any]:
+    """A pipeline's model_index.json, from a folder or a hub id.
+
+    Raises:
+        UserError: the folder lacks a part or holds a pickle, or there is no such pipeline.
+    """
+    folder = Path(source)
+    if folder.exists():
+        check_folder(folder)
+    try:
+        return dict(DiffusionPipeline.load_config(source))  # type: ignore[arg-type]
+    except OSError as error:
+        raise UserError(
+            f"teacher {source!r} is neither a pipeline folder nor a hub id that can be reached: {first_line(error)}"
+        ) from None
+
+
+def load_pipeline(
+    source: str, index: dict[str, Any], classes: Sequence[type], dtype: torch.dtype, network_only: bool
+) -> Any:
+    """Loads a pipeline, all or without text encoders and VAE; safetensors only.
+
+    Raises:
+        UserError: it is of another class, or does not load.
+    """
+    names = {kind.__name__: kind for kind in classes}
+    name = index.get("_class_name")
+    if name not in names:
+        raise UserError(f"teacher {source!r} is a {name}; here it must be a {' or a '.join(names)}")
+    later = [part for part in index if part.startswith("text_encoder") or part == "vae"]
+    kind: Any = names[name]
+    try:
+        parts: dict[str, Any] = dict.fromkeys(later) if network_only else {}
+        return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"teacher {source!r} does not load: {first_line(error)}; save it again with save_pretrained"
+        ) from None
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a pipeline folder with a missing part or a file that could execute code when loaded."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(
+            f"teacher folder {str(folder)!r} has no model_index.json; give a folder written by save_pretrained"
+        )
+    for path in folder.rglob("*"):
+        if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}:
+            raise UserError(
+                f"teacher folder holds a pickle, {path.relative_to(folder)}, which could run code; "
+                "convert it with save_pretrained(..., safe_serialization=True)"
+            )
+    try:
+        parts = json.loads(index.read_text())
+    except ValueError as error:
+        raise UserError(f"{index} is not valid JSON ({error}); save the pipeline again with save_pretrained") from None
+    if not isinstance(parts, dict):
+        raise UserError(f"{index} describes no pipeline; save the pipeline again with save_pretrained")
+    for part, spec in parts.items():
+        present = isinstance(spec, list) and len(spec) == 2 and spec[0] is not None
+        if present and not part.startswith("_") and not (folder / part).is_dir():
+            raise UserError(f"teacher folder {str(folder)!r} lacks its part {part!r}; copy the whole pipeline folder")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,52 @@
+"""Stable Diffusion 3 and 3.5: flow prediction, classifier-free guidance, two pooled text embeddings and a sequence."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+from stepfold.maths.formulations import flow_input, flow_time, trigflow_output
+from stepfold.teachers.contract import Condition
+from stepfold.teachers.pipeline import PipelineTeacher, Predict
+
+
+def sd3_network(transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None) -> Tensor:
+    """F [B, C, H, W] of an SD3Transformer2DModel, whose time counts to 1000; it embeds no guidance."""
+    t_flow, x_flow = flow_time(t).clamp(max=1.0), flow_input(x_unit, t, 1.0)  # samplers start a hair above pi/2
+    velocity = transformer(
+        hidden_states=x_flow,
+        timestep=1000 * t_flow,
+        encoder_hidden_states=condition.embeds,
+        pooled_projections=condition.pooled,
+        return_dict=False,
+    )[0]
+    return trigflow_output(x_flow, t_flow, velocity)
+
+
+class SD3Teacher(PipelineTeacher):
+    """StableDiffusion3Pipeline; the student is one too, and needs no guidance."""
+
+    pipelines = (StableDiffusion3Pipeline,)
+
+    def predictor(self) -> Predict:
+        """See `PipelineTeacher`."""
+        return sd3_network
+
+    def idle_parameters(self) -> tuple[str, ...]:
+        """See `PipelineTeacher`; the last block asks nothing on behalf of the text, whose stream ends there."""
+        last = f".transformer_blocks.{self.transformer.config.num_layers - 1}.attn."
+        return (f"{last}add_q_proj.", f"{last}norm_added_q.")
+
+    def geometry(self, factor: int) -> tuple[int, int, int]:
+        """See `PipelineTeacher`."""
+        config = self.transformer.config
+        return config.in_channels, factor * config.patch_size, config.sample_size * factor
+
+    def encode_texts(self, prompts: Sequence[str]) -> Condition:
+        """See `PipelineTeacher`; every text encoder reads the same prompt, and padding is attended to as in use."""
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            list(prompts), None, None, device=self.device, do_classifier_free_guidance=False,
+            max_sequence_length=self.max_tokens,
+        )  # fmt: skip
+        return Condition.whole(embeds.to(self.dtype), pooled.to(self.dtype))

@@ -1,0 +1,120 @@
+"""Whole pipelines of the real classes at tiny size, with random weights that let everything they are given matter."""
+
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+CHARACTERS = string.ascii_lowercase + string.digits + ",.'-:"
+
+
+@torch.no_grad()
+def enliven(module: nn.Module) -> None:
+    """Weights of unit gain instead of the near-zero default: every input of the network reaches its output."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1 and "scale_shift_table" not in name and "embed_tokens" not in name:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    words = [*CHARACTERS, *(c + "</w>" for c in CHARACTERS), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+
+
+def clip_encoder(kind: type, width: int) -> Any:
+    tokenizer = clip_tokenizer()
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, projection_dim=width,
+            num_hidden_layers=2, num_attention_heads=2, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in CHARACTERS)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def t5_encoder(width: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2)
+    )
+
+
+def kl_autoencoder(channels: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16), latent_channels=channels, norm_num_groups=4, layers_per_block=1, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+
+def make_sd3() -> StableDiffusion3Pipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=28,
+        pos_embed_max_size=16, qk_norm="rms_norm",
+    )  # fmt: skip
+    parts: Any = dict(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=kl_autoencoder(4),
+        text_encoder=clip_encoder(CLIPTextModelWithProjection, 16),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_encoder(CLIPTextModelWithProjection, 12),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5_encoder(32),
+        tokenizer_3=t5_tokenizer(),
+    )
+    return StableDiffusion3Pipeline(**parts)
+
+
+def make_flux(guidance_embeds: bool = True) -> FluxPipeline:
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    parts: Any = dict(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=kl_autoencoder(4),
+        text_encoder=clip_encoder(CLIPTextModel, 16),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5_encoder(32),
+        tokenizer_2=t5_tokenizer(),
+    )
+    return FluxPipeline(**parts)
+
+
+def save(make: Callable[[], Any], folder: Path) -> Path:
+    """A saved pipeline whose networks are enlivened, the same at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe = make()
+        for name, part in pipe.components.items():
+            if isinstance(part, nn.Module) and name != "vae":
+                enliven(part)
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
