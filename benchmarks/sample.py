@@ -92,7 +92,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         teacher.black_latent()  # the autoencoder is on the device now
         torch.manual_seed(0)
         student = teacher.new_student().eval()
-        samplers = {f"student {k}": student_sampler(student, k, 0, teacher.sigma_data) for k in STUDENT_STEPS}
+        samplers = {
+            f"student {k}": student_sampler(student, teacher.student_times(k), 0, teacher.sigma_data)
+            for k in STUDENT_STEPS
+        }
         samplers[TEACHER] = teacher_sampler(teacher, TEACHER_STEPS)
         for batch in args.batches:
             prompts = [place.prompts.prompt(i % len(place.prompts)) for i in range(batch)]

@@ -11,7 +11,8 @@ from torch import Tensor
 from stepfold.evaluation.measure import student_sampler
 from stepfold.maths.closed_form import GaussianTeacher
 from stepfold.maths.formulations import flow_velocity, trigflow_input, trigflow_time
-from stepfold.sampling import few_step_times, sample_student, sample_teacher
+from stepfold.maths.routes import few_step_times
+from stepfold.sampling import sample_student, sample_teacher
 from stepfold.teachers.contract import Condition
 
 SIGMA_DATA = 0.5
@@ -22,7 +23,7 @@ HALF_PI = math.pi / 2
 class Gaussian:
     """A Gaussian teacher, and its perfect student, whose means are guidance times the condition. Counts its calls."""
 
-    sigma_data = SIGMA_DATA
+    sigma_data, ode = SIGMA_DATA, "flow"
 
     def __init__(self, shift: float = 1.0) -> None:
         self.std, self.shift, self.num_calls = torch.tensor(0.8, dtype=torch.float64), shift, 0
@@ -97,7 +98,7 @@ def test_the_perfect_student_samples_the_flow_map_in_one_step_and_the_data_in_mo
 
 def test_a_students_sample_does_not_depend_on_its_batch():
     noise, condition, guidance = start(6)
-    sampler = student_sampler(wavy, 4, 0, SIGMA_DATA)  # type: ignore[arg-type]
+    sampler = student_sampler(wavy, few_step_times(4), 0, SIGMA_DATA)  # type: ignore[arg-type]
     together = sampler(noise, condition, guidance, range(10, 16))
     for i in range(6):
         row = slice(i, i + 1)

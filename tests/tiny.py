@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -106,6 +109,21 @@ def make_flux(guidance_embeds: bool = True) -> FluxPipeline:
         tokenizer_2=t5_tokenizer(),
     )
     return FluxPipeline(**parts)
+
+
+def make_pixart() -> PixArtSigmaPipeline:
+    transformer = PixArtTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=2, attention_head_dim=8,
+        num_attention_heads=4, cross_attention_dim=32, caption_channels=24, use_additional_conditions=False,
+    )  # fmt: skip
+    parts: Any = dict(
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
+        vae=kl_autoencoder(4),
+        text_encoder=t5_encoder(24),
+        tokenizer=t5_tokenizer(),
+    )
+    return PixArtSigmaPipeline(**parts)
 
 
 def save(make: Callable[[], Any], folder: Path) -> Path:

@@ -37,6 +37,10 @@ TeacherOption = Annotated[
     str | None,
     typer.Option(help="`emoji` (bundled), a diffusers pipeline folder, or a hub id.", show_default=False),
 ]
+TeacherLoraOption = Annotated[
+    str | None,
+    typer.Option(help="A LoRA to merge into the teacher: safetensors file, folder or hub id.", show_default=False),
+]
 PromptsOption = Annotated[
     str | None,
     typer.Option(help="Text file, one prompt a line. Default: the bundled teacher's.", show_default=False),
@@ -61,6 +65,7 @@ def chosen_preset(preset: str | None, teacher: str | None) -> str:
 @app.command()
 def distill(
     teacher: TeacherOption = None,
+    teacher_lora: TeacherLoraOption = None,
     prompts: PromptsOption = None,
     preset: PresetOption = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/PRESET.", show_default=False)] = None,
@@ -81,7 +86,7 @@ def distill(
     from stepfold.config import load_config, to_yaml
 
     name = chosen_preset(preset, teacher)
-    config = load_config(name, changes or [], teacher__source=teacher, prompts=prompts)
+    config = load_config(name, changes or [], teacher__source=teacher, teacher__lora=teacher_lora, prompts=prompts)
     if dry_run:
         typer.echo(to_yaml(config), nl=False)
         return
@@ -248,6 +253,7 @@ def evaluate(
 @app.command()
 def doctor(
     teacher: Annotated[str, typer.Argument(help="`emoji`, a diffusers pipeline folder, or a hub id.")] = "emoji",
+    teacher_lora: TeacherLoraOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the findings here too.", show_default=False)
     ] = None,
@@ -272,7 +278,7 @@ def doctor(
     from stepfold.training.runs import writing
 
     quiet_libraries()
-    settings = TeacherSettings(source=teacher, height=height, width=width, max_tokens=64)
+    settings = TeacherSettings(source=teacher, lora=teacher_lora, height=height, width=width, max_tokens=64)
     findings = examine(settings, usable_device(device))
     table = Table("check", "number", "want", "verdict", box=None)
     for f in findings:
@@ -288,6 +294,7 @@ def doctor(
 @app.command()
 def plan(
     teacher: TeacherOption = None,
+    teacher_lora: TeacherLoraOption = None,
     prompts: PromptsOption = None,
     preset: PresetOption = None,
     changes: ChangesOption = None,
@@ -311,7 +318,13 @@ def plan(
     from stepfold.planning import make_plan, plan_rows
     from stepfold.training.runs import writing
 
-    config = load_config(chosen_preset(preset, teacher), changes or [], teacher__source=teacher, prompts=prompts)
+    config = load_config(
+        chosen_preset(preset, teacher),
+        changes or [],
+        teacher__source=teacher,
+        teacher__lora=teacher_lora,
+        prompts=prompts,
+    )
     quiet_libraries()
     found = make_plan(config, steps, Display(quiet))
     table = Table("what", "prediction", box=None)
@@ -404,6 +417,7 @@ def encode(
     teacher: Annotated[
         str, typer.Option(help="`emoji` (bundled), a diffusers pipeline folder, or a hub id.")
     ] = "emoji",
+    teacher_lora: TeacherLoraOption = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/conditions"),
     max_tokens: Annotated[
         int | None,
@@ -428,7 +442,7 @@ def encode(
     if teacher != "emoji" and prompts is None:
         raise UserError("give a file of prompts; only the bundled teacher has prompts of its own")
     quiet_libraries()
-    settings = TeacherSettings(source=teacher, max_tokens=max_tokens)
+    settings = TeacherSettings(source=teacher, lora=teacher_lora, max_tokens=max_tokens)
     run_encode(settings, prompts, out, batch=batch, display=Display(quiet), device=usable_device(device))
     typer.echo(f"conditions: {out}")
 

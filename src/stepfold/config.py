@@ -25,6 +25,9 @@ class TeacherSettings(Section):
     """Which teacher, and how it is called."""
 
     source: str = Field(default="emoji", description="'emoji' (bundled), a diffusers pipeline folder, or a hub id")
+    lora: str | None = Field(
+        default=None, description="a LoRA for the teacher (safetensors file, folder or hub id), merged into its weights"
+    )
     guidance: Literal["auto", "classifier_free", "embedded", "none"] = Field(
         default="auto", description="how the teacher takes guidance; auto reads it from the network's config"
     )
@@ -36,6 +39,17 @@ class TeacherSettings(Section):
     width: int | None = Field(default=None, gt=0, description="pixels")
     max_tokens: int | None = Field(
         default=None, ge=2, le=4096, description="longest prompt, in tokens; default: the pipeline's own"
+    )
+
+
+class StudentSettings(Section):
+    """What of the student is trained."""
+
+    lora: int = Field(
+        default=0,
+        ge=0,
+        description="rank of LoRA matrices on the linear layers of all blocks, beside the teacher's shared weights "
+        "(extra lora); 0: all weights are the student's own",
     )
 
 
@@ -230,6 +244,7 @@ class Config(Section):
         description="folder that `stepfold prompts encode` made of the prompts: the text encoder stays out of memory",
     )
     teacher: TeacherSettings = TeacherSettings()
+    student: StudentSettings = StudentSettings()
     space: SpaceSettings = SpaceSettings()
     objective: Literal["continuous", "discrete"] = Field(
         default="continuous", description="continuous-time consistency, or discrete consistency between route times"

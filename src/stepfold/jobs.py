@@ -81,7 +81,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         cache = open_conditions(Path(config.conditions), conditions_key(config.teacher, prompts.sha256))
     null = cache.null if cache else None
     teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=null)
-    student = teacher.new_student()
+    student = teacher.lora_student(config.student.lora) if config.student.lora else teacher.new_student()
     if resume and not checkpoints(folder):
         display.note(f"{folder} holds no checkpoint yet: starting from the teacher")
     scales = guidance_scales(config, teacher)
@@ -201,6 +201,7 @@ def conditions_key(settings: TeacherSettings, prompts_sha256: str) -> dict[str, 
     """What encoded prompts depend on."""
     return {
         "teacher": settings.source,
+        "lora": settings.lora,
         "encoder": encoder_fingerprint(settings.source),
         "max_tokens": settings.max_tokens,
         "height": settings.height,  # of the black picture
@@ -283,7 +284,8 @@ def make_preview(
             samplers: dict[str, Sampler] = {f"teacher {counted(k)}": teacher_sampler(teacher, k) for k in (20, 1)}
             reference.update(sample_rows(samplers, noise, condition, guidance))
         ours = {
-            f"student {counted(k)}": student_sampler(student, k, config.seed, teacher.sigma_data) for k in (1, 2, 4)
+            f"student {counted(k)}": student_sampler(student, teacher.student_times(k), config.seed, teacher.sigma_data)
+            for k in (1, 2, 4)
         }
         latents = reference | sample_rows(ours, noise, condition, guidance)
         save_grid(
@@ -322,7 +324,9 @@ def protocol_samplers(
             group = {f"{teacher_at(scale)} {most}": teacher_sampler(teacher, most)}
         for name, (student, taught) in students.items():
             for k in protocol.student_steps if taught == scale else ():
-                group[f"{name} {k}"] = student_sampler(student, k, protocol.seed, teacher.sigma_data)
+                group[f"{name} {k}"] = student_sampler(
+                    student, teacher.student_times(k), protocol.seed, teacher.sigma_data
+                )
         groups[scale] = group
     return groups
 
@@ -359,7 +363,7 @@ def run_sample(
     condition = pipeline.encode(prompts)
     shape = pipeline.latent_shape
     noise = torch.stack([normal(shape, seed, "sample", i) for i in range(len(prompts))])
-    x0 = student_sampler(student, steps, seed, pipeline.sigma_data)(
+    x0 = student_sampler(student, pipeline.student_times(steps), seed, pipeline.sigma_data)(
         pipeline.sigma_data * noise.to(device),
         condition,
         torch.full((len(prompts),), card["guidance"] if guidance is None else guidance, device=device),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stepfold.maths.formulations import (
     data_prediction,
+    euler_step,
     expand,
     flow_time,
     flow_velocity,
@@ -17,16 +18,6 @@ from stepfold.maths.formulations import (
 )
 from stepfold.maths.routes import even_flow_times, flow_euler_times
 from stepfold.teachers.contract import Condition, Student, Teacher
-
-SECOND_TIME = 1.3  # of two-step sampling, as in SanaSprintPipeline
-START = 1.57080  # SanaSprintPipeline's first time; the float32 just above pi/2
-
-
-def few_step_times(num_steps: int) -> list[float]:
-    """The times of a student's steps without the final 0: pi/2; pi/2 and 1.3; or even, as SCMScheduler has them."""
-    if num_steps == 2:
-        return [START, SECOND_TIME]
-    return torch.linspace(START, 0, num_steps + 1)[:-1].tolist()
 
 
 def predict_data(
@@ -90,7 +81,7 @@ def sample_student(
 def sample_teacher(
     teacher: Teacher, noise: Tensor, condition: Condition, guidance: Tensor, num_steps: int, *, even: bool = False
 ) -> Tensor:
-    """The teacher's flow-Euler sampler, as its diffusers pipeline runs it with FlowMatchEulerDiscreteScheduler.
+    """The teacher's own sampler, as its pipeline runs it with diffusers' flow-Euler scheduler, or with DDIM's.
 
     Args:
         teacher: gives dx/dt.
@@ -98,12 +89,19 @@ def sample_teacher(
         condition: B rows.
         guidance: scales [B].
         num_steps: Euler steps; each calls the network for both branches of guidance.
-        even: noise levels 1, 1 - 1/n, ..., 1/n instead of the scheduler's own, whose last one is 0.001 for every n: its
-            two steps are one step and a touch. The fairer ladder to measure a teacher with at few steps.
+        even: of a flow teacher, noise levels 1, 1 - 1/n, ..., 1/n instead of the scheduler's own, whose last one is
+            0.001 for every n: its two steps are one step and a touch. The fairer ladder to measure a teacher with at
+            few steps.
 
     Returns:
         x_0 [B, ...].
     """
+    if teacher.ode == "trigflow":
+        x = noise
+        for step in pairwise(teacher.ddim_times(num_steps).tolist()):
+            t, t_next = (torch.full((len(noise),), time, dtype=noise.dtype, device=noise.device) for time in step)
+            x = euler_step(x, t, t_next, teacher.velocity(x, t, condition, guidance))
+        return x
     sigma_data = teacher.sigma_data
     times = (even_flow_times if even else flow_euler_times)(num_steps, teacher.shift).tolist()
     x_flow = noise / sigma_data

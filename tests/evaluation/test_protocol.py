@@ -29,7 +29,7 @@ def test_hash_is_frozen_and_follows_every_field():
 
 def test_students_stand_beside_the_teacher_at_the_scale_they_were_taught():
     """The first of a group is what agreement is measured against."""
-    teacher: Any = SimpleNamespace(sigma_data=1.0)
+    teacher: Any = SimpleNamespace(sigma_data=1.0, student_times=lambda num_steps: [1.5] * num_steps)
     student: Any = None
     groups = protocol_samplers(teacher, {"a": (student, 4.5), "b": (student, 3.0)}, EMOJI)
     usual = ["teacher 20", "teacher 4", "teacher 2", "teacher 1", "a 4", "a 2", "a 1"]

@@ -19,7 +19,7 @@ SHAPE = (2, 4, 4)
 class Gaussian:
     """Its mean is guidance times the condition. Counts its calls."""
 
-    sigma_data, shift = 0.5, 1.0
+    sigma_data, shift, ode = 0.5, 1.0, "flow"
 
     def __init__(self) -> None:
         self.num_calls = 0

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from stepfold.config import Config, validate
 from stepfold.export.pipeline import model_card, save_student
 from stepfold.jobs import run_sample
+from stepfold.maths.routes import few_step_times
 from stepfold.randomness import normal
-from stepfold.sampling import few_step_times, sample_student
+from stepfold.sampling import sample_student
 from stepfold.teachers.loading import CARD, load_student
 from stepfold.teachers.sana import SanaStudent, SanaTeacher
 

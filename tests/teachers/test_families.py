@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from stepfold import doctor
@@ -20,13 +22,16 @@ from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.jobs import run_distill, run_encode, run_sample
 from stepfold.randomness import normal
-from stepfold.teachers.loading import CARD, load_teacher
+from stepfold.sampling import sample_student, sample_teacher
+from stepfold.teachers.loading import CARD, load_student, load_teacher
+from stepfold.teachers.pipeline import LORA_WEIGHTS
 from stepfold.training.runs import read_metrics
 
 SMALL = TeacherSettings(height=16, width=32, max_tokens=24)
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "sd3": tiny.make_sd3,
+    "pixart": tiny.make_pixart,
     "flux dev": tiny.make_flux,
     "flux schnell": partial(tiny.make_flux, guidance_embeds=False),
 }
@@ -37,11 +42,18 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny.save(FAMILIES[request.param], tmp_path_factory.mktemp("family") / "pipeline")
 
 
+@pytest.fixture(scope="module", params=["sana", *(name for name in FAMILIES if name != "pixart")])
+def any_folder(request: pytest.FixtureRequest, tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "sana":
+        return tiny_sana
+    return tiny.save(FAMILIES[request.param], tmp_path_factory.mktemp("family") / "pipeline")
+
+
 def settings(folder: Path, prompts: Path, *sets: str) -> Any:
     return load_config(
         "default",
         [
-            f"teacher.source={folder}", f"prompts={prompts}", "teacher.height=16", "teacher.width=32",
+            f"teacher.source={folder}", f"prompts={prompts}", "teacher.height=32", "teacher.width=32",
             "teacher.max_tokens=24", "space.route_steps=4", "space.filter_rule=off", "training.steps=3",
             "training.prompts_per_step=2", "training.preview_every=1000", "optimiser.name=adamw", "optimiser.lr=1e-3",
             "optimiser.warmup=0", "training.precision=no", "training.rollout_precision=no", "objective=discrete", *sets,
@@ -74,7 +86,7 @@ def test_a_teacher_is_distilled_and_its_student_drawn(
     pipe.set_progress_bar_config(disable=True)
     noise = torch.stack([normal(teacher.latent_shape, 0, "sample", 0)])
     theirs = pipe("red heart", latents=teacher.pack(noise), **card["calls"]["1"]).images[0]
-    assert ours.size == theirs.size == (32, 16)
+    assert ours.size == theirs.size == (32, 32)
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
 
 
@@ -99,11 +111,102 @@ def test_doctor_understands_it(folder: Path) -> None:
     assert "relative difference" in findings["wrapped teacher = pipeline's own sampler, 4 steps"].number
 
 
+def latents_of(folder: Path, pipe: Any, noise: torch.Tensor, steps: int) -> torch.Tensor:
+    """A pipeline's latents for one prompt, called as the card in the folder says."""
+    card = json.loads((folder / CARD).read_text())
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(7)
+    return pipe("red heart", latents=noise, output_type="latent", **card["calls"][str(steps)]).images
+
+
+def test_a_lora_student_shares_its_teachers_weights(any_folder: Path, prompts_file: Path, tmp_path: Path) -> None:
+    config = settings(any_folder, prompts_file, "student.lora=4", "training.steps=4", "training.checkpoint_every=2")
+    run = tmp_path / "run"
+    run_distill(config, run, resume=False, display=Display(quiet=True), command="test")
+    teacher = load_teacher(config.teacher, "cpu")
+    student = teacher.lora_student(4)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) < 0.5 * sum(p.numel() for p in teacher.transformer.parameters())
+    theirs = {p.data_ptr() for p in teacher.transformer.parameters()}
+    assert theirs <= {p.data_ptr() for p in student.parameters()}  # one copy of the backbone
+    saved = load_file(run / "checkpoints" / "000004" / "student.safetensors")
+    assert saved.keys() == student.state_dict().keys() - student.shared
+
+    # Plain diffusers: the teacher's own pipeline, the LoRA, the scheduler.
+    card = json.loads((run / "student" / CARD).read_text())
+    pipe: Any = getattr(diffusers, card["pipeline"]).from_pretrained(any_folder)
+    pipe.scheduler = getattr(diffusers, card["scheduler"]).from_pretrained(run / "student" / "scheduler")
+    noise = torch.stack([normal(teacher.latent_shape, 0, "sample", 0)])
+    plain = latents_of(run / "student", pipe, teacher.pack(noise), 1)
+    pipe.load_lora_weights(run / "student")
+    drawn = latents_of(run / "student", pipe, teacher.pack(noise), 1)
+    assert (drawn - plain).abs().max() > 1e-4
+    again, read, _ = load_student(run / "student", "cpu")
+    x0 = sample_student(
+        read, 0.5 * noise, again.encode(["red heart"]), torch.full((1,), card["guidance"]), again.student_times(1),
+        torch.zeros_like, 0.5,
+    )  # fmt: skip
+    torch.testing.assert_close(teacher.unpack(drawn), x0 / 0.5, rtol=1e-4, atol=1e-4)
+
+    # From the checkpoint before, to the bit.
+    resumed = tmp_path / "resumed"
+    shutil.copytree(run, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "000004")
+    run_distill(config, resumed, resume=True, display=Display(quiet=True), command="test")
+    before, after = (load_file(folder / "student" / LORA_WEIGHTS) for folder in (run, resumed))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_pipeline_that_loads_no_lora_gets_none(prompts_file: Path, tmp_path: Path) -> None:
+    folder = tiny.save(tiny.make_pixart, tmp_path / "pipeline")
+    for change in ("student.lora=4", f"teacher.lora={tmp_path / 'some.safetensors'}"):
+        config = settings(folder, prompts_file, change)
+        with pytest.raises(UserError, match=r"PixArtSigmaPipeline"):
+            run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_schedule_that_ends_in_pure_noise_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.make_pixart, tmp_path / "pipeline")
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rescale_betas_zero_snr": True}))
+    with pytest.raises(UserError, match="zero terminal signal-to-noise"):
+        load_teacher(TeacherSettings(source=str(folder)), "cpu")
+
+
+def test_a_lora_on_the_teacher_is_merged_into_it(any_folder: Path, tmp_path: Path) -> None:
+    """The merged teacher's samples are those of its pipeline with the LoRA loaded."""
+    kind = getattr(diffusers, json.loads((any_folder / "model_index.json").read_text())["_class_name"])
+    pipe: Any = kind.from_pretrained(any_folder)
+    layers = [n for n, m in pipe.transformer.named_modules() if isinstance(m, torch.nn.Linear) and "blocks." in n]
+    pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=layers, init_lora_weights=False))
+    kind.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+
+    source = TeacherSettings(source=str(any_folder), height=32, width=32, max_tokens=24)
+    plain, merged = (load_teacher(source.model_copy(update={"lora": lora}), "cpu") for lora in (None, str(tmp_path)))
+    noise, scale = torch.randn(1, *plain.latent_shape), plain.default_guidance
+    without = plain.pipeline_latents(["red heart"], noise, scale, 2)
+    merged_pipe, merged.pipe = merged.pipe, pipe  # the same loop, around the pipeline that only loaded the LoRA
+    theirs = merged.pipeline_latents(["red heart"], noise, scale, 2)
+    merged.pipe = merged_pipe
+    ours = sample_teacher(
+        merged, 0.5 * noise, merged.encode(["red heart"]), torch.full((1,), scale), 2, even=merged.even_ladder
+    )
+    assert (ours / 0.5 - theirs).norm() / theirs.norm() < 1e-4 < (without - theirs).norm() / theirs.norm()
+
+
+def test_a_lora_that_does_not_fit_is_one_line(tiny_sana: Path, tmp_path: Path) -> None:
+    for source in (tmp_path, tmp_path / "nothing.safetensors"):
+        with pytest.raises(UserError, match="does not load") as caught:
+            load_teacher(TeacherSettings(source=str(tiny_sana), lora=str(source)), "cpu")
+        assert "\n" not in str(caught.value)
+
+
 def test_several_scales_need_a_network_that_can_be_told(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = settings(folder, prompts_file, "space.guidance=[3.0, 5.0]")
     if load_teacher(config.teacher, "cpu").student_reads_guidance:
         run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
     else:
-        with pytest.raises(UserError, match=r"has 2 scales, but this teacher's network takes none.*give one, for"):
+        with pytest.raises(UserError, match=r"has 2 scales, but this student's network takes none.*give one, for"):
             run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
         assert not (tmp_path / "run").exists()

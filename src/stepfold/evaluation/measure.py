@@ -1,6 +1,6 @@
 """Samples teacher and student under one protocol, from the same prompts and the same noise, and scores them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ from stepfold.evaluation.judge import Judge
 from stepfold.evaluation.metrics import latent_error
 from stepfold.evaluation.protocol import Protocol, Scores, protocol_prompts, score_images
 from stepfold.randomness import normal
-from stepfold.sampling import few_step_times, sample_student, sample_teacher
+from stepfold.sampling import sample_student, sample_teacher
 from stepfold.teachers.contract import Condition, Student, Teacher, concatenate
 
 BATCH = 50
@@ -26,15 +26,15 @@ def teacher_sampler(teacher: Teacher, num_steps: int) -> Sampler:
     )
 
 
-def student_sampler(student: Student, num_steps: int, seed: int, sigma_data: float) -> Sampler:
-    """The student at `num_steps` consistency steps, its fresh noise drawn per sample."""
+def student_sampler(student: Student, times: Sequence[float], seed: int, sigma_data: float) -> Sampler:
+    """The student's consistency steps at the given times, its fresh noise drawn per sample."""
 
     def sample(noise: Tensor, condition: Condition, guidance: Tensor, samples: range) -> Tensor:
         def fresh(i: int) -> Tensor:
             parts = [normal(tuple(noise.shape[1:]), seed, "evaluation fresh noise", i, s) for s in samples]
             return sigma_data * torch.stack(parts).to(noise)
 
-        return sample_student(student, noise, condition, guidance, few_step_times(num_steps), fresh, sigma_data)
+        return sample_student(student, noise, condition, guidance, times, fresh, sigma_data)
 
     return sample
 

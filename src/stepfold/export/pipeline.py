@@ -8,7 +8,6 @@ from typing import Any
 from stepfold import __version__
 from stepfold.config import Config
 from stepfold.evaluation.protocol import teachers_of
-from stepfold.sampling import few_step_times
 from stepfold.teachers.contract import Student
 from stepfold.teachers.loading import CARD
 from stepfold.teachers.pipeline import PipelineTeacher
@@ -25,6 +24,27 @@ image = pipe(
     generator=torch.Generator().manual_seed(0),
 ).images[0]
 ```"""
+
+
+USE_LORA = """```python
+import torch
+from diffusers import {pipeline}, {scheduler}
+
+pipe = {pipeline}.from_pretrained({teacher})
+{merge}pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
+pipe.load_lora_weights("{folder}")
+image = pipe(
+    {prompt},
+{arguments}
+    generator=torch.Generator().manual_seed(0),
+).images[0]
+```"""
+
+
+MERGE = """pipe.load_lora_weights({lora})
+pipe.fuse_lora()
+pipe.unload_lora_weights()
+"""
 
 
 def save_student(
@@ -47,7 +67,9 @@ def save_student(
         guidance: default scale to sample with.
         example: a prompt for the model card.
     """
-    times = {str(k): few_step_times(k) for k in (1, 2, 4)}
+    times = {str(k): teacher.student_times(k) for k in (1, 2, 4)}
+    lora = config.student.lora > 0
+    call = teacher.lora_call if lora else teacher.student_call
     card = {
         "stepfold": __version__,
         "teacher": config.teacher.source,
@@ -58,12 +80,13 @@ def save_student(
         "taught": list(scales),
         "sigma_data": teacher.sigma_data,
         "times": times,
-        "pipeline": teacher.student_class.__name__,
-        "calls": {k: teacher.student_call(t, guidance) for k, t in times.items()},
+        "pipeline": (type(teacher.pipe) if lora else teacher.student_class).__name__,
+        "scheduler": type(teacher.lora_scheduler() if lora else teacher.student_parts()["scheduler"]).__name__,
+        "calls": {k: call(t, guidance) for k, t in times.items()},
         "config": config.model_dump(mode="json"),
     }
     with writing(folder) as part:
-        teacher.save_student(student, part)
+        (teacher.save_lora if lora else teacher.save_student)(student, part)
         (part / CARD).write_text(json.dumps(card, indent=2) + "\n")
         (part / "README.md").write_text(model_card(card, example))
 
@@ -72,7 +95,11 @@ def model_card(card: dict[str, Any], example: str, metrics: dict[str, Any] | Non
     """The student's README: use, recipe, metrics, licence."""
     arguments = "\n".join(f"    {name}={value!r}," for name, value in card["calls"]["1"].items())
     prompt = json.dumps(example, ensure_ascii=False)
-    use = USE.format(pipeline=card["pipeline"], folder="FOLDER", prompt=prompt, arguments=arguments)
+    use = (USE_LORA if card["config"]["student"]["lora"] else USE).format(
+        pipeline=card["pipeline"], scheduler=card["scheduler"], folder="FOLDER", prompt=prompt, arguments=arguments,
+        teacher=json.dumps("TEACHER" if card["teacher"] == "emoji" else card["teacher"]),
+        merge=MERGE.format(lora=json.dumps(theirs)) if (theirs := card["config"]["teacher"]["lora"]) else "",
+    )  # fmt: skip
     changed = {name: value for name, value in card["calls"]["2"].items() if value != card["calls"]["1"][name]}
     two = ", ".join(f"`{name}={value!r}`" for name, value in changed.items())
     training, space = card["config"]["training"], card["config"]["space"]

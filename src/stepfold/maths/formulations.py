@@ -201,6 +201,34 @@ def vp_time(alpha: Tensor, sigma: Tensor) -> Tensor:
     return torch.atan2(sigma, alpha)
 
 
+def vp_times(alphas_cumprod: Tensor) -> Tensor:
+    """TrigFlow times, rising, of a discrete variance-preserving schedule's steps: equal signal-to-noise.
+
+    Args:
+        alphas_cumprod: [T], falling: alpha^2 at each training step.
+    """
+    squared = alphas_cumprod.double()
+    return vp_time(squared.sqrt(), (1 - squared).sqrt())
+
+
+def vp_step(t: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """The training step, with a fraction, that stands at TrigFlow time t, linear between two steps' times.
+
+    Args:
+        t: [B].
+        times: [T], of `vp_times`.
+
+    Returns:
+        step: [B], in [0, T - 1].
+        t: [B], moved into [times[0], times[-1]]: the network knows no others.
+    """
+    times = times.to(t)
+    inside = t.clamp(times[0], times[-1])
+    above = torch.searchsorted(times, inside.detach()).clamp(1, len(times) - 1)
+    low, high = times[above - 1], times[above]
+    return above - 1 + (inside - low) / (high - low), inside
+
+
 def F_from_epsilon(x_unit: Tensor, t: Tensor, epsilon: Tensor) -> Tensor:
     """Predicted unit noise -> F = (epsilon - sin t x_unit) / cos t.
 

@@ -13,6 +13,8 @@ from stepfold.errors import UserError
 from stepfold.maths.formulations import trigflow_time
 
 NUM_TRAIN_TIMESTEPS = 1000
+SECOND_TIME = 1.3  # of two-step sampling, as in SanaSprintPipeline
+START = 1.57080  # SanaSprintPipeline's first time; the float32 just above pi/2
 """Length of the training grid that diffusers' flow schedulers build their range of noise levels from."""
 
 
@@ -141,6 +143,13 @@ def even_flow_times(num_steps: int, shift: float) -> Tensor:
     """
     sigma = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     return trigflow_time(_shifted(sigma, shift))
+
+
+def few_step_times(num_steps: int) -> list[float]:
+    """The times of a student's steps without the final 0: pi/2; pi/2 and 1.3; or even, as SCMScheduler has them."""
+    if num_steps == 2:
+        return [START, SECOND_TIME]
+    return torch.linspace(START, 0, num_steps + 1)[:-1].tolist()
 
 
 def _shifted(sigma: Tensor, shift: float) -> Tensor:

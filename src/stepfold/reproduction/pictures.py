@@ -36,7 +36,8 @@ def draw_grids(experiments: Experiments, runs: list[Run], folder: Path, root: Pa
     networks = {row: load_student(student, "cpu")[1] for row, student in students.items()}
     for steps in (1, 2, 4):
         samplers = reference | {
-            row: student_sampler(network, steps, 0, teacher.sigma_data) for row, network in networks.items()
+            row: student_sampler(network, teacher.student_times(steps), 0, teacher.sigma_data)
+            for row, network in networks.items()
         }
         latents = sample_rows(samplers, noise, condition, teacher.default_guidance)
         name = f"grid_methods_at_{steps}_step{'s' * (steps > 1)}.png"

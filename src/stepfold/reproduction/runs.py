@@ -282,7 +282,7 @@ def score(student_folder: Path, protocol: Protocol, root: Path) -> dict[str, Any
         "teacher 0": lambda noise, condition, guidance, samples: reference[samples.start : samples.stop]
     }
     for k in protocol.student_steps:
-        samplers[f"student {k}"] = student_sampler(student, k, protocol.seed, teacher.sigma_data)
+        samplers[f"student {k}"] = student_sampler(student, teacher.student_times(k), protocol.seed, teacher.sigma_data)
     rows = rows_by_steps(measure(judge, protocol, teacher, samplers, teacher.device))["student"]
     return {
         "protocol": protocol_record(protocol),

@@ -1,16 +1,18 @@
 """What a teacher and a student are to the rest of the code. Everything past this border speaks TrigFlow."""
 
+import copy
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from stepfold.errors import UserError
 
+Module = TypeVar("Module", bound=nn.Module)
 GuidanceKind = Literal["classifier_free", "embedded", "none"]
 
 
@@ -85,7 +87,13 @@ def concatenate(conditions: Sequence[Condition]) -> Condition:
 
 
 class Student(nn.Module):
-    """Abstract: a trainable consistency model f(x, t) = cos t x - sin t sigma_data F(x / sigma_data, t)."""
+    """Abstract: a trainable consistency model f(x, t) = cos t x - sin t sigma_data F(x / sigma_data, t).
+
+    Attributes:
+        shared: names of parameters and buffers that are the teacher's own, not copies: frozen, and not saved.
+    """
+
+    shared: frozenset[str] = frozenset()
 
     @abstractmethod
     def forward(self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
@@ -112,6 +120,11 @@ class Student(nn.Module):
         )
 
 
+def sharing_copy(module: Module, shared: Iterable[Tensor]) -> Module:
+    """A copy of a module that has the very same tensors where they are among `shared`."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+
+
 class Teacher(Protocol):
     """A frozen diffusion or flow model, its text encoder and its autoencoder."""
 
@@ -120,6 +133,8 @@ class Teacher(Protocol):
     default_guidance: float  # of its pipeline
     latent_shape: tuple[int, ...]
     max_tokens: int  # of a prompt
+    start_time: float  # where pure noise stands: pi/2, or a little below
+    ode: Literal["flow", "trigflow"]  # coordinates in which its own sampler takes straight steps; trigflow is DDIM
     shift: float  # of the teacher's own flow sampler
     feature_widths: tuple[int, ...]  # of `features`
 
@@ -134,6 +149,14 @@ class Teacher(Protocol):
 
     def park_text_encoder(self) -> None:
         """Takes the text encoder off the device until `encode` needs it again."""
+        ...
+
+    def student_times(self, num_steps: int) -> list[float]:
+        """The times of a student's steps without the final 0, as its pipeline takes them."""
+        ...
+
+    def ddim_times(self, num_steps: int) -> Tensor:
+        """Float64 [num_steps + 1], falling to 0: the times of DDIM's steps, for teachers that sample with it."""
         ...
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:

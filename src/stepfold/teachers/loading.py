@@ -15,6 +15,7 @@ from stepfold.errors import UserError
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.pipeline import PipelineTeacher, check_folder, load_index
+from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 
@@ -22,7 +23,9 @@ CARD = "stepfold.json"
 
 
 FAMILIES: dict[str, type[PipelineTeacher]] = {
-    pipeline.__name__: family for family in (SanaTeacher, SD3Teacher, FluxTeacher) for pipeline in family.pipelines
+    pipeline.__name__: family
+    for family in (SanaTeacher, SD3Teacher, FluxTeacher, PixArtTeacher)
+    for pipeline in family.pipelines
 }
 """Class of a pipeline -> the family that wraps it. A new family is one file and its name here."""
 
@@ -60,6 +63,7 @@ def load_teacher(
         guidance_kind=settings.guidance,
         network_only=network_only,
         null=null,
+        lora=settings.lora,
     )
 
 
@@ -136,11 +140,15 @@ def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeac
     """
     if not (folder / CARD).is_file():
         raise UserError(f"{folder} is no student folder ({CARD} is missing); give OUT/student of a finished run")
-    check_folder(folder)
     try:
         card = json.loads((folder / CARD).read_text())
         settings = {name: card[name] for name in ("height", "width", "max_tokens")}
+        rank = card["config"].get("student", {}).get("lora", 0)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / CARD} is damaged ({error}); copy the student folder again") from None
+    if rank:
+        teacher = load_teacher(TeacherSettings.model_validate(card["config"]["teacher"]), device)
+        return teacher, teacher.load_lora(folder, rank), card
+    check_folder(folder)
     pipeline = family_of(str(folder))(folder, device=device, **settings)
     return pipeline, pipeline.as_student(), card

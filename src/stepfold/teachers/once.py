@@ -46,6 +46,13 @@ def compute_once(modules: Iterable[nn.Module]) -> None:
         module.forward = MethodType(_forward_once, module)  # bound, so that a copied module has its own
 
 
+def compute_afresh(modules: Iterable[nn.Module]) -> None:
+    """Undoes `compute_once`, on copies of modules too."""
+    for module in modules:
+        module.__dict__.pop("forward", None)
+        module.__dict__.pop(LAST, None)
+
+
 def _forward_once(self: Any, x: Tensor, *rest: Any, **options: Any) -> Tensor:
     forward = type(self).forward
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or rest or options:

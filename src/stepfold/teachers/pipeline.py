@@ -13,14 +13,17 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_time, guide
-from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate
-from stepfold.teachers.once import compute_once, forget
+from stepfold.maths.routes import few_step_times
+from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate, sharing_copy
+from stepfold.teachers.once import compute_afresh, compute_once, forget
 
 SIGMA_DATA = 0.5
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 NUM_FEATURES = 5  # feature maps for discriminator heads, as many as Sana-Sprint has
 
 Predict = Callable[[Any, Tensor, Tensor, Condition, Tensor | None], Tensor]
@@ -79,6 +82,8 @@ class PipelineTeacher:
 
     pipelines: ClassVar[tuple[type, ...]] = ()
     even_ladder: ClassVar[bool] = False
+    ode: Literal["flow", "trigflow"] = "flow"
+    start_time: float = math.pi / 2
 
     def __init__(
         self,
@@ -93,6 +98,7 @@ class PipelineTeacher:
         guidance_kind: GuidanceKind | Literal["auto"] = "auto",
         network_only: bool = False,
         null: Condition | None = None,
+        lora: str | None = None,
     ) -> None:
         """`network_only` leaves text encoders and VAE for when they are needed; it takes the unconditional `null`.
 
@@ -103,6 +109,8 @@ class PipelineTeacher:
         self.sigma_data = SIGMA_DATA
         self.index = load_index(self.source)
         self.pipe: Any = load_pipeline(self.source, self.index, self.pipelines, dtype, network_only)
+        if lora:
+            merge_lora(self.pipe, lora)
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer: Any = self.pipe.transformer.to(self.device).eval().requires_grad_(False)
         compute_once(self.of_the_prompt_alone())
@@ -191,6 +199,18 @@ class PipelineTeacher:
     def unpack(self, latents: Tensor) -> Tensor:
         """The inverse of `pack`."""
         return latents
+
+    def plain_scheduler(self) -> Any:
+        """The scheduler of first-order steps, which `sample_teacher` repeats."""
+        return FlowMatchEulerDiscreteScheduler(shift=self.shift)
+
+    def ddim_times(self, num_steps: int) -> Tensor:
+        """See `Teacher`."""
+        raise NotImplementedError
+
+    def student_times(self, num_steps: int) -> list[float]:
+        """See `Teacher`."""
+        return few_step_times(num_steps)
 
     # What they share.
 
@@ -329,8 +349,8 @@ class PipelineTeacher:
         return self.encode_pictures(torch.zeros(1, 3, self.height, self.width))[0] / self.sigma_data
 
     def pipeline_latents(self, prompts: Sequence[str], noise: Tensor, guidance: float, num_steps: int) -> Tensor:
-        """What the pipeline's own loop makes of unit noise [B, ...] with flow-Euler steps: unit latents [B, ...]."""
-        old, self.pipe.scheduler = self.pipe.scheduler, FlowMatchEulerDiscreteScheduler(shift=self.shift)
+        """What the pipeline's own loop makes of unit noise [B, ...] with `plain_scheduler`: unit latents [B, ...]."""
+        old, self.pipe.scheduler = self.pipe.scheduler, self.plain_scheduler()
         self._load_text_encoders()
         self._vae()
         try:
@@ -362,6 +382,52 @@ class PipelineTeacher:
         """See `Teacher`."""
         network = copy.deepcopy(self.transformer).requires_grad_(True)
         return PipelineStudent(network, self.predict, self._weight_start()).to(self.device)
+
+    def lora_student(self, rank: int) -> Student:
+        """A student that is the teacher's own network, its weights shared, with LoRA matrices that start at nothing.
+
+        Raises:
+            UserError: peft is not installed.
+        """
+        try:
+            from peft import LoraConfig
+        except ImportError:
+            raise UserError("student.lora needs peft; pip install stepfold[lora]") from None
+        network = sharing_copy(self.transformer, [*self.transformer.parameters(), *self.transformer.buffers()])
+        compute_afresh(network.modules())
+        layers = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and "blocks." in n]
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
+        student = PipelineStudent(network, self.predict, self._weight_start()).to(self.device)
+        taken = {tensor.data_ptr() for tensor in (*self.transformer.parameters(), *self.transformer.buffers())}
+        student.shared = frozenset(name for name, tensor in student.state_dict().items() if tensor.data_ptr() in taken)
+        return student
+
+    def load_lora(self, folder: Path, rank: int) -> Student:
+        """The LoRA student that `save_lora` wrote."""
+        from peft import set_peft_model_state_dict
+
+        student: Any = self.lora_student(rank)
+        weights = load_file(folder / LORA_WEIGHTS)
+        set_peft_model_state_dict(
+            student.transformer, {name.removeprefix("transformer."): value for name, value in weights.items()}
+        )
+        return student
+
+    def save_lora(self, student: Student, folder: Path) -> None:
+        """Writes a LoRA student in diffusers' own format, and its scheduler."""
+        from peft import get_peft_model_state_dict
+
+        layers = get_peft_model_state_dict(student.transformer)
+        self.pipe.save_lora_weights(folder, transformer_lora_layers=layers, weight_name=LORA_WEIGHTS)
+        self.lora_scheduler().save_config(folder / "scheduler")
+
+    def lora_scheduler(self) -> Any:
+        """The scheduler that the teacher's own pipeline takes a LoRA student's steps with."""
+        return self.student_parts()["scheduler"]
+
+    def lora_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
+        """Arguments with which the teacher's own pipeline takes a LoRA student's steps at the given times."""
+        return self.student_call(times, guidance)
 
     def as_student(self) -> Student:
         """The network of this folder, which is a student's, as a student."""
@@ -433,6 +499,23 @@ def load_pipeline(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"teacher {source!r} does not load: {first_line(error)}; save it again with save_pretrained"
+        ) from None
+
+
+def merge_lora(pipe: Any, source: str) -> None:
+    """Merges a LoRA in diffusers' format into a pipeline's weights; safetensors only.
+
+    Raises:
+        UserError: it does not load, or does not fit.
+    """
+    try:
+        pipe.load_lora_weights(source, use_safetensors=True)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(
+            f"teacher.lora {source!r} does not load ({first_line(error)}); give a safetensors file that "
+            f"{type(pipe).__name__}.load_lora_weights reads (it needs peft: pip install stepfold[lora])"
         ) from None
 
 

@@ -30,7 +30,7 @@ def trigflow_network(
         x_unit: x / sigma_data [B, C, H, W].
         t: [B], in [0, pi/2].
         condition: B rows.
-        guidance: scales [B] for a network that embeds them, else None.
+        guidance: scales [B] for a network that embeds them; others do without.
         time_scale: what the transformer's own time counts to: 1 or 1000.
 
     Returns:
@@ -38,7 +38,8 @@ def trigflow_network(
     """
     t_flow = flow_time(t)
     x_flow = flow_input(x_unit, t, 1.0)
-    embedded = None if guidance is None else guidance * transformer.config.guidance_embeds_scale
+    embeds = guidance is not None and transformer.config.guidance_embeds
+    embedded = guidance * transformer.config.guidance_embeds_scale if embeds else None
     velocity = transformer(
         x_flow,
         encoder_hidden_states=condition.embeds,
@@ -201,6 +202,16 @@ class SanaTeacher(PipelineTeacher):
         return {name: getattr(self.pipe, name) for name in ("tokenizer", "text_encoder", "vae")} | {
             "scheduler": scheduler
         }
+
+    def lora_scheduler(self) -> Any:
+        """See `PipelineTeacher`; a SanaPipeline stays one."""
+        sprint = isinstance(self.pipe, SanaSprintPipeline)
+        return (self if sprint else super()).student_parts()["scheduler"]
+
+    def lora_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
+        """See `PipelineTeacher`; a SanaPipeline stays one."""
+        sprint = isinstance(self.pipe, SanaSprintPipeline)
+        return (self if sprint else super()).student_call(times, guidance)
 
     def student_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
         """See `PipelineTeacher`; diffusers has a time between only where there are two steps."""

@@ -139,9 +139,10 @@ def memory_estimate(
     """(GiB that the student's part of a step needs with all activations kept, whether the device has them to spare)."""
     network, x, t = trial(student, condition, latent_shape)
     pairs = config.training.prompts_per_step * pairs_per_prompt(config.space.route_steps, config.space.keep_first)
-    weights = sum(p.numel() * p.element_size() for p in student.parameters())
+    trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
+    frozen = sum(p.numel() * p.element_size() for p in student.parameters() if not p.requires_grad)
     need = kept_bytes(lambda: network(x, t)) * min(config.training.micro_batch or pairs, pairs)
-    need += STATES_PER_WEIGHT * weights
+    need += STATES_PER_WEIGHT * trained + frozen
     return need / 2**30, need <= MEMORY_SHARE * device_memory(x.device)
 
 

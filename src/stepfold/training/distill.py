@@ -1,6 +1,5 @@
 """The loop: prompts in, one-step student out. A batch is `draw`, `collect`, `update`; read `distill` top to bottom."""
 
-import copy
 import math
 import signal
 import time
@@ -30,7 +29,7 @@ from stepfold.sampling import predict_data
 from stepfold.spaces.diffusion import noised_pairs
 from stepfold.spaces.generation import Velocity, brightness_filter, pairs_from, walk
 from stepfold.spaces.pairs import Pairs, pairs_per_prompt
-from stepfold.teachers.contract import Condition, Student, Teacher
+from stepfold.teachers.contract import Condition, Student, Teacher, sharing_copy
 from stepfold.training.choices import choose_tangent, keep_freed_memory
 from stepfold.training.draws import Draw, JudgedDraw, draw, guidance_scales, prompt_index
 from stepfold.training.optimisers import learning_rate, make_optimiser
@@ -244,7 +243,7 @@ def adversarial_losses(
     """
     teacher, draw = judgement.teacher, judgement.draw.rows(part.number)
     x = torch.where(expand(draw.at_start, part.x), draw.start, part.x)
-    t = torch.where(draw.at_start, half_pi(part.t.dtype), part.t)
+    t = torch.where(draw.at_start, min(half_pi(part.t.dtype), teacher.start_time), part.t)
 
     def features(picture: Tensor, noise: Tensor) -> list[Tensor]:
         return teacher.features(interpolate(picture, noise, draw.t), draw.t, part.condition, part.guidance)
@@ -315,16 +314,16 @@ def distill(
         student.recompute_blocks()
     if len(set(guidance_scales(config, teacher))) == 1:
         student.freeze_guidance()
-    average = copy.deepcopy(student).requires_grad_(False)
+    average = sharing_copy(student, [p for p in student.parameters() if not p.requires_grad]).requires_grad_(False)
     modules: dict[str, nn.Module] = {"student": student, "average": average}
     discriminator = new_discriminator(teacher, config.seed).to(device) if config.adversarial.weight else None
     if discriminator:
         modules["discriminator"] = discriminator
-    optimiser = make_optimiser(student.parameters(), config.optimiser)
+    optimiser = make_optimiser([p for p in student.parameters() if p.requires_grad], config.optimiser)
     if discriminator:
         optimiser.add_param_group({"params": list(discriminator.parameters())})
     saved = checkpoints(folder)
-    start = load_checkpoint(saved[-1], modules, optimiser) if saved else 0
+    start = load_checkpoint(saved[-1], modules, optimiser, student.shared) if saved else 0
     rewind_metrics(folder, start)
     stages = stages or Stages()
     if start == 0:
@@ -407,7 +406,7 @@ def distill(
                 records.clear()
             if saves:
                 with stages("checkpoint"):
-                    save_checkpoint(folder, step + 1, modules, optimiser, training.keep_checkpoints)
+                    save_checkpoint(folder, step + 1, modules, optimiser, training.keep_checkpoints, student.shared)
             if stopping and not last:
                 raise KeyboardInterrupt
             if shows:
@@ -515,7 +514,8 @@ def student_attention(precision: str, device: torch.device) -> AbstractContextMa
 @torch.no_grad()
 def move_average(average: Student, student: Student, decay: float) -> None:
     """average <- decay average + (1 - decay) student."""
-    torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - decay)
+    pairs = [(a, p) for a, p in zip(average.parameters(), student.parameters(), strict=True) if a is not p]
+    torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
 
 
 def tangent_by_time(t: Tensor, norm: Tensor, bins: int = 4) -> dict[str, float]:

@@ -76,12 +76,13 @@ def guidance_scales(config: Config, teacher: Teacher) -> tuple[float, ...]:
         UserError: several, for a student that cannot be told which one it stands for.
     """
     usual = teacher.default_guidance
+    reads = teacher.guidance_kind == "embedded" if config.student.lora else teacher.student_reads_guidance
     if config.space.guidance is None:
-        return (usual - 0.5, usual, usual + 0.5) if teacher.student_reads_guidance else (usual,)
+        return (usual - 0.5, usual, usual + 0.5) if reads else (usual,)
     scales = config.space.guidance
-    if len(set(scales)) > 1 and not teacher.student_reads_guidance:
+    if len(set(scales)) > 1 and not reads:
         raise UserError(
-            f"space.guidance has {len(set(scales))} scales, but this teacher's network takes none, so its student "
+            f"space.guidance has {len(set(scales))} scales, but this student's network takes none, so it "
             f"could not tell them apart; give one, for example --set space.guidance=[{usual:g}]"
         )
     return scales
@@ -96,9 +97,8 @@ def draw(step: int, prompts: Prompts, teacher: Teacher, config: Config, device: 
     index = prompt_index(step, prompts, config)
     times = fresh_noise = None
     if config.space.kind != "generation":
-        times = send(
-            torch.stack([draw_times(config.space, seed, step, i, teacher.sigma_data) for i in samples]), device
-        )
+        drawn = torch.stack([draw_times(config.space, seed, step, i, teacher.sigma_data) for i in samples])
+        times = send(drawn.clamp(max=teacher.start_time), device)
         shape = (times.shape[1], *teacher.latent_shape)
         fresh_noise = torch.stack([normal(shape, seed, "fresh noise", i) for i in samples])
         fresh_noise = send(teacher.sigma_data * fresh_noise, device)
@@ -108,7 +108,7 @@ def draw(step: int, prompts: Prompts, teacher: Teacher, config: Config, device: 
         prompts=[prompts.prompt(i) for i in index],
         index=index,
         noise=send(teacher.sigma_data * noise, device),
-        route=send(route, device),
+        route=send(route.clamp(max=teacher.start_time), device),
         guidance=send(scales[picks.long()], device),
         uniform=send(torch.cat([uniform((1,), seed, "filter", i) for i in samples]), device),
         times=times,

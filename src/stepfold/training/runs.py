@@ -103,14 +103,16 @@ def save_checkpoint(
     modules: dict[str, torch.nn.Module],
     optimiser: torch.optim.Optimizer,
     keep: int,
+    shared: frozenset[str] = frozenset(),
 ) -> None:
-    """Writes `folder/checkpoints/NNNNNN` in one piece and removes the oldest beyond `keep`."""
+    """Writes `folder/checkpoints/NNNNNN` in one piece, without the tensors named `shared`, and removes the oldest."""
     root = folder / "checkpoints"
     root.mkdir(exist_ok=True)
     with writing(root / f"{step:06d}") as part:
         part.mkdir()
         for name, module in modules.items():
-            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part / f"{name}.safetensors")
+            own = {k: v.contiguous() for k, v in module.state_dict().items() if k not in shared}
+            save_file(own, part / f"{name}.safetensors")
         tensors, rest = split_state(optimiser.state_dict())
         save_file(tensors, part / "optimiser.safetensors")
         (part / "state.json").write_text(json.dumps({"step": step, "optimiser": rest}))
@@ -126,11 +128,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in (folder / "checkpoints").glob("[0-9]*") if p.is_dir())
 
 
-def load_checkpoint(path: Path, modules: dict[str, torch.nn.Module], optimiser: torch.optim.Optimizer) -> int:
+def load_checkpoint(
+    path: Path,
+    modules: dict[str, torch.nn.Module],
+    optimiser: torch.optim.Optimizer,
+    shared: frozenset[str] = frozenset(),
+) -> int:
     """Puts a checkpoint's state into the modules and the optimiser; returns the number of steps done."""
     try:
         for name, module in modules.items():
-            module.load_state_dict(load_file(path / f"{name}.safetensors"))
+            there = {k: v for k, v in module.state_dict().items() if k in shared}
+            module.load_state_dict(there | load_file(path / f"{name}.safetensors"))
         state = json.loads((path / "state.json").read_text())
         optimiser.load_state_dict(join_state(load_file(path / "optimiser.safetensors"), state["optimiser"]))
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
