@@ -26,6 +26,10 @@ EXTERNAL = {
     "yaml": ("config.py", "reproduction/runs.py"),
     "datasets": ("images/reading.py",),
     "matplotlib": ("evaluation/report.py", "reproduction/figures.py"),
+    "peft": ("teachers/pipeline.py",),
+    "pyarrow": ("prompts/tables.py",),
+    "py3langid": ("prompts/cleaning.py",),
+    "rensa": ("prompts/cleaning.py",),
     "sklearn": ("reproduction/figures.py",),
     "jinja2": ("evaluation/report.py",),
 }

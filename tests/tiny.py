@@ -9,13 +9,18 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from torch import nn
 from transformers import (
@@ -66,11 +71,11 @@ def t5_encoder(width: int) -> T5EncoderModel:
     )
 
 
-def kl_autoencoder(channels: int) -> AutoencoderKL:
+def kl_autoencoder(channels: int, shift: float | None = None) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 16), latent_channels=channels, norm_num_groups=4, layers_per_block=1, sample_size=32,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False,
+        scaling_factor=1.5, shift_factor=shift, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
 
 
@@ -83,7 +88,7 @@ def make_sd3() -> StableDiffusion3Pipeline:
     parts: Any = dict(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=kl_autoencoder(4),
+        vae=kl_autoencoder(4, shift=0.06),
         text_encoder=clip_encoder(CLIPTextModelWithProjection, 16),
         tokenizer=clip_tokenizer(),
         text_encoder_2=clip_encoder(CLIPTextModelWithProjection, 12),
@@ -102,7 +107,7 @@ def make_flux(guidance_embeds: bool = True) -> FluxPipeline:
     parts: Any = dict(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=kl_autoencoder(4),
+        vae=kl_autoencoder(4, shift=0.06),
         text_encoder=clip_encoder(CLIPTextModel, 16),
         tokenizer=clip_tokenizer(),
         text_encoder_2=t5_encoder(32),
@@ -124,6 +129,50 @@ def make_pixart() -> PixArtSigmaPipeline:
         tokenizer=t5_tokenizer(),
     )
     return PixArtSigmaPipeline(**parts)
+
+
+def unet(width: int, **changes: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=width, attention_head_dim=8, norm_num_groups=4, **changes,
+    )  # fmt: skip
+
+
+def make_sd1(**schedule: Any) -> StableDiffusionPipeline:
+    parts: Any = dict(
+        unet=unet(16),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1,
+            **schedule,
+        ),
+        vae=kl_autoencoder(4),
+        text_encoder=clip_encoder(CLIPTextModel, 16),
+        tokenizer=clip_tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+    )  # fmt: skip
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
+def make_sd2() -> StableDiffusionPipeline:
+    return make_sd1(prediction_type="v_prediction")
+
+
+def make_sdxl() -> StableDiffusionXLPipeline:
+    parts: Any = dict(
+        unet=unet(
+            28, addition_embed_type="text_time", addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=12 + 6 * 4,
+        ),
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        vae=kl_autoencoder(4),
+        text_encoder=clip_encoder(CLIPTextModel, 16),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_encoder(CLIPTextModelWithProjection, 12),
+        tokenizer_2=clip_tokenizer(),
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(**parts)
 
 
 def save(make: Callable[[], Any], folder: Path) -> Path:

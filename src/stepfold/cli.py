@@ -403,9 +403,135 @@ def reproduce(
 
 prompts_app = typer.Typer(
     no_args_is_help=True,
-    help="Encode files of prompts before training.\n\n    stepfold prompts encode prompts.txt --teacher ./my-sana",
+    help="Look at files of prompts, clean, split and encode them: txt, jsonl, csv, tsv or parquet, gzipped too."
+    "\n\n    stepfold prompts clean PartiPrompts.tsv --out prompts.txt",
 )
 app.add_typer(prompts_app, name="prompts")
+
+
+PromptTable = Annotated[
+    Path, typer.Argument(help="txt (one prompt a line), jsonl, csv, tsv or parquet; .gz too.", show_default=False)
+]
+Column = Annotated[
+    str | None,
+    typer.Option(help="Column of the prompts. Default: prompt, text or caption.", show_default=False),
+]
+
+
+@prompts_app.command("stats")
+def stats(
+    file: PromptTable,
+    column: Column = None,
+    languages: Annotated[bool, typer.Option(help="Guess the languages (extra prompts).")] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers here too.", show_default=False)
+    ] = None,
+) -> None:
+    """How many prompts, how long, how many repeated, in which languages.
+
+    stepfold prompts stats prompts.txt
+
+    stepfold prompts stats PartiPrompts.tsv --column Prompt --json stats.json
+    """
+    from stepfold.prompts.cleaning import statistics
+    from stepfold.prompts.tables import read_texts
+    from stepfold.training.runs import writing
+
+    numbers = statistics(read_texts(file, column), languages)
+    for name, value in numbers.items():
+        many = isinstance(value, dict)
+        text = ", ".join(f"{key} {number:.4g}" for key, number in value.items()) if many else f"{value:,}"
+        typer.echo(f"{name:28} {text or '-'}")
+    if json_file:
+        with writing(json_file) as part:
+            part.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+@prompts_app.command("clean")
+def clean(
+    file: PromptTable,
+    out: Annotated[Path, typer.Option(help="Text file to write, one prompt a line.")] = Path("prompts.txt"),
+    column: Column = None,
+    min_words: Annotated[int, typer.Option(min=1, help="Drop shorter prompts.")] = 1,
+    max_words: Annotated[int | None, typer.Option(min=1, help="Drop longer prompts.", show_default=False)] = None,
+    languages: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep these only, e.g. en,de (extra prompts). Short prompts are a guess.", show_default=False
+        ),
+    ] = None,
+    near: Annotated[
+        float | None,
+        typer.Option(min=0.1, max=1, help="Drop near repetitions, e.g. 0.8 (extra prompts).", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Make a clean text file of prompts: blank, overlong and repeated ones go; line breaks become spaces.
+
+    stepfold prompts clean DiffusionDB.parquet --column prompt --out prompts.txt --near 0.8 --languages en
+
+    stepfold prompts clean mine.txt --out prompts.txt --min-words 3
+    """
+    from collections import Counter
+
+    from stepfold.prompts.cleaning import Rules
+    from stepfold.prompts.cleaning import clean as cleaned
+    from stepfold.prompts.tables import read_texts
+    from stepfold.training.runs import writing
+
+    refuse_existing(out, force)
+    counts: Counter[str] = Counter()
+    chosen = tuple(code.strip().lower() for code in (languages or "").split(",") if code.strip())
+    with writing(out) as part, part.open("w", encoding="utf-8") as target:
+        for prompt in cleaned(read_texts(file, column), Rules(min_words, max_words, chosen, near), counts):
+            target.write(prompt + "\n")
+        if not counts["kept"]:
+            raise UserError(f"no prompt of {file} is left; {dict(counts)}")
+    for name in ("read", *(n for n in counts if n not in ("read", "kept")), "kept"):
+        typer.echo(f"{name:32} {counts[name]:,}")
+    typer.echo(f"prompts: {out}")
+
+
+@prompts_app.command("split")
+def split(
+    file: PromptTable,
+    test: Annotated[float, typer.Option(min=0, max=1, help="Share of the test part.")] = 0.05,
+    out: Annotated[Path, typer.Option(help="Folder for train.txt and test.txt.")] = Path("."),
+    column: Column = None,
+    seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Write over files that are there.")] = False,
+) -> None:
+    """Split prompts into train.txt and test.txt; equal prompts stay together, also across files.
+
+    stepfold prompts split prompts.txt --test 0.1 --out split
+    """
+    from stepfold.prompts.cleaning import side
+    from stepfold.prompts.tables import read_texts
+    from stepfold.training.runs import writing
+
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / "train.txt", out / "test.txt"]
+    for path in paths:
+        refuse_existing(path, force)
+    counts = [0, 0]
+    with (
+        writing(paths[0]) as first,
+        writing(paths[1]) as second,
+        first.open("w", encoding="utf-8") as train,
+        second.open("w", encoding="utf-8") as held,
+    ):
+        for text in read_texts(file, column):
+            if prompt := " ".join(text.split()):
+                chosen = side(prompt, test, seed)
+                (held if chosen else train).write(prompt + "\n")
+                counts[chosen] += 1
+    typer.echo(f"{paths[0]}: {counts[0]:,}\n{paths[1]}: {counts[1]:,}")
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Nothing is overwritten unasked."""
+    if path.exists() and not force:
+        raise UserError(f"{path} is there already; choose another --out, or --force")
 
 
 @prompts_app.command("encode")
@@ -445,6 +571,37 @@ def encode(
     settings = TeacherSettings(source=teacher, lora=teacher_lora, max_tokens=max_tokens)
     run_encode(settings, prompts, out, batch=batch, display=Display(quiet), device=usable_device(device))
     typer.echo(f"conditions: {out}")
+
+
+@app.command()
+def retime(
+    teacher: Annotated[str, typer.Argument(help="A Sana pipeline folder or hub id.", show_default=False)],
+    prompts: Annotated[str, typer.Option(help="Text file, one prompt a line.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Run folder; the new teacher is its `teacher` folder.")] = Path(
+        "runs/retimed"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1000,
+    changes: ChangesOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that --out holds.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Re-time a Sana teacher whose time counts to 1000 to [0, 1], from its own walks, without images.
+
+    Continuous consistency wants it: its tangent contains dF/dt. Discrete consistency does without.
+
+    stepfold retime ./my-sana --prompts prompts.txt --out runs/retimed
+
+    stepfold distill --teacher runs/retimed/teacher --prompts prompts.txt
+    """
+    from stepfold.display import Display, quiet_libraries
+    from stepfold.retiming import run_retime
+
+    quiet_libraries()
+    changes = [f"training.steps={steps}", *(changes or [])]
+    found = run_retime(teacher, prompts, out, changes, resume=resume, display=Display(quiet))
+    for name, number in found.items():
+        typer.echo(f"{name:32} {number:.4g}")
+    typer.echo(f"teacher: {out / 'teacher'}")
 
 
 @app.command()

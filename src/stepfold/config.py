@@ -31,6 +31,11 @@ class TeacherSettings(Section):
     guidance: Literal["auto", "classifier_free", "embedded", "none"] = Field(
         default="auto", description="how the teacher takes guidance; auto reads it from the network's config"
     )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of the teacher's weights; bfloat16 halves them, and calls to them run under autocast (a student's "
+        "own weights stay in float32)",
+    )
     null_mask: Literal["own", "prompt"] = Field(
         default="own",
         description="mask of the unconditional branch: its own (diffusers) or the prompt's (public training code)",

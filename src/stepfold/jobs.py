@@ -96,7 +96,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
 
     def conditions(index: Sequence[int]) -> Condition:
         if cache:
-            return cache.rows(index).to(device, teacher.dtype)
+            return cache.rows(index).to(device, teacher.work_dtype)
         return teacher.encode([prompts.prompt(i) for i in index])
 
     preview = make_preview(folder, teacher, conditions, len(prompts), config, taught, display)

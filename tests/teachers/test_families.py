@@ -32,6 +32,9 @@ SMALL = TeacherSettings(height=16, width=32, max_tokens=24)
 FAMILIES: dict[str, Callable[[], Any]] = {
     "sd3": tiny.make_sd3,
     "pixart": tiny.make_pixart,
+    "sd 1": tiny.make_sd1,
+    "sd 2": tiny.make_sd2,
+    "sdxl": tiny.make_sdxl,
     "flux dev": tiny.make_flux,
     "flux schnell": partial(tiny.make_flux, guidance_embeds=False),
 }
@@ -47,6 +50,11 @@ def any_folder(request: pytest.FixtureRequest, tiny_sana: Path, tmp_path_factory
     if request.param == "sana":
         return tiny_sana
     return tiny.save(FAMILIES[request.param], tmp_path_factory.mktemp("family") / "pipeline")
+
+
+def network_of(folder: Path) -> str:
+    """The name of a pipeline's network."""
+    return "unet" if (folder / "unet").exists() else "transformer"
 
 
 def settings(folder: Path, prompts: Path, *sets: str) -> Any:
@@ -69,9 +77,7 @@ def test_a_teacher_is_distilled_and_its_student_drawn(
     config, run = settings(folder, prompts_file, f"objective={objective}"), tmp_path / "run"
     run_distill(config, run, resume=False, display=Display(quiet=True), command="test")
     assert all(math.isfinite(row["loss"]) for row in read_metrics(run)) and len(read_metrics(run)) == 3
-    network = next((run / "student" / "transformer").glob("*.safetensors"))
-    before = load_file(next((folder / "transformer").glob("*.safetensors")))
-    after = load_file(network)
+    before, after = (load_file(next((f / network_of(f)).glob("*.safetensors"))) for f in (folder, run / "student"))
     unmoved = {name for name, value in after.items() if torch.equal(value, before[name])}
     assert not {
         name
@@ -178,9 +184,11 @@ def test_a_lora_on_the_teacher_is_merged_into_it(any_folder: Path, tmp_path: Pat
     """The merged teacher's samples are those of its pipeline with the LoRA loaded."""
     kind = getattr(diffusers, json.loads((any_folder / "model_index.json").read_text())["_class_name"])
     pipe: Any = kind.from_pretrained(any_folder)
-    layers = [n for n, m in pipe.transformer.named_modules() if isinstance(m, torch.nn.Linear) and "blocks." in n]
-    pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=layers, init_lora_weights=False))
-    kind.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    network = getattr(pipe, network_of(any_folder))
+    layers = [n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear) and "block" in n]
+    network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=layers, init_lora_weights=False))
+    matrices = {f"{network_of(any_folder)}_lora_layers": get_peft_model_state_dict(network)}
+    kind.save_lora_weights(tmp_path, **matrices)
 
     source = TeacherSettings(source=str(any_folder), height=32, width=32, max_tokens=24)
     plain, merged = (load_teacher(source.model_copy(update={"lora": lora}), "cpu") for lora in (None, str(tmp_path)))
@@ -193,6 +201,26 @@ def test_a_lora_on_the_teacher_is_merged_into_it(any_folder: Path, tmp_path: Pat
         merged, 0.5 * noise, merged.encode(["red heart"]), torch.full((1,), scale), 2, even=merged.even_ladder
     )
     assert (ours / 0.5 - theirs).norm() / theirs.norm() < 1e-4 < (without - theirs).norm() / theirs.norm()
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_teacher_in_bfloat16(any_folder: Path, prompts_file: Path, tmp_path: Path, lora: int) -> None:
+    """Its weights take half the memory; it walks about as before, and its student learns in float32."""
+    config = settings(any_folder, prompts_file, "teacher.dtype=bfloat16", f"student.lora={lora}")
+    whole = load_teacher(config.teacher.model_copy(update={"dtype": "float32"}), "cpu")
+    half = load_teacher(config.teacher, "cpu")
+    assert {p.dtype for p in half.transformer.parameters()} == {torch.bfloat16}
+    x, t = 0.5 * torch.randn(2, *whole.latent_shape), torch.tensor([0.5, 1.2])
+    condition, guidance = whole.encode(["red heart", "a cat"]), torch.full((2,), 2.0)
+    exact = whole.velocity(x, t, condition, guidance)
+    rough = half.velocity(x, t, half.encode(["red heart", "a cat"]), guidance)
+    assert rough.dtype == torch.float32 and 0 < (rough - exact).norm() / exact.norm() < 0.2
+    student = half.lora_student(4) if lora else half.new_student()
+    assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
+    run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
+    assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run"))
+    (picture,) = run_sample(tmp_path / "run" / "student", ["red heart"], steps=1, seed=0, guidance=None, device="cpu")
+    assert np.asarray(picture).std() > 1
 
 
 def test_a_lora_that_does_not_fit_is_one_line(tiny_sana: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from stepfold.errors import UserError
+from stepfold.prompts.tables import TABLES
 
 MAX_CHARACTERS = 2_000
 # UTF-8 takes at most 4 bytes a character; the rest is for a BOM, CRLF and spaces around the prompt.
@@ -86,6 +88,11 @@ def open_prompts(path: str | os.PathLike[str]) -> PromptFile:
             is binary, is not UTF-8, is too long or holds a carriage return.
     """
     path = Path(path)
+    if path.suffix.lower() in (".gz", *TABLES):
+        raise UserError(
+            f"{path}: is no text file; make one of it with stepfold prompts clean {shlex.quote(str(path))} --out "
+            "prompts.txt"
+        )
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give a text file with one prompt a line")
     if not path.exists():

@@ -79,7 +79,7 @@ class FluxTeacher(PipelineTeacher):
         embeds, pooled, _ = self.pipe.encode_prompt(
             list(prompts), device=self.device, max_sequence_length=self.max_tokens
         )
-        return Condition.whole(embeds.to(self.dtype), pooled.to(self.dtype))
+        return Condition.whole(embeds.to(self.work_dtype), pooled.to(self.work_dtype))
 
     def pack(self, latents: Tensor) -> Tensor:
         """See `PipelineTeacher`."""

@@ -18,13 +18,21 @@ from stepfold.teachers.pipeline import PipelineTeacher, check_folder, load_index
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.teachers.sd3 import SD3Teacher
+from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
 
 CARD = "stepfold.json"
 
 
 FAMILIES: dict[str, type[PipelineTeacher]] = {
     pipeline.__name__: family
-    for family in (SanaTeacher, SD3Teacher, FluxTeacher, PixArtTeacher)
+    for family in (
+        SanaTeacher,
+        SD3Teacher,
+        FluxTeacher,
+        PixArtTeacher,
+        StableDiffusionTeacher,
+        StableDiffusionXLTeacher,
+    )
     for pipeline in family.pipelines
 }
 """Class of a pipeline -> the family that wraps it. A new family is one file and its name here."""
@@ -45,17 +53,20 @@ def family_of(source: str) -> type[PipelineTeacher]:
 def load_teacher(
     settings: TeacherSettings,
     device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
     network_only: bool = False,
     null: Condition | None = None,
 ) -> PipelineTeacher:
-    """The teacher of a run; `emoji` is the bundled one, loaded like any other. The last two as in `PipelineTeacher`."""
+    """The teacher of a run; `emoji` is the bundled one, loaded like any other.
+
+    `dtype` is the settings' if None; the last two as in `PipelineTeacher`.
+    """
     source = folder_of(settings.source)
     return family_of(source)(
         source,
         device=device,
-        dtype=dtype,
+        dtype=dtype or getattr(torch, settings.dtype),
         height=settings.height,
         width=settings.width,
         max_tokens=settings.max_tokens,

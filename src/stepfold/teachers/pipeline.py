@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +29,27 @@ NUM_FEATURES = 5  # feature maps for discriminator heads, as many as Sana-Sprint
 
 Predict = Callable[[Any, Tensor, Tensor, Condition, Tensor | None], Tensor]
 """(network, x / sigma_data [B, ...], t [B], condition, guidance scales [B] for a network that embeds them) -> F."""
+
+
+def in_precision(predict: Predict, dtype: torch.dtype) -> Predict:
+    """For a network of weights in half precision: the call runs under autocast, times and states stay as they are."""
+    return (
+        predict if dtype in (torch.float32, torch.float64) else partial(_under_autocast, predict=predict, dtype=dtype)
+    )
+
+
+def _under_autocast(
+    network: Any,
+    x_unit: Tensor,
+    t: Tensor,
+    condition: Condition,
+    guidance: Tensor | None,
+    *,
+    predict: Predict,
+    dtype: torch.dtype,
+) -> Tensor:
+    with torch.autocast(x_unit.device.type, dtype):
+        return predict(network, x_unit, t, condition, guidance)
 
 
 class TimeHead(nn.Module):
@@ -77,10 +99,13 @@ class PipelineTeacher:
 
     Attributes:
         pipelines: classes that the family can load.
+        network_part: name of the network's part in the pipeline.
         even_ladder: the pipeline's own sampler walks noise levels 1, 1 - 1/n, ..., 1/n.
+        transformer: the network: a transformer, or a UNet.
     """
 
     pipelines: ClassVar[tuple[type, ...]] = ()
+    network_part: ClassVar[str] = "transformer"
     even_ladder: ClassVar[bool] = False
     ode: Literal["flow", "trigflow"] = "flow"
     start_time: float = math.pi / 2
@@ -106,15 +131,15 @@ class PipelineTeacher:
             UserError: the folder is not whole, or the network cannot do what is asked for.
         """
         self.source, self.device, self.dtype = str(source), torch.device(device), dtype
+        self.work_dtype = torch.promote_types(dtype, torch.float32)  # of conditions, and of weights that are trained
         self.sigma_data = SIGMA_DATA
         self.index = load_index(self.source)
         self.pipe: Any = load_pipeline(self.source, self.index, self.pipelines, dtype, network_only)
         if lora:
             merge_lora(self.pipe, lora)
         self.pipe.set_progress_bar_config(disable=True)
-        self.transformer: Any = self.pipe.transformer.to(self.device).eval().requires_grad_(False)
+        self.transformer: Any = getattr(self.pipe, self.network_part).to(self.device).eval().requires_grad_(False)
         compute_once(self.of_the_prompt_alone())
-        self.predict = self.predictor()
         kinds = self.guidance_kinds()
         self.guidance_kind: GuidanceKind = kinds[0] if guidance_kind == "auto" else guidance_kind
         if self.guidance_kind not in kinds:
@@ -124,7 +149,11 @@ class PipelineTeacher:
             )
         defaults = inspect.signature(self.pipe.__call__).parameters
         self.default_guidance = float(defaults["guidance_scale"].default)
-        self.max_tokens = int(defaults["max_sequence_length"].default) if max_tokens is None else max_tokens
+        self.takes_length = "max_sequence_length" in defaults
+        usual_length = (
+            defaults["max_sequence_length"].default if self.takes_length else self.pipe.tokenizer.model_max_length
+        )
+        self.max_tokens = int(usual_length) if max_tokens is None else max_tokens
         self.null_mask = null_mask
 
         vae: Any = self._vae_class().load_config(self.source, subfolder="vae")
@@ -136,17 +165,18 @@ class PipelineTeacher:
                 raise UserError(f"{name} is {side}, but this pipeline needs a multiple of {multiple}")
         self.latent_shape = (channels, self.height // factor, self.width // factor)
         self.shift = self._shift()
+        self.plain_predict = self.predictor()
+        self.predict = in_precision(self.plain_predict, dtype)
 
-        blocks = self.transformer.transformer_blocks
-        count = min(NUM_FEATURES, len(blocks))
-        self.feature_blocks = [blocks[(i + 1) * len(blocks) // count - 1] for i in range(count)]
-        config = self.transformer.config
-        self.feature_widths = (config.num_attention_heads * config.attention_head_dim,) * count
+        parts = self.feature_parts()
+        count = min(NUM_FEATURES, len(parts))
+        chosen = [parts[(i + 1) * len(parts) // count - 1] for i in range(count)]
+        self.feature_blocks, self.feature_widths = [part for part, _ in chosen], tuple(width for _, width in chosen)
 
         self._null = self._null_trimmed = None
         self._both: tuple[Condition, Condition] | None = None  # a condition, and it with the unconditional one before
         if self.guidance_kind == "classifier_free":
-            self._null = null.to(self.device, dtype) if null else self._encode_null()
+            self._null = null.to(self.device, self.work_dtype) if null else self._encode_null()
             self._null_trimmed = self._null.trimmed()
 
     # What a family says.
@@ -191,6 +221,12 @@ class PipelineTeacher:
     def call_options(self) -> dict[str, Any]:
         """Arguments that each call of the pipeline needs besides the usual ones."""
         return {}
+
+    def feature_parts(self) -> list[tuple[nn.Module, int]]:
+        """The network's blocks in order, each with the width of its output, which may serve as `features`."""
+        config = self.transformer.config
+        width = config.num_attention_heads * config.attention_head_dim
+        return [(block, width) for block in self.transformer.transformer_blocks]
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents [B, ...] as the pipeline's own sampler has them."""
@@ -287,7 +323,8 @@ class PipelineTeacher:
         maps: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            maps.append(output[-1] if isinstance(output, tuple) else output)  # text tokens come first, if at all
+            features = output[-1] if isinstance(output, tuple) else output  # text tokens come first, if at all
+            maps.append(features.flatten(2).mT if features.ndim == 4 else features)
 
         handles = [block.register_forward_hook(keep) for block in self.feature_blocks]
         try:
@@ -357,13 +394,10 @@ class PipelineTeacher:
             latents = self.pipe(
                 list(prompts),
                 num_inference_steps=num_steps,
-                height=self.height,
-                width=self.width,
-                max_sequence_length=self.max_tokens,
                 guidance_scale=guidance,
                 latents=self.pack(noise),
                 output_type="latent",
-                **self.call_options(),
+                **self.usual_call(),
             ).images
         finally:
             self.pipe.scheduler = old
@@ -380,8 +414,9 @@ class PipelineTeacher:
 
     def new_student(self) -> Student:
         """See `Teacher`."""
-        network = copy.deepcopy(self.transformer).requires_grad_(True)
-        return PipelineStudent(network, self.predict, self._weight_start()).to(self.device)
+        network = copy.deepcopy(self.transformer).to(self.work_dtype).requires_grad_(True)
+        compute_afresh(network.modules())
+        return PipelineStudent(network, self.plain_predict, self._weight_start()).to(self.device)
 
     def lora_student(self, rank: int) -> Student:
         """A student that is the teacher's own network, its weights shared, with LoRA matrices that start at nothing.
@@ -395,9 +430,12 @@ class PipelineTeacher:
             raise UserError("student.lora needs peft; pip install stepfold[lora]") from None
         network = sharing_copy(self.transformer, [*self.transformer.parameters(), *self.transformer.buffers()])
         compute_afresh(network.modules())
-        layers = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and "blocks." in n]
+        layers = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and "block" in n]
         network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
         student = PipelineStudent(network, self.predict, self._weight_start()).to(self.device)
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(self.work_dtype)
         taken = {tensor.data_ptr() for tensor in (*self.transformer.parameters(), *self.transformer.buffers())}
         student.shared = frozenset(name for name, tensor in student.state_dict().items() if tensor.data_ptr() in taken)
         return student
@@ -409,7 +447,7 @@ class PipelineTeacher:
         student: Any = self.lora_student(rank)
         weights = load_file(folder / LORA_WEIGHTS)
         set_peft_model_state_dict(
-            student.transformer, {name.removeprefix("transformer."): value for name, value in weights.items()}
+            student.transformer, {name.removeprefix(f"{self.network_part}."): value for name, value in weights.items()}
         )
         return student
 
@@ -418,7 +456,7 @@ class PipelineTeacher:
         from peft import get_peft_model_state_dict
 
         layers = get_peft_model_state_dict(student.transformer)
-        self.pipe.save_lora_weights(folder, transformer_lora_layers=layers, weight_name=LORA_WEIGHTS)
+        self.pipe.save_lora_weights(folder, weight_name=LORA_WEIGHTS, **{f"{self.network_part}_lora_layers": layers})
         self.lora_scheduler().save_config(folder / "scheduler")
 
     def lora_scheduler(self) -> Any:
@@ -447,17 +485,18 @@ class PipelineTeacher:
         """Arguments with which the saved pipeline takes consistency steps at the given times."""
         sigmas = flow_time(torch.tensor(times, dtype=torch.float64)).clamp(max=1.0).tolist()
         scale = guidance if self.guidance_kind == "embedded" else 1.0  # 1: one network call a step
-        return self._usual_call() | {"sigmas": sigmas, "guidance_scale": scale}
+        return self.usual_call() | {"sigmas": sigmas, "guidance_scale": scale}
 
-    def _usual_call(self) -> dict[str, Any]:
-        size = {"height": self.height, "width": self.width, "max_sequence_length": self.max_tokens}
-        return size | self.call_options()
+    def usual_call(self) -> dict[str, Any]:
+        """Arguments that each call of the pipeline is given: sizes, and what the family needs."""
+        length = {"max_sequence_length": self.max_tokens} if self.takes_length else {}
+        return {"height": self.height, "width": self.width} | length | self.call_options()
 
     def save_student(self, student: Student, folder: Path) -> None:
         """See `Teacher`: with the teacher's own encoders and autoencoder."""
         self._vae()
         self._load_text_encoders()
-        parts = self.student_parts() | {"transformer": student.transformer}
+        parts = self.student_parts() | {self.network_part: student.transformer}
         pipe: Any = self.student_class(**parts)
         pipe.save_pretrained(folder, safe_serialization=True)
 

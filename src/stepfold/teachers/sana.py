@@ -9,7 +9,6 @@ from typing import Any
 from diffusers import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from torch import Tensor, nn
 
-from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_input, flow_time, trigflow_output
 from stepfold.teachers.contract import Condition, GuidanceKind, Student
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
@@ -37,6 +36,8 @@ def trigflow_network(
         F [B, C, H, W].
     """
     t_flow = flow_time(t)
+    if time_scale != 1:
+        t_flow = t_flow.clamp(max=1.0)  # samplers start a hair above pi/2
     x_flow = flow_input(x_unit, t, 1.0)
     embeds = guidance is not None and transformer.config.guidance_embeds
     embedded = guidance * transformer.config.guidance_embeds_scale if embeds else None
@@ -107,7 +108,11 @@ def student_transformer(teacher: Any) -> SanaTransformer2DModel:
 
 
 class SanaTeacher(PipelineTeacher):
-    """SanaPipeline and SanaSprintPipeline; the student is a SanaSprintPipeline."""
+    """SanaPipeline and SanaSprintPipeline.
+
+    A student is a SanaSprintPipeline where the network reads time on [0, 1], as that pipeline passes it. The student of
+    a network that counts to 1000 is a SanaPipeline, which has no place for embedded guidance.
+    """
 
     pipelines = (SanaPipeline, SanaSprintPipeline)
 
@@ -120,6 +125,11 @@ class SanaTeacher(PipelineTeacher):
         sprint = isinstance(self.pipe, SanaSprintPipeline)
         return 1.0 if sprint else 1000.0 * self.transformer.config.timestep_scale
 
+    @property
+    def sprints(self) -> bool:
+        """Whether a student of it is a SanaSprintPipeline."""
+        return math.isclose(self.time_scale, 1.0)
+
     def predictor(self) -> Predict:
         """See `PipelineTeacher`."""
         return partial(trigflow_network, time_scale=self.time_scale)
@@ -130,8 +140,8 @@ class SanaTeacher(PipelineTeacher):
 
     @property
     def student_reads_guidance(self) -> bool:
-        """See `Teacher`; a student's embedder starts neutral."""
-        return True
+        """See `Teacher`; a SanaSprintPipeline's embedder starts neutral."""
+        return self.sprints
 
     def geometry(self, factor: int) -> tuple[int, int, int]:
         """See `PipelineTeacher`; the pipelines themselves insist on multiples of 32."""
@@ -158,11 +168,12 @@ class SanaTeacher(PipelineTeacher):
             complex_human_instruction=instruction,
             **options,
         )
-        return Condition(embeds.to(self.dtype), mask)
+        return Condition(embeds.to(self.work_dtype), mask)
 
     def idle_parameters(self) -> tuple[str, ...]:
         """See `PipelineTeacher`; behind a zeroed layer there is a gradient from the second step on."""
-        return () if self.transformer.config.guidance_embeds else (".guidance_embedder.linear_1.",)
+        starts_neutral = self.sprints and not self.transformer.config.guidance_embeds
+        return (".guidance_embedder.linear_1.",) if starts_neutral else ()
 
     def of_the_prompt_alone(self) -> list[nn.Module]:
         """See `PipelineTeacher`."""
@@ -176,32 +187,29 @@ class SanaTeacher(PipelineTeacher):
         """See `PipelineTeacher`."""
         return {"use_resolution_binning": False}
 
-    def new_student(self) -> SanaStudent:
+    def new_student(self) -> Student:
         """See `Teacher`."""
-        if not math.isclose(self.time_scale, 1.0):
-            raise UserError(
-                f"this teacher's time counts to {self.time_scale:g}, and SanaSprintPipeline students need 1; "
-                "use a teacher re-timed to [0, 1] (transformer config timestep_scale 0.001)"
-            )
+        if not self.sprints:
+            return super().new_student()
         student = SanaStudent(student_transformer(self.transformer))
         nn.init.constant_(student.variance_head.bias, self._weight_start())
         return student.to(self.device)
 
-    def as_student(self) -> SanaStudent:
+    def as_student(self) -> Student:
         """See `PipelineTeacher`."""
-        return SanaStudent(self.transformer)
+        return SanaStudent(self.transformer) if isinstance(self.pipe, SanaSprintPipeline) else super().as_student()
 
     @property
     def student_class(self) -> type:
         """See `PipelineTeacher`."""
-        return SanaSprintPipeline
+        return SanaSprintPipeline if self.sprints else SanaPipeline
 
     def student_parts(self) -> dict[str, Any]:
         """See `PipelineTeacher`."""
-        scheduler = SCMScheduler(prediction_type="trigflow", sigma_data=self.sigma_data)
-        return {name: getattr(self.pipe, name) for name in ("tokenizer", "text_encoder", "vae")} | {
-            "scheduler": scheduler
-        }
+        if not self.sprints:
+            return super().student_parts()
+        parts = {name: getattr(self.pipe, name) for name in ("tokenizer", "text_encoder", "vae")}
+        return parts | {"scheduler": SCMScheduler(prediction_type="trigflow", sigma_data=self.sigma_data)}
 
     def lora_scheduler(self) -> Any:
         """See `PipelineTeacher`; a SanaPipeline stays one."""
@@ -214,11 +222,12 @@ class SanaTeacher(PipelineTeacher):
         return (self if sprint else super()).student_call(times, guidance)
 
     def student_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
-        """See `PipelineTeacher`; diffusers has a time between only where there are two steps."""
-        between = times[1] if len(times) == 2 else None
+        """See `PipelineTeacher`; SanaSprintPipeline has a time between only where there are two steps."""
+        if not self.sprints:
+            return super().student_call(times, guidance)
         return {
             "num_inference_steps": len(times),
-            "intermediate_timesteps": between,
+            "intermediate_timesteps": times[1] if len(times) == 2 else None,
             "guidance_scale": guidance,
-            **self._usual_call(),
+            **self.usual_call(),
         }

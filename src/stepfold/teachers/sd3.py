@@ -49,4 +49,4 @@ class SD3Teacher(PipelineTeacher):
             list(prompts), None, None, device=self.device, do_classifier_free_guidance=False,
             max_sequence_length=self.max_tokens,
         )  # fmt: skip
-        return Condition.whole(embeds.to(self.dtype), pooled.to(self.dtype))
+        return Condition.whole(embeds.to(self.work_dtype), pooled.to(self.work_dtype))

@@ -1,0 +1,90 @@
+"""The Python API for a network of one's own; pipelines have the command `stepfold distill`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepfold.config import load_config
+from stepfold.display import Display
+from stepfold.jobs import remember_prompts
+from stepfold.prompts.reading import open_prompts
+from stepfold.randomness import normal
+from stepfold.sampling import sample_student
+from stepfold.teachers.contract import Student
+from stepfold.teachers.module import ModuleTeacher
+from stepfold.training.choices import choose_precision
+from stepfold.training.distill import distill, make_accelerator
+from stepfold.training.draws import guidance_scales
+from stepfold.training.runs import check_run, open_run, writing
+
+WEIGHTS = "student.safetensors"
+
+
+def distill_module(
+    teacher: ModuleTeacher,
+    prompts: str | Path,
+    folder: str | Path,
+    changes: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+) -> Student:
+    """Distils a network of one's own; the same loop, checkpoints and exact resume as `stepfold distill`.
+
+    Args:
+        teacher: the network, wrapped.
+        prompts: a text file, one prompt a line.
+        folder: of the run; new, or to be resumed. The student's weights are written into it, in safetensors.
+        changes: settings as for `--set`, on top of the preset `default`, such as `objective=discrete`.
+        resume: continue the run that the folder holds.
+        quiet: show no progress.
+
+    Returns:
+        The student: the average over training.
+
+    Raises:
+        UserError: something in settings, prompts or folder is wrong.
+        NonFiniteError: the training diverged.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+    """
+    folder = Path(folder)
+    changes = ["space.filter_rule=off", *changes]  # it needs a black picture
+    source = type(teacher.network).__name__
+    config = choose_precision(load_config("default", changes, teacher__source=source, prompts=str(prompts)))
+    file, accelerator, display = open_prompts(prompts), make_accelerator(config.training.precision), Display(quiet)
+    check_run(folder, config, resume)
+    wrapped: Any = teacher  # it has what the loop asks for, but no pictures
+    guidance_scales(config, wrapped)  # before anything is written
+    teacher.network.to(accelerator.device)
+    open_run(folder, config, resume)
+    remember_prompts(folder, file)
+    student, black = teacher.new_student().to(accelerator.device), torch.zeros(teacher.latent_shape)
+    with display.training(config.training.steps):
+        average = distill(config, folder, wrapped, student, file, black, accelerator, report=display.step)
+    with writing(folder / WEIGHTS) as part:
+        save_file(average.state_dict(), part)
+    return average
+
+
+def load_module_student(teacher: ModuleTeacher, folder: str | Path) -> Student:
+    """The student that `distill_module` left in a run folder."""
+    student = teacher.new_student()
+    student.load_state_dict(load_file(Path(folder) / WEIGHTS))
+    return student.eval()
+
+
+def draw(teacher: ModuleTeacher, student: Student, prompts: Sequence[str], *, seed: int = 0, steps: int = 1) -> Tensor:
+    """The student's samples, one a prompt, of unit variance [B, ...]; equal seeds start from equal noise."""
+    device, sigma_data = next(student.parameters()).device, teacher.sigma_data
+
+    def noise(step: int) -> Tensor:
+        parts = [normal(teacher.latent_shape, seed, "draw", step, i) for i in range(len(prompts))]
+        return sigma_data * torch.stack(parts).to(device)
+
+    guidance = torch.ones(len(prompts), device=device)
+    times, condition = teacher.student_times(steps), teacher.encode(prompts)
+    return sample_student(student, noise(0), condition, guidance, times, noise, sigma_data) / sigma_data

@@ -1,0 +1,178 @@
+"""What is in a file of prompts, and a better file made of it."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from stepfold.errors import UserError
+from stepfold.prompts.reading import MAX_CHARACTERS
+
+NUM_HASHES, NUM_BANDS, HASH_SEED = 20, 5, 42  # about 1 KB a prompt; more hashes are surer and take more
+MAX_SAMPLE = 20_000  # prompts whose language `stats` looks at
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What `clean` drops, in this order.
+
+    Attributes:
+        min_words, max_words: shorter and longer prompts; None for no limit.
+        languages: codes such as "en"; prompts in another; empty for any. Of a few words it is a guess.
+        near: prompts that share at least this part of their three-letter pieces with an earlier one; None for none.
+    """
+
+    min_words: int = 1
+    max_words: int | None = None
+    languages: tuple[str, ...] = ()
+    near: float | None = None
+
+
+def clean(texts: Iterable[str], rules: Rules, counts: Counter[str]) -> Iterator[str]:
+    """The prompts that stay, on one line each, in their order.
+
+    Line breaks become spaces. What the loop could not read (blank, longer than MAX_CHARACTERS) and exact repetitions
+    always go.
+
+    Args:
+        texts: prompts as they come.
+        rules: what else goes.
+        counts: gets the numbers: "read", "kept", and one for every reason of dropping.
+    """
+    language = language_of() if rules.languages else None
+    seen: set[int] = set()
+
+    def first_time() -> Iterator[str]:
+        for text in texts:
+            counts["read"] += 1
+            prompt = " ".join(text.split())
+            if reason := unfit(prompt, rules, language):
+                counts[reason] += 1
+                continue
+            mark = number_of(prompt)
+            if mark in seen:
+                counts["repeated"] += 1
+                continue
+            seen.add(mark)
+            yield prompt
+
+    kept = first_time() if rules.near is None else without_near(first_time(), rules.near, counts)
+    for prompt in kept:
+        counts["kept"] += 1
+        yield prompt
+
+
+def unfit(prompt: str, rules: Rules, language: Callable[[str], str] | None) -> str | None:
+    """Why a prompt is dropped, or None."""
+    words = len(prompt.split())
+    if not words:
+        return "blank"
+    if len(prompt) > MAX_CHARACTERS:
+        return f"longer than {MAX_CHARACTERS} characters"
+    if "\0" in prompt:
+        return "binary"
+    if words < rules.min_words:
+        return f"shorter than {rules.min_words} words"
+    if rules.max_words is not None and words > rules.max_words:
+        return f"longer than {rules.max_words} words"
+    if language is not None and language(prompt) not in rules.languages:
+        return "in another language"
+    return None
+
+
+def number_of(prompt: str, key: str = "") -> int:
+    """A 64-bit number of a prompt, the same everywhere."""
+    return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8, key=key.encode()).digest(), "little")
+
+
+def language_of() -> Callable[[str], str]:
+    """prompt -> code of its likeliest language.
+
+    Raises:
+        UserError: py3langid is not installed.
+    """
+    try:
+        from py3langid import classify
+    except ImportError:
+        raise UserError("languages need py3langid; pip install stepfold[prompts]") from None
+    return lambda prompt: classify(prompt)[0]
+
+
+def without_near(prompts: Iterable[str], share: float, counts: Counter[str]) -> Iterator[str]:
+    """Drops near repetitions: MinHash signatures of three-letter pieces, found by bands of them (LSH).
+
+    The share is estimated from NUM_HASHES hashes, to about 0.1.
+
+    Raises:
+        UserError: rensa is not installed.
+    """
+    try:
+        from rensa import RMinHash, RMinHashDeduplicator  # type: ignore[attr-defined]
+    except ImportError:
+        raise UserError("near repetitions need rensa; pip install stepfold[prompts]") from None
+    index: Any = RMinHashDeduplicator(share, NUM_HASHES, True, num_bands=NUM_BANDS)
+    for number, prompt in enumerate(prompts):
+        signature, text = RMinHash(NUM_HASHES, HASH_SEED), f" {prompt.lower()} "
+        signature.update([text[i : i + 3] for i in range(len(text) - 2)])
+        if index.add(str(number), signature):
+            yield prompt
+        else:
+            counts["nearly repeated"] += 1
+
+
+def statistics(texts: Iterable[str], with_languages: bool = True) -> dict[str, Any]:
+    """Numbers of a file: prompts, blank, repeated, too long; words and characters; languages of the first MAX_SAMPLE.
+
+    Raises:
+        UserError: there is no prompt in it.
+    """
+    words: Counter[int] = Counter()
+    characters: Counter[int] = Counter()
+    languages: Counter[str] = Counter()
+    seen: set[int] = set()
+    num: Counter[str] = Counter()
+    language = language_of() if with_languages else None
+    for text in texts:
+        prompt = " ".join(text.split())
+        if not prompt:
+            num["blank"] += 1
+            continue
+        num["prompts"] += 1
+        num["too long"] += len(prompt) > MAX_CHARACTERS
+        mark = number_of(prompt)
+        num["repeated"] += mark in seen
+        seen.add(mark)
+        words[len(prompt.split())] += 1
+        characters[len(prompt)] += 1
+        if language and num["prompts"] <= MAX_SAMPLE:
+            languages[language(prompt)] += 1
+    if not num["prompts"]:
+        raise UserError("there are no prompts in it")
+    return {
+        "prompts": num["prompts"],
+        "different": len(seen),
+        "blank": num["blank"],
+        "repeated": num["repeated"],
+        f"longer than {MAX_CHARACTERS} characters": num["too long"],
+        "words": spread(words),
+        "characters": spread(characters),
+        "languages": dict(languages.most_common(8)),
+    }
+
+
+def spread(counted: Counter[int]) -> dict[str, float]:
+    """Mean, median, 95th percentile and maximum of counted whole numbers."""
+    total = counted.total()
+    ranks = {"median": 0.5 * total, "95%": 0.95 * total, "most": total}
+    found: dict[str, float] = {"mean": sum(value * count for value, count in counted.items()) / total}
+    below = 0
+    for value in sorted(counted):
+        below += counted[value]
+        found |= {name: value for name, rank in ranks.items() if name not in found and below >= rank}
+    return found
+
+
+def side(prompt: str, share: float, seed: int) -> bool:
+    """Whether a prompt belongs to the part that gets `share` of all; equal prompts always fall on the same side."""
+    return number_of(prompt, f"split {seed}") < share * 2**64

@@ -1,0 +1,108 @@
+"""Prompts out of any usual file: text, jsonl, csv, tsv or parquet, gzipped or not; one at a time."""
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from stepfold.errors import UserError
+
+USUAL = ("prompt", "text", "caption")
+"""Columns that are taken without being named, whatever their case."""
+TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+csv.field_size_limit(2**24)
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says what a file is: `.csv` for `prompts.csv.gz`; `.txt` for any other."""
+    name = path.name.removesuffix(".gz")
+    suffix = Path(name).suffix.lower()
+    return suffix if suffix in TABLES else ".txt"
+
+
+def read_texts(path: Path, column: str | None = None) -> Iterator[str]:
+    """Every prompt of a file, in its order, as it stands there.
+
+    Args:
+        path: of the file; a text file has one prompt a line.
+        column: of a table; one of USUAL if None.
+
+    Raises:
+        UserError: no such file or column, or a line that cannot be read, named by its number.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a file of prompts (txt, jsonl, csv, tsv or parquet)")
+    kind = kind_of(path)
+    try:
+        if kind == ".parquet":
+            yield from _parquet(path, column)
+            return
+        with _open(path) as file:
+            if kind == ".txt":
+                yield from (line.rstrip("\r\n") for line in file)
+            elif kind in (".csv", ".tsv"):
+                yield from _delimited(path, file, "," if kind == ".csv" else "\t", column)
+            else:
+                yield from _json_lines(path, file, column)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+    except (OSError, EOFError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def _open(path: Path) -> TextIO:
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    return opened(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def _chosen(path: Path, columns: Sequence[str], column: str | None) -> str:
+    """The column to read."""
+    if column is not None:
+        if column not in columns:
+            raise UserError(f"{path} has no column {column!r}; it has {', '.join(columns)}")
+        return column
+    found = [name for usual in USUAL for name in columns if name.lower() == usual]
+    if not found:
+        raise UserError(f"{path}: which column holds the prompts? Give --column; it has {', '.join(columns)}")
+    return found[0]
+
+
+def _delimited(path: Path, file: TextIO, delimiter: str, column: str | None) -> Iterator[str]:
+    rows = csv.DictReader(file, delimiter=delimiter)
+    name = _chosen(path, rows.fieldnames or [], column)
+    for row in rows:
+        yield row[name] or ""
+
+
+def _json_lines(path: Path, file: TextIO, column: str | None) -> Iterator[str]:
+    name = column
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: not an object; each line needs one, with the prompt under a key")
+        name = name or _chosen(path, list(row), None)
+        if name not in row:
+            raise UserError(f"{path}, line {number}: has no {name!r}; it has {', '.join(row)}")
+        yield str(row[name] or "")
+
+
+def _parquet(path: Path, column: str | None) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError("parquet needs pyarrow; pip install stepfold[prompts]") from None
+    try:
+        file = parquet.ParquetFile(path)
+        name = _chosen(path, file.schema_arrow.names, column)
+        for batch in file.iter_batches(columns=[name], batch_size=8192):
+            for value in batch.column(0).to_pylist():
+                yield str(value or "")
+    except ArrowException as error:
+        raise UserError(f"{path}: is no parquet file that can be read ({error})") from None

@@ -1,0 +1,202 @@
+"""`stepfold retime`: a Sana network whose time counts to 1000 learns to read [0, 1], from its own walks.
+
+The tangent of continuous consistency contains dF/dt, which sinusoids of 1000 t make large. First the time embedder is
+fitted alone to what it gave before, then the whole network to its own unguided predictions.
+"""
+
+import copy
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepfold.config import Config, load_config
+from stepfold.display import Display
+from stepfold.errors import UserError
+from stepfold.jobs import remember_prompts
+from stepfold.maths.tangent import total_derivative
+from stepfold.prompts.reading import PromptFile, open_prompts
+from stepfold.spaces.pairs import Pairs
+from stepfold.teachers.contract import Condition, concatenate
+from stepfold.teachers.loading import load_teacher
+from stepfold.teachers.once import compute_afresh
+from stepfold.teachers.pipeline import Predict
+from stepfold.teachers.sana import SanaTeacher, trigflow_network
+from stepfold.training.distill import Progress, collect, make_accelerator
+from stepfold.training.draws import draw
+from stepfold.training.optimisers import learning_rate, make_optimiser
+from stepfold.training.runs import (
+    append_metrics,
+    check_run,
+    checkpoints,
+    load_checkpoint,
+    open_run,
+    save_checkpoint,
+    writing,
+)
+
+SETTINGS = (
+    "space.route=random", "space.route_steps=8", "space.route_per=prompt", "space.keep_first=true",
+    "space.filter_rule=off", "optimiser.name=adamw", "optimiser.lr=1e-4", "optimiser.warmup=20", "optimiser.decay=0.8",
+    "training.prompts_per_step=8",
+)  # fmt: skip
+
+
+def run_retime(
+    source: str, prompts: str | Path, folder: Path, changes: Sequence[str], *, resume: bool, display: Display
+) -> dict[str, float]:
+    """Re-times a teacher into `folder/teacher`, a SanaPipeline; returns `measures` before, between and after.
+
+    Args:
+        source: `emoji`, a folder or a hub id.
+        prompts: a text file, one prompt a line.
+        folder: of the run.
+        changes: settings, on top of the preset `default` and SETTINGS.
+        resume: continue from the folder's last checkpoint.
+        display: where progress is shown.
+
+    Raises:
+        UserError: the teacher is no Sana network whose time counts to 1000, or settings, prompts or folder are wrong.
+    """
+    config = load_config("default", [*SETTINGS, *changes], teacher__source=source, prompts=str(prompts))
+    file, device = open_prompts(prompts), make_accelerator("no").device
+    check_run(folder, config, resume)
+    teacher = load_teacher(config.teacher, device)
+    if not isinstance(teacher, SanaTeacher) or teacher.sprints or teacher.guidance_kind == "embedded":
+        raise UserError(f"{source!r} is no Sana teacher whose time counts to 1000: there is nothing to re-time")
+    open_run(folder, config, resume)
+    remember_prompts(folder, file)
+
+    network = copy.deepcopy(teacher.transformer).requires_grad_(True)
+    compute_afresh(network.modules())
+    predict = partial(trigflow_network, time_scale=1.0)
+    held_out = some_pairs(teacher, file, config, config.training.steps)  # a batch that training does not draw
+    found = {"size of dF/dt before": tangent_size(network, teacher.predict, held_out)}
+    if not checkpoints(folder):
+        display.note("fitting the time embedder alone")
+        fit_time_embedder(teacher.transformer.time_embed, network.time_embed, teacher.time_scale, 1.0)
+    found["error, time embedder fitted"] = prediction_error(teacher, network, predict, held_out)
+    with display.training(config.training.steps):
+        train(teacher, network, predict, file, config, folder, display)
+    found["error, network trained"] = prediction_error(teacher, network, predict, held_out)
+    found["size of dF/dt after"] = tangent_size(network, predict, held_out)
+    network.register_to_config(timestep_scale=teacher.transformer.config.timestep_scale / teacher.time_scale)
+    teacher.black_latent()  # the autoencoder is part of the pipeline
+    with writing(folder / "teacher") as part:
+        pipe: Any = type(teacher.pipe)(**(teacher.pipe.components | {"transformer": network}))
+        pipe.save_pretrained(part, safe_serialization=True)
+    return found
+
+
+def fit_time_embedder(
+    source: Any, target: Any, from_scale: float, to_scale: float, steps: int = 2000, batch: int = 1024
+) -> float:
+    """Trains target's embedder so that target(to_scale t) is source(from_scale t) over t in [0, 1].
+
+    Args:
+        source, target: `time_embed` of a SanaTransformer2DModel without guidance, the latter a copy of the former.
+        from_scale, to_scale: what their times count to.
+        steps, batch: of AdamW, whose rate falls from 2e-3 to 0; times are drawn anew at each step.
+
+    Returns:
+        The relative error that is left, over [0, 1].
+    """
+    embedder = target.emb.timestep_embedder
+    device, dtype = next(embedder.parameters()).device, next(embedder.parameters()).dtype
+    optimiser = torch.optim.AdamW(embedder.parameters(), lr=2e-3, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+
+    def both(t: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            wanted = torch.cat(source(from_scale * t, hidden_dtype=dtype), 1)
+        return torch.cat(target(to_scale * t, hidden_dtype=dtype), 1), wanted
+
+    for step in range(steps):
+        ours, wanted = both(torch.rand(batch, generator=generator).to(device, dtype))
+        optimiser.zero_grad()
+        (ours - wanted).square().mean().backward()
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-3 * (1 - step / steps)
+        optimiser.step()
+    with torch.no_grad():
+        ours, wanted = both(torch.linspace(0, 1, 1001).to(device, dtype))
+        return float((ours - wanted).norm() / wanted.norm())
+
+
+def some_pairs(teacher: SanaTeacher, prompts: PromptFile, config: Config, number: int) -> tuple[Pairs, Condition]:
+    """The states of batch `number` of the teacher's walks; every fourth has the unconditional branch's condition."""
+    batch = draw(number, prompts, teacher, config, teacher.device)
+    condition = teacher.encode(batch.prompts)
+    pairs = collect(batch, condition, teacher.velocity, torch.zeros(()), teacher.sigma_data, config.space)
+    both = concatenate([pairs.condition, teacher.null(pairs.condition)])
+    row = torch.arange(len(pairs), device=teacher.device)
+    return pairs, both.rows(row + len(pairs) * (row % 4 == 3))
+
+
+def train(
+    teacher: SanaTeacher,
+    network: nn.Module,
+    predict: Predict,
+    prompts: PromptFile,
+    config: Config,
+    folder: Path,
+    display: Display,
+) -> None:
+    """Least squares between the network's predictions and the teacher's, both unguided; resumes from a checkpoint."""
+    training, modules = config.training, {"network": network}
+    optimiser = make_optimiser(network.parameters(), config.optimiser)
+    saved = checkpoints(folder)
+    for step in range(load_checkpoint(saved[-1], modules, optimiser) if saved else 0, training.steps):
+        began = time.perf_counter()
+        pairs, condition = some_pairs(teacher, prompts, config, step)
+        ours, theirs = predictions(teacher, network, predict, pairs, condition)
+        loss = (ours - theirs).square().flatten(1).mean(1)
+        loss.mean().backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.clip, error_if_nonfinite=True)
+        rate = learning_rate(step, training.steps, config.optimiser)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        row = {"step": step, "loss": loss.mean().item(), "grad_norm": norm.item(), "lr": rate}
+        append_metrics(folder, row)
+        display.step(Progress(step + 1, row | {"pairs": len(pairs), "sec": time.perf_counter() - began}))
+        if step + 1 == training.steps or (step + 1) % training.checkpoint_every == 0:
+            save_checkpoint(folder, step + 1, modules, optimiser, training.keep_checkpoints)
+
+
+def predictions(
+    teacher: SanaTeacher, network: Any, predict: Predict, pairs: Pairs, condition: Condition
+) -> tuple[Tensor, Tensor]:
+    """F of the network, with a graph, and of the teacher, both unguided."""
+    x_unit = pairs.x / teacher.sigma_data
+    with torch.no_grad():
+        theirs = teacher.predict(teacher.transformer, x_unit, pairs.t, condition, None)
+    return predict(network, x_unit, pairs.t, condition, None), theirs
+
+
+@torch.no_grad()
+def prediction_error(teacher: SanaTeacher, network: Any, predict: Predict, held_out: tuple[Pairs, Condition]) -> float:
+    """Root mean square difference of the predictions, in sizes of the teacher's."""
+    ours, theirs = predictions(teacher, network, predict, *held_out)
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@torch.no_grad()
+def tangent_size(network: Any, predict: Predict, held_out: tuple[Pairs, Condition]) -> float:
+    """Root mean square of the network's own dF/dt at fixed x."""
+    pairs, condition = held_out
+    x, t = pairs.x.detach(), pairs.t.detach()
+    tangent = total_derivative(
+        lambda x, t: predict(network, x, t, condition, None),
+        x / 0.5,
+        t,
+        torch.zeros_like(x),
+        torch.ones_like(t),
+        "two_pass",
+    )
+    return float(tangent.dF.square().mean().sqrt())

@@ -1,0 +1,90 @@
+"""Your own network as a teacher: any torch module that predicts a flow-matching velocity or TrigFlow's F."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepfold.maths.formulations import flow_input, flow_time, trigflow_output
+from stepfold.maths.routes import few_step_times
+from stepfold.teachers.contract import Condition, GuidanceKind
+from stepfold.teachers.pipeline import SIGMA_DATA, PipelineStudent
+
+
+def flow_network(network: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None) -> Tensor:
+    """F [B, ...] of a network (x_FM, t in [0, 1], condition) -> z - x_0, where x_FM = (1 - t) x_0 + t z."""
+    t_flow, x_flow = flow_time(t).clamp(max=1.0), flow_input(x_unit, t, 1.0)
+    return trigflow_output(x_flow, t_flow, network(x_flow, t_flow, condition))
+
+
+def own_trigflow_network(
+    network: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None
+) -> Tensor:
+    """F [B, ...] of a network that predicts it, from x = cos t x_0 + sin t z and t in [0, pi/2]."""
+    return network(x_unit, t, condition)
+
+
+class ModuleTeacher:
+    """A `contract.Teacher` around a module; data of unit variance, noise z of unit variance, no guidance."""
+
+    sigma_data = SIGMA_DATA
+    guidance_kind: GuidanceKind = "none"
+    default_guidance = 1.0
+    student_reads_guidance = False
+    start_time = math.pi / 2
+    ode: Literal["flow", "trigflow"] = "flow"
+    feature_widths: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        network: nn.Module,
+        encode: Callable[[Sequence[str]], Condition],
+        latent_shape: tuple[int, ...],
+        prediction: Literal["flow", "trigflow"] = "flow",
+        *,
+        shift: float = 1.0,
+        max_tokens: int = 1,
+    ) -> None:
+        """Wraps a network; it is frozen, and its students are copies.
+
+        Args:
+            network: (x [B, ...], t [B], condition of B rows) -> [B, ...], as `flow_network` or `own_trigflow_network`
+                describes.
+            encode: prompts -> condition, one row a prompt.
+            latent_shape: of one sample.
+            prediction: "flow", a velocity of flow matching; "trigflow", F.
+            shift: of its own flow sampler.
+            max_tokens: what `encode` pads to; compiled runs want equal shapes.
+        """
+        self.network = network.eval().requires_grad_(False)
+        self.encode_prompts, self.latent_shape = encode, latent_shape
+        self.predict = flow_network if prediction == "flow" else own_trigflow_network
+        self.shift, self.max_tokens = shift, max_tokens
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """See `Teacher`."""
+        return self.encode_prompts(prompts)
+
+    @torch.no_grad()
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        """See `Teacher`."""
+        return (self.sigma_data * self.predict(self.network, x / self.sigma_data, t, condition, None)).to(x.dtype)
+
+    def student_times(self, num_steps: int) -> list[float]:
+        """See `Teacher`."""
+        return few_step_times(num_steps)
+
+    def park_text_encoder(self) -> None:
+        """See `Teacher`; `encode` is the caller's."""
+
+    def forget_prompts(self) -> None:
+        """See `Teacher`; it keeps nothing."""
+
+    def new_student(self) -> PipelineStudent:
+        """A student that starts as the network."""
+        network = copy.deepcopy(self.network).requires_grad_(True)
+        return PipelineStudent(network, self.predict, -math.log(math.prod(self.latent_shape)))

@@ -1,0 +1,80 @@
+"""Stable Diffusion 1, 2 and XL: UNets that predict noise or v, classifier-free guidance."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from stepfold.errors import UserError
+from stepfold.teachers.contract import Condition
+from stepfold.teachers.vp import Raw, VPTeacher
+
+
+def sd_network(unet: Any, x_unit: Tensor, step: Tensor, condition: Condition) -> Tensor:
+    """Noise or v [B, C, H, W] of a UNet2DConditionModel."""
+    return unet(x_unit, step, encoder_hidden_states=condition.embeds, return_dict=False)[0]
+
+
+def sdxl_network(unet: Any, x_unit: Tensor, step: Tensor, condition: Condition, *, size: tuple[int, int]) -> Tensor:
+    """Noise or v [B, C, H, W] of SDXL's UNet2DConditionModel, told that the picture was and shall be of this size."""
+    height, width = size
+    sizes = torch.tensor([height, width, 0, 0, height, width], device=x_unit.device, dtype=condition.embeds.dtype)
+    added = {"text_embeds": condition.pooled, "time_ids": sizes.expand(len(x_unit), -1)}
+    return unet(x_unit, step, encoder_hidden_states=condition.embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+
+class StableDiffusionTeacher(VPTeacher):
+    """StableDiffusionPipeline, of Stable Diffusion 1 and 2; the student is one too."""
+
+    pipelines = (StableDiffusionPipeline,)
+    network_part = "unet"
+
+    def raw(self) -> Raw:
+        """See `VPTeacher`."""
+        return sd_network
+
+    def geometry(self, factor: int) -> tuple[int, int, int]:
+        """See `PipelineTeacher`."""
+        config = self.transformer.config
+        if config.in_channels != config.out_channels:
+            raise UserError(
+                f"this UNet takes {config.in_channels} channels and gives {config.out_channels}: a model for editing, "
+                "whose other inputs are not known here; use a text-to-image model"
+            )
+        return config.in_channels, 8 * max(1, factor // 8), config.sample_size * factor
+
+    def encode_texts(self, prompts: Sequence[str]) -> Condition:
+        """See `PipelineTeacher`."""
+        embeds, _ = self.pipe.encode_prompt(list(prompts), self.device, 1, False)
+        return Condition.whole(embeds.to(self.work_dtype))
+
+    def feature_parts(self) -> list[tuple[nn.Module, int]]:
+        """See `PipelineTeacher`; the way up."""
+        widths = reversed(self.transformer.config.block_out_channels)
+        return list(zip(self.transformer.up_blocks, widths, strict=True))
+
+
+class StableDiffusionXLTeacher(StableDiffusionTeacher):
+    """StableDiffusionXLPipeline; the student is one too."""
+
+    pipelines = (StableDiffusionXLPipeline,)
+
+    def raw(self) -> Raw:
+        """See `VPTeacher`."""
+        return partial(sdxl_network, size=(self.height, self.width))
+
+    def encode_texts(self, prompts: Sequence[str]) -> Condition:
+        """See `PipelineTeacher`; both text encoders read the same prompt."""
+        embeds, _, pooled, _ = self._encode(prompts, False)
+        return Condition.whole(embeds.to(self.work_dtype), pooled.to(self.work_dtype))
+
+    def encode_nothing(self) -> Condition:
+        """See `PipelineTeacher`; zeros, where the pipeline's config says so."""
+        _, embeds, _, pooled = self._encode([""], True)
+        return Condition.whole(embeds.to(self.work_dtype), pooled.to(self.work_dtype))
+
+    def _encode(self, prompts: Sequence[str], unconditional: bool) -> Any:
+        return self.pipe.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=unconditional)

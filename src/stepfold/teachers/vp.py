@@ -1,0 +1,97 @@
+"""What teachers on a discrete variance-preserving schedule share: they predict noise or v at one of 1000 steps."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
+from torch import Tensor
+
+from stepfold.errors import UserError
+from stepfold.maths.formulations import F_from_epsilon, F_from_v, vp_step, vp_times
+from stepfold.teachers.contract import Condition
+from stepfold.teachers.pipeline import PipelineTeacher, Predict
+
+Raw = Callable[[Any, Tensor, Tensor, Condition], Tensor]
+"""(network, x / sigma_data [B, C, ...], training step [B], condition) -> prediction [B, C or more, ...]."""
+
+
+def vp_network(
+    network: Any,
+    x_unit: Tensor,
+    t: Tensor,
+    condition: Condition,
+    guidance: Tensor | None,
+    *,
+    raw: Raw,
+    times: Tensor,
+    prediction: str,
+) -> Tensor:
+    """F of a network that predicts noise or v; a variance that it has learned is dropped.
+
+    Args:
+        network: embeds no guidance; its time is a training step, with a fraction.
+        x_unit, t, condition, guidance: see `Predict`.
+        raw: calls it.
+        times: TrigFlow times of the training steps.
+        prediction: "epsilon" or "v_prediction".
+    """
+    step, t = vp_step(t, times)
+    predicted = raw(network, x_unit, step, condition)[:, : x_unit.shape[1]]
+    return F_from_v(predicted) if prediction == "v_prediction" else F_from_epsilon(x_unit, t, predicted)
+
+
+class VPTeacher(PipelineTeacher):
+    """The schedule's part of a teacher; the student takes its steps with LCMScheduler and without guidance.
+
+    Pure noise stands at the schedule's last step, a little below pi/2: there a noise prediction still says something
+    about the picture.
+    """
+
+    ode = "trigflow"
+
+    def raw(self) -> Raw:
+        """How the network is called: a plain function, or a partial of one."""
+        raise NotImplementedError
+
+    def predictor(self) -> Predict:
+        """See `PipelineTeacher`."""
+        schedule: Any = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        prediction = schedule.config.prediction_type
+        if prediction not in ("epsilon", "v_prediction"):
+            raise UserError(f"this network predicts {prediction!r}; only 'epsilon' and 'v_prediction' are understood")
+        self.times = vp_times(schedule.alphas_cumprod)
+        self.start_time = float(self.times[-1])
+        if prediction == "epsilon" and self.times[-1].cos() < 1e-3:
+            raise UserError(
+                "this schedule ends in pure noise (zero terminal signal-to-noise), where a noise prediction says "
+                "nothing about the picture; set rescale_betas_zero_snr to false in the scheduler's config"
+            )
+        return partial(vp_network, raw=self.raw(), times=self.times, prediction=prediction)
+
+    def plain_scheduler(self) -> Any:
+        """See `PipelineTeacher`."""
+        return DDIMScheduler.from_config(
+            self.pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+        )
+
+    def ddim_times(self, num_steps: int) -> Tensor:
+        """See `Teacher`; the last step ends at 0."""
+        scheduler = self.plain_scheduler()
+        scheduler.set_timesteps(num_steps)
+        return torch.cat([self.times[scheduler.timesteps], self.times.new_zeros(1)])
+
+    def student_parts(self) -> dict[str, Any]:
+        """See `PipelineTeacher`."""
+        return self.pipe.components | {"scheduler": LCMScheduler.from_config(self.pipe.scheduler.config)}
+
+    def student_times(self, num_steps: int) -> list[float]:
+        """See `Teacher`; LCMScheduler's."""
+        scheduler = self.student_parts()["scheduler"]
+        scheduler.set_timesteps(num_steps)
+        return self.times[scheduler.timesteps].tolist()
+
+    def student_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
+        """See `PipelineTeacher`."""
+        return {"num_inference_steps": len(times), "guidance_scale": 1.0, **self.usual_call()}

@@ -1,0 +1,82 @@
+"""A network of one's own through the Python API, as the example in the docs does it."""
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepfold.api import distill_module, draw, load_module_student
+from stepfold.errors import UserError
+from stepfold.maths.closed_form import GaussianTeacher
+from stepfold.maths.formulations import flow_velocity, trigflow_time
+from stepfold.teachers.contract import Condition
+from stepfold.teachers.module import ModuleTeacher
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "own_network.py"
+
+
+def example() -> Any:
+    spec = importlib.util.spec_from_file_location("own_network", EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_example_runs_and_its_student_finds_the_rings(tmp_path: Path) -> None:
+    assert example().main(tmp_path) < 0.2
+
+
+def encode(prompts: Any) -> Condition:
+    return Condition.whole(torch.ones(len(prompts), 1, 1))
+
+
+class Exact(nn.Module):
+    """The flow of a Gaussian of standard deviation 1.6, in float64; its one weight does nothing at its start."""
+
+    def __init__(self, prediction: str) -> None:
+        super().__init__()
+        self.scale, self.prediction = nn.Parameter(torch.ones((), dtype=torch.float64)), prediction
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        exact = GaussianTeacher(torch.zeros(2, dtype=torch.float64), torch.tensor(1.6, dtype=torch.float64), 1.0)
+        if self.prediction == "trigflow":
+            return self.scale * exact.velocity(x, t)
+        time = trigflow_time(t)
+        trig = x * (time.sin() + time.cos())[:, None]
+        return self.scale * flow_velocity(x, t, exact.velocity(trig, time))
+
+
+@pytest.mark.parametrize("prediction", ["flow", "trigflow"])
+def test_both_predictions_are_the_same_teacher(prediction: Any) -> None:
+    teacher = ModuleTeacher(Exact(prediction), encode, (2,), prediction)
+    x, t = 0.5 * torch.randn(6, 2).double(), torch.tensor([0.01, 0.3, 0.8, 1.2, 1.5, math.pi / 2], dtype=torch.float64)
+    exact = GaussianTeacher(torch.zeros(2, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64), 0.5)
+    ours = teacher.velocity(x, t, encode(range(6)), t)
+    torch.testing.assert_close(ours, exact.velocity(x, t), rtol=0, atol=1e-10)
+    student = teacher.new_student()
+    torch.testing.assert_close(0.5 * student(x / 0.5, t, encode(range(6)), t), ours, rtol=0, atol=1e-10)
+    assert student.transformer.scale.requires_grad and not teacher.network.scale.requires_grad
+
+
+def test_a_student_is_kept_read_back_and_resumed(tmp_path: Path) -> None:
+    module = example()
+    torch.manual_seed(0)
+    teacher = ModuleTeacher(module.Flow(), module.encode, (2,))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("small ring\nlarge ring\n")
+    few = ["training.steps=4", "training.prompts_per_step=2", "optimiser.name=adamw", "training.precision=no"]
+    student = distill_module(teacher, prompts, tmp_path / "run", few, quiet=True)
+    again = load_module_student(teacher, tmp_path / "run")
+    ours, theirs = (draw(teacher, s, ["small ring"] * 3, seed=4, steps=2) for s in (student, again))
+    assert torch.equal(ours, theirs) and ours.shape == (3, 2)
+    assert not torch.equal(ours, draw(teacher, teacher.new_student(), ["small ring"] * 3, seed=4, steps=2))
+    with pytest.raises(UserError, match="resume"):
+        distill_module(teacher, prompts, tmp_path / "run", few, quiet=True)
+    with pytest.raises(UserError, match=r"space\.guidance has 2 scales"):
+        distill_module(teacher, prompts, tmp_path / "two", [*few, "space.guidance=[1.0, 2.0]"], quiet=True)

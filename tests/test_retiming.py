@@ -1,0 +1,67 @@
+"""A network whose time counts to 1000 learns to read [0, 1]: the bundled teacher, put into thousands on purpose."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stepfold import assets
+from stepfold.config import TeacherSettings
+from stepfold.display import Display
+from stepfold.errors import UserError
+from stepfold.retiming import fit_time_embedder, run_retime
+from stepfold.teachers.loading import load_teacher
+from stepfold.teachers.sana import SanaTeacher
+
+FEW = ["training.prompts_per_step=2", "space.route_steps=4", "training.checkpoint_every=3", "teacher.max_tokens=16"]
+
+
+@pytest.fixture(scope="module")
+def thousands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled teacher with a time embedder that was fitted to read 0 to 1000."""
+    folder = tmp_path_factory.mktemp("thousands") / "teacher"
+    teacher = SanaTeacher(assets.TEACHER, max_tokens=16)
+    source = SanaTeacher(assets.TEACHER, max_tokens=16).transformer.time_embed
+    teacher.transformer.requires_grad_(True)
+    error = fit_time_embedder(source, teacher.transformer.time_embed, 1.0, 1000.0, steps=800)
+    assert error < 0.1
+    teacher.transformer.register_to_config(timestep_scale=1.0)
+    teacher.black_latent()
+    teacher.pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_bundled_teacher_comes_back(thousands: Path, prompts_file: Path, tmp_path: Path) -> None:
+    found = run_retime(
+        str(thousands), prompts_file, tmp_path / "run", [*FEW, "training.steps=6"], resume=False,
+        display=Display(quiet=True),
+    )  # fmt: skip
+    assert found["size of dF/dt before"] > 3 * found["size of dF/dt after"]
+    assert found["error, network trained"] < 0.2
+    again = load_teacher(TeacherSettings(source=str(tmp_path / "run" / "teacher"), max_tokens=16), "cpu")
+    assert isinstance(again, SanaTeacher) and again.sprints
+
+
+def test_a_stopped_run_goes_on_to_the_bit(thousands: Path, prompts_file: Path, tmp_path: Path) -> None:
+    settings = [*FEW, "training.steps=6"]
+    run_retime(str(thousands), prompts_file, tmp_path / "a", settings, resume=False, display=Display(quiet=True))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "000006")
+    run_retime(str(thousands), prompts_file, tmp_path / "b", settings, resume=True, display=Display(quiet=True))
+    a, b = (
+        load_file(tmp_path / run / "teacher" / "transformer" / "diffusion_pytorch_model.safetensors") for run in "ab"
+    )
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert (
+        json.loads((tmp_path / "a" / "teacher" / "transformer" / "config.json").read_text())["timestep_scale"] == 0.001
+    )
+
+
+def test_where_there_is_nothing_to_retime(prompts_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to re-time"):
+        run_retime("emoji", prompts_file, tmp_path / "run", FEW, resume=False, display=Display(quiet=True))
+    assert not (tmp_path / "run").exists()
