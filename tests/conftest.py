@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from tiny import enliven
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import nn
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 PROMPTS = (
@@ -82,14 +82,6 @@ def make_transformer(**changes: Any) -> SanaTransformer2DModel:
         mlp_ratio=2.0, sample_size=8, patch_size=1, qk_norm="rms_norm_across_heads", timestep_scale=0.001,
     )  # fmt: skip
     return SanaTransformer2DModel(**(settings | changes))
-
-
-@torch.no_grad()
-def enliven(module: nn.Module) -> None:
-    """Weights of unit gain instead of the near-zero default: every input of the network reaches its output."""
-    for name, parameter in module.named_parameters():
-        if parameter.ndim > 1 and "scale_shift_table" not in name and "embed_tokens" not in name:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
 
 def make_pipeline() -> SanaPipeline:

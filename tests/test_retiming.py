@@ -43,7 +43,7 @@ def test_the_bundled_teacher_comes_back(thousands: Path, prompts_file: Path, tmp
     assert found["size of dF/dt before"] > 3 * found["size of dF/dt after"]
     assert found["error, network trained"] < 0.2
     again = load_teacher(TeacherSettings(source=str(tmp_path / "run" / "teacher"), max_tokens=16), "cpu")
-    assert isinstance(again, SanaTeacher) and again.sprints
+    assert isinstance(again, SanaTeacher) and again.student_is_sprint
 
 
 def test_a_stopped_run_goes_on_to_the_bit(thousands: Path, prompts_file: Path, tmp_path: Path) -> None:

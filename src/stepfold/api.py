@@ -10,7 +10,6 @@ from torch import Tensor
 
 from stepfold.config import load_config
 from stepfold.display import Display
-from stepfold.jobs import remember_prompts
 from stepfold.prompts.reading import open_prompts
 from stepfold.randomness import normal
 from stepfold.sampling import sample_student
@@ -19,7 +18,7 @@ from stepfold.teachers.module import ModuleTeacher
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill, make_accelerator
 from stepfold.training.draws import guidance_scales
-from stepfold.training.runs import check_run, open_run, writing
+from stepfold.training.runs import check_run, open_run, remember_prompts, writing
 
 WEIGHTS = "student.safetensors"
 
@@ -61,7 +60,7 @@ def distill_module(
     guidance_scales(config, wrapped)  # before anything is written
     teacher.network.to(accelerator.device)
     open_run(folder, config, resume)
-    remember_prompts(folder, file)
+    remember_prompts(folder, file.path, len(file), file.sha256)
     student, black = teacher.new_student().to(accelerator.device), torch.zeros(teacher.latent_shape)
     with display.training(config.training.steps):
         average = distill(config, folder, wrapped, student, file, black, accelerator, report=display.step)

@@ -505,7 +505,7 @@ def split(
 
     stepfold prompts split prompts.txt --test 0.1 --out split
     """
-    from stepfold.prompts.cleaning import side
+    from stepfold.prompts.cleaning import one_line, side
     from stepfold.prompts.tables import read_texts
     from stepfold.training.runs import writing
 
@@ -521,7 +521,7 @@ def split(
         second.open("w", encoding="utf-8") as held,
     ):
         for text in read_texts(file, column):
-            if prompt := " ".join(text.split()):
+            if prompt := one_line(text):
                 chosen = side(prompt, test, seed)
                 (held if chosen else train).write(prompt + "\n")
                 counts[chosen] += 1

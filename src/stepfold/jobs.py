@@ -35,7 +35,7 @@ from stepfold.evaluation.report import curves_from_rows, write_report
 from stepfold.export.pipeline import model_card, save_student
 from stepfold.images.reading import ImageFolder, open_images
 from stepfold.prompts.cache import encode_prompts, open_conditions
-from stepfold.prompts.reading import PromptFile, open_prompts
+from stepfold.prompts.reading import open_prompts
 from stepfold.randomness import normal
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.loading import (
@@ -50,7 +50,7 @@ from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import Progress, Stages, distill, make_accelerator
 from stepfold.training.draws import guidance_scales
-from stepfold.training.runs import check_run, checkpoints, open_run, read_metrics, writing
+from stepfold.training.runs import check_run, checkpoints, open_run, read_metrics, remember_prompts, writing
 
 NUM_PREVIEWS = 8
 
@@ -88,7 +88,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
     taught = usual if len(set(scales)) > 1 else scales[0]
     open_run(folder, config, resume)  # only now: a teacher that does not load leaves no run behind
-    remember_prompts(folder, prompts)
+    remember_prompts(folder, prompts.path, len(prompts), prompts.sha256)
     black = cache.black.to(device) if cache else cached_black(folder, teacher)
     latents = image_latents(folder, teacher, images, config.space.cache_latents, display) if images else None
     if images is None or config.space.cache_latents:
@@ -208,25 +208,6 @@ def conditions_key(settings: TeacherSettings, prompts_sha256: str) -> dict[str, 
         "width": settings.width,
         "prompts": prompts_sha256,
     }
-
-
-def remember_prompts(folder: Path, prompts: PromptFile | ImageFolder) -> None:
-    """Notes which prompts a run uses, and refuses to go on with others.
-
-    Raises:
-        UserError: the file has changed since the run began.
-    """
-    note = folder / "prompts.json"
-    record = {"file": str(prompts.path), "count": len(prompts), "sha256": prompts.sha256}
-    if note.exists():
-        before = json.loads(note.read_text())
-        if before["sha256"] != record["sha256"]:
-            raise UserError(
-                f"{prompts.path} has changed since this run began; restore it or start a new run with another --out"
-            )
-        return
-    with writing(note) as part:
-        part.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def cached_black(folder: Path, teacher: PipelineTeacher) -> torch.Tensor:

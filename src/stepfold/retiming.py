@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from stepfold.config import Config, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
-from stepfold.jobs import remember_prompts
 from stepfold.maths.tangent import total_derivative
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.spaces.pairs import Pairs
@@ -35,6 +34,7 @@ from stepfold.training.runs import (
     checkpoints,
     load_checkpoint,
     open_run,
+    remember_prompts,
     save_checkpoint,
     writing,
 )
@@ -66,16 +66,16 @@ def run_retime(
     file, device = open_prompts(prompts), make_accelerator("no").device
     check_run(folder, config, resume)
     teacher = load_teacher(config.teacher, device)
-    if not isinstance(teacher, SanaTeacher) or teacher.sprints or teacher.guidance_kind == "embedded":
+    if not isinstance(teacher, SanaTeacher) or teacher.student_is_sprint or teacher.guidance_kind == "embedded":
         raise UserError(f"{source!r} is no Sana teacher whose time counts to 1000: there is nothing to re-time")
     open_run(folder, config, resume)
-    remember_prompts(folder, file)
+    remember_prompts(folder, file.path, len(file), file.sha256)
 
     network = copy.deepcopy(teacher.transformer).requires_grad_(True)
     compute_afresh(network.modules())
     predict = partial(trigflow_network, time_scale=1.0)
     held_out = some_pairs(teacher, file, config, config.training.steps)  # a batch that training does not draw
-    found = {"size of dF/dt before": tangent_size(network, teacher.predict, held_out)}
+    found = {"size of dF/dt before": tangent_size(network, teacher.predict, held_out, teacher.sigma_data)}
     if not checkpoints(folder):
         display.note("fitting the time embedder alone")
         fit_time_embedder(teacher.transformer.time_embed, network.time_embed, teacher.time_scale, 1.0)
@@ -83,7 +83,7 @@ def run_retime(
     with display.training(config.training.steps):
         train(teacher, network, predict, file, config, folder, display)
     found["error, network trained"] = prediction_error(teacher, network, predict, held_out)
-    found["size of dF/dt after"] = tangent_size(network, predict, held_out)
+    found["size of dF/dt after"] = tangent_size(network, predict, held_out, teacher.sigma_data)
     network.register_to_config(timestep_scale=teacher.transformer.config.timestep_scale / teacher.time_scale)
     teacher.black_latent()  # the autoencoder is part of the pipeline
     with writing(folder / "teacher") as part:
@@ -187,16 +187,16 @@ def prediction_error(teacher: SanaTeacher, network: Any, predict: Predict, held_
 
 
 @torch.no_grad()
-def tangent_size(network: Any, predict: Predict, held_out: tuple[Pairs, Condition]) -> float:
+def tangent_size(network: Any, predict: Predict, held_out: tuple[Pairs, Condition], sigma_data: float) -> float:
     """Root mean square of the network's own dF/dt at fixed x."""
     pairs, condition = held_out
-    x, t = pairs.x.detach(), pairs.t.detach()
+    x_unit = pairs.x / sigma_data
     tangent = total_derivative(
         lambda x, t: predict(network, x, t, condition, None),
-        x / 0.5,
-        t,
-        torch.zeros_like(x),
-        torch.ones_like(t),
+        x_unit,
+        pairs.t,
+        torch.zeros_like(x_unit),
+        torch.ones_like(pairs.t),
         "two_pass",
     )
     return float(tangent.dF.square().mean().sqrt())

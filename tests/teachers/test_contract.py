@@ -264,7 +264,7 @@ def saved(teacher: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
         torch.manual_seed(1)
         for parameter in student.transformer.parameters():
             parameter += 0.1 * parameter.std(correction=0) * torch.randn_like(parameter)
-        if isinstance(teacher, SanaTeacher) and teacher.sprints:
+        if isinstance(teacher, SanaTeacher) and teacher.student_is_sprint:
             nn.init.normal_(student.transformer.time_embed.guidance_embedder.linear_2.weight, std=0.2)
     folder = tmp_path_factory.mktemp("saved") / "student"
     teacher.release_decoder()  # as during training; the folder must have the autoencoder all the same
@@ -285,7 +285,7 @@ def test_a_saved_student_is_read_back(teacher: Any, state: tuple[Tensor, Tensor]
     untrained = teacher.new_student().to(teacher.dtype)
     assert spread(expected, student_velocity(teacher, untrained, state, teacher.encode(PROMPTS), guidance)) > 0.01
     torch.testing.assert_close(again.black_latent(), teacher.black_latent(), rtol=0, atol=1e-6)
-    if isinstance(teacher, SanaTeacher) and teacher.sprints:
+    if isinstance(teacher, SanaTeacher) and teacher.student_is_sprint:
         assert again.guidance_kind == "embedded"
         assert torch.equal(again.velocity(*state, again.encode(PROMPTS), guidance), ours)
 

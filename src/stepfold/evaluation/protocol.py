@@ -59,14 +59,17 @@ def fields_hash(record: Any) -> str:
     return hashlib.sha256(json.dumps(asdict(record), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+TEACHER_AT = "teacher at guidance "
+
+
 def teacher_at(guidance: float) -> str:
     """The name of the teacher's results at another scale than the protocol's."""
-    return f"teacher at guidance {guidance:g}"
+    return f"{TEACHER_AT}{guidance:g}"
 
 
 def teachers_of(result: Mapping[str, Any]) -> list[str]:
     """Which keys of a report are results of the teacher: the protocol's scale first."""
-    return [who for who in result if who == "teacher" or who.startswith("teacher at guidance ")]
+    return [who for who in result if who == "teacher" or who.startswith(TEACHER_AT)]
 
 
 EMOJI = Protocol(name="emoji", version=1, n=500, seed=0, samples_per_prompt=2)

@@ -15,9 +15,9 @@ from stepfold.training.runs import writing
 
 USE = """```python
 import torch
-from diffusers import {pipeline}
+from diffusers import {classes}
 
-pipe = {pipeline}.from_pretrained("{folder}")
+{loading}
 image = pipe(
     {prompt},
 {arguments}
@@ -25,21 +25,11 @@ image = pipe(
 ).images[0]
 ```"""
 
+LOAD = 'pipe = {pipeline}.from_pretrained("FOLDER")'
 
-USE_LORA = """```python
-import torch
-from diffusers import {pipeline}, {scheduler}
-
-pipe = {pipeline}.from_pretrained({teacher})
-{merge}pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")
-pipe.load_lora_weights("{folder}")
-image = pipe(
-    {prompt},
-{arguments}
-    generator=torch.Generator().manual_seed(0),
-).images[0]
-```"""
-
+LOAD_LORA = """pipe = {pipeline}.from_pretrained({teacher})
+{merge}pipe.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")
+pipe.load_lora_weights("FOLDER")"""
 
 MERGE = """pipe.load_lora_weights({lora})
 pipe.fuse_lora()
@@ -95,11 +85,15 @@ def model_card(card: dict[str, Any], example: str, metrics: dict[str, Any] | Non
     """The student's README: use, recipe, metrics, licence."""
     arguments = "\n".join(f"    {name}={value!r}," for name, value in card["calls"]["1"].items())
     prompt = json.dumps(example, ensure_ascii=False)
-    use = (USE_LORA if card["config"]["student"]["lora"] else USE).format(
-        pipeline=card["pipeline"], scheduler=card["scheduler"], folder="FOLDER", prompt=prompt, arguments=arguments,
+    classes, loading = card["pipeline"], LOAD
+    if card["config"]["student"]["lora"]:
+        classes, loading = f"{card['pipeline']}, {card['scheduler']}", LOAD_LORA
+    loading = loading.format(
+        pipeline=card["pipeline"], scheduler=card["scheduler"],
         teacher=json.dumps("TEACHER" if card["teacher"] == "emoji" else card["teacher"]),
         merge=MERGE.format(lora=json.dumps(theirs)) if (theirs := card["config"]["teacher"]["lora"]) else "",
     )  # fmt: skip
+    use = USE.format(classes=classes, loading=loading, prompt=prompt, arguments=arguments)
     changed = {name: value for name, value in card["calls"]["2"].items() if value != card["calls"]["1"][name]}
     two = ", ".join(f"`{name}={value!r}`" for name, value in changed.items())
     training, space = card["config"]["training"], card["config"]["space"]

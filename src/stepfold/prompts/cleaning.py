@@ -46,7 +46,7 @@ def clean(texts: Iterable[str], rules: Rules, counts: Counter[str]) -> Iterator[
     def first_time() -> Iterator[str]:
         for text in texts:
             counts["read"] += 1
-            prompt = " ".join(text.split())
+            prompt = one_line(text)
             if reason := unfit(prompt, rules, language):
                 counts[reason] += 1
                 continue
@@ -61,6 +61,11 @@ def clean(texts: Iterable[str], rules: Rules, counts: Counter[str]) -> Iterator[
     for prompt in kept:
         counts["kept"] += 1
         yield prompt
+
+
+def one_line(text: str) -> str:
+    """Without line breaks and other runs of spaces."""
+    return " ".join(text.split())
 
 
 def unfit(prompt: str, rules: Rules, language: Callable[[str], str] | None) -> str | None:
@@ -134,7 +139,7 @@ def statistics(texts: Iterable[str], with_languages: bool = True) -> dict[str, A
     num: Counter[str] = Counter()
     language = language_of() if with_languages else None
     for text in texts:
-        prompt = " ".join(text.split())
+        prompt = one_line(text)
         if not prompt:
             num["blank"] += 1
             continue

@@ -122,12 +122,16 @@ class SanaTeacher(PipelineTeacher):
 
         SanaPipeline multiplies the scheduler's 0..1000 by timestep_scale; SanaSprintPipeline passes 0..1 as it is.
         """
-        sprint = isinstance(self.pipe, SanaSprintPipeline)
-        return 1.0 if sprint else 1000.0 * self.transformer.config.timestep_scale
+        return 1.0 if self.is_sprint else 1000.0 * self.transformer.config.timestep_scale
 
     @property
-    def sprints(self) -> bool:
-        """Whether a student of it is a SanaSprintPipeline."""
+    def is_sprint(self) -> bool:
+        """Whether it is a SanaSprintPipeline itself."""
+        return isinstance(self.pipe, SanaSprintPipeline)
+
+    @property
+    def student_is_sprint(self) -> bool:
+        """Whether a student of it, with weights of its own, is a SanaSprintPipeline."""
         return math.isclose(self.time_scale, 1.0)
 
     def predictor(self) -> Predict:
@@ -141,7 +145,7 @@ class SanaTeacher(PipelineTeacher):
     @property
     def student_reads_guidance(self) -> bool:
         """See `Teacher`; a SanaSprintPipeline's embedder starts neutral."""
-        return self.sprints
+        return self.student_is_sprint
 
     def geometry(self, factor: int) -> tuple[int, int, int]:
         """See `PipelineTeacher`; the pipelines themselves insist on multiples of 32."""
@@ -159,7 +163,7 @@ class SanaTeacher(PipelineTeacher):
         return self._encode([""], None)
 
     def _encode(self, prompts: Sequence[str], instruction: list[str] | None) -> Condition:
-        options = {"do_classifier_free_guidance": False} if isinstance(self.pipe, SanaPipeline) else {}
+        options = {} if self.is_sprint else {"do_classifier_free_guidance": False}
         encode_prompt: Any = self.pipe.encode_prompt
         embeds, mask, *_ = encode_prompt(
             list(prompts),
@@ -172,7 +176,7 @@ class SanaTeacher(PipelineTeacher):
 
     def idle_parameters(self) -> tuple[str, ...]:
         """See `PipelineTeacher`; behind a zeroed layer there is a gradient from the second step on."""
-        starts_neutral = self.sprints and not self.transformer.config.guidance_embeds
+        starts_neutral = self.student_is_sprint and not self.transformer.config.guidance_embeds
         return (".guidance_embedder.linear_1.",) if starts_neutral else ()
 
     def of_the_prompt_alone(self) -> list[nn.Module]:
@@ -189,7 +193,7 @@ class SanaTeacher(PipelineTeacher):
 
     def new_student(self) -> Student:
         """See `Teacher`."""
-        if not self.sprints:
+        if not self.student_is_sprint:
             return super().new_student()
         student = SanaStudent(student_transformer(self.transformer))
         nn.init.constant_(student.variance_head.bias, self._weight_start())
@@ -197,33 +201,31 @@ class SanaTeacher(PipelineTeacher):
 
     def as_student(self) -> Student:
         """See `PipelineTeacher`."""
-        return SanaStudent(self.transformer) if isinstance(self.pipe, SanaSprintPipeline) else super().as_student()
+        return SanaStudent(self.transformer) if self.is_sprint else super().as_student()
 
     @property
     def student_class(self) -> type:
         """See `PipelineTeacher`."""
-        return SanaSprintPipeline if self.sprints else SanaPipeline
+        return SanaSprintPipeline if self.student_is_sprint else SanaPipeline
 
     def student_parts(self) -> dict[str, Any]:
         """See `PipelineTeacher`."""
-        if not self.sprints:
+        if not self.student_is_sprint:
             return super().student_parts()
         parts = {name: getattr(self.pipe, name) for name in ("tokenizer", "text_encoder", "vae")}
         return parts | {"scheduler": SCMScheduler(prediction_type="trigflow", sigma_data=self.sigma_data)}
 
     def lora_scheduler(self) -> Any:
         """See `PipelineTeacher`; a SanaPipeline stays one."""
-        sprint = isinstance(self.pipe, SanaSprintPipeline)
-        return (self if sprint else super()).student_parts()["scheduler"]
+        return (self if self.is_sprint else super()).student_parts()["scheduler"]
 
     def lora_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
         """See `PipelineTeacher`; a SanaPipeline stays one."""
-        sprint = isinstance(self.pipe, SanaSprintPipeline)
-        return (self if sprint else super()).student_call(times, guidance)
+        return (self if self.is_sprint else super()).student_call(times, guidance)
 
     def student_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
         """See `PipelineTeacher`; SanaSprintPipeline has a time between only where there are two steps."""
-        if not self.sprints:
+        if not self.student_is_sprint:
             return super().student_call(times, guidance)
         return {
             "num_inference_steps": len(times),

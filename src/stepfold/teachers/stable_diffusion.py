@@ -1,5 +1,6 @@
 """Stable Diffusion 1, 2 and XL: UNets that predict noise or v, classifier-free guidance."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -44,7 +45,7 @@ class StableDiffusionTeacher(VPTeacher):
                 f"this UNet takes {config.in_channels} channels and gives {config.out_channels}: a model for editing, "
                 "whose other inputs are not known here; use a text-to-image model"
             )
-        return config.in_channels, 8 * max(1, factor // 8), config.sample_size * factor
+        return config.in_channels, math.lcm(factor, 8), config.sample_size * factor
 
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """See `PipelineTeacher`."""

@@ -86,6 +86,23 @@ def open_run(folder: Path, config: Config, resume: bool) -> None:
             part.write_text(to_yaml(config))
 
 
+def remember_prompts(folder: Path, file: Path, count: int, sha256: str) -> None:
+    """Notes which prompts a run uses, and refuses to go on with others.
+
+    Raises:
+        UserError: the file has changed since the run began.
+    """
+    note = folder / "prompts.json"
+    if note.exists():
+        if json.loads(note.read_text())["sha256"] != sha256:
+            raise UserError(
+                f"{file} has changed since this run began; restore it or start a new run with another --out"
+            )
+        return
+    with writing(note) as part:
+        part.write_text(json.dumps({"file": str(file), "count": count, "sha256": sha256}, indent=2) + "\n")
+
+
 def _difference(a: Config, b: Config) -> str:
     def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         out = {}
