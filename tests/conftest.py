@@ -84,11 +84,11 @@ def make_transformer(**changes: Any) -> SanaTransformer2DModel:
     return SanaTransformer2DModel(**(settings | changes))
 
 
-def make_pipeline() -> SanaPipeline:
+def make_pipeline(**changes: Any) -> SanaPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokenizer = make_tokenizer()
-        text_encoder, vae, transformer = make_text_encoder(len(tokenizer)), make_vae(), make_transformer()
+        text_encoder, vae, transformer = make_text_encoder(len(tokenizer)), make_vae(), make_transformer(**changes)
         enliven(text_encoder)
         enliven(transformer)
     parts: Any = dict(

@@ -79,9 +79,9 @@ def kl_autoencoder(channels: int, shift: float | None = None) -> AutoencoderKL:
     )  # fmt: skip
 
 
-def make_sd3() -> StableDiffusion3Pipeline:
+def make_sd3(num_layers: int = 2) -> StableDiffusion3Pipeline:
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=num_layers, attention_head_dim=8,
         num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=28,
         pos_embed_max_size=16, qk_norm="rms_norm",
     )  # fmt: skip
@@ -99,10 +99,10 @@ def make_sd3() -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(**parts)
 
 
-def make_flux(guidance_embeds: bool = True) -> FluxPipeline:
+def make_flux(guidance_embeds: bool = True, num_layers: int = 1) -> FluxPipeline:
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6),
+        patch_size=1, in_channels=16, num_layers=num_layers, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     parts: Any = dict(
         transformer=transformer,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stepfold.config import load_config
 from stepfold.display import Display
+from stepfold.errors import UserError
 from stepfold.prompts.reading import open_prompts
 from stepfold.randomness import normal
 from stepfold.sampling import sample_student
@@ -58,10 +59,13 @@ def distill_module(
     check_run(folder, config, resume)
     wrapped: Any = teacher  # it has what the loop asks for, but no pictures
     guidance_scales(config, wrapped)  # before anything is written
+    if config.student.lora:
+        raise UserError("a network of one's own trains all its weights; leave student.lora at 0")
+    student, black = teacher.new_student(config.student.depth), torch.zeros(teacher.latent_shape)
     teacher.network.to(accelerator.device)
     open_run(folder, config, resume)
     remember_prompts(folder, file.path, len(file), file.sha256)
-    student, black = teacher.new_student().to(accelerator.device), torch.zeros(teacher.latent_shape)
+    student.to(accelerator.device)
     with display.training(config.training.steps):
         average = distill(config, folder, wrapped, student, file, black, accelerator, report=display.step)
     with writing(folder / WEIGHTS) as part:

@@ -56,6 +56,15 @@ class StudentSettings(Section):
         description="rank of LoRA matrices on the linear layers of all blocks, beside the teacher's shared weights "
         "(extra lora); 0: all weights are the student's own",
     )
+    depth: float = Field(
+        default=1.0, gt=0, le=1, description="share of the teacher's blocks that the student keeps, evenly chosen"
+    )
+
+    @model_validator(mode="after")
+    def _lora_has_all_blocks(self) -> "StudentSettings":
+        if self.lora and self.depth < 1:
+            raise ValueError("student.lora shares all of the teacher's blocks; leave student.depth at 1")
+        return self
 
 
 class SpaceSettings(Section):

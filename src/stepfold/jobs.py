@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stepfold import __version__, assets
-from stepfold.config import Config, TeacherSettings, load_config
+from stepfold.config import Config, StudentSettings, TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.evaluation import mjhq
@@ -81,7 +81,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         cache = open_conditions(Path(config.conditions), conditions_key(config.teacher, prompts.sha256))
     null = cache.null if cache else None
     teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=null)
-    student = teacher.lora_student(config.student.lora) if config.student.lora else teacher.new_student()
+    student = make_student(teacher, config.student, display)
     if resume and not checkpoints(folder):
         display.note(f"{folder} holds no checkpoint yet: starting from the teacher")
     scales = guidance_scales(config, teacher)
@@ -195,6 +195,18 @@ def run_encode(
             folder, key, file, teacher.encode, teacher.null_condition, teacher.black_latent(), batch=batch,
             note=display.note, tick=partial(tick, "prompts"),
         )  # fmt: skip
+
+
+def make_student(teacher: PipelineTeacher, settings: StudentSettings, display: Display) -> Student:
+    """The student of a run, as it starts."""
+    if settings.lora:
+        return teacher.lora_student(settings.lora)
+    if settings.depth < 1:
+        display.note(
+            f"the student keeps {settings.depth:.0%} of the teacher's blocks: it starts far from the teacher, and needs "
+            "many more steps than a whole one"
+        )
+    return teacher.new_student(settings.depth)
 
 
 def conditions_key(settings: TeacherSettings, prompts_sha256: str) -> dict[str, Any]:

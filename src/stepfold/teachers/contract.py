@@ -187,8 +187,8 @@ class Teacher(Protocol):
         """Takes the autoencoder out of memory; `decode` and `black_latent` load it again."""
         ...
 
-    def new_student(self) -> Student:
-        """A trainable `Student` that starts as this teacher."""
+    def new_student(self, depth: float = 1.0) -> Student:
+        """A trainable `Student` that starts as this teacher, or with the share `depth` of its blocks."""
         ...
 
     def save_student(self, student: Student, folder: Path) -> None:

@@ -81,6 +81,10 @@ class FluxTeacher(PipelineTeacher):
         )
         return Condition.whole(embeds.to(self.work_dtype), pooled.to(self.work_dtype))
 
+    def block_stacks(self) -> dict[str, str]:
+        """See `PipelineTeacher`."""
+        return super().block_stacks() | {"single_transformer_blocks": "num_single_layers"}
+
     def pack(self, latents: Tensor) -> Tensor:
         """See `PipelineTeacher`."""
         return pack(latents)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_input, flow_time, trigflow_output
 from stepfold.maths.routes import few_step_times
 from stepfold.teachers.contract import Condition, GuidanceKind
@@ -84,7 +85,13 @@ class ModuleTeacher:
     def forget_prompts(self) -> None:
         """See `Teacher`; it keeps nothing."""
 
-    def new_student(self) -> PipelineStudent:
-        """A student that starts as the network."""
+    def new_student(self, depth: float = 1.0) -> PipelineStudent:
+        """A student that starts as the network.
+
+        Raises:
+            UserError: fewer blocks are asked for: what blocks it has is not known.
+        """
+        if depth != 1:
+            raise UserError("a network of one's own has no known blocks; leave student.depth at 1")
         network = copy.deepcopy(self.network).requires_grad_(True)
         return PipelineStudent(network, self.predict, -math.log(math.prod(self.latent_shape)))

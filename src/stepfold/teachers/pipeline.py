@@ -21,6 +21,7 @@ from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_time, guide
 from stepfold.maths.routes import few_step_times
 from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate, sharing_copy
+from stepfold.teachers.depth import drop_blocks
 from stepfold.teachers.once import compute_afresh, compute_once, forget
 
 SIGMA_DATA = 0.5
@@ -218,6 +219,10 @@ class PipelineTeacher:
         """The network's parts whose one input is the prompt's: no time and no latent. See `once.compute_once`."""
         return []
 
+    def block_stacks(self) -> dict[str, str]:
+        """The network's lists of blocks, of which a smaller student has fewer -> what its config calls their lengths."""
+        return {"transformer_blocks": "num_layers"}
+
     def call_options(self) -> dict[str, Any]:
         """Arguments that each call of the pipeline needs besides the usual ones."""
         return {}
@@ -412,10 +417,16 @@ class PipelineTeacher:
         """
         return -math.log(math.prod(self.latent_shape))
 
-    def new_student(self) -> Student:
-        """See `Teacher`."""
+    def own_network(self, depth: float) -> Any:
+        """A copy of the network to be trained, with the share `depth` of its blocks."""
         network = copy.deepcopy(self.transformer).to(self.work_dtype).requires_grad_(True)
         compute_afresh(network.modules())
+        drop_blocks(network, self.block_stacks(), depth)
+        return network
+
+    def new_student(self, depth: float = 1.0) -> Student:
+        """See `Teacher`."""
+        network = self.own_network(depth)
         return PipelineStudent(network, self.plain_predict, self._weight_start()).to(self.device)
 
     def lora_student(self, rank: int) -> Student:

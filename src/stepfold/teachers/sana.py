@@ -191,11 +191,11 @@ class SanaTeacher(PipelineTeacher):
         """See `PipelineTeacher`."""
         return {"use_resolution_binning": False}
 
-    def new_student(self) -> Student:
+    def new_student(self, depth: float = 1.0) -> Student:
         """See `Teacher`."""
         if not self.student_is_sprint:
-            return super().new_student()
-        student = SanaStudent(student_transformer(self.transformer))
+            return super().new_student(depth)
+        student = SanaStudent(student_transformer(self.own_network(depth)))
         nn.init.constant_(student.variance_head.bias, self._weight_start())
         return student.to(self.device)
 

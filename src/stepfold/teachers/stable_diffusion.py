@@ -52,6 +52,10 @@ class StableDiffusionTeacher(VPTeacher):
         embeds, _ = self.pipe.encode_prompt(list(prompts), self.device, 1, False)
         return Condition.whole(embeds.to(self.work_dtype))
 
+    def block_stacks(self) -> dict[str, str]:
+        """See `PipelineTeacher`; a UNet's blocks differ."""
+        return {}
+
     def feature_parts(self) -> list[tuple[nn.Module, int]]:
         """See `PipelineTeacher`; the way up."""
         widths = reversed(self.transformer.config.block_out_channels)

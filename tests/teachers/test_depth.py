@@ -1,0 +1,93 @@
+"""Students with fewer blocks than their teacher."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from conftest import make_pipeline
+from diffusers import SanaTransformer2DModel, SD3Transformer2DModel
+
+from stepfold.config import load_config
+from stepfold.errors import UserError
+from stepfold.teachers.contract import Student
+from stepfold.teachers.depth import drop_blocks, kept_blocks
+from stepfold.teachers.loading import family_of
+
+
+@pytest.mark.parametrize(
+    ("count", "depth", "expected"),
+    [
+        (6, 1.0, [0, 1, 2, 3, 4, 5]),
+        (6, 0.5, [0, 2, 5]),
+        (28, 0.25, [0, 4, 9, 14, 18, 22, 27]),
+        (10, 0.01, [0, 9]),
+        (1, 0.5, [0]),
+    ],
+)
+def test_blocks_that_stay_are_evenly_spaced(count: int, depth: float, expected: list[int]):
+    kept = kept_blocks(count, depth)
+    assert kept == expected
+
+
+def test_blocks_keep_their_weights_and_their_order():
+    network: Any = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=5, sample_size=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=8,
+    )  # fmt: skip
+    old = list(network.transformer_blocks)
+    drop_blocks(network, {"transformer_blocks": "num_layers"}, 0.6)
+    assert all(ours is old[i] for ours, i in zip(network.transformer_blocks, [0, 2, 4], strict=True))
+    assert SanaTransformer2DModel.from_config(network.config).config["num_layers"] == 3
+
+
+def test_a_stable_diffusion_35_keeps_its_dual_attention():
+    """Its config numbers the blocks that attend twice; the numbers follow the blocks."""
+    network: Any = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=5, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8, pos_embed_max_size=8,
+        dual_attention_layers=(0, 1, 2), qk_norm="rms_norm",
+    )  # fmt: skip
+    drop_blocks(network, {"transformer_blocks": "num_layers"}, 0.6)
+    assert network.config.dual_attention_layers == (0, 1)
+    again = SD3Transformer2DModel.from_config(network.config)
+    again.load_state_dict(network.state_dict())  # strict: the same parts in the same places
+
+
+@pytest.fixture(params=["sana", "flux", "sd3"])
+def teacher(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    make = {
+        "sana": lambda: make_pipeline(num_layers=3),
+        "flux": lambda: tiny.make_flux(num_layers=3),
+        "sd3": lambda: tiny.make_sd3(num_layers=3),
+    }
+    folder = tiny.save(make[request.param], tmp_path / "pipeline")
+    return family_of(str(folder))(folder, height=32, width=32, max_tokens=24)
+
+
+def num_parameters(student: Student) -> int:
+    return sum(p.numel() for p in student.parameters())
+
+
+def test_a_smaller_student_is_saved_and_read_back(teacher: Any, tmp_path: Path):
+    student = teacher.new_student(0.6)
+    assert num_parameters(student) < 0.9 * num_parameters(teacher.new_student())
+    assert len(teacher.transformer.transformer_blocks) == 3
+    teacher.save_student(student, tmp_path / "student")
+    again = family_of(str(tmp_path / "student"))(tmp_path / "student", height=32, width=32, max_tokens=24)
+    condition, guidance = teacher.encode(["red heart"]), torch.full((1,), 4.0)
+    x, t = torch.randn(1, *teacher.latent_shape), torch.ones(1)
+    with torch.no_grad():
+        ours = student(x, t, condition, guidance)
+        torch.testing.assert_close(again.as_student()(x, t, condition, guidance), ours, rtol=0, atol=1e-5)
+        assert (ours - teacher.new_student()(x, t, condition, guidance)).norm() > 1e-3 * ours.norm()
+
+
+def test_what_cannot_lose_blocks_says_so(tmp_path: Path):
+    folder = tiny.save(tiny.make_sd1, tmp_path / "pipeline")
+    teacher = family_of(str(folder))(folder, height=32, width=32, max_tokens=24)
+    with pytest.raises(UserError, match=r"UNet2DConditionModel cannot lose blocks; leave student\.depth at 1"):
+        teacher.new_student(0.5)
+    with pytest.raises(UserError, match=r"leave student\.depth at 1"):
+        load_config("default", ["student.lora=4", "student.depth=0.5"])
