@@ -102,7 +102,8 @@ def make_sd3(num_layers: int = 2) -> StableDiffusion3Pipeline:
 def make_flux(guidance_embeds: bool = True, num_layers: int = 1) -> FluxPipeline:
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=num_layers, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6),
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     parts: Any = dict(
         transformer=transformer,

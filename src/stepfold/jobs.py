@@ -203,8 +203,8 @@ def make_student(teacher: PipelineTeacher, settings: StudentSettings, display: D
         return teacher.lora_student(settings.lora)
     if settings.depth < 1:
         display.note(
-            f"the student keeps {settings.depth:.0%} of the teacher's blocks: it starts far from the teacher, and needs "
-            "many more steps than a whole one"
+            f"the student keeps {settings.depth:.0%} of the teacher's blocks: it starts far from the teacher, "
+            "and needs many more steps than a whole one"
         )
     return teacher.new_student(settings.depth)
 

@@ -220,7 +220,7 @@ class PipelineTeacher:
         return []
 
     def block_stacks(self) -> dict[str, str]:
-        """The network's lists of blocks, of which a smaller student has fewer -> what its config calls their lengths."""
+        """The network's lists of blocks, fewer in a smaller student -> what its config calls their lengths."""
         return {"transformer_blocks": "num_layers"}
 
     def call_options(self) -> dict[str, Any]:
