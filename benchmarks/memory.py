@@ -23,7 +23,7 @@ from torch import Tensor
 from stepfold.config import Config
 from stepfold.display import Display
 from stepfold.images.reading import ImageFolder
-from stepfold.jobs import cached_black, image_latents
+from stepfold.jobs import cached_blacks, image_latents
 from stepfold.reproduction.figures import draw_memory
 from stepfold.reproduction.runs import IMAGES, load_experiments, make_run
 from stepfold.spaces.pairs import pairs_per_prompt
@@ -86,7 +86,7 @@ def method_memory(place: Place, config: Config, cached: bool) -> dict[str, float
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         open_run(folder, config, resume=False)
-        black = cache.black.to(device) if cache else cached_black(folder, teacher)
+        blacks = [cache.black.to(device)] if cache else cached_blacks(folder, teacher)
         latents = None
         if config.space.kind == "images":
             pictures = cast(ImageFolder, Pictures(len(prompts)))
@@ -96,7 +96,7 @@ def method_memory(place: Place, config: Config, cached: bool) -> dict[str, float
         student = teacher.new_student()
         memory.start()
         distill(
-            config, folder, teacher, student, prompts, black, accelerator, latents=latents,
+            config, folder, teacher, student, prompts, blacks, accelerator, latents=latents,
             conditions=(lambda index: cache.rows(index).to(device, teacher.dtype)) if cache else None,
             report=lambda progress: peaks.append(memory.read()),
         )  # fmt: skip

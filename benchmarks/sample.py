@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         place = make_place(args.size, args.device, Path(folder))
         teacher = open_teacher(place, with_encoders=True)
-        teacher.black_latent()  # the autoencoder is on the device now
+        teacher.black_latent(teacher.latent_shape)  # the autoencoder is on the device now
         torch.manual_seed(0)
         student = teacher.new_student().eval()
         samplers = {

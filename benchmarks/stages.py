@@ -63,7 +63,7 @@ def seconds_by_stage(place: Place, config: Config, cached: bool, accelerator: Ac
     with tempfile.TemporaryDirectory() as folder:
         open_run(Path(folder), config, resume=False)
         distill(
-            config, Path(folder), teacher, teacher.new_student(), place.prompts, cache.black.to(device), accelerator,
+            config, Path(folder), teacher, teacher.new_student(), place.prompts, [cache.black.to(device)], accelerator,
             conditions=(lambda index: cache.rows(index).to(device, teacher.dtype)) if cached else None,
             stages=stages, report=report,
         )  # fmt: skip

@@ -163,7 +163,9 @@ def open_bench(work: Work, sides: tuple[Side, ...]) -> Bench:
     teacher = open_teacher(work.place, with_encoders="practice" in sides)
     plain = None
     if "practice" in sides:
-        teacher.black_latent()  # practice's filter needs it: the autoencoder has run and is on the device
+        teacher.black_latent(
+            teacher.latent_shape
+        )  # practice's filter needs it: the autoencoder has run and is on the device
         plain = without_shortcuts(copy.deepcopy(teacher.transformer) if "ours" in sides else teacher.transformer)
     torch.manual_seed(0)
     student = teacher.new_student()

@@ -29,7 +29,7 @@ def thousands(tmp_path_factory: pytest.TempPathFactory) -> Path:
     error = fit_time_embedder(source, teacher.transformer.time_embed, 1.0, 1000.0, steps=800)
     assert error < 0.1
     teacher.transformer.register_to_config(timestep_scale=1.0)
-    teacher.black_latent()
+    teacher.black_latent(teacher.latent_shape)
     teacher.pipe.save_pretrained(folder, safe_serialization=True)
     return folder
 

@@ -42,6 +42,12 @@ class TeacherSettings(Section):
     )
     height: int | None = Field(default=None, gt=0, description="pixels; default: what the transformer was trained on")
     width: int | None = Field(default=None, gt=0, description="pixels")
+    sizes: tuple[tuple[int, int], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="sizes to train at, [height, width] in pixels, one drawn per step; previews and samples are still "
+        "of height and width. Default: those alone",
+    )
     max_tokens: int | None = Field(
         default=None, ge=2, le=4096, description="longest prompt, in tokens; default: the pipeline's own"
     )
@@ -276,6 +282,8 @@ class Config(Section):
             raise ValueError("space.images is for space.kind=images; give both or neither")
         if self.space.images is not None and self.prompts is not None:
             raise ValueError("prompts are the images' own captions with space.kind=images; leave --prompts out")
+        if self.space.kind == "images" and self.teacher.sizes is not None:
+            raise ValueError("images are all read at one size with space.kind=images; leave teacher.sizes out")
         if self.space.kind == "images" and self.conditions is not None:
             raise ValueError("conditions are those of a prompts file; leave them out with space.kind=images")
         if self.space.kind != "images" and self.prompts is None and self.teacher.source != "emoji":

@@ -89,7 +89,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     taught = usual if len(set(scales)) > 1 else scales[0]
     open_run(folder, config, resume)  # only now: a teacher that does not load leaves no run behind
     remember_prompts(folder, prompts.path, len(prompts), prompts.sha256)
-    black = cache.black.to(device) if cache else cached_black(folder, teacher)
+    blacks = [cache.black.to(device)] if cache and not config.teacher.sizes else cached_blacks(folder, teacher)
     latents = image_latents(folder, teacher, images, config.space.cache_latents, display) if images else None
     if images is None or config.space.cache_latents:
         teacher.release_decoder()
@@ -132,7 +132,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     reset_peak_memory(device)
     with display.training(config.training.steps):
         average = distill(
-            config, folder, teacher, student, prompts, black, accelerator,
+            config, folder, teacher, student, prompts, blacks, accelerator,
             latents=latents, conditions=conditions if cache else None,
             stages=stages, note_tangent=note_tangent, report=report, preview=preview_apart,
         )  # fmt: skip
@@ -190,9 +190,10 @@ def run_encode(
     file = open_prompts(prompts or assets.PROMPTS)
     teacher = load_teacher(settings, device)
     key = conditions_key(settings, file.sha256)
+    black = teacher.black_latent(teacher.latent_shape)
     with display.measuring({"prompts": len(file)}) as tick:
         encode_prompts(
-            folder, key, file, teacher.encode, teacher.null_condition, teacher.black_latent(), batch=batch,
+            folder, key, file, teacher.encode, teacher.null_condition, black, batch=batch,
             note=display.note, tick=partial(tick, "prompts"),
         )  # fmt: skip
 
@@ -222,13 +223,15 @@ def conditions_key(settings: TeacherSettings, prompts_sha256: str) -> dict[str, 
     }
 
 
-def cached_black(folder: Path, teacher: PipelineTeacher) -> torch.Tensor:
-    """The black latent of the brightness filter, made once and kept with the run."""
-    path = folder / "black.safetensors"
+def cached_blacks(folder: Path, teacher: PipelineTeacher) -> list[torch.Tensor]:
+    """The black latents of the brightness filter, one a shape, made once and kept with the run."""
+    path = folder / "blacks.safetensors"
     if not path.exists():
         with writing(path) as part:
-            save_file({"black": teacher.black_latent().cpu().contiguous()}, part)
-    return load_file(path)["black"].to(teacher.device)
+            made = [teacher.black_latent(shape).cpu().contiguous() for shape in teacher.latent_shapes]
+            save_file({str(i): black for i, black in enumerate(made)}, part)
+    kept = load_file(path)
+    return [kept[str(i)].to(teacher.device) for i in range(len(kept))]
 
 
 def image_latents(

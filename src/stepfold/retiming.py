@@ -85,7 +85,7 @@ def run_retime(
     found["error, network trained"] = prediction_error(teacher, network, predict, held_out)
     found["size of dF/dt after"] = tangent_size(network, predict, held_out, teacher.sigma_data)
     network.register_to_config(timestep_scale=teacher.transformer.config.timestep_scale / teacher.time_scale)
-    teacher.black_latent()  # the autoencoder is part of the pipeline
+    teacher.black_latent(teacher.latent_shape)  # the autoencoder is part of the pipeline
     with writing(folder / "teacher") as part:
         pipe: Any = type(teacher.pipe)(**(teacher.pipe.components | {"transformer": network}))
         pipe.save_pretrained(part, safe_serialization=True)

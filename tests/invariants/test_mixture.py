@@ -39,6 +39,7 @@ class LabelTeacher:
     default_guidance: float = 4.5
     student_reads_guidance: bool = True
     latent_shape: tuple[int, ...] = (2,)
+    latent_shapes: tuple[tuple[int, ...], ...] = ((2,),)
     start_time: float = math.pi / 2
 
     def encode(self, prompts: Sequence[str]) -> Condition:

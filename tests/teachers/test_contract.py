@@ -178,7 +178,7 @@ def test_states_may_be_more_precise_than_the_network(teacher: Any, state: tuple[
 
 
 def test_pictures_and_the_black_latent(teacher: Any):
-    black = teacher.black_latent()
+    black = teacher.black_latent(teacher.latent_shape)
     assert black.shape == teacher.latent_shape and black.dtype == torch.float32
     x0 = teacher.sigma_data * torch.randn(3, *teacher.latent_shape, dtype=teacher.dtype)
     pictures = teacher.decode(x0)
@@ -187,7 +187,7 @@ def test_pictures_and_the_black_latent(teacher: Any):
     torch.testing.assert_close(teacher.decode(x0, batch=2), pictures, rtol=0, atol=1e-5)
     teacher.release_decoder()
     torch.testing.assert_close(teacher.decode(x0), pictures, rtol=0, atol=1e-5)
-    assert torch.equal(teacher.black_latent(), black)
+    assert torch.equal(teacher.black_latent(teacher.latent_shape), black)
 
 
 def student_velocity(teacher: Any, student: nn.Module, state: tuple[Tensor, Tensor], *rest: Any) -> Tensor:
@@ -284,7 +284,9 @@ def test_a_saved_student_is_read_back(teacher: Any, state: tuple[Tensor, Tensor]
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
     untrained = teacher.new_student().to(teacher.dtype)
     assert spread(expected, student_velocity(teacher, untrained, state, teacher.encode(PROMPTS), guidance)) > 0.01
-    torch.testing.assert_close(again.black_latent(), teacher.black_latent(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        again.black_latent(again.latent_shape), teacher.black_latent(teacher.latent_shape), rtol=0, atol=1e-6
+    )
     if isinstance(teacher, SanaTeacher) and teacher.student_is_sprint:
         assert again.guidance_kind == "embedded"
         assert torch.equal(again.velocity(*state, again.encode(PROMPTS), guidance), ours)

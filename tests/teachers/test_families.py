@@ -238,3 +238,30 @@ def test_several_scales_need_a_network_that_can_be_told(folder: Path, prompts_fi
         with pytest.raises(UserError, match=r"has 2 scales, but this student's network takes none.*give one, for"):
             run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
         assert not (tmp_path / "run").exists()
+
+
+def test_a_walk_at_another_size_is_that_of_a_teacher_made_for_it(folder: Path, prompts_file: Path) -> None:
+    """Nothing that the size decides is fixed when the teacher is made: positions, sizes that the network is told."""
+    base = settings(folder, prompts_file).teacher
+    both = load_teacher(base.model_copy(update={"sizes": ((32, 32), (16, 48))}), "cpu")
+    wide = load_teacher(base.model_copy(update={"height": 16, "width": 48}), "cpu")
+    assert both.latent_shapes == (both.latent_shape, wide.latent_shape) and both.latent_shape != wide.latent_shape
+    x, t = 0.5 * torch.randn(2, *wide.latent_shape), torch.tensor([0.5, 1.2])
+    condition, scale = both.encode(["red heart", "a cat"]), torch.full((2,), both.default_guidance)
+    torch.testing.assert_close(both.velocity(x, t, condition, scale), wide.velocity(x, t, condition, scale))
+    torch.testing.assert_close(both.black_latent(wide.latent_shape), wide.black_latent(wide.latent_shape))
+    with pytest.raises(UserError, match="width is 17, but this pipeline needs a multiple of"):
+        load_teacher(base.model_copy(update={"sizes": ((32, 17),)}), "cpu")
+
+
+def test_a_run_at_several_sizes(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
+    """One is drawn for every step, walks are filtered by the black picture of their size, and the student is saved."""
+    config = settings(
+        folder, prompts_file, "teacher.sizes=[[32,32],[16,48]]", "training.steps=6", "space.filter_rule=random",
+        "space.filter_threshold=0.01",
+    )  # fmt: skip
+    run = tmp_path / "run"
+    run_distill(config, run, resume=False, display=Display(quiet=True), command="test")
+    assert all(math.isfinite(row["loss"]) for row in read_metrics(run))
+    (picture,) = run_sample(run / "student", ["red heart"], steps=1, seed=0, guidance=None, device="cpu")
+    assert picture.size == (32, 32)

@@ -1,5 +1,6 @@
 """What must hold for the loop, on the tiny teacher."""
 
+import copy
 import json
 import os
 import shutil
@@ -66,7 +67,7 @@ def train(
         student = teacher.new_student()
     black = torch.zeros(teacher.latent_shape)
     accelerator = make_accelerator("no")
-    average = distill(config, folder, teacher, student, prompts, black, accelerator, report=report)
+    average = distill(config, folder, teacher, student, prompts, [black], accelerator, report=report)
     assert isinstance(average, SanaStudent)
     return student, average
 
@@ -676,3 +677,19 @@ def test_the_heads_have_a_learning_rate_of_their_own(
         bias = after["heads.0.1.bias"] - new_discriminator(teacher, config.seed).state_dict()["heads.0.1.bias"]
         moved.append(bias.abs().median().item())
     assert moved[1] == pytest.approx(20 * moved[0], rel=1e-2)
+
+
+def test_the_size_of_a_steps_latents_is_drawn(teacher: SanaTeacher, settings: Settings, prompts: PromptFile) -> None:
+    """Each shape about as often, by the seed and the step alone; what else a step draws does not change."""
+    config = settings("training.prompts_per_step=2", *SPRINT)
+    several = copy.copy(teacher)
+    several.latent_shapes = ((4, 8, 8), (4, 4, 16))
+    draws = [draw(step, prompts, several, config, CPU) for step in range(40)]
+    sizes = [batch.size for batch in draws]
+    assert 10 < sum(sizes) < 30 and sizes == [draw(step, prompts, several, config, CPU).size for step in range(40)]
+    for step, batch in enumerate(draws):
+        assert batch.fresh_noise is not None and batch.judged is not None
+        latents = (batch.noise, batch.fresh_noise, batch.judged.start, batch.judged.noise)
+        assert {values.shape[-3:] for values in latents} == {several.latent_shapes[batch.size]}
+        one = draw(step, prompts, teacher, config, CPU)
+        assert torch.equal(one.route, batch.route) and one.prompts == batch.prompts

@@ -54,7 +54,7 @@ def draw_filter_examples(experiments: Experiments, folder: Path, display: Displa
     guidance = torch.full((experiments.walks,), teacher.default_guidance)
     route = draw_route(config.space, 0, 0, 0, teacher.sigma_data).expand(experiments.walks, -1)
     x0 = walk(teacher.velocity, noise, route, condition, guidance).x0
-    order = darkness(x0, teacher.black_latent(), teacher.sigma_data).argsort()
+    order = darkness(x0, teacher.black_latent(teacher.latent_shape), teacher.sigma_data).argsort()
     rows = {"dropped first": x0[order[:NUM_SHOWN]], "kept": x0[order[-NUM_SHOWN:]]}
     pictures = {name: teacher.decode(part) for name, part in rows.items()}
     save_grid(pictures, folder / "grid_the_brightness_filter.png")

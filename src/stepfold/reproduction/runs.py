@@ -349,7 +349,9 @@ def measure_figures(experiments: Experiments, root: Path, display: Display) -> d
         guidance = torch.full((len(shown),), teacher.default_guidance)
         numbers = {
             "routes": route_numbers(config.space, teacher.sigma_data),
-            "walks": walk_numbers(teacher, teacher.encode(shown), guidance, config.space, teacher.black_latent()),
+            "walks": walk_numbers(
+                teacher, teacher.encode(shown), guidance, config.space, teacher.black_latent(teacher.latent_shape)
+            ),
             "threshold": config.space.filter_threshold,
         }
         root.mkdir(parents=True, exist_ok=True)

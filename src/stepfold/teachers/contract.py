@@ -131,7 +131,8 @@ class Teacher(Protocol):
     sigma_data: float
     guidance_kind: GuidanceKind
     default_guidance: float  # of its pipeline
-    latent_shape: tuple[int, ...]
+    latent_shape: tuple[int, ...]  # of previews and samples
+    latent_shapes: tuple[tuple[int, ...], ...]  # that training draws from
     max_tokens: int  # of a prompt
     start_time: float  # where pure noise stands: pi/2, or a little below
     ode: Literal["flow", "trigflow"]  # coordinates in which its own sampler takes straight steps; trigflow is DDIM
@@ -179,8 +180,8 @@ class Teacher(Protocol):
         """Pictures [B, 3, H, W] in [0, 1] -> clean latents (of standard deviation sigma_data) [B, ...]."""
         ...
 
-    def black_latent(self) -> Tensor:
-        """z_black [...]: the unit-variance latent of an all-black picture."""
+    def black_latent(self, shape: tuple[int, ...]) -> Tensor:
+        """z_black: the unit-variance latent of an all-black picture, of one of its latent shapes."""
         ...
 
     def release_decoder(self) -> None:

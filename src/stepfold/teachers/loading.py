@@ -69,6 +69,7 @@ def load_teacher(
         dtype=dtype or getattr(torch, settings.dtype),
         height=settings.height,
         width=settings.width,
+        sizes=settings.sizes,
         max_tokens=settings.max_tokens,
         null_mask=settings.null_mask,
         guidance_kind=settings.guidance,

@@ -61,7 +61,7 @@ class ModuleTeacher:
             max_tokens: what `encode` pads to; compiled runs want equal shapes.
         """
         self.network = network.eval().requires_grad_(False)
-        self.encode_prompts, self.latent_shape = encode, latent_shape
+        self.encode_prompts, self.latent_shape, self.latent_shapes = encode, latent_shape, (latent_shape,)
         self.predict = flow_network if prediction == "flow" else own_trigflow_network
         self.shift, self.max_tokens = shift, max_tokens
 

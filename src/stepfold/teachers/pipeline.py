@@ -119,6 +119,7 @@ class PipelineTeacher:
         dtype: torch.dtype = torch.float32,
         height: int | None = None,
         width: int | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
         max_tokens: int | None = None,
         null_mask: Literal["own", "prompt"] = "own",
         guidance_kind: GuidanceKind | Literal["auto"] = "auto",
@@ -158,13 +159,11 @@ class PipelineTeacher:
         self.null_mask = null_mask
 
         vae: Any = self._vae_class().load_config(self.source, subfolder="vae")
-        factor = 2 ** (len(vae.get("encoder_block_out_channels") or vae["block_out_channels"]) - 1)
-        channels, multiple, usual = self.geometry(factor)
+        self.factor = 2 ** (len(vae.get("encoder_block_out_channels") or vae["block_out_channels"]) - 1)
+        usual = self.geometry(self.factor)[2]
         self.height, self.width = height or usual, width or usual
-        for name, side in (("height", self.height), ("width", self.width)):
-            if side % multiple:
-                raise UserError(f"{name} is {side}, but this pipeline needs a multiple of {multiple}")
-        self.latent_shape = (channels, self.height // factor, self.width // factor)
+        self.latent_shape = self.shape_at(self.height, self.width)
+        self.latent_shapes = tuple(self.shape_at(*size) for size in sizes or [(self.height, self.width)])
         self.shift = self._shift()
         self.plain_predict = self.predictor()
         self.predict = in_precision(self.plain_predict, dtype)
@@ -254,6 +253,18 @@ class PipelineTeacher:
         return few_step_times(num_steps)
 
     # What they share.
+
+    def shape_at(self, height: int, width: int) -> tuple[int, ...]:
+        """The latent shape of pictures of a size in pixels.
+
+        Raises:
+            UserError: the pipeline cannot make them.
+        """
+        channels, multiple, _ = self.geometry(self.factor)
+        for name, side in (("height", height), ("width", width)):
+            if side < multiple or side % multiple:
+                raise UserError(f"{name} is {side}, but this pipeline needs a multiple of {multiple}")
+        return (channels, height // self.factor, width // self.factor)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
@@ -386,9 +397,10 @@ class PipelineTeacher:
         offset = vae.config.get("shift_factor") or 0.0
         return self.sigma_data * ((latents - offset) * vae.config.scaling_factor).float()
 
-    def black_latent(self) -> Tensor:
+    def black_latent(self, shape: tuple[int, ...]) -> Tensor:
         """See `Teacher`."""
-        return self.encode_pictures(torch.zeros(1, 3, self.height, self.width))[0] / self.sigma_data
+        height, width = (self.factor * side for side in shape[-2:])
+        return self.encode_pictures(torch.zeros(1, 3, height, width))[0] / self.sigma_data
 
     def pipeline_latents(self, prompts: Sequence[str], noise: Tensor, guidance: float, num_steps: int) -> Tensor:
         """What the pipeline's own loop makes of unit noise [B, ...] with `plain_scheduler`: unit latents [B, ...]."""

@@ -19,9 +19,14 @@ def sd_network(unet: Any, x_unit: Tensor, step: Tensor, condition: Condition) ->
     return unet(x_unit, step, encoder_hidden_states=condition.embeds, return_dict=False)[0]
 
 
-def sdxl_network(unet: Any, x_unit: Tensor, step: Tensor, condition: Condition, *, size: tuple[int, int]) -> Tensor:
-    """Noise or v [B, C, H, W] of SDXL's UNet2DConditionModel, told that the picture was and shall be of this size."""
-    height, width = size
+def sdxl_network(unet: Any, x_unit: Tensor, step: Tensor, condition: Condition, *, factor: int) -> Tensor:
+    """Noise or v [B, C, H, W] of SDXL's UNet2DConditionModel, told that the picture was and shall be of its size.
+
+    Args:
+        unet, x_unit, step, condition: see `vp.Raw`.
+        factor: pixels a latent, along each side.
+    """
+    height, width = (factor * side for side in x_unit.shape[-2:])
     sizes = torch.tensor([height, width, 0, 0, height, width], device=x_unit.device, dtype=condition.embeds.dtype)
     added = {"text_embeds": condition.pooled, "time_ids": sizes.expand(len(x_unit), -1)}
     return unet(x_unit, step, encoder_hidden_states=condition.embeds, added_cond_kwargs=added, return_dict=False)[0]
@@ -69,7 +74,7 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
 
     def raw(self) -> Raw:
         """See `VPTeacher`."""
-        return partial(sdxl_network, size=(self.height, self.width))
+        return partial(sdxl_network, factor=self.factor)
 
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """See `PipelineTeacher`; both text encoders read the same prompt."""

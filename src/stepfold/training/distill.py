@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,7 +273,7 @@ def distill(
     teacher: Teacher,
     student: Student,
     prompts: Prompts,
-    black: Tensor,
+    blacks: Sequence[Tensor],
     accelerator: Accelerator,
     *,
     latents: Callable[[list[int]], Tensor] | None = None,
@@ -291,7 +291,8 @@ def distill(
         teacher: see `contract.Teacher`.
         student: starts as the teacher; trained in place.
         prompts: the training prompts.
-        black: unit-variance latent of a black picture, for the brightness filter.
+        blacks: unit-variance latents of a black picture, for the brightness filter: one for each of the teacher's
+            latent shapes.
         accelerator: device, precision.
         latents: numbers of B prompts -> clean latents [B, ...] of their images, for `space.kind=images`.
         conditions: numbers of B prompts -> what the teacher would encode them to; None to have it do so.
@@ -308,7 +309,7 @@ def distill(
     training, device = config.training, accelerator.device
     keep_freed_memory(device)
     first = conditions([0]) if conditions else teacher.encode([prompts.prompt(0)])
-    choice = choose_tangent(config, student, first, teacher.latent_shape)
+    choice = choose_tangent(config, student, first, max(teacher.latent_shapes, key=math.prod))
     note_tangent(f"{choice.backend} ({choice.reason})")
     if choice.recompute:
         student.recompute_blocks()
@@ -359,7 +360,7 @@ def distill(
         with stages("images"):
             x0 = latents(batch.index).to(device) if latents else None
         with stages("teacher"), rollout_precision(training.rollout_precision, device):
-            pairs = collect(batch, condition, velocity, black, teacher.sigma_data, config.space, x0)
+            pairs = collect(batch, condition, velocity, blacks[batch.size], teacher.sigma_data, config.space, x0)
         teacher.forget_prompts()  # the memory is the student's now
         return batch, pairs
 

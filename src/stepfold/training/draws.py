@@ -56,6 +56,7 @@ class Draw:
         times: [B, M], falling, that diffusion space noises to; None in generation space.
         fresh_noise: [B, M, ...] like `noise`, that it noises with; None in generation space.
         judged: for the adversarial term; None without one.
+        size: number of its latents' shape among the teacher's.
     """
 
     prompts: list[str]
@@ -67,6 +68,7 @@ class Draw:
     times: Tensor | None = None
     fresh_noise: Tensor | None = None
     judged: JudgedDraw | None = None
+    size: int = 0
 
 
 def guidance_scales(config: Config, teacher: Teacher) -> tuple[float, ...]:
@@ -95,14 +97,16 @@ def draw(step: int, prompts: Prompts, teacher: Teacher, config: Config, device: 
     scales = torch.tensor(guidance_scales(config, teacher))
     picks: Tensor = torch.cat([uniform((1,), seed, "guidance", i) for i in samples]) * len(scales)
     index = prompt_index(step, prompts, config)
+    shapes = teacher.latent_shapes
+    size = int(uniform((1,), seed, "size", step) * len(shapes)) if len(shapes) > 1 else 0
     times = fresh_noise = None
     if config.space.kind != "generation":
         drawn = torch.stack([draw_times(config.space, seed, step, i, teacher.sigma_data) for i in samples])
         times = send(drawn.clamp(max=teacher.start_time), device)
-        shape = (times.shape[1], *teacher.latent_shape)
-        fresh_noise = torch.stack([normal(shape, seed, "fresh noise", i) for i in samples])
+        fresh = (times.shape[1], *shapes[size])
+        fresh_noise = torch.stack([normal(fresh, seed, "fresh noise", i) for i in samples])
         fresh_noise = send(teacher.sigma_data * fresh_noise, device)
-    noise = torch.stack([normal(teacher.latent_shape, seed, "noise", i) for i in samples])
+    noise = torch.stack([normal(shapes[size], seed, "noise", i) for i in samples])
     route = torch.stack([draw_route(config.space, seed, step, i, teacher.sigma_data) for i in samples])
     return Draw(
         prompts=[prompts.prompt(i) for i in index],
@@ -113,7 +117,10 @@ def draw(step: int, prompts: Prompts, teacher: Teacher, config: Config, device: 
         uniform=send(torch.cat([uniform((1,), seed, "filter", i) for i in samples]), device),
         times=times,
         fresh_noise=fresh_noise,
-        judged=draw_judged(samples, teacher, config, device) if config.adversarial.weight else None,
+        judged=draw_judged(samples, shapes[size], teacher.sigma_data, config, device)
+        if config.adversarial.weight
+        else None,
+        size=size,
     )
 
 
@@ -123,12 +130,14 @@ def prompt_index(step: int, prompts: Prompts, config: Config) -> list[int]:
     return [shuffled_index(i, len(prompts), config.seed) for i in range(step * count, (step + 1) * count)]
 
 
-def draw_judged(samples: range, teacher: Teacher, config: Config, device: torch.device) -> JudgedDraw:
-    """See `JudgedDraw`; the pairs of a sample one after the other."""
-    seed, adversarial, sigma_data = config.seed, config.adversarial, teacher.sigma_data
+def draw_judged(
+    samples: range, shape: tuple[int, ...], sigma_data: float, config: Config, device: torch.device
+) -> JudgedDraw:
+    """See `JudgedDraw`; the pairs of a sample one after the other, each of a shape [...]."""
+    seed, adversarial = config.seed, config.adversarial
     count = pairs_per_prompt(config.space.route_steps, config.space.keep_first)
-    shape = (count, 3, *teacher.latent_shape)
-    noise = send(sigma_data * torch.cat([normal(shape, seed, "judged noise", i) for i in samples]), device)
+    three = (count, 3, *shape)
+    noise = send(sigma_data * torch.cat([normal(three, seed, "judged noise", i) for i in samples]), device)
     times = torch.cat([normal((count,), seed, "judged times", i) for i in samples])
     picks = torch.cat([uniform((count,), seed, "judged starts", i) for i in samples])
     return JudgedDraw(
