@@ -52,7 +52,7 @@ def distill_module(
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
     folder = Path(folder)
-    changes = ["space.filter_rule=off", *changes]  # it needs a black picture
+    changes = ["objective=continuous", "space.filter_rule=off", *changes]  # a filter needs a black picture
     source = type(teacher.network).__name__
     config = choose_precision(load_config("default", changes, teacher__source=source, prompts=str(prompts)))
     file, accelerator, display = open_prompts(prompts), make_accelerator(config.training.precision), Display(quiet)

@@ -266,8 +266,10 @@ class Config(Section):
     teacher: TeacherSettings = TeacherSettings()
     student: StudentSettings = StudentSettings()
     space: SpaceSettings = SpaceSettings()
-    objective: Literal["continuous", "discrete"] = Field(
-        default="continuous", description="continuous-time consistency, or discrete consistency between route times"
+    objective: Literal["auto", "continuous", "discrete"] = Field(
+        default="auto",
+        description="continuous-time consistency, or discrete consistency between route times; auto: continuous for a "
+        "teacher whose time is on [0, 1], discrete for one whose time counts to 1000",
     )
     consistency: ConsistencySettings = ConsistencySettings()
     discrete: DiscreteSettings = DiscreteSettings()

@@ -40,6 +40,7 @@ from stepfold.randomness import normal
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.loading import (
     CARD,
+    choose_objective,
     encoder_fingerprint,
     files_fingerprint,
     load_any_pipeline,
@@ -65,7 +66,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     if config.space.kind == "images" and config.space.images is None:
         raise UserError("space.kind=images needs a folder of images; add --set space.images=FOLDER")
     began = time.perf_counter()
-    config = choose_precision(config)
+    config = choose_objective(choose_precision(config))
     accelerator = make_accelerator(config.training.precision)
     device = accelerator.device
     images = open_images(config.space.images) if config.space.images else None

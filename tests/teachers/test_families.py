@@ -23,7 +23,7 @@ from stepfold.errors import UserError
 from stepfold.jobs import run_distill, run_encode, run_sample
 from stepfold.randomness import normal
 from stepfold.sampling import sample_student, sample_teacher
-from stepfold.teachers.loading import CARD, load_student, load_teacher
+from stepfold.teachers.loading import CARD, choose_objective, load_student, load_teacher
 from stepfold.teachers.pipeline import LORA_WEIGHTS
 from stepfold.training.runs import read_metrics
 
@@ -265,3 +265,12 @@ def test_a_run_at_several_sizes(folder: Path, prompts_file: Path, tmp_path: Path
     assert all(math.isfinite(row["loss"]) for row in read_metrics(run))
     (picture,) = run_sample(run / "student", ["red heart"], steps=1, seed=0, guidance=None, device="cpu")
     assert picture.size == (32, 32)
+
+
+def test_the_objective_follows_the_networks_time(folder: Path, tiny_sana: Path, prompts_file: Path) -> None:
+    """Left to itself a run has no tangent where dF/dt explodes; what is asked for is done."""
+    counts_to_1000 = settings(folder, prompts_file, "objective=auto")
+    assert choose_objective(counts_to_1000).objective == "discrete"
+    assert choose_objective(settings(tiny_sana, prompts_file, "objective=auto")).objective == "continuous"
+    asked = settings(folder, prompts_file, "objective=continuous")
+    assert choose_objective(asked) is asked

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from stepfold import assets
-from stepfold.config import TeacherSettings
+from stepfold.config import Config, TeacherSettings
 from stepfold.errors import UserError
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.flux import FluxTeacher
@@ -77,6 +77,24 @@ def load_teacher(
         null=null,
         lora=settings.lora,
     )
+
+
+def choose_objective(config: Config) -> Config:
+    """`auto` becomes continuous for a teacher whose time is on [0, 1], discrete for one whose time counts to 1000.
+
+    The continuous objective's tangent contains dF/dt, which sinusoids of 1000 t make large.
+
+    Raises:
+        UserError: there is no such teacher.
+    """
+    if config.objective != "auto":
+        return config
+    source = folder_of(config.teacher.source)
+    family, index = family_of(source), load_index(source)
+    network: Any = getattr(diffusers, index[family.network_part][1])
+    settings = network.load_config(source, subfolder=family.network_part)
+    slow = family.time_scale_of(index["_class_name"], settings) < 10
+    return config.model_copy(update={"objective": "continuous" if slow else "discrete"})
 
 
 def folder_of(source: str) -> str:

@@ -4,7 +4,7 @@ import copy
 import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -180,6 +180,16 @@ class PipelineTeacher:
             self._null_trimmed = self._null.trimmed()
 
     # What a family says.
+
+    @classmethod
+    def time_scale_of(cls, pipeline: str, network: Mapping[str, Any]) -> float:
+        """What the network's own time counts to: 1 or 1000.
+
+        Args:
+            pipeline: the name of the pipeline's class.
+            network: the network's config.
+        """
+        return 1000.0
 
     def predictor(self) -> Predict:
         """How the network is called: a plain function, or a partial of one."""

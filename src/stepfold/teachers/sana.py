@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -116,13 +116,18 @@ class SanaTeacher(PipelineTeacher):
 
     pipelines = (SanaPipeline, SanaSprintPipeline)
 
-    @property
-    def time_scale(self) -> float:
-        """What the network's time counts to.
+    @classmethod
+    def time_scale_of(cls, pipeline: str, network: Mapping[str, Any]) -> float:
+        """See `PipelineTeacher`.
 
         SanaPipeline multiplies the scheduler's 0..1000 by timestep_scale; SanaSprintPipeline passes 0..1 as it is.
         """
-        return 1.0 if self.is_sprint else 1000.0 * self.transformer.config.timestep_scale
+        return 1.0 if pipeline == SanaSprintPipeline.__name__ else 1000.0 * network.get("timestep_scale", 1.0)
+
+    @property
+    def time_scale(self) -> float:
+        """What this network's own time counts to."""
+        return self.time_scale_of(type(self.pipe).__name__, self.transformer.config)
 
     @property
     def is_sprint(self) -> bool:
