@@ -51,7 +51,15 @@ from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import Progress, Stages, distill, make_accelerator
 from stepfold.training.draws import guidance_scales
-from stepfold.training.runs import check_run, checkpoints, open_run, read_metrics, remember_prompts, writing
+from stepfold.training.runs import (
+    check_run,
+    checkpoints,
+    open_run,
+    read_metrics,
+    remember_prompts,
+    set_aside_damaged,
+    writing,
+)
 
 NUM_PREVIEWS = 8
 
@@ -83,6 +91,8 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     null = cache.null if cache else None
     teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=null)
     student = make_student(teacher, config.student, display)
+    for finding in set_aside_damaged(folder):
+        display.note(finding)
     if resume and not checkpoints(folder):
         display.note(f"{folder} holds no checkpoint yet: starting from the teacher")
     scales = guidance_scales(config, teacher)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from stepfold.config import Config, from_yaml, to_yaml
 from stepfold.errors import UserError
 
-CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+CONFIG, METRICS, CHECKSUMS = "config.yaml", "metrics.jsonl", "checksums.json"
 
 
 @contextmanager
@@ -133,6 +134,7 @@ def save_checkpoint(
         tensors, rest = split_state(optimiser.state_dict())
         save_file(tensors, part / "optimiser.safetensors")
         (part / "state.json").write_text(json.dumps({"step": step, "optimiser": rest}))
+        (part / CHECKSUMS).write_text(json.dumps({file.name: checksum(file) for file in sorted(part.iterdir())}))
         for file in part.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -143,6 +145,40 @@ def save_checkpoint(
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     return sorted(p for p in (folder / "checkpoints").glob("[0-9]*") if p.is_dir())
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of a file's content."""
+    total = 0
+    with file.open("rb") as handle:
+        while block := handle.read(2**20):
+            total = zlib.crc32(block, total)
+    return total
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None; one without checksums is taken as it is."""
+    try:
+        if not (checkpoint / CHECKSUMS).exists():
+            return None
+        for name, expected in json.loads((checkpoint / CHECKSUMS).read_text()).items():
+            if checksum(checkpoint / name) != expected:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def set_aside_damaged(folder: Path) -> list[str]:
+    """Renames the newest checkpoints to `damaged_NNNNNN` until one is whole; says of each what is wrong with it."""
+    found = []
+    for path in reversed(checkpoints(folder)):
+        reason = damage(path)
+        if reason is None:
+            break
+        path.rename(path.with_name(f"damaged_{path.name}"))
+        found.append(f"checkpoint {path.name} is damaged ({reason}); it is now {path.parent / f'damaged_{path.name}'}")
+    return found
 
 
 def load_checkpoint(
