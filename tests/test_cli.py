@@ -18,7 +18,7 @@ from PIL import Image
 from stepfold.cli import main
 from stepfold.config import from_yaml, load_config, preset_names, to_yaml
 
-COMMANDS = ("distill", "sample", "evaluate", "reproduce", "doctor", "plan", "presets", "prompts", "retime")
+COMMANDS = ("distill", "sample", "evaluate", "reproduce", "doctor", "plan", "presets", "prompts", "retime", "export")
 FAST = (
     "training.steps=1", "training.precision=no", "training.rollout_precision=no", "space.route_steps=2",
     "teacher.max_tokens=32", "evaluation.n=0", "training.preview_every=1000",

@@ -33,6 +33,9 @@ def usable_device(name: str) -> str:
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
+StudentArgument = Annotated[
+    Path, typer.Argument(help="Student folder: OUT/student of a finished run.", show_default=False)
+]
 TeacherOption = Annotated[
     str | None,
     typer.Option(help="`emoji` (bundled), a diffusers pipeline folder, or a hub id.", show_default=False),
@@ -109,7 +112,7 @@ def distill(
 
 @app.command()
 def sample(
-    student: Annotated[Path, typer.Argument(help="Student folder: OUT/student of a finished run.", show_default=False)],
+    student: StudentArgument,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One picture each.", show_default=False)],
     steps: Annotated[int, typer.Option(min=1, max=64, help="Network calls per picture.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Noise. Equal seeds give equal pictures.")] = 0,
@@ -141,6 +144,39 @@ def sample(
     with writing(out) as part:
         strip.save(part, format="PNG")
     typer.echo(out)
+
+
+@app.command()
+def export(
+    student: StudentArgument,
+    to: Annotated[str, typer.Option("--to", help="pipeline, lora, single-file or onnx.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File or folder to write. Default: beside the student, e.g. student-onnx.", show_default=False
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a student as a pipeline, a LoRA file, a single file for ComfyUI, or an onnx graph.
+
+    - `pipeline`: a folder for plain diffusers; a LoRA student is merged into its teacher's network.
+
+    - `lora`: the one file of a LoRA student, for `load_lora_weights`.
+
+    - `single-file`: the network under the names of its original checkpoint, for ComfyUI's Load Diffusion Model.
+
+    - `onnx`: the network as a graph, for onnxruntime (extra onnx).
+
+    stepfold export runs/mine/student --to pipeline
+
+    stepfold export runs/mine/student --to single-file --out models/diffusion_models/mine.safetensors
+    """
+    from stepfold.display import quiet_libraries
+    from stepfold.jobs import run_export
+
+    quiet_libraries()
+    typer.echo(f"{to}: {run_export(student, to, out, force=force)}")
 
 
 @app.command()

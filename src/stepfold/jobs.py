@@ -32,12 +32,13 @@ from stepfold.evaluation.pipelines import claim, default_steps, geneval_prompts,
 from stepfold.evaluation.preview import sample_rows, save_grid, to_image
 from stepfold.evaluation.protocol import EMOJI, Protocol, Scores, teacher_at
 from stepfold.evaluation.report import curves_from_rows, write_report
-from stepfold.export.pipeline import model_card, save_student
+from stepfold.export.pipeline import export_lora, export_pipeline, model_card, save_student
 from stepfold.images.reading import ImageFolder, open_images
 from stepfold.prompts.cache import encode_prompts, open_conditions
 from stepfold.prompts.reading import open_prompts
 from stepfold.randomness import normal
 from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.licences import in_words, licences_of
 from stepfold.teachers.loading import (
     CARD,
     choose_objective,
@@ -90,6 +91,8 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         cache = open_conditions(Path(config.conditions), conditions_key(config.teacher, prompts.sha256))
     null = cache.null if cache else None
     teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=null)
+    licences = ", ".join(f"{part} {in_words(licence)}" for part, licence in licences_of(config.teacher.source).items())
+    display.note(f"licences: {licences}")
     student = make_student(teacher, config.student, display)
     for finding in set_aside_damaged(folder):
         display.note(finding)
@@ -186,7 +189,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     }
     write_report(folder, result)
     card = json.loads((folder / "student" / CARD).read_text())
-    (folder / "student" / "README.md").write_text(model_card(card, prompts.prompt(0), result))
+    (folder / "student" / "README.md").write_text(model_card(card, result))
     return result
 
 
@@ -377,6 +380,40 @@ def run_sample(
         range(len(prompts)),
     )
     return [to_image(picture) for picture in pipeline.decode(x0)]
+
+
+EXPORTS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+    "pipeline": (export_pipeline, "-pipeline"),
+    "lora": (export_lora, "-lora.safetensors"),
+}
+"""What a student can become -> the function from its folder to the new file or folder, and the end of its name."""
+
+
+def run_export(student: Path, to: str, out: Path | None, *, force: bool) -> Path:
+    """Writes a student as something else; returns where: `out`, or beside the student.
+
+    Raises:
+        UserError: the student cannot become that, or the place is taken.
+    """
+    if to not in EXPORTS:
+        raise UserError(f"--to is {to!r}; a student becomes {', '.join(EXPORTS)}")
+    export, ending = EXPORTS[to]
+    student = student.resolve()
+    target = out or student.with_name(student.name + ending)
+    suffix = Path(ending).suffix
+    if target.suffix != suffix and suffix:
+        raise UserError(f"--out {target} is no {suffix} file; give a name that ends in {suffix}")
+    if target.resolve() == student or student in target.resolve().parents:
+        raise UserError(f"--out {target} is the student itself, or in it; choose another --out")
+    if target.exists() and not (force and replaceable(target, to_file=bool(suffix))):
+        raise UserError(f"{target} is there already; choose another --out, or --force to replace an earlier export")
+    export(student, target)
+    return target
+
+
+def replaceable(path: Path, to_file: bool) -> bool:
+    """Whether `--force` may replace it: any file by a file, and a folder only where stepfold wrote it."""
+    return path.is_file() if to_file else (path / CARD).is_file()
 
 
 def run_evaluate(

@@ -158,7 +158,7 @@ def test_the_cards_code_runs_as_it_stands(folder: Path, pipe: Any):
 @pytest.mark.parametrize("prompt", ['say "hi"', "a\\", "{x} \\n {}", "”quotes“ 'n' ```", "tab\there", "ünï 🦊"])
 def test_any_prompt_can_stand_in_the_card(folder: Path, prompt: str):
     card = json.loads((folder / CARD).read_text())
-    tree = ast.parse(code_block(model_card(card, prompt)))
+    tree = ast.parse(code_block(model_card(card | {"example": prompt})))
     strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     assert prompt in strings
 
@@ -166,10 +166,11 @@ def test_any_prompt_can_stand_in_the_card(folder: Path, prompt: str):
 def test_the_card_shows_what_was_measured(folder: Path):
     card = json.loads((folder / CARD).read_text())
     row = dict(accuracy=0.876543, clip_score=27.31, fd=0.01234, diversity=0.5)
-    text = model_card(card, "fox", {"teacher": {"20": row}, "student": {"1": row | {"accuracy": 0.5}}})
+    protocol = {"n": 480, "hash": "0123456789abcdef"}
+    text = model_card(card, {"protocol": protocol, "teacher": {"20": row}, "student": {"1": row | {"accuracy": 0.5}}})
     assert "| teacher, 20 steps | 0.877 | 27.3 | 0.0123 | 0.500 |" in text
     assert "| student, 1 steps | 0.500 | 27.3 | 0.0123 | 0.500 |" in text
-    assert "77 optimiser steps of 5 trajectories" in text and "accuracy" not in model_card(card, "fox")
+    assert "77 optimiser steps of 5 trajectories" in text and "accuracy" not in model_card(card)
 
 
 def test_a_student_is_replaced_whole_or_not_at_all(

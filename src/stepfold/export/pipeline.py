@@ -1,16 +1,19 @@
 """Student -> a folder that plain diffusers loads, with a card that says how to use it and where it comes from."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from stepfold import __version__
 from stepfold.config import Config
+from stepfold.errors import UserError
 from stepfold.evaluation.protocol import teachers_of
 from stepfold.teachers.contract import Student
-from stepfold.teachers.loading import CARD
-from stepfold.teachers.pipeline import PipelineTeacher
+from stepfold.teachers.licences import in_words, licences_of
+from stepfold.teachers.loading import CARD, load_merged, lora_rank, read_card
+from stepfold.teachers.pipeline import LORA_WEIGHTS, PipelineTeacher, check_folder
 from stepfold.training.runs import writing
 
 USE = """```python
@@ -25,11 +28,11 @@ image = pipe(
 ).images[0]
 ```"""
 
-LOAD = 'pipe = {pipeline}.from_pretrained("FOLDER")'
+LOAD = "pipe = {pipeline}.from_pretrained({name})"
 
 LOAD_LORA = """pipe = {pipeline}.from_pretrained({teacher})
-{merge}pipe.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")
-pipe.load_lora_weights("FOLDER")"""
+{merge}pipe.scheduler = {scheduler}.from_pretrained({name}, subfolder="scheduler")
+pipe.load_lora_weights({name})"""
 
 MERGE = """pipe.load_lora_weights({lora})
 pipe.fuse_lora()
@@ -73,42 +76,94 @@ def save_student(
         "pipeline": (type(teacher.pipe) if lora else teacher.student_class).__name__,
         "scheduler": type(teacher.lora_scheduler() if lora else teacher.student_parts()["scheduler"]).__name__,
         "calls": {k: call(t, guidance) for k, t in times.items()},
+        "example": example,
+        "licences": licences_of(config.teacher.source),
         "config": config.model_dump(mode="json"),
     }
     with writing(folder) as part:
         (teacher.save_lora if lora else teacher.save_student)(student, part)
-        (part / CARD).write_text(json.dumps(card, indent=2) + "\n")
-        (part / "README.md").write_text(model_card(card, example))
+        write_cards(part, card)
 
 
-def model_card(card: dict[str, Any], example: str, metrics: dict[str, Any] | None = None) -> str:
-    """The student's README: use, recipe, metrics, licence."""
+def write_cards(folder: Path, card: dict[str, Any], metrics: dict[str, Any] | None = None) -> None:
+    """A student folder's `stepfold.json` and README."""
+    (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
+    (folder / "README.md").write_text(model_card(card, metrics))
+
+
+def metrics_beside(folder: Path) -> dict[str, Any] | None:
+    """What the run that a student folder lies in measured, if it lies in one."""
+    report = folder.resolve().parent / "report.json"
+    return json.loads(report.read_text()) if report.is_file() else None
+
+
+def export_pipeline(folder: Path, out: Path) -> None:
+    """A student as a whole pipeline folder for plain diffusers; a LoRA student is merged into its teacher's network."""
+    card = read_card(folder)
+    with writing(out) as part:
+        if lora_rank(card):
+            teacher, _, _ = load_merged(folder, "cpu")
+            teacher.pipe.scheduler = teacher.lora_scheduler()
+            teacher.pipe.save_pretrained(part, safe_serialization=True)
+            write_cards(part, card | {"merged": True}, metrics_beside(folder))
+        else:
+            check_folder(folder)
+            shutil.copytree(folder, part)
+
+
+def export_lora(folder: Path, out: Path) -> None:
+    """A LoRA student as the one file that its teacher's pipeline loads with `load_lora_weights`.
+
+    Raises:
+        UserError: the student has all weights of its own.
+    """
+    if not lora_rank(read_card(folder)):
+        raise UserError(
+            f"{folder} has all weights of its own and no LoRA; train with --set student.lora=64, or use --to pipeline"
+        )
+    with writing(out) as part:
+        shutil.copyfile(folder / LORA_WEIGHTS, part)
+
+
+def model_card(card: dict[str, Any], metrics: dict[str, Any] | None = None, name: str = "FOLDER") -> str:
+    """The student's README: use, recipe, metrics, licences.
+
+    Args:
+        card: what `stepfold.json` says.
+        metrics: the run's report.json.
+        name: what loads the student: the folder, or a hub id.
+    """
     arguments = "\n".join(f"    {name}={value!r}," for name, value in card["calls"]["1"].items())
-    prompt = json.dumps(example, ensure_ascii=False)
+    prompt = json.dumps(card["example"], ensure_ascii=False)
     classes, loading = card["pipeline"], LOAD
-    if card["config"]["student"]["lora"]:
+    if lora_rank(card):
         classes, loading = f"{card['pipeline']}, {card['scheduler']}", LOAD_LORA
     loading = loading.format(
         pipeline=card["pipeline"], scheduler=card["scheduler"],
         teacher=json.dumps("TEACHER" if card["teacher"] == "emoji" else card["teacher"]),
         merge=MERGE.format(lora=json.dumps(theirs)) if (theirs := card["config"]["teacher"]["lora"]) else "",
+        name=json.dumps(name),
     )  # fmt: skip
     use = USE.format(classes=classes, loading=loading, prompt=prompt, arguments=arguments)
     changed = {name: value for name, value in card["calls"]["2"].items() if value != card["calls"]["1"][name]}
     two = ", ".join(f"`{name}={value!r}`" for name, value in changed.items())
     training, space = card["config"]["training"], card["config"]["space"]
     rows = ""
-    if metrics:
-        rows = "\n## Measured\n\n| sampler | accuracy | CLIP score | FD | diversity |\n|---|---|---|---|---|\n"
+    if metrics and metrics["student"]:
+        protocol = metrics["protocol"]
+        rows = f"\n## Measured\n\nProtocol {protocol['hash'][:12]}: {protocol['n']} pictures a row.\n\n"
+        rows += "| sampler | accuracy | CLIP score | FD | diversity |\n|---|---|---|---|---|\n"
         for who in (*teachers_of(metrics), "student"):
             for steps, s in metrics.get(who, {}).items():
                 cells = f"{s['accuracy']:.3f} | {s['clip_score']:.1f} | {s['fd']:.4f} | {s['diversity']:.3f}"
                 rows += f"| {who}, {steps} steps | {cells} |\n"
+    licences = "\n".join(f"| {part} | {in_words(licence)} |" for part, licence in card["licences"].items())
+    front = "".join(f"{field}: {json.dumps(value)}\n" for field, value in card["licences"]["teacher"].items())
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
 tags: [few-step, distillation, stepfold]
----
+{front}---
 
 # A few-step student of `{card["teacher"]}`
 
@@ -124,5 +179,9 @@ For two steps: {two}.
 {rows}
 ## Licence
 
-A student is derived from its teacher: the licences of the teacher's transformer, text encoder and autoencoder apply.
+A student is derived from its teacher: the licences of the teacher's network, text encoders and autoencoder apply.
+
+| part | licence |
+|---|---|
+{licences}
 """

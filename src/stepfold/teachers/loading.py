@@ -14,7 +14,7 @@ from stepfold.config import Config, TeacherSettings
 from stepfold.errors import UserError
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.flux import FluxTeacher
-from stepfold.teachers.pipeline import PipelineTeacher, check_folder, load_index
+from stepfold.teachers.pipeline import PipelineTeacher, check_folder, load_index, merge_lora
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.teachers.sd3 import SD3Teacher
@@ -162,8 +162,8 @@ def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:
     return pipe.to(device)
 
 
-def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeacher, Student, dict[str, Any]]:
-    """A student folder: its encoder and autoencoder (as a teacher), its network, its card.
+def read_card(folder: Path) -> dict[str, Any]:
+    """What `stepfold.json` of a student folder says.
 
     Raises:
         UserError: the folder is no student that stepfold wrote.
@@ -172,13 +172,40 @@ def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeac
         raise UserError(f"{folder} is no student folder ({CARD} is missing); give OUT/student of a finished run")
     try:
         card = json.loads((folder / CARD).read_text())
-        settings = {name: card[name] for name in ("height", "width", "max_tokens")}
-        rank = card["config"].get("student", {}).get("lora", 0)
-    except (ValueError, KeyError, TypeError) as error:
+        missing = [name for name in ("teacher", "height", "width", "max_tokens", "config") if name not in card]
+    except (ValueError, TypeError) as error:
         raise UserError(f"{folder / CARD} is damaged ({error}); copy the student folder again") from None
-    if rank:
+    if missing:
+        raise UserError(f"{folder / CARD} is damaged (it lacks {missing[0]}); copy the student folder again")
+    return card
+
+
+def lora_rank(card: dict[str, Any]) -> int:
+    """The rank of a student that is a LoRA file; 0 for one that is a whole pipeline."""
+    return 0 if card.get("merged") else card["config"].get("student", {}).get("lora", 0)
+
+
+def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeacher, Student, dict[str, Any]]:
+    """A student folder: its encoder and autoencoder (as a teacher), its network, its card.
+
+    Raises:
+        UserError: the folder is no student that stepfold wrote.
+    """
+    card = read_card(folder)
+    if rank := lora_rank(card):
         teacher = load_teacher(TeacherSettings.model_validate(card["config"]["teacher"]), device)
         return teacher, teacher.load_lora(folder, rank), card
     check_folder(folder)
+    settings = {name: card[name] for name in ("height", "width", "max_tokens")}
     pipeline = family_of(str(folder))(folder, device=device, **settings)
     return pipeline, pipeline.as_student(), card
+
+
+def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeacher, Student, dict[str, Any]]:
+    """As `load_student`, but a LoRA student is merged into its teacher's network, in float32: both are one then."""
+    card = read_card(folder)
+    if not lora_rank(card):
+        return load_student(folder, device)
+    teacher = load_teacher(TeacherSettings.model_validate(card["config"]["teacher"]), device, torch.float32)
+    merge_lora(teacher.pipe, str(folder))
+    return teacher, teacher.as_student(), card

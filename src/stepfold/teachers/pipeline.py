@@ -586,7 +586,7 @@ def merge_lora(pipe: Any, source: str) -> None:
         pipe.unload_lora_weights()
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(
-            f"teacher.lora {source!r} does not load ({first_line(error)}); give a safetensors file that "
+            f"LoRA {source!r} does not load ({first_line(error)}); give a safetensors file that "
             f"{type(pipe).__name__}.load_lora_weights reads (it needs peft: pip install stepfold[lora])"
         ) from None
 

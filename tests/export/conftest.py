@@ -1,0 +1,108 @@
+"""Finished students of every family, and plain diffusers in a process of its own."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from stepfold.config import load_config
+from stepfold.export.pipeline import save_student
+from stepfold.teachers.loading import load_student, load_teacher
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "sd3": tiny.make_sd3,
+    "flux": tiny.make_flux,
+    "sd1": tiny.make_sd1,
+    "sdxl": tiny.make_sdxl,
+    "pixart": tiny.make_pixart,
+}
+
+
+@pytest.fixture(scope="session")
+def student_of(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(family, LoRA rank) -> a student folder, not its teacher any more."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def make(family: str, lora: int = 0) -> Path:
+        if (family, lora) not in made:
+            folder = tmp_path_factory.mktemp(family)
+            source = tiny_sana if family == "sana" else tiny.save(FAMILIES[family], folder / "teacher")
+            made[family, lora] = finished(source, folder / "student", lora)
+        return made[family, lora]
+
+    return make
+
+
+def finished(source: Path, folder: Path, lora: int) -> Path:
+    """A student as a run leaves it, with weights that moved."""
+    changes = [f"teacher.source={source}", f"student.lora={lora}", "prompts=prompts.txt", "objective=discrete"]
+    sizes = ["teacher.height=32", "teacher.width=32", "teacher.max_tokens=24"]
+    config = load_config("default", [*changes, *sizes])
+    teacher = load_teacher(config.teacher, "cpu")
+    student = teacher.lora_student(lora) if lora else teacher.new_student()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    save_student(teacher, student, folder, config, [2.0], 2.0, "red heart")
+    return folder
+
+
+def run_alone(script: str) -> None:
+    """In a fresh process, which knows nothing of stepfold and reaches no network."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script + "\nassert not [n for n in sys.modules if n.startswith('stepfold')]"],
+        capture_output=True,
+        text=True,
+        env={"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+START = """
+import json, sys
+import diffusers, torch
+from safetensors.torch import load_file, save_file
+
+tensors = load_file({file!r})
+drawn = {{}}
+
+def draw(name, folder, pipe, steps=2):
+    with open(folder + "/stepfold.json") as file:
+        card = json.load(file)
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(7)
+    call = card["calls"][str(steps)]
+    drawn[name] = pipe(card["example"], latents=tensors[name], output_type="latent", **call).images
+"""
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Callable[[dict[str, tuple[Path, str]]], dict[str, torch.Tensor]]:
+    """Name -> (student folder, lines that make `pipe`) to name -> latents, by one fresh process of plain diffusers."""
+
+    def draw(pipes: dict[str, tuple[Path, str]]) -> dict[str, torch.Tensor]:
+        file = tmp_path / "latents.safetensors"
+        noise, lines = {}, [START.format(file=str(file))]
+        for name, (folder, code) in pipes.items():
+            teacher, _, _ = load_student(folder, "cpu")
+            shape = (1, *teacher.latent_shape)
+            noise[name] = teacher.pack(torch.randn(shape, generator=torch.Generator().manual_seed(3))).contiguous()
+            lines += [f"folder = {str(folder)!r}", code, f"draw({name!r}, folder, pipe)"]
+        save_file(noise, file)
+        run_alone("\n".join([*lines, f"save_file(drawn, {str(file)!r})"]))
+        return load_file(file)
+
+    return draw
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """|a - b| / |b|."""
+    return float((a - b).norm() / b.norm())

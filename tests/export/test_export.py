@@ -1,0 +1,120 @@
+"""`stepfold export`: what a fresh process of plain diffusers makes of it, and the mistakes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stepfold.errors import UserError
+from stepfold.jobs import run_export, run_sample
+from stepfold.teachers.loading import CARD, load_merged, load_student
+
+from .conftest import relative
+
+StudentOf = Callable[..., Path]
+Fresh = Callable[[dict[str, tuple[Path, str]]], dict[str, torch.Tensor]]
+KINDS = ("lora", "pipeline", "teacher")
+
+PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
+TEACHER = """
+card = json.load(open(folder + "/stepfold.json"))
+pipe = getattr(diffusers, card["pipeline"]).from_pretrained(card["teacher"])
+pipe.scheduler = getattr(diffusers, card["scheduler"]).from_pretrained(folder, subfolder="scheduler")
+"""
+LORA = TEACHER + "pipe.load_lora_weights({weights!r})"
+
+
+@pytest.mark.slow
+def test_a_lora_student_merged_and_as_a_file(student_of: StudentOf, fresh: Fresh, tmp_path: Path) -> None:
+    """Both give the latents of the student's own folder, which are not the teacher's."""
+    pipes, whole = {}, {}
+    for family in ("sana", "sd3", "flux", "sd1", "sdxl"):
+        student = student_of(family, 4)
+        file = run_export(student, "lora", tmp_path / f"{family}.safetensors", force=False)
+        whole[family] = run_export(student, "pipeline", tmp_path / family, force=False)
+        pipes[f"{family} student"] = student, LORA.format(weights=str(student))
+        pipes[f"{family} lora"] = student, LORA.format(weights=str(file))
+        pipes[f"{family} pipeline"] = whole[family], PIPE
+        pipes[f"{family} teacher"] = student, TEACHER
+    drawn = fresh(pipes)
+    for family in whole:
+        away = {kind: relative(drawn[f"{family} {kind}"], drawn[f"{family} student"]) for kind in KINDS}
+        assert max(away["lora"], away["pipeline"]) < 1e-4 < 1e-2 < away["teacher"], (family, away)
+        pictures = [
+            run_sample(folder, ["a cat"], steps=1, seed=0, guidance=None, device="cpu")[0]
+            for folder in (student_of(family, 4), whole[family])
+        ]
+        levels = [np.asarray(picture).astype(int) for picture in pictures]
+        assert np.abs(levels[0] - levels[1]).max() <= 1
+        assert '.from_pretrained("FOLDER")\nimage' in (whole[family] / "README.md").read_text()
+
+
+def test_a_student_with_weights_of_its_own_is_a_pipeline(student_of: StudentOf, tmp_path: Path) -> None:
+    student = student_of("sana")
+    whole = run_export(student, "pipeline", tmp_path / "whole", force=False)
+    files = {path.relative_to(student) for path in student.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
+    assert all((student / file).read_bytes() == (whole / file).read_bytes() for file in files)
+    with pytest.raises(UserError, match=r"all weights of its own and no LoRA; train with --set student.lora=64"):
+        run_export(student, "lora", None, force=False)
+
+
+def test_nothing_is_overwritten_unasked(student_of: StudentOf, tmp_path: Path) -> None:
+    student = student_of("sana", 4)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "letters.txt").write_text("dear")
+    for force in (False, True):  # a folder that stepfold did not write stays, whatever is asked
+        with pytest.raises(UserError, match="is there already"):
+            run_export(student, "pipeline", mine, force=force)
+    assert (mine / "letters.txt").read_text() == "dear"
+    file = tmp_path / "some.safetensors"
+    file.write_text("mine")
+    with pytest.raises(UserError, match="is there already"):
+        run_export(student, "lora", file, force=False)
+    assert file.read_text() == "mine"
+    run_export(student, "lora", file, force=True)
+    assert file.read_bytes() == (student / "pytorch_lora_weights.safetensors").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "some.safetensors"}
+
+
+def test_mistakes_say_what_to_do(student_of: StudentOf, tmp_path: Path) -> None:
+    student = student_of("sana", 4)
+    with pytest.raises(UserError, match=r"--to is 'gguf'; a student becomes pipeline, lora"):
+        run_export(student, "gguf", None, force=False)
+    with pytest.raises(UserError, match=r"is no .safetensors file"):
+        run_export(student, "lora", tmp_path / "mine.pt", force=False)
+    for out in (student, student / "part"):
+        with pytest.raises(UserError, match="is the student itself, or in it"):
+            run_export(student, "pipeline", out, force=True)
+    with pytest.raises(UserError, match="is no student folder"):
+        run_export(tmp_path / "none", "pipeline", tmp_path / "whole", force=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_name_it_goes_beside_the_student(student_of: StudentOf) -> None:
+    student = student_of("sana", 4)
+    assert run_export(student, "lora", None, force=False) == student.parent / "student-lora.safetensors"
+
+
+def test_a_teacher_in_bfloat16_is_merged_in_float32(student_of: StudentOf, tmp_path: Path) -> None:
+    """Else the merged weights would be rounded, and the student with them."""
+    student = student_of("sd1", 4)
+    half = tmp_path / "half"
+    half.mkdir()
+    for file in student.glob("*"):
+        if file.is_file():
+            (half / file.name).write_bytes(file.read_bytes())
+    card = json.loads((half / CARD).read_text())
+    card["config"]["teacher"]["dtype"] = "bfloat16"
+    (half / CARD).write_text(json.dumps(card))
+    teacher, merged, _ = load_merged(half, "cpu")
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+    _, loaded, _ = load_student(student, "cpu")
+    x, t = torch.randn(2, *teacher.latent_shape), torch.tensor([0.5, 1.2])
+    condition, scale = teacher.encode(["red heart", "a cat"]), torch.full((2,), 2.0)
+    with torch.no_grad():
+        assert relative(merged(x, t, condition, scale), loaded(x, t, condition, scale)) < 1e-5
