@@ -42,6 +42,9 @@ class TeacherSettings(Section):
     )
     height: int | None = Field(default=None, gt=0, description="pixels; default: what the transformer was trained on")
     width: int | None = Field(default=None, gt=0, description="pixels")
+    frames: int | None = Field(
+        default=None, ge=1, description="of a video; default: the pipeline's own; for pictures leave it out"
+    )
     max_tokens: int | None = Field(
         default=None, ge=2, le=4096, description="longest prompt, in tokens; default: the pipeline's own"
     )

@@ -18,12 +18,15 @@ import torch
 from diffusers import {classes}
 
 {loading}
-image = pipe(
+{result} = pipe(
     {prompt},
 {arguments}
     generator=torch.Generator().manual_seed(0),
-).images[0]
+).{output}[0]
 ```"""
+
+RESULTS = {"images": "image", "frames": "video"}
+"""Where a pipeline's result has what it made -> what that is."""
 
 LOAD = 'pipe = {pipeline}.from_pretrained("FOLDER")'
 
@@ -65,11 +68,13 @@ def save_student(
         "teacher": config.teacher.source,
         "height": teacher.height,
         "width": teacher.width,
+        "frames": teacher.frames,
         "max_tokens": teacher.max_tokens,
         "guidance": guidance,
         "taught": list(scales),
         "sigma_data": teacher.sigma_data,
         "times": times,
+        "output": teacher.output,
         "pipeline": (type(teacher.pipe) if lora else teacher.student_class).__name__,
         "scheduler": type(teacher.lora_scheduler() if lora else teacher.student_parts()["scheduler"]).__name__,
         "calls": {k: call(t, guidance) for k, t in times.items()},
@@ -93,7 +98,8 @@ def model_card(card: dict[str, Any], example: str, metrics: dict[str, Any] | Non
         teacher=json.dumps("TEACHER" if card["teacher"] == "emoji" else card["teacher"]),
         merge=MERGE.format(lora=json.dumps(theirs)) if (theirs := card["config"]["teacher"]["lora"]) else "",
     )  # fmt: skip
-    use = USE.format(classes=classes, loading=loading, prompt=prompt, arguments=arguments)
+    result, output = RESULTS[card["output"]], card["output"]
+    use = USE.format(classes=classes, loading=loading, prompt=prompt, arguments=arguments, result=result, output=output)
     changed = {name: value for name, value in card["calls"]["2"].items() if value != card["calls"]["1"][name]}
     two = ", ".join(f"`{name}={value!r}`" for name, value in changed.items())
     training, space = card["config"]["training"], card["config"]["space"]
@@ -106,7 +112,7 @@ def model_card(card: dict[str, Any], example: str, metrics: dict[str, Any] | Non
                 rows += f"| {who}, {steps} steps | {cells} |\n"
     return f"""---
 library_name: diffusers
-pipeline_tag: text-to-image
+pipeline_tag: text-to-{result}
 tags: [few-step, distillation, stepfold]
 ---
 

@@ -19,6 +19,7 @@ from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
+from stepfold.teachers.wan import WanTeacher
 
 CARD = "stepfold.json"
 
@@ -32,6 +33,7 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         PixArtTeacher,
         StableDiffusionTeacher,
         StableDiffusionXLTeacher,
+        WanTeacher,
     )
     for pipeline in family.pipelines
 }
@@ -69,6 +71,7 @@ def load_teacher(
         dtype=dtype or getattr(torch, settings.dtype),
         height=settings.height,
         width=settings.width,
+        frames=settings.frames,
         max_tokens=settings.max_tokens,
         null_mask=settings.null_mask,
         guidance_kind=settings.guidance,
@@ -153,7 +156,7 @@ def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeac
         raise UserError(f"{folder} is no student folder ({CARD} is missing); give OUT/student of a finished run")
     try:
         card = json.loads((folder / CARD).read_text())
-        settings = {name: card[name] for name in ("height", "width", "max_tokens")}
+        settings = {name: card[name] for name in ("height", "width", "max_tokens")} | {"frames": card.get("frames")}
         rank = card["config"].get("student", {}).get("lora", 0)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / CARD} is damaged ({error}); copy the student folder again") from None
