@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -21,6 +22,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from torch import nn
 from transformers import (
@@ -31,6 +35,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 CHARACTERS = string.ascii_lowercase + string.digits + ",.'-:"
@@ -174,6 +180,28 @@ def make_sdxl() -> StableDiffusionXLPipeline:
         tokenizer_2=clip_tokenizer(),
     )  # fmt: skip
     return StableDiffusionXLPipeline(**parts)
+
+
+def make_wan() -> WanPipeline:
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=24,
+        freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        latents_mean=[-0.3, 0.1, 0.2, 0.4], latents_std=[0.9, 1.5, 2.0, 1.2],
+    )  # fmt: skip
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=len(t5_tokenizer()), d_model=24, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    )
+    parts: Any = dict(
+        transformer=transformer,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=t5_tokenizer(),
+    )
+    return WanPipeline(**parts)
 
 
 def save(make: Callable[[], Any], folder: Path) -> Path:

@@ -48,6 +48,9 @@ class TeacherSettings(Section):
         description="sizes to train at, [height, width] in pixels, one drawn per step; previews and samples are still "
         "of height and width. Default: those alone",
     )
+    frames: int | None = Field(
+        default=None, ge=1, description="of a video; default: the pipeline's own; for pictures leave it out"
+    )
     max_tokens: int | None = Field(
         default=None, ge=2, le=4096, description="longest prompt, in tokens; default: the pipeline's own"
     )

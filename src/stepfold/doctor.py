@@ -13,7 +13,7 @@ from stepfold.jobs import peak_memory_gib
 from stepfold.maths.routes import reference_route
 from stepfold.maths.tangent import total_derivative
 from stepfold.objectives.consistency import tangent_direction
-from stepfold.randomness import normal, uniform
+from stepfold.randomness import generator, normal, uniform
 from stepfold.sampling import sample_teacher
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.spaces.pairs import Pairs
@@ -51,16 +51,14 @@ def examine(settings: TeacherSettings, device: str) -> list[Finding]:
     student = teacher.new_student()
     condition = teacher.encode(PROMPTS)
     count, n = len(PROMPTS), 8
-    noise = teacher.sigma_data * torch.stack([normal(teacher.latent_shape, 0, "doctor", i) for i in range(count)]).to(
-        device
-    )
+    noise = teacher.sigma_data * noise_of(teacher, count)
     guidance = torch.full((count,), teacher.default_guidance, device=device)
     route = reference_route(uniform((1, n), 0, "doctor route")).expand(count, n).to(device)
     trajectory = walk(teacher.velocity, noise, route, condition, guidance)
     keep = torch.ones(count, dtype=torch.bool, device=device)
     pairs = pairs_from(trajectory, condition, guidance, keep_first=False, keep=keep)
     return [
-        same_sampler(teacher, noise, condition, guidance),
+        same_sampler(teacher, condition, guidance),
         same_network(teacher, student, pairs),
         backends_agree(student, pairs),
         chosen_backend(student, condition.rows(slice(0, 1)), teacher.latent_shape),
@@ -70,17 +68,30 @@ def examine(settings: TeacherSettings, device: str) -> list[Finding]:
     ]
 
 
+def noise_of(teacher: PipelineTeacher, count: int) -> Tensor:
+    """Unit noise [count, ...], of the doctor's own random stream."""
+    return torch.stack([normal(teacher.latent_shape, 0, "doctor", i) for i in range(count)]).to(teacher.device)
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     """||a - b|| / ||b||."""
     return float((a - b).norm() / b.norm())
 
 
-def same_sampler(teacher: PipelineTeacher, noise: Tensor, condition: Condition, guidance: Tensor) -> Finding:
-    """The wrapped teacher and the pipeline's own loop, through the same scheduler, end in the same latents."""
+def same_sampler(teacher: PipelineTeacher, condition: Condition, guidance: Tensor) -> Finding:
+    """The wrapped teacher and the pipeline's own loop, through the same scheduler, end in the same latents.
+
+    Args:
+        teacher: the teacher.
+        condition: of PROMPTS.
+        guidance: scales, all the same.
+    """
     check = "wrapped teacher = pipeline's own sampler, 4 steps"
     if isinstance(teacher.pipe, SanaSprintPipeline):
         return Finding(check, "not run", "its sampler is SCMScheduler's", True)
-    theirs = teacher.pipeline_latents(PROMPTS, noise / teacher.sigma_data, float(guidance[0]), 4)
+    draws = [generator(0, "doctor", i) for i in range(len(condition))]
+    theirs = teacher.pipeline_latents(PROMPTS, draws, float(guidance[0]), 4)
+    noise = teacher.sigma_data * noise_of(teacher, len(condition))
     ours = sample_teacher(teacher, noise, condition, guidance, 4, even=teacher.even_ladder) / teacher.sigma_data
     error = relative(ours, theirs)
     return Finding(check, f"relative difference {error:.1e}", "<= 1e-4", error <= 1e-4)

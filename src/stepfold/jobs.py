@@ -29,7 +29,7 @@ from stepfold.evaluation import mjhq
 from stepfold.evaluation.judge import Judge, load_judge
 from stepfold.evaluation.measure import Sampler, measure, student_sampler, teacher_sampler
 from stepfold.evaluation.pipelines import claim, default_steps, geneval_prompts, measure_pipeline, write_geneval
-from stepfold.evaluation.preview import sample_rows, save_grid, to_image
+from stepfold.evaluation.preview import sample_rows, save_grid, thinned, to_image
 from stepfold.evaluation.protocol import EMOJI, Protocol, Scores, teacher_at
 from stepfold.evaluation.report import curves_from_rows, write_report
 from stepfold.export.pipeline import export_lora, export_pipeline, model_card, save_student
@@ -63,6 +63,7 @@ from stepfold.training.runs import (
 )
 
 NUM_PREVIEWS = 8
+NUM_VIDEO_PREVIEWS, NUM_FRAMES = 2, 6
 
 
 def run_distill(config: Config, folder: Path, *, resume: bool, display: Display, command: str) -> dict[str, Any]:
@@ -91,6 +92,11 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         cache = open_conditions(Path(config.conditions), conditions_key(config.teacher, prompts.sha256))
     null = cache.null if cache else None
     teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=null)
+    if images and teacher.frames > 1:
+        raise UserError(
+            f"space.kind=images takes pictures, but this teacher makes {teacher.frames} frames; "
+            "set teacher.frames=1, or space.kind to generation or endpoints"
+        )
     licences = ", ".join(f"{part} {in_words(licence)}" for part, licence in licences_of(config.teacher.source).items())
     display.note(f"licences: {licences}")
     student = make_student(teacher, config.student, display)
@@ -233,6 +239,7 @@ def conditions_key(settings: TeacherSettings, prompts_sha256: str) -> dict[str, 
         "max_tokens": settings.max_tokens,
         "height": settings.height,  # of the black picture
         "width": settings.width,
+        "frames": settings.frames,
         "prompts": prompts_sha256,
     }
 
@@ -282,7 +289,8 @@ def make_preview(
     display: Display,
 ) -> Callable[[Student, int], None]:
     """Draws the teacher at 20 steps and the student at 1, 2 and 4, from the same prompts and noise, into previews/."""
-    shown = [i * num_prompts // NUM_PREVIEWS for i in range(min(NUM_PREVIEWS, num_prompts))]
+    count = NUM_PREVIEWS if teacher.frames == 1 else NUM_VIDEO_PREVIEWS
+    shown = [i * num_prompts // count for i in range(min(count, num_prompts))]
     condition = conditions(shown)
     noise = teacher.sigma_data * torch.stack(
         [normal(teacher.latent_shape, config.seed, "preview noise", i) for i in range(len(shown))]
@@ -298,9 +306,8 @@ def make_preview(
             for k in (1, 2, 4)
         }
         latents = reference | sample_rows(ours, noise, condition, guidance)
-        save_grid(
-            {name: teacher.decode(x0) for name, x0 in latents.items()}, folder / "previews" / f"step_{step:06d}.png"
-        )
+        rows = {name: thinned(teacher.decode(x0), teacher.frames, NUM_FRAMES) for name, x0 in latents.items()}
+        save_grid(rows, folder / "previews" / f"step_{step:06d}.png")
         teacher.release_decoder()
         error = (latents["student 1 step"] - latents["teacher 20 steps"]).square().mean() / teacher.sigma_data**2
         display.note(f"step {step}: preview written, error of one step against the teacher's 20: {error:.3f}")

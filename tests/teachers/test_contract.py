@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stepfold.config import validate
 from stepfold.errors import UserError
-from stepfold.randomness import normal
+from stepfold.randomness import generator, normal
 from stepfold.sampling import sample_student, sample_teacher
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.teachers.contract import Condition
@@ -26,6 +26,7 @@ from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
+from stepfold.teachers.wan import WanTeacher
 from stepfold.training.distill import make_accelerator, update
 
 MAX_TOKENS = 48
@@ -71,6 +72,7 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "flux schnell": lambda _, empty: FluxTeacher(
         tiny.save(partial(tiny.make_flux, guidance_embeds=False), empty / "flux"), **SMALL
     ),
+    "wan": lambda _, empty: WanTeacher(tiny.save(tiny.make_wan, empty / "wan"), **SMALL, frames=5),
 }
 
 
@@ -87,6 +89,12 @@ def state(request: pytest.FixtureRequest, teacher: Any) -> tuple[Tensor, Tensor]
 
 def scales(teacher: Any, *values: float) -> Tensor:
     return torch.tensor(values, dtype=teacher.dtype)
+
+
+def drawn(teacher: Any) -> tuple[Tensor, list[torch.Generator]]:
+    """Unit noise for each prompt, and generators that will draw it."""
+    noise = torch.stack([normal(teacher.latent_shape, 0, "test", i) for i in range(3)]).to(teacher.dtype)
+    return noise, [generator(0, "test", i) for i in range(3)]
 
 
 def count_rows(teacher: Any) -> tuple[list[int], Any]:
@@ -149,7 +157,7 @@ def test_rows_do_not_know_of_each_other(teacher: Any, state: tuple[Tensor, Tenso
 
 def test_trimmed_conditions_are_the_untrimmed_ones(teacher: Any, state: tuple[Tensor, Tensor]):
     condition, guidance = teacher.encode(PROMPTS), scales(teacher, 4, 4.5, 5)
-    if not isinstance(teacher, SanaTeacher | PixArtTeacher):
+    if not isinstance(teacher, SanaTeacher | PixArtTeacher | WanTeacher):
         pytest.skip("attends to its padding, as its pipeline does")
     assert condition.mask.any(0).all() and condition.mask.shape[1] < MAX_TOKENS  # nothing left to trim
     v = teacher.velocity(*state, condition, guidance)
@@ -182,7 +190,7 @@ def test_pictures_and_the_black_latent(teacher: Any):
     assert black.shape == teacher.latent_shape and black.dtype == torch.float32
     x0 = teacher.sigma_data * torch.randn(3, *teacher.latent_shape, dtype=teacher.dtype)
     pictures = teacher.decode(x0)
-    assert pictures.shape == (3, 3, teacher.height, teacher.width)
+    assert pictures.shape == (3, 3, teacher.height, teacher.frames * teacher.width)
     assert pictures.min() >= 0 and pictures.max() <= 1 and pictures.std() > 0.01
     torch.testing.assert_close(teacher.decode(x0, batch=2), pictures, rtol=0, atol=1e-5)
     teacher.release_decoder()
@@ -275,8 +283,9 @@ def saved(teacher: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
 def test_a_saved_student_is_read_back(teacher: Any, state: tuple[Tensor, Tensor], saved: tuple[Any, Path]):
     student, folder = saved
     again = family_of(str(folder))(
-        folder, dtype=teacher.dtype, height=teacher.height, width=teacher.width, max_tokens=MAX_TOKENS
-    )
+        folder, dtype=teacher.dtype, height=teacher.height, width=teacher.width, frames=teacher.frames,
+        max_tokens=MAX_TOKENS,
+    )  # fmt: skip
     assert again.latent_shape == teacher.latent_shape
     guidance = scales(teacher, 3, 4.5, 6)
     expected = student_velocity(teacher, student, state, teacher.encode(PROMPTS), guidance)
@@ -301,11 +310,9 @@ def test_plain_diffusers_takes_the_students_steps(teacher: Any, saved: tuple[Any
     pipe: Any = teacher.student_class.from_pretrained(folder)  # type: ignore[attr-defined]
     pipe.set_progress_bar_config(disable=True)
     guidance, times = 4.0, teacher.student_times(steps)
-    noise = torch.randn(3, *teacher.latent_shape)
+    noise, draws = drawn(teacher)
     torch.manual_seed(5)  # not all pipelines hand a generator to their scheduler
-    theirs = pipe(
-        PROMPTS, latents=teacher.pack(noise), output_type="latent", **teacher.student_call(times, guidance)
-    ).images
+    theirs = teacher.latents_of(pipe, PROMPTS, draws, **teacher.student_call(times, guidance))
 
     def fresh(i: int) -> Tensor:
         return teacher.sigma_data * teacher.unpack(torch.randn(teacher.pack(noise).shape))
@@ -315,7 +322,7 @@ def test_plain_diffusers_takes_the_students_steps(teacher: Any, saved: tuple[Any
     x0 = sample_student(
         student, teacher.sigma_data * noise, teacher.encode(PROMPTS), scale, times, fresh, teacher.sigma_data
     )
-    assert spread(teacher.unpack(theirs), x0 / teacher.sigma_data) < 1e-4
+    assert spread(theirs, x0 / teacher.sigma_data) < 1e-4
 
 
 @pytest.mark.parametrize("guidance", [1.0, 6.0])
@@ -327,8 +334,8 @@ def test_the_wrapped_teacher_samples_what_its_pipeline_samples(teacher: Any, gui
         guidance = 1.0
     elif teacher.null_mask == "prompt":
         pytest.skip("the public training code's mask, not the pipeline's")
-    noise = torch.stack([normal(teacher.latent_shape, 0, "test", i) for i in range(3)]).to(teacher.dtype)
-    theirs = teacher.pipeline_latents(PROMPTS, noise, guidance, 4)
+    noise, draws = drawn(teacher)
+    theirs = teacher.pipeline_latents(PROMPTS, draws, guidance, 4)
     scale = torch.full((3,), guidance, dtype=teacher.dtype)
     ours = sample_teacher(
         teacher, teacher.sigma_data * noise, teacher.encode(PROMPTS), scale, 4, even=teacher.even_ladder

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import load_file
 
 from stepfold import doctor
@@ -21,7 +22,8 @@ from stepfold.config import TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.jobs import run_distill, run_encode, run_sample
-from stepfold.randomness import normal
+from stepfold.maths.formulations import flow_time
+from stepfold.randomness import generator, normal
 from stepfold.sampling import sample_student, sample_teacher
 from stepfold.teachers.loading import CARD, choose_objective, load_student, load_teacher
 from stepfold.teachers.pipeline import LORA_WEIGHTS
@@ -37,7 +39,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sdxl": tiny.make_sdxl,
     "flux dev": tiny.make_flux,
     "flux schnell": partial(tiny.make_flux, guidance_embeds=False),
+    "wan": tiny.make_wan,
 }
+FRAMES = {"WanPipeline": 5}
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -57,16 +61,27 @@ def network_of(folder: Path) -> str:
     return "unet" if (folder / "unet").exists() else "transformer"
 
 
+def frames_of(folder: Path) -> int | None:
+    """How many frames a pipeline of videos makes here."""
+    return FRAMES.get(json.loads((folder / "model_index.json").read_text())["_class_name"])
+
+
 def settings(folder: Path, prompts: Path, *sets: str) -> Any:
     return load_config(
         "default",
         [
             f"teacher.source={folder}", f"prompts={prompts}", "teacher.height=32", "teacher.width=32",
-            "teacher.max_tokens=24", "space.route_steps=4", "space.filter_rule=off", "training.steps=3",
-            "training.prompts_per_step=2", "training.preview_every=1000", "optimiser.name=adamw", "optimiser.lr=1e-3",
-            "optimiser.warmup=0", "training.precision=no", "training.rollout_precision=no", "objective=discrete", *sets,
+            f"teacher.frames={frames_of(folder) or 'null'}", "teacher.max_tokens=24", "space.route_steps=4",
+            "space.filter_rule=off", "training.steps=3", "training.prompts_per_step=2", "training.preview_every=1000",
+            "optimiser.name=adamw", "optimiser.lr=1e-3", "optimiser.warmup=0", "training.precision=no",
+            "training.rollout_precision=no", "objective=discrete", *sets,
         ],
     )  # fmt: skip
+
+
+def pixels(made: Any) -> np.ndarray:
+    """A picture, or a video [F, H, W, 3] in [0, 1] as a filmstrip, in whole numbers to 255."""
+    return np.asarray(made).astype(int) if isinstance(made, Image.Image) else np.hstack(255 * made).round().astype(int)
 
 
 @pytest.mark.parametrize("objective", ["discrete", "continuous"])
@@ -90,10 +105,10 @@ def test_a_teacher_is_distilled_and_its_student_drawn(
     teacher = load_teacher(config.teacher, "cpu")
     pipe: Any = getattr(diffusers, card["pipeline"]).from_pretrained(run / "student")
     pipe.set_progress_bar_config(disable=True)
-    noise = torch.stack([normal(teacher.latent_shape, 0, "sample", 0)])
-    theirs = pipe("red heart", latents=teacher.pack(noise), **card["calls"]["1"]).images[0]
-    assert ours.size == theirs.size == (32, 32)
-    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+    inputs = teacher.inputs(["red heart"], [generator(0, "sample", 0)])
+    theirs = pixels(getattr(pipe(**inputs, **card["calls"]["1"]), card["output"])[0])
+    assert theirs.shape == (32, 32 * teacher.frames, 3)
+    assert np.abs(pixels(ours) - theirs).max() <= 1
 
 
 def test_conditions_from_disk_are_those_of_the_encoders(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
@@ -108,21 +123,12 @@ def test_conditions_from_disk_are_those_of_the_encoders(folder: Path, prompts_fi
 
 
 def test_doctor_understands_it(folder: Path) -> None:
-    findings = {
-        finding.check: finding for finding in doctor.examine(SMALL.model_copy(update={"source": str(folder)}), "cpu")
-    }
+    teacher = SMALL.model_copy(update={"source": str(folder), "frames": frames_of(folder)})
+    findings = {finding.check: finding for finding in doctor.examine(teacher, "cpu")}
     wrong = {check for check, finding in findings.items() if not finding.ok}
     # Their time counts to 1000 and these networks' weights are large: dF/dt explodes, as it should be told.
     assert wrong <= {"size of dF/dt (root mean square)", "tangent backends agree"}
     assert "relative difference" in findings["wrapped teacher = pipeline's own sampler, 4 steps"].number
-
-
-def latents_of(folder: Path, pipe: Any, noise: torch.Tensor, steps: int) -> torch.Tensor:
-    """A pipeline's latents for one prompt, called as the card in the folder says."""
-    card = json.loads((folder / CARD).read_text())
-    pipe.set_progress_bar_config(disable=True)
-    torch.manual_seed(7)
-    return pipe("red heart", latents=noise, output_type="latent", **card["calls"][str(steps)]).images
 
 
 def test_a_lora_student_shares_its_teachers_weights(any_folder: Path, prompts_file: Path, tmp_path: Path) -> None:
@@ -142,17 +148,18 @@ def test_a_lora_student_shares_its_teachers_weights(any_folder: Path, prompts_fi
     card = json.loads((run / "student" / CARD).read_text())
     pipe: Any = getattr(diffusers, card["pipeline"]).from_pretrained(any_folder)
     pipe.scheduler = getattr(diffusers, card["scheduler"]).from_pretrained(run / "student" / "scheduler")
-    noise = torch.stack([normal(teacher.latent_shape, 0, "sample", 0)])
-    plain = latents_of(run / "student", pipe, teacher.pack(noise), 1)
+    pipe.set_progress_bar_config(disable=True)
+    plain = teacher.latents_of(pipe, ["red heart"], [generator(0, "sample", 0)], **card["calls"]["1"])
     pipe.load_lora_weights(run / "student")
-    drawn = latents_of(run / "student", pipe, teacher.pack(noise), 1)
+    drawn = teacher.latents_of(pipe, ["red heart"], [generator(0, "sample", 0)], **card["calls"]["1"])
+    noise = torch.stack([normal(teacher.latent_shape, 0, "sample", 0)])
     assert (drawn - plain).abs().max() > 1e-4
     again, read, _ = load_student(run / "student", "cpu")
     x0 = sample_student(
         read, 0.5 * noise, again.encode(["red heart"]), torch.full((1,), card["guidance"]), again.student_times(1),
         torch.zeros_like, 0.5,
     )  # fmt: skip
-    torch.testing.assert_close(teacher.unpack(drawn), x0 / 0.5, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn, x0 / 0.5, rtol=1e-4, atol=1e-4)
 
     # From the checkpoint before, to the bit.
     resumed = tmp_path / "resumed"
@@ -190,12 +197,14 @@ def test_a_lora_on_the_teacher_is_merged_into_it(any_folder: Path, tmp_path: Pat
     matrices = {f"{network_of(any_folder)}_lora_layers": get_peft_model_state_dict(network)}
     kind.save_lora_weights(tmp_path, **matrices)
 
-    source = TeacherSettings(source=str(any_folder), height=32, width=32, max_tokens=24)
+    source = TeacherSettings(
+        source=str(any_folder), height=32, width=32, frames=frames_of(any_folder), max_tokens=24
+    )  # fmt: skip
     plain, merged = (load_teacher(source.model_copy(update={"lora": lora}), "cpu") for lora in (None, str(tmp_path)))
-    noise, scale = torch.randn(1, *plain.latent_shape), plain.default_guidance
-    without = plain.pipeline_latents(["red heart"], noise, scale, 2)
+    noise, scale = torch.stack([normal(plain.latent_shape, 0, "test", 0)]), plain.default_guidance
+    without = plain.pipeline_latents(["red heart"], [generator(0, "test", 0)], scale, 2)
     merged_pipe, merged.pipe = merged.pipe, pipe  # the same loop, around the pipeline that only loaded the LoRA
-    theirs = merged.pipeline_latents(["red heart"], noise, scale, 2)
+    theirs = merged.pipeline_latents(["red heart"], [generator(0, "test", 0)], scale, 2)
     merged.pipe = merged_pipe
     ours = sample_teacher(
         merged, 0.5 * noise, merged.encode(["red heart"]), torch.full((1,), scale), 2, even=merged.even_ladder
@@ -209,7 +218,10 @@ def test_a_teacher_in_bfloat16(any_folder: Path, prompts_file: Path, tmp_path: P
     config = settings(any_folder, prompts_file, "teacher.dtype=bfloat16", f"student.lora={lora}")
     whole = load_teacher(config.teacher.model_copy(update={"dtype": "float32"}), "cpu")
     half = load_teacher(config.teacher, "cpu")
-    assert {p.dtype for p in half.transformer.parameters()} == {torch.bfloat16}
+    kept = half.transformer._keep_in_fp32_modules or ()  # by diffusers, as the class says
+    assert {p.dtype for n, p in half.transformer.named_parameters() if not any(part in n for part in kept)} == {
+        torch.bfloat16
+    }
     x, t = 0.5 * torch.randn(2, *whole.latent_shape), torch.tensor([0.5, 1.2])
     condition, guidance = whole.encode(["red heart", "a cat"]), torch.full((2,), 2.0)
     exact = whole.velocity(x, t, condition, guidance)
@@ -264,7 +276,7 @@ def test_a_run_at_several_sizes(folder: Path, prompts_file: Path, tmp_path: Path
     run_distill(config, run, resume=False, display=Display(quiet=True), command="test")
     assert all(math.isfinite(row["loss"]) for row in read_metrics(run))
     (picture,) = run_sample(run / "student", ["red heart"], steps=1, seed=0, guidance=None, device="cpu")
-    assert picture.size == (32, 32)
+    assert picture.size == (32 * (frames_of(folder) or 1), 32)
 
 
 def test_the_objective_follows_the_networks_time(folder: Path, tiny_sana: Path, prompts_file: Path) -> None:
@@ -274,3 +286,52 @@ def test_the_objective_follows_the_networks_time(folder: Path, tiny_sana: Path, 
     assert choose_objective(settings(tiny_sana, prompts_file, "objective=auto")).objective == "continuous"
     asked = settings(folder, prompts_file, "objective=continuous")
     assert choose_objective(asked) is asked
+
+
+def test_frames_are_for_videos(tiny_sana: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"teacher\.frames is 5, but SanaPipeline makes pictures; leave it out"):
+        load_teacher(TeacherSettings(source=str(tiny_sana), frames=5), "cpu")
+    folder = tiny.save(tiny.make_wan, tmp_path / "pipeline")
+    with pytest.raises(UserError, match=r"teacher\.frames is 6, but this pipeline needs a multiple of 4 and one more"):
+        load_teacher(TeacherSettings(source=str(folder), frames=6), "cpu")
+    usual = load_teacher(TeacherSettings(source=str(folder)), "cpu")
+    assert (usual.frames, usual.height, usual.width) == (81, 480, 832) and usual.latent_shape == (4, 21, 60, 104)
+
+
+@pytest.mark.parametrize(
+    "change", [{"boundary_ratio": 0.9}, {"expand_timesteps": True}, {"transformer_2": ["diffusers", "X"]}]
+)
+def test_wan_of_another_kind_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = tiny.save(tiny.make_wan, tmp_path / "pipeline")
+    (folder / "transformer_2").mkdir()
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | change))
+    with pytest.raises(UserError, match=r"is a Wan 2\.2.*give a Wan 2\.1") as caught:
+        load_teacher(TeacherSettings(source=str(folder)), "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_pictures_teach_no_videos(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.make_wan, tmp_path / "pipeline")
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (32, 32), "red").save(images / "red.png")
+    (images / "metadata.jsonl").write_text('{"file_name": "red.png", "text": "red"}\n')
+    sets = ["prompts=null", "space.kind=images", f"space.images={images}", "training.prompts_per_step=1"]
+    video = settings(folder, images, *sets)
+    with pytest.raises(UserError, match=r"this teacher makes 5 frames; set teacher\.frames=1"):
+        run_distill(video, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
+    assert not (tmp_path / "run").exists()
+    picture = settings(folder, images, *sets, "teacher.frames=1")
+    run_distill(picture, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
+    assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run"))
+
+
+def test_a_students_levels_are_those_that_its_pipeline_takes_unasked(tmp_path: Path) -> None:
+    """WanPipeline takes no noise levels: they fall by equal factors from 1 to 2/3."""
+    teacher = load_teacher(TeacherSettings(source=str(tiny.save(tiny.make_wan, tmp_path / "pipeline"))), "cpu")
+    for steps in (2, 3, 4):
+        levels = flow_time(torch.tensor(teacher.student_times(steps), dtype=torch.float64))
+        torch.testing.assert_close(
+            levels, (2 / 3) ** torch.linspace(0, 1, steps, dtype=torch.float64), rtol=0, atol=1e-5
+        )

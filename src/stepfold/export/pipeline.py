@@ -21,12 +21,15 @@ import torch
 from diffusers import {classes}
 
 {loading}
-image = pipe(
+{result} = pipe(
     {prompt},
 {arguments}
     generator=torch.Generator().manual_seed(0),
-).images[0]
+).{output}[0]
 ```"""
+
+RESULTS = {"images": "image", "frames": "video"}
+"""Where a pipeline's result has what it made -> what that is."""
 
 LOAD = "pipe = {pipeline}.from_pretrained({name})"
 
@@ -68,11 +71,13 @@ def save_student(
         "teacher": config.teacher.source,
         "height": teacher.height,
         "width": teacher.width,
+        "frames": teacher.frames,
         "max_tokens": teacher.max_tokens,
         "guidance": guidance,
         "taught": list(scales),
         "sigma_data": teacher.sigma_data,
         "times": times,
+        "output": teacher.output,
         "pipeline": (type(teacher.pipe) if lora else teacher.student_class).__name__,
         "scheduler": type(teacher.lora_scheduler() if lora else teacher.student_parts()["scheduler"]).__name__,
         "calls": {k: call(t, guidance) for k, t in times.items()},
@@ -144,7 +149,10 @@ def model_card(card: dict[str, Any], metrics: dict[str, Any] | None = None, name
         merge=MERGE.format(lora=json.dumps(theirs)) if (theirs := card["config"]["teacher"]["lora"]) else "",
         name=json.dumps(name),
     )  # fmt: skip
-    use = USE.format(classes=classes, loading=loading, prompt=prompt, arguments=arguments)
+    output = card.get("output", "images")
+    use = USE.format(
+        classes=classes, loading=loading, prompt=prompt, arguments=arguments, result=RESULTS[output], output=output
+    )
     changed = {name: value for name, value in card["calls"]["2"].items() if value != card["calls"]["1"][name]}
     two = ", ".join(f"`{name}={value!r}`" for name, value in changed.items())
     training, space = card["config"]["training"], card["config"]["space"]
@@ -161,7 +169,7 @@ def model_card(card: dict[str, Any], metrics: dict[str, Any] | None = None, name
     front = "".join(f"{field}: {json.dumps(value)}\n" for field, value in card["licences"]["teacher"].items())
     return f"""---
 library_name: diffusers
-pipeline_tag: text-to-image
+pipeline_tag: text-to-{RESULTS[output]}
 tags: [few-step, distillation, stepfold]
 {front}---
 

@@ -48,6 +48,7 @@ class Dual(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.tangents = WeakTensorKeyDictionary()
+        self._filled = WeakTensorKeyDictionary()  # made without a tangent; parts of them were set to something with one
         self._until_sweep = SWEEP_EVERY
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,6 +57,10 @@ class Dual(TorchFunctionMode):
         call = Call(func, args, kwargs, self.tangents)
         if not call.is_dual:
             return func(*args, **kwargs)
+        if call.name == "setitem" and self._fills(args[0]):
+            func(*args)
+            self._fill(*args)
+            return None
         if call.changes_its_input:
             raise UserError(
                 f"the one_pass tangent cannot follow {getattr(func, '__name__', func)}, which changes a tensor in "
@@ -74,6 +79,18 @@ class Dual(TorchFunctionMode):
         if self._until_sweep == 0:
             self._sweep()
         return out
+
+    def _fills(self, out: Tensor) -> bool:
+        """Whether parts of `out` may be set: it is no view, and its tangent, if it has one, came of being filled."""
+        return not out._is_view() and (out in self._filled or out not in self.tangents)
+
+    @torch.no_grad()
+    def _fill(self, out: Tensor, index: Any, value: Any) -> None:
+        """The tangent of `out[index] = value`."""
+        if out not in self._filled:
+            self._filled[out], self.tangents[out] = True, torch.zeros_like(out)
+        tangent = self.tangents.get(value) if isinstance(value, Tensor) else None
+        self.tangents[out][index] = 0.0 if tangent is None else tangent
 
     def _sweep(self) -> None:
         """Forgets the tangents of tensors that the model has let go of and only autograd's graph still holds."""
@@ -185,8 +202,8 @@ def one_pass(
     A network that is compiled, or has compiled parts, runs as if it were not: compiled code would go past the mode.
 
     Raises:
-        UserError: it is called from compiled code; the network changes a tensor in place, or draws random numbers in a
-            dropout.
+        UserError: it is called from compiled code; the network changes a tensor in place (but for filling a new one
+            part by part), or draws random numbers in a dropout.
     """
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break()  # so that the error is raised: what raises while traced is run again untraced

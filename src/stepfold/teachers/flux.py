@@ -70,9 +70,10 @@ class FluxTeacher(PipelineTeacher):
         """See `PipelineTeacher`."""
         return ("embedded",) if self.transformer.config.guidance_embeds else ("none",)
 
-    def geometry(self, factor: int) -> tuple[int, int, int]:
+    def geometry(self, factor: int) -> tuple[int, int, int, int]:
         """See `PipelineTeacher`."""
-        return self.transformer.config.in_channels // 4, 2 * factor, self.pipe.default_sample_size * factor
+        side = self.pipe.default_sample_size * factor
+        return self.transformer.config.in_channels // 4, 2 * factor, side, side
 
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """See `PipelineTeacher`; both text encoders read the same prompt, and padding is attended to as in use."""

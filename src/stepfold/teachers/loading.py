@@ -14,11 +14,12 @@ from stepfold.config import Config, TeacherSettings
 from stepfold.errors import UserError
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.flux import FluxTeacher
-from stepfold.teachers.pipeline import PipelineTeacher, check_folder, load_index, merge_lora
+from stepfold.teachers.pipeline import PipelineTeacher, check_folder, load_index, merge_lora, unloadable
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
+from stepfold.teachers.wan import WanTeacher
 
 CARD = "stepfold.json"
 
@@ -32,6 +33,7 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         PixArtTeacher,
         StableDiffusionTeacher,
         StableDiffusionXLTeacher,
+        WanTeacher,
     )
     for pipeline in family.pipelines
 }
@@ -70,6 +72,7 @@ def load_teacher(
         height=settings.height,
         width=settings.width,
         sizes=settings.sizes,
+        frames=settings.frames,
         max_tokens=settings.max_tokens,
         null_mask=settings.null_mask,
         guidance_kind=settings.guidance,
@@ -85,14 +88,17 @@ def choose_objective(config: Config) -> Config:
     The continuous objective's tangent contains dF/dt, which sinusoids of 1000 t make large.
 
     Raises:
-        UserError: there is no such teacher.
+        UserError: there is no such teacher, or its network does not load.
     """
     if config.objective != "auto":
         return config
     source = folder_of(config.teacher.source)
     family, index = family_of(source), load_index(source)
-    network: Any = getattr(diffusers, index[family.network_part][1])
-    settings = network.load_config(source, subfolder=family.network_part)
+    try:
+        network: Any = getattr(diffusers, index[family.network_part][1])
+        settings = network.load_config(source, subfolder=family.network_part)
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise unloadable(source, error) from None
     slow = family.time_scale_of(index["_class_name"], settings) < 10
     return config.model_copy(update={"objective": "continuous" if slow else "discrete"})
 
@@ -196,7 +202,9 @@ def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeac
         teacher = load_teacher(TeacherSettings.model_validate(card["config"]["teacher"]), device)
         return teacher, teacher.load_lora(folder, rank), card
     check_folder(folder)
-    settings = {name: card[name] for name in ("height", "width", "max_tokens")}
+    settings: dict[str, Any] = {name: card[name] for name in ("height", "width", "max_tokens")} | {
+        "frames": card.get("frames")
+    }
     pipeline = family_of(str(folder))(folder, device=device, **settings)
     return pipeline, pipeline.as_student(), card
 

@@ -102,12 +102,15 @@ class PipelineTeacher:
         pipelines: classes that the family can load.
         network_part: name of the network's part in the pipeline.
         even_ladder: the pipeline's own sampler walks noise levels 1, 1 - 1/n, ..., 1/n.
+        output: where the pipeline's result has what it made.
+        frames: of a video; 1 where the pipeline makes pictures.
         transformer: the network: a transformer, or a UNet.
     """
 
     pipelines: ClassVar[tuple[type, ...]] = ()
     network_part: ClassVar[str] = "transformer"
     even_ladder: ClassVar[bool] = False
+    output: ClassVar[Literal["images", "frames"]] = "images"
     ode: Literal["flow", "trigflow"] = "flow"
     start_time: float = math.pi / 2
 
@@ -120,6 +123,7 @@ class PipelineTeacher:
         height: int | None = None,
         width: int | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
+        frames: int | None = None,
         max_tokens: int | None = None,
         null_mask: Literal["own", "prompt"] = "own",
         guidance_kind: GuidanceKind | Literal["auto"] = "auto",
@@ -136,6 +140,7 @@ class PipelineTeacher:
         self.work_dtype = torch.promote_types(dtype, torch.float32)  # of conditions, and of weights that are trained
         self.sigma_data = SIGMA_DATA
         self.index = load_index(self.source)
+        self.check_index()
         self.pipe: Any = load_pipeline(self.source, self.index, self.pipelines, dtype, network_only)
         if lora:
             merge_lora(self.pipe, lora)
@@ -159,9 +164,10 @@ class PipelineTeacher:
         self.null_mask = null_mask
 
         vae: Any = self._vae_class().load_config(self.source, subfolder="vae")
-        self.factor = 2 ** (len(vae.get("encoder_block_out_channels") or vae["block_out_channels"]) - 1)
-        usual = self.geometry(self.factor)[2]
-        self.height, self.width = height or usual, width or usual
+        self.factor = self.pixels_a_latent(vae)
+        usual_height, usual_width = self.geometry(self.factor)[2:]
+        self.height, self.width = height or usual_height, width or usual_width
+        self.frames, self.latent_frames = self.time_axis(frames, vae)
         self.latent_shape = self.shape_at(self.height, self.width)
         self.latent_shapes = tuple(self.shape_at(*size) for size in sizes or [(self.height, self.width)])
         self.shift = self._shift()
@@ -191,6 +197,13 @@ class PipelineTeacher:
         """
         return 1000.0
 
+    def check_index(self) -> None:
+        """Refuses, before it is loaded, a pipeline whose model_index.json says that the family does not understand it.
+
+        Raises:
+            UserError: what it is, and what would do.
+        """
+
     def predictor(self) -> Predict:
         """How the network is called: a plain function, or a partial of one."""
         raise NotImplementedError
@@ -204,13 +217,28 @@ class PipelineTeacher:
         """See `Teacher`."""
         return self.guidance_kind == "embedded"
 
-    def geometry(self, factor: int) -> tuple[int, int, int]:
-        """Latent channels, what a picture's sides must be multiples of, and its usual side in pixels.
+    def pixels_a_latent(self, vae: dict[str, Any]) -> int:
+        """Along each side of a picture; `vae` is the autoencoder's config."""
+        return 2 ** (len(vae.get("encoder_block_out_channels") or vae["block_out_channels"]) - 1)
+
+    def geometry(self, factor: int) -> tuple[int, int, int, int]:
+        """Latent channels, what a picture's sides must be multiples of, its usual height and width in pixels.
 
         Args:
             factor: pixels a latent, along each side.
         """
         raise NotImplementedError
+
+    def time_axis(self, frames: int | None, vae: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
+        """Frames of a video, and the latents' extra dimension that stands for them: of pictures 1, and none.
+
+        Args:
+            frames: as asked for; None for the usual number.
+            vae: the autoencoder's config.
+        """
+        if frames not in (None, 1):
+            raise UserError(f"teacher.frames is {frames}, but {type(self.pipe).__name__} makes pictures; leave it out")
+        return 1, ()
 
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """Prompts as in use -> condition; text encoders are loaded."""
@@ -242,6 +270,17 @@ class PipelineTeacher:
         width = config.num_attention_heads * config.attention_head_dim
         return [(block, width) for block in self.transformer.transformer_blocks]
 
+    def latent_scale(self, vae: Any) -> tuple[Any, Any]:
+        """What the network's unit latents are the autoencoder's times and minus: numbers or [C, 1, ...].
+
+        Args:
+            vae: the autoencoder's config.
+
+        Returns:
+            scale, offset: unit latents are (latents - offset) * scale.
+        """
+        return vae.scaling_factor, vae.get("shift_factor") or 0.0
+
     def pack(self, latents: Tensor) -> Tensor:
         """Latents [B, ...] as the pipeline's own sampler has them."""
         return latents
@@ -270,11 +309,11 @@ class PipelineTeacher:
         Raises:
             UserError: the pipeline cannot make them.
         """
-        channels, multiple, _ = self.geometry(self.factor)
+        channels, multiple, *_ = self.geometry(self.factor)
         for name, side in (("height", height), ("width", width)):
             if side < multiple or side % multiple:
                 raise UserError(f"{name} is {side}, but this pipeline needs a multiple of {multiple}")
-        return (channels, height // self.factor, width // self.factor)
+        return (channels, *self.latent_frames, height // self.factor, width // self.factor)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
@@ -366,7 +405,7 @@ class PipelineTeacher:
         schedule = self.pipe.scheduler.config
         if not schedule.get("use_dynamic_shifting", False):
             return float(schedule.get("shift", schedule.get("flow_shift", 1.0)))
-        _, height, width = self.latent_shape
+        *_, height, width = self.latent_shape
         first, last = schedule["base_image_seq_len"], schedule["max_image_seq_len"]
         share = ((height // 2) * (width // 2) - first) / (last - first)
         mu = schedule["base_shift"] + share * (schedule["max_shift"] - schedule["base_shift"])
@@ -391,9 +430,9 @@ class PipelineTeacher:
     def decode(self, x0: Tensor, batch: int = 64) -> Tensor:
         """See `Teacher`."""
         vae = self._vae()
-        scale, offset = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+        scale, offset = self.latent_scale(vae.config)
         parts = (
-            vae.decode((part / self.sigma_data).to(vae.dtype) / scale + offset, return_dict=False)[0]
+            vae.decode((part / self.sigma_data / scale + offset).to(vae.dtype), return_dict=False)[0]
             for part in x0.split(batch)
         )
         return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
@@ -404,31 +443,41 @@ class PipelineTeacher:
         vae = self._vae()
         encoded = vae.encode((2 * pictures - 1).to(self.device, vae.dtype), return_dict=False)[0]
         latents = encoded if isinstance(encoded, Tensor) else encoded.mode()
-        offset = vae.config.get("shift_factor") or 0.0
-        return self.sigma_data * ((latents - offset) * vae.config.scaling_factor).float()
+        scale, offset = self.latent_scale(vae.config)
+        return self.sigma_data * ((latents - offset) * scale).float()
 
     def black_latent(self, shape: tuple[int, ...]) -> Tensor:
         """See `Teacher`."""
         height, width = (self.factor * side for side in shape[-2:])
-        return self.encode_pictures(torch.zeros(1, 3, height, width))[0] / self.sigma_data
+        return self.encode_pictures(torch.zeros(1, 3, height, self.frames * width))[0] / self.sigma_data
 
-    def pipeline_latents(self, prompts: Sequence[str], noise: Tensor, guidance: float, num_steps: int) -> Tensor:
-        """What the pipeline's own loop makes of unit noise [B, ...] with `plain_scheduler`: unit latents [B, ...]."""
+    def inputs(self, prompts: Sequence[str], draws: Sequence[torch.Generator]) -> dict[str, Any]:
+        """The arguments that tell a pipeline of this family its prompts and its noise.
+
+        Args:
+            prompts: B strings.
+            draws: B generators on the CPU; each draws its prompt's unit noise.
+        """
+        noise = torch.stack([torch.randn(self.latent_shape, generator=draw) for draw in draws])
+        return {"prompt": list(prompts), "latents": self.pack(noise.to(self.device, self.work_dtype))}
+
+    def latents_of(self, pipe: Any, prompts: Sequence[str], draws: Sequence[torch.Generator], **call: Any) -> Tensor:
+        """Unit latents [B, ...] that a pipeline of this family makes in its own loop; for arguments see `inputs`."""
+        made = pipe(**self.inputs(prompts, draws), output_type="latent", return_dict=False, **call)
+        return self.unpack(made[0])
+
+    def pipeline_latents(
+        self, prompts: Sequence[str], draws: Sequence[torch.Generator], guidance: float, num_steps: int
+    ) -> Tensor:
+        """`latents_of` the teacher's pipeline with `plain_scheduler`."""
         old, self.pipe.scheduler = self.pipe.scheduler, self.plain_scheduler()
         self._load_text_encoders()
         self._vae()
         try:
-            latents = self.pipe(
-                list(prompts),
-                num_inference_steps=num_steps,
-                guidance_scale=guidance,
-                latents=self.pack(noise),
-                output_type="latent",
-                **self.usual_call(),
-            ).images
+            call = self.usual_call() | {"num_inference_steps": num_steps, "guidance_scale": guidance}
+            return self.latents_of(self.pipe, prompts, draws, **call)
         finally:
             self.pipe.scheduler = old
-        return self.unpack(latents)
 
     # The student.
 
@@ -569,9 +618,12 @@ def load_pipeline(
         parts: dict[str, Any] = dict.fromkeys(later) if network_only else {}
         return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"teacher {source!r} does not load: {first_line(error)}; save it again with save_pretrained"
-        ) from None
+        raise unloadable(source, error) from None
+
+
+def unloadable(source: str, error: Exception) -> UserError:
+    """What is said of a teacher that diffusers does not load."""
+    return UserError(f"teacher {source!r} does not load: {first_line(error)}; save it again with save_pretrained")
 
 
 def merge_lora(pipe: Any, source: str) -> None:

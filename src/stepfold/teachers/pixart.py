@@ -36,10 +36,11 @@ class PixArtTeacher(VPTeacher):
         """See `VPTeacher`."""
         return pixart_network
 
-    def geometry(self, factor: int) -> tuple[int, int, int]:
+    def geometry(self, factor: int) -> tuple[int, int, int, int]:
         """See `PipelineTeacher`."""
         config = self.transformer.config
-        return config.in_channels, factor * config.patch_size, config.sample_size * factor
+        side = config.sample_size * factor
+        return config.in_channels, factor * config.patch_size, side, side
 
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """See `PipelineTeacher`; captions are cleaned as the pipeline does by default."""

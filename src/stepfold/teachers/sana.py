@@ -152,10 +152,11 @@ class SanaTeacher(PipelineTeacher):
         """See `Teacher`; a SanaSprintPipeline's embedder starts neutral."""
         return self.student_is_sprint
 
-    def geometry(self, factor: int) -> tuple[int, int, int]:
+    def geometry(self, factor: int) -> tuple[int, int, int, int]:
         """See `PipelineTeacher`; the pipelines themselves insist on multiples of 32."""
         config = self.transformer.config
-        return config.in_channels, math.lcm(factor, 32), config.sample_size * factor
+        side = config.sample_size * factor
+        return config.in_channels, math.lcm(factor, 32), side, side
 
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """See `PipelineTeacher`; with the pipeline's default instruction."""

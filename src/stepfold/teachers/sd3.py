@@ -38,10 +38,11 @@ class SD3Teacher(PipelineTeacher):
         last = f".transformer_blocks.{self.transformer.config.num_layers - 1}.attn."
         return (f"{last}add_q_proj.", f"{last}norm_added_q.")
 
-    def geometry(self, factor: int) -> tuple[int, int, int]:
+    def geometry(self, factor: int) -> tuple[int, int, int, int]:
         """See `PipelineTeacher`."""
         config = self.transformer.config
-        return config.in_channels, factor * config.patch_size, config.sample_size * factor
+        side = config.sample_size * factor
+        return config.in_channels, factor * config.patch_size, side, side
 
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """See `PipelineTeacher`; every text encoder reads the same prompt, and padding is attended to as in use."""

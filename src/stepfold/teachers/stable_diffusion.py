@@ -42,7 +42,7 @@ class StableDiffusionTeacher(VPTeacher):
         """See `VPTeacher`."""
         return sd_network
 
-    def geometry(self, factor: int) -> tuple[int, int, int]:
+    def geometry(self, factor: int) -> tuple[int, int, int, int]:
         """See `PipelineTeacher`."""
         config = self.transformer.config
         if config.in_channels != config.out_channels:
@@ -50,7 +50,8 @@ class StableDiffusionTeacher(VPTeacher):
                 f"this UNet takes {config.in_channels} channels and gives {config.out_channels}: a model for editing, "
                 "whose other inputs are not known here; use a text-to-image model"
             )
-        return config.in_channels, math.lcm(factor, 8), config.sample_size * factor
+        side = config.sample_size * factor
+        return config.in_channels, math.lcm(factor, 8), side, side
 
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """See `PipelineTeacher`."""

@@ -1,0 +1,133 @@
+"""Wan 2.1, text to video: flow prediction, classifier-free guidance; latents [B, C, F, H, W]."""
+
+import inspect
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from torch import Tensor, nn
+
+from stepfold.errors import UserError
+from stepfold.maths.formulations import flow_input, flow_time, trigflow_output, trigflow_time
+from stepfold.teachers.contract import Condition
+from stepfold.teachers.pipeline import PipelineTeacher, Predict
+
+LAST_LEVEL = 2 / 3
+"""Noise level of a student's last step, of two or more."""
+
+
+def wan_network(
+    transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, tokens: int
+) -> Tensor:
+    """F [B, C, F, H, W] of a WanTransformer3DModel, whose time counts to 1000; it embeds no guidance.
+
+    It attends to padding, which is zero up to `tokens` positions.
+    """
+    t_flow, x_flow = flow_time(t).clamp(max=1.0), flow_input(x_unit, t, 1.0)  # samplers start a hair above pi/2
+    real = condition.embeds * condition.mask[..., None].to(condition.embeds.dtype)
+    velocity = transformer(
+        hidden_states=x_flow,
+        timestep=1000 * t_flow,
+        encoder_hidden_states=nn.functional.pad(real, (0, 0, 0, tokens - real.shape[1])),
+        return_dict=False,
+    )[0]
+    return trigflow_output(x_flow, t_flow, velocity)
+
+
+def filmstrip(videos: Tensor) -> Tensor:
+    """[B, C, F, H, W] -> the frames side by side, [B, C, H, F W]."""
+    return videos.transpose(2, 3).flatten(3)
+
+
+class WanTeacher(PipelineTeacher):
+    """WanPipeline of Wan 2.1; the student is one too, without guidance. Pictures of it are filmstrips."""
+
+    pipelines = (WanPipeline,)
+    output = "frames"
+
+    def check_index(self) -> None:
+        """See `PipelineTeacher`; Wan 2.2 has a second network, or a time for each token."""
+        second, _ = self.index.get("transformer_2") or (None, None)
+        if second or self.index.get("boundary_ratio") is not None or self.index.get("expand_timesteps"):
+            raise UserError(
+                f"teacher {self.source!r} is a Wan 2.2 (transformer_2, boundary_ratio or expand_timesteps is set); "
+                "give a Wan 2.1 text-to-video pipeline, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+            )
+
+    def predictor(self) -> Predict:
+        """See `PipelineTeacher`."""
+        return partial(wan_network, tokens=self.max_tokens)
+
+    def pixels_a_latent(self, vae: dict[str, Any]) -> int:
+        """See `PipelineTeacher`."""
+        return vae.get("scale_factor_spatial", 8)
+
+    def geometry(self, factor: int) -> tuple[int, int, int, int]:
+        """See `PipelineTeacher`; the pipeline insists on multiples of 16, and its call has a default size."""
+        config, call = self.transformer.config, inspect.signature(self.pipe.__call__).parameters
+        multiple = math.lcm(factor * config.patch_size[1], 16)
+        return config.in_channels, multiple, call["height"].default, call["width"].default
+
+    def time_axis(self, frames: int | None, vae: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
+        """See `PipelineTeacher`."""
+        frames = frames or inspect.signature(self.pipe.__call__).parameters["num_frames"].default
+        assert frames is not None
+        each = vae.get("scale_factor_temporal", 4)
+        if frames % each != 1:
+            raise UserError(f"teacher.frames is {frames}, but this pipeline needs a multiple of {each} and one more")
+        return frames, ((frames - 1) // each + 1,)
+
+    def encode_texts(self, prompts: Sequence[str]) -> Condition:
+        """See `PipelineTeacher`; past a prompt's end there are zeros, so only its own tokens are kept."""
+        embeds, _ = self.pipe.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, device=self.device, max_sequence_length=self.max_tokens
+        )
+        return Condition(embeds.to(self.work_dtype), embeds.abs().amax(-1).gt(0).long())
+
+    def call_options(self) -> dict[str, Any]:
+        """See `PipelineTeacher`."""
+        return {"num_frames": self.frames}
+
+    def feature_parts(self) -> list[tuple[nn.Module, int]]:
+        """See `PipelineTeacher`."""
+        config = self.transformer.config
+        width = config.num_attention_heads * config.attention_head_dim
+        return [(block, width) for block in self.transformer.blocks]
+
+    def latent_scale(self, vae: Any) -> tuple[Any, Any]:
+        """See `PipelineTeacher`."""
+        mean, std = (
+            torch.tensor(values, device=self.device).view(-1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std)
+        )
+        return 1 / std, mean
+
+    def decode(self, x0: Tensor, batch: int = 1) -> Tensor:
+        """See `Teacher`; filmstrips [B, 3, H, F W]."""
+        return filmstrip(super().decode(x0, batch))
+
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """See `Teacher`; of filmstrips [B, 3, H, F W]."""
+        return super().encode_pictures(pictures.unflatten(3, (self.frames, -1)).transpose(2, 3))
+
+    def student_parts(self) -> dict[str, Any]:
+        """See `PipelineTeacher`; this pipeline takes no noise levels, so they are the scheduler's own.
+
+        They fall from 1 to LAST_LEVEL by equal factors, for every number of steps. The scheduler's lowest level is 1 in
+        1000, and it shifts that twice.
+        """
+        shift = (999 * LAST_LEVEL / (1 - LAST_LEVEL)) ** 0.5
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_exponential_sigmas=True, stochastic_sampling=True)
+        return self.pipe.components | {"scheduler": scheduler}
+
+    def student_times(self, num_steps: int) -> list[float]:
+        """See `Teacher`."""
+        scheduler = self.student_parts()["scheduler"]
+        scheduler.set_timesteps(num_steps)
+        return trigflow_time(scheduler.sigmas[:-1].double()).tolist()
+
+    def student_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
+        """See `PipelineTeacher`."""
+        return self.usual_call() | {"num_inference_steps": len(times), "guidance_scale": 1.0}
