@@ -84,11 +84,11 @@ def make_transformer(**changes: Any) -> SanaTransformer2DModel:
     return SanaTransformer2DModel(**(settings | changes))
 
 
-def make_pipeline() -> SanaPipeline:
+def make_pipeline(**changes: Any) -> SanaPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokenizer = make_tokenizer()
-        text_encoder, vae, transformer = make_text_encoder(len(tokenizer)), make_vae(), make_transformer()
+        text_encoder, vae, transformer = make_text_encoder(len(tokenizer)), make_vae(), make_transformer(**changes)
         enliven(text_encoder)
         enliven(transformer)
     parts: Any = dict(
@@ -106,6 +106,14 @@ def tiny_sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved SanaPipeline folder, 32 x 32 pixels, latents 4 x 8 x 8. Shared: copy it before changing anything."""
     folder = tmp_path_factory.mktemp("teacher") / "tiny_sana"
     make_pipeline().save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def first_sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as the first published ones are: its time counts to 1000, and nothing norms queries and keys."""
+    folder = tmp_path_factory.mktemp("teacher") / "first_sana"
+    make_pipeline(timestep_scale=1.0, qk_norm=None).save_pretrained(folder, safe_serialization=True)
     return folder
 
 
