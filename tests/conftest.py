@@ -109,6 +109,14 @@ def tiny_sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def first_sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as the first published ones are: its time counts to 1000, and nothing norms queries and keys."""
+    folder = tmp_path_factory.mktemp("teacher") / "first_sana"
+    make_pipeline(timestep_scale=1.0, qk_norm=None).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 @pytest.fixture
 def prompts_file(tmp_path: Path) -> Path:
     """A dozen prompts, one a line."""

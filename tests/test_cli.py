@@ -18,7 +18,19 @@ from PIL import Image
 from stepfold.cli import main
 from stepfold.config import from_yaml, load_config, preset_names, to_yaml
 
-COMMANDS = ("distill", "sample", "evaluate", "reproduce", "doctor", "plan", "presets", "prompts", "retime", "export")
+COMMANDS = (
+    "distill",
+    "sample",
+    "evaluate",
+    "reproduce",
+    "doctor",
+    "plan",
+    "presets",
+    "prompts",
+    "retime",
+    "export",
+    "push",
+)
 FAST = (
     "training.steps=1", "training.precision=no", "training.rollout_precision=no", "space.route_steps=2",
     "teacher.max_tokens=32", "evaluation.n=0", "training.preview_every=1000",
@@ -111,6 +123,26 @@ def test_sample_mistakes(run: tuple[Path, Result], tmp_path: Path, tiny_sana: Pa
     if not torch.cuda.is_available():
         assert_one_line(Result("sample", student, "x", "--device", "cuda"), "--device cuda cannot be used here", "cpu")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_and_push_from_the_command_line(run: tuple[Path, Result], tmp_path: Path) -> None:
+    student, out = run[0] / "student", tmp_path / "whole"
+    before = (student / "README.md").read_bytes()
+    result = Result("export", student, "--to", "pipeline", "--out", out)
+    assert (result.code, result.out) == (0, f"pipeline: {out}\n"), result.err
+    assert_one_line(Result("export", student, "--to", "pipeline", "--out", out), "is there already", "--force")
+    assert Result("export", student, "--to", "pipeline", "--out", out, "--force").code == 0
+    assert_one_line(Result("export", student, "--to", "lora"), "no LoRA", "student.lora=64")
+    shown = Result("push", student, "you/mine", "--dry-run")
+    assert shown.code == 0 and "MiB  model_index.json" in shown.out and 'from_pretrained("you/mine")' in shown.out
+    assert (student / "README.md").read_bytes() == before
+    assert_one_line(Result("push", student, "mine", "--dry-run"), "names no owner", "you/mine")
+    assert_one_line(Result("push", run[0], "you/mine", "--dry-run"), "no student folder")
+
+
+def test_a_run_states_the_licences(run: tuple[Path, Result]) -> None:
+    unknown = "unknown: see the teacher's page"
+    assert f"licences: teacher {unknown}, text_encoder {unknown}\n" in run[1].err
 
 
 def test_damaged_student_is_one_line(run: tuple[Path, Result], tmp_path: Path) -> None:

@@ -180,6 +180,34 @@ def export(
 
 
 @app.command()
+def push(
+    student: StudentArgument,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the hub; made if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="A new one is for you alone.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card, and stop.")] = False,
+) -> None:
+    """Upload a student to the Hugging Face hub, with a card: licences, recipe, what was measured, how to use it.
+
+    Log in first, with `hf auth login`. No licence stops it: look at what the card says about the teacher's.
+
+    stepfold push runs/mine/student you/my-student --dry-run
+
+    stepfold push runs/mine/student you/my-student --private
+    """
+    from stepfold.display import quiet_libraries
+    from stepfold.export import hub
+
+    quiet_libraries()
+    if dry_run:
+        card = hub.hub_card(student, repo)
+        for file in sorted(path for path in student.rglob("*") if path.is_file()):
+            typer.echo(f"{file.stat().st_size / 2**20:10.1f} MiB  {file.relative_to(student)}")
+        typer.echo(f"\nREADME.md for {repo}:\n\n{card}", nl=False)
+        return
+    typer.echo(f"page: {hub.push(student, repo, private=private)}")
+
+
+@app.command()
 def evaluate(
     folders: Annotated[
         list[Path],

@@ -25,14 +25,15 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 
 @pytest.fixture(scope="session")
-def student_of(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def student_of(tiny_sana: Path, first_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """(family, LoRA rank) -> a student folder, not its teacher any more."""
     made: dict[tuple[str, int], Path] = {}
+    sanas = {"sana": tiny_sana, "first sana": first_sana}
 
     def make(family: str, lora: int = 0) -> Path:
         if (family, lora) not in made:
-            folder = tmp_path_factory.mktemp(family)
-            source = tiny_sana if family == "sana" else tiny.save(FAMILIES[family], folder / "teacher")
+            folder = tmp_path_factory.mktemp("student")
+            source = sanas.get(family) or tiny.save(FAMILIES[family], folder / "teacher")
             made[family, lora] = finished(source, folder / "student", lora)
         return made[family, lora]
 

@@ -11,7 +11,7 @@ from stepfold.config import Config
 from stepfold.errors import UserError
 from stepfold.evaluation.protocol import teachers_of
 from stepfold.teachers.contract import Student
-from stepfold.teachers.licences import in_words, licences_of
+from stepfold.teachers.licences import in_words, is_hub_id, licences_of
 from stepfold.teachers.loading import CARD, load_merged, lora_rank, read_card
 from stepfold.teachers.pipeline import LORA_WEIGHTS, PipelineTeacher, check_folder
 from stepfold.training.runs import writing
@@ -167,6 +167,7 @@ def model_card(card: dict[str, Any], metrics: dict[str, Any] | None = None, name
                 rows += f"| {who}, {steps} steps | {cells} |\n"
     licences = "\n".join(f"| {part} | {in_words(licence)} |" for part, licence in card["licences"].items())
     front = "".join(f"{field}: {json.dumps(value)}\n" for field, value in card["licences"]["teacher"].items())
+    front += f"base_model: {card['teacher']}\n" * is_hub_id(card["teacher"])
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-{RESULTS[output]}

@@ -13,6 +13,11 @@ Licence = dict[str, str]
 """The fields `license`, `license_name` and `license_link` of a model card, as far as it has them."""
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether this is OWNER/NAME, and no folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not Path(source).exists()
+
+
 def file_of(source: str, name: str) -> Path | None:
     """A file of a folder, or of a hub id where the cache or the hub has it."""
     if Path(source).is_dir():
@@ -45,7 +50,7 @@ def licences_of(source: str) -> dict[str, Licence]:
         if part.startswith("text_encoder") and spec[0] is not None:
             config = file_of(source, f"{part}/config.json")
             origin = json.loads(config.read_text()).get("_name_or_path", "") if config else ""
-            found[part] = stated_licence(origin) if re.fullmatch(r"[\w.-]+/[\w.-]+", origin) else {}
+            found[part] = stated_licence(origin) if is_hub_id(origin) else {}
     return found
 
 

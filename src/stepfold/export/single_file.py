@@ -1,0 +1,247 @@
+"""A student's network as one safetensors file, under the names that its family's original checkpoints use."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepfold.errors import UserError
+from stepfold.teachers.loading import load_merged
+from stepfold.training.runs import writing
+
+Table = dict[str, str]
+"""diffusers' name of a layer or a tensor -> the original name. `*` is the number of a block. `[1]`: the second of the
+tensors that the original has in one, row after row; `[1,0]`: its two halves are there the other way round."""
+
+
+def table(text: str) -> Table:
+    """Two words a line."""
+    return dict(line.split() for line in text.strip().splitlines())
+
+
+FLUX = table("""
+    x_embedder                                        img_in
+    context_embedder                                  txt_in
+    time_text_embed.timestep_embedder.linear_1        time_in.in_layer
+    time_text_embed.timestep_embedder.linear_2        time_in.out_layer
+    time_text_embed.text_embedder.linear_1            vector_in.in_layer
+    time_text_embed.text_embedder.linear_2            vector_in.out_layer
+    time_text_embed.guidance_embedder.linear_1        guidance_in.in_layer
+    time_text_embed.guidance_embedder.linear_2        guidance_in.out_layer
+    transformer_blocks.*.norm1.linear                 double_blocks.*.img_mod.lin
+    transformer_blocks.*.norm1_context.linear         double_blocks.*.txt_mod.lin
+    transformer_blocks.*.attn.to_q                    double_blocks.*.img_attn.qkv[0]
+    transformer_blocks.*.attn.to_k                    double_blocks.*.img_attn.qkv[1]
+    transformer_blocks.*.attn.to_v                    double_blocks.*.img_attn.qkv[2]
+    transformer_blocks.*.attn.to_out.0                double_blocks.*.img_attn.proj
+    transformer_blocks.*.attn.add_q_proj              double_blocks.*.txt_attn.qkv[0]
+    transformer_blocks.*.attn.add_k_proj              double_blocks.*.txt_attn.qkv[1]
+    transformer_blocks.*.attn.add_v_proj              double_blocks.*.txt_attn.qkv[2]
+    transformer_blocks.*.attn.to_add_out              double_blocks.*.txt_attn.proj
+    transformer_blocks.*.attn.norm_q.weight           double_blocks.*.img_attn.norm.query_norm.scale
+    transformer_blocks.*.attn.norm_k.weight           double_blocks.*.img_attn.norm.key_norm.scale
+    transformer_blocks.*.attn.norm_added_q.weight     double_blocks.*.txt_attn.norm.query_norm.scale
+    transformer_blocks.*.attn.norm_added_k.weight     double_blocks.*.txt_attn.norm.key_norm.scale
+    transformer_blocks.*.ff.net.0.proj                double_blocks.*.img_mlp.0
+    transformer_blocks.*.ff.net.2                     double_blocks.*.img_mlp.2
+    transformer_blocks.*.ff_context.net.0.proj        double_blocks.*.txt_mlp.0
+    transformer_blocks.*.ff_context.net.2             double_blocks.*.txt_mlp.2
+    single_transformer_blocks.*.norm.linear           single_blocks.*.modulation.lin
+    single_transformer_blocks.*.attn.to_q             single_blocks.*.linear1[0]
+    single_transformer_blocks.*.attn.to_k             single_blocks.*.linear1[1]
+    single_transformer_blocks.*.attn.to_v             single_blocks.*.linear1[2]
+    single_transformer_blocks.*.proj_mlp              single_blocks.*.linear1[3]
+    single_transformer_blocks.*.attn.norm_q.weight    single_blocks.*.norm.query_norm.scale
+    single_transformer_blocks.*.attn.norm_k.weight    single_blocks.*.norm.key_norm.scale
+    single_transformer_blocks.*.proj_out              single_blocks.*.linear2
+    norm_out.linear                                   final_layer.adaLN_modulation.1[1,0]
+    proj_out                                          final_layer.linear
+""")
+
+SD3 = table("""
+    pos_embed.pos_embed                               pos_embed
+    pos_embed.proj                                    x_embedder.proj
+    context_embedder                                  context_embedder
+    time_text_embed.timestep_embedder.linear_1        t_embedder.mlp.0
+    time_text_embed.timestep_embedder.linear_2        t_embedder.mlp.2
+    time_text_embed.text_embedder.linear_1            y_embedder.mlp.0
+    time_text_embed.text_embedder.linear_2            y_embedder.mlp.2
+    transformer_blocks.*.norm1.linear                 joint_blocks.*.x_block.adaLN_modulation.1
+    transformer_blocks.*.norm1_context.linear         joint_blocks.*.context_block.adaLN_modulation.1
+    transformer_blocks.*.attn.to_q                    joint_blocks.*.x_block.attn.qkv[0]
+    transformer_blocks.*.attn.to_k                    joint_blocks.*.x_block.attn.qkv[1]
+    transformer_blocks.*.attn.to_v                    joint_blocks.*.x_block.attn.qkv[2]
+    transformer_blocks.*.attn.norm_q                  joint_blocks.*.x_block.attn.ln_q
+    transformer_blocks.*.attn.norm_k                  joint_blocks.*.x_block.attn.ln_k
+    transformer_blocks.*.attn.to_out.0                joint_blocks.*.x_block.attn.proj
+    transformer_blocks.*.attn.add_q_proj              joint_blocks.*.context_block.attn.qkv[0]
+    transformer_blocks.*.attn.add_k_proj              joint_blocks.*.context_block.attn.qkv[1]
+    transformer_blocks.*.attn.add_v_proj              joint_blocks.*.context_block.attn.qkv[2]
+    transformer_blocks.*.attn.norm_added_q            joint_blocks.*.context_block.attn.ln_q
+    transformer_blocks.*.attn.norm_added_k            joint_blocks.*.context_block.attn.ln_k
+    transformer_blocks.*.attn.to_add_out              joint_blocks.*.context_block.attn.proj
+    transformer_blocks.*.attn2.to_q                   joint_blocks.*.x_block.attn2.qkv[0]
+    transformer_blocks.*.attn2.to_k                   joint_blocks.*.x_block.attn2.qkv[1]
+    transformer_blocks.*.attn2.to_v                   joint_blocks.*.x_block.attn2.qkv[2]
+    transformer_blocks.*.attn2.norm_q                 joint_blocks.*.x_block.attn2.ln_q
+    transformer_blocks.*.attn2.norm_k                 joint_blocks.*.x_block.attn2.ln_k
+    transformer_blocks.*.attn2.to_out.0               joint_blocks.*.x_block.attn2.proj
+    transformer_blocks.*.ff.net.0.proj                joint_blocks.*.x_block.mlp.fc1
+    transformer_blocks.*.ff.net.2                     joint_blocks.*.x_block.mlp.fc2
+    transformer_blocks.*.ff_context.net.0.proj        joint_blocks.*.context_block.mlp.fc1
+    transformer_blocks.*.ff_context.net.2             joint_blocks.*.context_block.mlp.fc2
+    norm_out.linear                                   final_layer.adaLN_modulation.1[1,0]
+    proj_out                                          final_layer.linear
+""")
+
+SANA = table("""
+    patch_embed.proj                                  x_embedder.proj
+    time_embed.emb.timestep_embedder.linear_1         t_embedder.mlp.0
+    time_embed.emb.timestep_embedder.linear_2         t_embedder.mlp.2
+    time_embed.linear                                 t_block.1
+    caption_projection.linear_1                       y_embedder.y_proj.fc1
+    caption_projection.linear_2                       y_embedder.y_proj.fc2
+    caption_norm                                      attention_y_norm
+    transformer_blocks.*.scale_shift_table            blocks.*.scale_shift_table
+    transformer_blocks.*.attn1.to_q                   blocks.*.attn.qkv[0]
+    transformer_blocks.*.attn1.to_k                   blocks.*.attn.qkv[1]
+    transformer_blocks.*.attn1.to_v                   blocks.*.attn.qkv[2]
+    transformer_blocks.*.attn1.to_out.0               blocks.*.attn.proj
+    transformer_blocks.*.attn2.to_q                   blocks.*.cross_attn.q_linear
+    transformer_blocks.*.attn2.to_k                   blocks.*.cross_attn.kv_linear[0]
+    transformer_blocks.*.attn2.to_v                   blocks.*.cross_attn.kv_linear[1]
+    transformer_blocks.*.attn2.to_out.0               blocks.*.cross_attn.proj
+    transformer_blocks.*.ff.conv_inverted             blocks.*.mlp.inverted_conv.conv
+    transformer_blocks.*.ff.conv_depth                blocks.*.mlp.depth_conv.conv
+    transformer_blocks.*.ff.conv_point                blocks.*.mlp.point_conv.conv
+    scale_shift_table                                 final_layer.scale_shift_table
+    proj_out                                          final_layer.linear
+""")
+
+UNET = table("""
+    conv_in                                           input_blocks.0.0
+    time_embedding.linear_1                           time_embed.0
+    time_embedding.linear_2                           time_embed.2
+    add_embedding.linear_1                            label_emb.0.0
+    add_embedding.linear_2                            label_emb.0.2
+    conv_norm_out                                     out.0
+    conv_out                                          out.2
+""")
+
+RESNET = table("""
+    norm1           in_layers.0
+    conv1           in_layers.2
+    time_emb_proj   emb_layers.1
+    norm2           out_layers.0
+    conv2           out_layers.3
+    conv_shortcut   skip_connection
+""")
+
+
+def from_table(name: str, names: Table) -> str | None:
+    """A tensor's original name; None where the table has none."""
+    starred = re.sub(r"\.\d+\.", ".*.", name, count=1)
+    number = "".join(re.findall(r"\.(\d+)\.", name)[:1])
+    for known in (name, starred):
+        layer, _, leaf = known.rpartition(".")
+        if known in names:
+            return names[known].replace("*", number)
+        if layer in names:
+            return f"{names[layer]}.{leaf}".replace("*", number)
+    return None
+
+
+def from_unet(name: str, layers: int, attends: list[bool]) -> str | None:
+    """The same for a UNet, whose original counts all blocks of a way in one row.
+
+    Args:
+        name: diffusers' name of a tensor.
+        layers: of residual blocks on each level of the way down; the way up has one more.
+        attends: of each level of the way up, whether it has attention.
+    """
+    found = re.fullmatch(r"(down|mid|up)_block(?:s\.(\d+))?\.(resnets|attentions|\w+samplers)\.(\d+)\.(.+)", name)
+    if not found:
+        return from_table(name, UNET)
+    way, kind, i, rest = found[1], found[3], int(found[4]), found[5]
+    level, row = int(found[2] or 0), layers + 1
+    if kind == "downsamplers":
+        return f"input_blocks.{row * (level + 1)}.0.{rest.replace('conv', 'op')}"
+    if kind == "upsamplers":
+        return f"output_blocks.{row * level + layers}.{1 + attends[level]}.{rest}"
+    if kind == "resnets":
+        rest = from_table(rest, RESNET)
+    place = int(kind == "attentions")
+    blocks = {
+        "down": f"input_blocks.{1 + row * level + i}.{place}",
+        "mid": f"middle_block.{2 * i + place}",
+        "up": f"output_blocks.{row * level + i}.{place}",
+    }
+    return rest and f"{blocks[way]}.{rest}"
+
+
+def layout(network: Any) -> Callable[[str], str | None]:
+    """From diffusers' names of a network's tensors to the original ones.
+
+    Raises:
+        UserError: no layout is known for this class of networks.
+    """
+    config, kind = network.config, type(network).__name__
+    if kind == "FluxTransformer2DModel":
+        return partial(from_table, names=FLUX)
+    if kind == "SD3Transformer2DModel":  # the last block's text stream ends in a norm like the final layer's
+        last = f"{config.num_layers - 1}"
+        norm = "transformer_blocks.*.norm1_context.linear"
+        return partial(from_table, names=SD3 | {norm.replace("*", last): SD3[norm].replace("*", last) + "[1,0]"})
+    if kind == "SanaTransformer2DModel":
+        return partial(from_table, names=SANA)
+    if kind == "UNet2DConditionModel" and isinstance(config.layers_per_block, int):
+        attends = ["CrossAttn" in block for block in config.up_block_types]
+        return partial(from_unet, layers=config.layers_per_block, attends=attends)
+    raise UserError(f"no single-file layout of a {kind} is known that could be checked here; use --to pipeline")
+
+
+PREFIXES = {"UNet2DConditionModel": "model.diffusion_model.", "SD3Transformer2DModel": "model.diffusion_model."}
+"""What precedes the names in the original checkpoints of a class of networks."""
+
+
+def original_state(network: Any) -> dict[str, Tensor]:
+    """A network's tensors under their original names, as `from_single_file` of its class reads them.
+
+    Raises:
+        UserError: the original layout has no place for one of them.
+    """
+    kind, name_of = type(network).__name__, layout(network)
+    parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for name, tensor in network.state_dict().items():
+        original = name_of(name)
+        if original is None:
+            raise UserError(f"the single-file layout of a {kind} has no place for {name}; use --to pipeline")
+        order = re.search(r"\[([\d,]+)\]", original)
+        places = [int(place) for place in order[1].split(",")] if order else [0]
+        whole = PREFIXES.get(kind, "") + (original.replace(order[0], "") if order else original)
+        parts[whole].update(zip(places, tensor.chunk(len(places)), strict=True))
+    state = {name: torch.cat([pieces[i] for i in sorted(pieces)]) for name, pieces in parts.items()}
+    if kind == "SanaTransformer2DModel":  # its loader insists on them; the second one is read for guidance only
+        places, config = network.patch_embed.pos_embed, network.config
+        width = config.num_attention_heads * config.attention_head_dim
+        state["pos_embed"] = torch.zeros(1, 1, width) if places is None else places
+        state["y_embedder.y_embedding"] = torch.zeros(1, config.caption_channels)
+    return state
+
+
+def export_single_file(folder: Path, out: Path) -> None:
+    """A student's network in one file; text encoders and autoencoder are the teacher's and not in it.
+
+    Raises:
+        UserError: no layout is known for it.
+    """
+    teacher, _, _ = load_merged(folder, "cpu")
+    state = original_state(teacher.transformer)
+    with writing(out) as part:
+        save_file(state, part, {"format": "pt"})

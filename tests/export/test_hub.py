@@ -1,0 +1,93 @@
+"""`stepfold push`: what would go to the hub; nothing here reaches it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepfold.errors import UserError
+from stepfold.export.hub import hub_card, push
+from stepfold.jobs import run_export
+from stepfold.teachers.loading import CARD
+
+StudentOf = Callable[..., Path]
+
+
+class Recorder:
+    """Stands in for HfApi: keeps what it is told, and the README as it was then."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def create_repo(self, repo_id: str, **options: Any) -> str:
+        self.calls.append((repo_id, options))
+        return f"hub/{repo_id}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, **options: Any) -> None:
+        self.calls.append((repo_id, {"folder": folder_path, "readme": (folder_path / "README.md").read_text()}))
+
+
+@pytest.fixture
+def student(student_of: StudentOf, tmp_path: Path) -> Path:
+    """A student in a run that measured something, of a teacher with a licence."""
+    folder = run_export(student_of("sana"), "pipeline", tmp_path / "run" / "student", force=False)
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
+    (teacher / "README.md").write_text("---\nlicense: other\nlicense_name: mine-alone\n---\n")
+    card = json.loads((folder / CARD).read_text()) | {"teacher": str(teacher)}
+    (folder / CARD).write_text(json.dumps(card))
+    row = dict(accuracy=0.9, clip_score=27.3, fd=0.01, diversity=0.5)
+    report = {"protocol": {"n": 480, "hash": "0123456789abcdef"}, "teacher": {"20": row}, "student": {"1": row}}
+    (tmp_path / "run" / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+def test_the_card_goes_first_and_says_it_all(student: Path) -> None:
+    api = Recorder()
+    assert push(student, "you/mine", private=True, api=api) == "hub/you/mine"
+    (made, options), (filled, upload) = api.calls
+    assert made == filled == "you/mine" and options == {"private": True, "exist_ok": True}
+    assert upload["folder"] == student and upload["readme"] == (student / "README.md").read_text()
+    front, text = upload["readme"].removeprefix("---\n").split("\n---\n", 1)
+    assert front.splitlines()[-2:] == ['license: "other"', 'license_name: "mine-alone"']
+    assert "| teacher | mine-alone |" in text
+    assert 'from_pretrained("you/mine")' in text and "FOLDER" not in text
+    assert "Protocol 0123456789ab: 480 pictures a row." in text and "| student, 1 steps | 0.900 | 27.3 |" in text
+
+
+def test_a_lora_students_card_loads_its_teacher(student_of: StudentOf) -> None:
+    text = hub_card(student_of("sd1", 4), "you/mine")
+    assert 'pipe.load_lora_weights("you/mine")' in text and 'from_pretrained("you/mine", subfolder="scheduler")' in text
+
+
+def test_mistakes_leave_the_folder_alone(student: Path) -> None:
+    before = {path: path.read_bytes() for path in student.rglob("*") if path.is_file()}
+    for repo, reason in (
+        ("mine", "names no owner"),
+        ("you/mine/too", "is no name on the hub"),
+        ("y ou/mine", "no name"),
+    ):
+        api = Recorder()
+        with pytest.raises(UserError, match=reason) as caught:
+            push(student, repo, private=False, api=api)
+        assert "OWNER/NAME" in str(caught.value) and "\n" not in str(caught.value) and api.calls == []
+    assert before == {path: path.read_bytes() for path in student.rglob("*") if path.is_file()}
+
+
+def test_without_the_hub_it_is_one_line(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"cannot push to you/mine: .*; log in with `hf auth login`") as caught:
+        push(student, "you/mine", private=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_connection_that_fails_is_one_line(student: Path) -> None:
+    class Unreachable(Recorder):
+        def create_repo(self, repo_id: str, **options: Any) -> str:
+            raise ConnectionRefusedError("nobody\nthere")
+
+    with pytest.raises(UserError, match=r"cannot push to you/mine: nobody; log in"):
+        push(student, "you/mine", private=False, api=Unreachable())

@@ -1,0 +1,110 @@
+"""The single file is what diffusers' own loaders for original checkpoints take it for."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    FluxTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from torch import Tensor
+
+from stepfold.errors import UserError
+from stepfold.export.single_file import original_state
+from stepfold.jobs import run_export
+from stepfold.teachers.loading import load_merged
+
+from .conftest import relative
+
+SDXL: dict[str, Any] = dict(
+    block_out_channels=(320, 640, 1280), cross_attention_dim=2048, transformer_layers_per_block=(1, 2, 10),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+    addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+    attention_head_dim=[5, 10, 20],
+)  # fmt: skip
+SD35: dict[str, Any] = dict(qk_norm="rms_norm", dual_attention_layers=tuple(range(13)), num_layers=24)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (UNet2DConditionModel, dict(cross_attention_dim=768)),
+        (UNet2DConditionModel, SDXL),
+        (SD3Transformer2DModel, dict(num_layers=24)),
+        (SD3Transformer2DModel, SD35),
+        (FluxTransformer2DModel, dict(guidance_embeds=True)),
+        (FluxTransformer2DModel, {}),
+        (SanaTransformer2DModel, {}),
+    ],
+    ids=["sd1", "sdxl", "sd3", "sd3.5-medium", "flux-dev", "flux-schnell", "sana-1.6b"],
+)
+def test_networks_of_real_size_come_back_to_the_bit(kind: Any, config: dict[str, Any]) -> None:
+    """The map moves rows, so a row is one random number here: so many, and all different, at every published size."""
+    with torch.device("meta"):
+        network = kind(**config)
+    rows = {name: torch.rand(value.shape[0], dtype=torch.float64) for name, value in network.state_dict().items()}
+    network.state_dict = lambda: rows
+    original = original_state(network)
+    read = SINGLE_FILE_LOADABLE_CLASSES[kind.__name__]["checkpoint_mapping_fn"]
+    again = read(checkpoint=dict(original), config=network.config)
+    assert again.keys() == rows.keys()
+    assert [name for name, value in rows.items() if not torch.equal(again[name], value)] == []
+
+
+def test_names_are_those_of_the_checkpoints(student_of: Callable[..., Path]) -> None:
+    """Spot checks, one of each family, beside what diffusers reads."""
+    wanted = {
+        "sd1": "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+        "sdxl": "model.diffusion_model.label_emb.0.0.weight",
+        "sd3": "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
+        "flux": "double_blocks.0.img_attn.norm.key_norm.scale",
+    }
+    for family, name in wanted.items():
+        teacher, _, _ = load_merged(student_of(family), "cpu")
+        assert name in original_state(teacher.transformer)
+
+
+PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
+NETWORK = """
+index = json.load(open(folder + "/model_index.json"))
+part = "unet" if "unet" in index else "transformer"
+kind = getattr(diffusers, index[part][1])
+network = kind.from_single_file({file!r}, config=folder, subfolder=part, local_files_only=True)
+pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **{{part: network}})
+"""
+
+
+@pytest.mark.slow
+def test_a_fresh_process_draws_the_students_latents(
+    student_of: Callable[..., Path], fresh: Callable[..., dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """FLUX is not here: diffusers' loader knows its published width only, which a tiny network does not have."""
+    pipes = {}
+    for family in ("sd1", "sdxl", "sd3", "first sana"):
+        student = student_of(family)
+        file = run_export(student, "single-file", tmp_path / f"{family}.safetensors", force=False)
+        pipes[family] = student, PIPE
+        pipes[f"{family} file"] = student, NETWORK.format(file=str(file))
+    merged = run_export(student_of("sd1", 4), "pipeline", tmp_path / "merged", force=False)
+    file = run_export(student_of("sd1", 4), "single-file", tmp_path / "merged.safetensors", force=False)
+    pipes |= {"lora": (merged, PIPE), "lora file": (merged, NETWORK.format(file=str(file)))}
+    drawn = fresh(pipes)
+    for name in drawn:
+        if not name.endswith(" file"):
+            assert relative(drawn[f"{name} file"], drawn[name]) < 1e-4, name
+    assert relative(drawn["lora"], drawn["sd1"]) > 1e-2
+
+
+def test_what_has_no_place_is_refused(student_of: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no single-file layout of a PixArtTransformer2DModel .* --to pipeline"):
+        run_export(student_of("pixart"), "single-file", tmp_path / "x.safetensors", force=False)
+    with pytest.raises(UserError, match=r"has no place for time_embed\.\S+; use --to pipeline"):
+        run_export(student_of("sana"), "single-file", tmp_path / "x.safetensors", force=False)
+    assert list(tmp_path.iterdir()) == []
