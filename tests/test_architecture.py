@@ -17,7 +17,7 @@ FILES = sorted(p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*.py"))
 
 EXTERNAL = {
     "accelerate": ("training/distill.py",),
-    "diffusers": ("teachers/", "display.py", "doctor.py", "evaluation/solvers.py"),
+    "diffusers": ("teachers/", "converting.py", "display.py", "doctor.py", "evaluation/solvers.py"),
     "transformers": ("evaluation/judge.py", "evaluation/mjhq.py", "teachers/", "display.py"),
     "torch_fidelity": ("evaluation/mjhq.py",),
     "typer": ("cli.py",),
@@ -148,11 +148,16 @@ def test_libraries_stay_where_they_belong(library: str) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_nothing_runs_code_from_a_file_or_guesses(file: str) -> None:
-    assert not {name.split(".")[0] for name in imports(file)} & {"pickle", "dill", "joblib", "cloudpickle", "marshal"}
+    names = set(imports(file)) - {"pickle.UnpicklingError"}  # what torch raises when it refuses
+    assert not {name.split(".")[0] for name in names} & {"pickle", "dill", "joblib", "cloudpickle", "marshal"}
     calls = [ast.unparse(node.func) for node in ast.walk(tree(file)) if isinstance(node, ast.Call)]
     forbidden = {"eval", "exec", "compile", "hasattr", "torch.load", "torch.save", "np.load", "torch.nan_to_num"}
     if file == "evaluation/mjhq.py":
         forbidden -= {"torch.save"}  # into memory, for a library that reads its own weights as a pickle
+    if file == "converting.py":  # others' checkpoints: tensors, and nothing that runs
+        forbidden -= {"torch.load"}
+        text = (SOURCE / file).read_text()
+        assert text.count("torch.load(") == text.count("weights_only=True")
     assert not forbidden & set(calls)
     assert not [call for call in calls if call.endswith((".nan_to_num", ".unsafe_load", ".full_load"))]
     assert "trust_remote_code" not in (SOURCE / file).read_text()

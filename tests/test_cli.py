@@ -28,6 +28,7 @@ COMMANDS = (
     "presets",
     "prompts",
     "retime",
+    "convert",
     "export",
     "push",
 )

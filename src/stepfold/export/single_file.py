@@ -157,6 +157,12 @@ def from_table(name: str, names: Table) -> str | None:
     return None
 
 
+def pieces_of(original: str) -> tuple[str, list[int]]:
+    """The original tensor of a table's entry, and which of its pieces: `a.qkv[1].weight` -> `a.qkv.weight`, [1]."""
+    order = re.search(r"\[([\d,]+)\]", original)
+    return (original.replace(order[0], ""), [int(place) for place in order[1].split(",")]) if order else (original, [0])
+
+
 def from_unet(name: str, layers: int, attends: list[bool]) -> str | None:
     """The same for a UNet, whose original counts all blocks of a way in one row.
 
@@ -222,10 +228,8 @@ def original_state(network: Any) -> dict[str, Tensor]:
         original = name_of(name)
         if original is None:
             raise UserError(f"the single-file layout of a {kind} has no place for {name}; use --to pipeline")
-        order = re.search(r"\[([\d,]+)\]", original)
-        places = [int(place) for place in order[1].split(",")] if order else [0]
-        whole = PREFIXES.get(kind, "") + (original.replace(order[0], "") if order else original)
-        parts[whole].update(zip(places, tensor.chunk(len(places)), strict=True))
+        whole, places = pieces_of(original)
+        parts[PREFIXES.get(kind, "") + whole].update(zip(places, tensor.chunk(len(places)), strict=True))
     state = {name: torch.cat([pieces[i] for i in sorted(pieces)]) for name, pieces in parts.items()}
     if kind == "SanaTransformer2DModel":  # its loader insists on them; the second one is read for guidance only
         places, config = network.patch_embed.pos_embed, network.config
