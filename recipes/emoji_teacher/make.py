@@ -113,7 +113,8 @@ def draw_curves(work: Path) -> None:
     figure, plots = plt.subplots(1, len(logs), figsize=(4 * len(logs), 3), layout="constrained")
     for plot, log in zip(plots, logs, strict=True):
         rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        plot.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=0.7)
+        losses = {row["step"]: row["loss"] for row in rows}  # a resumed run says some steps twice
+        plot.plot(list(losses), list(losses.values()), linewidth=0.7)
         plot.set(title=log.parent.name.replace("_", " "), xlabel="step", ylabel="loss")
     figure.savefig(work / "curves.png", dpi=120)
     plt.close(figure)

@@ -63,13 +63,14 @@ def distill_module(
         raise UserError("a network of one's own trains all its weights; leave student.lora at 0")
     student, blacks = teacher.new_student(config.student.depth), [torch.zeros(teacher.latent_shape)]
     teacher.network.to(accelerator.device)
-    open_run(folder, config, resume)
+    lock = open_run(folder, config, resume)
     remember_prompts(folder, file.path, len(file), file.sha256)
     student.to(accelerator.device)
     with display.training(config.training.steps):
         average = distill(config, folder, wrapped, student, file, blacks, accelerator, report=display.step)
     with writing(folder / WEIGHTS) as part:
         save_file(average.state_dict(), part)
+    lock.release()
     return average
 
 

@@ -101,15 +101,15 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     licences = ", ".join(f"{part} {in_words(licence)}" for part, licence in licences_of(config.teacher.source).items())
     display.note(f"licences: {licences}")
     student = make_student(teacher, config.student, display)
+    scales = guidance_scales(config, teacher)
+    usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
+    taught = usual if len(set(scales)) > 1 else scales[0]
+    lock = open_run(folder, config, resume)  # only now: a teacher that does not load leaves no run behind
+    remember_prompts(folder, prompts.path, len(prompts), prompts.sha256)
     for finding in set_aside_damaged(folder):
         display.note(finding)
     if resume and not checkpoints(folder):
         display.note(f"{folder} holds no checkpoint yet: starting from the teacher")
-    scales = guidance_scales(config, teacher)
-    usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
-    taught = usual if len(set(scales)) > 1 else scales[0]
-    open_run(folder, config, resume)  # only now: a teacher that does not load leaves no run behind
-    remember_prompts(folder, prompts.path, len(prompts), prompts.sha256)
     blacks = [cache.black.to(device)] if cache and not config.teacher.sizes else cached_blacks(folder, teacher)
     latents = image_latents(folder, teacher, images, config.space.cache_latents, display) if images else None
     if images is None or config.space.cache_latents:
@@ -197,6 +197,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     write_report(folder, result)
     card = json.loads((folder / "student" / CARD).read_text())
     (folder / "student" / "README.md").write_text(model_card(card, result))
+    lock.release()
     return result
 
 

@@ -68,7 +68,7 @@ def run_retime(
     teacher = load_teacher(config.teacher, device)
     if not isinstance(teacher, SanaTeacher) or teacher.student_is_sprint or teacher.guidance_kind == "embedded":
         raise UserError(f"{source!r} is no Sana teacher whose time counts to 1000: there is nothing to re-time")
-    open_run(folder, config, resume)
+    lock = open_run(folder, config, resume)
     remember_prompts(folder, file.path, len(file), file.sha256)
 
     network = copy.deepcopy(teacher.transformer).requires_grad_(True)
@@ -89,6 +89,7 @@ def run_retime(
     with writing(folder / "teacher") as part:
         pipe: Any = type(teacher.pipe)(**(teacher.pipe.components | {"transformer": network}))
         pipe.save_pretrained(part, safe_serialization=True)
+    lock.release()
     return found
 
 

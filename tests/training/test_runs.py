@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,6 +181,29 @@ def test_open_run_refuses_a_run_that_is_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"already holds a run; add --resume"):
         open_run(out, config_of(), resume=False)
     open_run(out, config_of(), resume=True)
+
+
+def test_a_second_process_is_refused_until_the_first_one_ends(tmp_path: Path) -> None:
+    """Another process cannot open the folder, not even to resume; this one can, and a killed one locks nothing."""
+    out = tmp_path / "run"
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from stepfold.config import load_config\n"
+        "from stepfold.training.runs import open_run\n"
+        "lock = open_run(Path(sys.argv[1]), load_config('demo'), resume=True)\n"
+        "print('open', flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script, str(out)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "open\n"
+    with pytest.raises(UserError, match=r"another process is running in .*run; wait for it or stop it"):
+        open_run(out, load_config("demo"), resume=True)
+    other.kill()
+    other.wait()
+    first, second = (open_run(out, load_config("demo"), resume=True) for _ in range(2))
+    assert first.is_locked and second.is_locked
+    first.release(force=True)
 
 
 def test_open_run_names_the_settings_that_differ(tmp_path: Path) -> None:

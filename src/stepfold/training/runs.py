@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -71,11 +72,14 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
         raise UserError(f"{folder} is not empty and holds no run; choose another --out")
 
 
-def open_run(folder: Path, config: Config, resume: bool) -> None:
+def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
     """Makes the run folder and notes the settings in it, or checks that the one there is this run's.
 
+    Returns:
+        A lock that no other process can take while it is held; it ends with this process at the latest.
+
     Raises:
-        UserError: as `check_run`, or the folder cannot be written to.
+        UserError: as `check_run`, the folder cannot be written to, or another process runs in it.
     """
     check_run(folder, config, resume)
     try:
@@ -85,6 +89,14 @@ def open_run(folder: Path, config: Config, resume: bool) -> None:
     if not (folder / CONFIG).exists():
         with writing(folder / CONFIG) as part:
             part.write_text(to_yaml(config))
+    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another process is running in {folder}; wait for it or stop it, or choose another --out"
+        ) from None
+    return lock
 
 
 def remember_prompts(folder: Path, file: Path, count: int, sha256: str) -> None:
