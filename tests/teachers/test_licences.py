@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfApi, ModelCardData
 
 from stepfold.teachers.licences import in_words, is_hub_id, licences_of, stated_licence
 
@@ -57,6 +59,13 @@ def test_a_text_encoders_licence_is_that_of_where_it_comes_from(
         "text_encoder_2": {},
         "text_encoder_3": {},
     }
+
+
+def test_the_hub_is_asked_for_what_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = ModelCardData(license="other", license_name="gemma", tags=["x"])
+    monkeypatch.setattr(HfApi, "model_info", lambda self, repo, timeout: SimpleNamespace(card_data=told))
+    assert stated_licence("some/where") == {"license": "other", "license_name": "gemma"}
+    assert stated_licence("not an id") == {}
 
 
 def test_a_hub_id_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

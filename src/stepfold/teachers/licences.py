@@ -4,7 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError
 
 from stepfold.teachers.loading import folder_of
 from stepfold.teachers.pipeline import load_index
@@ -19,24 +20,26 @@ def is_hub_id(source: str) -> bool:
 
 
 def file_of(source: str, name: str) -> Path | None:
-    """A file of a folder, or of a hub id where the cache or the hub has it."""
+    """A file of a folder, or of a hub id where it has been fetched."""
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(source, name, etag_timeout=3))
-    except (OSError, ValueError):  # not there, no connection, no such id
-        return None
+    cached = try_to_load_from_cache(source, name) if is_hub_id(source) else None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def stated_licence(source: str) -> Licence:
-    """What the front matter of a model card says; empty if there is none or it cannot be reached."""
-    card = file_of(source, "README.md")
-    front = (
-        re.match(r"---\n(.*?)^---", card.read_text(encoding="utf-8-sig"), re.DOTALL | re.MULTILINE) if card else None
-    )
-    lines = re.findall(r"^(license(?:_name|_link)?):\s*(\S.*?)\s*$", front[1] if front else "", re.MULTILINE)
-    return {name: value.strip("'\"") for name, value in lines}
+    """What the model card of a folder or a hub id says; empty if it states none or cannot be reached."""
+    if card := file_of(source, "README.md"):
+        front = re.match(r"---\n(.*?)^---", card.read_text(encoding="utf-8-sig"), re.DOTALL | re.MULTILINE)
+        lines = re.findall(r"^(license(?:_name|_link)?):\s*(\S.*?)\s*$", front[1] if front else "", re.MULTILINE)
+        return {name: value.strip("'\"") for name, value in lines}
+    try:
+        told = HfApi().model_info(source, timeout=3).card_data if is_hub_id(source) else None
+    except (OSError, HTTPError):
+        return {}
+    fields = told.to_dict() if told else {}
+    return {name: str(fields[name]) for name in ("license", "license_name", "license_link") if fields.get(name)}
 
 
 def licences_of(source: str) -> dict[str, Licence]:
