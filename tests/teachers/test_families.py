@@ -34,14 +34,17 @@ SMALL = TeacherSettings(height=16, width=32, max_tokens=24)
 FAMILIES: dict[str, Callable[[], Any]] = {
     "sd3": tiny.make_sd3,
     "pixart": tiny.make_pixart,
+    "dit": tiny.make_dit,
     "sd 1": tiny.make_sd1,
     "sd 2": tiny.make_sd2,
     "sdxl": tiny.make_sdxl,
     "flux dev": tiny.make_flux,
     "flux schnell": partial(tiny.make_flux, guidance_embeds=False),
+    "lumina 2": tiny.make_lumina2,
     "wan": tiny.make_wan,
 }
 FRAMES = {"WanPipeline": 5}
+WITHOUT_LORA = ("pixart", "dit")
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -49,7 +52,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny.save(FAMILIES[request.param], tmp_path_factory.mktemp("family") / "pipeline")
 
 
-@pytest.fixture(scope="module", params=["sana", *(name for name in FAMILIES if name != "pixart")])
+@pytest.fixture(scope="module", params=["sana", *(name for name in FAMILIES if name not in WITHOUT_LORA)])
 def any_folder(request: pytest.FixtureRequest, tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "sana":
         return tiny_sana
@@ -123,7 +126,8 @@ def test_conditions_from_disk_are_those_of_the_encoders(folder: Path, prompts_fi
 
 
 def test_doctor_understands_it(folder: Path) -> None:
-    teacher = SMALL.model_copy(update={"source": str(folder), "frames": frames_of(folder)})
+    size = {"height": None, "width": None} if "DiTPipeline" in (folder / "model_index.json").read_text() else {}
+    teacher = SMALL.model_copy(update={"source": str(folder), "frames": frames_of(folder)} | size)
     findings = {finding.check: finding for finding in doctor.examine(teacher, "cpu")}
     wrong = {check for check, finding in findings.items() if not finding.ok}
     # Their time counts to 1000 and these networks' weights are large: dF/dt explodes, as it should be told.
@@ -170,11 +174,12 @@ def test_a_lora_student_shares_its_teachers_weights(any_folder: Path, prompts_fi
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_a_pipeline_that_loads_no_lora_gets_none(prompts_file: Path, tmp_path: Path) -> None:
-    folder = tiny.save(tiny.make_pixart, tmp_path / "pipeline")
+@pytest.mark.parametrize("family", WITHOUT_LORA)
+def test_a_pipeline_that_loads_no_lora_gets_none(family: str, prompts_file: Path, tmp_path: Path) -> None:
+    folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
     for change in ("student.lora=4", f"teacher.lora={tmp_path / 'some.safetensors'}"):
         config = settings(folder, prompts_file, change)
-        with pytest.raises(UserError, match=r"PixArtSigmaPipeline"):
+        with pytest.raises(UserError, match=r"(PixArtSigma|DiT)Pipeline"):
             run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
         assert not (tmp_path / "run").exists()
 
@@ -192,7 +197,9 @@ def test_a_lora_on_the_teacher_is_merged_into_it(any_folder: Path, tmp_path: Pat
     kind = getattr(diffusers, json.loads((any_folder / "model_index.json").read_text())["_class_name"])
     pipe: Any = kind.from_pretrained(any_folder)
     network = getattr(pipe, network_of(any_folder))
-    layers = [n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear) and "block" in n]
+    layers = [
+        n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear) and ("block" in n or "layers." in n)
+    ]
     network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=layers, init_lora_weights=False))
     matrices = {f"{network_of(any_folder)}_lora_layers": get_peft_model_state_dict(network)}
     kind.save_lora_weights(tmp_path, **matrices)
@@ -299,3 +306,22 @@ def test_a_students_levels_are_those_that_its_pipeline_takes_unasked(tmp_path: P
         torch.testing.assert_close(
             levels, (2 / 3) ** torch.linspace(0, 1, steps, dtype=torch.float64), rtol=0, atol=1e-5
         )
+
+
+def test_a_prompt_of_dit_is_a_class(tmp_path: Path) -> None:
+    teacher = load_teacher(TeacherSettings(source=str(tiny.save(tiny.make_dit, tmp_path / "pipeline"))), "cpu")
+    prompts = ["207", " Love ", "red heart, love", "cat", "0"]
+    assert teacher.encode(prompts).embeds.argmax(-1).flatten().tolist() == [207, 207, 207, 3, 0]
+    assert teacher.encode(prompts).embeds.shape == (5, 1, 1001)
+    for wrong in ("1000", "-1", "cats", ""):
+        with pytest.raises(UserError, match=rf"prompt '{wrong}' is no class.*0 to 999, or a name.*'.+'") as caught:
+            teacher.encode(["207", wrong])
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="64 x 32 pixels, but this network draws at one size"):
+        load_teacher(TeacherSettings(source=teacher.source, height=64), "cpu")
+    file = tmp_path / "prompts.txt"
+    file.write_text("207\nlove\na unicorn\n")
+    config = settings(Path(teacher.source), file)
+    with pytest.raises(UserError, match="prompt 'a unicorn' is no class"):
+        run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
+    assert not (tmp_path / "run").exists()

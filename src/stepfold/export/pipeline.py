@@ -83,11 +83,11 @@ def save_student(
     with writing(folder) as part:
         (teacher.save_lora if lora else teacher.save_student)(student, part)
         (part / CARD).write_text(json.dumps(card, indent=2) + "\n")
-        (part / "README.md").write_text(model_card(card, example))
+        (part / "README.md").write_text(model_card(card, teacher.in_call(example)))
 
 
-def model_card(card: dict[str, Any], example: str, metrics: dict[str, Any] | None = None) -> str:
-    """The student's README: use, recipe, metrics, licence."""
+def model_card(card: dict[str, Any], example: Any, metrics: dict[str, Any] | None = None) -> str:
+    """The student's README: use, recipe, metrics, licence; `example` is a prompt as its pipeline takes it."""
     arguments = "\n".join(f"    {name}={value!r}," for name, value in card["calls"]["1"].items())
     prompt = json.dumps(example, ensure_ascii=False)
     classes, loading = card["pipeline"], LOAD
