@@ -44,7 +44,7 @@ def test_sound_teacher_passes_every_check(tiny_sana: Path) -> None:
 
 def sampler_check(teacher: SanaTeacher) -> doctor.Finding:
     condition, guidance = teacher.encode(doctor.PROMPTS), torch.full((4,), 4.5)
-    return doctor.same_sampler(teacher, condition, guidance)
+    return doctor.same_sampler(teacher, doctor.PROMPTS, condition, guidance)
 
 
 def wrong_time(teacher: SanaTeacher) -> None:

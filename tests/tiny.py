@@ -1,5 +1,6 @@
 """Whole pipelines of the real classes at tiny size, with random weights that let everything they are given matter."""
 
+import inspect
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,16 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
@@ -26,12 +32,16 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from tokenizers import Tokenizer, models, processors
 from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -40,6 +50,12 @@ from transformers import (
 )
 
 CHARACTERS = string.ascii_lowercase + string.digits + ",.'-:"
+
+
+DIT_CLASSES = (
+    "dog on blue background", "rocket", "pizza on a white plate", "ghost", "snowman on teal background", "green apple",
+    "moon", "yellow star on black background", "house",
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -138,6 +154,19 @@ def make_pixart() -> PixArtSigmaPipeline:
     return PixArtSigmaPipeline(**parts)
 
 
+def make_dit() -> DiTPipeline:
+    transformer = DiTTransformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=8, num_layers=2, attention_head_dim=8,
+        num_attention_heads=4, attention_bias=True,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    labels = {207: "red heart, love", 3: "a cat, Cat", 4: "a fish, please"} | dict(enumerate(DIT_CLASSES, start=20))
+    parts: Any = dict(transformer=transformer, scheduler=scheduler, vae=kl_autoencoder(4), id2label=labels)
+    pipe = DiTPipeline(**parts)
+    pipe.register_to_config(id2label={str(number): label for number, label in labels.items()})  # as the published one
+    return pipe
+
+
 def unet(width: int, **changes: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
@@ -180,6 +209,42 @@ def make_sdxl() -> StableDiffusionXLPipeline:
         tokenizer_2=clip_tokenizer(),
     )  # fmt: skip
     return StableDiffusionXLPipeline(**parts)
+
+
+def lumina2_tokenizer() -> PreTrainedTokenizerFast:
+    """Characters; and one token that is the pipeline's system prompt as a whole."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", *CHARACTERS, *" <>", *string.ascii_uppercase]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token="<unk>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    system = inspect.getsource(Lumina2Pipeline.__init__).split('self.system_prompt = "')[1].split('"')[0]
+    tokenizer.add_tokens([system])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="right"
+    )
+
+
+def make_lumina2() -> Lumina2Pipeline:
+    transformer = Lumina2Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(8, 4, 4), axes_lens=(300, 32, 32),
+        cap_feat_dim=32,
+    )  # fmt: skip
+    tokenizer = lumina2_tokenizer()
+    text_encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, max_position_embeddings=512,
+            sliding_window=512, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        )
+    )  # fmt: skip
+    parts: Any = dict(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=kl_autoencoder(4, shift=0.06),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+    return Lumina2Pipeline(**parts)
 
 
 def make_wan() -> WanPipeline:

@@ -325,6 +325,9 @@ def doctor(
         int | None, typer.Option(min=1, help="Pixels. Default: the teacher's own.", show_default=False)
     ] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.", show_default=False)] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Of a video. Default: the teacher's own.", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
 ) -> None:
     """Check that a teacher is understood before a run: each finding with a number and a verdict.
@@ -342,7 +345,9 @@ def doctor(
     from stepfold.training.runs import writing
 
     quiet_libraries()
-    settings = TeacherSettings(source=teacher, lora=teacher_lora, height=height, width=width, max_tokens=64)
+    settings = TeacherSettings(
+        source=teacher, lora=teacher_lora, height=height, width=width, frames=frames, max_tokens=64
+    )
     findings = examine(settings, usable_device(device))
     table = Table("check", "number", "want", "verdict", box=None)
     for f in findings:

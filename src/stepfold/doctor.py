@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +50,9 @@ def examine(settings: TeacherSettings, device: str) -> list[Finding]:
     """
     teacher = load_teacher(settings, device)
     student = teacher.new_student()
-    condition = teacher.encode(PROMPTS)
-    count, n = len(PROMPTS), 8
+    prompts = teacher.examples or PROMPTS
+    condition = teacher.encode(prompts)
+    count, n = len(prompts), 8
     noise = teacher.sigma_data * noise_of(teacher, count)
     guidance = torch.full((count,), teacher.default_guidance, device=device)
     route = reference_route(uniform((1, n), 0, "doctor route")).expand(count, n).to(device)
@@ -58,7 +60,7 @@ def examine(settings: TeacherSettings, device: str) -> list[Finding]:
     keep = torch.ones(count, dtype=torch.bool, device=device)
     pairs = pairs_from(trajectory, condition, guidance, keep_first=False, keep=keep)
     return [
-        same_sampler(teacher, condition, guidance),
+        same_sampler(teacher, prompts, condition, guidance),
         same_network(teacher, student, pairs),
         backends_agree(student, pairs),
         chosen_backend(student, condition.rows(slice(0, 1)), teacher.latent_shape),
@@ -78,20 +80,20 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def same_sampler(teacher: PipelineTeacher, condition: Condition, guidance: Tensor) -> Finding:
+def same_sampler(teacher: PipelineTeacher, prompts: Sequence[str], condition: Condition, guidance: Tensor) -> Finding:
     """The wrapped teacher and the pipeline's own loop, through the same scheduler, end in the same latents.
 
     Args:
         teacher: the teacher.
-        condition: of PROMPTS.
+        prompts, condition: what to draw, and its encoding.
         guidance: scales, all the same.
     """
     check = "wrapped teacher = pipeline's own sampler, 4 steps"
     if isinstance(teacher.pipe, SanaSprintPipeline):
         return Finding(check, "not run", "its sampler is SCMScheduler's", True)
-    draws = [generator(0, "doctor", i) for i in range(len(condition))]
-    theirs = teacher.pipeline_latents(PROMPTS, draws, float(guidance[0]), 4)
-    noise = teacher.sigma_data * noise_of(teacher, len(condition))
+    draws = [generator(0, "doctor", i) for i in range(len(prompts))]
+    theirs = teacher.pipeline_latents(prompts, draws, float(guidance[0]), 4)
+    noise = teacher.sigma_data * noise_of(teacher, len(prompts))
     ours = sample_teacher(teacher, noise, condition, guidance, 4, even=teacher.even_ladder) / teacher.sigma_data
     error = relative(ours, theirs)
     return Finding(check, f"relative difference {error:.1e}", "<= 1e-4", error <= 1e-4)

@@ -93,6 +93,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         cache = open_conditions(Path(config.conditions), conditions_key(config.teacher, prompts.sha256))
     null = cache.null if cache else None
     teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=null)
+    teacher.check_prompts(prompts.prompt(i) for i in range(len(prompts)))
     if images and teacher.frames > 1:
         raise UserError(
             f"space.kind=images takes pictures, but this teacher makes {teacher.frames} frames; "

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -35,6 +36,11 @@ def test_a_picture_depends_on_its_own_number_only(pipe: Any) -> None:
 def test_a_call_that_the_pipeline_refuses_is_one_line(pipe: Any) -> None:
     with pytest.raises(UserError, match="SanaPipeline cannot draw with num_inference_steps"):
         draw(pipe, ["a cat"], [0, 1], 2, 4.5, seed=0)  # two generators for one prompt
+
+
+def test_videos_are_not_measured() -> None:
+    with pytest.raises(UserError, match="WanPipeline makes videos"):
+        draw(tiny.make_wan(), ["a cat"], [0], 2, 4.5, seed=0)
 
 
 @pytest.mark.slow

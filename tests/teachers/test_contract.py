@@ -20,8 +20,10 @@ from stepfold.randomness import generator, normal
 from stepfold.sampling import sample_student, sample_teacher
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.teachers.contract import Condition
+from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.loading import family_of
+from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.teachers.sd3 import SD3Teacher
@@ -72,6 +74,8 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "flux schnell": lambda _, empty: FluxTeacher(
         tiny.save(partial(tiny.make_flux, guidance_embeds=False), empty / "flux"), **SMALL
     ),
+    "dit": lambda _, empty: DiTTeacher(tiny.save(tiny.make_dit, empty / "dit")),
+    "lumina 2": lambda _, empty: Lumina2Teacher(tiny.save(tiny.make_lumina2, empty / "lumina2"), **SMALL),
     "wan": lambda _, empty: WanTeacher(tiny.save(tiny.make_wan, empty / "wan"), **SMALL, frames=5),
 }
 
@@ -157,7 +161,7 @@ def test_rows_do_not_know_of_each_other(teacher: Any, state: tuple[Tensor, Tenso
 
 def test_trimmed_conditions_are_the_untrimmed_ones(teacher: Any, state: tuple[Tensor, Tensor]):
     condition, guidance = teacher.encode(PROMPTS), scales(teacher, 4, 4.5, 5)
-    if not isinstance(teacher, SanaTeacher | PixArtTeacher | WanTeacher):
+    if not isinstance(teacher, SanaTeacher | PixArtTeacher | Lumina2Teacher | WanTeacher):
         pytest.skip("attends to its padding, as its pipeline does")
     assert condition.mask.any(0).all() and condition.mask.shape[1] < MAX_TOKENS  # nothing left to trim
     v = teacher.velocity(*state, condition, guidance)

@@ -36,6 +36,8 @@ def draw(
         UserError: the pipeline cannot be called so.
     """
     accepted = inspect.signature(pipe.__call__).parameters
+    if "num_frames" in accepted:
+        raise UserError(f"{type(pipe).__name__} makes videos; give a pipeline that makes pictures")
     options: dict[str, Any] = {"num_inference_steps": steps, "output_type": "pt"}
     options["generator"] = [generator(seed, "pipeline", key) for key in keys]
     if guidance is not None:

@@ -81,7 +81,7 @@ def save_student(
         "pipeline": (type(teacher.pipe) if lora else teacher.student_class).__name__,
         "scheduler": type(teacher.lora_scheduler() if lora else teacher.student_parts()["scheduler"]).__name__,
         "calls": {k: call(t, guidance) for k, t in times.items()},
-        "example": example,
+        "example": teacher.in_call(example),
         "licences": licences_of(config.teacher.source),
         "config": config.model_dump(mode="json"),
     }

@@ -13,7 +13,9 @@ from stepfold import assets
 from stepfold.config import Config, TeacherSettings
 from stepfold.errors import UserError
 from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.flux import FluxTeacher
+from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher, check_folder, load_index, merge_lora, unloadable
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.sana import SanaTeacher
@@ -33,6 +35,8 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         PixArtTeacher,
         StableDiffusionTeacher,
         StableDiffusionXLTeacher,
+        Lumina2Teacher,
+        DiTTeacher,
         WanTeacher,
     )
     for pipeline in family.pipelines

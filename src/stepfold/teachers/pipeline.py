@@ -4,7 +4,7 @@ import copy
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -103,6 +103,8 @@ class PipelineTeacher:
         network_part: name of the network's part in the pipeline.
         even_ladder: the pipeline's own sampler walks noise levels 1, 1 - 1/n, ..., 1/n.
         output: where the pipeline's result has what it made.
+        loads_lora: whether the pipeline loads LoRAs.
+        lora_blocks: parts of the names of the blocks that a LoRA is for.
         frames: of a video; 1 where the pipeline makes pictures.
         transformer: the network: a transformer, or a UNet.
     """
@@ -111,6 +113,8 @@ class PipelineTeacher:
     network_part: ClassVar[str] = "transformer"
     even_ladder: ClassVar[bool] = False
     output: ClassVar[Literal["images", "frames"]] = "images"
+    loads_lora: ClassVar[bool] = True
+    lora_blocks: ClassVar[tuple[str, ...]] = ("block",)
     ode: Literal["flow", "trigflow"] = "flow"
     start_time: float = math.pi / 2
 
@@ -157,10 +161,7 @@ class PipelineTeacher:
         defaults = inspect.signature(self.pipe.__call__).parameters
         self.default_guidance = float(defaults["guidance_scale"].default)
         self.takes_length = "max_sequence_length" in defaults
-        usual_length = (
-            defaults["max_sequence_length"].default if self.takes_length else self.pipe.tokenizer.model_max_length
-        )
-        self.max_tokens = int(usual_length) if max_tokens is None else max_tokens
+        self.max_tokens = self.usual_tokens() if max_tokens is None else max_tokens
         self.null_mask = null_mask
 
         vae: Any = self._vae_class().load_config(self.source, subfolder="vae")
@@ -248,6 +249,28 @@ class PipelineTeacher:
         """The condition of the unconditional branch, one row."""
         return self.encode_texts([""])
 
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """Prompts to try the teacher with; none where it takes any text."""
+        return ()
+
+    def check_prompts(self, prompts: Iterable[str]) -> None:
+        """Refuses prompts that it cannot encode, before a run begins.
+
+        Raises:
+            UserError: the first of them, and what is allowed.
+        """
+
+    def usual_tokens(self) -> int:
+        """How long a prompt may be unless the settings say."""
+        if not self.takes_length:
+            return int(self.pipe.tokenizer.model_max_length)
+        return int(inspect.signature(self.pipe.__call__).parameters["max_sequence_length"].default)
+
+    def in_call(self, prompt: str) -> Any:
+        """A prompt as the first argument of the pipeline's call."""
+        return prompt
+
     def idle_parameters(self) -> tuple[str, ...]:
         """Parts of the names of a student's parameters that the first step cannot move."""
         return ()
@@ -281,6 +304,16 @@ class PipelineTeacher:
         """
         return vae.scaling_factor, vae.get("shift_factor") or 0.0
 
+    def guided(self, x_unit: Tensor, t: Tensor, without: Tensor, with_prompt: Tensor, guidance: Tensor) -> Tensor:
+        """F of the two branches of classifier-free guidance -> F under guidance, as the pipeline does it by default.
+
+        Args:
+            x_unit, t: as of `Predict`.
+            without, with_prompt: F of either branch [B, ...].
+            guidance: scales [B].
+        """
+        return guide(without, with_prompt, guidance)
+
     def pack(self, latents: Tensor) -> Tensor:
         """Latents [B, ...] as the pipeline's own sampler has them."""
         return latents
@@ -292,6 +325,11 @@ class PipelineTeacher:
     def plain_scheduler(self) -> Any:
         """The scheduler of first-order steps, which `sample_teacher` repeats."""
         return FlowMatchEulerDiscreteScheduler(shift=self.shift)
+
+    def tokens_for_shift(self) -> int:
+        """What the pipeline takes for the number of tokens where its sampler's shift depends on that."""
+        *_, height, width = self.latent_shape
+        return (height // 2) * (width // 2)
 
     def ddim_times(self, num_steps: int) -> Tensor:
         """See `Teacher`."""
@@ -376,8 +414,8 @@ class PipelineTeacher:
             if self._both is None or self._both[0] is not condition:
                 self._both = (condition, concatenate([self.null(condition), condition]))
             F = self.predict(self.transformer, torch.cat([x_unit, x_unit]), torch.cat([t, t]), self._both[1], None)
-            unguided, guided = F.chunk(2)
-            F = guide(unguided, guided, guidance)
+            without, with_prompt = F.chunk(2)
+            F = self.guided(x_unit, t, without, with_prompt, guidance)
         else:
             scales = guidance if self.guidance_kind == "embedded" else None
             F = self.predict(self.transformer, x_unit, t, condition, scales)
@@ -405,9 +443,8 @@ class PipelineTeacher:
         schedule = self.pipe.scheduler.config
         if not schedule.get("use_dynamic_shifting", False):
             return float(schedule.get("shift", schedule.get("flow_shift", 1.0)))
-        *_, height, width = self.latent_shape
         first, last = schedule["base_image_seq_len"], schedule["max_image_seq_len"]
-        share = ((height // 2) * (width // 2) - first) / (last - first)
+        share = (self.tokens_for_shift() - first) / (last - first)
         mu = schedule["base_shift"] + share * (schedule["max_shift"] - schedule["base_shift"])
         return math.exp(mu) if schedule.get("time_shift_type", "exponential") == "exponential" else mu
 
@@ -504,15 +541,20 @@ class PipelineTeacher:
         """A student that is the teacher's own network, its weights shared, with LoRA matrices that start at nothing.
 
         Raises:
-            UserError: peft is not installed.
+            UserError: peft is not installed, or the pipeline would not load it.
         """
+        if not self.loads_lora:
+            raise UserError(f"{type(self.pipe).__name__} loads no LoRA; train all weights (leave student.lora at 0)")
         try:
             from peft import LoraConfig
         except ImportError:
             raise UserError("student.lora needs peft; pip install stepfold[lora]") from None
         network = sharing_copy(self.transformer, [*self.transformer.parameters(), *self.transformer.buffers()])
         compute_afresh(network.modules())
-        layers = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and "block" in n]
+        layers = [
+            name for name, module in network.named_modules()
+            if isinstance(module, nn.Linear) and any(part in name for part in self.lora_blocks)
+        ]  # fmt: skip
         network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
         student = PipelineStudent(network, self.predict, self._weight_start()).to(self.device)
         for parameter in student.parameters():

@@ -2,14 +2,12 @@
 
 import inspect
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from diffusers import PixArtSigmaPipeline
 from torch import Tensor
 
-from stepfold.errors import UserError
-from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.contract import Condition
 from stepfold.teachers.vp import Raw, VPTeacher
 
 NO_SIZES = {"resolution": None, "aspect_ratio": None}
@@ -31,6 +29,7 @@ class PixArtTeacher(VPTeacher):
     """PixArtSigmaPipeline; the student is one too."""
 
     pipelines = (PixArtSigmaPipeline,)
+    loads_lora = False
 
     def raw(self) -> Raw:
         """See `VPTeacher`."""
@@ -53,11 +52,3 @@ class PixArtTeacher(VPTeacher):
     def call_options(self) -> dict[str, Any]:
         """See `PipelineTeacher`."""
         return {"use_resolution_binning": False}
-
-    def lora_student(self, rank: int) -> Student:
-        """See `PipelineTeacher`."""
-        raise UserError("PixArtSigmaPipeline loads no LoRA; train all weights (leave student.lora at 0)")
-
-    def load_lora(self, folder: Path, rank: int) -> Student:
-        """See `PipelineTeacher`."""
-        return self.lora_student(rank)

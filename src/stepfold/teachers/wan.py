@@ -91,6 +91,10 @@ class WanTeacher(PipelineTeacher):
         """See `PipelineTeacher`."""
         return {"num_frames": self.frames}
 
+    def block_stacks(self) -> dict[str, str]:
+        """See `PipelineTeacher`."""
+        return {"blocks": "num_layers"}
+
     def feature_parts(self) -> list[tuple[nn.Module, int]]:
         """See `PipelineTeacher`."""
         config = self.transformer.config

@@ -1,0 +1,93 @@
+"""Lumina Image 2: flow prediction towards the data, classifier-free guidance that keeps the prediction's size."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers import Lumina2Pipeline
+from torch import Tensor, nn
+
+from stepfold.errors import UserError
+from stepfold.maths.formulations import flow_input, flow_time, flow_velocity, guide, trigflow_output
+from stepfold.teachers.contract import Condition
+from stepfold.teachers.pipeline import PipelineTeacher, Predict
+
+
+def lumina2_network(
+    transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None
+) -> Tensor:
+    """F [B, C, H, W] of a Lumina2Transformer2DModel; it embeds no guidance.
+
+    Its time runs from noise at 0 to data at 1, and its velocity with it.
+    """
+    t_flow, x_flow = flow_time(t).clamp(max=1.0), flow_input(x_unit, t, 1.0)  # samplers start a hair above pi/2
+    velocity = transformer(
+        hidden_states=x_flow,
+        timestep=1 - t_flow,
+        encoder_hidden_states=condition.embeds,
+        encoder_attention_mask=condition.mask,
+        return_dict=False,
+    )[0]
+    return trigflow_output(x_flow, t_flow, -velocity)
+
+
+class Lumina2Teacher(PipelineTeacher):
+    """Lumina2Pipeline; the student is one too, without guidance."""
+
+    pipelines = (Lumina2Pipeline,)
+    even_ladder = True
+    lora_blocks = ("layers.", "refiner.")
+
+    @classmethod
+    def time_scale_of(cls, pipeline: str, network: Mapping[str, Any]) -> float:
+        """See `PipelineTeacher`."""
+        return 1.0
+
+    def block_stacks(self) -> dict[str, str]:
+        """See `PipelineTeacher`."""
+        return {"layers": "num_layers"}
+
+    def predictor(self) -> Predict:
+        """See `PipelineTeacher`."""
+        return lumina2_network
+
+    def geometry(self, factor: int) -> tuple[int, int, int, int]:
+        """See `PipelineTeacher`; the pipeline insists on multiples of 16."""
+        config = self.transformer.config
+        side = config.sample_size * factor
+        return config.in_channels, math.lcm(factor * config.patch_size, 16), side, side
+
+    def guided(self, x_unit: Tensor, t: Tensor, without: Tensor, with_prompt: Tensor, guidance: Tensor) -> Tensor:
+        """See `PipelineTeacher`; each row of the flow velocity keeps the length that it has with the prompt."""
+        t_flow, x_flow = flow_time(t).clamp(max=1.0), flow_input(x_unit, t, 1.0)
+        prompted = flow_velocity(x_flow, t_flow, with_prompt)
+        velocity = guide(flow_velocity(x_flow, t_flow, without), prompted, guidance)
+        kept = prompted.norm(dim=-1, keepdim=True) / velocity.norm(dim=-1, keepdim=True)
+        return trigflow_output(x_flow, t_flow, kept * velocity)
+
+    def tokens_for_shift(self) -> int:
+        """See `PipelineTeacher`; it takes the channels for them."""
+        return self.latent_shape[0]
+
+    def encode_texts(self, prompts: Sequence[str]) -> Condition:
+        """See `PipelineTeacher`; behind the pipeline's system prompt, which counts as part of the prompt's length."""
+        before = len(self.pipe.tokenizer(f"{self.pipe.system_prompt} <Prompt Start> ").input_ids)
+        longest = self.transformer.config.axes_lens[0]
+        if not before < self.max_tokens < longest:
+            raise UserError(
+                f"max_tokens is {self.max_tokens}, but this pipeline puts {before} tokens before each prompt and "
+                f"counts to {longest - 1}; choose one between, or leave it out"
+            )
+        embeds, mask, *_ = self.pipe.encode_prompt(
+            list(prompts), False, device=self.device, max_sequence_length=self.max_tokens
+        )
+        return Condition(embeds.to(self.work_dtype), mask)
+
+    def encode_nothing(self) -> Condition:
+        """See `PipelineTeacher`; without the system prompt."""
+        *_, embeds, mask = self.pipe.encode_prompt([""], True, device=self.device, max_sequence_length=self.max_tokens)
+        return Condition(embeds.to(self.work_dtype), mask)
+
+    def feature_parts(self) -> list[tuple[nn.Module, int]]:
+        """See `PipelineTeacher`; the prompt's tokens are among them."""
+        return [(block, self.transformer.config.hidden_size) for block in self.transformer.layers]
