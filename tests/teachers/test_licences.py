@@ -31,7 +31,8 @@ def test_the_front_matter_is_read_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_the_bundled_teacher_says_its_own() -> None:
-    assert licences_of("emoji")["teacher"] == {"license": "apache-2.0"}
+    own = {"license": "apache-2.0"}
+    assert licences_of("emoji") == {"teacher": own, "text_encoder": own}
 
 
 def test_a_text_encoders_licence_is_that_of_where_it_comes_from(

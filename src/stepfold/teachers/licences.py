@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 
+from stepfold import assets
 from stepfold.teachers.loading import folder_of
 from stepfold.teachers.pipeline import load_index
 
@@ -45,15 +46,16 @@ def stated_licence(source: str) -> Licence:
 def licences_of(source: str) -> dict[str, Licence]:
     """Of a teacher (`emoji`, a folder or a hub id): `teacher`, and each of its text encoders by its part's name.
 
-    A text encoder's is that of the model that its config says it comes from; a teacher's own does not cover it.
+    A text encoder's is that of the model that its config says it comes from; a teacher's own does not cover it, but for
+    the bundled one, which was made as a whole.
     """
     source = folder_of(source)
-    found = {"teacher": stated_licence(source)}
+    found, bundled = {"teacher": stated_licence(source)}, source == str(assets.TEACHER)
     for part, spec in load_index(source).items():
         if part.startswith("text_encoder") and spec[0] is not None:
             config = file_of(source, f"{part}/config.json")
             origin = json.loads(config.read_text()).get("_name_or_path", "") if config else ""
-            found[part] = stated_licence(origin) if is_hub_id(origin) else {}
+            found[part] = found["teacher"] if bundled else stated_licence(origin) if is_hub_id(origin) else {}
     return found
 
 
