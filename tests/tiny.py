@@ -223,7 +223,7 @@ def lumina2_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_lumina2() -> Lumina2Pipeline:
+def make_lumina2(**schedule: Any) -> Lumina2Pipeline:
     transformer = Lumina2Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1,
         num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(8, 4, 4), axes_lens=(300, 32, 32),
@@ -239,7 +239,7 @@ def make_lumina2() -> Lumina2Pipeline:
     )  # fmt: skip
     parts: Any = dict(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0, **schedule),
         vae=kl_autoencoder(4, shift=0.06),
         text_encoder=text_encoder,
         tokenizer=tokenizer,

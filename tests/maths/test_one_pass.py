@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -115,7 +116,24 @@ def wan() -> Case:
     return model, network, (4, 2, 4, 4)
 
 
-IN_FLOAT32 = {"sana": 1e-7, "sd3": 1e-7, "unet": 1e-7, "wan": 3e-7}
+def lumina() -> Case:
+    """It turns its queries and keys as complex numbers, and joins texts of different lengths with the picture."""
+    model: Any = Lumina2Transformer2DModel(
+        sample_size=4, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(8, 4, 4), axes_lens=(16, 8, 8),
+        cap_feat_dim=6,
+    )  # fmt: skip
+    text, mask = torch.randn(2, 5, 6), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return model(
+            x, timestep=t, encoder_hidden_states=text.to(x.dtype), encoder_attention_mask=mask, return_dict=False
+        )[0]
+
+    return model, network, (4, 4, 4)
+
+
+IN_FLOAT32 = {"sana": 1e-7, "sd3": 1e-7, "unet": 1e-7, "wan": 3e-7, "lumina": 1e-7}
 """Networks with parts in float32 -> how far that takes the tangent."""
 CASES: dict[str, Callable[[], Case]] = {
     "sana": sana,
@@ -124,6 +142,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "pixart": pixart,
     "unet": unet,
     "wan": wan,
+    "lumina": lumina,
 }
 
 

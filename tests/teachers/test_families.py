@@ -373,3 +373,19 @@ def test_a_prompt_of_dit_is_a_class(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="prompt 'a unicorn' is no class"):
         run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_lumina_with_its_own_scheduler_is_sampled_too(tmp_path: Path, dynamic: bool) -> None:
+    """Its dynamic shift comes of the number of channels, in whose place other pipelines have that of tokens."""
+    schedule = {"use_dynamic_shifting": dynamic, "base_image_seq_len": 2, "max_image_seq_len": 8}
+    folder = tiny.save(partial(tiny.make_lumina2, **schedule), tmp_path / "pipeline")
+    teacher = load_teacher(SMALL.model_copy(update={"source": str(folder)}), "cpu")
+    call = teacher.usual_call() | {"num_inference_steps": 3, "guidance_scale": 4.0}
+    with torch.no_grad():
+        theirs = teacher.latents_of(teacher.pipe, ["red heart"], [generator(0, "test", 0)], **call)
+    noise = 0.5 * normal(teacher.latent_shape, 0, "test", 0)[None]
+    ours = sample_teacher(teacher, noise, teacher.encode(["red heart"]), torch.tensor([4.0]), 3, even=True)
+    assert (ours / 0.5 - theirs).norm() < 1e-4 * theirs.norm()
+    with pytest.raises(UserError, match=r"max_tokens is 4, but this pipeline puts \d+ tokens before each prompt"):
+        load_teacher(SMALL.model_copy(update={"source": str(folder), "max_tokens": 4}), "cpu").encode(["red heart"])

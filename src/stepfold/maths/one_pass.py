@@ -102,7 +102,7 @@ class Dual(TorchFunctionMode):
 
     def _remember(self, out: Any, tangent: Any) -> None:
         if isinstance(out, Tensor):
-            if tangent is not None and out.is_floating_point():
+            if tangent is not None and (out.is_floating_point() or out.is_complex()):
                 self.tangents[out] = tangent.to(out.dtype)
         elif isinstance(out, list | tuple) and tangent is not None:
             for part, its in zip(out, tangent, strict=True):
