@@ -399,3 +399,16 @@ def test_no_stack_trace_from_a_real_process(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert "no such prompts file; give a text file" in done.stderr
     assert done.stdout == ""
+
+
+def test_conditions_are_encoded_for_the_size_of_the_run(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
+    """The cache holds the black picture of one size; a run of another size is refused, and says what differs."""
+    cache = tmp_path / "cache"
+    options = ("--teacher", tiny_sana, "--max-tokens", "32", "--height", "32", "--width", "64", "--quiet")
+    result = Result("prompts", "encode", prompts_file, *options, "--out", cache)
+    assert result.code == 0 and result.out == f"conditions: {cache}\n", result.err
+    common = ("--teacher", tiny_sana, "--prompts", prompts_file, "--set", f"conditions={cache}", "--set")
+    same = distill(*common, "teacher.height=32", "--set", "teacher.width=64", "--out", tmp_path / "run")
+    assert same.code == 0, same.err
+    other = distill(*common, "teacher.height=64", "--set", "teacher.width=64", "--out", tmp_path / "other")
+    assert other.code == 2 and "height" in other.err, other.err

@@ -44,6 +44,13 @@ TeacherLoraOption = Annotated[
     str | None,
     typer.Option(help="A LoRA to merge into the teacher: safetensors file, folder or hub id.", show_default=False),
 ]
+HeightOption = Annotated[
+    int | None, typer.Option(min=1, help="Pixels. Default: the teacher's own.", show_default=False)
+]
+WidthOption = Annotated[int | None, typer.Option(min=1, help="Pixels.", show_default=False)]
+FramesOption = Annotated[
+    int | None, typer.Option(min=1, help="Of a video. Default: the teacher's own.", show_default=False)
+]
 PromptsOption = Annotated[
     str | None,
     typer.Option(help="Text file, one prompt a line. Default: the bundled teacher's.", show_default=False),
@@ -321,13 +328,9 @@ def doctor(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the findings here too.", show_default=False)
     ] = None,
-    height: Annotated[
-        int | None, typer.Option(min=1, help="Pixels. Default: the teacher's own.", show_default=False)
-    ] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels.", show_default=False)] = None,
-    frames: Annotated[
-        int | None, typer.Option(min=1, help="Of a video. Default: the teacher's own.", show_default=False)
-    ] = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    frames: FramesOption = None,
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
 ) -> None:
     """Check that a teacher is understood before a run: each finding with a number and a verdict.
@@ -618,13 +621,17 @@ def encode(
         int | None,
         typer.Option(min=2, help="As teacher.max_tokens of the run. Default: the pipeline's.", show_default=False),
     ] = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    frames: FramesOption = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 64,
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
     quiet: Quiet = False,
 ) -> None:
     """Encode prompts once, so that training needs neither text encoder nor autoencoder in memory.
 
-    Stopped, it goes on where it was. Then train with --set conditions=FOLDER and the same teacher.max_tokens.
+    Stopped, it goes on where it was. Then train with --set conditions=FOLDER and the same teacher.max_tokens, height,
+    width and frames.
 
     stepfold prompts encode --max-tokens 32 --out runs/conditions
 
@@ -637,7 +644,9 @@ def encode(
     if teacher != "emoji" and prompts is None:
         raise UserError("give a file of prompts; only the bundled teacher has prompts of its own")
     quiet_libraries()
-    settings = TeacherSettings(source=teacher, lora=teacher_lora, max_tokens=max_tokens)
+    settings = TeacherSettings(
+        source=teacher, lora=teacher_lora, max_tokens=max_tokens, height=height, width=width, frames=frames
+    )
     run_encode(settings, prompts, out, batch=batch, display=Display(quiet), device=usable_device(device))
     typer.echo(f"conditions: {out}")
 
