@@ -19,6 +19,7 @@ EXTERNAL = {
     "accelerate": ("training/distill.py",),
     "diffusers": ("teachers/", "converting.py", "display.py", "doctor.py", "evaluation/solvers.py"),
     "transformers": ("evaluation/judge.py", "evaluation/mjhq.py", "teachers/", "display.py"),
+    "huggingface_hub": ("teachers/", "export/hub.py"),
     "torch_fidelity": ("evaluation/mjhq.py",),
     "typer": ("cli.py",),
     "rich": ("cli.py", "display.py"),

@@ -32,6 +32,7 @@ from stepfold.evaluation.pipelines import claim, default_steps, geneval_prompts,
 from stepfold.evaluation.preview import sample_rows, save_grid, thinned, to_image
 from stepfold.evaluation.protocol import EMOJI, Protocol, Scores, teacher_at
 from stepfold.evaluation.report import curves_from_rows, write_report
+from stepfold.export.onnx import export_onnx
 from stepfold.export.pipeline import export_lora, export_pipeline, model_card, save_student
 from stepfold.export.single_file import export_single_file
 from stepfold.images.reading import ImageFolder, open_images
@@ -396,6 +397,7 @@ EXPORTS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "pipeline": (export_pipeline, "-pipeline"),
     "lora": (export_lora, "-lora.safetensors"),
     "single-file": (export_single_file, "-single-file.safetensors"),
+    "onnx": (export_onnx, "-onnx"),
 }
 """What a student can become -> the function from its folder to the new file or folder, and the end of its name."""
 

@@ -224,7 +224,7 @@ def vp_step(t: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
     """
     times = times.to(t)
     inside = t.clamp(times[0], times[-1])
-    above = torch.searchsorted(times, inside.detach()).clamp(1, len(times) - 1)
+    above = (times < inside.detach()[:, None]).sum(-1).clamp(1, len(times) - 1)  # onnx knows no search
     low, high = times[above - 1], times[above]
     return above - 1 + (inside - low) / (high - low), inside
 

@@ -1,0 +1,140 @@
+"""A student's network as an onnx graph, for onnxruntime."""
+
+import json
+import logging
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepfold.errors import UserError
+from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.loading import CARD, load_merged
+from stepfold.teachers.once import compute_afresh
+from stepfold.teachers.pipeline import first_line
+from stepfold.training.runs import writing
+
+GRAPH = "model.onnx"
+
+README = """# A few-step student of `{teacher}`, as an onnx graph
+
+`{graph}` is the network F of a consistency model, x_0 = cos(t) x - sin(t) F, in latents of unit variance. Its inputs,
+B samples of L tokens:
+
+| input | type and shape |
+|---|---|
+{inputs}
+
+Embeddings are those of the teacher's text encoders, with their mask and pooled vector where the graph asks for them;
+its autoencoder decodes what comes out. `times` in `{card}` has the times for 1, 2 and 4 steps.
+
+```python
+import json
+import numpy
+import onnxruntime
+
+network = onnxruntime.InferenceSession("FOLDER/{graph}")
+times = json.load(open("FOLDER/{card}"))["times"]["2"]
+x = noise  # {shape}, standard normal
+for t, after in zip(times, [*times[1:], 0.0]):
+    F = network.run(None, {{"x": x, "t": numpy.full(len(x), t, numpy.float32), **others}})[0]
+    x0 = numpy.cos(t) * x - numpy.sin(t) * F
+    fresh = numpy.random.standard_normal(x.shape)
+    x = (numpy.cos(after) * x0 + numpy.sin(after) * fresh).astype(numpy.float32)
+```
+"""
+
+
+class Graph(nn.Module):
+    """A student, called with plain tensors."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(
+        self, x: Tensor, t: Tensor, embeds: Tensor, mask: Tensor, pooled: Tensor | None, guidance: Tensor
+    ) -> Tensor:
+        """See `Student` and `Condition`."""
+        for tensor in (t, embeds, mask, guidance):
+            torch._check(tensor.shape[0] == x.shape[0])  # the exporter does not find it out by itself
+        return self.student(x, t, Condition(embeds, mask, pooled), guidance)
+
+
+def trace(student: Student, inputs: dict[str, Tensor | None]) -> Any:
+    """The onnx program of a student for any number of samples and tokens, with the inputs that it reads.
+
+    Args:
+        student: on the CPU, in float32.
+        inputs: of `Graph.forward`, two samples; an absent one is None.
+    """
+    any_size = torch.export.Dim.AUTO
+    sizes = {
+        name: None if value is None else {0: any_size, **({1: any_size} if name in ("embeds", "mask") else {})}
+        for name, value in inputs.items()
+    }
+    with torch.no_grad():
+        program = torch.export.export(Graph(student).eval(), tuple(inputs.values()), dynamic_shapes=sizes, strict=False)
+    for node in list(program.graph.nodes):  # torch lets a dimension that is not 1 be; onnx calls that an error
+        if node.target is torch.ops.aten.squeeze.dim and node.args[0].meta["val"].shape[node.args[1]] != 1:
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    names = [name for name, value in inputs.items() if value is not None]
+    result = torch.onnx.export(program, dynamo=True, verbose=False, input_names=names, output_names=["F"])
+    assert result is not None
+    for unread in [each for each in result.model.graph.inputs if not each.uses()]:
+        result.model.graph.inputs.remove(unread)
+    return result
+
+
+def export_onnx(folder: Path, out: Path) -> None:
+    """A folder with the graph, the student's card and a README that says how to sample with it.
+
+    Raises:
+        UserError: the libraries are missing, or torch cannot make a graph of this network.
+    """
+    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
+        raise UserError(f"--to onnx needs {' and '.join(missing)}; pip install stepfold[onnx]")
+    teacher, student, card = load_merged(folder, "cpu")
+    compute_afresh(student.modules())
+    condition = teacher.encode([card["example"], "a cat"]).each(Tensor.contiguous)
+    inputs: dict[str, Tensor | None] = {
+        "x": torch.randn(2, *teacher.latent_shape),
+        "t": torch.tensor([1.5, 0.7]),
+        "embeds": condition.embeds,
+        "mask": condition.mask,
+        "pooled": condition.pooled,
+        "guidance": torch.full((2,), card["guidance"]),
+    }
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            program = trace(student, inputs)
+    except RuntimeError as error:
+        raise UserError(f"torch makes no onnx graph of {folder} ({first_line(error)}); use --to pipeline") from None
+    read = {each.name: inputs[each.name] for each in program.model.graph.inputs}
+    with writing(out) as part:
+        part.mkdir()
+        program.save(str(part / GRAPH))
+        (part / CARD).write_text(json.dumps(card, indent=2) + "\n")
+        (part / "README.md").write_text(
+            README.format(
+                teacher=card["teacher"],
+                graph=GRAPH,
+                card=CARD,
+                inputs="\n".join(f"| {name} | {described(name, value)} |" for name, value in read.items()),
+                shape=described("x", inputs["x"]),
+            )
+        )
+
+
+def described(name: str, value: Tensor | None) -> str:
+    """`float32 [B, L, 32]`, of an example of an input."""
+    assert value is not None
+    sizes = ["B", *map(str, value.shape[1:])]
+    if name in ("embeds", "mask"):
+        sizes[1] = "L"
+    return f"{str(value.dtype).removeprefix('torch.')} [{', '.join(sizes)}]"

@@ -1,0 +1,83 @@
+"""The graph under onnxruntime gives the student's latents, at other sizes than it was made with."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stepfold.errors import UserError
+from stepfold.export import onnx
+from stepfold.jobs import run_export
+from stepfold.sampling import sample_student
+from stepfold.teachers.loading import load_merged
+
+from .conftest import relative, run_alone
+
+StudentOf = Callable[..., Path]
+PROMPTS = ["red heart", "a cat", "rocket on a white plate"]
+READS = {
+    "sana": {"x", "t", "embeds", "mask", "guidance"},
+    "first sana": {"x", "t", "embeds", "mask"},
+    "sd3": {"x", "t", "embeds", "pooled"},
+    "flux": {"x", "t", "embeds", "pooled", "guidance"},
+    "sd1": {"x", "t", "embeds"},
+    "sdxl": {"x", "t", "embeds", "pooled"},
+    "pixart": {"x", "t", "embeds", "mask"},
+}
+
+SETUP = """
+import sys
+import numpy
+tensors = dict(numpy.load({file!r}))
+noise, drawn = tensors.pop("noise"), iter([tensors.pop("fresh"), 0])
+others = tensors
+numpy.random.standard_normal = lambda shape: next(drawn)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "lora"), [*((family, 0) for family in READS), ("sd1", 4)])
+def test_onnxruntime_alone_gives_the_students_latents(
+    student_of: StudentOf, tmp_path: Path, family: str, lora: int
+) -> None:
+    """Two steps, three samples, by the README's own code; torch is not even imported there."""
+    out = run_export(student_of(family, lora), "onnx", tmp_path / "onnx", force=False)
+    teacher, student, card = load_merged(student_of(family, lora), "cpu")
+    condition = teacher.encode(PROMPTS)
+    noise, fresh = torch.randn(2, len(PROMPTS), *teacher.latent_shape)
+    scale = torch.full((len(PROMPTS),), 3.0)
+    times = card["times"]["2"]
+    expected = sample_student(student, 0.5 * noise, condition, scale, times, lambda i: 0.5 * fresh, 0.5) / 0.5
+
+    readme = (out / "README.md").read_text()
+    named = set(re.findall(r"^\| (\w+) \| \w+\d", readme, re.MULTILINE))
+    assert named == READS[family]
+    given = {"embeds": condition.embeds, "mask": condition.mask, "pooled": condition.pooled, "guidance": scale}
+    arrays = {name: value.numpy() for name, value in given.items() if name in named and isinstance(value, Tensor)}
+    file, result = tmp_path / "inputs.npz", tmp_path / "x0.npy"
+    np.savez(file, noise=noise.numpy(), fresh=fresh.numpy(), **arrays)
+    code = re.search(r"^```python\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    assert code is not None
+    end = f"assert 'torch' not in sys.modules\nnumpy.save({str(result)!r}, x)"
+    run_alone(SETUP.format(file=str(file)) + code[1].replace("FOLDER", str(out)) + end)
+    assert relative(torch.from_numpy(np.load(result)), expected) < 1e-4
+
+
+def test_what_torch_cannot_trace_is_one_line(
+    student_of: StudentOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object) -> None:
+        raise RuntimeError("no such\nthing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx, "trace", fails)
+        with pytest.raises(UserError, match=r"torch makes no onnx graph of .* \(no such\); use --to pipeline"):
+            run_export(student_of("sana"), "onnx", tmp_path / "onnx", force=False)
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs onnx and onnxscript; pip install stepfold\[onnx\]"):
+        run_export(student_of("sana"), "onnx", tmp_path / "onnx", force=False)
+    assert list(tmp_path.iterdir()) == []
