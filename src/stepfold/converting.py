@@ -14,8 +14,9 @@ from torch import Tensor
 
 from stepfold.errors import UserError
 from stepfold.export.single_file import SANA, from_table, pieces_of, table
+from stepfold.teachers.folders import first_line, load_index, load_pipeline
 from stepfold.teachers.loading import folder_of
-from stepfold.teachers.pipeline import SIGMA_DATA, first_line, load_index, load_pipeline
+from stepfold.teachers.pipeline import SIGMA_DATA
 from stepfold.training.runs import writing
 
 NORMS_AND_GUIDANCE = table("""

@@ -9,9 +9,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from stepfold.errors import UserError
 from stepfold.export.pipeline import metrics_beside, model_card
+from stepfold.teachers.folders import first_line
 from stepfold.teachers.licences import licences_of
 from stepfold.teachers.loading import read_card
-from stepfold.teachers.pipeline import first_line
 from stepfold.training.runs import writing
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from stepfold.errors import UserError
 from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.folders import first_line
 from stepfold.teachers.loading import CARD, load_merged
 from stepfold.teachers.once import compute_afresh
-from stepfold.teachers.pipeline import first_line
 from stepfold.training.runs import writing
 
 GRAPH = "model.onnx"

@@ -11,9 +11,10 @@ from stepfold.config import Config
 from stepfold.errors import UserError
 from stepfold.evaluation.protocol import teachers_of
 from stepfold.teachers.contract import Student
+from stepfold.teachers.folders import check_folder
 from stepfold.teachers.licences import in_words, is_hub_id, licences_of
 from stepfold.teachers.loading import CARD, load_merged, lora_rank, read_card
-from stepfold.teachers.pipeline import LORA_WEIGHTS, PipelineTeacher, check_folder
+from stepfold.teachers.pipeline import LORA_WEIGHTS, PipelineTeacher
 from stepfold.training.runs import writing
 
 USE = """```python

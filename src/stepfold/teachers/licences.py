@@ -8,8 +8,8 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 
 from stepfold import assets
+from stepfold.teachers.folders import load_index
 from stepfold.teachers.loading import folder_of
-from stepfold.teachers.pipeline import load_index
 
 Licence = dict[str, str]
 """The fields `license`, `license_name` and `license_link` of a model card, as far as it has them."""

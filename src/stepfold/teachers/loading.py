@@ -15,8 +15,9 @@ from stepfold.errors import UserError
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.flux import FluxTeacher
+from stepfold.teachers.folders import check_folder, load_index, merge_lora, unloadable
 from stepfold.teachers.lumina2 import Lumina2Teacher
-from stepfold.teachers.pipeline import PipelineTeacher, check_folder, load_index, merge_lora, unloadable
+from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.teachers.sd3 import SD3Teacher

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -12,8 +11,7 @@ from typing import Any, ClassVar, Literal
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from safetensors import SafetensorError
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,6 +20,7 @@ from stepfold.maths.formulations import flow_time, guide
 from stepfold.maths.routes import few_step_times
 from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate, sharing_copy
 from stepfold.teachers.depth import drop_blocks
+from stepfold.teachers.folders import load_index, load_pipeline, merge_lora
 from stepfold.teachers.once import compute_afresh, compute_once, forget
 
 SIGMA_DATA = 0.5
@@ -623,93 +622,3 @@ class PipelineTeacher:
         parts = self.student_parts() | {self.network_part: student.transformer}
         pipe: Any = self.student_class(**parts)
         pipe.save_pretrained(folder, safe_serialization=True)
-
-
-def load_index(source: str) -> dict[str, Any]:
-    """A pipeline's model_index.json, from a folder or a hub id.
-
-    Raises:
-        UserError: the folder lacks a part or holds a pickle, or there is no such pipeline.
-    """
-    folder = Path(source)
-    if folder.exists():
-        check_folder(folder)
-    try:
-        return dict(DiffusionPipeline.load_config(source))  # type: ignore[arg-type]
-    except OSError as error:
-        raise UserError(
-            f"teacher {source!r} is neither a pipeline folder nor a hub id that can be reached: {first_line(error)}"
-        ) from None
-
-
-def load_pipeline(
-    source: str, index: dict[str, Any], classes: Sequence[type], dtype: torch.dtype, network_only: bool
-) -> Any:
-    """Loads a pipeline, all or without text encoders and VAE; safetensors only.
-
-    Raises:
-        UserError: it is of another class, or does not load.
-    """
-    names = {kind.__name__: kind for kind in classes}
-    name = index.get("_class_name")
-    if name not in names:
-        raise UserError(f"teacher {source!r} is a {name}; here it must be a {' or a '.join(names)}")
-    later = [part for part in index if part.startswith("text_encoder") or part == "vae"]
-    kind: Any = names[name]
-    try:
-        parts: dict[str, Any] = dict.fromkeys(later) if network_only else {}
-        return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise unloadable(source, error) from None
-
-
-def unloadable(source: str, error: Exception) -> UserError:
-    """What is said of a teacher that diffusers does not load."""
-    return UserError(f"teacher {source!r} does not load: {first_line(error)}; save it again with save_pretrained")
-
-
-def merge_lora(pipe: Any, source: str) -> None:
-    """Merges a LoRA in diffusers' format into a pipeline's weights; safetensors only.
-
-    Raises:
-        UserError: it does not load, or does not fit.
-    """
-    try:
-        pipe.load_lora_weights(source, use_safetensors=True)
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(
-            f"LoRA {source!r} does not load ({first_line(error)}); give a safetensors file that "
-            f"{type(pipe).__name__}.load_lora_weights reads (it needs peft: pip install stepfold[lora])"
-        ) from None
-
-
-def check_folder(folder: Path) -> None:
-    """Refuses a pipeline folder with a missing part or a file that could execute code when loaded."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UserError(
-            f"teacher folder {str(folder)!r} has no model_index.json; give a folder written by save_pretrained"
-        )
-    for path in folder.rglob("*"):
-        if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}:
-            raise UserError(
-                f"teacher folder holds a pickle, {path.relative_to(folder)}, which could run code; "
-                "convert it with save_pretrained(..., safe_serialization=True)"
-            )
-    try:
-        parts = json.loads(index.read_text())
-    except ValueError as error:
-        raise UserError(f"{index} is not valid JSON ({error}); save the pipeline again with save_pretrained") from None
-    if not isinstance(parts, dict):
-        raise UserError(f"{index} describes no pipeline; save the pipeline again with save_pretrained")
-    for part, spec in parts.items():
-        present = isinstance(spec, list) and len(spec) == 2 and spec[0] is not None
-        if present and not part.startswith("_") and not (folder / part).is_dir():
-            raise UserError(f"teacher folder {str(folder)!r} lacks its part {part!r}; copy the whole pipeline folder")
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
