@@ -63,6 +63,12 @@ def test_a_lora_students_card_loads_its_teacher(student_of: StudentOf) -> None:
     assert 'pipe.load_lora_weights("you/mine")' in text and 'from_pretrained("you/mine", subfolder="scheduler")' in text
 
 
+def test_only_what_diffusers_loads_goes_there(student: Path, tmp_path: Path) -> None:
+    (tmp_path / CARD).write_bytes((student / CARD).read_bytes())  # as an onnx export has it
+    with pytest.raises(UserError, match=r"no model_index.json"):
+        hub_card(tmp_path, "you/mine")
+
+
 def test_mistakes_leave_the_folder_alone(student: Path) -> None:
     before = {path: path.read_bytes() for path in student.rglob("*") if path.is_file()}
     for repo, reason in (

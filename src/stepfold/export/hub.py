@@ -9,9 +9,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from stepfold.errors import UserError
 from stepfold.export.pipeline import metrics_beside, model_card
-from stepfold.teachers.folders import first_line
+from stepfold.teachers.folders import check_folder, first_line
 from stepfold.teachers.licences import licences_of
-from stepfold.teachers.loading import read_card
+from stepfold.teachers.loading import lora_rank, read_card
 from stepfold.training.runs import writing
 
 
@@ -28,6 +28,8 @@ def hub_card(folder: Path, repo: str) -> str:
     if "/" not in repo:
         raise UserError(f"{repo!r} names no owner; give OWNER/NAME, for example you/{repo}")
     card = read_card(folder)
+    if not lora_rank(card):
+        check_folder(folder)
     usual = {"example": "a photo of a cat", "licences": licences_of(card["teacher"])}  # older students lack them
     return model_card(usual | card | {"licences": usual["licences"]}, metrics_beside(folder), repo)
 

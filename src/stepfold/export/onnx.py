@@ -119,7 +119,7 @@ def export_onnx(folder: Path, out: Path) -> None:
     with writing(out) as part:
         part.mkdir()
         program.save(str(part / GRAPH))
-        (part / CARD).write_text(json.dumps(card, indent=2) + "\n")
+        (part / CARD).write_text(json.dumps(card | {"merged": True}, indent=2) + "\n")
         (part / "README.md").write_text(
             README.format(
                 teacher=card["teacher"],
