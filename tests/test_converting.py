@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipeline, make_transformer
 from diffusers import SanaPipeline, SanaSprintPipeline
 from safetensors.torch import save_file
-from tiny import enliven
+from tiny import enliven, make_sana, sana_transformer
 from torch import Tensor
 
 from stepfold.converting import convert
@@ -40,7 +39,7 @@ def original(network: Any, qk_norm: bool, guidance: bool) -> dict[str, Tensor]:
     for ours, theirs in TIME.items() if guidance else ():
         for leaf in ("weight", "bias"):
             changed[f"{theirs}.{leaf}"] = state[f"{ours}.{leaf}"]
-    plain = make_transformer(qk_norm=None, num_layers=network.config.num_layers)
+    plain = sana_transformer(qk_norm=None, num_layers=network.config.num_layers)
     plain.load_state_dict({name: state.get(name, value) for name, value in plain.state_dict().items()})
     common = original_state(plain)
     extra = {"logvar_linear.weight": torch.zeros(1, 64), "logvar_linear.bias": torch.zeros(1)} if guidance else {}
@@ -53,9 +52,9 @@ def original(network: Any, qk_norm: bool, guidance: bool) -> dict[str, Tensor]:
 def test_a_checkpoint_becomes_a_pipeline(tmp_path: Path, qk_norm: bool, guidance: bool, suffix: str) -> None:
     """Bit for bit the network that was saved, three blocks where the base has two; its time as it was said."""
     norm = "rms_norm_across_heads" if qk_norm else None
-    network: Any = make_transformer(qk_norm=norm, guidance_embeds=guidance, num_layers=3)
+    network: Any = sana_transformer(qk_norm=norm, guidance_embeds=guidance, num_layers=3)
     enliven(network)
-    make_pipeline().save_pretrained(tmp_path / "base", safe_serialization=True)
+    make_sana().save_pretrained(tmp_path / "base", safe_serialization=True)
     state, file = original(network, qk_norm, guidance), tmp_path / f"sana{suffix}"
     if suffix == ".pth":
         torch.save({"state_dict": state, "epoch": 3}, file)
@@ -70,7 +69,7 @@ def test_a_checkpoint_becomes_a_pipeline(tmp_path: Path, qk_norm: bool, guidance
 
 
 def test_what_does_not_fit_is_named(tiny_sana: Path, tmp_path: Path) -> None:
-    network: Any = make_transformer(qk_norm=None)
+    network: Any = sana_transformer(qk_norm=None)
     whole = original(network, qk_norm=False, guidance=False)
 
     def refused(state: Any, match: str, base: Path = tiny_sana) -> None:

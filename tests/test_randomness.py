@@ -82,7 +82,7 @@ def test_a_sample_does_not_depend_on_how_many_share_its_step(tiny_sana: Path, pr
         samples: list[dict[str, object]] = []
         for step in range(30 // per_step):
             one = vars(draw(step, prompts, teacher, config, torch.device("cpu")))
-            assert one.pop("size") == 0  # one for the whole step: the teacher has one shape
+            assert one.pop("shape_index") == 0  # one for the whole step: the teacher has one shape
             judged, pairs = vars(one.pop("judged")), one["times"].shape[1]
             samples += [
                 {name: values[i] for name, values in one.items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLWan,
     DDIMScheduler,
@@ -23,6 +24,8 @@ from diffusers import (
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -32,7 +35,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -49,6 +52,20 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+PROMPTS = (
+    "red heart",
+    "a cat",
+    "dog on blue background",
+    "rocket",
+    "pizza on a white plate",
+    "ghost",
+    "snowman on teal background",
+    "green apple",
+    "moon",
+    "yellow star on black background",
+    "house",
+    "a fish, please",
+)
 CHARACTERS = string.ascii_lowercase + string.digits + ",.'-:"
 
 
@@ -99,6 +116,73 @@ def kl_autoencoder(channels: int, shift: float | None = None) -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         scaling_factor=1.5, shift_factor=shift, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
+
+
+def sana_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE that knows the words of the prompts and of the pipeline's default instruction."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    tokenizer.train_from_iterator(
+        [*PROMPTS, *instruction],
+        trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=["<pad>", "<eos>", "<bos>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="right"
+    )
+
+
+def gemma_encoder(vocab_size: int) -> Gemma2Model:
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, max_position_embeddings=2048,
+            sliding_window=2048, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        )
+    )  # fmt: skip
+
+
+def dc_autoencoder() -> AutoencoderDC:
+    return AutoencoderDC(
+        latent_channels=4, attention_head_dim=8, scaling_factor=0.7,
+        encoder_block_types="ResBlock", decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 8, 16), decoder_block_out_channels=(8, 8, 16),
+        encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()), decoder_qkv_multiscales=((), (), ()),
+    )  # fmt: skip
+
+
+def sana_transformer(**changes: Any) -> SanaTransformer2DModel:
+    settings: dict[str, Any] = dict(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=32, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=32, cross_attention_dim=64, caption_channels=32,
+        mlp_ratio=2.0, sample_size=8, patch_size=1, qk_norm="rms_norm_across_heads", timestep_scale=0.001,
+    )  # fmt: skip
+    return SanaTransformer2DModel(**(settings | changes))
+
+
+def make_sana(**changes: Any) -> SanaPipeline:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = sana_tokenizer()
+        text_encoder, vae, transformer = gemma_encoder(len(tokenizer)), dc_autoencoder(), sana_transformer(**changes)
+        enliven(text_encoder)
+        enliven(transformer)
+    parts: Any = dict(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+    )
+    return SanaPipeline(**parts)
 
 
 def make_sd3(num_layers: int = 2) -> StableDiffusion3Pipeline:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepfold.config import load_config
+from stepfold.config import TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.prompts.reading import open_prompts
@@ -61,6 +61,8 @@ def distill_module(
     guidance_scales(config, wrapped)  # before anything is written
     if config.student.lora:
         raise UserError("a network of one's own trains all its weights; leave student.lora at 0")
+    if config.teacher != TeacherSettings(source=source):
+        raise UserError("settings of `teacher` are for pipelines; what there is to say is an argument of ModuleTeacher")
     student, blacks = teacher.new_student(config.student.depth), [torch.zeros(teacher.latent_shape)]
     teacher.network.to(accelerator.device)
     lock = open_run(folder, config, resume)

@@ -692,7 +692,7 @@ def convert(
     time_scale: Annotated[
         int, typer.Option(help="What its time counts to: 1000 (Sana), 1 (Sana-Sprint and its teacher).")
     ] = 1000,
-    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a pipeline folder that is there.")] = False,
 ) -> None:
     """Make a pipeline folder of a Sana checkpoint under its original names; nothing in the file is run.
 
@@ -705,6 +705,8 @@ def convert(
 
     quiet_libraries()
     refuse_existing(out, force)
+    if out.exists() and not (out / "model_index.json").is_file():
+        raise UserError(f"{out} is no pipeline folder, so --force does not replace it; choose another --out")
     if time_scale not in (1, 1000):
         raise UserError(f"--time-scale is {time_scale}; give 1000 (Sana) or 1 (Sana-Sprint and its teacher)")
     typer.echo(f"{converted(file, base, out, time_scale)}: {out}")

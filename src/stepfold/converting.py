@@ -79,13 +79,14 @@ def network_of(state: Mapping[str, Tensor], config: Mapping[str, Any], time_scal
         }
     )
     wanted: dict[str, dict[int, str]] = defaultdict(dict)
-    for name in network.state_dict():
+    ours = network.state_dict()
+    for name in ours:
         original, (place,) = pieces_of(from_table(name, SANA | NORMS_AND_GUIDANCE) or name)
         wanted[original][place] = name
     found: dict[str, Tensor] = {}
     for original, pieces in wanted.items():
         names = [pieces[place] for place in sorted(pieces)]
-        rows = [len(network.state_dict()[name]) for name in names]
+        rows = [len(ours[name]) for name in names]
         if original not in state:
             raise UserError(f"the checkpoint has no {original}; is it a Sana network?")
         if len(state[original]) != sum(rows):

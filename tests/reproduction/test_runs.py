@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stepfold.config import Config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.reproduction.figures import WALK_FIGURES
@@ -78,6 +80,20 @@ def test_equal_settings_are_one_run_and_seed_0_comes_first() -> None:
     seeds = [run.config.seed for run in runs]
     assert seeds == sorted(seeds)
     assert plan(EXPERIMENTS, ["T4"], ["training.steps=9"])[0].config.training.steps == 9
+
+
+class LaterConfig(Config):
+    """As a version with one more setting would read it."""
+
+    added_later: int = 1
+
+
+def test_a_setting_of_a_later_version_changes_no_name() -> None:
+    """A sweep of days goes on after an update."""
+    for run in plan(EXPERIMENTS, ["T4"], []):
+        later = LaterConfig.model_validate(run.config.model_dump())
+        assert replace(run, config=later).name == run.name
+        assert replace(run, config=later.model_copy(update={"added_later": 2})).name != run.name
 
 
 def test_rows_that_need_images_wait_for_a_folder() -> None:
@@ -160,10 +176,12 @@ def test_a_step_costs_what_was_timed(tmp_path: Path) -> None:
     run = plan(EXPERIMENTS, ["T4"], [])[0]
     stages = {"teacher": 3.0, "student forward": 5.0, "preview": 100.0}
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "kept": 1.0}\n{"step": 1, "kept": 0.5}\n')
-    for timed_steps, expected in ((4, 2.0), (0, None)):
+    for timed_steps, step_sec in ((4, {"first": 9.0, "median": 2.0}), (0, None)):
+        expected = step_sec and step_sec["median"]
         report = {
             "stages_sec": stages,
             "timed_steps": timed_steps,
+            "step_sec": step_sec,
             "peak_memory_gib": 9.0,
             "peak_memory_steps_gib": 1.25,
         }

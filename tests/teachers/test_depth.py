@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from conftest import make_pipeline
 from diffusers import SanaTransformer2DModel, SD3Transformer2DModel
 
 from stepfold.config import load_config
@@ -58,7 +57,7 @@ def test_a_stable_diffusion_35_keeps_its_dual_attention():
 @pytest.fixture(params=["sana", "flux", "sd3"])
 def teacher(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     make = {
-        "sana": lambda: make_pipeline(num_layers=3),
+        "sana": lambda: tiny.make_sana(num_layers=3),
         "flux": lambda: tiny.make_flux(num_layers=3),
         "sd3": lambda: tiny.make_sd3(num_layers=3),
     }

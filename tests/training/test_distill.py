@@ -685,11 +685,13 @@ def test_the_size_of_a_steps_latents_is_drawn(teacher: SanaTeacher, settings: Se
     several = copy.copy(teacher)
     several.latent_shapes = ((4, 8, 8), (4, 4, 16))
     draws = [draw(step, prompts, several, config, CPU) for step in range(40)]
-    sizes = [batch.size for batch in draws]
-    assert 10 < sum(sizes) < 30 and sizes == [draw(step, prompts, several, config, CPU).size for step in range(40)]
+    sizes = [batch.shape_index for batch in draws]
+    assert 10 < sum(sizes) < 30 and sizes == [
+        draw(step, prompts, several, config, CPU).shape_index for step in range(40)
+    ]
     for step, batch in enumerate(draws):
         assert batch.fresh_noise is not None and batch.judged is not None
         latents = (batch.noise, batch.fresh_noise, batch.judged.start, batch.judged.noise)
-        assert {values.shape[-3:] for values in latents} == {several.latent_shapes[batch.size]}
+        assert {values.shape[-3:] for values in latents} == {several.latent_shapes[batch.shape_index]}
         one = draw(step, prompts, teacher, config, CPU)
         assert torch.equal(one.route, batch.route) and one.prompts == batch.prompts

@@ -134,6 +134,18 @@ def test_rename_that_fails_keeps_the_old_file(
     assert leftovers(tmp_path) == []
 
 
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    """`--json FOLDER` must not cost anyone the folder."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    with (
+        pytest.raises(UserError, match="mine is a folder; give the name of a file"),
+        writing(tmp_path / "mine") as part,
+    ):
+        part.write_text("{}")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.tex"]
+
+
 def test_what_a_kill_left_behind_does_not_get_into_the_next_write(tmp_path: Path) -> None:
     (tmp_path / ".student.part").mkdir()
     (tmp_path / ".student.part" / "stale").write_text("x")

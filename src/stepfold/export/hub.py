@@ -30,8 +30,7 @@ def hub_card(folder: Path, repo: str) -> str:
     card = read_card(folder)
     if not lora_rank(card):
         check_folder(folder)
-    usual = {"example": "a photo of a cat", "licences": licences_of(card["teacher"])}  # older students lack them
-    return model_card(usual | card | {"licences": usual["licences"]}, metrics_beside(folder), repo)
+    return model_card(card | {"licences": licences_of(card["teacher"])}, metrics_beside(folder), repo)
 
 
 def push(folder: Path, repo: str, *, private: bool, api: Any = None) -> str:

@@ -150,7 +150,7 @@ def model_card(card: dict[str, Any], metrics: dict[str, Any] | None = None, name
         merge=MERGE.format(lora=json.dumps(theirs)) if (theirs := card["config"]["teacher"]["lora"]) else "",
         name=json.dumps(name),
     )  # fmt: skip
-    output = card.get("output", "images")
+    output = card["output"]
     use = USE.format(
         classes=classes, loading=loading, prompt=prompt, arguments=arguments, result=RESULTS[output], output=output
     )

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepfold import assets
-from stepfold.config import Config, Section, load_config, to_yaml
+from stepfold.config import Config, Section, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.evaluation.judge import Judge, load_judge
@@ -116,8 +116,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder: a hash of the settings, so that equal settings run once, whatever table asks for them."""
-        return hashlib.sha256(to_yaml(self.config).encode()).hexdigest()[:12]
+        """Of its folder: a hash of the settings that are not the defaults.
+
+        Equal settings run once, whatever table asks for them, and a setting that a later version adds changes no name.
+        """
+        changed = self.config.model_dump(mode="json", exclude_defaults=True)
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def load_experiments() -> Experiments:
@@ -244,20 +248,20 @@ def reproduce(runs: list[Run], root: Path, display: Display, pictures: int) -> N
 
 
 def costs(folder: Path, config: Config) -> dict[str, Any]:
-    """What a finished run took: seconds a step and its parts, previews left out; pairs a step; memory.
+    """What a finished run took: median seconds a step, mean seconds of its parts; pairs a step; memory.
 
-    The seconds are None if the last process of the run had no step left to do.
+    The seconds are None if the last process of the run had no step left to do. The median does not see a pause.
     """
     report = json.loads((folder / "report.json").read_text())
     stages = {name: sec for name, sec in report["stages_sec"].items() if name not in BESIDE_STEPS}
-    steps = report["timed_steps"]
+    steps, sec = report["timed_steps"], (report["step_sec"] or {}).get("median")
     kept = statistics.mean(row["kept"] for row in read_metrics(folder))
     pairs = (
         kept * config.training.prompts_per_step * pairs_per_prompt(config.space.route_steps, config.space.keep_first)
     )
     return {
-        "sec_per_step": sum(stages.values()) / steps if steps else None,
-        "sec_per_pair": sum(stages.values()) / steps / pairs if steps else None,
+        "sec_per_step": sec,
+        "sec_per_pair": sec and sec / pairs,
         "stages_sec": {name: sec / steps for name, sec in stages.items()} if steps else None,
         "pairs_per_step": pairs,
         "peak_memory_gib": report["peak_memory_steps_gib"],

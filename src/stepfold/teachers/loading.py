@@ -25,6 +25,8 @@ from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDif
 from stepfold.teachers.wan import WanTeacher
 
 CARD = "stepfold.json"
+OLDER = {"frames": None, "output": "images", "example": "a photo of a cat", "licences": {"teacher": {}}}
+"""What the cards of students lack that were written before it was noted."""
 
 
 FAMILIES: dict[str, type[PipelineTeacher]] = {
@@ -174,7 +176,7 @@ def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """What `stepfold.json` of a student folder says.
+    """What `stepfold.json` of a student folder says, with OLDER for what it does not.
 
     Raises:
         UserError: the folder is no student that stepfold wrote.
@@ -188,7 +190,7 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / CARD} is damaged ({error}); copy the student folder again") from None
     if missing:
         raise UserError(f"{folder / CARD} is damaged (it lacks {missing[0]}); copy the student folder again")
-    return card
+    return OLDER | card
 
 
 def lora_rank(card: dict[str, Any]) -> int:
@@ -207,9 +209,7 @@ def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeac
         teacher = load_teacher(TeacherSettings.model_validate(card["config"]["teacher"]), device)
         return teacher, teacher.load_lora(folder, rank), card
     check_folder(folder)
-    settings: dict[str, Any] = {name: card[name] for name in ("height", "width", "max_tokens")} | {
-        "frames": card.get("frames")
-    }
+    settings = {name: card[name] for name in ("height", "width", "frames", "max_tokens")}
     pipeline = family_of(str(folder))(folder, device=device, **settings)
     return pipeline, pipeline.as_student(), card
 

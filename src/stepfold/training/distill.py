@@ -360,7 +360,7 @@ def distill(
         with stages("images"):
             x0 = latents(batch.index).to(device) if latents else None
         with stages("teacher"), rollout_precision(training.rollout_precision, device):
-            pairs = collect(batch, condition, velocity, blacks[batch.size], teacher.sigma_data, config.space, x0)
+            pairs = collect(batch, condition, velocity, blacks[batch.shape_index], teacher.sigma_data, config.space, x0)
         teacher.forget_prompts()  # the memory is the student's now
         return batch, pairs
 

@@ -56,7 +56,7 @@ class Draw:
         times: [B, M], falling, that diffusion space noises to; None in generation space.
         fresh_noise: [B, M, ...] like `noise`, that it noises with; None in generation space.
         judged: for the adversarial term; None without one.
-        size: number of its latents' shape among the teacher's.
+        shape_index: number of its latents' shape among `Teacher.latent_shapes`.
     """
 
     prompts: list[str]
@@ -68,7 +68,7 @@ class Draw:
     times: Tensor | None = None
     fresh_noise: Tensor | None = None
     judged: JudgedDraw | None = None
-    size: int = 0
+    shape_index: int = 0
 
 
 def guidance_scales(config: Config, teacher: Teacher) -> tuple[float, ...]:
@@ -98,15 +98,15 @@ def draw(step: int, prompts: Prompts, teacher: Teacher, config: Config, device: 
     picks: Tensor = torch.cat([uniform((1,), seed, "guidance", i) for i in samples]) * len(scales)
     index = prompt_index(step, prompts, config)
     shapes = teacher.latent_shapes
-    size = int(uniform((1,), seed, "size", step) * len(shapes)) if len(shapes) > 1 else 0
+    shape_index = int(uniform((1,), seed, "size", step) * len(shapes)) if len(shapes) > 1 else 0
     times = fresh_noise = None
     if config.space.kind != "generation":
         drawn = torch.stack([draw_times(config.space, seed, step, i, teacher.sigma_data) for i in samples])
         times = send(drawn.clamp(max=teacher.start_time), device)
-        fresh = (times.shape[1], *shapes[size])
+        fresh = (times.shape[1], *shapes[shape_index])
         fresh_noise = torch.stack([normal(fresh, seed, "fresh noise", i) for i in samples])
         fresh_noise = send(teacher.sigma_data * fresh_noise, device)
-    noise = torch.stack([normal(shapes[size], seed, "noise", i) for i in samples])
+    noise = torch.stack([normal(shapes[shape_index], seed, "noise", i) for i in samples])
     route = torch.stack([draw_route(config.space, seed, step, i, teacher.sigma_data) for i in samples])
     return Draw(
         prompts=[prompts.prompt(i) for i in index],
@@ -117,10 +117,10 @@ def draw(step: int, prompts: Prompts, teacher: Teacher, config: Config, device: 
         uniform=send(torch.cat([uniform((1,), seed, "filter", i) for i in samples]), device),
         times=times,
         fresh_noise=fresh_noise,
-        judged=draw_judged(samples, shapes[size], teacher.sigma_data, config, device)
+        judged=draw_judged(samples, shapes[shape_index], teacher.sigma_data, config, device)
         if config.adversarial.weight
         else None,
-        size=size,
+        shape_index=shape_index,
     )
 
 

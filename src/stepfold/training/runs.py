@@ -23,16 +23,18 @@ CONFIG, METRICS, CHECKSUMS = "config.yaml", "metrics.jsonl", "checksums.json"
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well.
+    """A temporary path beside `path` that takes its place when the block ends well; a folder only a folder's.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written to.
+        UserError: the disk is full, the folder cannot be written to, or `path` is a folder and a file was to go there.
     """
     part = path.with_name(f".{path.name}.part")
     _remove(part)  # of a run that was killed
     try:
         yield part
         if path.is_dir():
+            if not part.is_dir():
+                raise UserError(f"{path} is a folder; give the name of a file")
             shutil.rmtree(path)
         os.replace(part, path)
     except Exception as error:
@@ -96,6 +98,8 @@ def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
         raise UserError(
             f"another process is running in {folder}; wait for it or stop it, or choose another --out"
         ) from None
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from None
     return lock
 
 
