@@ -105,13 +105,15 @@ def distill(
 
     quiet_libraries()
     folder = out or Path("runs") / Path(name).stem
-    display = Display(quiet)
+    display = Display(quiet or bool(other_process()))
     command = "stepfold " + shlex.join(sys.argv[1:])
     try:
         result = run_distill(config, folder, resume=resume, display=display, command=command)
     except KeyboardInterrupt:
         display.note(f"stopped; the state is saved. Continue with: {command}{'' if resume else ' --resume'}")
         raise typer.Exit(130) from None
+    if other_process():
+        return
     if result["teacher"]:
         display.console.print(results_table(result))
     typer.echo(f"student: {folder / 'student'}\nreport:  {folder / 'report.html'}")
@@ -738,9 +740,15 @@ def main() -> None:
         sys.exit(1)
 
 
+def other_process() -> int:
+    """This process's number among those of a launcher, as torchrun and accelerate say it; 0 is the one that shows."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def fail(error: Any, code: int) -> None:
     """Prints an error as one line and exits."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    rank = other_process()
+    print((f"process {rank}: error: " if rank else "error: ") + " ".join(str(error).split()), file=sys.stderr)
     sys.exit(code)
 
 

@@ -206,6 +206,11 @@ class TrainingSettings(Section):
         "are padded to teacher.max_tokens, so keep that small; with a filter, each number of kept prompts is compiled "
         "for itself",
     )
+    shard: Literal["none", "student", "all"] = Field(
+        default="none",
+        description="spread over the processes of a run the weights of the student, its average and the optimiser, or "
+        "`all`: the teacher's too; less memory each, more to send (FSDP2); none: every process has all of them",
+    )
     ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the average that is exported")
     checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1, description="how many checkpoints stay, the newest ones")
@@ -295,6 +300,21 @@ class Config(Section):
             raise ValueError(
                 "prompts is missing; give --prompts FILE (only the bundled teacher has prompts of its own)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shardable(self) -> "Config":
+        if self.training.shard == "none":
+            return self
+        way_out = f"does not go with training.shard={self.training.shard}; leave that at none, or "
+        if self.student.lora:
+            raise ValueError(f"student.lora {way_out}give the student all weights, student.lora=0")
+        if self.adversarial.weight:
+            raise ValueError(f"adversarial.weight {way_out}set adversarial.weight=0")
+        if self.optimiser.name != "adamw":
+            raise ValueError(f"optimiser.name={self.optimiser.name} {way_out}set optimiser.name=adamw")
+        if self.training.compile:
+            raise ValueError(f"training.compile {way_out}set training.compile=false")
         return self
 
 

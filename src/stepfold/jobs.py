@@ -52,8 +52,9 @@ from stepfold.teachers.loading import (
 )
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.choices import choose_precision
-from stepfold.training.distill import Progress, Stages, distill, make_accelerator
+from stepfold.training.distill import Progress, Stages, distill, make_accelerator, processes_of
 from stepfold.training.draws import guidance_scales
+from stepfold.training.processes import is_sharded, lost_process
 from stepfold.training.runs import (
     check_run,
     checkpoints,
@@ -68,25 +69,32 @@ NUM_PREVIEWS = 8
 NUM_VIDEO_PREVIEWS, NUM_FRAMES = 2, 6
 
 
+@lost_process()
 def run_distill(config: Config, folder: Path, *, resume: bool, display: Display, command: str) -> dict[str, Any]:
-    """Distils, exports, measures and reports. Returns what is in report.json.
+    """Distils, exports, measures and reports. Returns what is in report.json; nothing in all processes but the first.
 
     Raises:
         UserError: something in the settings, the prompts, the teacher or the folder is wrong.
         NonFiniteError: the training diverged.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     if config.space.kind == "images" and config.space.images is None:
         raise UserError("space.kind=images needs a folder of images; add --set space.images=FOLDER")
     began = time.perf_counter()
     config = choose_objective(choose_precision(config))
-    accelerator = make_accelerator(config.training.precision)
-    device = accelerator.device
+    accelerator = make_accelerator(config.training.precision, several=True)
+    device, processes = accelerator.device, processes_of(accelerator)
+    if config.training.prompts_per_step < processes.count:
+        raise UserError(
+            f"training.prompts_per_step is {config.training.prompts_per_step}, but there are {processes.count} "
+            "processes: it counts the prompts of all of them, so give at least one to each"
+        )
     images = open_images(config.space.images) if config.space.images else None
     prompts = images or open_prompts(config.prompts or assets.PROMPTS)
     check_run(folder, config, resume)
     display.note(
         f"{len(prompts)} prompts ({prompts.num_blank} blank and {prompts.num_duplicate} repeated lines left out), "
-        f"device {device.type}, run folder {folder}"
+        f"device {device.type}{f', {processes.count} processes' if processes.count > 1 else ''}, run folder {folder}"
     )
     torch.manual_seed(config.seed)  # the guidance embedder's and the weight head's initial values
     cache = None
@@ -106,14 +114,18 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     scales = guidance_scales(config, teacher)
     usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
     taught = usual if len(set(scales)) > 1 else scales[0]
-    lock = open_run(folder, config, resume)  # only now: a teacher that does not load leaves no run behind
-    remember_prompts(folder, prompts.path, len(prompts), prompts.sha256)
-    for finding in set_aside_damaged(folder):
-        display.note(finding)
+    lock = None
+    if processes.first:
+        lock = open_run(folder, config, resume)  # only now: a teacher that does not load leaves no run behind
+        remember_prompts(folder, prompts.path, len(prompts), prompts.sha256)
+        for finding in set_aside_damaged(folder):
+            display.note(finding)
+    processes.wait()
     if resume and not checkpoints(folder):
         display.note(f"{folder} holds no checkpoint yet: starting from the teacher")
-    blacks = [cache.black.to(device)] if cache and not config.teacher.sizes else cached_blacks(folder, teacher)
-    latents = image_latents(folder, teacher, images, config.space.cache_latents, display) if images else None
+    with accelerator.main_process_first():  # the first one makes the files, the others read them
+        blacks = [cache.black.to(device)] if cache and not config.teacher.sizes else cached_blacks(folder, teacher)
+        latents = image_latents(folder, teacher, images, config.space.cache_latents, display) if images else None
     if images is None or config.space.cache_latents:
         teacher.release_decoder()
 
@@ -122,9 +134,11 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
             return cache.rows(index).to(device, teacher.work_dtype)
         return teacher.encode([prompts.prompt(i) for i in index])
 
-    preview = make_preview(folder, teacher, conditions, len(prompts), config, taught, display)
+    preview = make_preview(
+        folder if processes.first else None, teacher, conditions, len(prompts), config, taught, display
+    )
 
-    tracker = make_tracker(folder)
+    tracker = make_tracker(folder) if processes.first else None
     stages = Stages(device if config.training.time_stages else None)
     stages.seconds["load"] = time.perf_counter() - began
     tangent = ""
@@ -139,7 +153,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         step_sec.append(progress.row["sec"])
         display.step(progress)
         for name, value in progress.row.items():
-            if name != "step":
+            if name != "step" and tracker:
                 tracker.add_scalar(name, value, progress.step)
 
     of_steps, of_previews = [0.0], [0.0]
@@ -155,11 +169,16 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     reset_peak_memory(device)
     with display.training(config.training.steps):
         average = distill(
-            config, folder, teacher, student, prompts, blacks, accelerator,
+            config, folder, teacher, student, prompts, blacks, accelerator, processes=processes,
             latents=latents, conditions=conditions if cache else None,
             stages=stages, note_tangent=note_tangent, report=report, preview=preview_apart,
         )  # fmt: skip
+    accelerator.end_training()  # the others have nothing left to do
+    if not processes.first or not tracker or not lock:
+        return {}
     tracker.close()
+    if is_sharded(teacher.network):
+        teacher = load_teacher(config.teacher, device)  # whole again, to be measured
     of_steps.append(peak_memory_gib(device))
 
     save_student(teacher, average, folder / "student", config, scales, taught, prompts.prompt(0))
@@ -188,6 +207,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         "timed_steps": len(step_sec),
         "step_sec": {"first": step_sec[0], "median": statistics.median(step_sec)} if step_sec else None,
         "tangent": tangent,
+        "processes": processes.count,
         "peak_memory_gib": max(of_steps + of_previews),  # while training: neither loading before nor measuring after
         "peak_memory_steps_gib": max(of_steps),  # without the previews
         "curves": curves_from_rows(read_metrics(folder)),
@@ -284,7 +304,7 @@ def image_latents(
 
 
 def make_preview(
-    folder: Path,
+    folder: Path | None,
     teacher: PipelineTeacher,
     conditions: Callable[[Sequence[int]], Condition],
     num_prompts: int,
@@ -292,7 +312,10 @@ def make_preview(
     guidance: float,
     display: Display,
 ) -> Callable[[Student, int], None]:
-    """Draws the teacher at 20 steps and the student at 1, 2 and 4, from the same prompts and noise, into previews/."""
+    """Draws the teacher at 20 steps and the student at 1, 2 and 4, from the same prompts and noise, into previews/.
+
+    Without a folder nothing is written: a process that only helps another one to draw.
+    """
     count = NUM_PREVIEWS if teacher.frames == 1 else NUM_VIDEO_PREVIEWS
     shown = [i * num_prompts // count for i in range(min(count, num_prompts))]
     condition = conditions(shown)
@@ -310,6 +333,8 @@ def make_preview(
             for k in (1, 2, 4)
         }
         latents = reference | sample_rows(ours, noise, condition, guidance)
+        if folder is None:
+            return
         rows = {name: thinned(teacher.decode(x0), teacher.frames, NUM_FRAMES) for name, x0 in latents.items()}
         save_grid(rows, folder / "previews" / f"step_{step:06d}.png")
         teacher.release_decoder()

@@ -23,6 +23,8 @@ class Pairs:
         prompt: int64 [M], which prompt of the batch each pair belongs to.
         number: int64 [M], the pair's place among the `num_walked`.
         num_walked: how many pairs there would be, had none been filtered out.
+        stand_in: whether they stand in for no pairs at all, so that a process among several has a pass to make with
+            the others; they count for nothing.
     """
 
     x: Tensor
@@ -35,6 +37,7 @@ class Pairs:
     prompt: Tensor
     number: Tensor
     num_walked: int
+    stand_in: bool = False
 
     def __len__(self) -> int:
         return len(self.x)
@@ -52,6 +55,7 @@ class Pairs:
             self.prompt[index],
             self.number[index],
             self.num_walked,
+            self.stand_in,
         )
 
 

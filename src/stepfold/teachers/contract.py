@@ -140,6 +140,11 @@ class Teacher(Protocol):
     feature_widths: tuple[int, ...]  # of `features`
 
     @property
+    def network(self) -> nn.Module:
+        """What `velocity` calls."""
+        ...
+
+    @property
     def student_reads_guidance(self) -> bool:
         """Whether a student of it can be told which scale it stands for."""
         ...

@@ -213,6 +213,11 @@ class PipelineTeacher:
         return ("classifier_free", "none")
 
     @property
+    def network(self) -> nn.Module:
+        """See `Teacher`."""
+        return self.transformer
+
+    @property
     def student_reads_guidance(self) -> bool:
         """See `Teacher`."""
         return self.guidance_kind == "embedded"

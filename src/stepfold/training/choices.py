@@ -67,7 +67,11 @@ class TangentChoice:
 
 
 def choose_tangent(
-    config: Config, student: Student, condition: Condition, latent_shape: tuple[int, ...]
+    config: Config,
+    student: Student,
+    condition: Condition,
+    latent_shape: tuple[int, ...],
+    num_prompts: int | None = None,
 ) -> TangentChoice:
     """The backend of `training.tangent`; `auto` follows this rule, in this order.
 
@@ -84,11 +88,12 @@ def choose_tangent(
         student: on its device.
         condition: one row.
         latent_shape: of one sample.
+        num_prompts: trajectories that this process has in a step; None for all of `training.prompts_per_step`.
     """
     training = config.training
     if config.objective != "discrete" and training.tangent != "auto":
         return TangentChoice(training.tangent, training.checkpointing or training.tangent == "block", "as set")
-    need, fits = memory_estimate(config, student, condition, latent_shape)
+    need, fits = memory_estimate(config, student, condition, latent_shape, num_prompts or training.prompts_per_step)
     recompute = training.checkpointing or not fits
     if config.objective == "discrete":
         name, reason = "none", "discrete consistency has none"
@@ -134,11 +139,11 @@ def trial(
 
 
 def memory_estimate(
-    config: Config, student: Student, condition: Condition, latent_shape: tuple[int, ...]
+    config: Config, student: Student, condition: Condition, latent_shape: tuple[int, ...], num_prompts: int
 ) -> tuple[float, bool]:
     """(GiB that the student's part of a step needs with all activations kept, whether the device has them to spare)."""
     network, x, t = trial(student, condition, latent_shape)
-    pairs = config.training.prompts_per_step * pairs_per_prompt(config.space.route_steps, config.space.keep_first)
+    pairs = num_prompts * pairs_per_prompt(config.space.route_steps, config.space.keep_first)
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in student.parameters() if not p.requires_grad)
     need = kept_bytes(lambda: network(x, t)) * min(config.training.micro_batch or pairs, pairs)

@@ -6,12 +6,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -31,8 +33,9 @@ from stepfold.spaces.generation import Velocity, brightness_filter, pairs_from, 
 from stepfold.spaces.pairs import Pairs, pairs_per_prompt
 from stepfold.teachers.contract import Condition, Student, Teacher, sharing_copy
 from stepfold.training.choices import choose_tangent, keep_freed_memory
-from stepfold.training.draws import Draw, JudgedDraw, draw, guidance_scales, prompt_index
+from stepfold.training.draws import Draw, JudgedDraw, draw, guidance_scales, prompt_index, step_samples
 from stepfold.training.optimisers import learning_rate, make_optimiser
+from stepfold.training.processes import ALONE, Processes, gathered, is_sharded, local, shard, whole
 from stepfold.training.runs import append_metrics, checkpoints, load_checkpoint, rewind_metrics, save_checkpoint
 
 
@@ -53,25 +56,32 @@ def collect(
     sigma_data: float,
     space: SpaceSettings,
     x0: Tensor | None = None,
+    *,
+    stand_in: bool = False,
 ) -> Pairs:
     """The training pairs of a step; dark pictures are dropped.
 
     Generation space keeps the states of the teacher's walk. Diffusion space noises clean latents: `x0` [B, ...], of
-    standard deviation sigma_data, if given, else the ends of the walks.
+    standard deviation sigma_data, if given, else the ends of the walks. With `stand_in`, pairs that count for nothing
+    where all were dropped.
     """
     trajectory = None
     if x0 is None:
         trajectory = walk(velocity, batch.noise, batch.route, condition, batch.guidance)
         x0 = trajectory.x0
-    keep = None
+    keep, empty = None, False
     if space.filter_rule != "off":
         keep = brightness_filter(
             x0, black, sigma_data, batch.uniform, threshold=space.filter_threshold, rule=space.filter_rule
         )
+        if stand_in and not keep.any():
+            keep[0] = empty = True
     if batch.times is None or batch.fresh_noise is None:
         assert trajectory is not None
-        return pairs_from(trajectory, condition, batch.guidance, keep_first=space.keep_first, keep=keep)
-    return noised_pairs(velocity, x0, batch.times, batch.fresh_noise, condition, batch.guidance, keep)
+        pairs = pairs_from(trajectory, condition, batch.guidance, keep_first=space.keep_first, keep=keep)
+    else:
+        pairs = noised_pairs(velocity, x0, batch.times, batch.fresh_noise, condition, batch.guidance, keep)
+    return replace(pairs, stand_in=empty)
 
 
 BESIDE_STEPS = ("load", "first preview", "preview", "checkpoint", "evaluation")
@@ -113,19 +123,25 @@ def update(
     predict: Callable[..., Tensor] = predict_data,
     judgement: Judgement | None = None,
     stages: Stages | None = None,
+    denominator: float | None = None,
+    most_pairs: int = 0,
 ) -> dict[str, Tensor]:
     """Adds the gradient of the mean loss over the pairs, in micro-batches; returns per-pair figures [M].
 
     `backend` is the tangent's. `derivative` is `total_derivative` and `predict` is `predict_data`, or their compiled
     selves. With a `judgement`, the discriminator gets the gradient of its own loss. `stages` notes what forward and
-    backward passes take.
+    backward passes take. Where several processes share a step, the mean is over `denominator` pairs, those of the
+    others among them, and this one makes as many passes as one that has `most_pairs`.
     """
     stages = stages or Stages()
-    denominator = len(pairs) if config.space.filter_denominator == "kept" else pairs.num_walked
-    size = min(config.training.micro_batch or len(pairs), len(pairs))
+    denominator = denominator or (len(pairs) if config.space.filter_denominator == "kept" else pairs.num_walked)
+    most = max(most_pairs, len(pairs))
+    size = min(config.training.micro_batch or most, most)
+    passes = [(slice(start, start + size), not pairs.stand_in) for start in range(0, len(pairs), size)]
+    passes += [(slice(1), False)] * (-(-most // size) - len(passes))
     figures = defaultdict(list)
-    for start in range(0, len(pairs), size):
-        part = pairs.rows(slice(start, start + size))
+    for rows_of_pass, counts in passes:
+        part = pairs.rows(rows_of_pass)
         with stages("student forward"):
             if config.objective == "discrete":
                 whole_walks = (
@@ -142,12 +158,13 @@ def update(
             loss = loss + config.adversarial.weight * for_student
             rows |= {"loss": loss, "generator_loss": for_student, "discriminator_loss": for_heads}
         with stages("student backward"), student_attention(config.training.precision, pairs.x.device):
-            accelerator.backward(loss.sum() / denominator, inputs=[p for p in student.parameters() if p.requires_grad])
+            inputs = None if is_sharded(student) else [p for p in student.parameters() if p.requires_grad]
+            accelerator.backward(counts * (loss.sum() / denominator), inputs=inputs)
         if for_heads is not None:
             with stages("adversarial"):
-                accelerator.backward(for_heads.sum() / denominator)
+                accelerator.backward(counts * (for_heads.sum() / denominator))
         for name, values in rows.items():
-            figures[name].append(values.detach())
+            figures[name].append(values.detach()[: None if counts else 0])
     return {name: torch.cat(values) for name, values in figures.items()}
 
 
@@ -276,6 +293,7 @@ def distill(
     blacks: Sequence[Tensor],
     accelerator: Accelerator,
     *,
+    processes: Processes = ALONE,
     latents: Callable[[list[int]], Tensor] | None = None,
     conditions: Callable[[list[int]], Condition] | None = None,
     stages: Stages | None = None,
@@ -294,22 +312,30 @@ def distill(
         blacks: unit-variance latents of a black picture, for the brightness filter: one for each of the teacher's
             latent shapes.
         accelerator: device, precision.
+        processes: that share every step. All of them call this function; the first one writes.
         latents: numbers of B prompts -> clean latents [B, ...] of their images, for `space.kind=images`.
         conditions: numbers of B prompts -> what the teacher would encode them to; None to have it do so.
         stages: notes the time of every stage.
         note_tangent: called with the tangent's backend and the reason for it.
         report: called for every step, some steps at a time where a device would have to be waited for.
-        preview: called with the average every `preview_every` steps.
+        preview: called with the average every `preview_every` steps; in the first process, or in all of them where the
+            weights are sharded, since they are whole only where all take part.
+
+    Returns:
+        The average; where the weights are sharded, whole in the first process, and in the others of no use.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; the checkpoints are intact.
-        UserError: `training.compile` is on and compiling fails.
+        UserError: `training.compile` is on and compiling fails; another process is gone.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     training, device = config.training, accelerator.device
+    per_prompt = pairs_per_prompt(config.space.route_steps, config.space.keep_first)
+    share = processes.largest_share(training.prompts_per_step)
+    sharded = training.shard != "none" and processes.count > 1
     keep_freed_memory(device)
     first = conditions([0]) if conditions else teacher.encode([prompts.prompt(0)])
-    choice = choose_tangent(config, student, first, max(teacher.latent_shapes, key=math.prod))
+    choice = choose_tangent(config, student, first, max(teacher.latent_shapes, key=math.prod), share)
     note_tangent(f"{choice.backend} ({choice.reason})")
     if choice.recompute:
         student.recompute_blocks()
@@ -317,6 +343,12 @@ def distill(
         student.freeze_guidance()
     average = sharing_copy(student, [p for p in student.parameters() if not p.requires_grad]).requires_grad_(False)
     modules: dict[str, nn.Module] = {"student": student, "average": average}
+    unsharded = sharing_copy(student, ()).cpu() if sharded and processes.first else None
+    if sharded:
+        for network in (student, average):
+            shard(network, processes, "log_variance")
+        if training.shard == "all":
+            shard(teacher.network, processes)
     discriminator = new_discriminator(teacher, config.seed).to(device) if config.adversarial.weight else None
     if discriminator:
         modules["discriminator"] = discriminator
@@ -325,9 +357,11 @@ def distill(
         optimiser.add_param_group({"params": list(discriminator.parameters())})
     saved = checkpoints(folder)
     start = load_checkpoint(saved[-1], modules, optimiser, student.shared) if saved else 0
-    rewind_metrics(folder, start)
+    if processes.first:
+        rewind_metrics(folder, start)
     stages = stages or Stages()
-    if start == 0:
+    previews = processes.first or sharded
+    if start == 0 and previews:
         with stages("first preview"):
             preview(average, 0)
     velocity, derivative, predict = teacher.velocity, total_derivative, predict_data
@@ -341,10 +375,10 @@ def distill(
         if number not in encoded:
             encoded.clear()
             group = number // training.encode_ahead * training.encode_ahead
-            numbers = range(group, group + training.encode_ahead)
-            texts = [prompts.prompt(i) for n in numbers for i in prompt_index(n, prompts, config)]
-            whole, size = teacher.encode(texts), training.prompts_per_step
-            encoded.update({n: whole.rows(slice(k * size, (k + 1) * size)) for k, n in enumerate(numbers)})
+            shares = [processes.share(step_samples(n, config)) for n in range(group, group + training.encode_ahead)]
+            index = prompt_index(chain.from_iterable(shares), prompts, config.seed)
+            together, size = teacher.encode([prompts.prompt(i) for i in index]), len(shares[0])
+            encoded.update({group + k: together.rows(slice(k * size, (k + 1) * size)) for k in range(len(shares))})
             if training.encode_ahead > 1:
                 teacher.park_text_encoder()
         return encoded[number]
@@ -352,7 +386,7 @@ def distill(
     def walk_teacher(number: int) -> tuple[Draw, Pairs]:
         """Draws batch `number`, and its pairs."""
         with stages("data"):
-            batch = draw(number, prompts, teacher, config, device)
+            batch = draw(number, prompts, teacher, config, device, processes)
         with stages("text"):
             condition = conditions(batch.index) if conditions else encode_ahead(number)
             if training.compile:  # equal shapes: one graph, and a resumed run has the same one
@@ -360,22 +394,42 @@ def distill(
         with stages("images"):
             x0 = latents(batch.index).to(device) if latents else None
         with stages("teacher"), rollout_precision(training.rollout_precision, device):
-            pairs = collect(batch, condition, velocity, blacks[batch.shape_index], teacher.sigma_data, config.space, x0)
+            pairs = collect(
+                batch, condition, velocity, blacks[batch.shape_index], teacher.sigma_data, config.space, x0,
+                stand_in=processes.count > 1,
+            )  # fmt: skip
         teacher.forget_prompts()  # the memory is the student's now
         return batch, pairs
 
+    def finished_row(record: StepRecord) -> dict[str, Any]:
+        """See `row_of`; with the pairs of all processes."""
+        if processes.count == 1 or record.norm is None:
+            return row_of(record)
+        samples = step_samples(record.step // config.space.reuse, config)
+        texts = [prompts.prompt(i) for i in prompt_index(samples, prompts, config.seed)]
+        return row_of(of_all(replace(record, prompts=texts), processes, share))
+
     def train_on(batch: Draw, pairs: Pairs, step: int) -> StepRecord:
-        """One optimiser step. It asks the device for nothing."""
-        if not len(pairs):
-            return StepRecord(step, [], 0, pairs.num_walked)
+        """One optimiser step. It asks the device for nothing but, where pictures are filtered, how many are left."""
+        walked = training.prompts_per_step * per_prompt
+        kept = 0 if pairs.stand_in else len(pairs)
+        if processes.count > 1:
+            filtered = config.space.filter_rule != "off"
+            kept = int(processes.sum(torch.tensor(float(kept), device=device))) if filtered else walked
+        if not kept:
+            return StepRecord(step, [], 0, walked)
         judgement = Judgement(teacher, discriminator, batch.judged) if discriminator and batch.judged else None
         figures = update(
             student, pairs, config, step, teacher.sigma_data, accelerator, choice.backend,
             derivative=derivative, predict=predict, judgement=judgement, stages=stages,
+            denominator=kept if config.space.filter_denominator == "kept" else walked,
+            most_pairs=share * per_prompt if processes.count > 1 else 0,
         )  # fmt: skip
         with stages("optimiser"):
-            norm = torch.as_tensor(accelerator.clip_grad_norm_(student.parameters(), config.optimiser.clip))
+            processes.sum_gradients(student.parameters())
+            norm = whole(torch.as_tensor(accelerator.clip_grad_norm_(student.parameters(), config.optimiser.clip)))
             if discriminator:
+                processes.sum_gradients(discriminator.parameters())
                 accelerator.clip_grad_norm_(discriminator.parameters(), config.optimiser.clip)
             rate = learning_rate(step, training.steps, config.optimiser)
             for group, factor in zip(optimiser.param_groups, (1.0, config.adversarial.lr_factor), strict=False):
@@ -383,7 +437,8 @@ def distill(
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             move_average(average, student, min(training.ema, (1 + step) / (10 + step)))
-        return record_of(step, batch.prompts, pairs, figures, norm, rate)
+        record = record_of(step, batch.prompts, pairs, figures, norm, rate)
+        return replace(record, pairs=kept, num_walked=walked)
 
     records: list[StepRecord] = []
     batch = pairs = None
@@ -395,27 +450,34 @@ def distill(
                 batch, pairs = walk_teacher(step // config.space.reuse)
             records.append(train_on(batch, pairs, step))
 
-            last, stopping = step + 1 == training.steps, stop.requested  # read once: a request in between waits a step
-            saves = last or stopping or (step + 1) % training.checkpoint_every == 0
+            last, asked = step + 1 == training.steps, stop.requested  # read once: a request in between waits a step
+            saves = last or (step + 1) % training.checkpoint_every == 0
             shows = last or (step + 1) % training.preview_every == 0
-            if saves or shows or len(records) == look_every:
-                rows = [row_of(record) for record in records]  # raises if a step went wrong: nothing of it is kept
+            looks = saves or shows or len(records) == look_every or (asked and processes.count == 1)
+            stopping = looks and processes.any(asked)
+            saves = saves or stopping
+            if looks:
+                rows = [finished_row(record) for record in records]  # raises if a step went wrong: nothing is kept
                 seconds = (time.perf_counter() - began) / len(rows)
                 for record, row in zip(records, rows, strict=True):
-                    append_metrics(folder, row)
+                    if processes.first:
+                        append_metrics(folder, row)
                     report(Progress(record.step + 1, row | {"sec": seconds, "pairs": record.pairs}))
                 records.clear()
             if saves:
                 with stages("checkpoint"):
-                    save_checkpoint(folder, step + 1, modules, optimiser, training.keep_checkpoints, student.shared)
+                    save_checkpoint(
+                        folder, step + 1, modules, optimiser, training.keep_checkpoints, student.shared,
+                        write=processes.first,
+                    )  # fmt: skip
             if stopping and not last:
                 raise KeyboardInterrupt
-            if shows:
+            if shows and previews:
                 with stages("preview"):
                     preview(average, step + 1)
             if not records:
                 began = time.perf_counter()
-    return average
+    return with_whole_weights(average, unsharded)
 
 
 @dataclass(frozen=True)
@@ -446,9 +508,26 @@ class StepRecord:
 def record_of(
     step: int, prompts: list[str], pairs: Pairs, figures: dict[str, Tensor], norm: Tensor, rate: float
 ) -> StepRecord:
-    """See `StepRecord`."""
+    """See `StepRecord`; of no pairs where they only stand in for some."""
+    pairs = pairs.rows(slice(0)) if pairs.stand_in else pairs
     sizes = {"t": pairs.t, "|x|": pairs.x.flatten(1).norm(dim=1), "|dxdt|": pairs.dxdt.flatten(1).norm(dim=1)}
     return StepRecord(step, prompts, len(pairs), pairs.num_walked, pairs.prompt, sizes | figures, norm, rate)
+
+
+def of_all(record: StepRecord, processes: Processes, most_prompts: int) -> StepRecord:
+    """The record of a process, with its pairs and all others', in the order that one process would have them.
+
+    Args:
+        record: its `prompts` are those of all processes.
+        processes: all of them call this.
+        most_prompts: the most prompts that one has.
+    """
+    assert record.prompt is not None
+    own = processes.share(range(len(record.prompts)))
+    rows = torch.stack([record.prompt + own.start, *(values.float() for values in record.numbers.values())], 1)
+    most_pairs = most_prompts * record.num_walked // len(record.prompts)
+    prompt, *numbers = processes.gather(rows, most_pairs).unbind(1)
+    return replace(record, prompt=prompt.long(), numbers=dict(zip(record.numbers, numbers, strict=True)))
 
 
 def row_of(record: StepRecord) -> dict[str, Any]:
@@ -516,7 +595,18 @@ def student_attention(precision: str, device: torch.device) -> AbstractContextMa
 def move_average(average: Student, student: Student, decay: float) -> None:
     """average <- decay average + (1 - decay) student."""
     pairs = [(a, p) for a, p in zip(average.parameters(), student.parameters(), strict=True) if a is not p]
-    torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
+    torch._foreach_lerp_([local(a) for a, _ in pairs], [local(p) for _, p in pairs], 1 - decay)
+
+
+def with_whole_weights(average: Student, unsharded: Student | None) -> Student:
+    """The average; where it is sharded, in `unsharded` if there is one. All processes have to ask for its weights."""
+    if not is_sharded(average):
+        return average
+    state = gathered(average.state_dict(), keep=unsharded is not None)
+    if unsharded is None:
+        return average
+    unsharded.load_state_dict(state)
+    return unsharded.requires_grad_(False).to(next(average.parameters()).device)
 
 
 def tangent_by_time(t: Tensor, norm: Tensor, bins: int = 4) -> dict[str, float]:
@@ -584,16 +674,32 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def make_accelerator(precision: str) -> Accelerator:
+def make_accelerator(precision: str, *, several: bool = False) -> Accelerator:
     """The device and precision of this run.
 
+    Args:
+        precision: `no` or `bf16`.
+        several: whether the caller can share its work between processes.
+
     Raises:
-        UserError: launched with several processes, which this version does not support.
+        UserError: launched with several processes though the caller cannot, or with the launcher's own sharding.
     """
-    accelerator = Accelerator(mixed_precision=precision)
-    if accelerator.num_processes > 1:
+    waits = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the first one may encode a folder of images
+    on_cpu = not torch.accelerator.is_available()  # has to be said, or several processes do not find each other there
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[waits])
+    if accelerator.num_processes > 1 and not several:
         raise UserError(
-            f"started on {accelerator.num_processes} processes, but this version trains on one; "
+            f"started on {accelerator.num_processes} processes, but this command works in one; "
             "start it without a launcher"
         )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(
+            f"started with the launcher's {accelerator.distributed_type.value}; launch plainly, and spread the weights "
+            "with --set training.shard=student (or all: the teacher's too)"
+        )
     return accelerator
+
+
+def processes_of(accelerator: Accelerator) -> Processes:
+    """The processes that this one was launched with."""
+    return Processes(accelerator.num_processes, accelerator.process_index, accelerator.device)

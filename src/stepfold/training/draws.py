@@ -1,5 +1,6 @@
 """What an optimiser step draws at random: prompts, noise, routes, guidance. A function of (seed, step) alone."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from stepfold.prompts.reading import Prompts, shuffled_index
 from stepfold.randomness import normal, uniform
 from stepfold.spaces.pairs import pairs_per_prompt
 from stepfold.teachers.contract import Teacher
+from stepfold.training.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,22 @@ def guidance_scales(config: Config, teacher: Teacher) -> tuple[float, ...]:
     return scales
 
 
-def draw(step: int, prompts: Prompts, teacher: Teacher, config: Config, device: torch.device) -> Draw:
-    """Prompts, noise, routes and guidance scales of a step, each from its own stream, per global sample number."""
-    seed, count = config.seed, config.training.prompts_per_step
-    samples = range(step * count, (step + 1) * count)
+def draw(
+    step: int,
+    prompts: Prompts,
+    teacher: Teacher,
+    config: Config,
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> Draw:
+    """Prompts, noise, routes and guidance scales of a step, each from its own stream, per global sample number.
+
+    Of several processes each draws its share; together they draw what one would.
+    """
+    seed, samples = config.seed, processes.share(step_samples(step, config))
     scales = torch.tensor(guidance_scales(config, teacher))
     picks: Tensor = torch.cat([uniform((1,), seed, "guidance", i) for i in samples]) * len(scales)
-    index = prompt_index(step, prompts, config)
+    index = prompt_index(samples, prompts, seed)
     shapes = teacher.latent_shapes
     shape_index = int(uniform((1,), seed, "size", step) * len(shapes)) if len(shapes) > 1 else 0
     times = fresh_noise = None
@@ -124,14 +135,19 @@ def draw(step: int, prompts: Prompts, teacher: Teacher, config: Config, device: 
     )
 
 
-def prompt_index(step: int, prompts: Prompts, config: Config) -> list[int]:
-    """The numbers of a step's prompts in their file."""
+def step_samples(step: int, config: Config) -> range:
+    """The numbers of a step's samples, counted over the whole run."""
     count = config.training.prompts_per_step
-    return [shuffled_index(i, len(prompts), config.seed) for i in range(step * count, (step + 1) * count)]
+    return range(step * count, (step + 1) * count)
+
+
+def prompt_index(samples: Iterable[int], prompts: Prompts, seed: int) -> list[int]:
+    """The numbers of the samples' prompts in their file."""
+    return [shuffled_index(i, len(prompts), seed) for i in samples]
 
 
 def draw_judged(
-    samples: range, shape: tuple[int, ...], sigma_data: float, config: Config, device: torch.device
+    samples: Sequence[int], shape: tuple[int, ...], sigma_data: float, config: Config, device: torch.device
 ) -> JudgedDraw:
     """See `JudgedDraw`; the pairs of a sample one after the other, each of a shape [...]."""
     seed, adversarial = config.seed, config.adversarial

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stepfold.config import Config, from_yaml, to_yaml
 from stepfold.errors import UserError
+from stepfold.training.processes import gathered, placed, placed_state
 
 CONFIG, METRICS, CHECKSUMS = "config.yaml", "metrics.jsonl", "checksums.json"
 
@@ -138,16 +139,28 @@ def save_checkpoint(
     optimiser: torch.optim.Optimizer,
     keep: int,
     shared: frozenset[str] = frozenset(),
+    *,
+    write: bool = True,
 ) -> None:
-    """Writes `folder/checkpoints/NNNNNN` in one piece, without the tensors named `shared`, and removes the oldest."""
+    """Writes `folder/checkpoints/NNNNNN` in one piece, without the tensors named `shared`, and removes the oldest.
+
+    Sharded tensors are written whole, so that any number of processes can go on. All processes call this, so that they
+    are; one of them with `write`.
+    """
+    states = {
+        name: gathered({k: v for k, v in module.state_dict().items() if k not in shared}, keep=write)
+        for name, module in modules.items()
+    }
+    tensors, rest = split_state(optimiser.state_dict())
+    tensors = gathered(tensors, keep=write)
+    if not write:
+        return
     root = folder / "checkpoints"
     root.mkdir(exist_ok=True)
     with writing(root / f"{step:06d}") as part:
         part.mkdir()
-        for name, module in modules.items():
-            own = {k: v.contiguous() for k, v in module.state_dict().items() if k not in shared}
-            save_file(own, part / f"{name}.safetensors")
-        tensors, rest = split_state(optimiser.state_dict())
+        for name, state in states.items():
+            save_file(state, part / f"{name}.safetensors")
         save_file(tensors, part / "optimiser.safetensors")
         (part / "state.json").write_text(json.dumps({"step": step, "optimiser": rest}))
         (part / CHECKSUMS).write_text(json.dumps({file.name: checksum(file) for file in sorted(part.iterdir())}))
@@ -207,9 +220,14 @@ def load_checkpoint(
     try:
         for name, module in modules.items():
             there = {k: v for k, v in module.state_dict().items() if k in shared}
-            module.load_state_dict(there | load_file(path / f"{name}.safetensors"))
+            module.load_state_dict(there | placed_state(load_file(path / f"{name}.safetensors"), module))
         state = json.loads((path / "state.json").read_text())
-        optimiser.load_state_dict(join_state(load_file(path / "optimiser.safetensors"), state["optimiser"]))
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        tensors = {
+            name: placed(value, parameters[int(name.split(".")[0])]) if value.dim() else value
+            for name, value in load_file(path / "optimiser.safetensors").items()
+        }
+        optimiser.load_state_dict(join_state(tensors, state["optimiser"]))
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -224,7 +242,7 @@ def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any
     for index, values in state["state"].items():
         for key, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value.contiguous()
+                tensors[f"{index}.{key}"] = value
             else:
                 rest[f"{index}.{key}"] = value
     return tensors, {"values": rest, "param_groups": state["param_groups"]}

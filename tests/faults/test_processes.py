@@ -1,0 +1,217 @@
+"""One run on several processes, with torchrun and gloo: the same weights, and what happens when one of them is lost."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import PROMPTS
+
+from stepfold.config import load_config
+from stepfold.errors import UserError
+from stepfold.prompts.reading import open_prompts
+from stepfold.teachers.loading import load_teacher
+from stepfold.training.draws import draw
+from stepfold.training.processes import Processes, lost_process
+from stepfold.training.runs import read_metrics
+
+CPU = torch.device("cpu")
+SETTINGS = (
+    "training.steps=6", "training.checkpoint_every=3", "training.preview_every=1000", "training.precision=no",
+    "training.rollout_precision=no", "space.route_steps=4", "teacher.max_tokens=32", "evaluation.n=0",
+    "optimiser.name=adamw", "optimiser.lr=1e-3", "consistency.r_warmup=3",
+    "training.prompts_per_step=5",  # uneven shares
+    "training.micro_batch=4",  # and then an uneven number of passes
+    "space.filter_rule=hard", "space.filter_threshold=15.5",  # drops some: all of a process's, now and then
+)  # fmt: skip
+
+
+class Launch:
+    """A `stepfold distill` on some processes."""
+
+    def __init__(
+        self, count: int, teacher: Path, prompts: Path, out: Path, *changes: str, resume: bool = False
+    ) -> None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        changes = tuple(part for setting in (*SETTINGS, *changes) for part in ("--set", setting))
+        command = ["distill", "--preset", "default", "--teacher", str(teacher), "--prompts", str(prompts)]
+        self.out, self.log = out, out.with_name(f"{out.name}_{count}.log")
+        self.process = subprocess.Popen(
+            [sys.executable, *(launcher if count > 1 else []), "-m", "stepfold", *command, "--out", str(out), *changes]
+            + (["--resume"] if resume else []),
+            stdout=subprocess.DEVNULL,
+            stderr=self.log.open("w"),
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+
+    def finish(self, seconds: float = 150) -> tuple[int, str]:
+        """Exit code and what was written to stderr."""
+        try:
+            return self.process.wait(timeout=seconds), self.log.read_text()
+        finally:
+            for child in psutil.Process(self.process.pid).children() if self.process.poll() is None else []:
+                child.kill()
+            self.process.kill()
+
+    def workers(self) -> dict[int, psutil.Process]:
+        """The processes that train, by rank."""
+        found = psutil.Process(self.process.pid).children()
+        return {int(child.environ()["RANK"]): child for child in found}
+
+    def wait_for_rows(self, count: int) -> None:
+        until = time.monotonic() + 120
+        while len(read_metrics(self.out)) < count:
+            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
+            time.sleep(0.05)
+
+
+def difference(a: Path, b: Path) -> float:
+    """Largest relative difference between the last checkpoints' tensors of two runs."""
+    found = []
+    for name in ("student", "average", "optimiser"):
+        x, y = (load_file(folder / "checkpoints" / "000006" / f"{name}.safetensors") for folder in (a, b))
+        assert set(x) == set(y)
+        found += [float((x[key] - y[key]).norm() / x[key].norm().clamp(min=1e-6)) for key in x]
+    return max(found)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of prompts that all runs share."""
+    path = tmp_path_factory.mktemp("texts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_sana: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    code, words = Launch(1, tiny_sana, texts, folder, "training.shard=all").finish()
+    assert code == 0, words
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("count", "changes"), [(4, ()), (2, ("training.shard=student",)), (3, ("training.shard=all",))]
+)
+def test_any_number_of_processes_trains_the_same_student(
+    count: int, changes: tuple[str, ...], tiny_sana: Path, texts: Path, tmp_path: Path, alone: Path
+) -> None:
+    code, words = Launch(count, tiny_sana, texts, tmp_path / "run", *changes).finish()
+    assert code == 0, words
+    assert difference(alone, tmp_path / "run") < 1e-3
+    ours, theirs = read_metrics(tmp_path / "run"), read_metrics(alone)
+    for row, wanted in zip(ours, theirs, strict=True):
+        assert row == {name: pytest.approx(value, rel=1e-4) for name, value in wanted.items()}
+    assert {row["kept"] for row in theirs} == {0.4, 0.6}  # of five prompts: some processes are left with none
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["processes"] == count
+    one, other = (
+        load_file(next((run / "student" / "transformer").glob("*.safetensors"))) for run in (alone, tmp_path / "run")
+    )
+    assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-5) for name in one)
+
+
+def test_another_number_of_processes_goes_on(tiny_sana: Path, texts: Path, tmp_path: Path, alone: Path) -> None:
+    """From what one process left to three, and back."""
+    folder = tmp_path / "run"
+    shutil.copytree(alone, folder)
+    for count in (3, 1):
+        shutil.rmtree(folder / "checkpoints" / "000006")
+        code, words = Launch(count, tiny_sana, texts, folder, "training.shard=all", resume=True).finish()
+        assert code == 0, words
+        assert difference(alone, folder) < 1e-3
+
+
+@pytest.mark.parametrize(("lost", "shard"), [(1, "none"), (0, "student")])
+def test_a_lost_process_ends_the_others_within_a_minute(
+    lost: int, shard: str, tiny_sana: Path, texts: Path, tmp_path: Path
+) -> None:
+    run = Launch(2, tiny_sana, texts, tmp_path / "run", "training.steps=100000", f"training.shard={shard}")
+    run.wait_for_rows(4)
+    workers = run.workers()
+    workers[lost].kill()
+    killed = time.monotonic()
+    code, words = run.finish(60)
+    assert code != 0 and time.monotonic() - killed < 60
+    told = re.findall(r"^(?:process \d: )?error: .*", words, re.MULTILINE)
+    assert len(told) == 1, words
+    assert "another process of this run is gone" in told[0] and "--resume" in told[0]
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers.values())
+    assert (tmp_path / "run" / "checkpoints" / "000003").is_dir()
+
+
+def test_a_terminated_run_saves_in_all_processes(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
+    """As SLURM ends one: SIGTERM to the launcher, which hands it on."""
+    run = Launch(2, tiny_sana, texts, tmp_path / "run", "training.steps=100000", "training.checkpoint_every=1000")
+    run.wait_for_rows(4)
+    run.process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    code, words = run.finish(60)
+    assert code != 0 and time.monotonic() - asked < 30, "the launcher kills after 30 seconds"
+    done = len(read_metrics(tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"{done:06d}"]
+    assert words.count("stopped; the state is saved") == 1
+
+
+def test_fewer_prompts_than_processes_are_refused(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
+    code, words = Launch(2, tiny_sana, texts, tmp_path / "run", "training.prompts_per_step=1").finish()
+    assert code != 0 and "training.prompts_per_step is 1, but there are 2 processes" in words
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_processes_draw_together_what_one_would(count: int, tiny_sana: Path, texts: Path) -> None:
+    """Every sample has its own noise, and which process has it changes nothing."""
+    config = load_config("default", [*SETTINGS], teacher__source=str(tiny_sana), prompts=str(texts))
+    teacher, prompts = load_teacher(config.teacher, "cpu"), open_prompts(texts)
+    whole = draw(3, prompts, teacher, config, CPU)
+    parts = [draw(3, prompts, teacher, config, CPU, Processes(count, rank)) for rank in range(count)]
+    for name in ("noise", "route", "guidance", "uniform"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    assert [prompt for part in parts for prompt in part.prompts] == whole.prompts
+    flat = whole.noise.flatten(1)
+    assert (torch.cdist(flat, flat) + 100 * torch.eye(len(flat))).min() > 1
+
+
+def test_shares_differ_by_one_at_most() -> None:
+    for count in range(1, 9):
+        for total in range(count, 30):
+            shares = [Processes(count, rank).share(range(100, 100 + total)) for rank in range(count)]
+            assert [i for share in shares for i in share] == list(range(100, 100 + total))
+            sizes = {len(share) for share in shares}
+            assert max(sizes) - min(sizes) <= 1 and max(sizes) == Processes(count).largest_share(total)
+
+
+def test_only_errors_of_the_network_are_told_as_such() -> None:
+    """A prompt may well be about an igloo."""
+    with pytest.raises(RuntimeError, match="igloo"), lost_process():
+        raise RuntimeError("step 3: loss is not finite: prompt 'an igloo'")
+    gloo = "[/build/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [::1]:9. This is often"
+    with pytest.raises(UserError, match=r"\(Connection closed by peer \[::1\]:9\); .*--resume"), lost_process():
+        raise RuntimeError(gloo)
+
+
+@pytest.mark.parametrize(
+    ("change", "way_out"),
+    [
+        ("student.lora=4", "student.lora=0"),
+        ("adversarial.weight=0.5", "adversarial.weight=0"),
+        ("optimiser.name=came", "optimiser.name=adamw"),
+        ("training.compile=true", "training.compile=false"),
+    ],
+)
+def test_what_does_not_go_with_sharding(change: str, way_out: str) -> None:
+    changes = ["optimiser.name=adamw", "training.shard=student", change]
+    with pytest.raises(UserError, match=rf"does not go with training.shard=student; .*{way_out}"):
+        load_config("default", changes, teacher__source="x", prompts="y")
