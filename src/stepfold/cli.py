@@ -451,7 +451,8 @@ def reproduce(
     experiments = experiment_runs.load_experiments()
     planned = experiment_runs.plan(experiments, tables or [], changes or [], images)
     if dry_run:
-        for run in [*planned, *experiment_runs.plan_equal_time(experiments, planned, out)]:
+        timing = experiment_runs.plan_timing(experiments, planned)
+        for run in [*planned, *timing, *experiment_runs.plan_equal_time(experiments, planned, out)]:
             done = "done" if (out / run.name / experiment_runs.SCORES).exists() else "to do"
             typer.echo(f"{done:6} {run.table} {run.row}: --preset {run.preset} {' '.join(run.changes)}")
         return
@@ -460,6 +461,7 @@ def reproduce(
     try:
         figures = experiment_runs.measure_figures(experiments, out, display)
         experiment_runs.reproduce(planned, out, display, experiments.pictures)
+        experiment_runs.reproduce(experiment_runs.plan_timing(experiments, planned), out, display, experiments.pictures)
         equal_time = experiment_runs.plan_equal_time(experiments, planned, out)
         experiment_runs.reproduce(equal_time, out, display, experiments.pictures)
         solvers = experiment_runs.measure_solvers(experiments, out, display)
@@ -470,7 +472,10 @@ def reproduce(
         raise typer.Exit(130) from None
     finally:
         everything = experiment_runs.plan(experiments, [], changes or [], images)
-        everything += experiment_runs.plan_equal_time(experiments, everything, out)
+        everything += [
+            *experiment_runs.plan_timing(experiments, everything),
+            *experiment_runs.plan_equal_time(experiments, everything, out),
+        ]
         pages.write_page(experiments, experiment_runs.collect_scores(everything, out), solvers, figures, page)
     typer.echo(f"page: {page}")
 

@@ -25,8 +25,10 @@ from stepfold.reproduction.runs import (
     measure_solvers,
     plan,
     plan_equal_time,
+    plan_timing,
     reproduce,
     verdict,
+    with_times,
 )
 
 EXPERIMENTS = load_experiments()
@@ -195,10 +197,13 @@ def test_a_step_costs_what_was_timed(tmp_path: Path) -> None:
 def test_equal_time_follows_from_what_steps_took_and_stays(tmp_path: Path) -> None:
     """Half as fast a row gets half the steps, and the course of r with them."""
     runs = plan(EXPERIMENTS, ["T5"], [])
+    timing = plan_timing(EXPERIMENTS, runs)
+    assert {run.row for run in timing} == {f"N = {n}, timed" for n in (4, 8, 16, 32)}
     assert plan_equal_time(EXPERIMENTS, runs, tmp_path) == []
-    for run in runs:
+    for run in timing:
+        assert run.config.training.steps == 20 and run.config.training.time_stages
         (tmp_path / run.name).mkdir()
-        took = 2.0 if run.row == "N = 4" else 1.0
+        took = 2.0 if run.row == "N = 4, timed" else 1.0
         (tmp_path / run.name / SCORES).write_text(json.dumps(cost_record(took)))
     extra = plan_equal_time(EXPERIMENTS, runs, tmp_path)
     assert {run.row for run in extra} == {f"N = {n}, equal time" for n in (4, 8, 32)}
@@ -207,9 +212,24 @@ def test_equal_time_follows_from_what_steps_took_and_stays(tmp_path: Path) -> No
     assert slow.config.training.steps == 120 and slow.config.space == whole.config.space
     r, of_whole = slow.config.consistency, whole.config.consistency
     assert (r.r_warmup, r.r_cooldown_start) == (of_whole.r_warmup / 2, of_whole.r_cooldown_start / 2)
-    for run in runs:
+    for run in timing:
         (tmp_path / run.name / SCORES).write_text(json.dumps(cost_record(3.0)))  # measured again, on another day
     assert [run.name for run in plan_equal_time(EXPERIMENTS, runs, tmp_path)] == [run.name for run in extra]
+
+
+def test_times_are_those_of_the_short_runs() -> None:
+    """What a long run took beside other work is not shown."""
+    rows = {"TBCM": records(0.2), "TBCM, equal time": records(0.1), "other": records(0.3)}
+    short = records(9.0)[0] | {"sec_per_step": 0.25}
+    short["student"] = {k: scores | {"images_per_sec": 70.0} for k, scores in short["student"].items()}
+    shown = with_times(rows | {"TBCM, timed": [short]})
+    assert list(shown) == list(rows)
+    assert [shown[row][0]["sec_per_step"] for row in rows] == [0.25, 0.25, None]
+    assert [shown[row][0]["student"]["1"]["images_per_sec"] for row in rows] == [70.0, 70.0, None]
+    assert shown["TBCM"][0]["student"]["1"]["fd"] == 0.2 and rows["TBCM"][0]["sec_per_step"] == 1.0
+    text = page(EXPERIMENTS, {"T2": shown}, {})
+    assert "| TBCM | 1 | 50.0 | 80.0 | 0.2000 | 0.300 | 0.400 | 70 | 0.25 | 240 | 2.50 | 1 |" in text
+    assert "| not timed | not timed | 240 | 2.50 | 1 |" in text
 
 
 def test_a_claim_is_judged_at_equal_pairs_and_at_equal_time() -> None:

@@ -17,6 +17,7 @@ from stepfold.reproduction.runs import (
     scored,
     values_of,
     verdict,
+    with_times,
 )
 from stepfold.training.runs import writing
 
@@ -27,7 +28,8 @@ Written by `stepfold reproduce` from the scores in the json file beside this pag
 
 The teacher is the bundled one. Every row is the preset `{preset}` with the settings named, sees the same number of
 pairs (60 to 64 a step) and is measured on the same {pictures} prompts and noises by the bundled judge; rows called
-"equal time" train for as long as their table's first row took instead. The learning rate is the preset's for all rows;
+"equal time" train for as long as their table's first row takes instead. What a step takes was measured apart, in two
+short runs of every row, one after the other with nothing else running. The learning rate is the preset's for all rows;
 none was tuned for itself. FD is a Frechet distance in the judge's features and
 stands for the paper's FID: the paper's numbers do not compare with ours, only the order of rows does. Numbers are
 mean ± standard deviation over the seeds. A comparison counts when the one-step FDs differ by more than twice the
@@ -53,9 +55,14 @@ def write_page(
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path.with_suffix(".json")) as part:
         part.write_text(json.dumps({"tables": found, "solvers": solvers}, indent=1) + "\n")
-    drawn = draw_all(figures, found, path.parent / "figures")
+    shown = {
+        table: rows if experiments.tables[table].costs else with_times(rows)
+        for table, rows in found.items()
+        if table in experiments.tables
+    }
+    drawn = draw_all(figures, shown, path.parent / "figures")
     with writing(path) as part:
-        part.write_text(page(experiments, found, solvers, drawn, sorted((path.parent / "figures").glob("grid_*.png"))))
+        part.write_text(page(experiments, shown, solvers, drawn, sorted((path.parent / "figures").glob("grid_*.png"))))
 
 
 def page(
@@ -163,8 +170,7 @@ def _score_table(experiment: Experiment, rows: dict[str, Records]) -> list[str]:
         if not records:
             lines.append(f"| {row} | | | | | | | | | | | {seeds} |")
             continue
-        timed = [record["sec_per_step"] for record in records if record["sec_per_step"] is not None]
-        cost = _number(*mean_and_spread(timed), 2) if timed else "not timed"
+        cost = _of(records, "sec_per_step", 2)
         told = f"{cost} | {records[0]['steps']} | {records[0]['parameters'] / 1e6:.2f} | {seeds}"
         for steps in STEPS:
             scores = [record["student"][steps] for record in records]
@@ -202,8 +208,9 @@ def _cost_table(experiment: Experiment, rows: dict[str, Records]) -> list[str]:
     return lines
 
 
-def _of(scores: list[dict[str, float]], name: str, digits: int, scale: float = 1) -> str:
-    return _number(*mean_and_spread([scale * score[name] for score in scores]), digits)
+def _of(scores: list[dict[str, Any]], name: str, digits: int, scale: float = 1) -> str:
+    values = [scale * score[name] for score in scores if score[name] is not None]
+    return _number(*mean_and_spread(values), digits) if values else "not timed"
 
 
 def _number(mean: float, spread: float, digits: int) -> str:

@@ -42,7 +42,9 @@ IMAGES = "{images}"
 PRESET = "preset="
 DIVERGED = 3  # exit code of `stepfold distill` after a non-finite loss
 EQUAL_TIME = "equal_time.json"
-EQUAL_TIME_ROW = ", equal time"
+EQUAL_TIME_ROW, TIMED_ROW = ", equal time", ", timed"
+TIMED = ("training.steps=20", "training.checkpoint_every=20", "training.preview_every=20", "training.time_stages=true")
+"""Settings of a run that is made for its times: these come from short runs one after the other, on a quiet machine."""
 Verdict = Literal["reproduced", "not reproduced", "not distinguishable", "not run"]
 Metric = Literal["fd", "sec_per_pair", "peak_memory_gib"]
 
@@ -57,7 +59,8 @@ class Experiment(Section):
         best: the row that the claim calls the best of all, if it does.
         by: what the claim compares, less being better: FD at one step (for the paper's FID), seconds or memory.
         costs: whether the table is about time and memory alone; its students are not scored.
-        equal_time: the row whose training time all other rows get once more, in runs of their own.
+        equal_time: the row whose training time all other rows get once more, in runs of their own. What a step of each
+            row takes is measured before, see `plan_timing`.
         common: settings of all rows, as `key=value`.
         seeds: runs a row, with seeds 0, 1, ...
         rows: name -> settings that differ from the preset; `preset=NAME` begins with another one.
@@ -167,29 +170,39 @@ def make_run(experiments: Experiments, table: str, row: str, changes: tuple[str,
     return Run(table, row, preset, rest, load_config(preset, rest), experiments.tables[table].costs)
 
 
-def plan_equal_time(experiments: Experiments, runs: list[Run], root: Path) -> list[Run]:
-    """The runs of the rows that get as long as their table's `equal_time` row took, out of what steps took in `runs`.
+def plan_timing(experiments: Experiments, runs: list[Run]) -> list[Run]:
+    """Two short runs of every row of the tables that compare at equal time; they show what a step of it takes.
 
-    The number of steps is worked out once all seeds of a row have ended, and kept in `root`; what is counted in steps
-    (the course of r) is stretched with it.
+    They are apart from `runs`, which may take days, and share the machine with other work.
+    """
+    timed = [run for run in runs if experiments.tables[run.table].equal_time and run.config.seed < 2]
+    return [
+        make_run(experiments, run.table, run.row + TIMED_ROW, (PRESET + run.preset, *run.changes, *TIMED))
+        for run in timed
+    ]
+
+
+def plan_equal_time(experiments: Experiments, runs: list[Run], root: Path) -> list[Run]:
+    """The runs of the rows that get as long as their table's `equal_time` row takes, by the runs of `plan_timing`.
+
+    The number of steps is worked out once both rows are timed, and kept in `root`; what is counted in steps (the course
+    of r) is stretched with it.
     """
     note = root / EQUAL_TIME
     known: dict[str, int] = json.loads(note.read_text()) if note.exists() else {}
     steps = dict(known)
-    found, planned = collect_scores(runs, root), []
+    found, planned = collect_scores(plan_timing(experiments, runs), root), []
     for run in runs:
         reference = experiments.tables[run.table].equal_time
         if reference is None or run.row == reference:
             continue
         key = f"{run.table}, {run.row}"
         if key not in steps:
-            ours, theirs = (found[run.table].get(row, []) for row in (run.row, reference))
-            if min(len(ours), len(theirs)) < experiments.tables[run.table].seeds:
-                continue
+            ours, theirs = (found.get(run.table, {}).get(row + TIMED_ROW, []) for row in (run.row, reference))
             sec, reference_sec = mean_sec_per_step(ours), mean_sec_per_step(theirs)
             if sec is None or reference_sec is None:
                 continue
-            steps[key] = max(1, round(theirs[0]["steps"] * reference_sec / sec))
+            steps[key] = max(1, round(run.config.training.steps * reference_sec / sec))
         given = (PRESET + run.preset, *run.changes, *stretched(run.config, steps[key]))
         planned.append(make_run(experiments, run.table, run.row + EQUAL_TIME_ROW, given))
     if steps != known:
@@ -373,6 +386,25 @@ def collect_scores(runs: list[Run], root: Path) -> dict[str, dict[str, list[dict
         if path.exists():
             rows.append(json.loads(path.read_text()))
     return found
+
+
+def with_times(rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a table of scores, each with the times of its short runs instead of its own, which are dropped."""
+    timed = {row.removesuffix(TIMED_ROW): scored(records) for row, records in rows.items() if row.endswith(TIMED_ROW)}
+    shown = {}
+    for row, records in rows.items():
+        if row.endswith(TIMED_ROW):
+            continue
+        times = timed.get(row.removesuffix(EQUAL_TIME_ROW), [])
+        sec = mean_sec_per_step(times)
+        shown[row] = [record | {"sec_per_step": sec} for record in records]
+        for record in scored(shown[row]):
+            rates = {
+                k: statistics.mean(t["student"][k]["images_per_sec"] for t in times) if times else None
+                for k in record["student"]
+            }
+            record["student"] = {k: scores | {"images_per_sec": rates[k]} for k, scores in record["student"].items()}
+    return shown
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
