@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from stepfold import __version__, assets
@@ -91,7 +92,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     torch.manual_seed(config.seed)  # the guidance embedder's and the weight head's initial values
     cache = None
     if config.conditions:
-        cache = open_conditions(Path(config.conditions), conditions_key(config.teacher, prompts.sha256))
+        cache = open_conditions(Path(config.conditions), conditions_key(config.teacher, prompts.sha256), len(prompts))
     null = cache.null if cache else None
     teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=null)
     teacher.check_prompts(prompts.prompt(i) for i in range(len(prompts)))
@@ -138,8 +139,10 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     def report(progress: Progress) -> None:
         step_sec.append(progress.row["sec"])
         display.step(progress)
+        if "skipped" in progress.row:
+            display.note(f"step {progress.row['step']} skipped: {progress.row['nonfinite']}")
         for name, value in progress.row.items():
-            if name != "step":
+            if name != "step" and not isinstance(value, str):
                 tracker.add_scalar(name, value, progress.step)
 
     of_steps, of_previews = [0.0], [0.0]
@@ -188,6 +191,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         "timed_steps": len(step_sec),
         "step_sec": {"first": step_sec[0], "median": statistics.median(step_sec)} if step_sec else None,
         "tangent": tangent,
+        "skipped_steps": sum("skipped" in row for row in read_metrics(folder)),
         "peak_memory_gib": max(of_steps + of_previews),  # while training: neither loading before nor measuring after
         "peak_memory_steps_gib": max(of_steps),  # without the previews
         "curves": curves_from_rows(read_metrics(folder)),
@@ -255,8 +259,24 @@ def cached_blacks(folder: Path, teacher: PipelineTeacher) -> list[torch.Tensor]:
         with writing(path) as part:
             made = [teacher.black_latent(shape).cpu().contiguous() for shape in teacher.latent_shapes]
             save_file({str(i): black for i, black in enumerate(made)}, part)
-    kept = load_file(path)
+    kept = load_kept(path, {str(i): tuple(shape) for i, shape in enumerate(teacher.latent_shapes)})
     return [kept[str(i)].to(teacher.device) for i in range(len(kept))]
+
+
+def load_kept(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Tensors that a run has made once and kept, of the names and shapes that they must have.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        kept = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, it is made again") from None
+    found = {name: tuple(tensor.shape) for name, tensor in kept.items()}
+    if found != shapes or not all(t.is_floating_point() and bool(t.isfinite().all()) for t in kept.values()):
+        raise UserError(f"{path} is damaged (it holds {found}, not finite {shapes}); delete it, it is made again")
+    return kept
 
 
 def image_latents(
@@ -279,7 +299,7 @@ def image_latents(
                 parts.append(encode(index).cpu())
                 tick("images", len(index))
             save_file({"x0": torch.cat(parts)}, part)
-    kept = load_file(path)["x0"]
+    kept = load_kept(path, {"x0": (len(images), *teacher.latent_shape)})["x0"]
     return lambda index: kept[index].to(teacher.device)
 
 

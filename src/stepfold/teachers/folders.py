@@ -50,8 +50,10 @@ def load_pipeline(
         if not Path(source).exists():  # of a hub id all files come first, so that they are looked at before any is read
             check_files(Path(kind.download(source, use_safetensors=True, **parts)))
         return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise unloadable(source, error) from None
+    except UserError:
+        raise
+    except Exception as error:  # what a config can be wrong in is without end, and so are the libraries' errors
+        raise unloadable(source, error) from error
 
 
 def unloadable(source: str, error: Exception) -> UserError:

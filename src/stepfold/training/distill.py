@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,14 @@ from stepfold.teachers.contract import Condition, Student, Teacher, sharing_copy
 from stepfold.training.choices import choose_tangent, keep_freed_memory
 from stepfold.training.draws import Draw, JudgedDraw, draw, guidance_scales, prompt_index
 from stepfold.training.optimisers import learning_rate, make_optimiser
-from stepfold.training.runs import append_metrics, checkpoints, load_checkpoint, rewind_metrics, save_checkpoint
+from stepfold.training.runs import (
+    append_metrics,
+    checkpoints,
+    load_checkpoint,
+    read_metrics,
+    rewind_metrics,
+    save_checkpoint,
+)
 
 
 @dataclass(frozen=True)
@@ -195,6 +202,7 @@ def continuous_loss(
         "squared_error": terms.squared_error,
         "tangent_norm": terms.tangent_norm,
         "w_phi": -log_variance.detach(),
+        "|F|": tangent.F.detach().flatten(1).norm(dim=1),
     }
 
 
@@ -376,7 +384,12 @@ def distill(
         with stages("optimiser"):
             norm = torch.as_tensor(accelerator.clip_grad_norm_(student.parameters(), config.optimiser.clip))
             if discriminator:
-                accelerator.clip_grad_norm_(discriminator.parameters(), config.optimiser.clip)
+                # its gradient counts, too: a norm that is not finite makes the sum so
+                heads = accelerator.clip_grad_norm_(discriminator.parameters(), config.optimiser.clip)
+                norm = norm + 0 * torch.as_tensor(heads)
+            if training.skip_nonfinite and not bool(norm.isfinite()):  # waits for the device
+                optimiser.zero_grad(set_to_none=True)
+                return replace(record_of(step, batch.prompts, pairs, figures, norm, 0.0), skipped=True)
             rate = learning_rate(step, training.steps, config.optimiser)
             for group, factor in zip(optimiser.param_groups, (1.0, config.adversarial.lr_factor), strict=False):
                 group["lr"] = factor * rate
@@ -386,6 +399,7 @@ def distill(
         return record_of(step, batch.prompts, pairs, figures, norm, rate)
 
     records: list[StepRecord] = []
+    skipped = sum("skipped" in row for row in read_metrics(folder))
     batch = pairs = None
     look_every = training.look_every or (1 if device.type == "cpu" else 10)
     began = time.perf_counter()
@@ -400,6 +414,13 @@ def distill(
             shows = last or (step + 1) % training.preview_every == 0
             if saves or shows or len(records) == look_every:
                 rows = [row_of(record) for record in records]  # raises if a step went wrong: nothing of it is kept
+                skipped += sum("skipped" in row for row in rows)
+                if skipped > training.skip_nonfinite:
+                    what = next(row["nonfinite"] for row in reversed(rows) if "nonfinite" in row)
+                    raise NonFiniteError(
+                        f"step {step}: {what}; that makes {skipped} such steps, and training.skip_nonfinite allows "
+                        f"{training.skip_nonfinite} to be skipped. The last checkpoint is intact."
+                    )
                 seconds = (time.perf_counter() - began) / len(rows)
                 for record, row in zip(records, rows, strict=True):
                     append_metrics(folder, row)
@@ -431,6 +452,7 @@ class StepRecord:
         numbers: per pair [M]: the time, norms, and the figures of the objective.
         norm: of the gradient.
         rate: the learning rate.
+        skipped: the gradient was not finite, and the update was left out as `training.skip_nonfinite` allows.
     """
 
     step: int
@@ -441,6 +463,7 @@ class StepRecord:
     numbers: dict[str, Tensor] = field(default_factory=dict)
     norm: Tensor | None = None
     rate: float = 0.0
+    skipped: bool = False
 
 
 def record_of(
@@ -461,8 +484,10 @@ def row_of(record: StepRecord) -> dict[str, Any]:
     if record.norm is None or record.prompt is None:
         return row
     numbers = {name: values.cpu() for name, values in record.numbers.items()}
+    if record.skipped:
+        return row | {"skipped": 1, "nonfinite": f"{nonfinite_place(numbers)[0]} is not finite"}
     check_finite(record.step, record.prompts, record.prompt.tolist(), numbers, float(record.norm))
-    row |= {name: values.mean().item() for name, values in numbers.items() if name not in ("t", "|x|", "|dxdt|")}
+    row |= {name: values.mean().item() for name, values in numbers.items() if name not in ("t", "|x|", "|dxdt|", "|F|")}
     row |= {"grad_norm": float(record.norm), "lr": record.rate}
     if "tangent_norm" in numbers:
         row |= tangent_by_time(numbers["t"], numbers["tangent_norm"])
@@ -525,6 +550,24 @@ def tangent_by_time(t: Tensor, norm: Tensor, bins: int = 4) -> dict[str, float]:
     return {f"tangent_norm_{b}": norm[index == b].mean().item() for b in range(bins) if (index == b).any()}
 
 
+PLACES = {
+    "|x|": "teacher's output", "|dxdt|": "teacher's output", "|F|": "student's output", "tangent_norm": "tangent",
+    "loss": "loss",
+}  # fmt: skip
+"""Figures of a pair, in the order in which they are computed -> what each is a figure of."""
+
+
+def nonfinite_place(numbers: dict[str, Tensor]) -> tuple[str, Tensor]:
+    """Where in a step the first number that is not finite came up, and for which pairs, bool [M].
+
+    The gradient, and no pair, where all of them are finite.
+    """
+    for name, place in PLACES.items():
+        if name in numbers and (bad := ~torch.isfinite(numbers[name])).any():
+            return place, bad
+    return "gradient", torch.zeros_like(numbers["loss"], dtype=torch.bool)
+
+
 def check_finite(
     step: int, prompts: list[str], prompt: list[int], numbers: dict[str, Tensor], grad_norm: float
 ) -> None:
@@ -540,15 +583,15 @@ def check_finite(
     Raises:
         NonFiniteError: naming the step, the prompts, t and the norms.
     """
-    bad = ~torch.isfinite(numbers["loss"])
-    if math.isfinite(grad_norm) and not bad.any():
+    if math.isfinite(grad_norm) and bool(torch.isfinite(numbers["loss"]).all()):
         return
+    place, bad = nonfinite_place(numbers)
     rows = bad.nonzero().squeeze(1)[:4] if bad.any() else torch.arange(min(4, len(prompt)))
     where = "; ".join(
         f"prompt {prompts[prompt[i]]!r} " + " ".join(f"{k}={v[i]:.4g}" for k, v in numbers.items() if k != "loss")
         for i in rows.tolist()
     )
-    what = f"loss of {int(bad.sum())} of {len(prompt)} pairs" if bad.any() else "gradient"
+    what = f"{place} of {int(bad.sum())} of {len(prompt)} pairs" if bad.any() else place
     raise NonFiniteError(
         f"step {step}: {what} is not finite (gradient norm {grad_norm:.3g}): {where}. "
         "The last checkpoint is intact; a lower optimiser.lr, a longer consistency.r_warmup or "
