@@ -322,6 +322,9 @@ def make_preview(
     reference: dict[str, torch.Tensor] = {}
 
     def preview(student: Student, step: int) -> None:
+        path = folder / "previews" / f"step_{step:06d}.png"
+        if path.exists():  # of before the run was stopped
+            return
         if not reference:
             samplers: dict[str, Sampler] = {f"teacher {counted(k)}": teacher_sampler(teacher, k) for k in (20, 1)}
             reference.update(sample_rows(samplers, noise, condition, guidance))
@@ -331,7 +334,7 @@ def make_preview(
         }
         latents = reference | sample_rows(ours, noise, condition, guidance)
         rows = {name: thinned(teacher.decode(x0), teacher.frames, NUM_FRAMES) for name, x0 in latents.items()}
-        save_grid(rows, folder / "previews" / f"step_{step:06d}.png")
+        save_grid(rows, path)
         teacher.release_decoder()
         error = (latents["student 1 step"] - latents["teacher 20 steps"]).square().mean() / teacher.sigma_data**2
         display.note(f"step {step}: preview written, error of one step against the teacher's 20: {error:.3f}")

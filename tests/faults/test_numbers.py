@@ -292,3 +292,15 @@ def test_prompts_that_change_during_the_run(
     prompts_file.write_bytes(old)
     run(config(), tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "straight" / "metrics.jsonl").read_bytes()
+
+
+def test_a_kill_before_the_last_preview_does_not_cost_it(tmp_path: Path, config: Callable[..., Config]) -> None:
+    """Found by `benchmarks/kills.py`: the checkpoint was there, the preview was not, and never came."""
+    run(config(), tmp_path / "run")
+    last = tmp_path / "run" / "previews" / "step_000006.png"
+    drawn, first = last.read_bytes(), (tmp_path / "run" / "previews" / "step_000000.png").stat().st_mtime_ns
+    last.rename(last.with_name(f".{last.name}.part"))
+    run(config(), tmp_path / "run", resume=True)
+    assert last.read_bytes() == drawn
+    assert sorted(path.name for path in last.parent.iterdir()) == ["step_000000.png", last.name]
+    assert (last.parent / "step_000000.png").stat().st_mtime_ns == first  # what is there is not drawn again

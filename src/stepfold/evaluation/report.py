@@ -119,7 +119,7 @@ def render_html(report: Mapping[str, Any], folder: Path) -> str:
         explanations=list(METRICS.values()),
         groups=_table(report),
         images=[(caption, _embedded_png(folder / path)) for caption, path in report.get("images", {}).items()],
-        curves=[(name, Markup(svg)) for name, svg in _curve_svgs(report.get("curves", {})).items()],
+        curves=[(name, Markup(svg)) for name, svg in _curve_svgs(report.get("curves", {})).items()],  # noqa: S704 - matplotlib drew it from numbers
         stages=_stages(report.get("stages_sec", {})),
         peak_memory_gib=report.get("peak_memory_gib"),
         details=[

@@ -307,7 +307,7 @@ def distill(
         stages: notes the time of every stage.
         note_tangent: called with the tangent's backend and the reason for it.
         report: called for every step, some steps at a time where a device would have to be waited for.
-        preview: called with the average every `preview_every` steps.
+        preview: called with the average every `preview_every` steps, and again for the step that is continued from.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; the checkpoints are intact.
@@ -335,9 +335,9 @@ def distill(
     start = load_checkpoint(saved[-1], modules, optimiser, student.shared) if saved else 0
     rewind_metrics(folder, start)
     stages = stages or Stages()
-    if start == 0:
+    if start % training.preview_every == 0 or start == training.steps:  # a kill may have come before it was drawn
         with stages("first preview"):
-            preview(average, 0)
+            preview(average, start)
     velocity, derivative, predict = teacher.velocity, total_derivative, predict_data
     if training.compile:
         velocity, derivative, predict = compiled(velocity), compiled(derivative), compiled(predict)
