@@ -2,6 +2,7 @@
 #
 #   make demo    distil the bundled teacher into a one-step student      make test    the tests
 #   make check   what a change must pass: lint, types, tests             make docs    the documentation, into site/
+#   make audit   known vulnerabilities of what is installed (asks the network)
 #
 # TORCH says what is given to pip for torch; the default is the version in constraints.txt. Another build, for example:
 #   make demo TORCH=torch                                                       the newest one
@@ -14,7 +15,7 @@ STEPFOLD_TORCH ?= $(shell sed -n 's/^torch==/&/p' constraints.txt)
 TORCH ?= $(STEPFOLD_TORCH)
 BIN := .venv/bin
 
-.PHONY: demo test check lint types format docs clean
+.PHONY: demo test check lint types format audit docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -36,6 +37,11 @@ format: .venv/.installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# --strict: a package that could not be looked up fails the audit; without it, no network means "no known vulnerabilities".
+audit: .venv/.installed-audit
+	$(BIN)/pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > .venv/audit.txt
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r .venv/audit.txt
+
 docs: .venv/.installed-docs
 	$(BIN)/mkdocs build --strict
 
@@ -54,6 +60,10 @@ clean:
 	$(BIN)/pip install -c .venv/constraints.txt $(TORCH)
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> .venv/constraints.txt
 	$(BIN)/pip install -c .venv/constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/.installed-audit: .venv/.installed
+	$(BIN)/pip install -c .venv/constraints.txt -e '.[audit]'
 	touch $@
 
 .venv/.installed-docs: .venv/.installed

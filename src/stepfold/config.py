@@ -2,7 +2,9 @@
 
 import difflib
 import re
+import reprlib
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -221,6 +223,12 @@ class TrainingSettings(Section):
         description="steps between two looks at the losses, which wait for the device; default: 1 "
         "on a CPU, 10 elsewhere",
     )
+    skip_nonfinite: int = Field(
+        default=0,
+        ge=0,
+        description="how many steps of a run may be left out because their gradient is not finite, each noted in the "
+        "metrics; 0: the first one stops the run. Above 0 every step waits for the device",
+    )
     time_stages: bool = Field(
         default=False, description="wait for the GPU after every stage of a step, so that the stages' times are true"
     )
@@ -353,7 +361,7 @@ def _preset_values(preset: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"preset {preset} builds on itself ({' -> '.join((*above, preset))}); name another one in it")
     if preset in preset_names():
         text = (resources.files("stepfold") / "presets" / f"{preset}.yaml").read_text()
-    elif Path(preset).is_file():
+    elif _is_file(preset):
         text = _read(Path(preset))
     else:
         raise UserError(f"unknown preset {preset!r}{_nearest(preset, preset_names())}; or give a yaml file")
@@ -386,7 +394,7 @@ def validate(values: dict[str, Any]) -> Config:
         if not key:
             raise UserError(str(problem["msg"]).removeprefix("Value error, ")) from None
         message = str(problem["msg"]).removeprefix("Value error, ")
-        given = "" if isinstance(problem["input"], dict) else f" is {problem['input']!r}"
+        given = "" if isinstance(problem["input"], dict) else f" is {_short(problem['input'])}"
         raise UserError(f"setting {key}{given}: {message}") from None
 
 
@@ -420,7 +428,7 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(
-                f"setting {section} is {values!r}, but it is a section such as `{section}: {{{name}: ...}}`"
+                f"setting {section} is {_short(values)}, but it is a section such as `{section}: {{{name}: ...}}`"
             )
     values[name] = value
 
@@ -432,11 +440,28 @@ def _nearest(given: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
+def _short(value: Any) -> str:
+    """A value for an error message; aliases make a few lines of yaml into lists of millions."""
+    return repr(value) if isinstance(value, int | float) else reprlib.repr(value)[:200]
+
+
+def _is_file(name: str) -> bool:
+    """Whether there is such a file; a name that no file can have is none."""
+    with suppress(OSError, ValueError):
+        return Path(name).is_file()
+    return False
+
+
 def _read(path: Path) -> str:
     try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise UserError(f"{path} has more than {LARGEST_FILE:,} bytes; settings take a few thousand")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); give a yaml file saved as UTF-8") from None
+
+
+LARGEST_FILE = 2**20
 
 
 class _Loader(yaml.SafeLoader):
@@ -453,6 +478,16 @@ _Loader.add_implicit_resolver(_BOOL, re.compile("true|True|TRUE|false|False|FALS
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid yaml: {str(error).splitlines()[0]}") from None
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (
+        yaml.YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # PyYAML's constructors raise what theirs do: ValueError for a 13th month, AttributeError for `!!timestamp x`
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{where} is not valid yaml: {reason}") from None

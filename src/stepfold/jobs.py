@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from stepfold import __version__, assets
@@ -99,7 +100,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     torch.manual_seed(config.seed)  # the guidance embedder's and the weight head's initial values
     cache = None
     if config.conditions:
-        cache = open_conditions(Path(config.conditions), conditions_key(config.teacher, prompts.sha256))
+        cache = open_conditions(Path(config.conditions), conditions_key(config.teacher, prompts.sha256), len(prompts))
     null = cache.null if cache else None
     teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=null)
     teacher.check_prompts(prompts.prompt(i) for i in range(len(prompts)))
@@ -134,9 +135,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
             return cache.rows(index).to(device, teacher.work_dtype)
         return teacher.encode([prompts.prompt(i) for i in index])
 
-    preview = make_preview(
-        folder if processes.first else None, teacher, conditions, len(prompts), config, taught, display
-    )
+    preview = make_preview(folder, teacher, conditions, len(prompts), config, taught, display, writes=processes.first)
 
     tracker = make_tracker(folder) if processes.first else None
     stages = Stages(device if config.training.time_stages else None)
@@ -152,8 +151,10 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     def report(progress: Progress) -> None:
         step_sec.append(progress.row["sec"])
         display.step(progress)
+        if "skipped" in progress.row:
+            display.note(f"step {progress.row['step']} skipped: {progress.row['nonfinite']}")
         for name, value in progress.row.items():
-            if name != "step" and tracker:
+            if name != "step" and tracker and not isinstance(value, str):
                 tracker.add_scalar(name, value, progress.step)
 
     of_steps, of_previews = [0.0], [0.0]
@@ -208,6 +209,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         "step_sec": {"first": step_sec[0], "median": statistics.median(step_sec)} if step_sec else None,
         "tangent": tangent,
         "processes": processes.count,
+        "skipped_steps": sum("skipped" in row for row in read_metrics(folder)),
         "peak_memory_gib": max(of_steps + of_previews),  # while training: neither loading before nor measuring after
         "peak_memory_steps_gib": max(of_steps),  # without the previews
         "curves": curves_from_rows(read_metrics(folder)),
@@ -275,8 +277,24 @@ def cached_blacks(folder: Path, teacher: PipelineTeacher) -> list[torch.Tensor]:
         with writing(path) as part:
             made = [teacher.black_latent(shape).cpu().contiguous() for shape in teacher.latent_shapes]
             save_file({str(i): black for i, black in enumerate(made)}, part)
-    kept = load_file(path)
+    kept = load_kept(path, {str(i): tuple(shape) for i, shape in enumerate(teacher.latent_shapes)})
     return [kept[str(i)].to(teacher.device) for i in range(len(kept))]
+
+
+def load_kept(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Tensors that a run has made once and kept, of the names and shapes that they must have.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        kept = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, it is made again") from None
+    found = {name: tuple(tensor.shape) for name, tensor in kept.items()}
+    if found != shapes or not all(t.is_floating_point() and bool(t.isfinite().all()) for t in kept.values()):
+        raise UserError(f"{path} is damaged (it holds {found}, not finite {shapes}); delete it, it is made again")
+    return kept
 
 
 def image_latents(
@@ -299,22 +317,25 @@ def image_latents(
                 parts.append(encode(index).cpu())
                 tick("images", len(index))
             save_file({"x0": torch.cat(parts)}, part)
-    kept = load_file(path)["x0"]
+    kept = load_kept(path, {"x0": (len(images), *teacher.latent_shape)})["x0"]
     return lambda index: kept[index].to(teacher.device)
 
 
 def make_preview(
-    folder: Path | None,
+    folder: Path,
     teacher: PipelineTeacher,
     conditions: Callable[[Sequence[int]], Condition],
     num_prompts: int,
     config: Config,
     guidance: float,
     display: Display,
+    *,
+    writes: bool = True,
 ) -> Callable[[Student, int], None]:
     """Draws the teacher at 20 steps and the student at 1, 2 and 4, from the same prompts and noise, into previews/.
 
-    Without a folder nothing is written: a process that only helps another one to draw.
+    One that is there already is not drawn again. Without `writes` nothing is written: a process that only helps another
+    one to draw.
     """
     count = NUM_PREVIEWS if teacher.frames == 1 else NUM_VIDEO_PREVIEWS
     shown = [i * num_prompts // count for i in range(min(count, num_prompts))]
@@ -325,6 +346,9 @@ def make_preview(
     reference: dict[str, torch.Tensor] = {}
 
     def preview(student: Student, step: int) -> None:
+        path = folder / "previews" / f"step_{step:06d}.png"
+        if path.exists():  # of before the run was stopped
+            return
         if not reference:
             samplers: dict[str, Sampler] = {f"teacher {counted(k)}": teacher_sampler(teacher, k) for k in (20, 1)}
             reference.update(sample_rows(samplers, noise, condition, guidance))
@@ -333,10 +357,10 @@ def make_preview(
             for k in (1, 2, 4)
         }
         latents = reference | sample_rows(ours, noise, condition, guidance)
-        if folder is None:
+        if not writes:
             return
         rows = {name: thinned(teacher.decode(x0), teacher.frames, NUM_FRAMES) for name, x0 in latents.items()}
-        save_grid(rows, folder / "previews" / f"step_{step:06d}.png")
+        save_grid(rows, path)
         teacher.release_decoder()
         error = (latents["student 1 step"] - latents["teacher 20 steps"]).square().mean() / teacher.sigma_data**2
         display.note(f"step {step}: preview written, error of one step against the teacher's 20: {error:.3f}")

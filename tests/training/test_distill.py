@@ -452,7 +452,7 @@ def test_nan_stops_the_run_and_says_where(
     with pytest.raises(NonFiniteError) as caught:
         train(config, folder, teacher, prompts, student, poison)
     message = str(caught.value)
-    assert message.startswith("step 3: loss of 6 of 6 pairs is not finite")
+    assert message.startswith("step 3: student's output of 6 of 6 pairs is not finite")
     assert any(repr(p) in message for p in draw(3, prompts, teacher, config, CPU).prompts)
     assert " t=" in message and "|x|=" in message and "|dxdt|=" in message
     assert [p.name for p in checkpoints(folder)] == ["000002"]

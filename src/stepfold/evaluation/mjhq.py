@@ -96,6 +96,9 @@ def open_mjhq(folder: Path, n: int) -> Mjhq:
     if len(rows) < n:
         raise UserError(f"{meta} has {len(rows)} prompts, fewer than n = {n}")
     keys = list(rows)[:n]
+    for name in (*keys, *(rows[key][0] for key in keys)):
+        if name in ("", ".", "..") or Path(name).name != name or "\0" in name:  # it becomes a file's name
+            raise UserError(f"{meta} has {name!r} for an id or a category, which is no name of a file")
     root = folder / "mjhq30k_imgs" if (folder / "mjhq30k_imgs").is_dir() else folder
     paths = [root / rows[key][0] / f"{key}.jpg" for key in keys]
     if missing := [path for path in paths if not path.is_file()]:

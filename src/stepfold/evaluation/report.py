@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from stepfold.errors import UserError
 from stepfold.evaluation.protocol import teachers_of
+from stepfold.training.runs import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,15 +87,10 @@ def write_report(folder: str | Path, report: Mapping[str, Any]) -> tuple[Path, P
 
 
 def _write_whole(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path) as part, part.open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _finite(value: Any) -> Any:
@@ -123,7 +119,7 @@ def render_html(report: Mapping[str, Any], folder: Path) -> str:
         explanations=list(METRICS.values()),
         groups=_table(report),
         images=[(caption, _embedded_png(folder / path)) for caption, path in report.get("images", {}).items()],
-        curves=[(name, Markup(svg)) for name, svg in _curve_svgs(report.get("curves", {})).items()],
+        curves=[(name, Markup(svg)) for name, svg in _curve_svgs(report.get("curves", {})).items()],  # noqa: S704 - matplotlib drew it from numbers
         stages=_stages(report.get("stages_sec", {})),
         peak_memory_gib=report.get("peak_memory_gib"),
         details=[

@@ -21,7 +21,7 @@ from torch import Tensor
 from stepfold.errors import UserError
 from stepfold.prompts.reading import Prompts
 from stepfold.teachers.contract import Condition, concatenate
-from stepfold.training.runs import writing
+from stepfold.training.runs import make_folder, writing
 
 SHARD = 4096
 INDEX, EXTRAS = "index.json", "extras.safetensors"
@@ -89,7 +89,7 @@ def encode_prompts(
         check_key(folder, read_index(folder), index)
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no encoded prompts; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     first = encode([prompts.prompt(i) for i in range(min(batch, len(prompts)))])
     size = 2 * first.embeds.shape[2] * float(first.mask.sum()) / len(first) * len(prompts)
     note(f"{len(prompts)} prompts, about {size / 2**30:.3g} GiB in {folder}")
@@ -124,27 +124,66 @@ def encode_prompts(
             tick(len(members))
 
 
-def open_conditions(folder: Path, key: dict[str, Any]) -> ConditionCache:
-    """Opens what `encode_prompts` wrote.
+def open_conditions(folder: Path, key: dict[str, Any], count: int | None = None) -> ConditionCache:
+    """Opens what `encode_prompts` wrote, for so many prompts if `count` is given.
 
     Raises:
         UserError: there is none, it is not whole, or it was made with another teacher or from other prompts.
     """
     index = read_index(folder)
-    check_key(folder, index, {**key, "count": index.get("count"), "shard": SHARD})
-    count = -(-index["count"] // SHARD)
-    if missing := [number for number in range(count) if not shard_path(folder, number).exists()]:
-        raise UserError(f"{folder} lacks {len(missing)} of {count} shards; finish it with stepfold prompts encode")
+    check_key(folder, index, {**key, "count": index.get("count") if count is None else count, "shard": SHARD})
+    whole = index.get("count")
+    if type(whole) is not int or whole < 1:
+        raise UserError(f"{folder / INDEX} is damaged (count is {whole!r}); delete the folder and encode again")
+    needed, there = -(-whole // SHARD), len(list(folder.glob("conditions_*.safetensors")))
+    if there < needed:
+        raise UserError(f"{folder} lacks {needed - there} of {needed} shards; finish it with stepfold prompts encode")
     try:
-        shards = [safe_open(shard_path(folder, number), framework="pt") for number in range(count)]
+        shards = [safe_open(shard_path(folder, number), framework="pt") for number in range(needed)]
         starts = [shard.get_tensor("starts") for shard in shards]
         extras = load_file(folder / EXTRAS)
-    except (OSError, SafetensorError) as error:
+        for number, shard in enumerate(shards):
+            check_shard(shard, starts[number], min(SHARD, whole - number * SHARD), "pooled" in set(shards[0].keys()))
+        check_extras(extras)
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise UserError(f"{folder} is damaged ({error}); delete it and encode again") from None
     null = None
     if "null_embeds" in extras:
         null = Condition(extras["null_embeds"], extras["null_mask"], extras.get("null_pooled"))
     return ConditionCache(shards, starts, null, extras["black"], "pooled" in set(shards[0].keys()))
+
+
+def check_shard(shard: Any, starts: Tensor, count: int, pooled: bool) -> None:
+    """Holds a shard of `count` prompts to what `encode_prompts` writes; the embeddings themselves are not read.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    embeds = shard.get_slice("embeds")
+    if embeds.get_dtype() != "BF16" or len(embeds.get_shape()) != 2:
+        raise ValueError(f"embeds are {embeds.get_dtype()} {embeds.get_shape()}, not BF16 [tokens, width]")
+    if starts.dtype != torch.long or starts.shape != (count + 1,):
+        raise ValueError(f"starts are {starts.dtype} {list(starts.shape)}, not int64 [{count + 1}]")
+    if starts[0] != 0 or starts[-1] != embeds.get_shape()[0] or (starts.diff() < 0).any():
+        raise ValueError("starts do not divide the tokens among the prompts")
+    if pooled and shard.get_slice("pooled").get_shape()[:1] != [count]:
+        raise ValueError(f"pooled vectors are {shard.get_slice('pooled').get_shape()}, not one a prompt")
+
+
+def check_extras(extras: dict[str, Tensor]) -> None:
+    """Holds the file of extras to what `encode_prompts` writes.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    if not ("black" in extras and extras["black"].is_floating_point() and extras["black"].isfinite().all()):
+        raise ValueError("there is no black picture's latent")
+    if "null_embeds" in extras:
+        embeds, mask = extras["null_embeds"], extras.get("null_mask")
+        if embeds.ndim != 3 or len(embeds) != 1 or mask is None or mask.shape != embeds.shape[:2]:
+            raise ValueError("the unconditional condition is not one row of embeddings and its mask")
+        if not (embeds.is_floating_point() and embeds.isfinite().all()):
+            raise ValueError("the unconditional condition is not made of finite numbers")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -155,7 +194,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     try:
         index = json.loads((folder / INDEX).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} holds no encoded prompts ({error}); make it with stepfold prompts encode") from None
     if not isinstance(index, dict):
         raise UserError(f"{folder / INDEX} is damaged; delete the folder and encode again")

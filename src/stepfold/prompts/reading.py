@@ -41,6 +41,7 @@ class PromptFile:
         num_blank: blank lines dropped.
         num_duplicate: lines dropped because the same line came before.
         sha256: of the whole file, in hexadecimal.
+        state: size in bytes and time of change in ns that the file had when its content was last known to be this.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class PromptFile:
     num_blank: int
     num_duplicate: int
     sha256: str
+    state: list[tuple[int, int]]
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -63,14 +65,22 @@ class PromptFile:
         length = int(self.lengths[index])
         try:
             with self.path.open("rb") as file:
+                self._check_unchanged(file)
                 file.seek(int(self.offsets[index]))
-                raw = file.read(length)
-            text = raw.decode()
+                return file.read(length).decode()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path}: changed or removed during the run; put the old file back") from error
-        if len(raw) != length:
-            raise UserError(f"{self.path}: shorter than when it was opened; put the old file back")
-        return text
+
+    def _check_unchanged(self, file: BinaryIO) -> None:
+        """Reads the whole file again where its size or time is another: a copy of equal content will do."""
+        now = _state(file)
+        if now != self.state[-1]:
+            digest = hashlib.sha256()
+            while block := file.read(2**20):
+                digest.update(block)
+            if digest.hexdigest() != self.sha256:
+                raise UserError(f"{self.path}: changed during the run; put the old file back")
+            self.state.append(now)
 
 
 def open_prompts(path: str | os.PathLike[str]) -> PromptFile:
@@ -106,9 +116,15 @@ def open_prompts(path: str | os.PathLike[str]) -> PromptFile:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
+def _state(file: BinaryIO) -> tuple[int, int]:
+    """Size in bytes and time of the last change in ns of an open file."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
+
+
 def _scan(path: Path, file: BinaryIO) -> PromptFile:
     """The streaming pass of `open_prompts`; a line is read in bounded pieces, whatever the file holds."""
-    digest = hashlib.sha256()
+    digest, state = hashlib.sha256(), _state(file)
     offsets, lengths, hashes = array("q"), array("i"), array("Q")
     position = line = num_blank = 0
     while raw := file.readline(_MAX_LINE_BYTES):
@@ -136,6 +152,7 @@ def _scan(path: Path, file: BinaryIO) -> PromptFile:
         num_blank=num_blank,
         num_duplicate=len(offsets) - len(first),
         sha256=digest.hexdigest(),
+        state=[state],
     )
 
 

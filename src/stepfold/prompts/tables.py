@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,7 +13,9 @@ from stepfold.errors import UserError
 USUAL = ("prompt", "text", "caption")
 """Columns that are taken without being named, whatever their case."""
 TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-csv.field_size_limit(2**24)
+LONGEST_LINE = 2**24
+"""Characters; a file of a single endless line, gzipped or not, does not fill the memory."""
+csv.field_size_limit(LONGEST_LINE)
 
 
 def kind_of(path: Path) -> str:
@@ -41,20 +44,28 @@ def read_texts(path: Path, column: str | None = None) -> Iterator[str]:
             return
         with _open(path) as file:
             if kind == ".txt":
-                yield from (line.rstrip("\r\n") for line in file)
+                yield from (line.rstrip("\r\n") for line in _lines(path, file))
             elif kind in (".csv", ".tsv"):
                 yield from _delimited(path, file, "," if kind == ".csv" else "\t", column)
             else:
                 yield from _json_lines(path, file, column)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
-    except (OSError, EOFError, csv.Error) as error:
+    except (OSError, EOFError, csv.Error, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def _open(path: Path) -> TextIO:
     opened: Any = gzip.open if path.suffix == ".gz" else open
     return opened(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    """The lines of a file, each of bounded length."""
+    while line := file.readline(LONGEST_LINE):
+        if len(line) == LONGEST_LINE and not line.endswith(("\n", "\r")):
+            raise UserError(f"{path}: a line of more than {LONGEST_LINE:,} characters; put one prompt a line")
+        yield line
 
 
 def _chosen(path: Path, columns: Sequence[str], column: str | None) -> str:
@@ -70,7 +81,7 @@ def _chosen(path: Path, columns: Sequence[str], column: str | None) -> str:
 
 
 def _delimited(path: Path, file: TextIO, delimiter: str, column: str | None) -> Iterator[str]:
-    rows = csv.DictReader(file, delimiter=delimiter)
+    rows = csv.DictReader(_lines(path, file), delimiter=delimiter)
     name = _chosen(path, rows.fieldnames or [], column)
     for row in rows:
         yield row[name] or ""
@@ -78,19 +89,24 @@ def _delimited(path: Path, file: TextIO, delimiter: str, column: str | None) -> 
 
 def _json_lines(path: Path, file: TextIO, column: str | None) -> Iterator[str]:
     name = column
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(_lines(path, file), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not an object; each line needs one, with the prompt under a key")
         name = name or _chosen(path, list(row), None)
         if name not in row:
             raise UserError(f"{path}, line {number}: has no {name!r}; it has {', '.join(row)}")
-        yield str(row[name] or "")
+        yield _whole(str(row[name] or ""))
+
+
+def _whole(text: str) -> str:
+    """Halves of characters, which json can say and no file can hold, become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[str]:
@@ -104,5 +120,7 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
         for batch in file.iter_batches(columns=[name], batch_size=8192):
             for value in batch.column(0).to_pylist():
                 yield str(value or "")
-    except ArrowException as error:
+    except (ArrowException, ValueError, OverflowError, MemoryError) as error:
+        if isinstance(error, UserError | UnicodeDecodeError):
+            raise
         raise UserError(f"{path}: is no parquet file that can be read ({error})") from None

@@ -241,7 +241,7 @@ def reproduce(runs: list[Run], root: Path, display: Display, pictures: int) -> N
         began, folder = time.perf_counter(), root / run.name
         command = distill_command(run, folder)
         quiet = ["--quiet"] if display.console.quiet else []
-        code = subprocess.run([sys.executable, "-m", "stepfold", *command, "--resume", *quiet]).returncode
+        code = subprocess.run([sys.executable, "-m", "stepfold", *command, "--resume", *quiet]).returncode  # noqa: S603 - this package, no shell
         if code not in (0, DIVERGED):
             raise UserError(f"stepfold {shlex.join(command)} failed; start `stepfold reproduce` again to continue it")
         record: dict[str, Any] = {

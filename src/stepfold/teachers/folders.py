@@ -1,6 +1,5 @@
 """A pipeline folder or a hub id: what its index says, and how it is loaded; safetensors only, nothing of it is run."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,26 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from stepfold.errors import UserError
+from stepfold.teachers.safety import PICKLES, check_files, check_index, is_part, read_json
 
 
 def load_index(source: str) -> dict[str, Any]:
     """A pipeline's model_index.json, from a folder or a hub id.
 
     Raises:
-        UserError: the folder lacks a part or holds a pickle, or there is no such pipeline.
+        UserError: the folder lacks a part or holds what `check_folder` refuses, or there is no such pipeline.
     """
     folder = Path(source)
     if folder.exists():
-        check_folder(folder)
+        return check_folder(folder)
     try:
-        return dict(DiffusionPipeline.load_config(source))  # type: ignore[arg-type]
-    except OSError as error:
+        config: Any = DiffusionPipeline.load_config(source)  # type: ignore[arg-type]
+    except (OSError, ValueError) as error:
         raise UserError(
             f"teacher {source!r} is neither a pipeline folder nor a hub id that can be reached: {first_line(error)}"
         ) from None
+    check_index(source, config)
+    return dict(config)
 
 
 def load_pipeline(
@@ -39,15 +41,19 @@ def load_pipeline(
     """
     names = {kind.__name__: kind for kind in classes}
     name = index.get("_class_name")
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         raise UserError(f"teacher {source!r} is a {name}; here it must be a {' or a '.join(names)}")
     later = [part for part in index if part.startswith("text_encoder") or part == "vae"]
     kind: Any = names[name]
     try:
         parts: dict[str, Any] = dict.fromkeys(later) if network_only else {}
+        if not Path(source).exists():  # of a hub id all files come first, so that they are looked at before any is read
+            check_files(Path(kind.download(source, use_safetensors=True, **parts)))
         return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise unloadable(source, error) from None
+    except UserError:
+        raise
+    except Exception as error:  # what a config can be wrong in is without end, and so are the libraries' errors
+        raise unloadable(source, error) from error
 
 
 def unloadable(source: str, error: Exception) -> UserError:
@@ -61,6 +67,13 @@ def merge_lora(pipe: Any, source: str) -> None:
     Raises:
         UserError: it does not load, or does not fit.
     """
+    place = Path(source)
+    for file in [place, *(place.iterdir() if place.is_dir() else ())]:
+        if file.suffix.lower() in PICKLES:
+            raise UserError(
+                f"LoRA {source!r} is or holds a pickle, {file.name}, which could run code; save it as safetensors with "
+                "save_lora_weights(..., safe_serialization=True) where you trust it"
+            )
     try:
         pipe.load_lora_weights(source, use_safetensors=True)
         pipe.fuse_lora()
@@ -72,29 +85,27 @@ def merge_lora(pipe: Any, source: str) -> None:
         ) from None
 
 
-def check_folder(folder: Path) -> None:
-    """Refuses a pipeline folder with a missing part or a file that could execute code when loaded."""
+def check_folder(folder: Path) -> dict[str, Any]:
+    """Refuses a pipeline folder with a missing part, or with anything that `safety` refuses; returns its index.
+
+    Raises:
+        UserError: naming what is missing or not allowed.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(
             f"teacher folder {str(folder)!r} has no model_index.json; give a folder written by save_pretrained"
         )
-    for path in folder.rglob("*"):
-        if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}:
-            raise UserError(
-                f"teacher folder holds a pickle, {path.relative_to(folder)}, which could run code; "
-                "convert it with save_pretrained(..., safe_serialization=True)"
-            )
-    try:
-        parts = json.loads(index.read_text())
-    except ValueError as error:
-        raise UserError(f"{index} is not valid JSON ({error}); save the pipeline again with save_pretrained") from None
+    check_files(folder)
+    parts = read_json(index, str(index))
     if not isinstance(parts, dict):
         raise UserError(f"{index} describes no pipeline; save the pipeline again with save_pretrained")
+    check_index(str(folder), parts)
     for part, spec in parts.items():
-        present = isinstance(spec, list) and len(spec) == 2 and spec[0] is not None
+        present = is_part(spec) and spec[0] is not None
         if present and not part.startswith("_") and not (folder / part).is_dir():
             raise UserError(f"teacher folder {str(folder)!r} lacks its part {part!r}; copy the whole pipeline folder")
+    return parts
 
 
 def first_line(error: Exception) -> str:

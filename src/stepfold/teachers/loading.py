@@ -11,11 +11,11 @@ from huggingface_hub import try_to_load_from_cache
 
 from stepfold import assets
 from stepfold.config import Config, TeacherSettings
-from stepfold.errors import UserError
+from stepfold.errors import NonFiniteError, UserError
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.flux import FluxTeacher
-from stepfold.teachers.folders import check_folder, load_index, merge_lora, unloadable
+from stepfold.teachers.folders import check_folder, first_line, load_index, merge_lora, unloadable
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
@@ -54,7 +54,7 @@ def family_of(source: str) -> type[PipelineTeacher]:
         UserError: there is no such pipeline, or no family for it.
     """
     name = load_index(source).get("_class_name")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"teacher {source!r} is a {name}; this version distils {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
@@ -71,9 +71,8 @@ def load_teacher(
 
     `dtype` is the settings' if None; the last two as in `PipelineTeacher`.
     """
-    source = folder_of(settings.source)
-    return family_of(source)(
-        source,
+    return make_teacher(
+        folder_of(settings.source),
         device=device,
         dtype=dtype or getattr(torch, settings.dtype),
         height=settings.height,
@@ -87,6 +86,20 @@ def load_teacher(
         null=null,
         lora=settings.lora,
     )
+
+
+def make_teacher(source: str, **options: Any) -> PipelineTeacher:
+    """The teacher of a pipeline folder or hub id; its family's `__init__` says the options.
+
+    Raises:
+        UserError: it does not load, or its configs are not what its family takes them for.
+    """
+    try:
+        return family_of(source)(source, **options)
+    except (UserError, NonFiniteError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # configs are read in many places here, and each of their numbers may be anything
+        raise unloadable(source, error) from error
 
 
 def choose_objective(config: Config) -> Config:
@@ -104,9 +117,9 @@ def choose_objective(config: Config) -> Config:
     try:
         network: Any = getattr(diffusers, index[family.network_part][1])
         settings = network.load_config(source, subfolder=family.network_part)
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+        slow = family.time_scale_of(index["_class_name"], settings) < 10
+    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise unloadable(source, error) from None
-    slow = family.time_scale_of(index["_class_name"], settings) < 10
     return config.model_copy(update={"objective": "continuous" if slow else "discrete"})
 
 
@@ -145,32 +158,19 @@ def files_fingerprint(folder: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def is_diffusers_own(library: str) -> bool:
-    """Whether a part's library is one of diffusers' own pipeline modules, as Stable Diffusion's safety checker's is."""
-    return library.isidentifier() and (Path(diffusers.__file__).parent / "pipelines" / library).is_dir()
-
-
 def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:
     """A diffusers text-to-image pipeline of any class, from a folder; safetensors only, no code of its own.
 
     Raises:
         UserError: the folder is no pipeline, names a class outside diffusers and transformers, or does not load.
     """
-    check_folder(folder)
-    parts = json.loads((folder / "model_index.json").read_text())
-    name = parts.get("_class_name")
+    name = check_folder(folder).get("_class_name")
     if not isinstance(name, str) or not isinstance(getattr(diffusers, name, None), type):
         raise UserError(f"{folder} is a {name}, which is no pipeline of diffusers {diffusers.__version__}")
-    for part, spec in parts.items():
-        if isinstance(spec, list) and not (spec[0] in (None, "diffusers", "transformers") or is_diffusers_own(spec[0])):
-            raise UserError(
-                f"{folder}: part {part!r} comes from {spec[0]!r}, whose code would be run; it is not loaded"
-            )
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder} does not load: {reason}; save it again with save_pretrained") from None
+    except Exception as error:  # as in folders.load_pipeline
+        raise UserError(f"{folder} does not load: {first_line(error)}; save it again with save_pretrained") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -186,11 +186,28 @@ def read_card(folder: Path) -> dict[str, Any]:
     try:
         card = json.loads((folder / CARD).read_text())
         missing = [name for name in ("teacher", "height", "width", "max_tokens", "config") if name not in card]
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / CARD} is damaged ({error}); copy the student folder again") from None
     if missing:
         raise UserError(f"{folder / CARD} is damaged (it lacks {missing[0]}); copy the student folder again")
+    kinds = {"teacher": str, "height": int, "width": int, "max_tokens": int, "config": dict, "guidance": (int, float)}
+    wrong = [name for name, kind in kinds.items() if name in card and not isinstance(card[name], kind)]
+    if wrong or not isinstance(card["config"].get("student", {}), dict):
+        name = wrong[0] if wrong else "config"
+        raise UserError(f"{folder / CARD} is damaged (its {name} is no {name}); copy the student folder again")
     return OLDER | card
+
+
+def teacher_settings(folder: Path, card: dict[str, Any]) -> TeacherSettings:
+    """The settings of the teacher that a student's card names.
+
+    Raises:
+        UserError: it names none.
+    """
+    try:
+        return TeacherSettings.model_validate(card["config"]["teacher"])
+    except (LookupError, ValueError) as error:
+        raise UserError(f"{folder / CARD} is damaged ({first_line(error)}); copy the student folder again") from None
 
 
 def lora_rank(card: dict[str, Any]) -> int:
@@ -206,11 +223,11 @@ def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeac
     """
     card = read_card(folder)
     if rank := lora_rank(card):
-        teacher = load_teacher(TeacherSettings.model_validate(card["config"]["teacher"]), device)
+        teacher = load_teacher(teacher_settings(folder, card), device)
         return teacher, teacher.load_lora(folder, rank), card
     check_folder(folder)
     settings = {name: card[name] for name in ("height", "width", "frames", "max_tokens")}
-    pipeline = family_of(str(folder))(folder, device=device, **settings)
+    pipeline = make_teacher(str(folder), device=device, **settings)
     return pipeline, pipeline.as_student(), card
 
 
@@ -219,6 +236,6 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     card = read_card(folder)
     if not lora_rank(card):
         return load_student(folder, device)
-    teacher = load_teacher(TeacherSettings.model_validate(card["config"]["teacher"]), device, torch.float32)
+    teacher = load_teacher(teacher_settings(folder, card), device, torch.float32)
     merge_lora(teacher.pipe, str(folder))
     return teacher, teacher.as_student(), card

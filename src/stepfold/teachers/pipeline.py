@@ -20,7 +20,7 @@ from stepfold.maths.formulations import flow_time, guide
 from stepfold.maths.routes import few_step_times
 from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate, sharing_copy
 from stepfold.teachers.depth import drop_blocks
-from stepfold.teachers.folders import load_index, load_pipeline, merge_lora
+from stepfold.teachers.folders import first_line, load_index, load_pipeline, merge_lora
 from stepfold.teachers.once import compute_afresh, compute_once, forget
 
 SIGMA_DATA = 0.5
@@ -359,9 +359,21 @@ class PipelineTeacher:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """See `Teacher`. Prompts are treated as the pipeline treats them by default."""
+        """See `Teacher`. Prompts are treated as the pipeline treats them by default.
+
+        Raises:
+            UserError: the tokenizer or a text encoder breaks on them, as damaged ones do.
+        """
         self._load_text_encoders()
-        return self.encode_texts(list(prompts)).trimmed()
+        try:
+            return self.encode_texts(list(prompts)).trimmed()
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the tokenizer or text encoder of teacher {self.source!r} cannot encode a prompt "
+                f"({first_line(error)}); save it again with save_pretrained"
+            ) from error
 
     @torch.no_grad()
     def _encode_null(self) -> Condition:

@@ -36,7 +36,14 @@ from stepfold.training.choices import choose_tangent, keep_freed_memory
 from stepfold.training.draws import Draw, JudgedDraw, draw, guidance_scales, prompt_index, step_samples
 from stepfold.training.optimisers import learning_rate, make_optimiser
 from stepfold.training.processes import ALONE, Processes, gathered, is_sharded, local, shard, whole
-from stepfold.training.runs import append_metrics, checkpoints, load_checkpoint, rewind_metrics, save_checkpoint
+from stepfold.training.runs import (
+    append_metrics,
+    checkpoints,
+    load_checkpoint,
+    read_metrics,
+    rewind_metrics,
+    save_checkpoint,
+)
 
 
 @dataclass(frozen=True)
@@ -212,6 +219,7 @@ def continuous_loss(
         "squared_error": terms.squared_error,
         "tangent_norm": terms.tangent_norm,
         "w_phi": -log_variance.detach(),
+        "|F|": tangent.F.detach().flatten(1).norm(dim=1),
     }
 
 
@@ -318,8 +326,9 @@ def distill(
         stages: notes the time of every stage.
         note_tangent: called with the tangent's backend and the reason for it.
         report: called for every step, some steps at a time where a device would have to be waited for.
-        preview: called with the average every `preview_every` steps; in the first process, or in all of them where the
-            weights are sharded, since they are whole only where all take part.
+        preview: called with the average every `preview_every` steps, and again for the step that is continued from; in
+            the first process, or in all of them where the weights are sharded, since they are whole only where all take
+            part.
 
     Returns:
         The average; where the weights are sharded, whole in the first process, and in the others of no use.
@@ -360,10 +369,12 @@ def distill(
     if processes.first:
         rewind_metrics(folder, start)
     stages = stages or Stages()
+    processes.wait()
     previews = processes.first or sharded
-    if start == 0 and previews:
+    due = start % training.preview_every == 0 or start == training.steps
+    if due and previews:  # a kill may have come before it was drawn
         with stages("first preview"):
-            preview(average, 0)
+            preview(average, start)
     velocity, derivative, predict = teacher.velocity, total_derivative, predict_data
     if training.compile:
         velocity, derivative, predict = compiled(velocity), compiled(derivative), compiled(predict)
@@ -430,7 +441,13 @@ def distill(
             norm = whole(torch.as_tensor(accelerator.clip_grad_norm_(student.parameters(), config.optimiser.clip)))
             if discriminator:
                 processes.sum_gradients(discriminator.parameters())
-                accelerator.clip_grad_norm_(discriminator.parameters(), config.optimiser.clip)
+                # its gradient counts, too: a norm that is not finite makes the sum so
+                heads = accelerator.clip_grad_norm_(discriminator.parameters(), config.optimiser.clip)
+                norm = norm + 0 * torch.as_tensor(heads)
+            if training.skip_nonfinite and not bool(norm.isfinite()):  # waits for the device
+                optimiser.zero_grad(set_to_none=True)
+                record = record_of(step, batch.prompts, pairs, figures, norm, 0.0)
+                return replace(record, pairs=kept, num_walked=walked, skipped=True)
             rate = learning_rate(step, training.steps, config.optimiser)
             for group, factor in zip(optimiser.param_groups, (1.0, config.adversarial.lr_factor), strict=False):
                 group["lr"] = factor * rate
@@ -441,6 +458,7 @@ def distill(
         return replace(record, pairs=kept, num_walked=walked)
 
     records: list[StepRecord] = []
+    skipped = sum("skipped" in row for row in read_metrics(folder))
     batch = pairs = None
     look_every = training.look_every or (1 if device.type == "cpu" else 10)
     began = time.perf_counter()
@@ -458,6 +476,13 @@ def distill(
             saves = saves or stopping
             if looks:
                 rows = [finished_row(record) for record in records]  # raises if a step went wrong: nothing is kept
+                skipped += sum("skipped" in row for row in rows)
+                if skipped > training.skip_nonfinite:
+                    what = next(row["nonfinite"] for row in reversed(rows) if "nonfinite" in row)
+                    raise NonFiniteError(
+                        f"step {step}: {what}; that makes {skipped} such steps, and training.skip_nonfinite allows "
+                        f"{training.skip_nonfinite} to be skipped. The last checkpoint is intact."
+                    )
                 seconds = (time.perf_counter() - began) / len(rows)
                 for record, row in zip(records, rows, strict=True):
                     if processes.first:
@@ -493,6 +518,7 @@ class StepRecord:
         numbers: per pair [M]: the time, norms, and the figures of the objective.
         norm: of the gradient.
         rate: the learning rate.
+        skipped: the gradient was not finite, and the update was left out as `training.skip_nonfinite` allows.
     """
 
     step: int
@@ -503,6 +529,7 @@ class StepRecord:
     numbers: dict[str, Tensor] = field(default_factory=dict)
     norm: Tensor | None = None
     rate: float = 0.0
+    skipped: bool = False
 
 
 def record_of(
@@ -540,8 +567,10 @@ def row_of(record: StepRecord) -> dict[str, Any]:
     if record.norm is None or record.prompt is None:
         return row
     numbers = {name: values.cpu() for name, values in record.numbers.items()}
+    if record.skipped:
+        return row | {"skipped": 1, "nonfinite": f"{nonfinite_place(numbers)[0]} is not finite"}
     check_finite(record.step, record.prompts, record.prompt.tolist(), numbers, float(record.norm))
-    row |= {name: values.mean().item() for name, values in numbers.items() if name not in ("t", "|x|", "|dxdt|")}
+    row |= {name: values.mean().item() for name, values in numbers.items() if name not in ("t", "|x|", "|dxdt|", "|F|")}
     row |= {"grad_norm": float(record.norm), "lr": record.rate}
     if "tangent_norm" in numbers:
         row |= tangent_by_time(numbers["t"], numbers["tangent_norm"])
@@ -615,6 +644,24 @@ def tangent_by_time(t: Tensor, norm: Tensor, bins: int = 4) -> dict[str, float]:
     return {f"tangent_norm_{b}": norm[index == b].mean().item() for b in range(bins) if (index == b).any()}
 
 
+PLACES = {
+    "|x|": "teacher's output", "|dxdt|": "teacher's output", "|F|": "student's output", "tangent_norm": "tangent",
+    "loss": "loss",
+}  # fmt: skip
+"""Figures of a pair, in the order in which they are computed -> what each is a figure of."""
+
+
+def nonfinite_place(numbers: dict[str, Tensor]) -> tuple[str, Tensor]:
+    """Where in a step the first number that is not finite came up, and for which pairs, bool [M].
+
+    The gradient, and no pair, where all of them are finite.
+    """
+    for name, place in PLACES.items():
+        if name in numbers and (bad := ~torch.isfinite(numbers[name])).any():
+            return place, bad
+    return "gradient", torch.zeros_like(numbers["loss"], dtype=torch.bool)
+
+
 def check_finite(
     step: int, prompts: list[str], prompt: list[int], numbers: dict[str, Tensor], grad_norm: float
 ) -> None:
@@ -630,15 +677,15 @@ def check_finite(
     Raises:
         NonFiniteError: naming the step, the prompts, t and the norms.
     """
-    bad = ~torch.isfinite(numbers["loss"])
-    if math.isfinite(grad_norm) and not bad.any():
+    if math.isfinite(grad_norm) and bool(torch.isfinite(numbers["loss"]).all()):
         return
+    place, bad = nonfinite_place(numbers)
     rows = bad.nonzero().squeeze(1)[:4] if bad.any() else torch.arange(min(4, len(prompt)))
     where = "; ".join(
         f"prompt {prompts[prompt[i]]!r} " + " ".join(f"{k}={v[i]:.4g}" for k, v in numbers.items() if k != "loss")
         for i in rows.tolist()
     )
-    what = f"loss of {int(bad.sum())} of {len(prompt)} pairs" if bad.any() else "gradient"
+    what = f"{place} of {int(bad.sum())} of {len(prompt)} pairs" if bad.any() else place
     raise NonFiniteError(
         f"step {step}: {what} is not finite (gradient norm {grad_norm:.3g}): {where}. "
         "The last checkpoint is intact; a lower optimiser.lr, a longer consistency.r_warmup or "

@@ -5,7 +5,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ def writing(path: Path) -> Iterator[Path]:
         UserError: the disk is full, the folder cannot be written to, or `path` is a folder and a file was to go there.
     """
     part = path.with_name(f".{path.name}.part")
-    _remove(part)  # of a run that was killed
     try:
+        _remove(part)  # of a run that was killed
         yield part
         if path.is_dir():
             if not part.is_dir():
@@ -44,7 +44,20 @@ def writing(path: Path) -> Iterator[Path]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"cannot write {path}: {reason}; free some space or choose another --out") from None
     finally:
-        _remove(part)
+        with suppress(OSError):
+            _remove(part)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, if they are not there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}; choose another --out") from None
 
 
 def _remove(path: Path) -> None:
@@ -85,10 +98,7 @@ def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
         UserError: as `check_run`, the folder cannot be written to, or another process runs in it.
     """
     check_run(folder, config, resume)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror}; choose another --out") from None
+    make_folder(folder)
     if not (folder / CONFIG).exists():
         with writing(folder / CONFIG) as part:
             part.write_text(to_yaml(config))
@@ -112,7 +122,11 @@ def remember_prompts(folder: Path, file: Path, count: int, sha256: str) -> None:
     """
     note = folder / "prompts.json"
     if note.exists():
-        if json.loads(note.read_text())["sha256"] != sha256:
+        try:
+            noted = json.loads(note.read_text())["sha256"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UserError(f"{note} is damaged ({error}); start a new run with another --out") from None
+        if noted != sha256:
             raise UserError(
                 f"{file} has changed since this run began; restore it or start a new run with another --out"
             )
@@ -156,7 +170,7 @@ def save_checkpoint(
     if not write:
         return
     root = folder / "checkpoints"
-    root.mkdir(exist_ok=True)
+    make_folder(root)
     with writing(root / f"{step:06d}") as part:
         part.mkdir()
         for name, state in states.items():
@@ -191,9 +205,11 @@ def damage(checkpoint: Path) -> str | None:
         if not (checkpoint / CHECKSUMS).exists():
             return None
         for name, expected in json.loads((checkpoint / CHECKSUMS).read_text()).items():
+            if Path(name).name != name:
+                return f"{name!r} is no file of it"
             if checksum(checkpoint / name) != expected:
                 return f"{name} is not as it was written"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         return str(error)
     return None
 
@@ -228,8 +244,10 @@ def load_checkpoint(
             for name, value in load_file(path / "optimiser.safetensors").items()
         }
         optimiser.load_state_dict(join_state(tensors, state["optimiser"]))
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError(f"its step is {state['step']!r}")
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"checkpoint {path} is damaged ({reason}); delete that folder to resume from the one before"
         ) from None
@@ -258,14 +276,14 @@ def join_state(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, An
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the metrics file; a last row that a kill cut short is left out."""
+    """The rows of the metrics file; one that is not whole, such as a last row that a kill cut short, is left out."""
     path = folder / METRICS
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
     return rows
 
 

@@ -1,0 +1,315 @@
+"""What the fuzz suite found, each by its name, and what was found while looking for it."""
+
+import gzip
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stepfold import cli
+from stepfold.config import TeacherSettings, from_yaml, load_config
+from stepfold.errors import LONGEST, UserError
+from stepfold.evaluation.mjhq import open_mjhq
+from stepfold.jobs import cached_blacks
+from stepfold.prompts import tables
+from stepfold.prompts.cache import encode_prompts, open_conditions
+from stepfold.prompts.reading import open_prompts
+from stepfold.teachers.contract import Condition
+from stepfold.teachers.loading import load_any_pipeline, load_student, load_teacher
+from stepfold.training.runs import (
+    CHECKSUMS,
+    checkpoints,
+    damage,
+    load_checkpoint,
+    read_metrics,
+    remember_prompts,
+    rewind_metrics,
+    save_checkpoint,
+)
+
+
+def refused(path: Path, content: bytes, message: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(tables.read_texts(path))
+
+
+def test_a_gzip_file_with_broken_blocks(tmp_path: Path) -> None:
+    """It was a zlib.error."""
+    content = bytearray(gzip.compress(os.urandom(200), mtime=0))
+    content[12] ^= 6
+    refused(tmp_path / "p.txt.gz", bytes(content), "cannot be read")
+
+
+def test_json_nested_without_end(tmp_path: Path) -> None:
+    """It was a RecursionError."""
+    refused(tmp_path / "p.jsonl", b'{"prompt": ' * 10**5, "line 1: not JSON")
+
+
+def test_halves_of_characters(tmp_path: Path) -> None:
+    """They were a UnicodeEncodeError where the clean prompts were written."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a \\ud800 cat"}\n{"prompt": "fine \\ud83d\\udc36"}\n')
+    cli.clean(tmp_path / "p.jsonl", out=tmp_path / "clean.txt")
+    opened = open_prompts(tmp_path / "clean.txt")
+    assert [opened.prompt(i) for i in range(len(opened))] == ["a \ufffd cat", "fine \U0001f436"]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
+def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """A few kilobytes of gzip became as much memory as they say."""
+    monkeypatch.setattr(tables, "LONGEST_LINE", 10_000)
+    refused(
+        tmp_path / f"p{suffix}.gz",
+        gzip.compress((b"prompt\n" if suffix != ".jsonl" else b"") + b"x" * 10_001),
+        "a line of more than 10,000 char",
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: 2024-99-99", "seed: 0b_", "seed: !!int ''", "seed: !!timestamp x", "[" * 500, "seed: !!float ''"]
+)
+def test_yaml_that_its_own_constructors_break_on(tmp_path: Path, text: str) -> None:
+    """They were a ValueError, an IndexError, an AttributeError and a RecursionError."""
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match="is not valid yaml"):
+        from_yaml(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", ""])
+def test_presets_that_no_file_can_be_called(name: str) -> None:
+    """They were an OSError (file name too long) and a ValueError (null byte)."""
+    with pytest.raises(UserError, match="unknown preset"):
+        load_config(name)
+
+
+def test_yaml_aliases_that_multiply(tmp_path: Path) -> None:
+    """Ten lines became gigabytes in the error message."""
+    rows = ["a: &b0 [x]", *(f"c{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]" for i in range(1, 10))]
+    (tmp_path / "config.yaml").write_text("\n".join([*rows, "training: {steps: *b9}"]).replace("a: &b0", "seed: &b0"))
+    with pytest.raises(UserError) as caught:
+        from_yaml(tmp_path / "config.yaml")
+    assert len(str(caught.value)) < 5000
+
+
+def test_settings_of_a_gigabyte(tmp_path: Path) -> None:
+    with (tmp_path / "config.yaml").open("wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(UserError, match=r"more than 1,048,576 bytes"):
+        from_yaml(tmp_path / "config.yaml")
+
+
+def test_an_error_is_never_longer_than_a_page(tmp_path: Path) -> None:
+    """A csv file of one long line without a known column was quoted as a whole."""
+    (tmp_path / "p.csv").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="which column holds the prompts") as caught:
+        list(tables.read_texts(tmp_path / "p.csv"))
+    assert len(str(caught.value)) < LONGEST + 10
+
+
+class Numbered:
+    def __len__(self) -> int:
+        return 3
+
+    def prompt(self, index: int) -> str:
+        return "x" * (index + 1)
+
+
+def encode(texts: list[str]) -> Condition:
+    mask = torch.tensor([[i < len(text) for i in range(4)] for text in texts]).long()
+    return Condition(torch.randn(len(texts), 4, 4), mask)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    encode_prompts(tmp_path / "cache", {"k": 1}, Numbered(), encode, None, torch.randn(4, 2, 2), batch=3)
+    assert len(open_conditions(tmp_path / "cache", {"k": 1}, 3).rows([0, 2])) == 2
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("count", [10**18, -1, 0, None, "3", 3.0, True])
+def test_encoded_prompts_that_claim_another_number(cache: Path, count: Any) -> None:
+    """1e18 prompts were looked for one shard after the other."""
+    index = json.loads((cache / "index.json").read_text())
+    (cache / "index.json").write_text(json.dumps(index | {"count": count}))
+    with pytest.raises(UserError, match=r"lacks \d+ of|is damaged|another count"):
+        open_conditions(cache, {"k": 1})
+    with pytest.raises(UserError, match=r"another count|is damaged"):
+        open_conditions(cache, {"k": 1}, 3)
+
+
+WRONG: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
+    "no embeds": lambda t: {"starts": t["starts"]},
+    "starts of floats": lambda t: t | {"starts": t["starts"].float()},
+    "starts beyond the end": lambda t: t | {"starts": t["starts"] * 2**40},
+    "starts that fall": lambda t: t | {"starts": t["starts"].flip(0)},
+    "too few starts": lambda t: t | {"starts": t["starts"][:-1].clone()},
+    "embeds of whole numbers": lambda t: t | {"embeds": t["embeds"].long()},
+    "embeds of one dimension": lambda t: t | {"embeds": t["embeds"].flatten()},
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_encoded_prompts_of_other_shapes(cache: Path, kind: str) -> None:
+    """They were a TypeError, a warning and a SafetensorError in the middle of the run."""
+    shard = cache / "conditions_00000.safetensors"
+    save_file(WRONG[kind](load_file(shard)), shard)
+    with pytest.raises(UserError, match=r"is damaged .*delete it and encode again"):
+        open_conditions(cache, {"k": 1}, 3)
+
+
+@pytest.mark.parametrize("black", [torch.full((4, 2, 2), torch.nan), torch.zeros(4, 2, 2).long()])
+def test_a_black_picture_that_is_none(cache: Path, black: torch.Tensor) -> None:
+    save_file({"black": black}, cache / "extras.safetensors")
+    with pytest.raises(UserError, match="no black picture"):
+        open_conditions(cache, {"k": 1}, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'"x"', b"\xff", b'{"sha256": "other"}'])
+def test_a_note_of_prompts_that_is_damaged(tmp_path: Path, content: bytes) -> None:
+    """It was a JSONDecodeError."""
+    (tmp_path / "prompts.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"prompts\.json is damaged|has changed since this run began"):
+        remember_prompts(tmp_path, Path("p.txt"), 3, "abc")
+
+
+@pytest.mark.parametrize(
+    "tensors", [None, {}, {"1": torch.zeros(4, 2, 2)}, {"0": torch.zeros(4)}, {"0": torch.full((4, 2, 2), torch.nan)}]
+)
+def test_kept_latents_that_are_damaged(tmp_path: Path, tensors: dict[str, torch.Tensor] | None) -> None:
+    """They were a SafetensorError and a KeyError; not-a-number went unnoticed and let every picture pass the filter."""
+    path = tmp_path / "blacks.safetensors"
+    path.write_bytes(b"x") if tensors is None else save_file(tensors, path)
+    teacher: Any = SimpleNamespace(device="cpu", latent_shapes=[(4, 2, 2)])
+    with pytest.raises(UserError, match=r"is damaged .*delete it, it is made again"):
+        cached_blacks(tmp_path, teacher)
+
+
+def test_rows_of_metrics_that_are_none(tmp_path: Path) -> None:
+    """A row without a step was a KeyError; one that is not whole took all rows after it along."""
+    good = [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}]
+    lines = [
+        json.dumps(good[0]),
+        "[]",
+        "3",
+        '{"loss": 1}',
+        '{"step": "0"}',
+        "{",
+        "[" * 10**5,
+        json.dumps(good[1]),
+        '{"st',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\xff")
+    assert read_metrics(tmp_path) == good
+    rewind_metrics(tmp_path, 1)
+    assert read_metrics(tmp_path) == good[:1]
+
+
+def make() -> tuple[dict[str, nn.Module], torch.optim.Optimizer]:
+    student = nn.Linear(3, 2)
+    optimiser = torch.optim.AdamW(student.parameters())
+    student(torch.ones(1, 3)).sum().backward()
+    optimiser.step()
+    return {"student": student}, optimiser
+
+
+@pytest.mark.parametrize(
+    "state",
+    [[], {}, {"step": 1}, {"step": 1, "optimiser": []}, {"step": "1"}, {"step": -1}, {"step": 1.5}, {"step": None}],
+)
+def test_states_of_checkpoints_that_are_none(tmp_path: Path, state: Any) -> None:
+    """They were a TypeError and an AttributeError, or a run that went on from step "1"."""
+    save_checkpoint(tmp_path, 1, *make(), keep=1)
+    (path,) = checkpoints(tmp_path)
+    whole = json.loads((path / "state.json").read_text())
+    full = {"optimiser": whole["optimiser"]} | state if isinstance(state, dict) and state else state
+    (path / "state.json").write_text(json.dumps(full))
+    if full == whole:
+        assert load_checkpoint(path, *make()) == 1
+        return
+    with pytest.raises(UserError, match="000001 is damaged"):
+        load_checkpoint(path, *make())
+
+
+def test_checksums_of_files_elsewhere(tmp_path: Path) -> None:
+    """The checksum of /dev/zero takes for ever."""
+    save_checkpoint(tmp_path, 1, *make(), keep=1)
+    (path,) = checkpoints(tmp_path)
+    (path / CHECKSUMS).write_text(json.dumps({"/dev/zero": 0}))
+    assert damage(path) == "'/dev/zero' is no file of it"
+
+
+@pytest.fixture
+def folder(tiny_sana: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_sana, tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a part that is a number": ("model_index.json", {"vae": 0.5}),
+    "a class that is a list of none": ("model_index.json", {"_class_name": []}),
+    "a shift beyond all numbers": ("scheduler/scheduler_config.json", {"shift": 10**30}),
+    "a dynamic shift of nothing": (
+        "scheduler/scheduler_config.json",
+        {"use_dynamic_shifting": True, "max_shift": None},
+    ),
+    "stages of other lengths": ("vae/config.json", {"encoder_qkv_multiscales": [[]]}),
+    "a size of text": ("transformer/config.json", {"sample_size": "8"}),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_configs_that_the_libraries_break_on(folder: Path, kind: str) -> None:
+    """They were a TypeError, an OverflowError and an IndexError of diffusers, and a TypeError of ours."""
+    name, changes = CONFIGS[kind]
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+    with pytest.raises(UserError, match=r"does not load|code of its own"):
+        load_teacher(TeacherSettings(source=str(folder)), "cpu")
+    if name == "model_index.json":
+        with pytest.raises(UserError):
+            load_any_pipeline(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"height": "32"}, {"config": []}, {"config": {"student": []}}, {"max_tokens": None}]
+)
+def test_cards_of_students_that_are_damaged(folder: Path, changes: dict[str, Any]) -> None:
+    card = {"teacher": "emoji", "height": 32, "width": 32, "max_tokens": 16, "guidance": 4.5, "config": {}}
+    (folder / "stepfold.json").write_text(json.dumps(card))
+    load_student(folder, "cpu")
+    (folder / "stepfold.json").write_text(json.dumps(card | changes))
+    with pytest.raises(UserError, match=r"stepfold\.json is damaged"):
+        load_student(folder, "cpu")
+
+
+def test_a_tokenizer_that_breaks_on_every_prompt(folder: Path) -> None:
+    """It was a TypeError of transformers, after the run folder had been made."""
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": [1]}))
+    with pytest.raises(UserError, match=r"cannot encode a prompt|does not load"):
+        load_teacher(TeacherSettings(source=str(folder), max_tokens=16), "cpu").encode(["a cat"])
+
+
+def test_a_lora_students_card_without_a_teacher(folder: Path) -> None:
+    """It was a KeyError or pydantic's ValidationError."""
+    card = {"teacher": "emoji", "height": 32, "width": 32, "max_tokens": 16, "guidance": 4.5}
+    for config in ({"student": {"lora": 4}}, {"student": {"lora": 4}, "teacher": {"source": 3}}):
+        (folder / "stepfold.json").write_text(json.dumps(card | {"config": config}))
+        with pytest.raises(UserError, match=r"stepfold\.json is damaged"):
+            load_student(folder, "cpu")
+
+
+@pytest.mark.parametrize("name", ["../../mine", "/tmp/mine", "..", "a/b", "a\0b"])
+def test_ids_of_mjhq_that_leave_the_folder(tmp_path: Path, name: str) -> None:
+    """Pictures are named by them: they were written wherever the file said."""
+    for row in ({name: {"category": "people", "prompt": "x"}}, {"1": {"category": name, "prompt": "x"}}):
+        (tmp_path / "meta_data.json").write_text(json.dumps(row))
+        with pytest.raises(UserError, match="which is no name of a file"):
+            open_mjhq(tmp_path, 1)

@@ -1,0 +1,306 @@
+"""Numbers that are not finite, wherever they come from; clocks that lie; folders and files that change under a run."""
+
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepfold.config import Config, load_config
+from stepfold.display import Display
+from stepfold.errors import NonFiniteError, UserError
+from stepfold.evaluation.report import write_report
+from stepfold.jobs import run_distill
+from stepfold.maths.tangent import Tangent
+from stepfold.prompts.cache import encode_prompts
+from stepfold.teachers.contract import Condition
+from stepfold.training import distill as loop
+from stepfold.training.runs import append_metrics, checkpoints, open_run, read_metrics, save_checkpoint, writing
+
+NAN = float("nan")
+
+
+@pytest.fixture
+def config(tiny_sana: Path, prompts_file: Path) -> Callable[..., Config]:
+    def make(*changes: str) -> Config:
+        fast = (
+            "training.steps=6", "training.checkpoint_every=2", "training.preview_every=100", "space.filter_rule=off",
+            "training.prompts_per_step=2", "space.route_steps=3", "teacher.max_tokens=32", "optimiser.name=adamw",
+            "training.precision=no", "training.rollout_precision=no", "evaluation.n=0", "objective=continuous",
+            "training.tangent=two_pass",
+        )  # fmt: skip
+        return load_config("default", [*fast, *changes], teacher__source=str(tiny_sana), prompts=str(prompts_file))
+
+    return make
+
+
+def run(config: Config, folder: Path, resume: bool = False) -> dict[str, Any]:
+    return run_distill(config, folder, resume=resume, display=Display(quiet=True), command="test")
+
+
+class Poison:
+    """Turns one call of a function (or all from it on) into not-a-number."""
+
+    def __init__(
+        self, function: Callable[..., Any], at: int, spoil: Callable[[Any], Any], always: bool = False
+    ) -> None:
+        self.function, self.at, self.spoil, self.always, self.count = function, at, spoil, always, 0
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        self.count += 1
+        out = self.function(*args, **named)
+        return self.spoil(out) if self.count == self.at or (self.always and self.count > self.at) else out
+
+
+def first_row(values: Tensor) -> Tensor:
+    """Not-a-number in the first sample alone."""
+    return torch.cat([values[:1] * NAN, values[1:]])
+
+
+def spoil_teacher(monkeypatch: pytest.MonkeyPatch, at: int, always: bool = False) -> None:
+    original = loop.collect
+    count = 0
+
+    def collect(batch: Any, condition: Any, velocity: Any, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        bad = count == at or (always and count > at)
+        return original(batch, condition, Poison(velocity, 1, first_row) if bad else velocity, *args)
+
+    monkeypatch.setattr(loop, "collect", collect)
+
+
+def spoil_tangent(monkeypatch: pytest.MonkeyPatch, at: int, always: bool = False) -> None:
+    spoilt = Poison(loop.total_derivative, at, lambda t: Tangent(t.F, first_row(t.dF)), always)
+    original = loop.update
+    monkeypatch.setattr(loop, "update", lambda *args, **named: original(*args, **(named | {"derivative": spoilt})))
+
+
+def spoil_loss(monkeypatch: pytest.MonkeyPatch, at: int, always: bool = False) -> None:
+    def spoil(terms: Any) -> Any:
+        return type(terms)(first_row(terms.loss), terms.squared_error, terms.tangent_norm)
+
+    monkeypatch.setattr(loop, "consistency_terms", Poison(loop.consistency_terms, at, spoil, always))
+
+
+def spoil_gradient(monkeypatch: pytest.MonkeyPatch, at: int, always: bool = False) -> None:
+    original = loop.update
+    count = 0
+
+    def update(student: nn.Module, *args: Any, **named: Any) -> Any:
+        nonlocal count
+        count += 1
+        out = original(student, *args, **named)
+        if count == at or (always and count > at):
+            next(p for p in student.parameters() if p.grad is not None).grad.fill_(NAN)  # type: ignore[union-attr]
+        return out
+
+    monkeypatch.setattr(loop, "update", update)
+
+
+PLACES: dict[str, tuple[Callable[..., None], str]] = {
+    "teacher": (spoil_teacher, "teacher's output of [1-9]"),
+    "tangent": (spoil_tangent, "tangent of 1 of 4 pairs"),
+    "loss": (spoil_loss, "loss of 1 of 4 pairs"),
+    "gradient": (spoil_gradient, "gradient"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_it_stops_names_the_place_and_keeps_the_last_checkpoint(
+    tmp_path: Path, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    spoil, message = PLACES[place]
+    straight = tmp_path / "straight"
+    run(config(), straight)
+    with monkeypatch.context() as patch:
+        spoil(patch, 4)
+        with pytest.raises(NonFiniteError, match=rf"^step 3: {message} .*is not finite .*last checkpoint is intact"):
+            run(config(), tmp_path / "run")
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["000002"]
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
+    run(config(), tmp_path / "run", resume=True)
+    for name in ("student", "average"):
+        file = Path("checkpoints") / "000006" / f"{name}.safetensors"
+        assert (tmp_path / "run" / file).read_bytes() == (straight / file).read_bytes()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_steps_are_skipped_where_that_is_asked_for(
+    tmp_path: Path, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """One step is left out, noted and counted, the weights stay finite; and a run that resumes goes on counting."""
+    spoil, message = PLACES[place]
+    with monkeypatch.context() as patch:
+        spoil(patch, 4)
+        result = run(config("training.skip_nonfinite=1"), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(6))
+    assert [row["step"] for row in rows if "skipped" in row] == [3] and result["skipped_steps"] == 1
+    assert re.match(message.split(" of ")[0], rows[3]["nonfinite"]) and "loss" not in rows[3]
+    from safetensors.torch import load_file
+
+    for file in (tmp_path / "run" / "checkpoints" / "000006").glob("*.safetensors"):
+        assert all(bool(values.isfinite().all()) for values in load_file(file).values()), file
+
+    with monkeypatch.context() as patch:
+        spoil(patch, 2, always=True)
+        with pytest.raises(
+            NonFiniteError, match=r"^step 3: .*makes 3 such steps, and training.skip_nonfinite allows 2"
+        ):
+            run(config("training.skip_nonfinite=2"), tmp_path / "lost")
+    assert [row["step"] for row in read_metrics(tmp_path / "lost")] == [0, 1, 2]
+    with monkeypatch.context() as patch:
+        spoil(patch, 1, always=True)
+        with pytest.raises(
+            NonFiniteError, match=r"^step 3: .*makes 3 such"
+        ):  # one of the first two was skipped already
+            run(config("training.skip_nonfinite=2"), tmp_path / "lost", resume=True)
+
+
+def test_what_is_skipped_changes_nothing_else(tmp_path: Path, config: Callable[..., Config]) -> None:
+    run(config(), tmp_path / "stops")
+    run(config("training.skip_nonfinite=3"), tmp_path / "skips")
+    assert (tmp_path / "stops" / "metrics.jsonl").read_bytes() == (tmp_path / "skips" / "metrics.jsonl").read_bytes()
+
+
+def test_clocks_that_go_backwards(
+    tmp_path: Path, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time is for people: no number of a run, and not which checkpoint is the newest, depends on it."""
+    run(config(), tmp_path / "straight")
+    now = [4e9]
+
+    def backwards() -> float:
+        now[0] -= 1000.0
+        return now[0]
+
+    for name in ("time", "perf_counter", "monotonic"):
+        monkeypatch.setattr(time, name, backwards)
+    monkeypatch.setattr(time, "time_ns", lambda: int(backwards() * 1e9))
+    run(config("training.steps=6"), tmp_path / "run")
+    monkeypatch.undo()
+    steps = checkpoints(tmp_path / "run")
+    os.utime(steps[-1], (1, 1))  # the newest has the oldest date
+    os.utime(steps[-1] / "state.json", (1, 1))
+    result = run(config(), tmp_path / "run", resume=True)
+    assert result["timed_steps"] == 0  # nothing was left to do
+    for file in ("metrics.jsonl", "checkpoints/000006/student.safetensors", "checkpoints/000006/average.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """For as long as the block runs, this process may not write there: it is nobody if it was root."""
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def one_module() -> tuple[dict[str, nn.Module], torch.optim.Optimizer]:
+    student = nn.Linear(2, 2)
+    return {"student": student}, torch.optim.AdamW(student.parameters())
+
+
+class TwoPrompts:
+    def __len__(self) -> int:
+        return 2
+
+    def prompt(self, index: int) -> str:
+        return "x"
+
+
+def encode(texts: list[str]) -> Condition:
+    return Condition(torch.zeros(len(texts), 2, 2), torch.ones(len(texts), 2).long())
+
+
+def text(folder: Path) -> None:
+    with writing(folder / "card.json") as part:
+        part.write_text("{}")
+
+
+WRITES: dict[str, Callable[[Path], Any]] = {
+    "a new run": lambda f: open_run(f / "run", load_config("demo"), resume=False),
+    "a run resumed": lambda f: open_run(f, load_config("demo"), resume=True),
+    "metrics": lambda f: append_metrics(f, {"step": 0}),
+    "a first checkpoint": lambda f: save_checkpoint(f, 1, *one_module(), keep=2),
+    "a next checkpoint": lambda f: save_checkpoint(f / "old", 1, *one_module(), keep=2),
+    "a report": lambda f: write_report(f, {"title": "x"}),
+    "encoded prompts": lambda f: encode_prompts(f / "c", {}, TwoPrompts(), encode, None, torch.zeros(1), batch=1),
+    "a file": text,
+}
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_a_folder_that_is_read_only(what: str) -> None:
+    """One line, and what is there stays."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # pytest's own folders are closed to nobody
+        folder = Path(name)
+        (folder / "config.yaml").write_text("seed: 0\n")
+        (folder / "config.yaml").write_bytes(b"")
+        open_run(folder / "made", load_config("demo"), resume=False).release(force=True)
+        (folder / "config.yaml").write_bytes((folder / "made" / "config.yaml").read_bytes())
+        (folder / ".card.json.part").write_text("left by a kill")
+        (folder / "old" / "checkpoints").mkdir(parents=True)
+        (folder / "old" / "checkpoints").chmod(0o555)
+        before = sorted(path.name for path in folder.rglob("*"))
+        with read_only(folder), pytest.raises(UserError, match=r"cannot|Permission denied") as caught:
+            WRITES[what](folder)
+        assert "\n" not in str(caught.value)
+        assert sorted(path.name for path in folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "other words", "gone"])
+def test_prompts_that_change_during_the_run(
+    tmp_path: Path, config: Callable[..., Config], prompts_file: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Noticed at the next step, whatever line that reads; put back, the run goes on as if nothing had been."""
+    run(config(), tmp_path / "straight")
+    old = prompts_file.read_bytes()
+    new = {"shorter": old[:20], "longer": old + b"one more\n", "other words": old.replace(b"red", b"tan")}
+    original = loop.append_metrics
+
+    def append(folder: Path, row: dict[str, Any]) -> None:
+        original(folder, row)
+        if row["step"] == 2:
+            prompts_file.unlink()
+            if change in new:
+                prompts_file.write_bytes(new[change])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "append_metrics", append)
+        with pytest.raises(UserError, match=r"changed (or removed )?during the run; put the old file back"):
+            run(config(), tmp_path / "run")
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
+    with pytest.raises(UserError):
+        run(config(), tmp_path / "run", resume=True)
+    prompts_file.write_bytes(old)
+    run(config(), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "straight" / "metrics.jsonl").read_bytes()
+
+
+def test_a_kill_before_the_last_preview_does_not_cost_it(tmp_path: Path, config: Callable[..., Config]) -> None:
+    """Found by `benchmarks/kills.py`: the checkpoint was there, the preview was not, and never came."""
+    run(config(), tmp_path / "run")
+    last = tmp_path / "run" / "previews" / "step_000006.png"
+    drawn, first = last.read_bytes(), (tmp_path / "run" / "previews" / "step_000000.png").stat().st_mtime_ns
+    last.rename(last.with_name(f".{last.name}.part"))
+    run(config(), tmp_path / "run", resume=True)
+    assert last.read_bytes() == drawn
+    assert sorted(path.name for path in last.parent.iterdir()) == ["step_000000.png", last.name]
+    assert (last.parent / "step_000000.png").stat().st_mtime_ns == first  # what is there is not drawn again
