@@ -1,5 +1,6 @@
 """Run folders that real runs left, and a student of the tiny teacher."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -40,6 +41,8 @@ def runs(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     binary.mkdir()
     (binary / "config.yaml").write_bytes(b"\xff\xfe\0")
     (binary / "metrics.jsonl").write_bytes(b"\xff\xfe\0")
+    for folder in (broken, binary):
+        os.utime(folder / "metrics.jsonl", (0, 0))
     (root / "foreign").mkdir()
     (root / "foreign" / "holiday.txt").write_text("nothing of ours")
     secret = root.parent / "secret"

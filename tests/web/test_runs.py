@@ -100,4 +100,4 @@ def test_scores_and_bad_names_are_escaped(runs: Path, tmp_path: Path) -> None:
     scores = {"1": {"accuracy": 0.5, "fd": 0.01, "agreement": None}, "4": {"accuracy": 0.9}}
     (folder / "report.json").write_text(json.dumps({"student": scores}))
     html = markup.summary([read_run(tmp_path, folder.name)])
-    assert "One step: accuracy 50.0%, FD 0.0100</p>" in html and "<img" not in html
+    assert "<p>1 step: accuracy 50.0%, FD 0.0100</p>" in html and "<img" not in html

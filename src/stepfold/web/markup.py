@@ -124,7 +124,7 @@ def summary(runs: Sequence[Run]) -> Markup:
 
 def _card(side: str, run: Run) -> Markup:
     share = 100 * min(1.0, run.step / run.steps) if run.steps else 0
-    scores = scores_of(run)
+    steps, scores = scores_of(run)
     said = [form.format(scores[name]) for name, form in SCORES.items() if name in scores]
     return Markup(
         '<section class="run {side}" aria-label="{name}"><h3>{name}</h3><p>{progress}</p>'
@@ -134,7 +134,7 @@ def _card(side: str, run: Run) -> Markup:
         name=run.name,
         progress=run.progress,
         share=f"{share:.0f}",
-        scores=Markup("<p>One step: {}</p>").format(", ".join(said)) if said else "",
+        scores=Markup("<p>{}: {}</p>").format(counted(steps, "step"), ", ".join(said)) if said else "",
         problem=note(run.problem) if run.problem else "",
     )
 

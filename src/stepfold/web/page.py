@@ -1,5 +1,6 @@
 """The page's layout: which control calls what. It asks nothing of other hosts, and serves no file of the disk."""
 
+import json
 import logging
 import math
 import os
@@ -68,7 +69,9 @@ def build(models: Models, runs: Path) -> Any:
 def _draw_tab(page: Any, models: Models) -> None:
     usual = min(8.0, max(1.0, float(models.card["guidance"])))
     prompt = gr.Textbox(models.examples[0], label="Prompt", max_lines=2, max_length=MAX_PROMPT, elem_id="prompt")
-    gr.Examples([[text] for text in models.examples], prompt, label="Examples", elem_id="examples")
+    with gr.Row(elem_id="examples"):
+        for text in models.examples:
+            gr.Button(text, size="sm").click(None, None, prompt, js=f"() => {json.dumps(text)}", **PRIVATE)
     with gr.Row(elem_id="pair"):
         student = gr.HTML(markup.waiting("Student"), min_width=120, elem_id="student")
         teacher = gr.HTML(markup.waiting("Teacher"), min_width=120, elem_id="teacher")
@@ -135,18 +138,26 @@ def _runs_tab(tab: Any, root: Path) -> None:
     def chosen(*values: Any) -> list[Run]:
         return [read_run(root, name) for name in values if name in find_runs(root)]
 
+    def menus(first: Any, there: list[str]) -> list[Any]:
+        value = first if first in there else newest(root, there)
+        return [gr.Dropdown(there, value=value), gr.Dropdown([NOBODY, *there])]
+
+    def slider(runs: Sequence[Run], top: int, step: float) -> Any:
+        return gr.Slider(0, max(top, 1), step, step=_stride(runs), visible=any(run.previews for run in runs))
+
     def show(first: Any, second: Any, wants: Any) -> list[Any]:
         with _in_words() as said:
             there, runs = find_runs(root), chosen(first, second)
+            top = _last_preview(runs)
+            lists = menus(first, there)
             if not runs:
-                text = f"No runs in {root} yet; stepfold distill makes one." if not there else "Choose a run."
-                return [markup.note(text), "", gr.skip(), "", "", (stamp(root, ()), 0)]
-            top = max((run.previews[-1] for run in runs if run.previews), default=0)
-            slider = gr.Slider(0, max(top, 1), top, step=_stride(runs), visible=any(run.previews for run in runs))
+                text = "Choose a run." if there else f"No runs in {root} yet; stepfold distill makes one."
+                return [*lists, markup.note(text), "", slider([], 0, 0), "", "", (stamp(root, ()), 0)]
             report = markup.reports(runs) if wants else ""
             seen = (stamp(root, (first, second)), top)
-            return [markup.summary(runs), markup.curves(runs), slider, markup.previews(runs, top), report, seen]
-        return [said.text, *[gr.skip()] * 5]
+            about, drawn, grids = markup.summary(runs), markup.curves(runs), markup.previews(runs, top)
+            return [*lists, about, drawn, slider(runs, top, top), grids, report, seen]
+        return [gr.skip(), gr.skip(), said.text, *[gr.skip()] * 5]
 
     def again(first: Any, second: Any, step: Any, before: Any) -> list[Any]:
         with _in_words() as said:
@@ -154,18 +165,14 @@ def _runs_tab(tab: Any, root: Path) -> None:
             if now == before[0]:
                 return [gr.skip()] * 7
             there, runs = find_runs(root), chosen(first, second)
-            top = max((run.previews[-1] for run in runs if run.previews), default=0)
-            at_end = step >= before[1]  # then it stays there
-            slider = gr.skip()
-            if top != before[1]:
-                slider = gr.Slider(
-                    0, max(top, 1), top if at_end else step, step=_stride(runs), visible=any(r.previews for r in runs)
-                )
-            shown = markup.previews(runs, top if at_end else step) if runs else gr.skip()
-            return [
-                gr.Dropdown([*there]), gr.Dropdown([NOBODY, *there]), markup.summary(runs) if runs else gr.skip(),
-                markup.curves(runs) if runs else gr.skip(), slider, shown, (now, top),
-            ]  # fmt: skip
+            lists = menus(first, there)
+            if not runs:
+                return [*lists, *[gr.skip()] * 4, (now, 0)]
+            top = _last_preview(runs)
+            at_step = top if step >= before[1] else step  # who looks at the last one goes on to do so
+            moved = slider(runs, top, at_step) if top != before[1] else gr.skip()
+            about, drawn, grids = markup.summary(runs), markup.curves(runs), markup.previews(runs, at_step)
+            return [*lists, about, drawn, moved, grids, (now, top)]
         return [gr.skip(), gr.skip(), said.text, *[gr.skip()] * 4]
 
     def slide(first: Any, second: Any, step: Any) -> Any:
@@ -178,12 +185,16 @@ def _runs_tab(tab: Any, root: Path) -> None:
             return markup.reports(chosen(first, second)) if wants else ""
         return said.text
 
-    whole = [about, curves, at, grids, reports, last]
+    whole = [a, b, about, curves, at, grids, reports, last]
     gr.on([tab.select, a.change, b.change], show, [a, b, wanted], whole, **READING, **PRIVATE)
     tab.select(lambda: gr.Timer(active=True), None, timer, **PRIVATE)
     timer.tick(again, [a, b, at, last], [a, b, about, curves, at, grids, last], **READING, **PRIVATE)
     at.change(slide, [a, b, at], grids, trigger_mode="always_last", **READING, **PRIVATE)
     wanted.change(report, [a, b, wanted], reports, **READING, **PRIVATE)
+
+
+def _last_preview(runs: Sequence[Run]) -> int:
+    return max((run.previews[-1] for run in runs if run.previews), default=0)
 
 
 def _stride(runs: Sequence[Run]) -> int:

@@ -213,15 +213,16 @@ def report_of(run: Run) -> str:
         raise UserError("The report is no text.") from None
 
 
-def scores_of(run: Run) -> dict[str, float]:
-    """The report's scores of the student at its fewest steps; nothing if they cannot be read."""
+def scores_of(run: Run) -> tuple[int, dict[str, float]]:
+    """The report's scores of the student at its fewest steps, after that number; none if they cannot be read."""
     try:
         path = _file(run.folder, "report.json")
         student = json.loads(_content(path, LARGEST_REPORT))["student"] if path else {}
-        row = student[min(student, key=int)] if student else {}
-        return {str(name): float(value) for name, value in row.items() if isinstance(value, int | float)}
+        steps = min(student, key=int, default="1")
+        row = student.get(steps, {})
+        return int(steps), {str(name): float(value) for name, value in row.items() if isinstance(value, int | float)}
     except (UserError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        return 1, {}
 
 
 def _file(folder: Path, name: str) -> Path | None:
