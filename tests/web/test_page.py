@@ -15,6 +15,7 @@ import pytest
 from stepfold.errors import UserError
 from stepfold.web.drawing import load_models
 
+pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 PATIENCE = 20_000  # milliseconds; two busy cores are slow
 
@@ -307,6 +308,18 @@ def test_nothing_can_be_uploaded_or_called_as_an_api(address: str) -> None:
         with pytest.raises(HTTPError) as refused, urlopen(HttpRequest(address + path, data=b"{}"), timeout=30):
             pass
         assert refused.value.code == 404, path
+
+
+def test_large_requests_and_other_names_are_refused(address: str) -> None:
+    """A name of another site that leads here (DNS rebinding) is not served."""
+    large = HttpRequest(address + "gradio_api/queue/join", data=b" " * (2**16 + 1))
+    with pytest.raises(HTTPError) as refused, urlopen(large, timeout=30):
+        pass
+    assert refused.value.code == 413
+    assert raw(address, "", Host="localhost")
+    with pytest.raises(HTTPError) as refused:
+        raw(address, "", Host="evil.example")
+    assert refused.value.code == 400
 
 
 def test_the_browser_is_told_to_ask_nobody_else(address: str) -> None:

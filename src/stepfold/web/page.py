@@ -32,6 +32,8 @@ except ImportError:
     raise UserError("the page needs gradio; pip install 'stepfold[web]'") from None
 
 QUEUE, REFRESH_SEC, NOBODY = 16, 3, "nothing"
+LARGEST_POST = 2**16  # bytes
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STYLE = Path(__file__).with_name("page.css")
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 SERVED = (
@@ -227,7 +229,7 @@ class Closed:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Passes a request on, or answers 404."""
+        """Passes a request on, or refuses it."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
@@ -241,10 +243,20 @@ class Closed:
                 ]
             await send(message)
 
-        if _is_closed(scope["path"]):
-            await send({"type": "http.response.start", "status": 404, "headers": [(b"content-type", b"text/plain")]})
+        refused = _refusal(scope["method"], scope["path"], dict(scope["headers"]))
+        if refused:
+            plain = [(b"content-type", b"text/plain")]
+            await send({"type": "http.response.start", "status": refused, "headers": plain})
             return await send({"type": "http.response.body", "body": b"not here\n"})
         return await self.app(scope, receive, guarded)
+
+
+def _refusal(method: str, path: str, headers: dict[bytes, bytes]) -> int:
+    """The status that a request is refused with, or 0."""
+    if _is_closed(path):
+        return 404
+    length = headers.get(b"content-length", b"")
+    return 413 if method == "POST" and not (length.isdigit() and int(length) <= LARGEST_POST) else 0
 
 
 def _is_closed(path: str) -> bool:
@@ -261,7 +273,10 @@ def serve(page: Any, host: str, port: int | None) -> str:
         UserError: the port is taken, or the host is none of this machine's.
     """
     from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    hosts = [*LOOPBACK] if host in LOOPBACK else ["*"]  # no other site's name may lead to this machine's own address
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(Closed)]
     theme = gr.themes.Base(
         primary_hue="sky", neutral_hue="zinc", radius_size="md",
         font=list(SYSTEM_FONTS), font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
@@ -271,7 +286,7 @@ def serve(page: Any, host: str, port: int | None) -> str:
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, show_error=False,
             inbrowser=False, footer_links=[], run_history=False, allowed_paths=[], max_file_size=1, ssr_mode=False,
             mcp_server=False, pwa=False, enable_monitoring=False, strict_cors=True, theme=theme,
-            css=STYLE.read_text(), app_kwargs={"middleware": [Middleware(Closed)], "openapi_url": None},
+            css=STYLE.read_text(), app_kwargs={"middleware": guards, "openapi_url": None},
         )  # fmt: skip
     except OSError as error:
         place = f"--host {host}" + (f" --port {port}" if port else "")
