@@ -33,6 +33,8 @@ EXTERNAL = {
     "rensa": ("prompts/cleaning.py",),
     "sklearn": ("reproduction/figures.py",),
     "jinja2": ("evaluation/report.py",),
+    "gradio": ("web/page.py",),
+    "starlette": ("web/page.py",),
 }
 """Libraries that few files may touch."""
 

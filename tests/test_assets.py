@@ -10,15 +10,17 @@ from diffusers import SanaPipeline
 from stepfold import assets
 from stepfold.config import TeacherSettings
 from stepfold.evaluation.judge import load_judge
-from stepfold.evaluation.measure import measure, teacher_sampler
+from stepfold.evaluation.measure import measure, student_sampler, teacher_sampler
 from stepfold.evaluation.protocol import EMOJI
+from stepfold.jobs import run_sample
 from stepfold.prompts.reading import open_prompts
-from stepfold.teachers.loading import load_teacher
+from stepfold.teachers.loading import load_student, load_teacher
 
 
-def test_under_24_mb_and_nothing_that_can_execute():
+def test_under_32_mb_and_nothing_that_can_execute():
     files = [path for path in assets.EMOJI.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 24e6
+    assert sum(path.stat().st_size for path in files) < 32e6
+    assert sum(path.stat().st_size for path in assets.STUDENT.rglob("*")) < 12e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md", ".jinja"}
     card = (assets.TEACHER / "README.md").read_text()
     assert "SIL Open Font License" in card
@@ -47,6 +49,26 @@ def test_plain_diffusers_draws_with_its_default_instruction_and_guidance(tmp_pat
     assert red > 0.6 > 0.5 > max(green, blue)
     assert pictures[0, 2, 2, 2] > 0.5 > pictures[0, 0, 2, 2]  # blue corner
     assert pictures[1, :2, 2, 2].min() > 0.5 > pictures[1, 2, 2, 2]  # yellow corner
+
+
+def test_the_bundled_student_draws_what_it_is_asked_for():
+    prompts = ["red heart on blue background", "green apple on yellow background"]
+    heart, apple = run_sample(Path("emoji-student"), prompts, steps=1, seed=1, guidance=None, device="cpu")
+    (red, green, blue), heart_corner, apple_corner = (
+        picture.getpixel(at) for picture, at in ((heart, (32, 32)), (heart, (2, 2)), (apple, (2, 2)))
+    )
+    assert red > 150 > 130 > max(green, blue)
+    assert heart_corner[2] > 130 > heart_corner[0]
+    assert min(apple_corner[:2]) > 130 > apple_corner[2]
+
+
+def test_the_bundled_student_is_as_good_as_its_card_says():
+    teacher, student, _ = load_student(Path("emoji-student"), "cpu")
+    sampler = student_sampler(student, teacher.student_times(1), 0, teacher.sigma_data)
+    judge = load_judge(assets.JUDGE, "cpu")
+    protocol = replace(EMOJI, n=100, guidance=3.0)
+    rows = measure(judge, protocol, teacher, {"1": sampler}, torch.device("cpu"))
+    assert rows["1"].accuracy >= 0.8  # the card has the figure for n = 500
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from stepfold.config import from_yaml, load_config, preset_names, to_yaml
 COMMANDS = (
     "distill",
     "sample",
+    "demo",
     "evaluate",
     "reproduce",
     "doctor",

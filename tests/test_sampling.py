@@ -1,6 +1,7 @@
 """Few-step sampling against diffusers' schedulers, and against a teacher whose flow map is known."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from stepfold.evaluation.measure import student_sampler
 from stepfold.maths.closed_form import GaussianTeacher
-from stepfold.maths.formulations import flow_velocity, trigflow_input, trigflow_time
+from stepfold.maths.formulations import data_prediction, flow_velocity, trigflow_input, trigflow_time
 from stepfold.maths.routes import few_step_times
-from stepfold.sampling import sample_student, sample_teacher
+from stepfold.sampling import sample_student, sample_teacher, teacher_steps
 from stepfold.teachers.contract import Condition
 
 SIGMA_DATA = 0.5
@@ -134,3 +135,18 @@ def test_the_teachers_sampler_converges_to_its_flow_map_with_first_order():
     )
     assert errors[-1] < 0.03
     assert ((errors[:-1] / errors[1:] - 2).abs() < 0.2).all(), errors
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_teacher_steps_are_one_way_from_noise_to_its_sample(even: bool):
+    """Each step begins where the one before ended, one call each; the last one's own picture is where it ends."""
+    noise, condition, guidance = start()
+    teacher: Any = Gaussian(shift=1.75)
+    steps = list(teacher_steps(teacher, noise, condition, guidance, 6, even=even))
+    assert len(steps) == teacher.num_calls == 6
+    torch.testing.assert_close(steps[0].x, noise)
+    for before, after in pairwise(steps):
+        torch.testing.assert_close(after.x, before.x_next, rtol=1e-12, atol=1e-12)
+    last = steps[-1]
+    torch.testing.assert_close(last.x_next, data_prediction(last.x, last.t, last.dxdt), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(last.x_next, sample_teacher(teacher, noise, condition, guidance, 6, even=even))

@@ -50,6 +50,7 @@ from stepfold.teachers.loading import (
     load_any_pipeline,
     load_student,
     load_teacher,
+    student_folder,
 )
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.choices import choose_precision
@@ -497,7 +498,7 @@ def run_evaluate(
     """
     students: dict[str, tuple[Student, dict[str, Any]]] = {}
     for folder in folders:
-        if (folder / CARD).is_file():
+        if (student_folder(folder) / CARD).is_file():
             _, student, card = load_student(folder, device)
             if card["teacher"] != "emoji":
                 raise UserError(

@@ -1,7 +1,8 @@
 """Sampling: the student's few steps and the teacher's many. Previews, commands and tests all come through here."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -77,10 +78,37 @@ def sample_student(
     return x0
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Step:
+    """One step of the teacher's own sampler.
+
+    Attributes:
+        x: [B, ...], the state it began at.
+        t: [B], its time.
+        dxdt: [B, ...], the velocity it was taken with.
+        x_next: [B, ...], the state it ended at; after the last step x_0.
+    """
+
+    x: Tensor
+    t: Tensor
+    dxdt: Tensor
+    x_next: Tensor
+
+
 def sample_teacher(
     teacher: Teacher, noise: Tensor, condition: Condition, guidance: Tensor, num_steps: int, *, even: bool = False
 ) -> Tensor:
+    """Where `teacher_steps` end: x_0 [B, ...]. Arguments as there."""
+    x = noise
+    for step in teacher_steps(teacher, noise, condition, guidance, num_steps, even=even):
+        x = step.x_next
+    return x
+
+
+@torch.no_grad()
+def teacher_steps(
+    teacher: Teacher, noise: Tensor, condition: Condition, guidance: Tensor, num_steps: int, *, even: bool = False
+) -> Iterator[Step]:
     """The teacher's own sampler, as its pipeline runs it with diffusers' flow-Euler scheduler, or with DDIM's.
 
     Args:
@@ -93,22 +121,26 @@ def sample_teacher(
             0.001 for every n: its two steps are one step and a touch. The fairer ladder to measure a teacher with at
             few steps.
 
-    Returns:
-        x_0 [B, ...].
+    Yields:
+        Each step when it is taken.
     """
     if teacher.ode == "trigflow":
         x = noise
-        for step in pairwise(teacher.ddim_times(num_steps).tolist()):
-            t, t_next = (torch.full((len(noise),), time, dtype=noise.dtype, device=noise.device) for time in step)
-            x = euler_step(x, t, t_next, teacher.velocity(x, t, condition, guidance))
-        return x
+        for pair in pairwise(teacher.ddim_times(num_steps).tolist()):
+            t, t_next = (torch.full((len(noise),), time, dtype=noise.dtype, device=noise.device) for time in pair)
+            dxdt = teacher.velocity(x, t, condition, guidance)
+            step = Step(x, t, dxdt, euler_step(x, t, t_next, dxdt))
+            yield step
+            x = step.x_next
+        return
     sigma_data = teacher.sigma_data
     times = (even_flow_times if even else flow_euler_times)(num_steps, teacher.shift).tolist()
     x_flow = noise / sigma_data
     for time, time_next in pairwise(times):
         t = torch.full((len(noise),), min(time, math.pi / 2), dtype=noise.dtype, device=noise.device)
         t_flow, t_flow_next = flow_time(t), flow_time(torch.full_like(t, time_next))
-        dxdt = teacher.velocity(trigflow_input(x_flow, t_flow, sigma_data), t, condition, guidance)
+        x = trigflow_input(x_flow, t_flow, sigma_data)
+        dxdt = teacher.velocity(x, t, condition, guidance)
         velocity = flow_velocity(x_flow, t_flow, dxdt / sigma_data)
         x_flow = x_flow + expand(t_flow_next - t_flow, x_flow) * velocity
-    return sigma_data * x_flow
+        yield Step(x, t, dxdt, trigflow_input(x_flow, t_flow_next, sigma_data))

@@ -35,6 +35,11 @@ def test_interpolation_and_predictions_are_a_rotation():
     assert_same(derivative, dxdt)
 
 
+def test_equivalent_noise_is_what_noised_the_picture():
+    x0, z, t = states(low=0.05)
+    assert_same(fm.equivalent_noise(fm.interpolate(x0, z, t), t, x0), z)
+
+
 def test_flow_matching_round_trips_over_the_closed_interval():
     x, F, t = states()
     t_flow = fm.flow_time(t)

@@ -50,8 +50,13 @@ METRICS = {
 _DIGITS = {"accuracy": 3, "clip_score": 1, "fd": 3, "diversity": 3, "agreement": 3, "images_per_sec": 1}
 _MAX_BINS = 240
 # Colours drawn by matplotlib that are swapped for the page's own, so that a curve follows its light or dark theme.
-_THEME = {"#010101": "currentColor", "#020202": "var(--accent)", "#030303": "var(--line)"}
-_INK, _ACCENT, _LINE = _THEME
+_THEME = {
+    "#010101": "currentColor",
+    "#020202": "var(--accent)",
+    "#030303": "var(--line)",
+    "#040404": "var(--other)",
+}
+_INK, _ACCENT, _LINE, _OTHER = _THEME
 
 Curves = Mapping[str, Sequence[Sequence[float | None]]]
 Row = Mapping[str, float | None]
@@ -119,7 +124,10 @@ def render_html(report: Mapping[str, Any], folder: Path) -> str:
         explanations=list(METRICS.values()),
         groups=_table(report),
         images=[(caption, _embedded_png(folder / path)) for caption, path in report.get("images", {}).items()],
-        curves=[(name, Markup(svg)) for name, svg in _curve_svgs(report.get("curves", {})).items()],  # noqa: S704 - matplotlib drew it from numbers
+        curves=[
+            (name, Markup(svg))  # noqa: S704 - matplotlib drew it from numbers
+            for name, svg in curve_svgs([report.get("curves", {})]).items()
+        ],
         stages=_stages(report.get("stages_sec", {})),
         peak_memory_gib=report.get("peak_memory_gib"),
         details=[
@@ -287,28 +295,34 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     figure = Figure(figsize=(4.2 * num_columns, 2.6 * num_rows), dpi=120, layout="constrained")
     panels = figure.subplots(num_rows, num_columns, squeeze=False).flat
     for panel, (name, points) in zip(panels, curves.items(), strict=False):
-        _draw(panel, points, ink="#333333", accent="#2f6f8f", line="#dddddd")
+        _draw(panel, [points], ink="#333333", accents=["#2f6f8f"], line="#dddddd")
         panel.set_title(name, loc="left", fontsize=9, parse_math=False)
     for panel in list(figure.axes)[len(curves) :]:
         panel.set_visible(False)
     figure.savefig(path, format="png")
 
 
-def _curve_svgs(curves: Curves) -> dict[str, str]:
-    """Each curve as an SVG element without its title, which the page writes itself. Empty curves are left out."""
-    if not curves:
+def curve_svgs(runs: Sequence[Curves]) -> dict[str, str]:
+    """An SVG element a name, without title, with that curve of one run, or of two in --accent and --other of the page.
+
+    Empty curves are left out.
+    """
+    names = [
+        name
+        for name in dict.fromkeys(name for curves in runs for name in curves)
+        if any(value is not None for curves in runs for _, value in curves.get(name, []))
+    ]
+    if not names:
         return {}
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     svgs = {}
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "stepfold"}):
-        for name, points in curves.items():
-            if not any(value is not None for _, value in points):
-                continue
+        for name in names:
             figure = Figure(figsize=(4.4, 2.3), layout="constrained")
             figure.patch.set_visible(False)
-            _draw(figure.add_subplot(), points, _INK, _ACCENT, _LINE)
+            _draw(figure.add_subplot(), [curves.get(name, []) for curves in runs], _INK, (_ACCENT, _OTHER), _LINE)
             buffer = StringIO()
             figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
             svgs[name] = _inline(buffer.getvalue())
@@ -324,17 +338,23 @@ def _inline(svg: str) -> str:
     return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
 
 
-def _draw(axes: "Axes", points: Sequence[Sequence[float | None]], ink: str, accent: str, line: str) -> None:
-    """One curve; where it has too many points, the mean of each bin with the band from its lowest to its highest."""
-    known = np.array([(x, y) for x, y in points if y is not None and math.isfinite(y)], dtype=float).reshape(-1, 2)
-    bins = np.array_split(known, min(len(known), _MAX_BINS)) if len(known) else []
-    x = [part[:, 0].mean() for part in bins]
-    if len(known) > _MAX_BINS:
-        low, high = [part[:, 1].min() for part in bins], [part[:, 1].max() for part in bins]
-        axes.fill_between(x, low, high, color=accent, alpha=0.18, linewidth=0)
-    marker = "o" if len(known) <= 24 else None
-    axes.plot(x, [part[:, 1].mean() for part in bins], color=accent, linewidth=1.4, marker=marker, markersize=3)
-    if len(known) and known[:, 1].min() > 0 and known[:, 1].max() > 200 * known[:, 1].min():
+def _draw(
+    axes: "Axes", curves: Sequence[Sequence[Sequence[float | None]]], ink: str, accents: Sequence[str], line: str
+) -> None:
+    """Curves; where one has too many points, the mean of each bin with the band from its lowest to its highest."""
+    every = [np.empty(0)]
+    for points, accent in zip(curves, accents, strict=False):
+        known = np.array([(x, y) for x, y in points if y is not None and math.isfinite(y)], dtype=float).reshape(-1, 2)
+        bins = np.array_split(known, min(len(known), _MAX_BINS)) if len(known) else []
+        x = [part[:, 0].mean() for part in bins]
+        if len(known) > _MAX_BINS:
+            low, high = [part[:, 1].min() for part in bins], [part[:, 1].max() for part in bins]
+            axes.fill_between(x, low, high, color=accent, alpha=0.18, linewidth=0)
+        marker = "o" if len(known) <= 24 else None
+        axes.plot(x, [part[:, 1].mean() for part in bins], color=accent, linewidth=1.4, marker=marker, markersize=3)
+        every.append(known[:, 1])
+    values = np.concatenate(every)
+    if len(values) and values.min() > 0 and values.max() > 200 * values.min():
         axes.set_yscale("log")
     else:
         axes.ticklabel_format(axis="y", scilimits=(-3, 5))

@@ -67,6 +67,18 @@ def noise_prediction(x: Tensor, t: Tensor, dxdt: Tensor) -> Tensor:
     return torch.sin(t) * x + torch.cos(t) * dxdt
 
 
+def equivalent_noise(x: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+    """The noise that `interpolate` would need to come from x_0 to x at t: (x - cos t x_0) / sin t.
+
+    Args:
+        x: [B, ...]. t: [B], in (0, pi/2]. x0: [B, ...].
+
+    Reference: arXiv:2511.20410, Eq. 8.
+    """
+    t = expand(t, x)
+    return (x - torch.cos(t) * x0) / torch.sin(t)
+
+
 def euler_step(x: Tensor, t: Tensor, t_next: Tensor, dxdt: Tensor) -> Tensor:
     """One first-order step of the ODE from `t` to `t_next`: cos D x - sin D dxdt with D = t - t_next.
 

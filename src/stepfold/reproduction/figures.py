@@ -11,7 +11,7 @@ from torch import Tensor
 from stepfold.config import SpaceSettings
 from stepfold.errors import UserError
 from stepfold.maths.filters import darkness
-from stepfold.maths.formulations import data_prediction, expand, interpolate
+from stepfold.maths.formulations import data_prediction, equivalent_noise, interpolate
 from stepfold.maths.routes import half_pi
 from stepfold.randomness import normal
 from stepfold.spaces.generation import Trajectory, walk
@@ -69,8 +69,8 @@ def walk_numbers(
 
     path = walked()
     shown = [i * (len(path.t) - 1) // (NUM_MAPS - 1) for i in range(NUM_MAPS)]
-    noises = [_equivalent_noise(path.x[i], path.t[i], path.x0) for i in shown]
-    again = [_equivalent_noise(interpolate(path.x0, noise, path.t[i]), path.t[i], path.x0) for i in shown]
+    noises = [equivalent_noise(path.x[i], path.t[i], path.x0) for i in shown]
+    again = [equivalent_noise(interpolate(path.x0, noise, path.t[i]), path.t[i], path.x0) for i in shown]
     times = [path.t[i].mean().item() for i in shown]
     return {
         "schemes": {scheme: _along(walked(route=scheme), noise, sigma_data) for scheme in SCHEMES},
@@ -91,8 +91,8 @@ def _along(path: Trajectory, noise: Tensor, sigma_data: float) -> dict[str, list
         again = interpolate(path.x0, noise, t)
         picture = data_prediction(x, t.clamp(max=half_pi(t.dtype)), dxdt)
         rows["t"].append(t.mean().item())
-        rows["noise_backward"].append(_similarity(_equivalent_noise(x, t, path.x0), noise))
-        rows["noise_forward"].append(_similarity(_equivalent_noise(again, t, path.x0), noise))
+        rows["noise_backward"].append(_similarity(equivalent_noise(x, t, path.x0), noise))
+        rows["noise_forward"].append(_similarity(equivalent_noise(again, t, path.x0), noise))
         rows["picture_error"].append((picture - path.x0).square().mean().item() / sigma_data**2)
     return rows
 
@@ -111,10 +111,6 @@ def plane(groups: list[Tensor]) -> list[list[list[float]]]:
     embedding = TSNE(perplexity=min(30, (len(vectors) - 1) / 3), init="pca", random_state=0).fit_transform(vectors)
     points = torch.from_numpy(embedding).round(decimals=2).split([len(group) for group in groups])
     return [part.tolist() for part in points]
-
-
-def _equivalent_noise(x: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-    return (x - expand(t.cos(), x) * x0) / expand(t.sin(), x)
 
 
 def _similarity(a: Tensor, b: Tensor) -> float:

@@ -25,7 +25,14 @@ from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDif
 from stepfold.teachers.wan import WanTeacher
 
 CARD = "stepfold.json"
-OLDER = {"frames": None, "output": "images", "example": "a photo of a cat", "licences": {"teacher": {}}}
+BUNDLED_STUDENT = "emoji-student"
+OLDER = {
+    "network_only": False,
+    "frames": None,
+    "output": "images",
+    "example": "a photo of a cat",
+    "licences": {"teacher": {}},
+}
 """What the cards of students lack that were written before it was noted."""
 
 
@@ -181,6 +188,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder is no student that stepfold wrote.
     """
+    folder = student_folder(folder)
     if not (folder / CARD).is_file():
         raise UserError(f"{folder} is no student folder ({CARD} is missing); give OUT/student of a finished run")
     try:
@@ -210,6 +218,11 @@ def teacher_settings(folder: Path, card: dict[str, Any]) -> TeacherSettings:
         raise UserError(f"{folder / CARD} is damaged ({first_line(error)}); copy the student folder again") from None
 
 
+def student_folder(name: Path) -> Path:
+    """The bundled student's folder for `emoji-student`, else the folder itself."""
+    return assets.STUDENT if str(name) == BUNDLED_STUDENT else name
+
+
 def lora_rank(card: dict[str, Any]) -> int:
     """The rank of a student that is a LoRA file; 0 for one that is a whole pipeline."""
     return 0 if card.get("merged") else card["config"].get("student", {}).get("lora", 0)
@@ -225,6 +238,9 @@ def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeac
     if rank := lora_rank(card):
         teacher = load_teacher(teacher_settings(folder, card), device)
         return teacher, teacher.load_lora(folder, rank), card
+    if card["network_only"]:
+        teacher = load_teacher(teacher_settings(folder, card), device)
+        return teacher, teacher.load_network(student_folder(folder)), card
     check_folder(folder)
     settings = {name: card[name] for name in ("height", "width", "frames", "max_tokens")}
     pipeline = make_teacher(str(folder), device=device, **settings)

@@ -25,6 +25,7 @@ from stepfold.teachers.once import compute_afresh, compute_once, forget
 
 SIGMA_DATA = 0.5
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+NETWORK_WEIGHTS = "diffusion_pytorch_model.safetensors"
 NUM_FEATURES = 5  # feature maps for discriminator heads, as many as Sana-Sprint has
 
 Predict = Callable[[Any, Tensor, Tensor, Condition, Tensor | None], Tensor]
@@ -606,6 +607,12 @@ class PipelineTeacher:
     def lora_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
         """Arguments with which the teacher's own pipeline takes a LoRA student's steps at the given times."""
         return self.student_call(times, guidance)
+
+    def load_network(self, folder: Path) -> Student:
+        """The student that a folder has the network of, in any precision; all else is this teacher's."""
+        student: Any = self.new_student()
+        student.transformer.load_state_dict(load_file(folder / self.network_part / NETWORK_WEIGHTS))
+        return student.eval().requires_grad_(False)
 
     def as_student(self) -> Student:
         """The network of this folder, which is a student's, as a student."""

@@ -19,7 +19,7 @@ from stepfold.config import Config, from_yaml, to_yaml
 from stepfold.errors import UserError
 from stepfold.training.processes import gathered, placed, placed_state
 
-CONFIG, METRICS, CHECKSUMS = "config.yaml", "metrics.jsonl", "checksums.json"
+CONFIG, METRICS, CHECKSUMS, LOCK = "config.yaml", "metrics.jsonl", "checksums.json", ".lock"
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
     if not (folder / CONFIG).exists():
         with writing(folder / CONFIG) as part:
             part.write_text(to_yaml(config))
-    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
+    lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except Timeout:
@@ -112,6 +112,21 @@ def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from None
     return lock
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process holds the run's lock. To find out, this one takes it for an instant, if it is free."""
+    if not (folder / LOCK).is_file():
+        return False
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    except OSError:
+        return False
+    lock.release()
+    return False
 
 
 def remember_prompts(folder: Path, file: Path, count: int, sha256: str) -> None:
@@ -136,6 +151,12 @@ def remember_prompts(folder: Path, file: Path, count: int, sha256: str) -> None:
 
 
 def _difference(a: Config, b: Config) -> str:
+    return ", ".join(f"{name} {x!r} there, {y!r} given" for name, (x, y) in differences(a, b).items())
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> both values, of the settings that differ."""
+
     def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         out = {}
         for key, value in values.items():
@@ -143,7 +164,7 @@ def _difference(a: Config, b: Config) -> str:
         return out
 
     x, y = flat(a.model_dump()), flat(b.model_dump())
-    return ", ".join(f"{k} {x[k]!r} there, {y[k]!r} given" for k in x if x[k] != y[k])
+    return {name: (x[name], y[name]) for name in x if x[name] != y[name]}
 
 
 def save_checkpoint(

@@ -1,0 +1,268 @@
+"""What the page draws, from the same noise: a student's pictures, the teacher's as they form, the teacher's walk."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stepfold.config import TeacherSettings
+from stepfold.errors import UserError
+from stepfold.evaluation.preview import thinned, to_image
+from stepfold.maths.formulations import data_prediction, equivalent_noise
+from stepfold.randomness import normal
+from stepfold.sampling import Step, sample_student, teacher_steps
+from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.loading import load_student, load_teacher, lora_rank
+from stepfold.teachers.pipeline import PipelineTeacher
+
+MAX_PROMPT, MAX_STEPS, MAX_PICTURES, MAX_GUIDANCE, MAX_SEED = 300, 8, 8, 20.0, 2**31 - 1
+TEACHER_STEPS = 20
+NUM_WALK = 7  # times of the walk that are shown
+PREVIEW_SEC = 0.1  # at least between two previews of the teacher's
+FRAMES = 4  # of a video, side by side
+EMOJI_EXAMPLES = (
+    "red heart on blue background", "pizza on white background", "fox on green background",
+    "rocket on black background", "snowman on teal background", "a picture of Christmas tree",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Models:
+    """What the page draws with.
+
+    Attributes:
+        student: the network.
+        pipeline: the student's encoder and autoencoder.
+        teacher: may be `pipeline` itself.
+        card: what the student's `stepfold.json` says.
+    """
+
+    student: Student
+    pipeline: PipelineTeacher
+    teacher: PipelineTeacher
+    card: dict[str, Any]
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """Prompts to begin with."""
+        own = EMOJI_EXAMPLES if self.card["teacher"] == "emoji" else (self.card["example"],)
+        return self.teacher.examples[: len(EMOJI_EXAMPLES)] or own
+
+    @property
+    def branches(self) -> int:
+        """Of the teacher's guidance: 2 network calls a step with classifier-free guidance, else 1."""
+        return 2 if self.teacher.guidance_kind == "classifier_free" else 1
+
+    @property
+    def fine_print(self) -> str:
+        """What guidance, steps and milliseconds mean here."""
+        taught = self.card.get("taught") or self.card["config"]["space"]["guidance"] or [self.card["guidance"]]
+        said = f"The student was taught at guidance {', '.join(f'{scale:g}' for scale in taught)}"
+        said += "" if len(set(taught)) > 1 else " and does not hear another; the scale is for the teacher"
+        said += f". Steps are the student's; the teacher takes {TEACHER_STEPS}"
+        said += ", each of which calls the network with and without the prompt, as one batch" * (self.branches > 1)
+        return said + ". Milliseconds are measured here: the network, and the decoding of the pictures."
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw: `count` pictures of one prompt, from the seeds `seed`, `seed + 1`, ..."""
+
+    prompt: str
+    steps: int = 1
+    guidance: float = 1.0
+    seed: int = 0
+    count: int = 1
+
+    @property
+    def seeds(self) -> range:
+        """One a picture."""
+        return range(self.seed, self.seed + self.count)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The teacher's way to the first picture.
+
+    Attributes:
+        t: some of its times, falling from pi/2.
+        pictures: at each, the picture x_0 that the velocity there points at.
+        noises: at each, the first channel of the equivalent noise (x_t - cos t x_0) / sin t; grey is 0.
+        similarity: at each, the cosine of the equivalent noise to the noise that the walk began with.
+    """
+
+    t: list[float]
+    pictures: list[Image.Image]
+    noises: list[Image.Image]
+    similarity: list[float]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Pictures, whole or on their way.
+
+    Attributes:
+        pictures: one a seed.
+        steps: steps taken so far.
+        of: steps to take.
+        branches: of guidance, which go through the network as one batch: 2 with classifier-free guidance, else 1.
+        sec: what the steps so far took and, once it is whole, the decoding; encoding the prompt and decoding what is
+            shown on the way are left out.
+        walk: of the teacher, once it is whole.
+    """
+
+    pictures: list[Image.Image]
+    steps: int
+    of: int
+    branches: int
+    sec: float
+    walk: Walk | None = None
+
+    @property
+    def calls(self) -> int:
+        """Network calls per picture so far, counted as in the README's tables: each branch of guidance is one."""
+        return self.steps * self.branches
+
+    @property
+    def whole(self) -> bool:
+        """Whether all steps are taken."""
+        return self.steps == self.of
+
+
+def load_models(student: Path, teacher: str | None, device: str) -> Models:
+    """A student, and its teacher: as its card says, or another one.
+
+    Raises:
+        UserError: either does not load, or they do not draw from the same noise.
+    """
+    pipeline, network, card = load_student(student, device)
+    settings = TeacherSettings.model_validate(card["config"]["teacher"])
+    if teacher is None and (lora_rank(card) or card["network_only"]):
+        return Models(network, pipeline, pipeline, card)  # such a student's pipeline is its teacher's
+    if teacher is not None:
+        settings = settings.model_copy(update={"source": teacher, "lora": None})
+    other = load_teacher(settings, device)
+    if (other.latent_shape, other.sigma_data) != (pipeline.latent_shape, pipeline.sigma_data):
+        raise UserError(
+            f"teacher {settings.source!r} starts from noise of shape {list(other.latent_shape)}, the student from "
+            f"{list(pipeline.latent_shape)}; give the teacher that the student was distilled from"
+        )
+    return Models(network, pipeline, other, card)
+
+
+def warm_up(models: Models) -> None:
+    """Draws once, so that the first measured time is not that of starting."""
+    request = Request(models.examples[0], guidance=models.card["guidance"])
+    draw_student(models, request)
+    next(draw_teacher(models, request))
+
+
+def checked(models: Models, prompt: Any, steps: Any, guidance: Any, seed: Any, count: Any) -> Request:
+    """A request out of what the page sends, which may be anything.
+
+    Raises:
+        UserError: what is wrong, in one line.
+    """
+    text = " ".join(prompt.split()) if isinstance(prompt, str) else ""
+    if not text:
+        raise UserError("Type a prompt.")
+    if len(text) > MAX_PROMPT:
+        raise UserError(f"The prompt has {len(text)} characters; {MAX_PROMPT} is the most.")
+    models.teacher.check_prompts([text])
+    return Request(
+        text,
+        steps=round(_number("Steps", steps, 1, MAX_STEPS)),
+        guidance=_number("Guidance", guidance, 0, MAX_GUIDANCE),
+        seed=round(_number("The seed", seed, 0, MAX_SEED)),
+        count=round(_number("Pictures", count, 1, MAX_PICTURES)),
+    )
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UserError(f"{name} must be a number from {low} to {high:g}.")
+    return value
+
+
+def draw_student(models: Models, request: Request) -> Drawing:
+    """The student's pictures; that of each seed is the one that `stepfold sample --seed` draws."""
+    pipeline = models.pipeline
+    noise, condition, guidance = _start(pipeline, request)
+    times = pipeline.student_times(request.steps)
+    began = _now(pipeline)
+    x0 = sample_student(
+        models.student, noise, condition, guidance, times,
+        lambda i: _noise(pipeline, request, "evaluation fresh noise", i, 0), pipeline.sigma_data,
+    )  # fmt: skip
+    pictures = pipeline.decode(x0)
+    return Drawing(_images(pipeline, pictures), len(times), len(times), 1, _now(pipeline) - began)
+
+
+def draw_teacher(models: Models, request: Request) -> Iterator[Drawing]:
+    """The teacher's pictures as they form: x_0 as its velocity has it along the way, and then where the way ends."""
+    teacher = models.teacher
+    noise, condition, guidance = _start(teacher, request)
+    branches = models.branches
+    steps: list[Step] = []
+    began, shown, sec = _now(teacher), 0.0, 0.0
+    for step in teacher_steps(teacher, noise, condition, guidance, TEACHER_STEPS, even=True):
+        steps.append(step)
+        sec += _now(teacher) - began
+        if len(steps) < TEACHER_STEPS and time.perf_counter() - shown >= PREVIEW_SEC:
+            shown = time.perf_counter()
+            preview = teacher.decode(data_prediction(step.x, step.t, step.dxdt))
+            yield Drawing(_images(teacher, preview), len(steps), TEACHER_STEPS, branches, sec)
+        began = _now(teacher)
+    pictures = teacher.decode(steps[-1].x_next)
+    sec += _now(teacher) - began
+    yield Drawing(_images(teacher, pictures), TEACHER_STEPS, TEACHER_STEPS, branches, sec, _walk(teacher, steps))
+
+
+def _start(model: PipelineTeacher, request: Request) -> tuple[Tensor, Condition, Tensor]:
+    """Noise, condition and guidance of a request, one row a picture."""
+    guidance = torch.full((request.count,), float(request.guidance), device=model.device)
+    return _noise(model, request, "sample", 0), model.encode([request.prompt]).expand(request.count), guidance
+
+
+def _noise(model: PipelineTeacher, request: Request, name: str, *indices: int) -> Tensor:
+    rows = [normal(model.latent_shape, seed, name, *indices) for seed in request.seeds]
+    return model.sigma_data * torch.stack(rows).to(model.device)
+
+
+def _walk(teacher: PipelineTeacher, steps: list[Step]) -> Walk:
+    """The first row of the teacher's steps, at some of their times."""
+    x0 = steps[-1].x_next[:1]
+    shown = [steps[i * (len(steps) - 1) // (NUM_WALK - 1)] for i in range(NUM_WALK)]
+    noises = [equivalent_noise(step.x[:1], step.t[:1], x0) for step in shown]
+    first = steps[0].x[:1].flatten(1)
+    predicted = torch.cat([data_prediction(step.x[:1], step.t[:1], step.dxdt[:1]) for step in shown])
+    return Walk(
+        t=[step.t[0].item() for step in shown],
+        pictures=_images(teacher, teacher.decode(predicted)),
+        noises=[_map(noise[0, 0], 3 * teacher.sigma_data) for noise in noises],
+        similarity=[torch.cosine_similarity(noise.flatten(1), first).item() for noise in noises],
+    )
+
+
+def _map(values: Tensor, largest: float) -> Image.Image:
+    """Numbers [H, W] (of a video [F, H, W], its first frame) from -largest to largest as black to white."""
+    plane = values if values.ndim == 2 else values[0]
+    return to_image((plane / largest / 2 + 0.5).clamp(0, 1).expand(3, *plane.shape))
+
+
+def _images(model: PipelineTeacher, pictures: Tensor) -> list[Image.Image]:
+    if model.frames > 1:
+        pictures = thinned(pictures, model.frames, FRAMES)
+    return [to_image(picture) for picture in pictures]
+
+
+def _now(model: PipelineTeacher) -> float:
+    """Seconds, once the device has done what it was given."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()

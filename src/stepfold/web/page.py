@@ -1,0 +1,294 @@
+"""The page's layout: which control calls what. It asks nothing of other hosts, and serves no file of the disk."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepfold.errors import UserError
+from stepfold.web import markup
+from stepfold.web.drawing import (
+    MAX_PICTURES,
+    MAX_PROMPT,
+    MAX_SEED,
+    MAX_STEPS,
+    TEACHER_STEPS,
+    Models,
+    checked,
+    draw_student,
+    draw_teacher,
+)
+from stepfold.web.runs import Run, find_runs, newest, read_run, stamp
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+try:
+    import gradio as gr
+except ImportError:
+    raise UserError("the page needs gradio; pip install 'stepfold[web]'") from None
+
+QUEUE, REFRESH_SEC, NOBODY = 16, 3, "nothing"
+LARGEST_POST = 2**16  # bytes
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+STYLE = Path(__file__).with_name("page.css")
+SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
+SERVED = (
+    "app_id", "cancel", "heartbeat/", "info", "login_check", "queue/", "reset", "startup-events", "theme.css", "token",
+    "user",
+)  # fmt: skip
+"""What of gradio's own interface the page calls. The rest (files, uploads, proxies, streams) is closed."""
+POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'; frame-ancestors 'self'"
+)
+PRIVATE: Any = {"api_visibility": "private", "show_progress": "hidden"}
+ONE_AT_A_TIME: Any = {"concurrency_id": "draw", "concurrency_limit": 1}
+READING: Any = {"concurrency_id": "runs", "concurrency_limit": 1}
+
+
+def build(models: Models, runs: Path) -> Any:
+    """The page as gradio Blocks.
+
+    Args:
+        models: what the first tab draws with.
+        runs: the folder whose runs the second tab shows.
+    """
+    with gr.Blocks(title="stepfold", analytics_enabled=False) as page:
+        gr.HTML(f"<h1>stepfold</h1><p>One step beside {TEACHER_STEPS}: a student and its teacher, same noise.</p>",
+                elem_id="top")  # fmt: skip
+        with gr.Tabs():
+            with gr.Tab("Draw"):
+                _draw_tab(page, models)
+            with gr.Tab("Runs") as tab:
+                _runs_tab(tab, runs)
+    return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
+
+
+def _draw_tab(page: Any, models: Models) -> None:
+    usual = min(8.0, max(1.0, float(models.card["guidance"])))
+    prompt = gr.Textbox(models.examples[0], label="Prompt", max_lines=2, max_length=MAX_PROMPT, elem_id="prompt")
+    with gr.Row(elem_id="examples"):
+        for text in models.examples:
+            gr.Button(text, size="sm").click(None, None, prompt, js=f"() => {json.dumps(text)}", **PRIVATE)
+    with gr.Row(elem_id="pair"):
+        student = gr.HTML(markup.waiting("Student"), min_width=120, elem_id="student")
+        teacher = gr.HTML(markup.waiting("Teacher"), min_width=120, elem_id="teacher")
+    with gr.Row(elem_id="controls"):
+        steps = gr.Slider(1, MAX_STEPS, 1, step=1, label="Steps", buttons=[], min_width=150)
+        guidance = gr.Slider(1, 8, usual, step=0.5, label="Guidance", buttons=[], min_width=150)
+        count = gr.Slider(1, MAX_PICTURES, 1, step=1, label="Pictures", buttons=[], min_width=150)
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=150)
+    gr.HTML(markup.fine(models.fine_print))
+    with gr.Accordion("The teacher's walk", open=False, elem_id="walk"):
+        walk = gr.HTML(markup.note("It appears when the teacher has finished."))
+    inputs = [prompt, steps, guidance, seed, count]
+
+    def students(*values: Any) -> Any:
+        with _in_words() as said:
+            request = checked(models, *values)
+            return markup.panel("Student", request, draw_student(models, request))
+        return said.text
+
+    def both(text: Any, k: Any, scale: Any, first: Any, number: Any, request: gr.Request) -> Iterator[Any]:
+        """The student's picture, then the teacher's as it forms, until something else is asked for."""
+        values = text, k, scale, first, number
+        yield students(*values), gr.skip(), gr.skip()
+        with _in_words():
+            asked = checked(models, *values)
+            for drawing in draw_teacher(models, asked):
+                if newest.get(request.session_hash, values) != values:
+                    return
+                seen = markup.walk_view(drawing.walk) if drawing.walk else gr.skip()
+                yield gr.skip(), markup.panel("Teacher", asked, drawing), seen
+            return
+        yield gr.skip(), markup.waiting("Teacher"), gr.skip()
+
+    newest: dict[str | None, Any] = {}
+    """session -> what it asked for last"""
+
+    def asks(text: Any, k: Any, scale: Any, first: Any, number: Any, request: gr.Request) -> None:
+        newest[request.session_hash] = text, k, scale, first, number
+
+    def leaves(request: gr.Request) -> None:
+        newest.pop(request.session_hash, None)
+
+    changes = [prompt.change, steps.change, guidance.change, seed.change, count.change]
+    gr.on(changes, asks, inputs, None, concurrency_limit=QUEUE, trigger_mode="multiple", **PRIVATE)
+    gr.on([page.load, *changes], both, inputs, [student, teacher, walk], trigger_mode="always_last", **ONE_AT_A_TIME,
+          **PRIVATE)  # fmt: skip
+    page.unload(leaves)
+
+
+def _runs_tab(tab: Any, root: Path) -> None:
+    names = find_runs(root)
+    with gr.Row():
+        a = gr.Dropdown(names, value=newest(root, names), label="Run", min_width=150, elem_id="run-a")
+        b = gr.Dropdown([NOBODY, *names], value=NOBODY, label="Beside it", min_width=150, elem_id="run-b")
+    about = gr.HTML(elem_id="about")
+    curves = gr.HTML(elem_id="curves")
+    at = gr.Slider(0, 1, 1, step=1, label="Previews at step", visible=False, elem_id="at")
+    grids = gr.HTML(elem_id="grids")
+    wanted = gr.Checkbox(False, label="Show the report", elem_id="wanted")
+    reports = gr.HTML()
+    last = gr.State(("", 0))
+    timer = gr.Timer(REFRESH_SEC, active=False)
+
+    def chosen(*values: Any) -> list[Run]:
+        return [read_run(root, name) for name in values if name in find_runs(root)]
+
+    def menus(first: Any, there: list[str]) -> list[Any]:
+        value = first if first in there else newest(root, there)
+        return [gr.Dropdown(there, value=value), gr.Dropdown([NOBODY, *there])]
+
+    def slider(runs: Sequence[Run], top: int, step: float) -> Any:
+        return gr.Slider(0, max(top, 1), step, step=_stride(runs), visible=any(run.previews for run in runs))
+
+    def show(first: Any, second: Any, wants: Any) -> list[Any]:
+        with _in_words() as said:
+            there, runs = find_runs(root), chosen(first, second)
+            top = _last_preview(runs)
+            lists = menus(first, there)
+            if not runs:
+                text = "Choose a run." if there else f"No runs in {root} yet; stepfold distill makes one."
+                return [*lists, markup.note(text), "", slider([], 0, 0), "", "", (stamp(root, ()), 0)]
+            report = markup.reports(runs) if wants else ""
+            seen = (stamp(root, (first, second)), top)
+            about, drawn, grids = markup.summary(runs), markup.curves(runs), markup.previews(runs, top)
+            return [*lists, about, drawn, slider(runs, top, top), grids, report, seen]
+        return [gr.skip(), gr.skip(), said.text, *[gr.skip()] * 5]
+
+    def again(first: Any, second: Any, step: Any, before: Any) -> list[Any]:
+        with _in_words() as said:
+            now = stamp(root, (first, second))
+            if now == before[0]:
+                return [gr.skip()] * 7
+            there, runs = find_runs(root), chosen(first, second)
+            lists = menus(first, there)
+            if not runs:
+                return [*lists, *[gr.skip()] * 4, (now, 0)]
+            top = _last_preview(runs)
+            at_step = top if step >= before[1] else step  # who looks at the last one goes on to do so
+            moved = slider(runs, top, at_step) if top != before[1] else gr.skip()
+            about, drawn, grids = markup.summary(runs), markup.curves(runs), markup.previews(runs, at_step)
+            return [*lists, about, drawn, moved, grids, (now, top)]
+        return [gr.skip(), gr.skip(), said.text, *[gr.skip()] * 4]
+
+    def slide(first: Any, second: Any, step: Any) -> Any:
+        with _in_words() as said:
+            return markup.previews(chosen(first, second), step)
+        return said.text
+
+    def report(first: Any, second: Any, wants: Any) -> Any:
+        with _in_words() as said:
+            return markup.reports(chosen(first, second)) if wants else ""
+        return said.text
+
+    whole = [a, b, about, curves, at, grids, reports, last]
+    gr.on([tab.select, a.change, b.change], show, [a, b, wanted], whole, **READING, **PRIVATE)
+    tab.select(lambda: gr.Timer(active=True), None, timer, **PRIVATE)
+    timer.tick(again, [a, b, at, last], [a, b, about, curves, at, grids, last], **READING, **PRIVATE)
+    at.change(slide, [a, b, at], grids, trigger_mode="always_last", **READING, **PRIVATE)
+    wanted.change(report, [a, b, wanted], reports, **READING, **PRIVATE)
+
+
+def _last_preview(runs: Sequence[Run]) -> int:
+    return max((run.previews[-1] for run in runs if run.previews), default=0)
+
+
+def _stride(runs: Sequence[Run]) -> int:
+    """The slider's step: every preview of every run can be reached."""
+    return math.gcd(*(step for run in runs for step in run.previews)) or 1
+
+
+@dataclass
+class _Said:
+    text: str = ""
+
+
+@contextmanager
+def _in_words() -> Iterator[_Said]:
+    """A user's mistake becomes `text`; of anything else the page says so much and the terminal shows the rest."""
+    said = _Said()
+    try:
+        yield said
+    except UserError as error:
+        said.text = markup.note(error)
+    except Exception:
+        logging.getLogger("stepfold").exception("while drawing the page")
+        said.text = markup.note("That did not work; the terminal says why.")
+
+
+class Closed:
+    """ASGI middleware: closes what the page does not use, and lets the browser ask no other host for anything."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Passes a request on, or refuses it."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        async def guarded(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message["headers"],
+                    (b"content-security-policy", POLICY.encode()),
+                    (b"referrer-policy", b"no-referrer"),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+            await send(message)
+
+        refused = _refusal(scope["method"], scope["path"], dict(scope["headers"]))
+        if refused:
+            plain = [(b"content-type", b"text/plain")]
+            await send({"type": "http.response.start", "status": refused, "headers": plain})
+            return await send({"type": "http.response.body", "body": b"not here\n"})
+        return await self.app(scope, receive, guarded)
+
+
+def _refusal(method: str, path: str, headers: dict[bytes, bytes]) -> int:
+    """The status that a request is refused with, or 0."""
+    if _is_closed(path):
+        return 404
+    length = headers.get(b"content-length", b"")
+    return 413 if method == "POST" and not (length.isdigit() and int(length) <= LARGEST_POST) else 0
+
+
+def _is_closed(path: str) -> bool:
+    name = path.lstrip("/")
+    if name.startswith("gradio_api/"):
+        return not name.removeprefix("gradio_api/").startswith(SERVED)
+    return name.startswith(("file", "proxy", "upload", "stream", "custom_component", "dev/"))
+
+
+def serve(page: Any, host: str, port: int | None) -> str:
+    """Begins to serve in a thread of its own; returns the address.
+
+    Raises:
+        UserError: the port is taken, or the host is none of this machine's.
+    """
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    hosts = [*LOOPBACK] if host in LOOPBACK else ["*"]  # no other site's name may lead to this machine's own address
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(Closed)]
+    theme = gr.themes.Base(
+        primary_hue="sky", neutral_hue="zinc", radius_size="md",
+        font=list(SYSTEM_FONTS), font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+    )  # fmt: skip
+    try:
+        _, local, _ = page.launch(
+            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, show_error=False,
+            inbrowser=False, footer_links=[], run_history=False, allowed_paths=[], max_file_size=1, ssr_mode=False,
+            mcp_server=False, pwa=False, enable_monitoring=False, strict_cors=True, theme=theme,
+            css=STYLE.read_text(), app_kwargs={"middleware": guards, "openapi_url": None},
+        )  # fmt: skip
+    except OSError as error:
+        place = f"--host {host}" + (f" --port {port}" if port else "")
+        raise UserError(f"cannot serve at {place} ({error}); choose another --port, or leave --host out") from None
+    return local

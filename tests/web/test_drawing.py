@@ -1,0 +1,140 @@
+"""The student's and the teacher's pictures, and what is said of their cost."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stepfold.errors import UserError
+from stepfold.jobs import run_sample
+from stepfold.web import markup
+from stepfold.web.drawing import (
+    MAX_PROMPT,
+    Models,
+    Request,
+    checked,
+    draw_student,
+    draw_teacher,
+    load_models,
+)
+
+
+@pytest.fixture(scope="module")
+def emoji() -> Models:
+    return load_models(Path("emoji-student"), None, "cpu")
+
+
+def difference(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
+
+
+def count_calls(network: torch.nn.Module) -> list[int]:
+    """A list that gets the batch of each call of the network."""
+    sizes: list[int] = []
+    network.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    return sizes
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_students_pictures_are_those_of_stepfold_sample(emoji: Models, steps: int) -> None:
+    drawing = draw_student(emoji, Request("a pizza", steps, guidance=3.0, seed=5, count=3))
+    for seed, picture in zip((5, 6, 7), drawing.pictures, strict=True):
+        alone = run_sample(Path("emoji-student"), ["a pizza"], steps=steps, seed=seed, guidance=3.0, device="cpu")
+        assert difference(picture, alone[0]) <= 1
+    assert difference(drawing.pictures[0], drawing.pictures[1]) > 50
+    assert drawing.whole and drawing.sec > 0
+
+
+def test_calls_are_counted_as_they_are_made(emoji: Models) -> None:
+    student: Any = emoji.student
+    ours, theirs = count_calls(student.transformer), count_calls(emoji.teacher.transformer)
+    request = Request("a pizza", 4, guidance=3.0, seed=0, count=3)
+    drawing = draw_student(emoji, request)
+    assert ours == [3] * 4 and drawing.calls == 4 == sum(ours) / 3
+    *previews, whole = draw_teacher(emoji, request)
+    assert theirs == [6] * 20  # both branches of three pictures at once
+    assert whole.calls == 40 == sum(theirs) / 3
+    assert (markup.calls_in_words(drawing), markup.calls_in_words(whole)) == (
+        "4 network calls, 3 pictures at once",
+        "40 network calls, two at a time, 3 pictures at once",
+    )
+    assert [drawing.calls for drawing in previews] == [2 * drawing.steps for drawing in previews]
+
+
+def test_the_teacher_forms_from_the_students_noise(emoji: Models) -> None:
+    """Previews come on the way, and approach the end; the student's one step is near that end, another seed is not."""
+    request = Request("red heart on blue background", 1, guidance=3.0, seed=2)
+    *previews, whole = draw_teacher(emoji, request)
+    assert previews and [d.steps for d in previews] == sorted(d.steps for d in previews)
+    assert previews[0].walk is None and not previews[0].whole and whole.whole
+    assert whole.sec > previews[0].sec > 0
+    ours, other = (draw_student(emoji, Request(request.prompt, 1, 3.0, seed)).pictures[0] for seed in (request.seed, 3))
+
+    def error(a: Image.Image) -> float:
+        return float(np.square(np.asarray(a, float) - np.asarray(whole.pictures[0], float)).mean())
+
+    assert error(ours) < 0.5 * error(other)
+    assert error(previews[-1].pictures[0]) < error(previews[0].pictures[0])
+
+
+def test_the_walk_begins_with_its_own_noise_and_ends_at_the_picture(emoji: Models) -> None:
+    *_, whole = draw_teacher(emoji, Request("a pizza", guidance=3.0, seed=1, count=2))
+    walk = whole.walk
+    assert walk is not None
+    assert walk.t[0] == pytest.approx(math.pi / 2) and walk.t == sorted(walk.t, reverse=True) and walk.t[-1] > 0
+    assert len(walk.t) == len(walk.pictures) == len(walk.noises) == len(walk.similarity) == 7
+    assert walk.similarity[0] == pytest.approx(1, abs=1e-4) and 0 < walk.similarity[-1] < 0.99
+    assert difference(walk.pictures[-1], whole.pictures[0]) <= 1  # the last step goes to its own x_0
+    assert walk.noises[0].size == (8, 8)
+    noise = 0.5 * np.asarray(emoji_noise(emoji, 1))
+    shown = (np.asarray(walk.noises[0].getchannel(0), float) / 255 - 0.5) * 2 * 1.5
+    assert np.abs(shown - noise.clip(-1.5, 1.5)).max() < 0.01
+
+
+def emoji_noise(models: Models, seed: int) -> torch.Tensor:
+    from stepfold.randomness import normal
+
+    return normal(models.teacher.latent_shape, seed, "sample", 0)[0]
+
+
+def test_bad_input_is_a_short_message(emoji: Models) -> None:
+    def refused(*values: Any) -> str:
+        with pytest.raises(UserError) as error:
+            checked(emoji, *values)
+        return str(error.value)
+
+    good = ("a cat", 1, 3.0, 0, 1)
+    assert checked(emoji, " a \n cat ", *good[1:]) == Request("a cat", 1, 3.0, 0, 1)
+    for empty in ("", "  \n ", None, 3, ["a"]):
+        assert refused(empty, *good[1:]) == "Type a prompt."
+    assert "301 characters; 300 is the most" in refused("x" * (MAX_PROMPT + 1), *good[1:])
+    for place, values in {
+        1: (0, 9, None, "2", True, math.nan),
+        2: (-1, 21, math.inf),
+        3: (-1, 2**31),
+        4: (0, 9),
+    }.items():
+        for value in values:
+            assert "must be a number from" in refused(*good[:place], value, *good[place + 1 :])
+
+
+def test_a_student_with_a_pipeline_of_its_own(tiny_student: Path, tiny_sana: Path) -> None:
+    models = load_models(tiny_student, None, "cpu")
+    assert models.pipeline is not models.teacher and models.teacher.source == str(tiny_sana)
+    request = Request("red heart", guidance=4.5)
+    assert draw_student(models, request).pictures[0].size == (32, 32)
+    assert models.examples == ("red heart",)
+    assert "taught at guidance 4, 4.5, 5." in models.fine_print
+    with pytest.raises(UserError, match="give the teacher that the student was distilled from"):
+        load_models(tiny_student, "emoji", "cpu")
+
+
+def test_nothing_of_a_prompt_becomes_markup(emoji: Models) -> None:
+    evil = "<script>alert(1)</script> \"' onerror=x ${7*7} {{7*7}}"
+    html = markup.panel("Student", Request(evil), draw_student(emoji, Request(evil)))
+    assert "<script" not in html and "&lt;script&gt;" in html and '" onerror' not in html
+    assert markup.note("<b>") == '<p class="note" role="status">&lt;b&gt;</p>'

@@ -1,0 +1,353 @@
+"""The page in a real browser. It asks no other host for anything, and nothing that it is given breaks it."""
+
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request as HttpRequest
+from urllib.request import urlopen
+
+import pytest
+
+from stepfold.errors import UserError
+from stepfold.web.drawing import load_models
+
+pytestmark = pytest.mark.slow
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+PATIENCE = 20_000  # milliseconds; two busy cores are slow
+
+
+@pytest.fixture(scope="module")
+def address(runs: Path) -> Iterator[str]:
+    """The page of the bundled student, served; whatever the server connects to must be this machine."""
+    pytest.importorskip("gradio", reason="the page needs gradio (extra web)")
+    from stepfold.web.page import build, serve
+
+    outside: list[Any] = []
+    connect = socket.socket.connect
+
+    def watched(self: socket.socket, to: Any) -> Any:
+        if isinstance(to, tuple) and to[0] not in ("127.0.0.1", "localhost", "::1"):
+            outside.append(to)
+        return connect(self, to)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", watched)
+        page = build(load_models(Path("emoji-student"), None, "cpu"), runs)
+        yield serve(page, "127.0.0.1", None)
+        page.close()
+    assert outside == []
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright (extra dev)")
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"browser tests need {CHROMIUM}; on Debian: apt install chromium")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
+    """Opens the page; at the end there must have been no request to another host, no failed one and no error."""
+    pages, asked, wrong = [], [], []
+
+    def open_(width: int = 1200, **settings: Any) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": 900}, **settings)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("response", lambda response: wrong.append(response.url) if response.status >= 400 else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+        page.goto(address)
+        page.wait_for_selector('#teacher [data-steps="20"]')
+        pages.append(context)
+        return page
+
+    yield open_
+    for context in pages:
+        context.close()
+    assert asked and [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+    assert wrong == []
+
+
+def both(page: Any, prompt: str, count: int = 1) -> list[str]:
+    """Waits until student and teacher show this many whole pictures of a prompt; returns their addresses."""
+    page.wait_for_function(
+        """([prompt, count]) => ['#student', '#teacher [data-steps="20"]'].every(place => {
+            const shown = [...document.querySelectorAll(place + ' img')].map(img => img.alt);
+            return shown.length === count && shown.every(alt => alt.endsWith(': ' + prompt));
+        })""",
+        arg=[prompt, count],
+    )
+    return page.locator("#student img, #teacher img").evaluate_all("all => all.map(img => img.src)")
+
+
+def test_typing_draws_two_pictures(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    prompt = page.get_by_label("Prompt")
+    first = both(page, prompt.input_value())
+    prompt.fill("")
+    prompt.press_sequentially("pizza on white background", delay=30)
+    second = both(page, "pizza on white background")
+    assert len({*first, *second}) == 4
+    costs = page.locator(".cost").all_inner_texts()
+    assert "1 network call" in costs[0] and "40 network calls, two at a time" in costs[1]
+    ours, theirs = (int(text.split(" ms")[0].replace(",", "")) for text in costs)
+    assert 0 < ours < theirs
+
+
+def test_the_student_follows_every_key_and_the_teacher_forms(open_page: Callable[..., Any]) -> None:
+    """While one types, the student's picture changes; the teacher's previews of the last prompt come in order."""
+    page = open_page()
+    page.evaluate(
+        """() => { window.seen = [];
+            new MutationObserver(() => {
+                const student = document.querySelector('#student img');
+                const panel = document.querySelector('#teacher [data-steps]');
+                const teacher = document.querySelector('#teacher img');
+                window.seen.push([student?.alt, teacher?.alt, Number(panel?.dataset.steps)]);
+            }).observe(document.querySelector('#pair'), {subtree: true, childList: true, attributes: true}); }"""
+    )
+    page.get_by_label("Prompt").fill("")
+    page.get_by_label("Prompt").press_sequentially("fox on green background", delay=150)
+    both(page, "fox on green background")
+    seen = page.evaluate("window.seen")
+    students = list(dict.fromkeys(student for student, *_ in seen if student))
+    assert len(students) >= 3 and students[-1].endswith(": fox on green background")
+    steps = [steps for _, teacher, steps in seen if teacher and teacher.endswith(": fox on green background")]
+    assert steps == sorted(steps) and steps[0] < 20 == steps[-1]
+
+
+def test_several_seeds_steps_and_the_walk(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    prompt = page.get_by_label("Prompt").input_value()
+    page.get_by_label("number input for Pictures").fill("3")
+    page.keyboard.press("Enter")
+    assert len(set(both(page, prompt, 3))) == 6
+    page.get_by_label("number input for Steps").fill("4")
+    page.keyboard.press("Enter")
+    page.get_by_text("4 network calls, 3 pictures at once", exact=True).wait_for()
+    both(page, prompt, 3)
+    page.get_by_text("The teacher's walk").click()
+    pictures = page.locator(".walk img:visible")
+    pictures.first.wait_for()
+    assert pictures.count() == 14
+    assert page.locator(".walk li").first.inner_text().split() == ["t", "=", "1.57", "1.00"]
+
+
+def test_examples_draw(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    page.get_by_text("rocket on black background").click()
+    both(page, "rocket on black background")
+
+
+def test_bad_input_is_a_message(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    prompt = page.get_by_label("Prompt")
+    prompt.fill("")
+    page.get_by_text("Type a prompt.").wait_for()
+    prompt.fill("x" * 400)
+    assert len(prompt.input_value()) == 300
+    prompt.evaluate(
+        """box => {
+            box.removeAttribute('maxlength'); box.value = 'y'.repeat(400); box.dispatchEvent(new Event('input'));
+        }"""
+    )
+    page.get_by_text("The prompt has 400 characters; 300 is the most.").wait_for()
+    prompt.fill("a cat")
+    both(page, "a cat")
+    assert page.get_by_text("Traceback").count() == 0
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["<script>document.title='bad'</script>", "<img src=x onerror=\"document.title='bad'\">", "${document.title='bad'}",
+     "{{document.title='bad'}}", "</section><b>bold</b>"],
+)  # fmt: skip
+def test_a_prompt_is_text_and_nothing_else(open_page: Callable[..., Any], prompt: str) -> None:
+    page = open_page()
+    page.get_by_label("Prompt").fill(prompt)
+    both(page, prompt)
+    assert page.title() == "stepfold"
+    assert page.locator("#pair script, #pair b:text('bold'), #pair [onerror]").count() == 0
+
+
+def choose(page: Any, dropdown: str, name: str) -> None:
+    page.locator(f"{dropdown} input").click()
+    page.locator(dropdown).get_by_role("option", name=name, exact=True).click()
+
+
+def test_runs_are_shown_and_compared(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    page.get_by_role("tab", name="Runs").click()
+    page.locator(".run.a h3", has_text="deeper/second").wait_for()
+    choose(page, "#run-a", "first")
+    page.locator(".run.a h3", has_text="first").wait_for()
+    choose(page, "#run-b", "deeper/second")
+    page.locator(".run.b h3", has_text="deeper/second").wait_for()
+    assert page.locator(".run p").all_inner_texts() == ["finished, 3 steps"] * 2
+    page.get_by_text("Settings that differ").click()
+    assert page.locator(".differ td:visible").all_inner_texts() == ["0", "7"]
+    assert page.locator(".curves svg").count() >= 3
+    assert page.locator(".previews figcaption").all_inner_texts() == ["first, step 3", "deeper/second, step 3"]
+    page.get_by_label("number input for Previews at step").fill("1")
+    page.keyboard.press("Enter")
+    page.get_by_text("deeper/second, step 1").wait_for()
+    page.get_by_label("Show the report").check()
+    page.locator("iframe").nth(1).wait_for()
+    for i, title in enumerate(("first", "second")):
+        assert title in page.frame_locator("iframe").nth(i).locator("h1").inner_text()
+
+
+def test_broken_runs_leave_the_page_whole(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    page.get_by_role("tab", name="Runs").click()
+    page.locator(".run.a").wait_for()
+    choose(page, "#run-a", "broken")
+    page.get_by_text("The settings cannot be read").wait_for()
+    page.get_by_text("The preview of step 1 is no PNG.").wait_for()
+    page.get_by_label("Show the report").check()
+    assert page.frame_locator("iframe").first.locator("h1").inner_text() == "hello"
+    assert page.title() == "stepfold"
+    choose(page, "#run-a", "first")
+    page.locator(".run.a h3", has_text="first").wait_for()
+
+
+def test_a_run_that_goes_on_is_followed(open_page: Callable[..., Any], runs: Path) -> None:
+    """New rows, new previews and new runs appear by themselves."""
+    going, other = runs / "going", runs / "later"
+    shutil.copytree(runs / "first", going)
+    try:
+        (going / "previews" / "step_000003.png").unlink()
+        rows = (going / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (going / "metrics.jsonl").write_text(rows[0])
+        page = open_page()
+        page.get_by_role("tab", name="Runs").click()
+        page.locator(".run.a").wait_for()
+        choose(page, "#run-a", "going")
+        page.get_by_text("finished, 1 steps").wait_for()
+        page.get_by_text("going, step 2").wait_for()
+        (going / "metrics.jsonl").write_text("".join(rows))
+        shutil.copy(runs / "first" / "previews" / "step_000003.png", going / "previews")
+        shutil.copytree(runs / "first", other)
+        page.get_by_text("finished, 3 steps").wait_for()
+        page.get_by_text("going, step 3").wait_for()
+        choose(page, "#run-b", "later")
+        page.locator(".run.b h3", has_text="later").wait_for()
+    finally:
+        shutil.rmtree(going)
+        shutil.rmtree(other, ignore_errors=True)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone(open_page: Callable[..., Any], scheme: str) -> None:
+    page = open_page(390, color_scheme=scheme)
+    page.get_by_text("The teacher's walk").click()
+    page.locator(".walk img:visible").first.wait_for()
+    width = "document.documentElement.scrollWidth"
+    assert page.evaluate(width) <= 390
+    boxes = [page.locator(f"{place} img").first.bounding_box() for place in ("#student", "#teacher")]
+    assert all(box["width"] > 150 for box in boxes) and boxes[0]["y"] == boxes[1]["y"] < 600
+    page.get_by_role("tab", name="Runs").click()
+    page.locator(".curves svg").first.wait_for()
+    assert page.evaluate(width) <= 390
+    red, green, blue = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)")[:3]
+    assert (max(red, green, blue) < 60) == (scheme == "dark")
+
+
+def test_it_can_be_used_from_the_keyboard(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    page.get_by_label("Prompt").focus()
+    reached = set()
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        reached.add(
+            page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.innerText")
+        )
+    for name in ("number input for Steps", "number input for Guidance", "number input for Pictures", "Seed"):
+        assert any(name in str(label) for label in reached), reached
+    assert any("The teacher's walk" in str(label) for label in reached), reached
+    page.get_by_role("tab", name="Runs").focus()
+    page.keyboard.press("Enter")
+    page.locator(".run.a").wait_for()
+
+
+REFUSED = (
+    "gradio_api/file=/etc/passwd", "gradio_api/file=../../../../etc/passwd", "gradio_api/file=..%2f..%2fetc%2fpasswd",
+    "gradio_api/file%3D/etc/passwd", "gradio_api/file/etc/passwd", "file=/etc/passwd", "file/etc/passwd",
+    "gradio_api/proxy=https://example.org/", "gradio_api/info/../file=/etc/passwd", "gradio_api//file=/etc/passwd",
+    "static/../../../../etc/passwd", "assets/..%2f..%2f..%2fetc%2fpasswd", "gradio_api/upload",
+    "gradio_api/custom_component/x/client/component/style.css", "gradio_api/runs",
+    "gradio_api/stream/a/b/c/playlist-file",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_no_file_is_served(address: str, runs: Path, path: str) -> None:
+    for tried in (path, path.replace("/etc/passwd", str(runs / "prompts.txt"))):
+        with pytest.raises(HTTPError) as refused:
+            raw(address, tried)
+        assert refused.value.code in (400, 403, 404, 405), tried
+
+
+def raw(address: str, path: str, **headers: str) -> bytes:
+    with urlopen(HttpRequest(address + path, headers=headers), timeout=30) as answer:
+        return answer.read()
+
+
+def test_nothing_can_be_uploaded_or_called_as_an_api(address: str) -> None:
+    for path in ("gradio_api/upload", "gradio_api/call/both", "gradio_api/run/both", "gradio_api/api/both"):
+        with pytest.raises(HTTPError) as refused, urlopen(HttpRequest(address + path, data=b"{}"), timeout=30):
+            pass
+        assert refused.value.code == 404, path
+
+
+def test_large_requests_and_other_names_are_refused(address: str) -> None:
+    """A name of another site that leads here (DNS rebinding) is not served."""
+    large = HttpRequest(address + "gradio_api/queue/join", data=b" " * (2**16 + 1))
+    with pytest.raises(HTTPError) as refused, urlopen(large, timeout=30):
+        pass
+    assert refused.value.code == 413
+    assert raw(address, "", Host="localhost")
+    with pytest.raises(HTTPError) as refused:
+        raw(address, "", Host="evil.example")
+    assert refused.value.code == 400
+
+
+def test_the_browser_is_told_to_ask_nobody_else(address: str) -> None:
+    with urlopen(address, timeout=30) as answer:
+        assert answer.headers["content-security-policy"].startswith("default-src 'self' ")
+        assert "frame-ancestors 'self'" in answer.headers["content-security-policy"]
+
+
+def test_a_taken_port_is_one_line(address: str, runs: Path) -> None:
+    from stepfold.web.page import build, serve
+
+    port = int(address.rstrip("/").rsplit(":", 1)[1])
+    with pytest.raises(UserError, match=f"cannot serve at --host 127.0.0.1 --port {port} .*choose another --port"):
+        serve(build(load_models(Path("emoji-student"), None, "cpu"), runs), "127.0.0.1", port)
+
+
+def test_without_gradio_the_command_says_what_to_install(no_gradio: None, capsys: Any, monkeypatch: Any) -> None:
+    from stepfold.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["stepfold", "demo"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: the page needs gradio; pip install 'stepfold[web]'\n"
+
+
+def test_nobody_else_imports_gradio() -> None:
+    import subprocess
+
+    code = "import sys, stepfold, stepfold.cli, stepfold.jobs; sys.exit('gradio' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0

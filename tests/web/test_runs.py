@@ -1,0 +1,103 @@
+"""What is read of run folders: finished ones, ones that go on, and broken ones."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from stepfold.errors import UserError
+from stepfold.web import markup
+from stepfold.web.runs import compared, curves_of, find_runs, newest, preview_at, read_run, report_of, stamp
+
+
+def test_runs_are_found_and_nothing_else(runs: Path) -> None:
+    assert find_runs(runs) == ["binary", "broken", "deeper/second", "first", "leak"]
+    assert find_runs(runs / "nowhere") == []
+    assert newest(runs, ["first", "deeper/second"]) == "deeper/second"
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "../secret", "link", "foreign", "/etc", "first/../first", "", None, 3, ["first"]]
+)
+def test_no_other_folder_is_read(runs: Path, name: object) -> None:
+    with pytest.raises(UserError, match="There is no run"):
+        read_run(runs, name)
+
+
+def test_a_finished_run(runs: Path) -> None:
+    run = read_run(runs, "deeper/second")
+    assert (run.state, run.step, run.steps, run.previews, run.problem) == ("finished", 3, 3, (0, 1, 2, 3), "")
+    assert run.progress == "finished, 3 steps"
+    assert "<h1>second: one-step student" in report_of(run)
+    svgs = curves_of([run, read_run(runs, "first")])
+    assert {"loss", "grad_norm", "lr"} <= set(svgs)
+    assert "var(--accent)" in svgs["loss"] and "var(--other)" in svgs["loss"]
+    assert compared(read_run(runs, "first"), run) == {"seed": (0, 7)}
+
+
+def test_a_run_that_goes_on(runs: Path, tmp_path: Path) -> None:
+    """Running while its lock is held, stopped after; each new row and preview changes the stamp."""
+    folder = tmp_path / "mine"
+    shutil.copytree(runs / "first", folder)
+    shutil.rmtree(folder / "student")
+    (folder / "report.html").unlink()
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(rows[:2]) + rows[2][:7])
+    with FileLock(folder / ".lock"):
+        assert read_run(tmp_path, "mine").progress == "running, step 2 of 3"
+        before = stamp(tmp_path, ["mine", "nothing"])
+        assert stamp(tmp_path, ["mine", "nothing"]) == before
+        (folder / "metrics.jsonl").write_text("".join(rows))
+        after = stamp(tmp_path, ["mine", "nothing"])
+        assert read_run(tmp_path, "mine").step == 3 and after != before
+        shutil.copy(folder / "previews" / "step_000003.png", folder / "previews" / "step_000009.png")
+        assert stamp(tmp_path, ["mine", "nothing"]) != after
+    assert read_run(tmp_path, "mine").progress == "stopped, step 3 of 3"
+    shutil.copytree(folder, tmp_path / "another")
+    assert "another" in stamp(tmp_path, [])
+
+
+def test_broken_runs_say_what_is_wrong(runs: Path) -> None:
+    broken = read_run(runs, "broken")
+    assert (broken.state, broken.step, broken.steps, broken.previews) == ("finished", 1, None, (1,))
+    assert broken.problem.startswith("The settings cannot be read: ")
+    with pytest.raises(UserError, match="step 1 is no PNG"):
+        preview_at(broken, 1)
+    assert list(curves_of([broken])) == ["loss"]
+    binary = read_run(runs, "binary")
+    assert binary.state == "unreadable" and "metrics.jsonl cannot be read" in binary.problem
+    assert compared(broken, binary) == {} and curves_of([binary]) == {}
+    html = markup.summary([broken, binary]) + markup.previews([broken, binary], 1) + markup.reports([broken, binary])
+    assert "is no PNG" in html and "binary has no previews yet" in html and "binary has no report yet" in html
+
+
+def test_links_out_of_a_run_are_not_followed(runs: Path) -> None:
+    leak = read_run(runs, "leak")
+    assert (leak.step, leak.has_report, leak.problem) == (0, False, "The settings are not there.")
+    with pytest.raises(UserError, match="not there"):
+        report_of(leak)
+
+
+def test_previews_are_a_slider_over_time(runs: Path) -> None:
+    run = read_run(runs, "first")
+    found = [preview_at(run, step) for step in (0, 1.5, 2, 99, -5)]
+    assert [step for step, _ in filter(None, found)] == [0, 1, 2, 3, 0]
+    assert all(address.startswith("data:image/png;base64,iVBOR") for _, address in filter(None, found))
+
+
+def test_a_report_may_run_and_fetch_nothing(runs: Path) -> None:
+    page = report_of(read_run(runs, "broken"))
+    assert page.startswith("<!doctype html><meta http-equiv='Content-Security-Policy' content=\"default-src 'none';")
+    html = markup.reports([read_run(runs, "broken")])
+    assert 'sandbox=""' in html and "<script" not in html and "&lt;script&gt;" in html
+
+
+def test_scores_and_bad_names_are_escaped(runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "<img src=x onerror=alert(1)>"
+    shutil.copytree(runs / "first", folder)
+    scores = {"1": {"accuracy": 0.5, "fd": 0.01, "agreement": None}, "4": {"accuracy": 0.9}}
+    (folder / "report.json").write_text(json.dumps({"student": scores}))
+    html = markup.summary([read_run(tmp_path, folder.name)])
+    assert "<p>1 step: accuracy 50.0%, FD 0.0100</p>" in html and "<img" not in html
