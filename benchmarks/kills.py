@@ -306,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         place = Place(Path(name))
         kinds: dict[str, Callable[[], dict[str, object]]] = {
             "distill": lambda: kill_distill(place, options.kills, rng),
-            "SIGTERM": lambda: terminate(place, max(1, options.kills // 6), rng),
+            "SIGTERM": lambda: terminate(place, max(1, options.kills // 5), rng),
             "new process": lambda: new_process(place, max(1, options.kills // 20)),
             "encode": lambda: kill_encode(place, max(1, options.kills // 2), rng),
         }

@@ -29,6 +29,7 @@ from stepfold.training.runs import (
     checkpoints,
     damage,
     load_checkpoint,
+    open_run,
     read_metrics,
     remember_prompts,
     rewind_metrics,
@@ -132,6 +133,23 @@ def cache(tmp_path: Path) -> Path:
     encode_prompts(tmp_path / "cache", {"k": 1}, Numbered(), encode, None, torch.randn(4, 2, 2), batch=3)
     assert len(open_conditions(tmp_path / "cache", {"k": 1}, 3).rows([0, 2])) == 2
     return tmp_path / "cache"
+
+
+def test_a_kill_in_the_first_write_of_all(tmp_path: Path) -> None:
+    """Found by `benchmarks/kills.py`: the folder was "not empty" ever after. Other files still stay untouched."""
+    for folder in (tmp_path / "cache", tmp_path / "run"):
+        folder.mkdir()
+        (folder / ".index.json.part").write_text("{")
+        (folder / ".config.yaml.part").write_text("se")
+    encode_prompts(tmp_path / "cache", {"k": 1}, Numbered(), encode, None, torch.randn(4, 2, 2), batch=3)
+    open_conditions(tmp_path / "cache", {"k": 1}, 3)
+    open_run(tmp_path / "run", load_config("demo"), resume=False).release(force=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.part").write_text("years")
+    with pytest.raises(UserError, match="not empty"):
+        encode_prompts(tmp_path / "other", {"k": 1}, Numbered(), encode, None, torch.randn(4, 2, 2), batch=3)
+    with pytest.raises(UserError, match="not empty"):
+        open_run(tmp_path / "other", load_config("demo"), resume=False)
 
 
 @pytest.mark.parametrize("count", [10**18, -1, 0, None, "3", 3.0, True])

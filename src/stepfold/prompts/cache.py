@@ -21,7 +21,7 @@ from torch import Tensor
 from stepfold.errors import UserError
 from stepfold.prompts.reading import Prompts
 from stepfold.teachers.contract import Condition, concatenate
-from stepfold.training.runs import make_folder, writing
+from stepfold.training.runs import holds_files, make_folder, writing
 
 SHARD = 4096
 INDEX, EXTRAS = "index.json", "extras.safetensors"
@@ -87,7 +87,7 @@ def encode_prompts(
     index = {**key, "count": len(prompts), "shard": SHARD}
     if (folder / INDEX).exists():
         check_key(folder, read_index(folder), index)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and holds_files(folder):
         raise UserError(f"{folder} is not empty and holds no encoded prompts; choose another --out")
     make_folder(folder)
     first = encode([prompts.prompt(i) for i in range(min(batch, len(prompts)))])

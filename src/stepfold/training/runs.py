@@ -48,6 +48,11 @@ def writing(path: Path) -> Iterator[Path]:
             _remove(part)
 
 
+def holds_files(folder: Path) -> bool:
+    """Whether there is anything in a folder but what a killed `writing` left of a first file."""
+    return any(not (path.name.startswith(".") and path.name.endswith(".part")) for path in folder.iterdir())
+
+
 def make_folder(folder: Path) -> None:
     """Makes a folder and those above it, if they are not there.
 
@@ -84,7 +89,7 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
             )
     elif folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --out")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and holds_files(folder):
         raise UserError(f"{folder} is not empty and holds no run; choose another --out")
 
 

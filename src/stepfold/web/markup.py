@@ -147,7 +147,7 @@ def _short(value: Any) -> str:
 def curves(runs: Sequence[Run]) -> Markup:
     """What the runs logged, a panel each."""
     figures = join(
-        Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(name, Markup(svg))
+        Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(name, Markup(svg))  # noqa: S704 - matplotlib's
         for name, svg in curves_of(runs).items()
     )
     return Markup('<div class="curves">{}</div>').format(figures) if figures else note("Nothing logged yet.")
