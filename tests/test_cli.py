@@ -26,6 +26,7 @@ COMMANDS = (
     "reproduce",
     "doctor",
     "plan",
+    "runs",
     "presets",
     "prompts",
     "retime",

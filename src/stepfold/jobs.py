@@ -175,6 +175,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
             latents=latents, conditions=conditions if cache else None,
             stages=stages, note_tangent=note_tangent, report=report, preview=preview_apart,
         )  # fmt: skip
+    processes.wait()  # nobody leaves while another one still sends
     accelerator.end_training()  # the others have nothing left to do
     if not processes.first or not tracker or not lock:
         return {}

@@ -68,11 +68,11 @@ def spoil_teacher(monkeypatch: pytest.MonkeyPatch, at: int, always: bool = False
     original = loop.collect
     count = 0
 
-    def collect(batch: Any, condition: Any, velocity: Any, *args: Any) -> Any:
+    def collect(batch: Any, condition: Any, velocity: Any, *args: Any, **options: Any) -> Any:
         nonlocal count
         count += 1
         bad = count == at or (always and count > at)
-        return original(batch, condition, Poison(velocity, 1, first_row) if bad else velocity, *args)
+        return original(batch, condition, Poison(velocity, 1, first_row) if bad else velocity, *args, **options)
 
     monkeypatch.setattr(loop, "collect", collect)
 

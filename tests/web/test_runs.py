@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from stepfold.cli import runs as list_runs
 from stepfold.errors import UserError
 from stepfold.web import markup
 from stepfold.web.runs import compared, curves_of, find_runs, newest, preview_at, read_run, report_of, stamp
@@ -67,7 +68,7 @@ def test_broken_runs_say_what_is_wrong(runs: Path) -> None:
         preview_at(broken, 1)
     assert list(curves_of([broken])) == ["loss"]
     binary = read_run(runs, "binary")
-    assert binary.state == "unreadable" and "metrics.jsonl cannot be read" in binary.problem
+    assert (binary.state, binary.step) == ("stopped", 0)  # no line of it is a row
     assert compared(broken, binary) == {} and curves_of([binary]) == {}
     html = markup.summary([broken, binary]) + markup.previews([broken, binary], 1) + markup.reports([broken, binary])
     assert "is no PNG" in html and "binary has no previews yet" in html and "binary has no report yet" in html
@@ -101,3 +102,22 @@ def test_scores_and_bad_names_are_escaped(runs: Path, tmp_path: Path) -> None:
     (folder / "report.json").write_text(json.dumps({"student": scores}))
     html = markup.summary([read_run(tmp_path, folder.name)])
     assert "<p>1 step: accuracy 50.0%, FD 0.0100</p>" in html and "<img" not in html
+
+
+def test_the_command_lists_what_is_there(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a table for people, and as json with the same in it."""
+    list_runs(runs, as_json=False)
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["first"][:2] == ["finished", "3"] and lines["binary"][0] == "stopped"
+    list_runs(runs, as_json=True)
+    told = {run["name"]: run for run in json.loads(capsys.readouterr().out)}
+    assert list(told) == find_runs(runs)
+    assert (told["first"]["state"], told["first"]["step"], told["first"]["steps"]) == ("finished", 3, 3)
+    assert told["broken"]["problem"]
+
+
+def test_the_command_says_where_there_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    list_runs(tmp_path, as_json=False)
+    assert "no runs in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="nowhere is no folder; name the one"):
+        list_runs(tmp_path / "nowhere", as_json=False)
