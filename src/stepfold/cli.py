@@ -465,13 +465,18 @@ def reproduce(
             show_default=False,
         ),
     ] = None,
-    page: Annotated[Path, typer.Option(help="Page to write; its numbers go beside it as json.")] = Path(
-        "runs/reproduce/paper.md"
-    ),
+    page: Annotated[
+        Path,
+        typer.Option(help="Page to write. Its numbers go beside it as json; what that file holds is not run again."),
+    ] = Path("runs/reproduce/paper.md"),
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of every run, e.g. training.steps=500."),
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, help="Runs at once, each with its share of the cores. Those whose times count go alone."),
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and which are done, and stop.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -484,8 +489,8 @@ def reproduce(
     stepfold reproduce --table T6 --table T7 --dry-run
     """
     from stepfold.display import Display, quiet_libraries
+    from stepfold.reproduction import kept, pictures
     from stepfold.reproduction import page as pages
-    from stepfold.reproduction import pictures
     from stepfold.reproduction import runs as experiment_runs
 
     experiments = experiment_runs.load_experiments()
@@ -498,12 +503,14 @@ def reproduce(
         return
     quiet_libraries()
     display, solvers, figures = Display(quiet), {}, {}
+    if recalled := kept.recall(page.with_suffix(".json"), out):
+        display.note(f"{recalled} runs are known from {page.with_suffix('.json')}")
     try:
         figures = experiment_runs.measure_figures(experiments, out, display)
-        experiment_runs.reproduce(planned, out, display, experiments.pictures)
-        experiment_runs.reproduce(experiment_runs.plan_timing(experiments, planned), out, display, experiments.pictures)
+        first = [*planned, *experiment_runs.plan_timing(experiments, planned)]
+        experiment_runs.reproduce(first, out, display, experiments.pictures, workers)
         equal_time = experiment_runs.plan_equal_time(experiments, planned, out)
-        experiment_runs.reproduce(equal_time, out, display, experiments.pictures)
+        experiment_runs.reproduce(equal_time, out, display, experiments.pictures, workers)
         solvers = experiment_runs.measure_solvers(experiments, out, display)
         pictures.draw_grids(experiments, planned, page.parent / "figures", out, display)
         pictures.draw_filter_examples(experiments, page.parent / "figures", display)
@@ -516,7 +523,7 @@ def reproduce(
             *experiment_runs.plan_timing(experiments, everything),
             *experiment_runs.plan_equal_time(experiments, everything, out),
         ]
-        pages.write_page(experiments, experiment_runs.collect_scores(everything, out), solvers, figures, page)
+        pages.write_page(experiments, everything, out, solvers, figures, page)
     typer.echo(f"page: {page}")
 
 

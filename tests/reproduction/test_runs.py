@@ -2,16 +2,19 @@
 
 import json
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stepfold.config import Config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.reproduction.figures import WALK_FIGURES
+from stepfold.reproduction.kept import recall
 from stepfold.reproduction.page import page, write_page
 from stepfold.reproduction.pictures import draw_filter_examples, draw_grids
 from stepfold.reproduction.runs import (
@@ -70,8 +73,8 @@ def test_rows_see_about_equally_many_pairs() -> None:
         if run.table == "T3":  # about time and memory
             continue
         kept = config.space.route_steps - (not config.space.keep_first)
-        assert 60 <= kept * config.training.prompts_per_step <= 64, run.row
-        assert config.training.steps == 240
+        assert 28 <= kept * config.training.prompts_per_step <= 32, run.row
+        assert config.training.steps == 120
 
 
 def test_equal_settings_are_one_run_and_seed_0_comes_first() -> None:
@@ -103,6 +106,9 @@ def test_rows_that_need_images_wait_for_a_folder() -> None:
     left_out = {run.row for run in with_images} - {run.row for run in without}
     assert left_out == {"sCM over images", "Sana-Sprint"}
     assert {run.config.space.images for run in with_images} == {"folder", None}
+    elsewhere = plan(EXPERIMENTS, ["T2"], [], Path("another/folder"))
+    assert [run.name for run in elsewhere] == [run.name for run in with_images]  # the same runs
+    assert elsewhere[0].config != elsewhere[3].config
 
 
 def test_an_unknown_table_is_named() -> None:
@@ -190,8 +196,8 @@ def test_a_step_costs_what_was_timed(tmp_path: Path) -> None:
         (tmp_path / "report.json").write_text(json.dumps(report))
         found = costs(tmp_path, run.config)
         assert (found["sec_per_step"], found["peak_memory_gib"]) == (expected, 1.25)
-        assert found["pairs_per_step"] == 45  # a quarter of 60 was filtered out
-        assert found["sec_per_pair"] == (expected and expected / 45)
+        assert found["pairs_per_step"] == 22.5  # a quarter of 30 was filtered out
+        assert found["sec_per_pair"] == (expected and expected / 22.5)
 
 
 def test_equal_time_follows_from_what_steps_took_and_stays(tmp_path: Path) -> None:
@@ -201,7 +207,7 @@ def test_equal_time_follows_from_what_steps_took_and_stays(tmp_path: Path) -> No
     assert {run.row for run in timing} == {f"N = {n}, timed" for n in (4, 8, 16, 32)}
     assert plan_equal_time(EXPERIMENTS, runs, tmp_path) == []
     for run in timing:
-        assert run.config.training.steps == 20 and run.config.training.time_stages
+        assert run.config.training.steps == 12 and run.config.training.time_stages
         (tmp_path / run.name).mkdir()
         took = 2.0 if run.row == "N = 4, timed" else 1.0
         (tmp_path / run.name / SCORES).write_text(json.dumps(cost_record(took)))
@@ -209,7 +215,7 @@ def test_equal_time_follows_from_what_steps_took_and_stays(tmp_path: Path) -> No
     assert {run.row for run in extra} == {f"N = {n}, equal time" for n in (4, 8, 32)}
     slow = next(run for run in extra if run.row == "N = 4, equal time")
     whole = next(run for run in runs if run.row == "N = 4")
-    assert slow.config.training.steps == 120 and slow.config.space == whole.config.space
+    assert slow.config.training.steps == 60 and slow.config.space == whole.config.space
     r, of_whole = slow.config.consistency, whole.config.consistency
     assert (r.r_warmup, r.r_cooldown_start) == (of_whole.r_warmup / 2, of_whole.r_cooldown_start / 2)
     for run in timing:
@@ -280,7 +286,7 @@ def test_a_table_runs_resumes_and_makes_a_page(tmp_path: Path, capfd: pytest.Cap
     figures = measure_figures(experiments, tmp_path / "runs", Display())
     draw_grids(experiments, runs, tmp_path / "page" / "figures", tmp_path / "runs", Display())
     draw_filter_examples(experiments, tmp_path / "page" / "figures", Display())
-    write_page(experiments, found, solvers, figures, tmp_path / "page" / "paper.md")
+    write_page(experiments, runs, tmp_path / "runs", solvers, figures, tmp_path / "page" / "paper.md")
     drawn = {file.name for file in (tmp_path / "page" / "figures").iterdir()}
     grids = {f"grid_methods_at_{steps}.png" for steps in ("1_step", "2_steps", "4_steps")}
     grids |= {"grid_the_brightness_filter.png"}
@@ -288,7 +294,65 @@ def test_a_table_runs_resumes_and_makes_a_page(tmp_path: Path, capfd: pytest.Cap
     text = (tmp_path / "page" / "paper.md").read_text()
     assert all(f"(figures/{name})" in text for name in drawn if not name.endswith(".png") or name in grids)
     assert "| two | 1 |" in (tmp_path / "page" / "paper.md").read_text()
-    assert json.loads((tmp_path / "page" / "paper.json").read_text()) == {
-        "tables": found,
-        "solvers": solvers,
-    }
+
+    elsewhere = tmp_path / "elsewhere"  # another machine, which has the page's numbers and nothing else
+    assert recall(tmp_path / "page" / "paper.json", elsewhere) == 2
+    assert collect_scores(runs, elsewhere) == found
+    assert measure_solvers(experiments, elsewhere, Display()) == solvers
+    assert measure_figures(experiments, elsewhere, Display()) == figures
+    grid = tmp_path / "page" / "figures" / "grid_methods_at_1_step.png"
+    drawn_at = grid.stat().st_mtime_ns
+    draw_grids(experiments, runs, grid.parent, elsewhere, Display())  # without the students
+    assert grid.stat().st_mtime_ns == drawn_at
+    write_page(experiments, runs, elsewhere, solvers, figures, tmp_path / "page" / "paper.md")
+    assert (tmp_path / "page" / "paper.md").read_text() == text
+    assert recall(tmp_path / "page" / "paper.json", tmp_path / "runs") == 0
+
+
+@pytest.mark.slow
+def test_workers_share_the_runs_and_times_are_taken_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["training.steps=1", "training.preview_every=9", "space.route_steps=2", "training.prompts_per_step=1"]
+    together = plan(EXPERIMENTS, ["T4"], common)[:3]
+    alone = [replace(run, costs=True) for run in plan(EXPERIMENTS, ["T6"], common)[:1]]
+    cores = torch.get_num_threads()
+    threads: list[int] = []
+    begin = subprocess.run
+
+    def watched(command: list[str], *, env: dict[str, str], **rest: Any) -> subprocess.CompletedProcess[bytes]:
+        threads.append(int(env["OMP_NUM_THREADS"]))
+        return begin(command, env=env, **rest)
+
+    monkeypatch.setattr("stepfold.reproduction.runs.subprocess.run", watched)
+    reproduce([*alone, *together], tmp_path, Display(), 2, workers=2)
+    assert threads == [max(1, cores // 2)] * 3 + [cores] and torch.get_num_threads() == cores
+    told = capfd.readouterr().err
+    assert "run 3/3: T4, reference, seed=0, about" in told and "run 1/1: T6, r_final = 0.25" in told
+    found = collect_scores([*alone, *together], tmp_path)
+    assert "student" not in found["T6"]["r_final = 0.25"][0]
+    assert all(len(rows) == 1 and "student" in rows[0] for rows in found["T4"].values())
+
+
+def test_a_run_that_fails_stops_the_others_and_is_named(tmp_path: Path) -> None:
+    runs = plan(EXPERIMENTS, ["T4"], [])[:3]
+    (tmp_path / runs[0].name).write_text("in the way")
+    with pytest.raises(UserError, match=r"stepfold distill --preset reproduce --set space.route=random .* failed"):
+        reproduce(runs[:1], tmp_path, Display(quiet=True), 2)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "[]", "{", '{"runs": {}, "notes": {}}', '{"teacher": null, "runs": {"../up": {}}, "notes": {}}',
+        '{"teacher": null, "runs": {}, "notes": {"../figures.json": {}}}',
+        '{"teacher": null, "runs": {}, "notes": {"other.json": {}}}',
+        '{"teacher": null, "runs": {"a": 1}, "notes": {}}',
+    ],
+)  # fmt: skip
+def test_a_file_that_holds_no_sweep_is_refused(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "paper.json").write_text(damage)
+    with pytest.raises(UserError, match=r"paper\.json holds no numbers of a sweep"):
+        recall(tmp_path / "paper.json", tmp_path / "runs" / "here")
+    assert not (tmp_path / "runs").exists()
+    assert recall(tmp_path / "nothing.json", tmp_path / "runs") == 0

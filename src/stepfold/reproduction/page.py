@@ -1,6 +1,5 @@
 """The page of `stepfold reproduce`: every claim with what was measured and a verdict, and the raw numbers beside it."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,11 +7,14 @@ from types import MappingProxyType
 from typing import Any
 
 from stepfold.reproduction.figures import draw_all
+from stepfold.reproduction.kept import keep
 from stepfold.reproduction.runs import (
     EQUAL_TIME_ROW,
     Experiment,
     Experiments,
     Metric,
+    Run,
+    collect_scores,
     mean_and_spread,
     scored,
     values_of,
@@ -27,7 +29,7 @@ INTRODUCTION = """\
 Written by `stepfold reproduce` from the scores in the json file beside this page; no number is typed by hand.
 
 The teacher is the bundled one. Every row is the preset `{preset}` with the settings named, sees the same number of
-pairs (60 to 64 a step) and is measured on the same {pictures} prompts and noises by the bundled judge; rows called
+pairs (28 to 32 a step) and is measured on the same {pictures} prompts and noises by the bundled judge; rows called
 "equal time" train for as long as their table's first row takes instead. What a step takes was measured apart, in two
 short runs of every row, one after the other with nothing else running. The learning rate is the preset's for all rows;
 none was tuned for itself. FD is a Frechet distance in the judge's features and
@@ -38,26 +40,26 @@ standard error of their difference; with two or three seeds that is weak evidenc
 
 def write_page(
     experiments: Experiments,
-    found: dict[str, dict[str, Records]],
+    runs: list[Run],
+    root: Path,
     solvers: dict[str, dict[str, Any]],
     figures: dict[str, Any],
     path: Path,
 ) -> None:
-    """Writes the markdown page and, beside it, a json file with every score that it stands on, and the figures.
+    """Writes the markdown page and, beside it, a json file with every number that it stands on, and the figures.
 
     Args:
         experiments: what was asked.
-        found: table -> row -> the records of the seeds that have ended.
+        runs: of all tables, whether they have ended or not.
+        root: the sweep's folder.
         solvers: solver -> steps -> scores of the untrained teacher.
         figures: the numbers of the figures, or nothing for none.
         path: of the page, `.md`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path.with_suffix(".json")) as part:
-        part.write_text(json.dumps({"tables": found, "solvers": solvers}, indent=1) + "\n")
+    keep(runs, root, path.with_suffix(".json"))
     shown = {
         table: rows if experiments.tables[table].costs else with_times(rows)
-        for table, rows in found.items()
+        for table, rows in collect_scores(runs, root).items()
         if table in experiments.tables
     }
     drawn = draw_all(figures, shown, path.parent / "figures")

@@ -21,12 +21,12 @@ LARGEST_STEPS = 20  # of the teacher, the reference
 def draw_grids(experiments: Experiments, runs: list[Run], folder: Path, root: Path, display: Display) -> None:
     """Figs. 6, 11 and 12: `folder/grid_METHODS_at_K_steps.png`, seed 0 of the first table's rows at 1, 2 and 4 steps.
 
-    Only rows whose runs have scores are in it; without any, nothing is drawn.
+    Only rows whose runs have scores are in it. Nothing is drawn without any, nor where a student is on another machine.
     """
     first = next(iter(experiments.tables))
     done = [run for run in runs if (run.table, run.config.seed) == (first, 0) and (root / run.name / SCORES).exists()]
-    students = {run.row: root / run.name / "student" for run in done if (root / run.name / "student").is_dir()}
-    if not students:
+    students = {run.row: root / run.name / "student" for run in done}
+    if not students or not all(student.is_dir() for student in students.values()):
         return
     display.note(f"drawing {len(students)} students' pictures")
     teacher = load_teacher(load_config(experiments.preset).teacher, "cpu")

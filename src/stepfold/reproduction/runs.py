@@ -3,11 +3,13 @@
 import hashlib
 import json
 import math
+import os
 import shlex
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -43,7 +45,7 @@ PRESET = "preset="
 DIVERGED = 3  # exit code of `stepfold distill` after a non-finite loss
 EQUAL_TIME = "equal_time.json"
 EQUAL_TIME_ROW, TIMED_ROW = ", equal time", ", timed"
-TIMED = ("training.steps=20", "training.checkpoint_every=20", "training.preview_every=20", "training.time_stages=true")
+TIMED = ("training.steps=12", "training.checkpoint_every=12", "training.preview_every=12", "training.time_stages=true")
 """Settings of a run that is made for its times: these come from short runs one after the other, on a quiet machine."""
 Verdict = Literal["reproduced", "not reproduced", "not distinguishable", "not run"]
 Metric = Literal["fd", "sec_per_pair", "peak_memory_gib"]
@@ -118,12 +120,20 @@ class Run:
     costs: bool = False
 
     @property
+    def alone(self) -> bool:
+        """Whether its times count, so that nothing may run beside it."""
+        return self.costs or self.row.endswith(TIMED_ROW)
+
+    @property
     def name(self) -> str:
         """Of its folder: a hash of the settings that are not the defaults.
 
-        Equal settings run once, whatever table asks for them, and a setting that a later version adds changes no name.
+        Equal settings run once, whatever table asks for them, and neither a setting that a later version adds nor the
+        place of the images changes a name.
         """
         changed = self.config.model_dump(mode="json", exclude_defaults=True)
+        if self.config.space.images:
+            changed["space"]["images"] = IMAGES
         return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -221,10 +231,11 @@ def stretched(config: Config, steps: int) -> list[str]:
     ]
 
 
-def reproduce(runs: list[Run], root: Path, display: Display, pictures: int) -> None:
+def reproduce(runs: list[Run], root: Path, display: Display, pictures: int, workers: int = 1) -> None:
     """Runs what has no scores yet, each as a `stepfold distill` of its own, which continues where a kill left it.
 
     Scores are made from so many `pictures`. A run that diverges is noted as such and not tried again; the others go on.
+    So many `workers` go on at once, each with its share of the cores; runs whose times count go alone, at the end.
 
     Raises:
         UserError: a run failed for any other reason; its last words are above.
@@ -234,30 +245,68 @@ def reproduce(runs: list[Run], root: Path, display: Display, pictures: int) -> N
         different.setdefault(run.name, run)
     todo = [run for run in different.values() if not (root / run.name / SCORES).exists()]
     display.note(f"{len(different)} different runs, {len(todo)} to do, in {root}")
-    took: list[float] = []
-    for number, run in enumerate(todo, 1):
-        left = f", about {statistics.mean(took) * (len(todo) - number + 1) / 60:.0f} min left" if took else ""
-        display.note(f"run {number}/{len(todo)}: {run.table}, {run.row}, seed={run.config.seed}{left}")
-        began, folder = time.perf_counter(), root / run.name
-        command = distill_command(run, folder)
-        quiet = ["--quiet"] if display.console.quiet else []
-        code = subprocess.run([sys.executable, "-m", "stepfold", *command, "--resume", *quiet]).returncode  # noqa: S603 - this package, no shell
-        if code not in (0, DIVERGED):
-            raise UserError(f"stepfold {shlex.join(command)} failed; start `stepfold reproduce` again to continue it")
-        record: dict[str, Any] = {
-            "command": f"stepfold {shlex.join(command)}",
-            "changes": list(run.changes),
-            "versions": versions(),
-            "diverged": code == DIVERGED,
-            "steps": run.config.training.steps,
-        }
-        if not record["diverged"]:
-            record |= costs(folder, run.config)
-            if not run.costs:
-                record |= score(folder / "student", replace(EMOJI, n=pictures), root)
-        with writing(folder / SCORES) as part:
-            part.write_text(json.dumps(record, indent=2) + "\n")
-        took.append(time.perf_counter() - began)
+    if to_score := [run for run in todo if not run.costs]:
+        display.note("measuring the teacher, unless that was done")
+        root.mkdir(parents=True, exist_ok=True)
+        teacher, judge = load_teacher(to_score[0].config.teacher, "cpu"), load_judge(assets.JUDGE, torch.device("cpu"))
+        measure_teacher(teacher, judge, replace(EMOJI, n=pictures), root)
+    cores = torch.get_num_threads()
+    for batch, at_once in (([r for r in todo if not r.alone], workers), ([r for r in todo if r.alone], 1)):
+        torch.set_num_threads(max(1, cores // at_once))
+        try:
+            _finish_all(batch, root, display, pictures, at_once)
+        finally:
+            torch.set_num_threads(cores)
+
+
+def _finish_all(runs: list[Run], root: Path, display: Display, pictures: int, at_once: int) -> None:
+    began = time.perf_counter()
+    quiet = display.console.quiet or at_once > 1  # bars of several runs would write over each other
+
+    def one(number: int, run: Run) -> None:
+        done = number - at_once
+        left = (time.perf_counter() - began) / done * (len(runs) - done) / 60 if done > 0 else None
+        told = f", about {left:.0f} min left" if left is not None else ""
+        display.note(f"run {number}/{len(runs)}: {run.table}, {run.row}, seed={run.config.seed}{told}")
+        finish(run, root, pictures, quiet)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(one, number, run) for number, run in enumerate(runs, 1)]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        finally:  # after an error or Ctrl-C: what runs ends, what waits is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def finish(run: Run, root: Path, pictures: int, quiet: bool) -> None:
+    """Trains a run to its end and writes its scores.
+
+    Raises:
+        UserError: `stepfold distill` failed, but not by diverging.
+    """
+    folder = root / run.name
+    command = distill_command(run, folder)
+    code = subprocess.run(  # noqa: S603 - this package, no shell
+        [sys.executable, "-m", "stepfold", *command, "--resume", *(["--quiet"] if quiet else [])],
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.DEVNULL if quiet else None,
+    ).returncode
+    if code not in (0, DIVERGED):
+        raise UserError(f"stepfold {shlex.join(command)} failed; start `stepfold reproduce` again to continue it")
+    record: dict[str, Any] = {
+        "command": f"stepfold {shlex.join(command)}",
+        "changes": list(run.changes),
+        "versions": versions(),
+        "diverged": code == DIVERGED,
+        "steps": run.config.training.steps,
+    }
+    if not record["diverged"]:
+        record |= costs(folder, run.config)
+        if not run.costs:
+            record |= score(folder / "student", replace(EMOJI, n=pictures), root)
+    with writing(folder / SCORES) as part:
+        part.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def costs(folder: Path, config: Config) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""The numbers of a sweep in one json file beside its page, from which another machine goes on with it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stepfold.errors import UserError
+from stepfold.reproduction.runs import EQUAL_TIME, SCORES, Run
+from stepfold.training.runs import writing
+
+NOTES = ("figures.json", EQUAL_TIME, "solvers_*.json")
+"""What a sweep's folder holds besides runs. The teacher's rows stay: they stand for pictures, which are not kept."""
+
+
+def keep(runs: list[Run], root: Path, path: Path) -> None:
+    """Writes what the sweep in `root` has found so far into `path`.
+
+    The file holds `runs`, name -> record; `tables`, table -> row -> names of runs; `teacher`, the rows that all records
+    share; `notes`, the other numbers in `root`.
+    """
+    found: dict[str, Any] = {"teacher": None, "tables": {}, "runs": {}, "notes": {}}
+    for run in runs:
+        scores = root / run.name / SCORES
+        if not scores.exists():
+            continue
+        record = json.loads(scores.read_text())
+        found["teacher"] = record.pop("teacher", found["teacher"])
+        found["runs"][run.name] = record
+        found["tables"].setdefault(run.table, {}).setdefault(run.row, []).append(run.name)
+    for pattern in NOTES:
+        found["notes"] |= {note.name: json.loads(note.read_text()) for note in sorted(root.glob(pattern))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path) as part:
+        part.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def recall(path: Path, root: Path) -> int:
+    """Puts what `keep` wrote into `root`, but for what is there already; returns how many runs.
+
+    Raises:
+        UserError: the file was not written by `keep`.
+    """
+    if not path.exists():
+        return 0
+    try:
+        found = json.loads(path.read_text())
+        runs, notes, teacher = dict(found["runs"]), dict(found["notes"]), found["teacher"]
+        files: dict[Path, Any] = {
+            root / name / SCORES: record | ({"teacher": teacher} if "student" in record else {})
+            for name, record in runs.items()
+        }
+        if not all(name.isalnum() for name in runs) or not all(map(_is_note, notes)):
+            raise ValueError("a name that `stepfold reproduce` does not give")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds no numbers of a sweep ({error}); move it away, or give another --page") from None
+    missing = {file: content for file, content in files.items() if not file.exists()}
+    for file, content in (missing | {root / name: content for name, content in notes.items()}).items():
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with writing(file) as part:
+                part.write_text(json.dumps(content, indent=2) + "\n")
+    return len(missing)
+
+
+def _is_note(name: str) -> bool:
+    return Path(name).name == name and any(Path(name).match(pattern) for pattern in NOTES)
