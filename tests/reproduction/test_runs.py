@@ -13,6 +13,17 @@ import torch
 from stepfold.config import Config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.reproduction.claims import (
+    BACKWARD,
+    CLAIMS,
+    FORWARD,
+    Finding,
+    diversity_falls,
+    encoder_takes_memory,
+    noise_drifts,
+    pictures_sharpen,
+    text_takes_time,
+)
 from stepfold.reproduction.figures import WALK_FIGURES
 from stepfold.reproduction.kept import recall
 from stepfold.reproduction.page import page, write_page
@@ -41,7 +52,8 @@ def records(*fds: float) -> list[dict[str, Any]]:
     """Finished runs of a row with these one-step FDs."""
     score = {"accuracy": 0.5, "clip_score": 80.0, "diversity": 0.3, "agreement": 0.4, "images_per_sec": 9.0}
     rows = [{steps: {**score, "fd": fd} for steps in ("1", "2", "4")} for fd in fds]
-    return [cost_record(1.0) | {"student": row, "teacher": {}, "parameters": 2_500_000} for row in rows]
+    teacher = {"20": score | {"fd": 0.01}}
+    return [cost_record(1.0) | {"student": row, "teacher": teacher, "parameters": 2_500_000} for row in rows]
 
 
 def cost_record(sec_per_step: float, memory: float = 1.5) -> dict[str, Any]:
@@ -61,7 +73,7 @@ def test_every_row_is_a_valid_run_and_every_claim_names_rows() -> None:
     runs = plan(EXPERIMENTS, [], [], Path("folder"))
     assert len(runs) == sum(e.seeds * len(e.rows) for e in EXPERIMENTS.tables.values())
     for experiment in EXPERIMENTS.tables.values():
-        named = {*experiment.worst_to_best, experiment.best, experiment.equal_time} - {None}
+        named = {*experiment.worst_to_best, experiment.best, *experiment.beaten, experiment.equal_time} - {None}
         assert named <= set(experiment.rows)
     for run in runs:
         assert run.config.seed == int(run.changes[-1].removeprefix("seed="))
@@ -139,6 +151,8 @@ def test_the_best_row_must_beat_every_other() -> None:
     claim = Experiment(title="t", claim="c", best="b", seeds=2, rows=every)
     assert verdict(claim, {"a": records(3.0, 3.1), "b": records(1.0, 1.1), "c": records(2.0, 2.1)}) == "reproduced"
     assert verdict(claim, {"a": records(3.0, 3.1), "b": records(2.0, 2.1), "c": records(1.0, 1.1)}) == "not reproduced"
+    of_one = claim.model_copy(update={"beaten": ("a",)})
+    assert verdict(of_one, {"a": records(3.0, 3.1), "b": records(2.0, 2.1), "c": records(1.0, 1.1)}) == "reproduced"
 
 
 def test_the_page_says_what_was_not_run() -> None:
@@ -149,6 +163,42 @@ def test_the_page_says_what_was_not_run() -> None:
     assert re.search(r"^\| reference \|[ |]+ not run \|$", text, re.MULTILINE)
     assert len(re.findall(r"^## T\d", text, re.MULTILINE)) == len(EXPERIMENTS.tables)
     assert "| reproduced |" not in text
+    assert "1 not measurable here" in text and "not run" in text
+
+
+def test_claims_beside_the_tables_are_judged_by_their_numbers() -> None:
+    walks = {
+        "t": [1.5, 1.0, 0.5],
+        FORWARD: [1.0, 1.0, 1.0],
+        BACKWARD: [1.0, 0.9, 0.7],
+        "picture_error": [3.0, 1.0, 0.1],
+    }
+    figures = {"walks": {"schemes": {"reference": walks}, "darkness": [1.0, 2.0]}}
+    assert _verdict(noise_drifts, figures, {}) == _verdict(pictures_sharpen, figures, {}) == "reproduced"
+    walks |= {BACKWARD: [1.0, 1.0, 1.0], "picture_error": [3.0, 0.1, 1.0]}
+    assert _verdict(noise_drifts, figures, {}) == _verdict(pictures_sharpen, figures, {}) == "not reproduced"
+
+    images, cached = "sCM over images", "sCM over images, latents encoded before"
+    costly = {"T3": {images: [cost_record(1.0, 5.0)], cached: [cost_record(1.0, 1.0)], "TBCM": [cost_record(1.0)]}}
+    assert _verdict(encoder_takes_memory, {}, costly) == "reproduced"
+    costly["T3"][cached] = [cost_record(1.0, 4.9)]
+    assert _verdict(encoder_takes_memory, {}, costly) == _verdict(text_takes_time, {}, costly) == "not reproduced"
+    costly["T3"][images][0]["stages_sec"]["text"] = 1.0
+    assert _verdict(text_takes_time, {}, costly) == "reproduced"
+
+    students = records(0.1, 0.1)  # of diversity 0.3
+    for teacher, expected in ((0.4, "reproduced"), (0.2, "not reproduced")):
+        for record in students:
+            record["teacher"] = {"20": {"diversity": teacher}}
+        assert _verdict(diversity_falls, {}, {"T2": {"TBCM": students}}) == expected
+    for examine in CLAIMS.values():
+        assert (examine({}, {}) or Finding("", "not run")).verdict in ("not run", "not measurable here")
+
+
+def _verdict(examine: Any, figures: dict[str, Any], tables: Any) -> str:
+    finding = examine(figures, tables)
+    assert finding is not None
+    return finding.verdict
 
 
 def test_the_page_says_what_diverged_and_what_was_not_timed() -> None:

@@ -1,11 +1,13 @@
 """The page of `stepfold reproduce`: every claim with what was measured and a verdict, and the raw numbers beside it."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
+from stepfold.reproduction.claims import CLAIMS, Finding
 from stepfold.reproduction.figures import draw_all
 from stepfold.reproduction.kept import keep
 from stepfold.reproduction.runs import (
@@ -14,6 +16,7 @@ from stepfold.reproduction.runs import (
     Experiments,
     Metric,
     Run,
+    Verdict,
     collect_scores,
     mean_and_spread,
     scored,
@@ -25,6 +28,8 @@ from stepfold.training.runs import writing
 
 Records = list[dict[str, Any]]
 STEPS = ("1", "2", "4")
+NO_CLAIM = "(no claim)"
+DISCUSSION = "What to make of it, and why some of it came out as it did: [discussion]({file})."
 INTRODUCTION = """\
 Written by `stepfold reproduce` from the scores in the json file beside this page; no number is typed by hand.
 
@@ -63,18 +68,31 @@ def write_page(
         if table in experiments.tables
     }
     drawn = draw_all(figures, shown, path.parent / "figures")
+    grids = sorted((path.parent / "figures").glob("grid_*.png"))
+    beside = path.with_name(f"{path.stem}-discussion.md")
+    discussion = [DISCUSSION.format(file=beside.name)] if beside.exists() else []
     with writing(path) as part:
-        part.write_text(page(experiments, shown, solvers, drawn, sorted((path.parent / "figures").glob("grid_*.png"))))
+        part.write_text(page(experiments, shown, solvers, figures, drawn, grids, discussion))
 
 
 def page(
     experiments: Experiments,
     found: dict[str, dict[str, Records]],
     solvers: dict[str, dict[str, Any]],
+    numbers: dict[str, Any] | None = None,
     figures: Mapping[str, str] = MappingProxyType({}),
     grids: Sequence[Path] = (),
+    discussion: Sequence[str] = (),
 ) -> str:
-    """The page as markdown; `figures` are name -> caption, `grids` the files of `pictures.draw_grids`."""
+    """The page as markdown.
+
+    Args:
+        experiments, found, solvers: as for `write_page`, `found` being table -> row -> records.
+        numbers: of the figures, for the claims that lie in them.
+        figures: name -> caption.
+        grids: the files of `pictures.draw_grids`.
+        discussion: lines that stand under the summary.
+    """
     records = [record for rows in found.values() for of_row in rows.values() for record in of_row]
     own = next((record["teacher"] for record in records if "teacher" in record), None)
     lines = [
@@ -84,12 +102,18 @@ def page(
         "",
         "## Summary",
         "",
-        "| table | the paper says | here | verdict |",
-        "|---|---|---|---|",
     ]
-    for name, experiment in experiments.tables.items():
-        for metric in experiment.by:
-            lines.append(_summary(name, experiment, found.get(name, {}), metric))
+    rows = [
+        _summary(name, experiment, found.get(name, {}), metric)
+        for name, experiment in experiments.tables.items()
+        for metric in experiment.by
+    ]
+    for claim, examine in CLAIMS.items():
+        finding = examine(numbers or {}, found) or Finding("not run", "not run")
+        rows.append(("", claim, finding.here, finding.verdict))
+    lines += [_counted([row[-1] for row in rows]), "", *discussion, *([""] if discussion else [])]
+    lines += ["| table | the paper says | here | verdict |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
     lines += ["", *_teacher({"Euler, even noise levels": own} if own else {}, solvers)]
     for name, experiment in experiments.tables.items():
         lines += ["", *_table(name, experiment, found.get(name, {}))]
@@ -111,16 +135,24 @@ NAMES: dict[Metric, tuple[str, int, float]] = {
 """metric -> its name, the digits that it is printed with, and what it is multiplied by."""
 
 
-def _summary(name: str, experiment: Experiment, rows: dict[str, Records], metric: Metric) -> str:
+def _counted(verdicts: list[str]) -> str:
+    """How many claims came out how. At equal pairs, where a claim was also judged at equal time."""
+    first = [text.removeprefix("at equal pairs: ").split(";")[0] for text in verdicts if text != NO_CLAIM]
+    counts = Counter(first)
+    told = ", ".join(f"{counts[name]} {name}" for name in get_args(Verdict) if counts[name])
+    return f"Of {len(first)} claims of the paper at this scale: {told}."
+
+
+def _summary(name: str, experiment: Experiment, rows: dict[str, Records], metric: Metric) -> tuple[str, str, str, str]:
     label, digits, scale = NAMES[metric]
     values = {row: [scale * value for value in values_of(records, metric)] for row, records in rows.items()}
     told = "; ".join(f"{row} {_number(*mean_and_spread(of), digits)}" for row, of in values.items() if of)
-    answer = verdict(experiment, rows, metric) or "(no claim)"
+    answer = verdict(experiment, rows, metric) or NO_CLAIM
     equal_time = {row: rows.get(f"{row}{EQUAL_TIME_ROW}", records) for row, records in rows.items()}
-    if equal_time != rows and experiment.worst_to_best:
+    if equal_time != rows and (experiment.worst_to_best or experiment.best):
         answer = f"at equal pairs: {answer}; at equal time: {verdict(experiment, equal_time, metric)}"
     link = f"[{name}](#{name.lower()}) {experiment.title}"
-    return f"| {link} | {experiment.claim} | {f'{label}: {told}' if told else 'not run'} | {answer} |"
+    return link, experiment.claim, f"{label}: {told}" if told else "not run", answer
 
 
 def _teacher(own: dict[str, dict[str, Any]], solvers: dict[str, dict[str, Any]]) -> list[str]:

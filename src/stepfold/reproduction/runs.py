@@ -47,7 +47,7 @@ EQUAL_TIME = "equal_time.json"
 EQUAL_TIME_ROW, TIMED_ROW = ", equal time", ", timed"
 TIMED = ("training.steps=12", "training.checkpoint_every=12", "training.preview_every=12", "training.time_stages=true")
 """Settings of a run that is made for its times: these come from short runs one after the other, on a quiet machine."""
-Verdict = Literal["reproduced", "not reproduced", "not distinguishable", "not run"]
+Verdict = Literal["reproduced", "not reproduced", "not distinguishable", "not measurable here", "not run"]
 Metric = Literal["fd", "sec_per_pair", "peak_memory_gib"]
 
 
@@ -58,7 +58,8 @@ class Experiment(Section):
         title: its heading.
         claim: what the paper says.
         worst_to_best: rows in the order that the claim puts them in, if it does.
-        best: the row that the claim calls the best of all, if it does.
+        best: the row that the claim calls the best, if it does.
+        beaten: the rows that `best` is claimed to beat; none means all others.
         by: what the claim compares, less being better: FD at one step (for the paper's FID), seconds or memory.
         costs: whether the table is about time and memory alone; its students are not scored.
         equal_time: the row whose training time all other rows get once more, in runs of their own. What a step of each
@@ -73,6 +74,7 @@ class Experiment(Section):
     claim: str
     worst_to_best: tuple[str, ...] = ()
     best: str | None = None
+    beaten: tuple[str, ...] = ()
     by: tuple[Metric, ...] = ("fd",)
     costs: bool = False
     equal_time: str | None = None
@@ -492,7 +494,8 @@ def verdict(experiment: Experiment, rows: dict[str, list[dict[str, Any]]], metri
     round, `not distinguishable` if one lies within the spread, `not run` if a row has fewer than two seeds with scores.
     """
     if experiment.best:
-        compared = [(experiment.best, row) for row in experiment.rows if row != experiment.best]
+        beaten = experiment.beaten or [row for row in experiment.rows if row != experiment.best]
+        compared = [(experiment.best, row) for row in beaten]
     else:
         order = experiment.worst_to_best
         compared = list(zip(order[1:], order[:-1], strict=True)) if order else []
