@@ -24,7 +24,7 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/python -m pytest -q
 
-check: lint types test
+check: lint types docs test
 
 lint: .venv/.installed
 	$(BIN)/ruff check
@@ -43,10 +43,10 @@ audit: .venv/.installed-audit
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r .venv/audit.txt
 
 docs: .venv/.installed-docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv site dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .cache site dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that no other package decides which build of it is taken; after that its version is held.

@@ -370,7 +370,9 @@ def test_reproduce_lists_its_runs_and_names_mistakes(tmp_path: Path) -> None:
 
 
 def test_presets_are_listed() -> None:
-    assert Result("presets").out.split() == preset_names()
+    lines = Result("presets").out.splitlines()
+    assert [line.split()[0] for line in lines] == preset_names()
+    assert all(line.endswith(".") and len(line.split()) > 4 for line in lines)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -630,6 +630,8 @@ def split(
     """Split prompts into train.txt and test.txt; equal prompts stay together, also across files.
 
     stepfold prompts split prompts.txt --test 0.1 --out split
+
+    stepfold prompts split DiffusionDB.parquet --column prompt --test 0.01 --out split
     """
     from stepfold.prompts.cleaning import one_line, side
     from stepfold.prompts.tables import read_texts
@@ -723,6 +725,8 @@ def retime(
 
     stepfold retime ./my-sana --prompts prompts.txt --out runs/retimed
 
+    stepfold retime ./my-sana --prompts prompts.txt --steps 1000 --out runs/retimed
+
     stepfold distill --teacher runs/retimed/teacher --prompts prompts.txt
     """
     from stepfold.display import Display, quiet_libraries
@@ -803,15 +807,17 @@ def runs(
 
 @app.command()
 def presets() -> None:
-    """List the presets.
+    """List the presets, and what each is for.
 
     stepfold presets
 
     stepfold distill --preset paper --teacher ./my-sana --prompts prompts.txt --dry-run
     """
-    from stepfold.config import preset_names
+    from stepfold.config import preset_names, preset_purpose
 
-    typer.echo("\n".join(preset_names()))
+    names = preset_names()
+    width = max(map(len, names))
+    typer.echo("\n".join(f"{name:{width}}  {preset_purpose(name)}" for name in names))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The settings of a run: validated, with presets, to and from yaml."""
 
 import difflib
+import itertools
 import re
 import reprlib
 from collections.abc import Sequence
@@ -330,6 +331,13 @@ def preset_names() -> list[str]:
     """The presets that ship with the package."""
     folder = resources.files("stepfold") / "presets"
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def preset_purpose(name: str) -> str:
+    """The first sentence of the comment that a shipped preset begins with."""
+    text = (resources.files("stepfold") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return re.split(r"(?<=\.) ", " ".join(line.removeprefix("# ") for line in comment))[0]
 
 
 def load_config(preset: str, changes: Sequence[str] = (), **top: Any) -> Config:

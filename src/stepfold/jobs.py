@@ -462,8 +462,8 @@ def run_export(student: Path, to: str, out: Path | None, *, force: bool) -> Path
     if to not in EXPORTS:
         raise UserError(f"--to is {to!r}; a student becomes {', '.join(EXPORTS)}")
     export, ending = EXPORTS[to]
-    student = student.resolve()
-    target = out or student.with_name(student.name + ending)
+    target = out or student.with_name(student.name + ending)  # of the bundled student: here
+    student = student_folder(student).resolve()
     suffix = Path(ending).suffix
     if target.suffix != suffix and suffix:
         raise UserError(f"--out {target} is no {suffix} file; give a name that ends in {suffix}")

@@ -13,7 +13,7 @@ from stepfold.evaluation.protocol import teachers_of
 from stepfold.teachers.contract import Student
 from stepfold.teachers.folders import check_folder
 from stepfold.teachers.licences import in_words, is_hub_id, licences_of
-from stepfold.teachers.loading import CARD, load_merged, lora_rank, read_card
+from stepfold.teachers.loading import CARD, load_merged, load_student, lora_rank, read_card
 from stepfold.teachers.pipeline import LORA_WEIGHTS, PipelineTeacher
 from stepfold.training.runs import writing
 
@@ -106,6 +106,11 @@ def metrics_beside(folder: Path) -> dict[str, Any] | None:
 def export_pipeline(folder: Path, out: Path) -> None:
     """A student as a whole pipeline folder for plain diffusers; a LoRA student is merged into its teacher's network."""
     card = read_card(folder)
+    if card["network_only"]:  # the bundled one, which has no second copy of its teacher's other parts
+        teacher, student, _ = load_student(folder, "cpu")
+        config, guidance = Config.model_validate(card["config"]), card["guidance"]
+        save_student(teacher, student, out, config, card.get("taught", [guidance]), guidance, card["example"])
+        return
     with writing(out) as part:
         if lora_rank(card):
             teacher, _, _ = load_merged(folder, "cpu")

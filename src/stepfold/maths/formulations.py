@@ -99,7 +99,8 @@ def guide(velocity_uncond: Tensor, velocity_cond: Tensor, scale: Tensor | float)
     Linear in the velocities, so it may be applied to F, to dxdt or to a flow-matching velocity alike.
 
     Args:
-        velocity_uncond, velocity_cond: [B, ...].
+        velocity_uncond: v_u [B, ...].
+        velocity_cond: v_c [B, ...].
         scale: w, [B] or one number; 1 is no guidance.
 
     Returns:

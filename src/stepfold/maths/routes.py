@@ -60,7 +60,8 @@ def logit_normal_route(normal: Tensor, sigma_data: float, mean: float = 0.2, std
     Args:
         normal: draws of N(0, 1) [B, num_steps].
         sigma_data: > 0.
-        mean, std: of tau = log(sigma_data tan t).
+        mean: of tau = log(sigma_data tan t).
+        std: of tau.
 
     Returns:
         [B, num_steps].

@@ -99,7 +99,11 @@ def finite_difference(
     order at best, so prefer a small step there.
 
     Args:
-        network, x, t, dx, dt: as in `total_derivative`.
+        network: as in `total_derivative`, like x, t, dx and dt.
+        x: [B, ...].
+        t: [B].
+        dx: [B, ...].
+        dt: [B].
         step: change of time, in radians; by default the cube root of the rounding error of x's dtype (float32: 5e-3),
             which balances rounding and truncation.
 

@@ -172,7 +172,7 @@ def draw_picture_error(numbers: dict[str, Any]) -> "Figure":
         for name, rows in curves.items():
             label = f"N = {name}" if name.isdigit() else _plain(name)
             plot.plot(rows["t"], rows["picture_error"], "o-", markersize=3, label=label)
-        plot.set(ylabel="error of the picture, in latent variances")
+        plot.set(ylabel="error, in latent variances", yscale="log", ylim=(1e-4, None))
         plot.legend()
     return figure
 

@@ -1,0 +1,165 @@
+"""What the documentation shows is run: its commands are parsed, its Python and its notebook executed."""
+
+import importlib.util
+import re
+import runpy
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.main
+from torch import nn
+from typer.testing import CliRunner
+
+from stepfold.cli import app
+from stepfold.config import load_config, setting_names
+from stepfold.teachers.contract import Condition
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+GROUP: Any = typer.main.get_command(app)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def shown_commands() -> list[str]:
+    """Every command line of ours in a bash block, and every one in backquotes that has an option."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [
+                line[line.index("stepfold ") :] for line in lines if re.match(r"(stepfold|.* -m stepfold) ", line)
+            ]
+        if page.name != "lab-log.md":  # it tells what was run, with the options of its day
+            found += re.findall(r"`(stepfold [^`\n]* --[^`\n]*)`", page.read_text(encoding="utf-8"))
+    return sorted({line for line in found if not re.search(r"\.\.\.|COMMAND|KEY=VALUE", line)})  # those are patterns
+
+
+def leaf_help() -> dict[str, str]:
+    """command -> the text of its help, where its examples are."""
+    texts = {}
+    for name, command in GROUP.commands.items():
+        for below, sub in getattr(command, "commands", {"": command}).items():
+            texts[f"{name} {below}".strip()] = sub.help or ""
+    return texts
+
+
+def parse(line: str) -> None:
+    """Parses a command line without running it.
+
+    Raises:
+        click.UsageError: (typer's own copy of it) no such command or option.
+    """
+    words = shlex.split(line, comments=True)[1:]
+    command, context = GROUP, None
+    while hasattr(command, "commands"):
+        context = command.make_context("stepfold", [], parent=context, resilient_parsing=True)
+        _, command, words = command.resolve_command(context, words)
+    parsed = command.make_context("command", words, parent=context)
+    for change in parsed.params.get("changes") or []:
+        assert change.partition("=")[0] in setting_names(), change
+
+
+@pytest.mark.parametrize("line", shown_commands())
+def test_commands_in_the_docs_are_commands(line: str) -> None:
+    parse(line)
+
+
+def test_every_command_has_two_examples_that_parse() -> None:
+    for name, text in leaf_help().items():
+        examples = re.findall(r"^ *(stepfold .*)$", text, re.MULTILINE)
+        assert len(examples) >= 2, name
+        for example in examples:
+            parse(example)
+
+
+def test_a_wrong_option_would_be_found() -> None:
+    with pytest.raises(Exception, match="No such option: --stepz"):
+        parse("stepfold sample runs/mine/student fox --stepz 2")
+    with pytest.raises(AssertionError):
+        parse("stepfold distill --set training.stepz=2")
+
+
+@pytest.mark.slow
+def test_the_student_loads_as_the_first_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = blocks(ROOT / "docs" / "index.md", "python")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["export", "emoji-student", "--to", "pipeline", "--out", "runs/mine/student"])
+    assert result.exit_code == 0, result.output
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["image"].size == (64, 64) and len(names["image"].getcolors(4096) or "x" * 4096) > 100
+
+
+class Drift(nn.Module):
+    """A network of one's own that does next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        return self.net(x)
+
+
+def test_a_network_of_ones_own_as_the_docs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = blocks(ROOT / "docs" / "teachers.md", "python")
+    (tmp_path / "prompts.txt").write_text("a red heart\na fox\n")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {
+        "network": Drift(), "encode": lambda prompts: Condition.whole(torch.ones(len(prompts), 1, 1)),
+    }  # fmt: skip
+    exec(code.replace("training.steps=2000", "training.steps=1"), names)
+    assert names["samples"].shape == (1, 4, 32, 32) and bool(names["samples"].isfinite().all())
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_its_student_finds_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    import matplotlib as mpl
+
+    mpl.use("agg", force=True)
+    names = runpy.run_path(str(ROOT / "docs" / "mixture.py"))
+    assert names["distance"](names["one_step"]) < 0.35  # 0.21 was seen
+    assert names["distance"](names["blur"]) > 1.5
+
+
+def hooks() -> Any:
+    """The module that fills the pages in."""
+    spec = importlib.util.spec_from_file_location("generated", ROOT / "docs" / ".hooks" / "generated.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pages_are_filled_in_from_the_code() -> None:
+    filled = {p.name: hooks().on_page_markdown(p.read_text(encoding="utf-8")) for p in PAGES}
+    assert not any(re.search(r"<!-- \w+ -->", text) for text in filled.values())
+    assert all(f"| `{name}` |" in filled["settings.md"] for name in setting_names())
+    assert filled["errors.md"].count("\n- ") > 200
+    assert "no protocol {protocol}; there are emoji, mjhq30k and geneval" in filled["errors.md"]
+    assert all(f"`stepfold {name}`" in filled["commands.md"] for name in leaf_help())
+
+
+def test_settings_in_the_docs_are_settings() -> None:
+    """Every `section.name` in backquotes whose section is one of the settings'."""
+    names = set(setting_names())
+    sections = {name.split(".")[0] for name in names if "." in name}
+    for page in PAGES:
+        if page.name in ("lab-log.md", "architecture.md"):  # the log has names of its day; files are called teachers.py
+            continue
+        for section, name in re.findall(r"`(\w+)\.(\w+)[`=]", page.read_text(encoding="utf-8")):
+            assert section not in sections or f"{section}.{name}" in names, f"{page.name}: {section}.{name}"
+
+
+def test_the_presets_that_the_docs_name_load() -> None:
+    for page in PAGES:
+        for preset in re.findall(r"--preset ([a-z-]+)", page.read_text(encoding="utf-8")):
+            load_config(preset, ["space.images=x"] if preset in ("scm", "sana-sprint") else [])
