@@ -27,6 +27,7 @@ from stepfold.objectives.consistency import ConsistencyOptions, consistency_term
 from stepfold.spaces.generation import walk
 
 torch.manual_seed(0)
+torch.set_num_threads(1)  # the network is tiny
 SIGMA_DATA = 0.5
 PETALS = 5
 angles = torch.arange(PETALS) * 2 * math.pi / PETALS
