@@ -109,3 +109,35 @@ def test_sample_splits_the_time(tmp_path: Path) -> None:
             assert row["whole_sec"] == pytest.approx(parts)
         assert rows["teacher 20"]["times_as_fast_as_teacher"] == {"transformer": 1, "whole": 1}
         assert rows["student 1"]["times_as_fast_as_teacher"]["transformer"] > 2
+
+
+def test_soak_tells_growth_from_noise() -> None:
+    soak = importlib.import_module("soak")
+    flat = [(minute, 1.0 + 0.01 * (-1) ** minute) for minute in range(100)]
+    assert soak.slope(flat)["within_noise"]
+    rising = soak.slope([(minute, value + 0.001 * minute) for minute, value in flat])
+    assert not rising["within_noise"] and rising["per_hour"] == pytest.approx(0.06, abs=0.005)
+    rows = [{"minute": 0.0, "steps": 0}, {"minute": 0.5, "steps": 10}, {"minute": 0.6, "steps": 10}]
+    assert soak.step_times(rows) == [(0.5, pytest.approx(3.0))]
+
+
+@pytest.mark.slow
+def test_soak_watches_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "soak.json"
+    options = ["--minutes", "0.7", "--every", "0.5", "--out", str(path)]
+    small = ["training.prompts_per_step=1", "space.route_steps=2", "training.preview_every=1000"]
+    importlib.import_module("soak").main([*options, *(word for change in small for word in ("--set", change))])
+    record = json.loads(path.read_text())
+    assert record["exit_code"] == 130 and record["looks"][-1]["steps"] > 1
+    assert {"memory_gib", "files", "threads", "step_sec"} == set(record["slopes"])
+
+
+def test_errors_of_a_known_teacher_are_small_where_students_are_exact() -> None:
+    closed_form = importlib.import_module("closed_form")
+    prompts = closed_form.LABELS * 3
+    wanted = closed_form.belongs(prompts, 5)
+    assert torch.allclose(wanted, closed_form.belongs(prompts, 5, steps=1600), atol=2e-2)
+    petals = closed_form.mixture(torch.float64).means / closed_form.SIGMA_DATA
+    labels = closed_form.labels_of(closed_form.encode(prompts))
+    nearest = [(petals[:, label] - point).norm(dim=1).min() for point, label in zip(wanted, labels, strict=True)]
+    assert max(nearest) < 4 * 0.12 / closed_form.SIGMA_DATA  # it ends in a petal of its own label
