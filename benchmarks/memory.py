@@ -24,8 +24,8 @@ from stepfold.config import Config
 from stepfold.display import Display
 from stepfold.images.reading import ImageFolder
 from stepfold.jobs import cached_blacks, image_latents
+from stepfold.reproduction.experiments import IMAGES, load_experiments, make_run
 from stepfold.reproduction.figures import draw_memory
-from stepfold.reproduction.runs import IMAGES, load_experiments, make_run
 from stepfold.spaces.pairs import pairs_per_prompt
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill, make_accelerator

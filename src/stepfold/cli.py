@@ -489,41 +489,23 @@ def reproduce(
     stepfold reproduce --table T6 --table T7 --dry-run
     """
     from stepfold.display import Display, quiet_libraries
-    from stepfold.reproduction import kept, pictures
-    from stepfold.reproduction import page as pages
-    from stepfold.reproduction import runs as experiment_runs
+    from stepfold.reproduction.experiments import load_experiments, plan
+    from stepfold.reproduction.kept import recall
+    from stepfold.reproduction.sweep import listing, sweep
 
-    experiments = experiment_runs.load_experiments()
-    planned = experiment_runs.plan(experiments, tables or [], changes or [], images)
+    experiments, display, extra = load_experiments(), Display(quiet), changes or []
+    planned = plan(experiments, tables or [], extra, images)
+    if known := recall(page.with_suffix(".json"), out):
+        display.note(f"{known} runs are known from {page.with_suffix('.json')}")
     if dry_run:
-        timing = experiment_runs.plan_timing(experiments, planned)
-        for run in [*planned, *timing, *experiment_runs.plan_equal_time(experiments, planned, out)]:
-            done = "done" if (out / run.name / experiment_runs.SCORES).exists() else "to do"
-            typer.echo(f"{done:6} {run.table} {run.row}: --preset {run.preset} {' '.join(run.changes)}")
+        typer.echo("\n".join(listing(experiments, planned, out)))
         return
     quiet_libraries()
-    display, solvers, figures = Display(quiet), {}, {}
-    if recalled := kept.recall(page.with_suffix(".json"), out):
-        display.note(f"{recalled} runs are known from {page.with_suffix('.json')}")
     try:
-        figures = experiment_runs.measure_figures(experiments, out, display)
-        first = [*planned, *experiment_runs.plan_timing(experiments, planned)]
-        experiment_runs.reproduce(first, out, display, experiments.pictures, workers)
-        equal_time = experiment_runs.plan_equal_time(experiments, planned, out)
-        experiment_runs.reproduce(equal_time, out, display, experiments.pictures, workers)
-        solvers = experiment_runs.measure_solvers(experiments, out, display)
-        pictures.draw_grids(experiments, planned, page.parent / "figures", out, display)
-        pictures.draw_filter_examples(experiments, page.parent / "figures", display)
+        sweep(experiments, planned, out, page, display, workers=workers, extra=extra, images=images)
     except KeyboardInterrupt:
         display.note("stopped; start it again to go on")
         raise typer.Exit(130) from None
-    finally:
-        everything = experiment_runs.plan(experiments, [], changes or [], images)
-        everything += [
-            *experiment_runs.plan_timing(experiments, everything),
-            *experiment_runs.plan_equal_time(experiments, everything, out),
-        ]
-        pages.write_page(experiments, everything, out, solvers, figures, page)
     typer.echo(f"page: {page}")
 
 

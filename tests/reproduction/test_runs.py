@@ -24,26 +24,13 @@ from stepfold.reproduction.claims import (
     pictures_sharpen,
     text_takes_time,
 )
+from stepfold.reproduction.experiments import Experiment, Experiments, load_experiments, plan, plan_timing
 from stepfold.reproduction.figures import WALK_FIGURES
 from stepfold.reproduction.kept import recall
 from stepfold.reproduction.page import page, write_page
 from stepfold.reproduction.pictures import draw_filter_examples, draw_grids
-from stepfold.reproduction.runs import (
-    SCORES,
-    Experiment,
-    Experiments,
-    collect_scores,
-    costs,
-    load_experiments,
-    measure_figures,
-    measure_solvers,
-    plan,
-    plan_equal_time,
-    plan_timing,
-    reproduce,
-    verdict,
-    with_times,
-)
+from stepfold.reproduction.records import SCORES, collect_scores, verdict, with_times
+from stepfold.reproduction.runs import costs, measure_figures, measure_solvers, plan_equal_time, reproduce
 
 EXPERIMENTS = load_experiments()
 
@@ -336,7 +323,7 @@ def test_a_table_runs_resumes_and_makes_a_page(tmp_path: Path, capfd: pytest.Cap
     figures = measure_figures(experiments, tmp_path / "runs", Display())
     draw_grids(experiments, runs, tmp_path / "page" / "figures", tmp_path / "runs", Display())
     draw_filter_examples(experiments, tmp_path / "page" / "figures", Display())
-    write_page(experiments, runs, tmp_path / "runs", solvers, figures, tmp_path / "page" / "paper.md")
+    write_page(experiments, runs, tmp_path / "runs", tmp_path / "page" / "paper.md")
     drawn = {file.name for file in (tmp_path / "page" / "figures").iterdir()}
     grids = {f"grid_methods_at_{steps}.png" for steps in ("1_step", "2_steps", "4_steps")}
     grids |= {"grid_the_brightness_filter.png"}
@@ -354,7 +341,7 @@ def test_a_table_runs_resumes_and_makes_a_page(tmp_path: Path, capfd: pytest.Cap
     drawn_at = grid.stat().st_mtime_ns
     draw_grids(experiments, runs, grid.parent, elsewhere, Display())  # without the students
     assert grid.stat().st_mtime_ns == drawn_at
-    write_page(experiments, runs, elsewhere, solvers, figures, tmp_path / "page" / "paper.md")
+    write_page(experiments, runs, elsewhere, tmp_path / "page" / "paper.md")
     assert (tmp_path / "page" / "paper.md").read_text() == text
     assert recall(tmp_path / "page" / "paper.json", tmp_path / "runs") == 0
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from stepfold.reproduction.runs import Verdict, is_less, scored, values_of
+from stepfold.reproduction.records import Verdict, is_less, scored, values_of
 
 Records = list[dict[str, Any]]
 Tables = dict[str, dict[str, Records]]

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from stepfold.errors import UserError
-from stepfold.reproduction.runs import EQUAL_TIME, SCORES, Run
+from stepfold.reproduction.experiments import Run
+from stepfold.reproduction.records import SCORES
+from stepfold.reproduction.runs import EQUAL_TIME, FIGURES
 from stepfold.training.runs import writing
 
-NOTES = ("figures.json", EQUAL_TIME, "solvers_*.json")
+NOTES = (FIGURES, EQUAL_TIME, "solvers_*.json")
 """What a sweep's folder holds besides runs. The teacher's rows stay: they stand for pictures, which are not kept."""
 
 

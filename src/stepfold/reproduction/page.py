@@ -8,14 +8,10 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from stepfold.reproduction.claims import CLAIMS, Finding
+from stepfold.reproduction.experiments import EQUAL_TIME_ROW, Experiment, Experiments, Metric, Run
 from stepfold.reproduction.figures import draw_all
 from stepfold.reproduction.kept import keep
-from stepfold.reproduction.runs import (
-    EQUAL_TIME_ROW,
-    Experiment,
-    Experiments,
-    Metric,
-    Run,
+from stepfold.reproduction.records import (
     Verdict,
     collect_scores,
     mean_and_spread,
@@ -24,6 +20,7 @@ from stepfold.reproduction.runs import (
     verdict,
     with_times,
 )
+from stepfold.reproduction.runs import FIGURES, known, solvers_note
 from stepfold.training.runs import writing
 
 Records = list[dict[str, Any]]
@@ -47,8 +44,6 @@ def write_page(
     experiments: Experiments,
     runs: list[Run],
     root: Path,
-    solvers: dict[str, dict[str, Any]],
-    figures: dict[str, Any],
     path: Path,
 ) -> None:
     """Writes the markdown page and, beside it, a json file with every number that it stands on, and the figures.
@@ -57,11 +52,10 @@ def write_page(
         experiments: what was asked.
         runs: of all tables, whether they have ended or not.
         root: the sweep's folder.
-        solvers: solver -> steps -> scores of the untrained teacher.
-        figures: the numbers of the figures, or nothing for none.
         path: of the page, `.md`.
     """
     keep(runs, root, path.with_suffix(".json"))
+    solvers, figures = known(solvers_note(experiments, root)), known(root / FIGURES)
     shown = {
         table: rows if experiments.tables[table].costs else with_times(rows)
         for table, rows in collect_scores(runs, root).items()
@@ -87,7 +81,9 @@ def page(
     """The page as markdown.
 
     Args:
-        experiments, found, solvers: as for `write_page`, `found` being table -> row -> records.
+        experiments: as for `write_page`.
+        found: table -> row -> records.
+        solvers: solver -> steps -> scores of the untrained teacher.
         numbers: of the figures, for the claims that lie in them.
         figures: name -> caption.
         grids: the files of `pictures.draw_grids`.

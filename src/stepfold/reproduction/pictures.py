@@ -9,7 +9,9 @@ from stepfold.display import Display
 from stepfold.evaluation.measure import Sampler, evaluation_noise, student_sampler, teacher_sampler
 from stepfold.evaluation.preview import sample_rows, save_grid
 from stepfold.maths.filters import darkness
-from stepfold.reproduction.runs import SCORES, Experiments, Run, shown_prompts
+from stepfold.reproduction.experiments import Experiments, Run
+from stepfold.reproduction.records import SCORES
+from stepfold.reproduction.runs import shown_prompts
 from stepfold.spaces.generation import walk
 from stepfold.teachers.loading import load_student, load_teacher
 from stepfold.training.draws import draw_route

@@ -1,8 +1,6 @@
-"""What to run, running it, and what the scores say about a claim."""
+"""Running a sweep: distillations, their scores, and what the figures are drawn from."""
 
-import hashlib
 import json
-import math
 import os
 import shlex
 import statistics
@@ -10,28 +8,36 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
-from importlib import resources
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import yaml
-from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepfold import assets
-from stepfold.config import Config, Section, load_config
+from stepfold.config import Config, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.evaluation.judge import Judge, load_judge
 from stepfold.evaluation.measure import Sampler, measure, student_sampler, teacher_sampler
 from stepfold.evaluation.protocol import EMOJI, Protocol
-from stepfold.evaluation.solvers import Solver, solver_sampler
+from stepfold.evaluation.solvers import solver_sampler
 from stepfold.jobs import protocol_record, rows_by_steps, versions
 from stepfold.prompts.reading import open_prompts, shuffled_index
+from stepfold.reproduction.experiments import (
+    EQUAL_TIME_ROW,
+    PRESET,
+    TIMED_ROW,
+    Experiments,
+    Run,
+    make_run,
+    plan_timing,
+    stretched,
+)
 from stepfold.reproduction.figures import route_numbers, walk_numbers
+from stepfold.reproduction.records import SCORES, collect_scores, mean_sec_per_step
 from stepfold.spaces.pairs import pairs_per_prompt
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_student, load_teacher
@@ -39,198 +45,8 @@ from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.distill import BESIDE_STEPS
 from stepfold.training.runs import read_metrics, writing
 
-SCORES = "scores.json"
-IMAGES = "{images}"
-PRESET = "preset="
 DIVERGED = 3  # exit code of `stepfold distill` after a non-finite loss
-EQUAL_TIME = "equal_time.json"
-EQUAL_TIME_ROW, TIMED_ROW = ", equal time", ", timed"
-TIMED = ("training.steps=12", "training.checkpoint_every=12", "training.preview_every=12", "training.time_stages=true")
-"""Settings of a run that is made for its times: these come from short runs one after the other, on a quiet machine."""
-Verdict = Literal["reproduced", "not reproduced", "not distinguishable", "not measurable here", "not run"]
-Metric = Literal["fd", "sec_per_pair", "peak_memory_gib"]
-
-
-class Experiment(Section):
-    """A table of the page.
-
-    Attributes:
-        title: its heading.
-        claim: what the paper says.
-        worst_to_best: rows in the order that the claim puts them in, if it does.
-        best: the row that the claim calls the best, if it does.
-        beaten: the rows that `best` is claimed to beat; none means all others.
-        by: what the claim compares, less being better: FD at one step (for the paper's FID), seconds or memory.
-        costs: whether the table is about time and memory alone; its students are not scored.
-        equal_time: the row whose training time all other rows get once more, in runs of their own. What a step of each
-            row takes is measured before, see `plan_timing`.
-        common: settings of all rows, as `key=value`.
-        seeds: runs a row, with seeds 0, 1, ...
-        rows: name -> settings that differ from the preset; `preset=NAME` begins with another one.
-        not_run: name -> the reason, of rows that cannot be run yet.
-    """
-
-    title: str
-    claim: str
-    worst_to_best: tuple[str, ...] = ()
-    best: str | None = None
-    beaten: tuple[str, ...] = ()
-    by: tuple[Metric, ...] = ("fd",)
-    costs: bool = False
-    equal_time: str | None = None
-    common: tuple[str, ...] = ()
-    seeds: int = Field(ge=2)
-    rows: dict[str, tuple[str, ...]]
-    not_run: dict[str, str] = Field(default={})
-
-
-class Experiments(Section):
-    """All tables.
-
-    Attributes:
-        preset: that every row changes, unless it names another one.
-        pictures: that a score is made from.
-        solvers: solver -> step counts that the untrained teacher is measured at.
-        walks: of the teacher, that the figures show.
-        tables: name -> table.
-    """
-
-    preset: str
-    pictures: int = Field(ge=2)
-    solvers: dict[Solver, tuple[int, ...]] = Field(default={})
-    walks: int = Field(default=128, ge=2)
-    tables: dict[str, Experiment]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One distillation.
-
-    Attributes:
-        table, row: where it belongs.
-        preset: that the settings begin with.
-        changes: `key=value` strings, the seed's among them.
-        config: the whole settings.
-        costs: whether only time and memory are wanted.
-    """
-
-    table: str
-    row: str
-    preset: str
-    changes: tuple[str, ...]
-    config: Config
-    costs: bool = False
-
-    @property
-    def alone(self) -> bool:
-        """Whether its times count, so that nothing may run beside it."""
-        return self.costs or self.row.endswith(TIMED_ROW)
-
-    @property
-    def name(self) -> str:
-        """Of its folder: a hash of the settings that are not the defaults.
-
-        Equal settings run once, whatever table asks for them, and neither a setting that a later version adds nor the
-        place of the images changes a name.
-        """
-        changed = self.config.model_dump(mode="json", exclude_defaults=True)
-        if self.config.space.images:
-            changed["space"]["images"] = IMAGES
-        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def load_experiments() -> Experiments:
-    """The tables that ship with the package."""
-    return Experiments.model_validate(
-        yaml.safe_load((resources.files("stepfold.reproduction") / "experiments.yaml").read_text(encoding="utf-8"))
-    )
-
-
-def plan(experiments: Experiments, tables: list[str], extra: list[str], images: Path | None = None) -> list[Run]:
-    """The runs of some tables, all rows of seed 0 first: an early look at every row.
-
-    Args:
-        experiments: see `Experiments`.
-        tables: names; none means all.
-        extra: settings for every run, as `key=value`.
-        images: the folder for rows that need one; without it they are left out.
-
-    Raises:
-        UserError: no such table, or a bad setting.
-    """
-    if unknown := [name for name in tables if name not in experiments.tables]:
-        raise UserError(f"no table {unknown[0]!r}; there are {', '.join(experiments.tables)}")
-    runs = [
-        (seed, table, row, tuple(change.replace(IMAGES, str(images)) for change in changes))
-        for table, experiment in experiments.tables.items()
-        if table in tables or not tables
-        for row, changes in experiment.rows.items()
-        if images or not any(IMAGES in change for change in changes)
-        for seed in range(experiment.seeds)
-    ]
-    runs.sort(key=lambda run: run[0])
-    return [
-        make_run(experiments, table, row, (*changes, *experiments.tables[table].common, *extra, f"seed={seed}"))
-        for seed, table, row, changes in runs
-    ]
-
-
-def make_run(experiments: Experiments, table: str, row: str, changes: tuple[str, ...]) -> Run:
-    """A run from what its row says."""
-    named = [change.removeprefix(PRESET) for change in changes if change.startswith(PRESET)]
-    preset, rest = (named or [experiments.preset])[-1], tuple(c for c in changes if not c.startswith(PRESET))
-    return Run(table, row, preset, rest, load_config(preset, rest), experiments.tables[table].costs)
-
-
-def plan_timing(experiments: Experiments, runs: list[Run]) -> list[Run]:
-    """Two short runs of every row of the tables that compare at equal time; they show what a step of it takes.
-
-    They are apart from `runs`, which may take days, and share the machine with other work.
-    """
-    timed = [run for run in runs if experiments.tables[run.table].equal_time and run.config.seed < 2]
-    return [
-        make_run(experiments, run.table, run.row + TIMED_ROW, (PRESET + run.preset, *run.changes, *TIMED))
-        for run in timed
-    ]
-
-
-def plan_equal_time(experiments: Experiments, runs: list[Run], root: Path) -> list[Run]:
-    """The runs of the rows that get as long as their table's `equal_time` row takes, by the runs of `plan_timing`.
-
-    The number of steps is worked out once both rows are timed, and kept in `root`; what is counted in steps (the course
-    of r) is stretched with it.
-    """
-    note = root / EQUAL_TIME
-    known: dict[str, int] = json.loads(note.read_text()) if note.exists() else {}
-    steps = dict(known)
-    found, planned = collect_scores(plan_timing(experiments, runs), root), []
-    for run in runs:
-        reference = experiments.tables[run.table].equal_time
-        if reference is None or run.row == reference:
-            continue
-        key = f"{run.table}, {run.row}"
-        if key not in steps:
-            ours, theirs = (found.get(run.table, {}).get(row + TIMED_ROW, []) for row in (run.row, reference))
-            sec, reference_sec = mean_sec_per_step(ours), mean_sec_per_step(theirs)
-            if sec is None or reference_sec is None:
-                continue
-            steps[key] = max(1, round(run.config.training.steps * reference_sec / sec))
-        given = (PRESET + run.preset, *run.changes, *stretched(run.config, steps[key]))
-        planned.append(make_run(experiments, run.table, run.row + EQUAL_TIME_ROW, given))
-    if steps != known:
-        with writing(note) as part:
-            part.write_text(json.dumps(steps, indent=2) + "\n")
-    return planned
-
-
-def stretched(config: Config, steps: int) -> list[str]:
-    """The settings that make a run `steps` long and stretch the course of r with it."""
-    c, factor = config.consistency, steps / config.training.steps
-    counted = {"r_warmup": c.r_warmup, "r_cooldown_start": c.r_cooldown_start, "r_cooldown_steps": c.r_cooldown_steps}
-    return [
-        f"training.steps={steps}",
-        *(f"consistency.{name}={round(factor * value)}" for name, value in counted.items()),
-    ]
+EQUAL_TIME, FIGURES = "equal_time.json", "figures.json"
 
 
 def reproduce(runs: list[Run], root: Path, display: Display, pictures: int, workers: int = 1) -> None:
@@ -383,9 +199,8 @@ def measure_teacher(teacher: PipelineTeacher, judge: Judge, protocol: Protocol, 
 
 def measure_solvers(experiments: Experiments, root: Path, display: Display) -> dict[str, dict[str, Any]]:
     """solver -> steps -> scores of the teacher under it, measured once and kept in `root`."""
-    protocol = replace(EMOJI, n=experiments.pictures)
-    note = root / f"solvers_{protocol.hash()[:12]}.json"
-    kept: dict[str, dict[str, Any]] = json.loads(note.read_text()) if note.exists() else {}
+    protocol, note = replace(EMOJI, n=experiments.pictures), solvers_note(experiments, root)
+    kept: dict[str, dict[str, Any]] = known(note)
     settings = load_config(experiments.preset).teacher
     for solver, counts in experiments.solvers.items():
         if solver in kept:
@@ -400,6 +215,16 @@ def measure_solvers(experiments: Experiments, root: Path, display: Display) -> d
     return kept
 
 
+def solvers_note(experiments: Experiments, root: Path) -> Path:
+    """Where the scores of the solvers are, which depend on the protocol."""
+    return root / f"solvers_{replace(EMOJI, n=experiments.pictures).hash()[:12]}.json"
+
+
+def known(note: Path) -> dict[str, Any]:
+    """What an earlier call left in a file; nothing if there is none."""
+    return json.loads(note.read_text()) if note.exists() else {}
+
+
 def shown_prompts(count: int) -> list[str]:
     """The first prompts of the bundled file in the order of seed 0."""
     prompts = open_prompts(assets.PROMPTS)
@@ -408,7 +233,7 @@ def shown_prompts(count: int) -> list[str]:
 
 def measure_figures(experiments: Experiments, root: Path, display: Display) -> dict[str, Any]:
     """The numbers that the figures are drawn from, measured once and kept in `root`."""
-    note = root / "figures.json"
+    note = root / FIGURES
     if not note.exists():
         display.note("walking the teacher for the figures")
         config = load_config(experiments.preset)
@@ -425,86 +250,33 @@ def measure_figures(experiments: Experiments, root: Path, display: Display) -> d
         root.mkdir(parents=True, exist_ok=True)
         with writing(note) as part:
             part.write_text(json.dumps(numbers) + "\n")
-    return json.loads(note.read_text())
+    return known(note)
 
 
-def collect_scores(runs: list[Run], root: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """table -> row -> the records of its seeds that have ended, well or diverged."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for run in runs:
-        rows = found.setdefault(run.table, {}).setdefault(run.row, [])
-        path = root / run.name / SCORES
-        if path.exists():
-            rows.append(json.loads(path.read_text()))
-    return found
+def plan_equal_time(experiments: Experiments, runs: list[Run], root: Path) -> list[Run]:
+    """The runs of the rows that get as long as their table's `equal_time` row takes, by the runs of `plan_timing`.
 
-
-def with_times(rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of a table of scores, each with the times of its short runs instead of its own, which are dropped."""
-    timed = {row.removesuffix(TIMED_ROW): scored(records) for row, records in rows.items() if row.endswith(TIMED_ROW)}
-    shown = {}
-    for row, records in rows.items():
-        if row.endswith(TIMED_ROW):
-            continue
-        times = timed.get(row.removesuffix(EQUAL_TIME_ROW), [])
-        sec = mean_sec_per_step(times)
-        shown[row] = [record | {"sec_per_step": sec} for record in records]
-        for record in scored(shown[row]):
-            rates = {
-                k: statistics.mean(t["student"][k]["images_per_sec"] for t in times) if times else None
-                for k in record["student"]
-            }
-            record["student"] = {k: scores | {"images_per_sec": rates[k]} for k, scores in record["student"].items()}
-    return shown
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean, and standard deviation with n - 1; the spread of one value is not known."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
-
-
-def scored(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records that have scores: all but the diverged."""
-    return [record for record in records if not record["diverged"]]
-
-
-def values_of(records: list[dict[str, Any]], metric: Metric) -> list[float]:
-    """One value a seed, of those that have one; FD is that of one step."""
-    found = [record["student"]["1"]["fd"] if metric == "fd" else record[metric] for record in scored(records)]
-    return [value for value in found if value is not None]
-
-
-def mean_sec_per_step(records: list[dict[str, Any]]) -> float | None:
-    """Mean over the seeds that were timed; None if none was."""
-    timed = [record["sec_per_step"] for record in scored(records) if record["sec_per_step"] is not None]
-    return statistics.mean(timed) if timed else None
-
-
-def is_less(a: list[float], b: list[float]) -> bool | None:
-    """Whether the mean of `a` is below that of `b`; None if they are nearer than twice their standard error."""
-    (mean_a, spread_a), (mean_b, spread_b) = mean_and_spread(a), mean_and_spread(b)
-    error = math.sqrt(spread_a**2 / len(a) + spread_b**2 / len(b))
-    return None if math.isnan(error) or abs(mean_a - mean_b) < 2 * error else mean_a < mean_b
-
-
-def verdict(experiment: Experiment, rows: dict[str, list[dict[str, Any]]], metric: Metric = "fd") -> Verdict | None:
-    """What the seeds say about the claim, in one metric; None if there is no claim.
-
-    `reproduced` if every comparison of the claim comes out as claimed, `not reproduced` if one comes out the other way
-    round, `not distinguishable` if one lies within the spread, `not run` if a row has fewer than two seeds with scores.
+    The number of steps is worked out once both rows are timed, and kept in `root`; what is counted in steps (the course
+    of r) is stretched with it.
     """
-    if experiment.best:
-        beaten = experiment.beaten or [row for row in experiment.rows if row != experiment.best]
-        compared = [(experiment.best, row) for row in beaten]
-    else:
-        order = experiment.worst_to_best
-        compared = list(zip(order[1:], order[:-1], strict=True)) if order else []
-    if not compared:
-        return None
-    values = {row: values_of(rows.get(row, []), metric) for pair in compared for row in pair}
-    if any(len(of_row) < 2 for of_row in values.values()):
-        return "not run"
-    answers = [is_less(values[better], values[worse]) for better, worse in compared]
-    if False in answers:
-        return "not reproduced"
-    return "not distinguishable" if None in answers else "reproduced"
+    note = root / EQUAL_TIME
+    before: dict[str, int] = known(note)
+    steps = dict(before)
+    found, planned = collect_scores(plan_timing(experiments, runs), root), []
+    for run in runs:
+        reference = experiments.tables[run.table].equal_time
+        if reference is None or run.row == reference:
+            continue
+        key = f"{run.table}, {run.row}"
+        if key not in steps:
+            ours, theirs = (found.get(run.table, {}).get(row + TIMED_ROW, []) for row in (run.row, reference))
+            sec, reference_sec = mean_sec_per_step(ours), mean_sec_per_step(theirs)
+            if sec is None or reference_sec is None:
+                continue
+            steps[key] = max(1, round(run.config.training.steps * reference_sec / sec))
+        given = (PRESET + run.preset, *run.changes, *stretched(run.config, steps[key]))
+        planned.append(make_run(experiments, run.table, run.row + EQUAL_TIME_ROW, given))
+    if steps != before:
+        with writing(note) as part:
+            part.write_text(json.dumps(steps, indent=2) + "\n")
+    return planned
