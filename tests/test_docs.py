@@ -1,5 +1,7 @@
 """What the documentation shows is run: its commands are parsed, its Python and its notebook executed."""
 
+import doctest
+import importlib
 import importlib.util
 import re
 import runpy
@@ -128,6 +130,19 @@ def test_the_notebook_runs_and_its_student_finds_its_way(monkeypatch: pytest.Mon
     names = runpy.run_path(str(ROOT / "docs" / "mixture.py"))
     assert names["distance"](names["one_step"]) < 0.35  # 0.21 was seen
     assert names["distance"](names["blur"]) > 1.5
+
+
+@pytest.mark.parametrize(
+    ("module", "at_least"),
+    [
+        ("maths.formulations", 2), ("maths.routes", 1), ("maths.schedules", 1), ("maths.filters", 1),
+        ("maths.closed_form", 1), ("config", 1),
+    ],
+)  # fmt: skip
+def test_examples_in_docstrings_run(module: str, at_least: int) -> None:
+    found = importlib.import_module(f"stepfold.{module}")
+    result = doctest.testmod(found, extraglobs={"torch": torch})
+    assert result.failed == 0 and result.attempted >= at_least
 
 
 def hooks() -> Any:

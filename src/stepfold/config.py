@@ -350,6 +350,11 @@ def load_config(preset: str, changes: Sequence[str] = (), **top: Any) -> Config:
 
     Raises:
         UserError: unknown preset or key, or a value out of range.
+
+    Examples:
+        >>> config = load_config("demo", ["training.steps=100"], seed=3)
+        >>> config.training.steps, config.objective, config.seed
+        (100, 'discrete', 3)
     """
     values = _preset_values(preset)
     for change in changes:

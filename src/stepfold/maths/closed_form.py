@@ -16,6 +16,12 @@ from stepfold.maths.formulations import expand
 class GaussianTeacher:
     """Data N(mean, std^2), independent elements. Its flow map, and so its perfect student, is known exactly.
 
+    Examples:
+        >>> teacher = GaussianTeacher(mean=torch.tensor([1.0]), std=torch.tensor([0.25]), sigma_data=0.5)
+        >>> noise, t = torch.tensor([[0.5]]), torch.tensor([torch.pi / 2])
+        >>> round(teacher.consistency(noise, t).item(), 4)  # one deviation of noise is one of the data
+        1.25
+
     At time t a state is N(cos t mean, s^2) with s^2 = cos^2 t std^2 + sin^2 t sigma_data^2, and the ODE keeps the
     number of standard deviations from the mean.
 

@@ -30,6 +30,10 @@ def keep_probability(m: Tensor, threshold: float) -> Tensor:
 
     Raises:
         UserError: threshold is not positive.
+
+    Examples:
+        >>> keep_probability(torch.tensor([0.25, 3.0]), threshold=1.0).tolist()
+        [0.25, 1.0]
     """
     if not threshold > 0:
         raise UserError(f"the brightness threshold is {threshold}, but it must be positive; 1.0 is usual")

@@ -35,6 +35,11 @@ def tangent_warmup(
     Raises:
         UserError: a value out of range.
 
+    Examples:
+        >>> released = {"warmup": 4000, "final": 0.75, "cooldown_start": 15000, "cooldown_steps": 2000}
+        >>> [tangent_warmup(step, **released) for step in (0, 2000, 4000, 16000, 20000)]
+        [0.0, 0.5, 1.0, 0.875, 0.75]
+
     Reference: arXiv:2511.20410, Sec. 4.3.
     """
     if schedule not in get_args(TangentSchedule):
