@@ -1,6 +1,7 @@
 """What is in a file of prompts, and a better file made of it."""
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 from stepfold.errors import UserError
 from stepfold.prompts.reading import MAX_CHARACTERS
 
-NUM_HASHES, NUM_BANDS, HASH_SEED = 20, 5, 42  # about 1 KB a prompt; more hashes are surer and take more
+NUM_HASHES, NUM_BANDS, HASH_SEED = 20, 5, 42  # more hashes are surer and take more memory
+MAX_ALIKE = 8  # prompts with an equal band that a new one is compared with, for each band
 MAX_SAMPLE = 20_000  # prompts whose language `stats` looks at
 
 
@@ -107,23 +109,46 @@ def language_of() -> Callable[[str], str]:
 def without_near(prompts: Iterable[str], share: float, counts: Counter[str]) -> Iterator[str]:
     """Drops near repetitions: MinHash signatures of three-letter pieces, found by bands of them (LSH).
 
-    The share is estimated from NUM_HASHES hashes, to about 0.1.
+    The share is estimated from NUM_HASHES hashes, to about 0.1. The signatures are rensa's; its own index of them keeps
+    a KiB for each prompt, this one a third.
 
     Raises:
         UserError: rensa is not installed.
     """
     try:
-        from rensa import RMinHash, RMinHashDeduplicator  # type: ignore[attr-defined]
+        from rensa import RMinHash  # type: ignore[attr-defined]
     except ImportError:
         raise UserError("near repetitions need rensa; pip install stepfold[prompts]") from None
-    index: Any = RMinHashDeduplicator(share, NUM_HASHES, True, num_bands=NUM_BANDS)
-    for number, prompt in enumerate(prompts):
-        signature, text = RMinHash(NUM_HASHES, HASH_SEED), f" {prompt.lower()} "
-        signature.update([text[i : i + 3] for i in range(len(text) - 2)])
-        if index.add(str(number), signature):
-            yield prompt
-        else:
+    signatures, newest = array("I"), {}  # of the prompts that stay; key of a band -> the last of them that has it
+    before = [array("i") for _ in range(NUM_BANDS)]  # of each of them, the one before it with the same key
+    rows = NUM_HASHES // NUM_BANDS
+    for prompt in prompts:
+        hashes, text = RMinHash(NUM_HASHES, HASH_SEED), f" {prompt.lower()} "
+        hashes.update([text[i : i + 3] for i in range(len(text) - 2)])
+        signature = array("I", hashes.digest())
+        keys = [hash((band, *signature[band * rows : (band + 1) * rows])) for band in range(NUM_BANDS)]
+        alike = set()
+        for key, links in zip(keys, before, strict=True):
+            number = newest.get(key, -1)
+            for _ in range(MAX_ALIKE):
+                if number < 0:
+                    break
+                alike.add(number)
+                number = links[number]
+        if any(_shared(signature, signatures, number) >= share for number in alike):
             counts["nearly repeated"] += 1
+            continue
+        for key, links in zip(keys, before, strict=True):
+            links.append(newest.get(key, -1))
+            newest[key] = len(links) - 1
+        signatures.extend(signature)
+        yield prompt
+
+
+def _shared(signature: array, signatures: array, number: int) -> float:
+    """The part of a signature that is the same in that of prompt `number`."""
+    other = signatures[number * NUM_HASHES : (number + 1) * NUM_HASHES]
+    return sum(a == b for a, b in zip(signature, other, strict=True)) / NUM_HASHES
 
 
 def statistics(texts: Iterable[str], with_languages: bool = True) -> dict[str, Any]:
