@@ -478,6 +478,9 @@ def reproduce(
         typer.Option(min=1, help="Runs at once, each with its share of the cores. Those whose times count go alone."),
     ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and which are done, and stop.")] = False,
+    page_only: Annotated[
+        bool, typer.Option("--page-only", help="Run nothing: write the page of what is known by now.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Run the paper's comparisons again and write a page with a verdict on each claim.
@@ -502,7 +505,10 @@ def reproduce(
         return
     quiet_libraries()
     try:
-        sweep(experiments, planned, out, page, display, workers=workers, extra=extra, images=images)
+        sweep(
+            experiments, planned, out, page, display,
+            workers=workers, extra=extra, images=images, page_only=page_only,
+        )  # fmt: skip
     except KeyboardInterrupt:
         display.note("stopped; start it again to go on")
         raise typer.Exit(130) from None

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from stepfold.cli import app
 from stepfold.config import Config
 from stepfold.display import Display
 from stepfold.errors import UserError
@@ -214,6 +216,10 @@ def test_costs_are_ratios_to_the_first_row_of_as_many_pairs() -> None:
     assert "| TBCM | 60 | 9.2 ± 1.2 | 0.52 | 550 ± 71 | 1.00 ± 0.00 | 0.50 | 138 | 412 | 2 |" in text
     claims = [line for line in text.splitlines() if line.startswith("| [T3]")]
     assert [line.split("|")[-2].strip() for line in claims] == ["reproduced", "reproduced"]
+    assert "TBCM takes 48% less" in claims[0] and "TBCM takes 50% less" in claims[1]
+    little = [cost_record(0.95, 1.9), cost_record(0.96, 1.9)]  # less, but not as the paper says
+    text = page(EXPERIMENTS, {"T3": {"TBCM": little, "sCM over images": slow}}, {})
+    assert text.count("% less | not reproduced |") == 2
     assert "milliseconds a pair: " in claims[0] and "GiB at most while training: " in claims[1]
 
 
@@ -393,3 +399,21 @@ def test_a_file_that_holds_no_sweep_is_refused(tmp_path: Path, damage: str) -> N
         recall(tmp_path / "paper.json", tmp_path / "runs" / "here")
     assert not (tmp_path / "runs").exists()
     assert recall(tmp_path / "nothing.json", tmp_path / "runs") == 0
+
+
+def test_a_page_of_what_is_known_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepfold.reproduction.runs.subprocess.run", None)
+    known = plan(EXPERIMENTS, ["T4"], [])[:3]
+    for run, record in zip(known, records(0.3, 0.2, 0.1), strict=True):
+        (tmp_path / "runs" / run.name).mkdir(parents=True)
+        (tmp_path / "runs" / run.name / SCORES).write_text(json.dumps(record))
+    command = ["reproduce", "--page-only", "--out", str(tmp_path / "runs"), "--page", str(tmp_path / "paper.md")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "paper.md").read_text()
+    assert "random 0.3000; logit-normal 0.2000; reference 0.1000" in text
+    kept = json.loads((tmp_path / "paper.json").read_text())
+    assert set(kept["runs"]) == {run.name for run in known} and kept["tables"]["T4"]["random"] == [known[0].name]
+    assert kept["tables"]["T6"]["r_final = 0.75"] == [known[2].name]
+    listed = CliRunner().invoke(app, [*command[:1], *command[2:], "--out", str(tmp_path / "elsewhere"), "--dry-run"])
+    assert listed.output.count("done   ") == 8  # T4's three, and the reference route in five more tables

@@ -48,9 +48,9 @@ def pictures_sharpen(figures: dict[str, Any], tables: Tables) -> Finding | None:
         return None
     errors = figures["walks"]["schemes"]["reference"]["picture_error"]
     third = len(errors) // 3
-    told = ", ".join(f"{errors[i]:.3g}" for i in (0, third, 2 * third, -1))
+    told = ", ".join(f"{errors[i]:.2g}" for i in (0, third, 2 * third, -2))
     falls = all(later < earlier for earlier, later in pairwise(errors))
-    here = f"its error to the walk's end, a third of the walk apart: {told} latent variances"
+    here = f"its error to the walk's end, from noise to the last step but one: {told} latent variances"
     return Finding(here, "reproduced" if falls else "not reproduced")
 
 

@@ -31,6 +31,7 @@ class Experiment(Section):
         worst_to_best: rows in the order that the claim puts them in, if it does.
         best: the row that the claim calls the best, if it does.
         beaten: the rows that `best` is claimed to beat; none means all others.
+        less_by: metric -> the share by which the paper's last row is below its first; half of it counts as reproduced.
         by: what the claim compares, less being better: FD at one step (for the paper's FID), seconds or memory.
         costs: whether the table is about time and memory alone; its students are not scored.
         equal_time: the row whose training time all other rows get once more, in runs of their own. What a step of each
@@ -46,6 +47,7 @@ class Experiment(Section):
     worst_to_best: tuple[str, ...] = ()
     best: str | None = None
     beaten: tuple[str, ...] = ()
+    less_by: dict[Metric, float] = Field(default={})
     by: tuple[Metric, ...] = ("fd",)
     costs: bool = False
     equal_time: str | None = None

@@ -218,7 +218,7 @@ def draw_stages(rows: Rows) -> "Figure":
         plots[0][0].barh(list(shown), widths, left=left, label=stage)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     plots[0][0].invert_yaxis()
-    plots[0][0].legend(fontsize=7)
+    plots[0][0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -267,6 +267,8 @@ TABLE_FIGURES: dict[str, tuple[str, str, Callable[[Rows], "Figure"]]] = {
 
 def draw_all(numbers: dict[str, Any], tables: dict[str, Rows], folder: Path) -> dict[str, str]:
     """Every figure that there are numbers for, as svg and png: name -> caption."""
+    from matplotlib import rc_context
+
     drawn = {}
     figures = {name: (caption, draw(numbers)) for name, (caption, draw) in WALK_FIGURES.items() if numbers}
     for name, (caption, table, draw) in TABLE_FIGURES.items():
@@ -276,7 +278,7 @@ def draw_all(numbers: dict[str, Any], tables: dict[str, Rows], folder: Path) -> 
     for name, (caption, figure) in figures.items():
         folder.mkdir(parents=True, exist_ok=True)
         for suffix in ("svg", "png"):
-            with writing(folder / f"{name}.{suffix}") as part:
+            with writing(folder / f"{name}.{suffix}") as part, rc_context({"svg.hashsalt": name}):  # equal, equal file
                 figure.savefig(part, format=suffix, dpi=120, metadata={"Date": None} if suffix == "svg" else {})
         drawn[name] = caption
     return drawn

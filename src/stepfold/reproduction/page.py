@@ -16,6 +16,7 @@ from stepfold.reproduction.records import (
     collect_scores,
     mean_and_spread,
     scored,
+    share_less,
     values_of,
     verdict,
     with_times,
@@ -144,6 +145,9 @@ def _summary(name: str, experiment: Experiment, rows: dict[str, Records], metric
     values = {row: [scale * value for value in values_of(records, metric)] for row, records in rows.items()}
     told = "; ".join(f"{row} {_number(*mean_and_spread(of), digits)}" for row, of in values.items() if of)
     answer = verdict(experiment, rows, metric) or NO_CLAIM
+    if metric in experiment.less_by and answer != "not run":
+        less = share_less(experiment, rows, metric)
+        told += f". {experiment.worst_to_best[-1]} takes {abs(100 * less):.0f}% {'less' if less >= 0 else 'more'}"
     equal_time = {row: rows.get(f"{row}{EQUAL_TIME_ROW}", records) for row, records in rows.items()}
     if equal_time != rows and (experiment.worst_to_best or experiment.best):
         answer = f"at equal pairs: {answer}; at equal time: {verdict(experiment, equal_time, metric)}"

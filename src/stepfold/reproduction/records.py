@@ -71,6 +71,12 @@ def is_less(a: list[float], b: list[float]) -> bool | None:
     return None if math.isnan(error) or abs(mean_a - mean_b) < 2 * error else mean_a < mean_b
 
 
+def share_less(experiment: Experiment, rows: dict[str, list[dict[str, Any]]], metric: Metric) -> float:
+    """By which share the claim's last row is below its first."""
+    first, last = (statistics.mean(values_of(rows[experiment.worst_to_best[i]], metric)) for i in (0, -1))
+    return 1 - last / first
+
+
 def verdict(experiment: Experiment, rows: dict[str, list[dict[str, Any]]], metric: Metric = "fd") -> Verdict | None:
     """What the seeds say about the claim, in one metric; None if there is no claim.
 
@@ -89,6 +95,8 @@ def verdict(experiment: Experiment, rows: dict[str, list[dict[str, Any]]], metri
     if any(len(of_row) < 2 for of_row in values.values()):
         return "not run"
     answers = [is_less(values[better], values[worse]) for better, worse in compared]
-    if False in answers:
+    if False in answers or (
+        metric in experiment.less_by and share_less(experiment, rows, metric) < experiment.less_by[metric] / 2
+    ):
         return "not reproduced"
     return "not distinguishable" if None in answers else "reproduced"

@@ -28,6 +28,7 @@ def sweep(
     workers: int,
     extra: list[str],
     images: Path | None,
+    page_only: bool = False,
 ) -> None:
     """Runs what is planned and not done, and writes the page of all tables, after an interruption too.
 
@@ -40,15 +41,17 @@ def sweep(
         workers: runs at once.
         extra: as for `plan`, like images.
         images: folder for the rows that need one.
+        page_only: run and measure nothing.
     """
     pictures = experiments.pictures
     try:
-        measure_figures(experiments, root, display)
-        reproduce([*planned, *plan_timing(experiments, planned)], root, display, pictures, workers)
-        reproduce(plan_equal_time(experiments, planned, root), root, display, pictures, workers)
-        measure_solvers(experiments, root, display)
+        if not page_only:
+            measure_figures(experiments, root, display)
+            reproduce([*planned, *plan_timing(experiments, planned)], root, display, pictures, workers)
+            reproduce(plan_equal_time(experiments, planned, root), root, display, pictures, workers)
+            measure_solvers(experiments, root, display)
+            draw_filter_examples(experiments, page.parent / "figures", display)
         draw_grids(experiments, planned, page.parent / "figures", root, display)
-        draw_filter_examples(experiments, page.parent / "figures", display)
     finally:
         everything = _with_short_and_equal_time(experiments, plan(experiments, [], extra, images), root)
         write_page(experiments, everything, root, page)
