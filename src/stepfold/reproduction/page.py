@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
 
+from stepfold.config import load_config
 from stepfold.reproduction.claims import CLAIMS, Finding
 from stepfold.reproduction.experiments import EQUAL_TIME_ROW, Experiment, Experiments, Metric, Run
 from stepfold.reproduction.figures import draw_all
@@ -32,8 +33,8 @@ INTRODUCTION = """\
 Written by `stepfold reproduce` from the scores in the json file beside this page; no number is typed by hand.
 
 The teacher is the bundled one. Every row is the preset `{preset}` with the settings named, sees the same number of
-pairs (28 to 32 a step) and is measured on the same {pictures} prompts and noises by the bundled judge; rows called
-"equal time" train for as long as their table's first row takes instead. What a step takes was measured apart, in two
+pairs ({steps} steps of 28 to 32) and is measured on the same {pictures} prompts and noises by the bundled judge;
+rows called "equal time" train for as long as their table's first row takes instead. What a step takes was measured apart, in two
 short runs of every row, one after the other with nothing else running. The learning rate is the preset's for all rows;
 none was tuned for itself. FD is a Frechet distance in the judge's features and
 stands for the paper's FID: the paper's numbers do not compare with ours, only the order of rows does. Numbers are
@@ -95,7 +96,11 @@ def page(
     lines = [
         "# The paper, run again",
         "",
-        INTRODUCTION.format(preset=experiments.preset, pictures=experiments.pictures),
+        INTRODUCTION.format(
+            preset=experiments.preset,
+            pictures=experiments.pictures,
+            steps=load_config(experiments.preset).training.steps,
+        ),
         "",
         "## Summary",
         "",
