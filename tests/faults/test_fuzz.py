@@ -344,8 +344,9 @@ CONTENTS = st.one_of(
 
 
 @fuzz(60)
-@given(data=st.data(), suffix=st.sampled_from(sorted(VALID)), near=st.booleans())
-def test_files_of_prompts(tmp_path_factory: pytest.TempPathFactory, data: Any, suffix: str, near: bool) -> None:
+@given(data=st.data())
+def test_files_of_prompts(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    suffix, near = data.draw(st.sampled_from(sorted(VALID))), data.draw(st.booleans())
     folder = tmp_path_factory.mktemp("prompts")
     content = data.draw(spoilt(VALID[suffix]) | CONTENTS)
     if suffix.endswith(".gz") and data.draw(st.booleans()):
@@ -399,12 +400,10 @@ def settings_text(draw: Any) -> str:
 
 
 @fuzz(60)
-@given(
-    text=settings_text(),
-    key=st.sampled_from(setting_names()) | TEXT,
-    value=TEXT | st.sampled_from(["2024-99-99", "[" * 500]),
-)
-def test_settings(tmp_path_factory: pytest.TempPathFactory, text: str, key: str, value: str) -> None:
+@given(data=st.data())
+def test_settings(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    text, key = data.draw(settings_text()), data.draw(st.sampled_from(setting_names()) | TEXT)
+    value = data.draw(TEXT | st.sampled_from(["2024-99-99", "[" * 500]))
     folder = tmp_path_factory.mktemp("settings")
     file = folder / "settings.yaml"
     file.write_bytes(text.encode("utf-8", "surrogateescape") if "\ud800" not in text else b"\xed\xa0\x80")
@@ -440,12 +439,15 @@ def fake_encode(texts: list[str]) -> Condition:
     return Condition(torch.randn(len(texts), 6, 4), mask, torch.randn(len(texts), 3))
 
 
-@pytest.fixture(scope="module")
-def conditions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "conditions"
+def make_conditions(folder: Path) -> Path:
     null = Condition(torch.randn(1, 6, 4), torch.ones(1, 6).long(), torch.randn(1, 3))
     encode_prompts(folder, KEY, Numbered(), fake_encode, null, torch.randn(4, 2, 2), batch=2)
     return folder
+
+
+@pytest.fixture(scope="module")
+def conditions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_conditions(tmp_path_factory.mktemp("whole") / "conditions")
 
 
 @fuzz(80)
@@ -479,9 +481,7 @@ def modules() -> tuple[dict[str, nn.Module], torch.optim.Optimizer]:
     return {"student": student, "average": average}, optimiser
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
+def make_run(folder: Path) -> Path:
     open_run(folder, load_config("demo"), resume=False).release()
     remember_prompts(folder, Path("prompts.txt"), 3, "abc")
     for step in (1, 2):
@@ -489,6 +489,11 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         append_metrics(folder, {"step": step - 1, "loss": 0.5, "kept": 1.0})
     save_file({"0": torch.randn(4, 2, 2)}, folder / "blacks.safetensors")
     return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("whole") / "run")
 
 
 def resume(folder: Path) -> None:
@@ -510,9 +515,9 @@ def resume(folder: Path) -> None:
 
 
 @fuzz(80)
-@given(data=st.data(), hidden=st.booleans())
-def test_run_folders(run_folder: Path, tmp_path_factory: pytest.TempPathFactory, data: Any, hidden: bool) -> None:
-    """`hidden`: the checksums are those of the changed files, as somebody with intent would leave them."""
+@given(data=st.data())
+def test_run_folders(run_folder: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    hidden = data.draw(st.booleans())  # the checksums are those of the changed files, as somebody with intent would do
     folder = tmp_path_factory.mktemp("run") / "copy"
     shutil.copytree(run_folder, folder)
     names = sorted(
@@ -544,10 +549,9 @@ PARTS = ("model_index.json", "transformer", "vae", "text_encoder", "tokenizer", 
 
 
 @fuzz(40)
-@given(data=st.data(), part=st.sampled_from(PARTS), student=st.booleans())
-def test_pipeline_folders(
-    tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory, data: Any, part: str, student: bool
-) -> None:
+@given(data=st.data())
+def test_pipeline_folders(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    part, student = data.draw(st.sampled_from(PARTS)), data.draw(st.booleans())
     folder = tmp_path_factory.mktemp("pipeline") / "copy"
     shutil.copytree(tiny_sana, folder)
     card = {"teacher": "emoji", "height": 32, "width": 32, "max_tokens": 16, "guidance": 4.5, "config": {}}

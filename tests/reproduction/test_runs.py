@@ -248,6 +248,7 @@ def test_equal_time_follows_from_what_steps_took_and_stays(tmp_path: Path) -> No
     runs = plan(EXPERIMENTS, ["T5"], [])
     timing = plan_timing(EXPERIMENTS, runs)
     assert {run.row for run in timing} == {f"N = {n}, timed" for n in (4, 8, 16, 32)}
+    assert all(run.alone and run.costs == (run.config.seed > 0) for run in timing)
     assert plan_equal_time(EXPERIMENTS, runs, tmp_path) == []
     for run in timing:
         assert run.config.training.steps == 12 and run.config.training.time_stages
@@ -271,7 +272,8 @@ def test_times_are_those_of_the_short_runs() -> None:
     rows = {"TBCM": records(0.2), "TBCM, equal time": records(0.1), "other": records(0.3)}
     short = records(9.0)[0] | {"sec_per_step": 0.25}
     short["student"] = {k: scores | {"images_per_sec": 70.0} for k, scores in short["student"].items()}
-    shown = with_times(rows | {"TBCM, timed": [short]})
+    unscored = {name: value for name, value in short.items() if name != "student"}
+    shown = with_times(rows | {"TBCM, timed": [short, unscored]})
     assert list(shown) == list(rows)
     assert [shown[row][0]["sec_per_step"] for row in rows] == [0.25, 0.25, None]
     assert [shown[row][0]["student"]["1"]["images_per_sec"] for row in rows] == [70.0, 70.0, None]

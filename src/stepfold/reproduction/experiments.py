@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -158,11 +158,15 @@ def make_run(experiments: Experiments, table: str, row: str, changes: tuple[str,
 def plan_timing(experiments: Experiments, runs: list[Run]) -> list[Run]:
     """Two short runs of every row of the tables that compare at equal time; they show what a step of it takes.
 
-    They are apart from `runs`, which may take days, and share the machine with other work.
+    They are apart from `runs`, which may take days, and share the machine with other work. The student of seed 0 is
+    scored too, alone on the machine, for its pictures a second.
     """
     timed = [run for run in runs if experiments.tables[run.table].equal_time and run.config.seed < 2]
     return [
-        make_run(experiments, run.table, run.row + TIMED_ROW, (PRESET + run.preset, *run.changes, *TIMED))
+        replace(
+            make_run(experiments, run.table, run.row + TIMED_ROW, (PRESET + run.preset, *run.changes, *TIMED)),
+            costs=run.config.seed > 0,
+        )
         for run in timed
     ]
 

@@ -33,9 +33,10 @@ def with_times(rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str
         times = timed.get(row.removesuffix(EQUAL_TIME_ROW), [])
         sec = mean_sec_per_step(times)
         shown[row] = [record | {"sec_per_step": sec} for record in records]
+        sampled = [record["student"] for record in times if "student" in record]
         for record in scored(shown[row]):
             rates = {
-                k: statistics.mean(t["student"][k]["images_per_sec"] for t in times) if times else None
+                k: statistics.mean(student[k]["images_per_sec"] for student in sampled) if sampled else None
                 for k in record["student"]
             }
             record["student"] = {k: scores | {"images_per_sec": rates[k]} for k, scores in record["student"].items()}
