@@ -585,6 +585,19 @@ def test_automatic_precision_follows_the_machine(
     assert choose_precision(differenced).training.precision == "no"
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_an_accelerator_counts_only_if_it_is_there(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """A torch that was built for CUDA names it on a machine that has none, as well."""
+    asked = []
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: there)
+    monkeypatch.setattr("stepfold.training.choices.has_bf16", lambda device: asked.append(device.type))
+    choose_precision(settings("training.precision=auto"))
+    assert asked == ["cuda" if there else "cpu"]
+
+
 def judged_gradients(
     teacher: SanaTeacher, config: Config, prompts: PromptFile, keep: list[bool] | None = None
 ) -> tuple[SanaStudent, Discriminator, dict[str, Tensor]]:

@@ -24,12 +24,18 @@ STATES_PER_WEIGHT = 5  # weight, gradient, AdamW's two moments, exponential movi
 
 def choose_precision(config: Config) -> Config:
     """`auto` becomes what this machine is faster with, so that the run folder says what was used."""
-    fast = "bf16" if has_bf16(torch.accelerator.current_accelerator() or torch.device("cpu")) else "no"
+    fast = "bf16" if has_bf16(device_here()) else "no"
     names = ("precision", "rollout_precision")
     changes = {name: fast for name in names if getattr(config.training, name) == "auto"}
     if "precision" in changes and config.training.tangent == "finite_difference":
         changes["precision"] = "no"  # rounding would swamp the difference
     return config.model_copy(update={"training": config.training.model_copy(update=changes)})
+
+
+def device_here() -> torch.device:
+    """The accelerator, if there is one; a torch that was built for one names it even on a machine without."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
 
 
 def has_bf16(device: torch.device) -> bool:
