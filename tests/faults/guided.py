@@ -12,6 +12,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ with atheris.instrument_imports(include=["stepfold"]):
     import test_fuzz
     from tiny import make_sana
 
-from stepfold.display import quiet_libraries
+    from stepfold.display import quiet_libraries
 
 
-LENGTH = 4096  # bytes that hypothesis draws a case from
+LENGTH = 8192  # bytes that hypothesis may draw a case from
 
 
 class Folders:
@@ -45,7 +46,9 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in tests:
         raise SystemExit(f"usage: python {sys.argv[0]} {{{','.join(tests)}}} [FOLDER] [-max_total_time=SECONDS]")
     name = sys.argv.pop(1)
-    below = Path(tempfile.mkdtemp(prefix="guided"))
+    below = Path(tempfile.gettempdir()) / f"stepfold-guided-{name}"
+    shutil.rmtree(below, ignore_errors=True)  # an earlier call's: atheris leaves the process without a word
+    below.mkdir()
     fixtures: dict[str, Any] = {"tmp_path_factory": Folders(below)}
     if name == "encoded_prompts":
         fixtures["conditions"] = test_fuzz.make_conditions(below / "conditions")
@@ -60,17 +63,17 @@ def main() -> None:
     def case(data: Any) -> None:
         tests[name].hypothesis.inner_test(**fixtures, data=data)
 
-    for folder in map(Path, sys.argv[1:]):
-        if folder.is_dir() and not any(folder.iterdir()):  # a case takes many bytes; from none they would grow slowly
-            for seed in range(50):
-                (folder / str(seed)).write_bytes(random.Random(seed).randbytes(LENGTH))
+    counts = Counter[bool]()
+
+    def one(data: bytes) -> None:
+        """What hypothesis needs beyond the given bytes follows from them, so that short ones make whole cases too."""
+        counts[case.hypothesis.fuzz_one_input(data + random.Random(data).randbytes(LENGTH)) is not None] += 1
+        if sum(counts.values()) % 500 == 0:
+            print(counts[True], "whole cases;", dict(sorted(test_fuzz.OUTCOMES.items())), file=sys.stderr, flush=True)
+
     quiet_libraries()
-    options = [sys.argv[0], f"-max_len={LENGTH}", "-len_control=0", "-timeout=120", *sys.argv[1:]]
-    atheris.Setup(options, case.hypothesis.fuzz_one_input)
-    try:
-        atheris.Fuzz()
-    finally:
-        shutil.rmtree(below)
+    atheris.Setup([sys.argv[0], f"-max_len={LENGTH}", "-timeout=120", *sys.argv[1:]], one)
+    atheris.Fuzz()
 
 
 if __name__ == "__main__":

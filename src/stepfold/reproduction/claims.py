@@ -62,7 +62,8 @@ def encoder_takes_memory(figures: dict[str, Any], tables: Tables) -> Finding | N
     if not whole or not without:
         return None
     share = 1 - statistics.mean(without) / statistics.mean(whole)
-    here = f"sCM's peak is {100 * share:.0f}% lower with latents encoded before; this autoencoder is tiny, at 64 pixels"
+    change = f"{abs(100 * share):.0f}% {'lower' if share > 0 else 'higher'}"
+    here = f"sCM's peak is {change} with latents encoded before; this autoencoder is tiny, at 64 pixels"
     return Finding(here, "reproduced" if share > VAE_SHARE / 2 else "not reproduced")
 
 
