@@ -14,6 +14,7 @@ from stepfold.maths.filters import darkness
 from stepfold.maths.formulations import data_prediction, equivalent_noise, interpolate
 from stepfold.maths.routes import half_pi
 from stepfold.randomness import normal
+from stepfold.reproduction.experiments import EQUAL_TIME_ROW
 from stepfold.spaces.generation import Trajectory, walk
 from stepfold.teachers.contract import Condition, Teacher
 from stepfold.training.draws import draw_route
@@ -188,24 +189,30 @@ def draw_darkness(numbers: dict[str, Any]) -> "Figure":
 
 
 def draw_quality_and_cost(rows: Rows) -> "Figure":
-    """FD at one step against the time that training took, mean and standard deviation over the seeds."""
-    figure, plots = _plots(1, 1, "training, minutes", size=5)
+    """FD at one step against the time that training took, mean and standard deviation over the seeds.
+
+    A method has one colour, filled at equal pairs and hollow at equal time.
+    """
+    figure, plots = _plots(1, 1, "training, minutes", size=8)
+    colours = {row: f"C{i}" for i, row in enumerate(dict.fromkeys(row.removesuffix(EQUAL_TIME_ROW) for row in rows))}
     for row, records in rows.items():
         timed = [r for r in records if r.get("sec_per_step") is not None]
         if timed:
             fd = torch.tensor([r["student"]["1"]["fd"] for r in timed])
             minutes = torch.tensor([r["steps"] * r["sec_per_step"] / 60 for r in timed])
             plots[0][0].errorbar(
-                minutes.mean(), fd.mean(), yerr=fd.std(correction=1) if len(fd) > 1 else None, fmt="o", label=row
-            )
-    plots[0][0].set(ylabel="FD at one step")
-    plots[0][0].legend(fontsize=7)
+                minutes.mean(), fd.mean(), yerr=fd.std(correction=1) if len(fd) > 1 else None, fmt="o", label=row,
+                color=colours[row.removesuffix(EQUAL_TIME_ROW)],
+                markerfacecolor="white" if row.endswith(EQUAL_TIME_ROW) else None,
+            )  # fmt: skip
+    plots[0][0].set(ylabel="FD at one step", ylim=(0, None))
+    plots[0][0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
 def draw_stages(rows: Rows) -> "Figure":
     """Fig. 4: what a step's time goes to, of the rows that train on as many pairs as the first."""
-    figure, plots = _plots(1, 1, "milliseconds a step", size=6)
+    figure, plots = _plots(1, 1, "milliseconds a step", size=8)
     timed = {row: [r for r in records if r.get("stages_sec")] for row, records in rows.items()}
     timed = {row: records for row, records in timed.items() if records}
     pairs = next(iter(timed.values()))[0]["pairs_per_step"]
@@ -258,7 +265,7 @@ WALK_FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], "Figure"]]] = {
 """name -> caption and how it is drawn from what `measure_figures` kept."""
 
 TABLE_FIGURES: dict[str, tuple[str, str, Callable[[Rows], "Figure"]]] = {
-    "quality_and_cost": ("Quality against the cost of training.", "T2", draw_quality_and_cost),
+    "quality_and_cost": ("Quality against the cost of training; hollow: at equal time.", "T2", draw_quality_and_cost),
     "stages": ("What a training step's time goes to (paper, Fig. 4).", "T3", draw_stages),
     "memory": ("Memory against the pairs of a step (paper, Fig. 1).", "T3", draw_memory),
 }
