@@ -15,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import PROMPTS
+from torch.torch_version import TorchVersion
 
 from stepfold.config import load_config
 from stepfold.errors import UserError
 from stepfold.prompts.reading import open_prompts
 from stepfold.teachers.loading import load_teacher
 from stepfold.training.draws import draw
-from stepfold.training.processes import Processes, lost_process
+from stepfold.training.processes import Processes, lost_process, shard
 from stepfold.training.runs import read_metrics
 
 CPU = torch.device("cpu")
@@ -215,3 +216,9 @@ def test_what_does_not_go_with_sharding(change: str, way_out: str) -> None:
     changes = ["optimiser.name=adamw", "training.shard=student", change]
     with pytest.raises(UserError, match=rf"does not go with training.shard=student; .*{way_out}"):
         load_config("default", changes, teacher__source="x", prompts="y")
+
+
+def test_sharding_needs_a_torch_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1+cu130"))
+    with pytest.raises(UserError, match=r"needs torch 2\.13 or newer, this is 2\.12\.1\+cu130; .*training\.shard=none"):
+        shard(torch.nn.Linear(2, 2), Processes(count=2))

@@ -21,6 +21,8 @@ from stepfold.errors import UserError
 
 BUCKET = 2**26
 """Gradients that are summed in one message, in numbers."""
+SHARDS_SINCE = "2.13"
+"""The torch whose FSDP2 gathers weights inside a tangent pass; older ones were tried and fail there."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,15 @@ def shard(network: nn.Module, processes: Processes, *methods: str) -> None:
         network: equal in all processes.
         processes: more than one.
         methods: names of methods beside `forward` that need whole weights.
+
+    Raises:
+        UserError: this torch cannot carry tangents through spread weights.
     """
+    if torch.__version__ < SHARDS_SINCE:
+        raise UserError(
+            f"training.shard needs torch {SHARDS_SINCE} or newer, this is {torch.__version__}; "
+            "install a newer one, or leave the weights whole with training.shard=none"
+        )
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # nothing changes it in place
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     for block in blocks_of(network):
