@@ -3,6 +3,8 @@
 import json
 import re
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from stepfold.cli import app
 from stepfold.config import Config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.evaluation.protocol import EMOJI
 from stepfold.reproduction.claims import (
     BACKWARD,
     CLAIMS,
@@ -32,7 +35,7 @@ from stepfold.reproduction.kept import recall
 from stepfold.reproduction.page import page, write_page
 from stepfold.reproduction.pictures import draw_filter_examples, draw_grids
 from stepfold.reproduction.records import SCORES, collect_scores, verdict, with_times
-from stepfold.reproduction.runs import costs, measure_figures, measure_solvers, plan_equal_time, reproduce
+from stepfold.reproduction.runs import costs, measure_figures, measure_solvers, plan_equal_time, reproduce, score
 
 EXPERIMENTS = load_experiments()
 
@@ -419,3 +422,23 @@ def test_a_page_of_what_is_known_runs_nothing(tmp_path: Path, monkeypatch: pytes
     assert kept["tables"]["T6"]["r_final = 0.75"] == [known[2].name]
     listed = CliRunner().invoke(app, [*command[:1], *command[2:], "--out", str(tmp_path / "elsewhere"), "--dry-run"])
     assert listed.output.count("done   ") == 8  # T4's three, and the reference route in five more tables
+
+
+def test_workers_load_models_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at once took each other's defaults, and a teacher was left without numbers ("Cannot copy out of meta")."""
+    loading, most = [0], [0]
+
+    def slow(*args: Any) -> tuple[None, None, dict[str, Any]]:
+        loading[0] += 1
+        most[0] = max(most[0], loading[0])
+        time.sleep(0.05)
+        loading[0] -= 1
+        return None, None, {"config": {"prompts": "x"}}
+
+    for name in ("load_student", "load_teacher", "load_judge"):
+        monkeypatch.setattr(f"stepfold.reproduction.runs.{name}", slow)
+    monkeypatch.setattr("stepfold.reproduction.runs.measure_teacher", lambda *args: tmp_path / "none.json")
+    with ThreadPoolExecutor(3) as pool:
+        ended = [pool.submit(score, tmp_path, EMOJI, tmp_path) for _ in range(3)]
+    assert all(isinstance(future.exception(), FileNotFoundError) for future in ended)  # after loading
+    assert most == [1]

@@ -6,6 +6,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
@@ -46,6 +47,8 @@ from stepfold.training.distill import BESIDE_STEPS
 from stepfold.training.runs import read_metrics, writing
 
 DIVERGED = 3  # exit code of `stepfold distill` after a non-finite loss
+LOADING = threading.Lock()
+"""Held while models load: diffusers and transformers change defaults of torch meanwhile, for all threads."""
 EQUAL_TIME, FIGURES = "equal_time.json", "figures.json"
 
 
@@ -156,10 +159,11 @@ def distill_command(run: Run, folder: Path) -> list[str]:
 
 def score(student_folder: Path, protocol: Protocol, root: Path) -> dict[str, Any]:
     """A student's rows; the agreement is with the teacher's pictures that `measure_teacher` kept in `root`."""
-    _, student, card = load_student(student_folder, "cpu")
-    config = Config.model_validate(card["config"])
-    teacher = load_teacher(config.teacher, "cpu")
-    judge = load_judge(assets.JUDGE, torch.device("cpu"))
+    with LOADING:
+        _, student, card = load_student(student_folder, "cpu")
+        config = Config.model_validate(card["config"])
+        teacher = load_teacher(config.teacher, "cpu")
+        judge = load_judge(assets.JUDGE, torch.device("cpu"))
     note = measure_teacher(teacher, judge, protocol, root)
     reference = load_file(note.with_suffix(".safetensors"))["x0"]
     samplers: dict[str, Sampler] = {
