@@ -1,4 +1,4 @@
-# stepfold with CUDA: docker build -t stepfold . && docker run --gpus all -v "$PWD:/work" stepfold doctor ./my-sana
+# stepfold with CUDA: docker build -t stepfold . && docker run --gpus all -v "$PWD:/workspace" stepfold doctor ./my-sana
 # torch from pip's default index brings CUDA's libraries along; the host needs only the driver and the NVIDIA container toolkit.
 FROM python:3.12-slim-bookworm
 
@@ -16,7 +16,7 @@ RUN pip install --no-cache-dir -c /opt/stepfold/constraints.txt "/opt/stepfold[l
 
 # no root; what a run writes belongs to whoever is named here: docker run --user "$(id -u):$(id -g)"
 USER 1000
-ENV HF_HOME=/work/.cache/huggingface
-WORKDIR /work
+ENV HF_HOME=/workspace/.cache/huggingface
+WORKDIR /workspace
 ENTRYPOINT ["stepfold"]
 CMD ["--help"]

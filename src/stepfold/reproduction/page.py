@@ -34,7 +34,7 @@ Written by `stepfold reproduce` from the scores in the json file beside this pag
 
 The teacher is the bundled one. Every row is the preset `{preset}` with the settings named, sees the same number of
 pairs ({steps} steps of 28 to 32) and is measured on the same {pictures} prompts and noises by the bundled judge;
-rows called "equal time" train for as long as their table's first row takes instead. What a step takes was measured
+rows called "equal time" train for as long as the preset's own row takes instead. What a step takes was measured
 apart, in two short runs of every row, one after the other with nothing else running. The learning rate is the
 preset's for all rows; none was tuned for itself. FD is a Frechet distance in the judge's features and stands for
 the paper's FID: the paper's numbers do not compare with ours, only the order of rows does. Numbers are mean ±
