@@ -21,8 +21,9 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/stepfold distill --preset demo --out runs/demo
 
+# A file at a time to each process, one process a core; more than four would share too little memory.
 test: .venv/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 check: lint types docs test
 

@@ -1,11 +1,17 @@
 """Tiny saved pipelines and a file of prompts, for all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tiny import PROMPTS, make_sana
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # each with its share of the cores, and so the processes that its tests start
+    torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)

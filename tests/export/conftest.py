@@ -21,6 +21,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sd1": tiny.make_sd1,
     "sdxl": tiny.make_sdxl,
     "pixart": tiny.make_pixart,
+    "lumina": tiny.make_lumina2,
+    "wan": tiny.make_wan,
 }
 
 
@@ -81,7 +83,7 @@ def draw(name, folder, pipe, steps=2):
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(7)
     call = card["calls"][str(steps)]
-    drawn[name] = pipe(card["example"], latents=tensors[name], output_type="latent", **call).images
+    drawn[name] = pipe(card["example"], latents=tensors[name], output_type="latent", return_dict=False, **call)[0]
 """
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from diffusers import (
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
 )
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import Tensor
@@ -30,20 +32,23 @@ SDXL: dict[str, Any] = dict(
     attention_head_dim=[5, 10, 20],
 )  # fmt: skip
 SD35: dict[str, Any] = dict(qk_norm="rms_norm", dual_attention_layers=tuple(range(13)), num_layers=24)
+WAN_SMALL: dict[str, Any] = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 
 
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
-        (UNet2DConditionModel, dict(cross_attention_dim=768)),
-        (UNet2DConditionModel, SDXL),
-        (SD3Transformer2DModel, dict(num_layers=24)),
-        (SD3Transformer2DModel, SD35),
-        (FluxTransformer2DModel, dict(guidance_embeds=True)),
-        (FluxTransformer2DModel, {}),
-        (SanaTransformer2DModel, {}),
+        pytest.param(UNet2DConditionModel, dict(cross_attention_dim=768), id="sd1"),
+        pytest.param(UNet2DConditionModel, SDXL, id="sdxl"),
+        pytest.param(SD3Transformer2DModel, dict(num_layers=24), id="sd3"),
+        pytest.param(SD3Transformer2DModel, SD35, id="sd3.5-medium"),
+        pytest.param(FluxTransformer2DModel, dict(guidance_embeds=True), id="flux-dev"),
+        pytest.param(FluxTransformer2DModel, {}, id="flux-schnell"),
+        pytest.param(SanaTransformer2DModel, {}, id="sana-1.6b"),
+        pytest.param(Lumina2Transformer2DModel, {}, id="lumina-2"),
+        pytest.param(WanTransformer3DModel, WAN_SMALL, id="wan-1.3b"),
+        pytest.param(WanTransformer3DModel, {}, id="wan-14b"),
     ],
-    ids=["sd1", "sdxl", "sd3", "sd3.5-medium", "flux-dev", "flux-schnell", "sana-1.6b"],
 )
 def test_networks_of_real_size_come_back_to_the_bit(kind: Any, config: dict[str, Any]) -> None:
     """The map moves rows, so a row is one random number here: so many, and all different, at every published size."""
@@ -65,6 +70,8 @@ def test_names_are_those_of_the_checkpoints(student_of: Callable[..., Path]) -> 
         "sdxl": "model.diffusion_model.label_emb.0.0.weight",
         "sd3": "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
         "flux": "double_blocks.0.img_attn.norm.key_norm.scale",
+        "lumina": "context_refiner.0.attention_norm1.weight",
+        "wan": "blocks.0.self_attn.norm_q.weight",
     }
     for family, name in wanted.items():
         teacher, _, _ = load_merged(student_of(family), "cpu")
@@ -85,9 +92,9 @@ pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **{{part: network}})
 def test_a_fresh_process_draws_the_students_latents(
     student_of: Callable[..., Path], fresh: Callable[..., dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    """FLUX is not here: diffusers' loader knows its published width only, which a tiny network does not have."""
+    """FLUX and Lumina are not here: diffusers' loaders know their published widths only."""
     pipes = {}
-    for family in ("sd1", "sdxl", "sd3", "first sana"):
+    for family in ("sd1", "sdxl", "sd3", "first sana", "wan"):
         student = student_of(family)
         file = run_export(student, "single-file", tmp_path / f"{family}.safetensors", force=False)
         pipes[family] = student, PIPE

@@ -124,6 +124,63 @@ SANA = table("""
     proj_out                                          final_layer.linear
 """)
 
+LUMINA = table("""
+    x_embedder                                        x_embedder
+    time_caption_embed.timestep_embedder.linear_1     t_embedder.mlp.0
+    time_caption_embed.timestep_embedder.linear_2     t_embedder.mlp.2
+    time_caption_embed.caption_embedder.0             cap_embedder.0
+    time_caption_embed.caption_embedder.1             cap_embedder.1
+    context_refiner.*.norm1                           context_refiner.*.attention_norm1
+    norm_out.linear_1                                 final_layer.adaLN_modulation.1
+    norm_out.linear_2                                 final_layer.linear
+""") | {
+    f"{blocks}.*.{name}": f"{blocks}.*.{original}"
+    for blocks in ("noise_refiner", "context_refiner", "layers")
+    for name, original in table("""
+        attn.to_q                attention.qkv[0]
+        attn.to_k                attention.qkv[1]
+        attn.to_v                attention.qkv[2]
+        attn.norm_q              attention.q_norm
+        attn.norm_k              attention.k_norm
+        attn.to_out.0            attention.out
+        feed_forward.linear_1    feed_forward.w1
+        feed_forward.linear_2    feed_forward.w2
+        feed_forward.linear_3    feed_forward.w3
+        norm1.linear             adaLN_modulation.1
+        norm1.norm               attention_norm1
+        norm2                    attention_norm2
+        ffn_norm1                ffn_norm1
+        ffn_norm2                ffn_norm2
+    """).items()
+}  # fmt: skip
+
+WAN = table("""
+    patch_embedding                                   patch_embedding
+    condition_embedder.time_embedder.linear_1         time_embedding.0
+    condition_embedder.time_embedder.linear_2         time_embedding.2
+    condition_embedder.time_proj                      time_projection.1
+    condition_embedder.text_embedder.linear_1         text_embedding.0
+    condition_embedder.text_embedder.linear_2         text_embedding.2
+    blocks.*.scale_shift_table                        blocks.*.modulation
+    blocks.*.attn1.to_q                               blocks.*.self_attn.q
+    blocks.*.attn1.to_k                               blocks.*.self_attn.k
+    blocks.*.attn1.to_v                               blocks.*.self_attn.v
+    blocks.*.attn1.norm_q                             blocks.*.self_attn.norm_q
+    blocks.*.attn1.norm_k                             blocks.*.self_attn.norm_k
+    blocks.*.attn1.to_out.0                           blocks.*.self_attn.o
+    blocks.*.attn2.to_q                               blocks.*.cross_attn.q
+    blocks.*.attn2.to_k                               blocks.*.cross_attn.k
+    blocks.*.attn2.to_v                               blocks.*.cross_attn.v
+    blocks.*.attn2.norm_q                             blocks.*.cross_attn.norm_q
+    blocks.*.attn2.norm_k                             blocks.*.cross_attn.norm_k
+    blocks.*.attn2.to_out.0                           blocks.*.cross_attn.o
+    blocks.*.norm2                                    blocks.*.norm3
+    blocks.*.ffn.net.0.proj                           blocks.*.ffn.0
+    blocks.*.ffn.net.2                                blocks.*.ffn.2
+    scale_shift_table                                 head.modulation
+    proj_out                                          head.head
+""")
+
 UNET = table("""
     conv_in                                           input_blocks.0.0
     time_embedding.linear_1                           time_embed.0
@@ -198,19 +255,25 @@ def layout(network: Any) -> Callable[[str], str | None]:
         UserError: no layout is known for this class of networks.
     """
     config, kind = network.config, type(network).__name__
-    if kind == "FluxTransformer2DModel":
-        return partial(from_table, names=FLUX)
     if kind == "SD3Transformer2DModel":  # the last block's text stream ends in a norm like the final layer's
         last = f"{config.num_layers - 1}"
         norm = "transformer_blocks.*.norm1_context.linear"
         return partial(from_table, names=SD3 | {norm.replace("*", last): SD3[norm].replace("*", last) + "[1,0]"})
-    if kind == "SanaTransformer2DModel":
-        return partial(from_table, names=SANA)
+    if kind in NAMES:
+        return partial(from_table, names=NAMES[kind])
     if kind == "UNet2DConditionModel" and isinstance(config.layers_per_block, int):
         attends = ["CrossAttn" in block for block in config.up_block_types]
         return partial(from_unet, layers=config.layers_per_block, attends=attends)
     raise UserError(f"no single-file layout of a {kind} is known that could be checked here; use --to pipeline")
 
+
+NAMES = {
+    "FluxTransformer2DModel": FLUX,
+    "Lumina2Transformer2DModel": LUMINA,
+    "SanaTransformer2DModel": SANA,
+    "WanTransformer3DModel": WAN,
+}
+"""The tables that hold for a class of networks as they stand."""
 
 PREFIXES = {"UNet2DConditionModel": "model.diffusion_model.", "SD3Transformer2DModel": "model.diffusion_model."}
 """What precedes the names in the original checkpoints of a class of networks."""
