@@ -13,23 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stepfold.errors import UserError
-from stepfold.export.single_file import SANA, from_table, pieces_of, table
+from stepfold.export.single_file import SANA, from_table, pieces_of
 from stepfold.teachers.folders import first_line, load_index, load_pipeline
 from stepfold.teachers.loading import folder_of
 from stepfold.teachers.pipeline import SIGMA_DATA
 from stepfold.training.runs import writing
-
-NORMS_AND_GUIDANCE = table("""
-    time_embed.timestep_embedder.linear_1             t_embedder.mlp.0
-    time_embed.timestep_embedder.linear_2             t_embedder.mlp.2
-    time_embed.guidance_embedder.linear_1             cfg_embedder.mlp.0
-    time_embed.guidance_embedder.linear_2             cfg_embedder.mlp.2
-    transformer_blocks.*.attn1.norm_q                 blocks.*.attn.q_norm
-    transformer_blocks.*.attn1.norm_k                 blocks.*.attn.k_norm
-    transformer_blocks.*.attn2.norm_q                 blocks.*.cross_attn.q_norm
-    transformer_blocks.*.attn2.norm_k                 blocks.*.cross_attn.k_norm
-""")
-"""What Sana 1.5 and Sana-Sprint have besides."""
 
 UNUSED = ("pos_embed", "y_embedder.y_embedding", "logvar_linear.")
 """What a network in use has no need of: fixed positions, the empty prompt of training, the adaptive weight's head."""
@@ -81,7 +69,7 @@ def network_of(state: Mapping[str, Tensor], config: Mapping[str, Any], time_scal
     wanted: dict[str, dict[int, str]] = defaultdict(dict)
     ours = network.state_dict()
     for name in ours:
-        original, (place,) = pieces_of(from_table(name, SANA | NORMS_AND_GUIDANCE) or name)
+        original, (place,) = pieces_of(from_table(name, SANA) or name)
         wanted[original][place] = name
     found: dict[str, Tensor] = {}
     for original, pieces in wanted.items():

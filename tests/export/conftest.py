@@ -21,6 +21,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sd1": tiny.make_sd1,
     "sdxl": tiny.make_sdxl,
     "pixart": tiny.make_pixart,
+    "dit": tiny.make_dit,
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
 }

@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     FluxTransformer2DModel,
     Lumina2Transformer2DModel,
+    PixArtTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -17,6 +18,7 @@ from diffusers import (
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import Tensor
 
+from stepfold.converting import convert
 from stepfold.errors import UserError
 from stepfold.export.single_file import original_state
 from stepfold.jobs import run_export
@@ -88,6 +90,36 @@ pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **{{part: network}})
 """
 
 
+def test_pixart_has_the_names_of_its_authors() -> None:
+    """diffusers has no loader for them that could be asked; names and shapes of their XL/2 network instead."""
+    with torch.device("meta"):
+        network = PixArtTransformer2DModel(
+            cross_attention_dim=1152, caption_channels=4096, use_additional_conditions=False
+        )
+    d = 1152
+    whole = {
+        "x_embedder.proj": (d, 4, 2, 2), "t_embedder.mlp.0": (d, 256), "t_embedder.mlp.2": (d, d),
+        "t_block.1": (6 * d, d), "final_layer.linear": (32, d),
+        "y_embedder.y_proj.fc1": (d, 4096), "y_embedder.y_proj.fc2": (d, d),
+    }  # fmt: skip
+    block = {
+        "attn.qkv": (3 * d, d), "attn.proj": (d, d), "cross_attn.q_linear": (d, d), "cross_attn.kv_linear": (2 * d, d),
+        "cross_attn.proj": (d, d), "mlp.fc1": (4 * d, d), "mlp.fc2": (d, 4 * d),
+    }  # fmt: skip
+    whole |= {f"blocks.{i}.{name}": shape for i in range(28) for name, shape in block.items()}
+    wanted = {f"{name}.weight": shape for name, shape in whole.items()}
+    wanted |= {f"{name}.bias": shape[:1] for name, shape in whole.items()}
+    wanted |= {"final_layer.scale_shift_table": (2, d)} | {f"blocks.{i}.scale_shift_table": (6, d) for i in range(28)}
+    assert {name: tuple(value.shape) for name, value in original_state(network).items()} == wanted
+
+    rows = {name: torch.full((1,), float(i)) for i, name in enumerate(network.state_dict())}
+    network.state_dict = lambda: rows
+    joined = original_state(network)
+    for original, attention, parts in (("attn.qkv", "attn1", "qkv"), ("cross_attn.kv_linear", "attn2", "kv")):
+        order = [float(rows[f"transformer_blocks.5.{attention}.to_{part}.weight"]) for part in parts]
+        assert joined[f"blocks.5.{original}.weight"].tolist() == order
+
+
 @pytest.mark.slow
 def test_a_fresh_process_draws_the_students_latents(
     student_of: Callable[..., Path], fresh: Callable[..., dict[str, Tensor]], tmp_path: Path
@@ -109,9 +141,26 @@ def test_a_fresh_process_draws_the_students_latents(
     assert relative(drawn["lora"], drawn["sd1"]) > 1e-2
 
 
+def test_what_diffusers_cannot_read_our_own_converter_can(
+    student_of: Callable[..., Path], tiny_sana: Path, tmp_path: Path
+) -> None:
+    """Norms of queries and keys, as in Sana 1.5, and an embedded guidance, as in Sana-Sprint."""
+    student = student_of("sana")
+    file = run_export(student, "single-file", tmp_path / "sana.safetensors", force=False)
+    convert(file, str(tiny_sana), tmp_path / "again", 1)
+    kind: Any = SanaTransformer2DModel
+    ours, theirs = (
+        kind.from_pretrained(folder / "transformer").state_dict() for folder in (student, tmp_path / "again")
+    )
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any(".norm_q." in name for name in ours) and any("guidance" in name for name in ours)
+
+
 def test_what_has_no_place_is_refused(student_of: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no single-file layout of a PixArtTransformer2DModel .* --to pipeline"):
-        run_export(student_of("pixart"), "single-file", tmp_path / "x.safetensors", force=False)
-    with pytest.raises(UserError, match=r"has no place for time_embed\.\S+; use --to pipeline"):
-        run_export(student_of("sana"), "single-file", tmp_path / "x.safetensors", force=False)
+    with pytest.raises(UserError, match=r"no single-file layout of a DiTTransformer2DModel .* --to pipeline"):
+        run_export(student_of("dit"), "single-file", tmp_path / "x.safetensors", force=False)
     assert list(tmp_path.iterdir()) == []
+    with torch.device("meta"):
+        from_pictures = WanTransformer3DModel(image_dim=8)
+    with pytest.raises(UserError, match=r"has no place for condition_embedder\.image_embedder\S+; use --to pipeline"):
+        original_state(from_pictures)

@@ -100,14 +100,13 @@ SD3 = table("""
     proj_out                                          final_layer.linear
 """)
 
-SANA = table("""
-    patch_embed.proj                                  x_embedder.proj
-    time_embed.emb.timestep_embedder.linear_1         t_embedder.mlp.0
-    time_embed.emb.timestep_embedder.linear_2         t_embedder.mlp.2
-    time_embed.linear                                 t_block.1
+PIXART = table("""
+    pos_embed.proj                                    x_embedder.proj
+    adaln_single.emb.timestep_embedder.linear_1       t_embedder.mlp.0
+    adaln_single.emb.timestep_embedder.linear_2       t_embedder.mlp.2
+    adaln_single.linear                               t_block.1
     caption_projection.linear_1                       y_embedder.y_proj.fc1
     caption_projection.linear_2                       y_embedder.y_proj.fc2
-    caption_norm                                      attention_y_norm
     transformer_blocks.*.scale_shift_table            blocks.*.scale_shift_table
     transformer_blocks.*.attn1.to_q                   blocks.*.attn.qkv[0]
     transformer_blocks.*.attn1.to_k                   blocks.*.attn.qkv[1]
@@ -117,11 +116,29 @@ SANA = table("""
     transformer_blocks.*.attn2.to_k                   blocks.*.cross_attn.kv_linear[0]
     transformer_blocks.*.attn2.to_v                   blocks.*.cross_attn.kv_linear[1]
     transformer_blocks.*.attn2.to_out.0               blocks.*.cross_attn.proj
+    transformer_blocks.*.ff.net.0.proj                blocks.*.mlp.fc1
+    transformer_blocks.*.ff.net.2                     blocks.*.mlp.fc2
+    scale_shift_table                                 final_layer.scale_shift_table
+    proj_out                                          final_layer.linear
+""")
+
+SANA = PIXART | table("""
+    patch_embed.proj                                  x_embedder.proj
+    time_embed.emb.timestep_embedder.linear_1         t_embedder.mlp.0
+    time_embed.emb.timestep_embedder.linear_2         t_embedder.mlp.2
+    time_embed.timestep_embedder.linear_1             t_embedder.mlp.0
+    time_embed.timestep_embedder.linear_2             t_embedder.mlp.2
+    time_embed.guidance_embedder.linear_1             cfg_embedder.mlp.0
+    time_embed.guidance_embedder.linear_2             cfg_embedder.mlp.2
+    time_embed.linear                                 t_block.1
+    caption_norm                                      attention_y_norm
+    transformer_blocks.*.attn1.norm_q                 blocks.*.attn.q_norm
+    transformer_blocks.*.attn1.norm_k                 blocks.*.attn.k_norm
+    transformer_blocks.*.attn2.norm_q                 blocks.*.cross_attn.q_norm
+    transformer_blocks.*.attn2.norm_k                 blocks.*.cross_attn.k_norm
     transformer_blocks.*.ff.conv_inverted             blocks.*.mlp.inverted_conv.conv
     transformer_blocks.*.ff.conv_depth                blocks.*.mlp.depth_conv.conv
     transformer_blocks.*.ff.conv_point                blocks.*.mlp.point_conv.conv
-    scale_shift_table                                 final_layer.scale_shift_table
-    proj_out                                          final_layer.linear
 """)
 
 LUMINA = table("""
@@ -264,12 +281,13 @@ def layout(network: Any) -> Callable[[str], str | None]:
     if kind == "UNet2DConditionModel" and isinstance(config.layers_per_block, int):
         attends = ["CrossAttn" in block for block in config.up_block_types]
         return partial(from_unet, layers=config.layers_per_block, attends=attends)
-    raise UserError(f"no single-file layout of a {kind} is known that could be checked here; use --to pipeline")
+    raise UserError(f"no single-file layout of a {kind} is known; use --to pipeline")
 
 
 NAMES = {
     "FluxTransformer2DModel": FLUX,
     "Lumina2Transformer2DModel": LUMINA,
+    "PixArtTransformer2DModel": PIXART,
     "SanaTransformer2DModel": SANA,
     "WanTransformer3DModel": WAN,
 }
@@ -280,7 +298,7 @@ PREFIXES = {"UNet2DConditionModel": "model.diffusion_model.", "SD3Transformer2DM
 
 
 def original_state(network: Any) -> dict[str, Tensor]:
-    """A network's tensors under their original names, as `from_single_file` of its class reads them.
+    """A network's tensors under their original names, as `from_single_file` of its class, where it has one, reads them.
 
     Raises:
         UserError: the original layout has no place for one of them.
