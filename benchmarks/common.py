@@ -24,7 +24,7 @@ from rich.table import Table
 
 from stepfold.display import quiet_libraries
 from stepfold.jobs import peak_memory_gib, reset_peak_memory, versions
-from stepfold.training.distill import Stages
+from stepfold.training.stages import Stages
 
 RESULTS = Path(__file__).parent / "results"
 PRELOADED = ["stepfold.jobs", "transformers.models.gemma2.modeling_gemma2"]

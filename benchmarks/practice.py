@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from stepfold.config import Config
 from stepfold.teachers.contract import Condition, Student, concatenate
 from stepfold.teachers.sana import SanaTeacher, trigflow_network
-from stepfold.training.distill import Stages
 from stepfold.training.draws import Draw
+from stepfold.training.stages import Stages
 
 
 def without_shortcuts(transformer: Any) -> Any:

@@ -21,8 +21,9 @@ from models import SIZES, Place, make_place, open_teacher
 
 from stepfold.config import Config
 from stepfold.training.choices import choose_precision
-from stepfold.training.distill import BESIDE_STEPS, Progress, Stages, distill, make_accelerator
+from stepfold.training.distill import Progress, distill, make_accelerator
 from stepfold.training.runs import open_run
+from stepfold.training.stages import BESIDE_STEPS, Stages
 
 WARM_UP = 2
 ROWS = {

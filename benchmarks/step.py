@@ -47,9 +47,11 @@ from stepfold.prompts.reading import PromptFile
 from stepfold.spaces.pairs import Pairs, pairs_per_prompt
 from stepfold.teachers.sana import SanaStudent, SanaTeacher
 from stepfold.training.choices import choose_tangent, has_bf16, keep_freed_memory
-from stepfold.training.distill import Stages, collect, compiled, move_average, rollout_precision, update
+from stepfold.training.distill import collect, compiled, move_average, rollout_precision
 from stepfold.training.draws import draw
 from stepfold.training.optimisers import make_optimiser
+from stepfold.training.stages import Stages
+from stepfold.training.update import update
 
 Side = Literal["practice", "ours"]
 AGREEMENT = 1e-3

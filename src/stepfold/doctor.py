@@ -22,8 +22,9 @@ from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.pipeline import SIGMA_DATA, PipelineTeacher
 from stepfold.training.choices import choose_tangent
-from stepfold.training.distill import make_accelerator, update
+from stepfold.training.distill import make_accelerator
 from stepfold.training.optimisers import make_optimiser
+from stepfold.training.update import update
 
 PROMPTS = ("red heart on blue background", "a picture of pizza", "fox", "green apple on yellow background")
 

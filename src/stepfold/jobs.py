@@ -54,7 +54,7 @@ from stepfold.teachers.loading import (
 )
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.choices import choose_precision
-from stepfold.training.distill import Progress, Stages, distill, make_accelerator, processes_of
+from stepfold.training.distill import Progress, distill, make_accelerator, processes_of
 from stepfold.training.draws import guidance_scales
 from stepfold.training.processes import is_sharded, lost_process
 from stepfold.training.runs import (
@@ -66,6 +66,7 @@ from stepfold.training.runs import (
     set_aside_damaged,
     writing,
 )
+from stepfold.training.stages import Stages
 
 NUM_PREVIEWS = 8
 NUM_VIDEO_PREVIEWS, NUM_FRAMES = 2, 6

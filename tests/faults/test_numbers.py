@@ -22,6 +22,7 @@ from stepfold.maths.tangent import Tangent
 from stepfold.prompts.cache import encode_prompts
 from stepfold.teachers.contract import Condition
 from stepfold.training import distill as loop
+from stepfold.training import update as passes
 from stepfold.training.runs import append_metrics, checkpoints, open_run, read_metrics, save_checkpoint, writing
 
 NAN = float("nan")
@@ -87,7 +88,7 @@ def spoil_loss(monkeypatch: pytest.MonkeyPatch, at: int, always: bool = False) -
     def spoil(terms: Any) -> Any:
         return type(terms)(first_row(terms.loss), terms.squared_error, terms.tangent_norm)
 
-    monkeypatch.setattr(loop, "consistency_terms", Poison(loop.consistency_terms, at, spoil, always))
+    monkeypatch.setattr(passes, "consistency_terms", Poison(passes.consistency_terms, at, spoil, always))
 
 
 def spoil_gradient(monkeypatch: pytest.MonkeyPatch, at: int, always: bool = False) -> None:

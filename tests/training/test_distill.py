@@ -28,19 +28,11 @@ from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_student
 from stepfold.teachers.sana import SanaStudent, SanaTeacher
 from stepfold.training.choices import choose_precision
-from stepfold.training.distill import (
-    Judgement,
-    Progress,
-    collect,
-    distill,
-    make_accelerator,
-    new_discriminator,
-    record_of,
-    row_of,
-    update,
-)
+from stepfold.training.distill import Progress, collect, distill, make_accelerator, new_discriminator
 from stepfold.training.draws import Draw, draw
 from stepfold.training.runs import checkpoints, read_metrics
+from stepfold.training.step_log import record_of, row_of
+from stepfold.training.update import Judgement, update
 
 CPU = torch.device("cpu")
 SPRINT = ("space.kind=endpoints", "adversarial.weight=0.5")

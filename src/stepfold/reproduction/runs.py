@@ -43,8 +43,8 @@ from stepfold.spaces.pairs import pairs_per_prompt
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_student, load_teacher
 from stepfold.teachers.pipeline import PipelineTeacher
-from stepfold.training.distill import BESIDE_STEPS
 from stepfold.training.runs import read_metrics, writing
+from stepfold.training.stages import BESIDE_STEPS
 
 DIVERGED = 3  # exit code of `stepfold distill` after a non-finite loss
 LOADING = threading.Lock()

@@ -3,10 +3,9 @@
 import math
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -15,17 +14,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepfold.config import Config, SpaceSettings
 from stepfold.errors import NonFiniteError, UserError
-from stepfold.maths.formulations import euler_step, expand, interpolate
-from stepfold.maths.routes import half_pi
-from stepfold.maths.schedules import tangent_warmup
-from stepfold.maths.tangent import Tangent, total_derivative
-from stepfold.objectives.adversarial import Discriminator, discriminator_loss, generator_loss
-from stepfold.objectives.consistency import ConsistencyOptions, consistency_terms, tangent_direction
-from stepfold.objectives.discrete import discrete_terms
+from stepfold.maths.tangent import total_derivative
+from stepfold.objectives.adversarial import Discriminator
 from stepfold.prompts.reading import Prompts
 from stepfold.sampling import predict_data
 from stepfold.spaces.diffusion import noised_pairs
@@ -33,7 +26,7 @@ from stepfold.spaces.generation import Velocity, brightness_filter, pairs_from, 
 from stepfold.spaces.pairs import Pairs, pairs_per_prompt
 from stepfold.teachers.contract import Condition, Student, Teacher, sharing_copy
 from stepfold.training.choices import choose_tangent, keep_freed_memory
-from stepfold.training.draws import Draw, JudgedDraw, draw, guidance_scales, prompt_index, step_samples
+from stepfold.training.draws import Draw, draw, guidance_scales, prompt_index, step_samples
 from stepfold.training.optimisers import learning_rate, make_optimiser
 from stepfold.training.processes import ALONE, Processes, gathered, is_sharded, local, shard, whole
 from stepfold.training.runs import (
@@ -44,15 +37,9 @@ from stepfold.training.runs import (
     rewind_metrics,
     save_checkpoint,
 )
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What the adversarial term needs besides the pairs."""
-
-    teacher: Teacher
-    discriminator: Discriminator
-    draw: JudgedDraw
+from stepfold.training.stages import Stages
+from stepfold.training.step_log import StepRecord, of_all, record_of, row_of
+from stepfold.training.update import Judgement, update
 
 
 def collect(
@@ -89,199 +76,6 @@ def collect(
     else:
         pairs = noised_pairs(velocity, x0, batch.times, batch.fresh_noise, condition, batch.guidance, keep)
     return replace(pairs, stand_in=empty)
-
-
-BESIDE_STEPS = ("load", "first preview", "preview", "checkpoint", "evaluation")
-"""Stages of a run that are no part of its optimiser steps."""
-
-
-@dataclass
-class Stages:
-    """Seconds spent in each stage of the step.
-
-    Attributes:
-        device: waited for at the end of each stage; None not to wait, and then a GPU's time falls into later stages.
-        seconds: by stage.
-    """
-
-    device: torch.device | None = None
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Adds the time that the block takes to stage `name`."""
-        began = time.perf_counter()
-        yield
-        if self.device and self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        self.seconds[name] += time.perf_counter() - began
-
-
-def update(
-    student: Student,
-    pairs: Pairs,
-    config: Config,
-    step: int,
-    sigma_data: float,
-    accelerator: Accelerator,
-    backend: str = "two_pass",
-    *,
-    derivative: Callable[..., Tangent] = total_derivative,
-    predict: Callable[..., Tensor] = predict_data,
-    judgement: Judgement | None = None,
-    stages: Stages | None = None,
-    denominator: float | None = None,
-    most_pairs: int = 0,
-) -> dict[str, Tensor]:
-    """Adds the gradient of the mean loss over the pairs, in micro-batches; returns per-pair figures [M].
-
-    `backend` is the tangent's. `derivative` is `total_derivative` and `predict` is `predict_data`, or their compiled
-    selves. With a `judgement`, the discriminator gets the gradient of its own loss. `stages` notes what forward and
-    backward passes take. Where several processes share a step, the mean is over `denominator` pairs, those of the
-    others among them, and this one makes as many passes as one that has `most_pairs`.
-    """
-    stages = stages or Stages()
-    denominator = denominator or (len(pairs) if config.space.filter_denominator == "kept" else pairs.num_walked)
-    most = max(most_pairs, len(pairs))
-    size = min(config.training.micro_batch or most, most)
-    passes = [(slice(start, start + size), not pairs.stand_in) for start in range(0, len(pairs), size)]
-    passes += [(slice(1), False)] * (-(-most // size) - len(passes))
-    figures = defaultdict(list)
-    for rows_of_pass, counts in passes:
-        part = pairs.rows(rows_of_pass)
-        with stages("student forward"):
-            if config.objective == "discrete":
-                whole_walks = (
-                    config.space.kind == "generation"
-                    and size % pairs_per_prompt(config.space.route_steps, config.space.keep_first) == 0
-                )
-                loss, rows = discrete_loss(student, part, config, sigma_data, accelerator, predict, whole_walks)
-            else:
-                loss, rows = continuous_loss(student, part, config, step, sigma_data, accelerator, backend, derivative)
-        for_heads = None
-        if judgement:
-            with stages("adversarial"):
-                for_student, for_heads = adversarial_losses(student, part, judgement, config, accelerator, predict)
-            loss = loss + config.adversarial.weight * for_student
-            rows |= {"loss": loss, "generator_loss": for_student, "discriminator_loss": for_heads}
-        with stages("student backward"), student_attention(config.training.precision, pairs.x.device):
-            inputs = None if is_sharded(student) else [p for p in student.parameters() if p.requires_grad]
-            accelerator.backward(counts * (loss.sum() / denominator), inputs=inputs)
-        if for_heads is not None:
-            with stages("adversarial"):
-                accelerator.backward(counts * (for_heads.sum() / denominator))
-        for name, values in rows.items():
-            figures[name].append(values.detach()[: None if counts else 0])
-    return {name: torch.cat(values) for name, values in figures.items()}
-
-
-def continuous_loss(
-    student: Student,
-    part: Pairs,
-    config: Config,
-    step: int,
-    sigma_data: float,
-    accelerator: Accelerator,
-    backend: str,
-    derivative: Callable[..., Tangent],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Continuous-time consistency, per pair [M]: the loss, with gradient, and what to log."""
-    c = config.consistency
-    r = tangent_warmup(
-        step,
-        warmup=c.r_warmup,
-        final=c.r_final,
-        cooldown_start=c.r_cooldown_start,
-        cooldown_steps=c.r_cooldown_steps,
-        schedule=c.r_schedule,
-    )
-
-    def network(x_unit: Tensor, t: Tensor) -> Tensor:
-        return student(x_unit, t, part.condition, part.guidance)
-
-    dx, dt = tangent_direction(part.x, part.t, part.dxdt, sigma_data)
-    with accelerator.autocast(), student_attention(config.training.precision, part.x.device):
-        tangent = derivative(network, part.x / sigma_data, part.t, dx, dt, backend)
-        log_variance = student.log_variance(part.t, part.guidance)
-    terms = consistency_terms(
-        tangent.F,
-        tangent.dF,
-        part.x,
-        part.t,
-        part.dxdt,
-        log_variance.float(),
-        r=r,
-        sigma_data=sigma_data,
-        options=ConsistencyOptions(c.prior_weight, c.adaptive_weight, c.normalise, c.normalise_constant),
-    )
-    return terms.loss, {
-        "loss": terms.loss,
-        "squared_error": terms.squared_error,
-        "tangent_norm": terms.tangent_norm,
-        "w_phi": -log_variance.detach(),
-        "|F|": tangent.F.detach().flatten(1).norm(dim=1),
-    }
-
-
-def discrete_loss(
-    student: Student,
-    part: Pairs,
-    config: Config,
-    sigma_data: float,
-    accelerator: Accelerator,
-    predict: Callable[..., Tensor],
-    whole_walks: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Discrete consistency, per pair [M]: the loss, with gradient, and what to log. The student is its own target.
-
-    With `whole_walks`, each pair's step ends in the state of the pair after it, or at t = 0, where f is the identity:
-    one forward pass yields pictures and targets.
-    """
-
-    def picture(x: Tensor, t: Tensor) -> Tensor:
-        with accelerator.autocast(), student_attention(config.training.precision, x.device):
-            return predict(student, x, t, part.condition, part.guidance, sigma_data)
-
-    x_next = euler_step(part.x, part.t, part.t_next, part.dxdt)
-    x0 = picture(part.x, part.t)
-    if whole_walks:
-        target = torch.where(expand(part.t_next > 0, x0), x0.roll(-1, 0), x_next)
-    else:
-        with torch.no_grad():
-            target = picture(x_next, part.t_next)
-    terms = discrete_terms(x0, target, config.discrete.huber_constant)
-    return terms.loss, {"loss": terms.loss, "squared_error": terms.squared_error}
-
-
-def adversarial_losses(
-    student: Student,
-    part: Pairs,
-    judgement: Judgement,
-    config: Config,
-    accelerator: Accelerator,
-    predict: Callable[..., Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Sana-Sprint's adversarial term, per pair [M]: what the student minimises, and what the discriminator does.
-
-    The student's picture, made from the pair's state or from pure noise, and the pair's clean latent are re-noised to
-    one time, and heads on the frozen teacher's features tell them apart.
-    """
-    teacher, draw = judgement.teacher, judgement.draw.rows(part.number)
-    x = torch.where(expand(draw.at_start, part.x), draw.start, part.x)
-    t = torch.where(draw.at_start, min(half_pi(part.t.dtype), teacher.start_time), part.t)
-
-    def features(picture: Tensor, noise: Tensor) -> list[Tensor]:
-        return teacher.features(interpolate(picture, noise, draw.t), draw.t, part.condition, part.guidance)
-
-    with accelerator.autocast(), student_attention(config.training.precision, x.device):
-        fake = predict(student, x, t, part.condition, part.guidance, teacher.sigma_data)
-        fake_features = features(fake, draw.noise[:, 0])
-        for_student = generator_loss(judgement.discriminator(fake_features))
-        with torch.no_grad():
-            real_features = features(part.x0, draw.noise[:, 1])
-        real_logits = judgement.discriminator(real_features)
-        fake_logits = judgement.discriminator([feature.detach() for feature in fake_features])
-    return for_student, discriminator_loss(real_logits, fake_logits)
 
 
 @dataclass(frozen=True)
@@ -505,78 +299,6 @@ def distill(
     return with_whole_weights(average, unsharded)
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """What a step leaves behind for the log, still on the device.
-
-    Attributes:
-        step: its number.
-        prompts: its prompts.
-        pairs: how many pairs it trained on.
-        num_walked: how many there would have been, had none been filtered out.
-        prompt: int64 [M], which prompt each pair belongs to.
-        numbers: per pair [M]: the time, norms, and the figures of the objective.
-        norm: of the gradient.
-        rate: the learning rate.
-        skipped: the gradient was not finite, and the update was left out as `training.skip_nonfinite` allows.
-    """
-
-    step: int
-    prompts: list[str]
-    pairs: int
-    num_walked: int
-    prompt: Tensor | None = None
-    numbers: dict[str, Tensor] = field(default_factory=dict)
-    norm: Tensor | None = None
-    rate: float = 0.0
-    skipped: bool = False
-
-
-def record_of(
-    step: int, prompts: list[str], pairs: Pairs, figures: dict[str, Tensor], norm: Tensor, rate: float
-) -> StepRecord:
-    """See `StepRecord`; of no pairs where they only stand in for some."""
-    pairs = pairs.rows(slice(0)) if pairs.stand_in else pairs
-    sizes = {"t": pairs.t, "|x|": pairs.x.flatten(1).norm(dim=1), "|dxdt|": pairs.dxdt.flatten(1).norm(dim=1)}
-    return StepRecord(step, prompts, len(pairs), pairs.num_walked, pairs.prompt, sizes | figures, norm, rate)
-
-
-def of_all(record: StepRecord, processes: Processes, most_prompts: int) -> StepRecord:
-    """The record of a process, with its pairs and all others', in the order that one process would have them.
-
-    Args:
-        record: its `prompts` are those of all processes.
-        processes: all of them call this.
-        most_prompts: the most prompts that one has.
-    """
-    assert record.prompt is not None
-    own = processes.share(range(len(record.prompts)))
-    rows = torch.stack([record.prompt + own.start, *(values.float() for values in record.numbers.values())], 1)
-    most_pairs = most_prompts * record.num_walked // len(record.prompts)
-    prompt, *numbers = processes.gather(rows, most_pairs).unbind(1)
-    return replace(record, prompt=prompt.long(), numbers=dict(zip(record.numbers, numbers, strict=True)))
-
-
-def row_of(record: StepRecord) -> dict[str, Any]:
-    """A step's line of the metrics file; the place where the device is waited for.
-
-    Raises:
-        NonFiniteError: the loss or the gradient is not finite; it names the step, the prompts, t and the norms.
-    """
-    row: dict[str, Any] = {"step": record.step, "kept": record.pairs / record.num_walked}
-    if record.norm is None or record.prompt is None:
-        return row
-    numbers = {name: values.cpu() for name, values in record.numbers.items()}
-    if record.skipped:
-        return row | {"skipped": 1, "nonfinite": f"{nonfinite_place(numbers)[0]} is not finite"}
-    check_finite(record.step, record.prompts, record.prompt.tolist(), numbers, float(record.norm))
-    row |= {name: values.mean().item() for name, values in numbers.items() if name not in ("t", "|x|", "|dxdt|", "|F|")}
-    row |= {"grad_norm": float(record.norm), "lr": record.rate}
-    if "tangent_norm" in numbers:
-        row |= tangent_by_time(numbers["t"], numbers["tangent_norm"])
-    return row
-
-
 def new_discriminator(teacher: Teacher, seed: int) -> Discriminator:
     """Its first weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
@@ -612,14 +334,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def student_attention(precision: str, device: torch.device) -> AbstractContextManager:
-    """Plain attention where fused attention is the slow one: backward in bfloat16 on a CPU (docs/lab-log.md).
-
-    Around the backward pass too: blocks that it computes again have to take the way they took before.
-    """
-    return sdpa_kernel(SDPBackend.MATH) if precision == "bf16" and device.type == "cpu" else nullcontext()
-
-
 @torch.no_grad()
 def move_average(average: Student, student: Student, decay: float) -> None:
     """average <- decay average + (1 - decay) student."""
@@ -636,61 +350,6 @@ def with_whole_weights(average: Student, unsharded: Student | None) -> Student:
         return average
     unsharded.load_state_dict(state)
     return unsharded.requires_grad_(False).to(next(average.parameters()).device)
-
-
-def tangent_by_time(t: Tensor, norm: Tensor, bins: int = 4) -> dict[str, float]:
-    """Mean tangent norm in equal bins of t over [0, pi/2]; it falls as the student becomes consistent."""
-    index = (t / (torch.pi / 2) * bins).long().clamp(max=bins - 1)
-    return {f"tangent_norm_{b}": norm[index == b].mean().item() for b in range(bins) if (index == b).any()}
-
-
-PLACES = {
-    "|x|": "teacher's output", "|dxdt|": "teacher's output", "|F|": "student's output", "tangent_norm": "tangent",
-    "loss": "loss",
-}  # fmt: skip
-"""Figures of a pair, in the order in which they are computed -> what each is a figure of."""
-
-
-def nonfinite_place(numbers: dict[str, Tensor]) -> tuple[str, Tensor]:
-    """Where in a step the first number that is not finite came up, and for which pairs, bool [M].
-
-    The gradient, and no pair, where all of them are finite.
-    """
-    for name, place in PLACES.items():
-        if name in numbers and (bad := ~torch.isfinite(numbers[name])).any():
-            return place, bad
-    return "gradient", torch.zeros_like(numbers["loss"], dtype=torch.bool)
-
-
-def check_finite(
-    step: int, prompts: list[str], prompt: list[int], numbers: dict[str, Tensor], grad_norm: float
-) -> None:
-    """Stops the run with everything one needs to look into it.
-
-    Args:
-        step: its number.
-        prompts: B strings.
-        prompt: which of them each pair belongs to, M numbers.
-        numbers: per pair [M], `loss` among them.
-        grad_norm: of the whole gradient.
-
-    Raises:
-        NonFiniteError: naming the step, the prompts, t and the norms.
-    """
-    if math.isfinite(grad_norm) and bool(torch.isfinite(numbers["loss"]).all()):
-        return
-    place, bad = nonfinite_place(numbers)
-    rows = bad.nonzero().squeeze(1)[:4] if bad.any() else torch.arange(min(4, len(prompt)))
-    where = "; ".join(
-        f"prompt {prompts[prompt[i]]!r} " + " ".join(f"{k}={v[i]:.4g}" for k, v in numbers.items() if k != "loss")
-        for i in rows.tolist()
-    )
-    what = f"{place} of {int(bad.sum())} of {len(prompt)} pairs" if bad.any() else place
-    raise NonFiniteError(
-        f"step {step}: {what} is not finite (gradient norm {grad_norm:.3g}): {where}. "
-        "The last checkpoint is intact; a lower optimiser.lr, a longer consistency.r_warmup or "
-        "training.precision=no usually helps."
-    )
 
 
 @dataclass
