@@ -126,6 +126,14 @@ def test_table_allows_nothing_that_is_not_used() -> None:
         assert (allowed or set()) <= used, f"{row} never imports {sorted((allowed or set()) - used)}"
 
 
+@pytest.mark.parametrize("file", MODULES)
+def test_no_file_needs_a_library_of_one_system(file: str) -> None:
+    """Modules that Python has on Unix alone may be imported where they are used, behind a question, but not above."""
+    of_unix = {"resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "posix", "syslog"}
+    above = [node for node in tree(file).body if isinstance(node, ast.Import)]
+    assert not of_unix & {alias.name for node in above for alias in node.names}
+
+
 def test_no_circle() -> None:
     order = list(graphlib.TopologicalSorter({file: own_imports(file) for file in FILES}).static_order())
     assert set(order) == set(FILES)

@@ -373,7 +373,7 @@ def _preset_values(preset: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     if preset in above:
         raise UserError(f"preset {preset} builds on itself ({' -> '.join((*above, preset))}); name another one in it")
     if preset in preset_names():
-        text = (resources.files("stepfold") / "presets" / f"{preset}.yaml").read_text()
+        text = (resources.files("stepfold") / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
     elif _is_file(preset):
         text = _read(Path(preset))
     else:

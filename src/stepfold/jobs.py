@@ -4,7 +4,6 @@ import hashlib
 import json
 import platform
 import re
-import resource
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -222,8 +222,8 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         },
     }
     write_report(folder, result)
-    card = json.loads((folder / "student" / CARD).read_text())
-    (folder / "student" / "README.md").write_text(model_card(card, result))
+    card = json.loads((folder / "student" / CARD).read_text(encoding="utf-8"))
+    (folder / "student" / "README.md").write_text(model_card(card, result), encoding="utf-8")
     lock.release()
     return result
 
@@ -610,7 +610,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -618,11 +618,14 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     with suppress(OSError):
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         if found := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
             return int(found[1]) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def make_tracker(folder: Path) -> Any:

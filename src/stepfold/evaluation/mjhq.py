@@ -89,7 +89,8 @@ def open_mjhq(folder: Path, n: int) -> Mjhq:
         )
     try:
         rows = {
-            str(key): (str(row["category"]), str(row["prompt"])) for key, row in json.loads(meta.read_text()).items()
+            str(key): (str(row["category"]), str(row["prompt"]))
+            for key, row in json.loads(meta.read_text(encoding="utf-8")).items()
         }
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{meta} is not MJHQ-30k's: it maps ids to category and prompt ({error!r})") from None

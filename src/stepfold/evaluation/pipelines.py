@@ -80,7 +80,7 @@ def claim(folder: Path, made_by: dict[str, Any]) -> None:
         UserError: the folder holds pictures that something else made.
     """
     note = folder / "made_by.json"
-    if note.exists() and json.loads(note.read_text()) != made_by:
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != made_by:
         raise UserError(f"{folder} holds pictures of another pipeline or other settings; choose another --out")
     if not note.exists():
         folder.mkdir(parents=True, exist_ok=True)

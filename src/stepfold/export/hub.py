@@ -47,7 +47,7 @@ def push(folder: Path, repo: str, *, private: bool, api: Any = None) -> str:
     """
     readme = hub_card(folder, repo)
     with writing(folder / "README.md") as part:
-        part.write_text(readme)
+        part.write_text(readme, encoding="utf-8")
     api = api or HfApi()
     try:
         page = api.create_repo(repo, private=private, exist_ok=True)

@@ -94,13 +94,13 @@ def save_student(
 def write_cards(folder: Path, card: dict[str, Any], metrics: dict[str, Any] | None = None) -> None:
     """A student folder's `stepfold.json` and README."""
     (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
-    (folder / "README.md").write_text(model_card(card, metrics))
+    (folder / "README.md").write_text(model_card(card, metrics), encoding="utf-8")
 
 
 def metrics_beside(folder: Path) -> dict[str, Any] | None:
     """What the run that a student folder lies in measured, if it lies in one."""
     report = folder.resolve().parent / "report.json"
-    return json.loads(report.read_text()) if report.is_file() else None
+    return json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
 
 
 def export_pipeline(folder: Path, out: Path) -> None:

@@ -193,7 +193,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         UserError: it is no folder of encoded prompts.
     """
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} holds no encoded prompts ({error}); make it with stepfold prompts encode") from None
     if not isinstance(index, dict):

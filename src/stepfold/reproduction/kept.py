@@ -25,12 +25,14 @@ def keep(runs: list[Run], root: Path, path: Path) -> None:
         scores = root / run.name / SCORES
         if not scores.exists():
             continue
-        record = json.loads(scores.read_text())
+        record = json.loads(scores.read_text(encoding="utf-8"))
         found["teacher"] = record.pop("teacher", found["teacher"])
         found["runs"][run.name] = record
         found["tables"].setdefault(run.table, {}).setdefault(run.row, []).append(run.name)
     for pattern in NOTES:
-        found["notes"] |= {note.name: json.loads(note.read_text()) for note in sorted(root.glob(pattern))}
+        found["notes"] |= {
+            note.name: json.loads(note.read_text(encoding="utf-8")) for note in sorted(root.glob(pattern))
+        }
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path) as part:
         part.write_text(json.dumps(found, indent=1) + "\n")
@@ -45,7 +47,7 @@ def recall(path: Path, root: Path) -> int:
     if not path.exists():
         return 0
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         runs, notes, teacher = dict(found["runs"]), dict(found["notes"]), found["teacher"]
         files: dict[Path, Any] = {
             root / name / SCORES: record | ({"teacher": teacher} if "student" in record else {})

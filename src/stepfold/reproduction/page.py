@@ -68,7 +68,7 @@ def write_page(
     beside = path.with_name(f"{path.stem}-discussion.md")
     discussion = [DISCUSSION.format(file=beside.name)] if beside.exists() else []
     with writing(path) as part:
-        part.write_text(page(experiments, shown, solvers, figures, drawn, grids, discussion))
+        part.write_text(page(experiments, shown, solvers, figures, drawn, grids, discussion), encoding="utf-8")
 
 
 def page(

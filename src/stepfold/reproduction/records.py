@@ -19,7 +19,7 @@ def collect_scores(runs: list[Run], root: Path) -> dict[str, dict[str, list[dict
         rows = found.setdefault(run.table, {}).setdefault(run.row, [])
         path = root / run.name / SCORES
         if path.exists():
-            rows.append(json.loads(path.read_text()))
+            rows.append(json.loads(path.read_text(encoding="utf-8")))
     return found
 
 

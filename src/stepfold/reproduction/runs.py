@@ -135,7 +135,7 @@ def costs(folder: Path, config: Config) -> dict[str, Any]:
 
     The seconds are None if the last process of the run had no step left to do. The median does not see a pause.
     """
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     stages = {name: sec for name, sec in report["stages_sec"].items() if name not in BESIDE_STEPS}
     steps, sec = report["timed_steps"], (report["step_sec"] or {}).get("median")
     kept = statistics.mean(row["kept"] for row in read_metrics(folder))
@@ -176,7 +176,7 @@ def score(student_folder: Path, protocol: Protocol, root: Path) -> dict[str, Any
         "protocol": protocol_record(protocol),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "student": rows,
-        "teacher": json.loads(note.read_text()),
+        "teacher": json.loads(note.read_text(encoding="utf-8")),
     }
 
 
@@ -226,7 +226,7 @@ def solvers_note(experiments: Experiments, root: Path) -> Path:
 
 def known(note: Path) -> dict[str, Any]:
     """What an earlier call left in a file; nothing if there is none."""
-    return json.loads(note.read_text()) if note.exists() else {}
+    return json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
 
 
 def shown_prompts(count: int) -> list[str]:

@@ -134,4 +134,4 @@ class DiTTeacher(VPTeacher):
         super().save_student(student, folder)
         index = folder / "model_index.json"
         names = {"id2label": self.index.get("id2label")}
-        index.write_text(json.dumps(json.loads(index.read_text()) | names, indent=2) + "\n")
+        index.write_text(json.dumps(json.loads(index.read_text(encoding="utf-8")) | names, indent=2) + "\n")

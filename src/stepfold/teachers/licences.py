@@ -54,7 +54,7 @@ def licences_of(source: str) -> dict[str, Licence]:
     for part, spec in load_index(source).items():
         if part.startswith("text_encoder") and spec[0] is not None:
             config = file_of(source, f"{part}/config.json")
-            origin = json.loads(config.read_text()).get("_name_or_path", "") if config else ""
+            origin = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path", "") if config else ""
             found[part] = found["teacher"] if bundled else stated_licence(origin) if is_hub_id(origin) else {}
     return found
 

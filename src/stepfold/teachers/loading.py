@@ -192,7 +192,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     if not (folder / CARD).is_file():
         raise UserError(f"{folder} is no student folder ({CARD} is missing); give OUT/student of a finished run")
     try:
-        card = json.loads((folder / CARD).read_text())
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         missing = [name for name in ("teacher", "height", "width", "max_tokens", "config") if name not in card]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / CARD} is damaged ({error}); copy the student folder again") from None

@@ -106,7 +106,7 @@ def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
     make_folder(folder)
     if not (folder / CONFIG).exists():
         with writing(folder / CONFIG) as part:
-            part.write_text(to_yaml(config))
+            part.write_text(to_yaml(config), encoding="utf-8")
     lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
     try:
         lock.acquire()
@@ -143,7 +143,7 @@ def remember_prompts(folder: Path, file: Path, count: int, sha256: str) -> None:
     note = folder / "prompts.json"
     if note.exists():
         try:
-            noted = json.loads(note.read_text())["sha256"]
+            noted = json.loads(note.read_text(encoding="utf-8"))["sha256"]
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{note} is damaged ({error}); start a new run with another --out") from None
         if noted != sha256:
@@ -205,7 +205,7 @@ def save_checkpoint(
         (part / "state.json").write_text(json.dumps({"step": step, "optimiser": rest}))
         (part / CHECKSUMS).write_text(json.dumps({file.name: checksum(file) for file in sorted(part.iterdir())}))
         for file in part.iterdir():
-            with open(file, "rb") as handle:
+            with open(file, "r+b") as handle:  # Windows flushes nothing that is open for reading alone
                 os.fsync(handle.fileno())
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -230,7 +230,7 @@ def damage(checkpoint: Path) -> str | None:
     try:
         if not (checkpoint / CHECKSUMS).exists():
             return None
-        for name, expected in json.loads((checkpoint / CHECKSUMS).read_text()).items():
+        for name, expected in json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8")).items():
             if Path(name).name != name:
                 return f"{name!r} is no file of it"
             if checksum(checkpoint / name) != expected:
@@ -263,7 +263,7 @@ def load_checkpoint(
         for name, module in modules.items():
             there = {k: v for k, v in module.state_dict().items() if k in shared}
             module.load_state_dict(there | placed_state(load_file(path / f"{name}.safetensors"), module))
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         parameters = [p for group in optimiser.param_groups for p in group["params"]]
         tensors = {
             name: placed(value, parameters[int(name.split(".")[0])]) if value.dim() else value
@@ -320,7 +320,7 @@ def append_metrics(folder: Path, row: dict[str, Any]) -> None:
         UserError: the disk is full or the folder is gone.
     """
     try:
-        with open(folder / METRICS, "a") as file:
+        with open(folder / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
         raise UserError(

@@ -286,7 +286,7 @@ def serve(page: Any, host: str, port: int | None) -> str:
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, show_error=False,
             inbrowser=False, footer_links=[], run_history=False, allowed_paths=[], max_file_size=1, ssr_mode=False,
             mcp_server=False, pwa=False, enable_monitoring=False, strict_cors=True, theme=theme,
-            css=STYLE.read_text(), app_kwargs={"middleware": guards, "openapi_url": None},
+            css=STYLE.read_text(encoding="utf-8"), app_kwargs={"middleware": guards, "openapi_url": None},
         )  # fmt: skip
     except OSError as error:
         place = f"--host {host}" + (f" --port {port}" if port else "")
