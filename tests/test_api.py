@@ -64,6 +64,47 @@ def test_both_predictions_are_the_same_teacher(prediction: Any) -> None:
     assert student.transformer.scale.requires_grad and not teacher.network.scale.requires_grad
 
 
+class Labelled(nn.Module):
+    """A flow-matching velocity that is its condition times x; notes how many rows each call has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.rows = nn.Parameter(torch.ones((), dtype=torch.float64)), []
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        self.rows.append(len(x))
+        return self.scale * condition.embeds[:, 0] * x
+
+
+def label(numbers: Any) -> Condition:
+    return Condition.whole(torch.tensor([[[float(number)]] for number in numbers], dtype=torch.float64))
+
+
+def test_guidance_is_that_of_the_velocities_and_the_student_needs_one_call() -> None:
+    """A network in 2 x for nothing and c x for class c, at scale w, is one in (2 + w (c - 2)) x."""
+    teacher = ModuleTeacher(Labelled(), label, (2,), nothing=label([2]), guidance=3.0)
+    x, t, w = torch.randn(4, 2).double(), torch.tensor([0.2, 0.7, 1.1, 1.5]).double(), torch.tensor([1.0, 0, 3, 5])
+    guided = teacher.velocity(x, t, label([5, 6, 7, 8]), w.double())
+    alone = ModuleTeacher(Labelled(), label, (2,))
+    torch.testing.assert_close(guided, alone.velocity(x, t, label([5, 2, 17, 32]), torch.ones(4)), rtol=0, atol=1e-10)
+    assert teacher.network.rows == [8] and alone.network.rows == [4]
+    student = teacher.new_student()
+    assert student(x / 0.5, t, label([5, 6, 7, 8]), w).shape == guided.shape
+    assert student.transformer.rows[-1] == 4 and teacher.default_guidance == 3
+
+
+def test_guidance_without_a_condition_of_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match="guidance=3 needs `nothing`"):
+        ModuleTeacher(Labelled(), label, (2,), guidance=3.0)
+    with pytest.raises(UserError, match="`nothing` has 2 rows; give one"):
+        ModuleTeacher(Labelled(), label, (2,), nothing=label([1, 2]))
+
+
+def test_conditions_come_to_the_network() -> None:
+    teacher = ModuleTeacher(Labelled().to("meta"), label, (2,))
+    assert teacher.encode(["1", "2"]).embeds.device.type == "meta"
+
+
 def test_a_student_is_kept_read_back_and_resumed(tmp_path: Path) -> None:
     module = example()
     torch.manual_seed(0)

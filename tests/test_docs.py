@@ -121,6 +121,28 @@ def test_a_network_of_ones_own_as_the_docs_say(tmp_path: Path, monkeypatch: pyte
     assert names["samples"].shape == (1, 4, 32, 32) and bool(names["samples"].isfinite().all())
 
 
+class SmallSiT(nn.Module):
+    """Takes what SiT takes: latents, times, classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.labels, self.seen = nn.Conv2d(4, 4, 1), nn.Embedding(1001, 4), set()
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.seen |= set(y.tolist())
+        return self.net(x) + (self.labels(y) * t[:, None])[..., None, None]
+
+
+def test_sit_as_the_docs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = blocks(ROOT / "docs" / "families.md", "python")
+    (tmp_path / "classes.txt").write_text("207\n360\n")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"sit": SmallSiT()}
+    exec(code.replace("training.steps=2000", "training.steps=1"), names)
+    assert names["latents"].shape == (1, 4, 32, 32) and bool(names["latents"].isfinite().all())
+    assert {207, 360, 1000} >= names["sit"].seen > {1000}
+
+
 @pytest.mark.slow
 def test_the_notebook_runs_and_its_student_finds_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "agg")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import flow_input, flow_time, trigflow_output
+from stepfold.maths.formulations import expand, flow_input, flow_time, trigflow_output
 from stepfold.maths.routes import few_step_times
-from stepfold.teachers.contract import Condition, GuidanceKind
+from stepfold.teachers.contract import Condition, GuidanceKind, concatenate
 from stepfold.teachers.pipeline import SIGMA_DATA, PipelineStudent
 
 
@@ -29,11 +29,9 @@ def own_trigflow_network(
 
 
 class ModuleTeacher:
-    """A `contract.Teacher` around a module; data of unit variance, noise z of unit variance, no guidance."""
+    """A `contract.Teacher` around a module; data of unit variance, noise z of unit variance."""
 
     sigma_data = SIGMA_DATA
-    guidance_kind: GuidanceKind = "none"
-    default_guidance = 1.0
     student_reads_guidance = False
     start_time = math.pi / 2
     ode: Literal["flow", "trigflow"] = "flow"
@@ -46,6 +44,8 @@ class ModuleTeacher:
         latent_shape: tuple[int, ...],
         prediction: Literal["flow", "trigflow"] = "flow",
         *,
+        nothing: Condition | None = None,
+        guidance: float = 1.0,
         shift: float = 1.0,
         max_tokens: int = 1,
     ) -> None:
@@ -57,9 +57,24 @@ class ModuleTeacher:
             encode: prompts -> condition, one row a prompt.
             latent_shape: of one sample.
             prediction: "flow", a velocity of flow matching; "trigflow", F.
+            nothing: the condition of no prompt, one row. With it the network is walked with classifier-free guidance,
+                two rows a sample; its students take one and stand for the guided network.
+            guidance: the scale w of F_nothing + w (F_prompt - F_nothing), unless the setting `space.guidance` gives
+                another one.
             shift: of its own flow sampler.
             max_tokens: what `encode` pads to; compiled runs want equal shapes.
+
+        Raises:
+            UserError: a guidance without the condition of nothing, or more than one row of that.
         """
+        if nothing is None and guidance != 1:
+            raise UserError(
+                f"guidance={guidance:g} needs `nothing`, the condition that the network takes for no prompt"
+            )
+        if nothing is not None and len(nothing) != 1:
+            raise UserError(f"`nothing` has {len(nothing)} rows; give one, as `encode` makes it of one prompt")
+        self.nothing, self.default_guidance = nothing, guidance
+        self.guidance_kind: GuidanceKind = "none" if nothing is None else "classifier_free"
         self.network = network.eval().requires_grad_(False)
         self.encode_prompts, self.latent_shape, self.latent_shapes = encode, latent_shape, (latent_shape,)
         self.predict = flow_network if prediction == "flow" else own_trigflow_network
@@ -67,13 +82,25 @@ class ModuleTeacher:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """See `Teacher`."""
-        return self.encode_prompts(prompts)
+        """See `Teacher`; on the network's device."""
+        return self._beside_network(self.encode_prompts(prompts))
+
+    def _beside_network(self, condition: Condition) -> Condition:
+        parameter = next(self.network.parameters(), None)
+        return condition if parameter is None else condition.to(parameter.device, condition.embeds.dtype)
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
-        """See `Teacher`."""
-        return (self.sigma_data * self.predict(self.network, x / self.sigma_data, t, condition, None)).to(x.dtype)
+        """See `Teacher`; both branches of the guidance go through the network as one batch."""
+        x_unit = x / self.sigma_data
+        if self.nothing is None:
+            F = self.predict(self.network, x_unit, t, condition, None)
+        else:
+            both = concatenate([self._beside_network(self.nothing).expand(len(x)), condition])
+            F = self.predict(self.network, torch.cat([x_unit, x_unit]), torch.cat([t, t]), both, None)
+            without, with_prompt = F.chunk(2)
+            F = without + expand(guidance, F) * (with_prompt - without)
+        return (self.sigma_data * F).to(x.dtype)
 
     def student_times(self, num_steps: int) -> list[float]:
         """See `Teacher`."""
