@@ -161,7 +161,9 @@ def test_damaged_student_is_one_line(run: tuple[Path, Result], tmp_path: Path) -
 def test_evaluate_mistakes(run: tuple[Path, Result]) -> None:
     student = run[0] / "student"
     assert_one_line(Result("evaluate", student, "--steps", "one"), "no list of numbers", "--steps 1,2,4")
-    assert_one_line(Result("evaluate", student), "has a judge for the bundled teacher's pictures only")
+    assert_one_line(
+        Result("evaluate", student), "the judge knows the bundled teacher's pictures only; use --protocol mjhq30k"
+    )
     assert_one_line(Result("evaluate", student, "--protocol", "fid"), "no protocol 'fid'", "emoji, mjhq30k and geneval")
     assert_one_line(Result("evaluate", student, "--protocol", "mjhq30k"), "--images FOLDER")
     assert_one_line(Result("evaluate", student, "--protocol", "geneval"), "--prompts FILE")

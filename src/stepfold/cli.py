@@ -275,7 +275,7 @@ def evaluate(
     steps: Annotated[
         str | None,
         typer.Option(
-            help="Step counts, comma-separated. Default: 1,2,4 for students, else the pipeline's own.",
+            help="Step counts, comma-separated. Default: 1,2,4 for students (geneval: 1), else the pipeline's own.",
             show_default=False,
         ),
     ] = None,

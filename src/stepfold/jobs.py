@@ -29,7 +29,7 @@ from stepfold.errors import UserError
 from stepfold.evaluation import mjhq
 from stepfold.evaluation.judge import Judge, load_judge
 from stepfold.evaluation.measure import Sampler, measure, student_sampler, teacher_sampler
-from stepfold.evaluation.pipelines import claim, default_steps, geneval_prompts, measure_pipeline, write_geneval
+from stepfold.evaluation.pipelines import Drawer, claim, geneval_prompts, measure_pipeline, write_geneval
 from stepfold.evaluation.preview import sample_rows, save_grid, thinned, to_image
 from stepfold.evaluation.protocol import EMOJI, Protocol, Scores, teacher_at
 from stepfold.evaluation.report import curves_from_rows, write_report
@@ -50,6 +50,8 @@ from stepfold.teachers.loading import (
     load_any_pipeline,
     load_student,
     load_teacher,
+    lora_rank,
+    read_card,
     student_folder,
 )
 from stepfold.teachers.pipeline import PipelineTeacher
@@ -504,11 +506,11 @@ def run_evaluate(
             _, student, card = load_student(folder, device)
             if card["teacher"] != "emoji":
                 raise UserError(
-                    f"{folder} is a student of {card['teacher']!r}; this version has a judge for the bundled teacher's "
-                    "pictures only"
+                    f"{folder} is a student of {card['teacher']!r}, and the judge knows the bundled teacher's pictures "
+                    "only; use --protocol mjhq30k"
                 )
             students[str(folder)] = student, card
-    pipes = {str(folder): load_any_pipeline(folder, device) for folder in folders if str(folder) not in students}
+    drawers = {str(folder): open_drawer(folder, device) for folder in folders if str(folder) not in students}
     first = next((card for _, card in students.values()), None)
     settings = TeacherSettings.model_validate(first["config"]["teacher"]) if first else load_config("demo").teacher
     teacher = load_teacher(settings, device)
@@ -522,11 +524,11 @@ def run_evaluate(
         for name, (student, card) in students.items()
     }
     scores = measure_groups(judge, protocol, teacher, protocol_samplers(teacher, told, protocol), display)
-    jobs = {f"{name} {k}": (pipe, k) for name, pipe in pipes.items() for k in steps or [default_steps(pipe)]}
+    jobs = {f"{name} {k}": (drawer, k) for name, drawer in drawers.items() for k in steps or drawer.usual_steps}
     if jobs:
         with display.measuring(dict.fromkeys(jobs, n)) as tick:
-            for name, (pipe, k) in jobs.items():
-                scores[name] = measure_pipeline(judge, protocol, pipe, k, guidance, partial(tick, name))
+            for name, (drawer, k) in jobs.items():
+                scores[name] = measure_pipeline(judge, protocol, drawer, k, guidance, partial(tick, name))
     rows = rows_by_steps(scores)
     result = {"versions": versions(), "protocol": protocol_record(protocol), "reals": {"diversity": judge.diversity}}
     if len(folders) == 1 and students:
@@ -534,6 +536,23 @@ def run_evaluate(
         return result | {"student_folder": str(folders[0])} | rows
     named = {str(folder): rows.pop(str(folder)) for folder in folders}
     return result | {who: row for who, row in rows.items() if row} | {"pipelines": named}
+
+
+def open_drawer(folder: Path, device: str) -> Drawer:
+    """The pipeline of a folder, called as a student's card says where it is a student.
+
+    Raises:
+        UserError: the folder is no pipeline, or a student that is none by itself.
+    """
+    if not (student_folder(folder) / CARD).is_file():
+        return Drawer(load_any_pipeline(folder, device))
+    card = read_card(folder)
+    if lora_rank(card) or card["network_only"]:
+        raise UserError(
+            f"{folder} holds a student without the rest of its pipeline; make it whole first: "
+            f"stepfold export {folder} --to pipeline"
+        )
+    return Drawer(load_any_pipeline(folder, device), card["calls"])
 
 
 def run_geneval(
@@ -545,11 +564,11 @@ def run_geneval(
         UserError: the folder is no pipeline, or the prompts are not GenEval's.
     """
     rows = geneval_prompts(prompts)
-    pipe = load_any_pipeline(folder, device)
-    count = steps or default_steps(pipe)
+    drawer = open_drawer(folder, device)
+    count = steps or drawer.usual_steps[-1]
     claim(out, {"pipeline": files_fingerprint(folder), "steps": count, "guidance": guidance})
     with display.measuring({"prompts": len(rows)}) as tick:
-        write_geneval(pipe, rows, out, count, guidance, partial(tick, "prompts"))
+        write_geneval(drawer, rows, out, count, guidance, partial(tick, "prompts"))
 
 
 def run_mjhq(
@@ -580,14 +599,14 @@ def run_mjhq(
         reals = mjhq.real_moments(data, features, cache, partial(tick, "real pictures"))
     rows: dict[str, Any] = {}
     for folder in folders:
-        pipe = load_any_pipeline(folder, device)
-        for k in steps or [default_steps(pipe)]:
+        drawer = open_drawer(folder, device)
+        for k in steps or drawer.usual_steps:
             made_by = {"pipeline": files_fingerprint(folder), "steps": k, "guidance": guidance, "prompts": meta}
             key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
             with display.measuring(dict.fromkeys(("draw", "judge"), n)) as tick:
                 pictures = out / key
                 claim(pictures, made_by)
-                paths = mjhq.draw_all(pipe, data, pictures, k, guidance, protocol.seed, partial(tick, "draw"))
+                paths = mjhq.draw_all(drawer, data, pictures, k, guidance, protocol.seed, partial(tick, "draw"))
                 scores = mjhq.measure(paths, data, reals, features, scorer, partial(tick, "judge"))
             rows.setdefault(str(folder), {})[str(k)] = scores
     record = asdict(protocol) | {"hash": protocol.hash()}

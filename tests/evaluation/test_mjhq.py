@@ -20,6 +20,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTraine
 from stepfold.errors import UserError
 from stepfold.evaluation import mjhq
 from stepfold.evaluation.mjhq import MjhqProtocol, draw_all, inception_features, load_clip, measure, open_mjhq
+from stepfold.evaluation.pipelines import Drawer
 from stepfold.teachers.loading import load_any_pipeline
 
 WORDS = ("a", "cat", "fish", "house", "red", "moon")
@@ -115,7 +116,7 @@ def test_the_clip_score_is_each_pictures_own(folder: Path, clip: Path) -> None:
 
 
 def test_pictures_are_drawn_once(folder: Path, tiny_sana: Path, tmp_path: Path) -> None:
-    data, pipe = open_mjhq(folder, 3), load_any_pipeline(tiny_sana, "cpu")
+    data, pipe = open_mjhq(folder, 3), Drawer(load_any_pipeline(tiny_sana, "cpu"))
     paths = draw_all(pipe, data, tmp_path / "out", 1, None, 0, lambda count: None)
     before = {path: path.read_bytes() for path in paths}
     paths[1].unlink()

@@ -13,35 +13,35 @@ from PIL import Image
 from stepfold import assets
 from stepfold.display import Display, results_table
 from stepfold.errors import UserError
-from stepfold.evaluation.pipelines import default_steps, draw, geneval_prompts, write_geneval
+from stepfold.evaluation.pipelines import Drawer, draw, geneval_prompts, write_geneval
 from stepfold.jobs import run_evaluate, run_geneval
 from stepfold.teachers.loading import load_any_pipeline
 from stepfold.teachers.safety import is_diffusers_own
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_sana: Path) -> Any:
-    return load_any_pipeline(tiny_sana, "cpu")
+def sana(tiny_sana: Path) -> Drawer:
+    return Drawer(load_any_pipeline(tiny_sana, "cpu"))
 
 
-def test_a_picture_depends_on_its_own_number_only(pipe: Any) -> None:
-    together = draw(pipe, ["red heart", "a cat"], [3, 4], 2, 4.5, seed=0)
-    alone = draw(pipe, ["a cat"], [4], 2, 4.5, seed=0)
+def test_a_picture_depends_on_its_own_number_only(sana: Drawer) -> None:
+    together = draw(sana, ["red heart", "a cat"], [3, 4], 2, 4.5, seed=0)
+    alone = draw(sana, ["a cat"], [4], 2, 4.5, seed=0)
     assert together.shape == (2, 3, 32, 32) and together.min() >= 0 and together.max() <= 1
     torch.testing.assert_close(together[1:], alone, atol=1e-3, rtol=0)
-    assert (draw(pipe, ["a cat"], [5], 2, 4.5, seed=0) - alone).abs().mean() > 1e-3
-    assert (draw(pipe, ["a cat"], [4], 2, 1.0, seed=0) - alone).abs().mean() > 1e-4  # guidance arrives
-    assert default_steps(pipe) == 20
+    assert (draw(sana, ["a cat"], [5], 2, 4.5, seed=0) - alone).abs().mean() > 1e-3
+    assert (draw(sana, ["a cat"], [4], 2, 1.0, seed=0) - alone).abs().mean() > 1e-4  # guidance arrives
+    assert sana.usual_steps == [20]
 
 
-def test_a_call_that_the_pipeline_refuses_is_one_line(pipe: Any) -> None:
+def test_a_call_that_the_pipeline_refuses_is_one_line(sana: Drawer) -> None:
     with pytest.raises(UserError, match="SanaPipeline cannot draw with num_inference_steps"):
-        draw(pipe, ["a cat"], [0, 1], 2, 4.5, seed=0)  # two generators for one prompt
+        draw(sana, ["a cat"], [0, 1], 2, 4.5, seed=0)  # two generators for one prompt
 
 
 def test_videos_are_not_measured() -> None:
     with pytest.raises(UserError, match="WanPipeline makes videos"):
-        draw(tiny.make_wan(), ["a cat"], [0], 2, 4.5, seed=0)
+        draw(Drawer(tiny.make_wan()), ["a cat"], [0], 2, 4.5, seed=0)
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_a_file_that_is_not_genevals_is_named(tmp_path: Path, content: str) -> N
         geneval_prompts(tmp_path / "none")
 
 
-def test_pictures_of_a_prompt_differ(pipe: Any, tmp_path: Path) -> None:
-    write_geneval(pipe, [{"prompt": "a cat"}], tmp_path, 1, None)
+def test_pictures_of_a_prompt_differ(sana: Drawer, tmp_path: Path) -> None:
+    write_geneval(sana, [{"prompt": "a cat"}], tmp_path, 1, None)
     pictures = {path.read_bytes() for path in (tmp_path / "00000" / "samples").iterdir()}
     assert len(pictures) == 4

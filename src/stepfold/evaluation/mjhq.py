@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stepfold.errors import UserError
 from stepfold.evaluation.metrics import StreamingMoments, clip_score, frechet_distance
-from stepfold.evaluation.pipelines import draw
+from stepfold.evaluation.pipelines import Drawer, draw
 from stepfold.evaluation.preview import to_image
 from stepfold.evaluation.protocol import fields_hash
 from stepfold.training.runs import writing
@@ -217,7 +217,7 @@ def real_moments(data: Mjhq, features: Features, cache: Path, tick: Callable[[in
 
 
 def draw_all(
-    pipe: Any, data: Mjhq, folder: Path, steps: int, guidance: float | None, seed: int, tick: Callable[[int], None]
+    drawer: Drawer, data: Mjhq, folder: Path, steps: int, guidance: float | None, seed: int, tick: Callable[[int], None]
 ) -> list[Path]:
     """A pipeline's picture of every prompt, as folder/ID.png; those that are there already stay."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ def draw_all(
         batch = range(start, min(start + BATCH, len(paths)))
         todo = [i for i in batch if not paths[i].exists()]
         if todo:
-            pictures = draw(pipe, [data.prompts[i] for i in todo], todo, steps, guidance, seed)
+            pictures = draw(drawer, [data.prompts[i] for i in todo], todo, steps, guidance, seed)
             for i, picture in zip(todo, pictures, strict=True):
                 with writing(paths[i]) as part:
                     to_image(picture).save(part, format="PNG")

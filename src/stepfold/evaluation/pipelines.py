@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +20,88 @@ BATCH = 25
 GENEVAL_SAMPLES = 4  # pictures a prompt, as GenEval's own script draws
 
 
+@dataclass(frozen=True)
+class Drawer:
+    """A text-to-image pipeline, and how it is called.
+
+    Attributes:
+        pipe: of diffusers.
+        calls: of a student: number of steps -> the arguments that its card gives for them; of others empty.
+    """
+
+    pipe: Any
+    calls: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def usual_steps(self) -> list[int]:
+        """The numbers of steps that a student's card knows, most first; else what the pipeline takes when not told."""
+        own = inspect.signature(self.pipe.__call__).parameters["num_inference_steps"].default
+        return sorted(map(int, self.calls), reverse=True) or [int(own)]
+
+    def options(self, steps: int, guidance: float | None) -> dict[str, Any]:
+        """Arguments of a call.
+
+        Args:
+            steps: of its scheduler.
+            guidance: scale; None for the pipeline's own default, or what a student was taught. A student that takes
+                none (its calls say 1) gets none.
+
+        Raises:
+            UserError: it makes videos, or is a student that does not say how to take so many steps.
+        """
+        accepted = inspect.signature(self.pipe.__call__).parameters
+        name = type(self.pipe).__name__
+        if "num_frames" in accepted:
+            raise UserError(f"{name} makes videos; give a pipeline that makes pictures")
+        if self.calls:
+            if str(steps) not in self.calls:
+                known = ", ".join(map(str, reversed(self.usual_steps)))
+                raise UserError(
+                    f"this student ({name}) says how to take {known} steps, not {steps}; give --steps {known}"
+                )
+            options: dict[str, Any] = dict(self.calls[str(steps)])
+            if guidance is not None and options.get("guidance_scale") != 1:
+                options["guidance_scale"] = guidance
+            return options
+        options = {"num_inference_steps": steps}
+        if guidance is not None:
+            options["guidance_scale"] = guidance
+        if "use_resolution_binning" in accepted:  # else Sana and PixArt draw at 1024 px, whatever they were trained for
+            side = self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
+            options |= {"use_resolution_binning": False, "height": side, "width": side}
+        if "intermediate_timesteps" in accepted and steps != 2:  # SanaSprintPipeline has a default for 2 steps alone
+            options["intermediate_timesteps"] = None
+        return options
+
+
 def draw(
-    pipe: Any, prompts: Sequence[str], keys: Sequence[int], steps: int, guidance: float | None, seed: int
+    drawer: Drawer, prompts: Sequence[str], keys: Sequence[int], steps: int, guidance: float | None, seed: int
 ) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1] of a diffusers pipeline.
 
     Args:
-        pipe: a text-to-image pipeline.
+        drawer: the pipeline.
         prompts: B strings.
         keys: B numbers; a picture's noise depends on the seed and on its own number only.
-        steps: of its scheduler.
-        guidance: scale; None for the pipeline's own default.
+        steps, guidance: see `Drawer.options`.
         seed: of the noise.
 
     Raises:
         UserError: the pipeline cannot be called so.
     """
-    accepted = inspect.signature(pipe.__call__).parameters
-    if "num_frames" in accepted:
-        raise UserError(f"{type(pipe).__name__} makes videos; give a pipeline that makes pictures")
-    options: dict[str, Any] = {"num_inference_steps": steps, "output_type": "pt"}
-    options["generator"] = [generator(seed, "pipeline", key) for key in keys]
-    if guidance is not None:
-        options["guidance_scale"] = guidance
-    if "use_resolution_binning" in accepted:  # else Sana and PixArt draw at 1024 px, whatever they were trained for
-        side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
-        options |= {"use_resolution_binning": False, "height": side, "width": side}
-    if "intermediate_timesteps" in accepted and steps != 2:  # SanaSprintPipeline has a default for 2 steps alone
-        options["intermediate_timesteps"] = None
+    options = drawer.options(steps, guidance)
+    options |= {"output_type": "pt", "generator": [generator(seed, "pipeline", key) for key in keys]}
     try:
-        return pipe(list(prompts), **options).images.float().clamp(0, 1)
+        return drawer.pipe(list(prompts), **options).images.float().clamp(0, 1)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{type(pipe).__name__} cannot draw with {', '.join(options)}: {error}") from error
+        name = type(drawer.pipe).__name__
+        raise UserError(f"{name} cannot draw with {', '.join(options)}: {error}") from error
 
 
 def measure_pipeline(
     judge: Judge,
     protocol: Protocol,
-    pipe: Any,
+    drawer: Drawer,
     steps: int,
     guidance: float | None,
     tick: Callable[[int], None] = lambda count: None,
@@ -67,7 +112,7 @@ def measure_pipeline(
     def pictures() -> Iterator[Tensor]:
         for start in range(0, protocol.n, BATCH):
             samples = range(start, min(start + BATCH, protocol.n))
-            yield draw(pipe, [prompts[s] for s in samples], samples, steps, guidance, protocol.seed)
+            yield draw(drawer, [prompts[s] for s in samples], samples, steps, guidance, protocol.seed)
             tick(len(samples))
 
     return score_images(judge, pictures(), prompts, targets, groups)
@@ -104,7 +149,7 @@ def geneval_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def write_geneval(
-    pipe: Any,
+    drawer: Drawer,
     rows: Sequence[dict[str, Any]],
     out: Path,
     steps: int,
@@ -121,15 +166,10 @@ def write_geneval(
         if not all(path.exists() for path in paths):
             (folder / "samples").mkdir(parents=True, exist_ok=True)
             keys = [index * GENEVAL_SAMPLES + i for i in range(GENEVAL_SAMPLES)]
-            pictures = draw(pipe, [row["prompt"]] * GENEVAL_SAMPLES, keys, steps, guidance, 0)
+            pictures = draw(drawer, [row["prompt"]] * GENEVAL_SAMPLES, keys, steps, guidance, 0)
             with writing(folder / "metadata.jsonl") as part:
                 part.write_text(json.dumps(row))
             for path, picture in zip(paths, pictures, strict=True):
                 with writing(path) as part:
                     to_image(picture).save(part, format="PNG")
         tick(1)
-
-
-def default_steps(pipe: Any) -> int:
-    """What the pipeline takes when it is not told."""
-    return int(inspect.signature(pipe.__call__).parameters["num_inference_steps"].default)

@@ -32,6 +32,7 @@ OLDER = {
     "output": "images",
     "example": "a photo of a cat",
     "licences": {"teacher": {}},
+    "calls": {},
 }
 """What the cards of students lack that were written before it was noted."""
 
@@ -200,6 +201,9 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / CARD} is damaged (it lacks {missing[0]}); copy the student folder again")
     kinds = {"teacher": str, "height": int, "width": int, "max_tokens": int, "config": dict, "guidance": (int, float)}
     wrong = [name for name, kind in kinds.items() if name in card and not isinstance(card[name], kind)]
+    calls = card.get("calls", {})
+    if not isinstance(calls, dict) or not all(k.isdecimal() and isinstance(v, dict) for k, v in calls.items()):
+        wrong.append("calls")
     if wrong or not isinstance(card["config"].get("student", {}), dict):
         name = wrong[0] if wrong else "config"
         raise UserError(f"{folder / CARD} is damaged (its {name} is no {name}); copy the student folder again")
