@@ -56,7 +56,7 @@ def main(folder: Path, steps: int = 400) -> float:
     )  # fmt: skip
     prompts = list(RINGS) * 200
     radius = torch.tensor([RINGS[prompt] for prompt in prompts])
-    return float((draw(teacher, student, prompts).norm(dim=1) - radius).abs().mean())
+    return float((draw(teacher, student, prompts).cpu().norm(dim=1) - radius).abs().mean())
 
 
 if __name__ == "__main__":

@@ -105,6 +105,26 @@ def test_conditions_come_to_the_network() -> None:
     assert teacher.encode(["1", "2"]).embeds.device.type == "meta"
 
 
+class Picture(nn.Module):
+    """A convolution whose weights lie in memory as fast ones do on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(4, 4, 3, padding=1).to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.net(x)
+
+
+def test_a_student_in_another_memory_order_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    teacher = ModuleTeacher(Picture(), encode, (4, 8, 8))
+    settings = ["training.steps=1", "training.prompts_per_step=2", "objective=discrete"]
+    student = distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "run", settings, quiet=True)
+    again = load_module_student(teacher, tmp_path / "run")
+    assert torch.equal(again.transformer.net.weight, student.transformer.net.weight)
+
+
 def test_a_student_is_kept_read_back_and_resumed(tmp_path: Path) -> None:
     module = example()
     torch.manual_seed(0)

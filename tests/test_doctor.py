@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +123,16 @@ def test_a_parameter_that_nothing_trains_is_flagged(teacher: SanaTeacher, pairs:
     assert all(f.ok for f in doctor.one_step(copy.deepcopy(student), pairs, teacher))
     student.register_parameter("unused", nn.Parameter(torch.ones(3)))
     assert [f.check for f in doctor.one_step(student, pairs, teacher) if not f.ok] == ["one step changes the weights"]
+
+
+def test_the_teacher_is_looked_at_where_it_is(
+    teacher: SanaTeacher, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with a GPU accelerate names that, whatever --device says."""
+    real = doctor.make_accelerator("no")
+    elsewhere = SimpleNamespace(device=torch.device("meta"), autocast=real.autocast, backward=real.backward)
+    monkeypatch.setattr(doctor, "make_accelerator", lambda precision: elsewhere)
+    assert all(f.ok for f in doctor.one_step(teacher.new_student(), pairs, teacher))
 
 
 def test_a_loss_that_is_not_finite_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:

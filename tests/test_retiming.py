@@ -61,6 +61,15 @@ def test_a_stopped_run_goes_on_to_the_bit(thousands: Path, prompts_file: Path, t
     )
 
 
+def test_weights_in_half_precision_are_refused_at_once(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"in float32, not bfloat16; leave teacher\.dtype out"):
+        run_retime(
+            str(tiny_sana), prompts_file, tmp_path / "x", ["teacher.dtype=bfloat16"], resume=False,
+            display=Display(quiet=True),
+        )  # fmt: skip
+    assert not (tmp_path / "x").exists()
+
+
 def test_where_there_is_nothing_to_retime(prompts_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to re-time"):
         run_retime("emoji", prompts_file, tmp_path / "run", FEW, resume=False, display=Display(quiet=True))

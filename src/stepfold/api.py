@@ -19,6 +19,7 @@ from stepfold.teachers.module import ModuleTeacher
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill, make_accelerator
 from stepfold.training.draws import guidance_scales
+from stepfold.training.processes import gathered
 from stepfold.training.runs import check_run, open_run, remember_prompts, writing
 
 WEIGHTS = "student.safetensors"
@@ -63,7 +64,8 @@ def distill_module(
         raise UserError("a network of one's own trains all its weights; leave student.lora at 0")
     if config.teacher != TeacherSettings(source=source):
         raise UserError("settings of `teacher` are for pipelines; what there is to say is an argument of ModuleTeacher")
-    student, blacks = teacher.new_student(config.student.depth), [torch.zeros(teacher.latent_shape)]
+    student = teacher.new_student(config.student.depth)
+    blacks = [torch.zeros(teacher.latent_shape, device=accelerator.device)]
     teacher.network.to(accelerator.device)
     lock = open_run(folder, config, resume)
     remember_prompts(folder, file.path, len(file), file.sha256)
@@ -71,7 +73,7 @@ def distill_module(
     with display.training(config.training.steps):
         average = distill(config, folder, wrapped, student, file, blacks, accelerator, report=display.step)
     with writing(folder / WEIGHTS) as part:
-        save_file(average.state_dict(), part)
+        save_file(gathered(average.state_dict(), keep=True), part)
     lock.release()
     return average
 
@@ -93,4 +95,5 @@ def draw(teacher: ModuleTeacher, student: Student, prompts: Sequence[str], *, se
 
     guidance = torch.ones(len(prompts), device=device)
     times, condition = teacher.student_times(steps), teacher.encode(prompts)
+    condition = condition.to(device, condition.embeds.dtype)
     return sample_student(student, noise(0), condition, guidance, times, noise, sigma_data) / sigma_data

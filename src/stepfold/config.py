@@ -254,9 +254,11 @@ class TrainingSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """The table at the end."""
+    """The table at the end, of runs with the bundled teacher, whose judge is bundled too."""
 
-    n: int = Field(default=500, ge=0, description="pictures per row of the report's table; 0 for no table")
+    n: int = Field(
+        default=500, ge=0, description="pictures per row of the report's table, bundled teacher only; 0 for no table"
+    )
     guidance: float | None = Field(
         default=None, description="scale that the teacher is measured at; default: the pipeline's own"
     )
@@ -308,6 +310,20 @@ class Config(Section):
         if self.space.kind != "images" and self.prompts is None and self.teacher.source != "emoji":
             raise ValueError(
                 "prompts is missing; give --prompts FILE (only the bundled teacher has prompts of its own)"
+            )
+        return self
+
+    @property
+    def student_in_half(self) -> bool:
+        """Whether the student computes in bfloat16 whatever its precision: a LoRA on weights that are stored so."""
+        return self.student.lora > 0 and self.teacher.dtype == "bfloat16"
+
+    @model_validator(mode="after")
+    def _precise_student(self) -> "Config":
+        if self.student_in_half and self.training.tangent == "finite_difference":
+            raise ValueError(
+                "a LoRA student with teacher.dtype=bfloat16 does not go with tangent=finite_difference, since rounding "
+                "swamps the difference; leave tangent at auto, or teacher.dtype at float32"
             )
         return self
 

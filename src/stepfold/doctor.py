@@ -168,7 +168,6 @@ def one_step(student: Student, pairs: Pairs, teacher: PipelineTeacher) -> list[F
         {"teacher": {"source": "emoji"}, "optimiser": {"name": "adamw", "lr": 1e-4}, "consistency": {"r_warmup": 0}}
     )
     accelerator = make_accelerator("no")
-    student = student.to(accelerator.device)
     before = copy.deepcopy(student.state_dict())
     optimiser = make_optimiser(student.parameters(), config.optimiser)
     gc.collect()
@@ -187,5 +186,5 @@ def one_step(student: Student, pairs: Pairs, teacher: PipelineTeacher) -> list[F
             len(still) == len(waiting),
         ),
         Finding("loss is finite", f"{loss:.3f}", "finite", bool(torch.isfinite(figures["loss"]).all())),
-        Finding("peak memory up to here", f"{peak_memory_gib(accelerator.device):.2f} GiB", "any", True),
+        Finding("peak memory up to here", f"{peak_memory_gib(teacher.device):.2f} GiB", "any", True),
     ]

@@ -57,7 +57,7 @@ from stepfold.teachers.loading import (
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import Progress, distill, make_accelerator, processes_of
-from stepfold.training.draws import guidance_scales
+from stepfold.training.draws import guidance_scales, send
 from stepfold.training.processes import is_sharded, lost_process
 from stepfold.training.runs import (
     check_run,
@@ -136,7 +136,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
 
     def conditions(index: Sequence[int]) -> Condition:
         if cache:
-            return cache.rows(index).to(device, teacher.work_dtype)
+            return cache.rows(index).each(partial(send, device=device)).to(device, teacher.work_dtype)
         return teacher.encode([prompts.prompt(i) for i in index])
 
     preview = make_preview(folder, teacher, conditions, len(prompts), config, taught, display, writes=processes.first)
@@ -178,6 +178,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
             latents=latents, conditions=conditions if cache else None,
             stages=stages, note_tangent=note_tangent, report=report, preview=preview_apart,
         )  # fmt: skip
+    del student  # its memory is for what comes now
     processes.wait()  # nobody leaves while another one still sends
     accelerator.end_training()  # the others have nothing left to do
     if not processes.first or not tracker or not lock:
@@ -323,7 +324,7 @@ def image_latents(
                 tick("images", len(index))
             save_file({"x0": torch.cat(parts)}, part)
     kept = load_kept(path, {"x0": (len(images), *teacher.latent_shape)})["x0"]
-    return lambda index: kept[index].to(teacher.device)
+    return lambda index: send(kept[index], teacher.device)
 
 
 def make_preview(

@@ -63,6 +63,8 @@ def run_retime(
         UserError: the teacher is no Sana network whose time counts to 1000, or settings, prompts or folder are wrong.
     """
     config = load_config("default", [*SETTINGS, *changes], teacher__source=source, prompts=str(prompts))
+    if config.teacher.dtype != "float32":
+        raise UserError(f"re-timing trains the network in float32, not {config.teacher.dtype}; leave teacher.dtype out")
     file, device = open_prompts(prompts), make_accelerator("no").device
     check_run(folder, config, resume)
     teacher = load_teacher(config.teacher, device)

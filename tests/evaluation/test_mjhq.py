@@ -152,7 +152,7 @@ def test_what_is_missing_is_named_with_its_place(folder: Path, tmp_path: Path, c
 def test_without_torch_fidelity_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     save_file({"w": torch.zeros(1)}, tmp_path / "inception.safetensors")
-    with pytest.raises(UserError, match=r"pip install 'stepfold\[fid\]'"):
+    with pytest.raises(UserError, match=r"pip install torch-fidelity"):
         inception_features(tmp_path / "inception.safetensors", "cpu")
 
 

@@ -76,5 +76,5 @@ def test_a_broken_picture_is_named(tmp_path: Path, damage: str):
 def test_the_library_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = make(tmp_path / "set", ROWS)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'stepfold\[images\]'"):
+    with pytest.raises(UserError, match=r"pip install datasets"):
         open_images(folder)

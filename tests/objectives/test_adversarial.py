@@ -33,6 +33,12 @@ def test_every_token_of_every_map_has_a_logit_and_rows_do_not_mix():
     assert changed[2, 5:10].any() and not changed[[0, 1, 3]].any() and not changed[2, :5].any()
 
 
+def test_features_of_a_teacher_in_half_precision_are_judged():
+    heads = Discriminator((8,)).eval()  # in training each call moves the spectral norm
+    maps = torch.randn(3, 5, 8).bfloat16()
+    assert torch.equal(heads([maps]), heads([maps.float()])) and heads([maps]).dtype == torch.float32
+
+
 def test_a_wrong_number_of_maps_is_an_error():
     with pytest.raises(ValueError, match="zip"):
         Discriminator(WIDTHS)(features(2)[:2])

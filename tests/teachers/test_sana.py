@@ -125,6 +125,29 @@ def test_the_null_prompts_mask(tiny_sana: Path, teacher: SanaTeacher):
         assert bool((a - b).abs().max() > 1e-2) == differ
 
 
+def test_a_large_picture_is_decoded_alone(teacher: SanaTeacher, monkeypatch: pytest.MonkeyPatch):
+    counts: list[int] = []
+    decode = teacher._vae().decode
+    monkeypatch.setattr(teacher._vae(), "decode", lambda x, **named: counts.append(len(x)) or decode(x, **named))
+    x0 = 0.5 * torch.randn(5, *teacher.latent_shape)
+    together = teacher.decode(x0)
+    monkeypatch.setattr("stepfold.teachers.pipeline.DECODED_AT_ONCE", 2 * teacher.height * teacher.width)
+    in_pairs = teacher.decode(x0)
+    monkeypatch.setattr("stepfold.teachers.pipeline.DECODED_AT_ONCE", 1)
+    teacher.decode(x0)
+    assert counts == [5, 2, 2, 1, 1, 1, 1, 1, 1]
+    torch.testing.assert_close(in_pairs, together, rtol=0, atol=1e-5)
+
+
+def test_a_student_is_written_without_a_place_for_its_encoders_on_the_device(tiny_sana: Path, tmp_path: Path):
+    """What was not in memory during training is read to be written, and goes to no GPU."""
+    whole = SanaTeacher(tiny_sana)
+    teacher = SanaTeacher(tiny_sana, network_only=True, null=whole.null_condition)
+    student, teacher.device = teacher.new_student(), torch.device("meta")
+    teacher.save_student(student, tmp_path / "student")
+    assert SanaTeacher(tmp_path / "student").decode(torch.zeros(1, *whole.latent_shape)).isfinite().all()
+
+
 def test_guidance_moves_away_from_the_unconditional_velocity_in_proportion(tiny_sana: Path, teacher: SanaTeacher):
     """v_u + w (v_c - v_u), each branch from a teacher without guidance."""
     plain, condition = SanaTeacher(tiny_sana, max_tokens=300, guidance_kind="none"), teacher.encode(PROMPTS)

@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from stepfold.errors import UserError
 from stepfold.maths import tangent
 from stepfold.maths.tangent import total_derivative
 from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training import choices
 from stepfold.training.choices import TangentChoice, choose_tangent, keep_freed_memory, kept_bytes
@@ -41,6 +43,29 @@ def test_the_rule(teacher: SanaTeacher, settings: Settings, monkeypatch: pytest.
     assert (small.backend, small.recompute) == ("block", True) and "blocks recomputed" in small.reason
     assert chosen(teacher, settings("objective=discrete")).recompute
     assert chosen(teacher, settings("training.compile=true")).recompute
+
+
+def test_a_lora_on_weights_in_half_precision_may_differ_by_their_rounding(
+    tiny_sana: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings("teacher.dtype=bfloat16", "student.lora=2")
+    half = load_teacher(config.teacher, "cpu")
+    assert isinstance(half, SanaTeacher)
+    student = half.lora_student(2)
+    choice = chosen(half, config, student)
+    assert choice.backend == "one_pass", choice.reason
+    monkeypatch.setattr(choices, "HALF_AGREEMENT", choices.AGREEMENT)
+    assert chosen(half, config, student).backend == "two_pass"
+    with pytest.raises(UserError, match=r"which needs float32; leave teacher\.dtype out"):
+        chosen(half, config, Awkward(lambda x: Outside.apply(x)))  # type: ignore[arg-type, no-any-return]
+    with pytest.raises(UserError, match="does not go with tangent=finite_difference"):
+        settings("teacher.dtype=bfloat16", "student.lora=2", "training.tangent=finite_difference")
+
+
+def test_what_a_gpu_holds_besides_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    assert choices.held_besides(300, torch.device("cuda")) == 700
+    assert choices.held_besides(3000, torch.device("cuda")) == choices.held_besides(300, torch.device("cpu")) == 0
 
 
 class Awkward(Student):

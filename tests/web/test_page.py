@@ -343,7 +343,7 @@ def test_without_gradio_the_command_says_what_to_install(no_gradio: None, capsys
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: the page needs gradio; pip install 'stepfold[web]'\n"
+    assert capsys.readouterr().err == "error: the page needs gradio: pip install 'gradio>=6.29,<7'\n"
 
 
 def test_nobody_else_imports_gradio() -> None:

@@ -102,7 +102,8 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
     Deviation: scaled by 100 instead of 2.5, as image generation papers report it.
     """
     assert image_features.shape == text_features.shape, f"{image_features.shape} and {text_features.shape}"
-    return 100 * F.cosine_similarity(image_features.double(), text_features.double(), dim=-1).clamp(min=0).mean()
+    images, texts = image_features.cpu().double(), text_features.cpu().double()  # not every device has float64
+    return 100 * F.cosine_similarity(images, texts, dim=-1).clamp(min=0).mean()
 
 
 def diversity(features: Tensor, group: Tensor) -> Tensor:
@@ -134,4 +135,5 @@ def latent_error(latents: Tensor, reference: Tensor, sigma_data: float) -> Tenso
         Scalar >= 0 in units of the latents' variance: 0 is the same picture, 2 two unrelated ones.
     """
     assert latents.shape == reference.shape, f"{latents.shape} and {reference.shape}"
-    return (latents.double() - reference.double()).square().mean() / sigma_data**2
+    difference = (latents - reference).cpu().double()  # not every device has float64
+    return difference.square().mean() / sigma_data**2

@@ -128,7 +128,7 @@ def inception_features(weights: Path, device: str) -> Features:
             FeatureExtractorInceptionV3,
         )
     except ImportError as error:
-        raise UserError(f"FID needs torch-fidelity ({error}); pip install 'stepfold[fid]'") from None
+        raise UserError(f"FID needs torch-fidelity ({error}); pip install torch-fidelity") from None
     buffer = io.BytesIO()
     torch.save(state, buffer)  # its constructor reads a pickle; this one holds what has just been read safely
     buffer.seek(0)

@@ -166,7 +166,7 @@ def _timed(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, float]]:
     """Each batch with the seconds it took to come, queued GPU work included."""
     start = time.perf_counter()
     for batch in batches:
-        if batch.is_cuda:
-            torch.cuda.synchronize(batch.device)
+        if batch.device.type != "cpu":
+            torch.accelerator.synchronize(batch.device)
         yield batch, time.perf_counter() - start
         start = time.perf_counter()

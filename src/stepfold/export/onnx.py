@@ -97,7 +97,7 @@ def export_onnx(folder: Path, out: Path) -> None:
         UserError: the libraries are missing, or torch cannot make a graph of this network.
     """
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
-        raise UserError(f"--to onnx needs {' and '.join(missing)}; pip install stepfold[onnx]")
+        raise UserError(f"--to onnx needs {' and '.join(missing)}; pip install onnx onnxscript onnxruntime")
     teacher, student, card = load_merged(folder, "cpu")
     compute_afresh(student.modules())
     condition = teacher.encode([card["example"], "a cat"]).each(Tensor.contiguous)

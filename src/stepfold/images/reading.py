@@ -71,7 +71,7 @@ def open_images(path: str | os.PathLike[str]) -> ImageFolder:
     try:
         import datasets
     except ImportError:
-        raise UserError("reading images needs the datasets library: pip install 'stepfold[images]'") from None
+        raise UserError("reading images needs the datasets library: pip install datasets") from None
     datasets.disable_progress_bars()
     try:
         rows: Any = datasets.load_dataset("imagefolder", data_dir=str(path), split="train")

@@ -32,7 +32,7 @@ class Discriminator(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Feature maps [M, tokens, width] each -> logits [M, all tokens of all maps], float32."""
-        logits = [head(feature).flatten(1) for head, feature in zip(self.heads, features, strict=True)]
+        logits = [head(feature.float()).flatten(1) for head, feature in zip(self.heads, features, strict=True)]
         return torch.cat(logits, dim=1).float()
 
 

@@ -102,7 +102,7 @@ def language_of() -> Callable[[str], str]:
     try:
         from py3langid import classify
     except ImportError:
-        raise UserError("languages need py3langid; pip install stepfold[prompts]") from None
+        raise UserError("languages need py3langid: pip install py3langid") from None
     return lambda prompt: classify(prompt)[0]
 
 
@@ -118,7 +118,7 @@ def without_near(prompts: Iterable[str], share: float, counts: Counter[str]) -> 
     try:
         from rensa import RMinHash  # type: ignore[attr-defined]
     except ImportError:
-        raise UserError("near repetitions need rensa; pip install stepfold[prompts]") from None
+        raise UserError("near repetitions need rensa: pip install rensa") from None
     signatures, newest = array("I"), {}  # of the prompts that stay; key of a band -> the last of them that has it
     before = [array("i") for _ in range(NUM_BANDS)]  # of each of them, the one before it with the same key
     rows = NUM_HASHES // NUM_BANDS

@@ -113,7 +113,7 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise UserError("parquet needs pyarrow; pip install stepfold[prompts]") from None
+        raise UserError("parquet needs pyarrow: pip install pyarrow") from None
     try:
         file = parquet.ParquetFile(path)
         name = _chosen(path, file.schema_arrow.names, column)

@@ -107,7 +107,7 @@ def plane(groups: list[Tensor]) -> list[list[list[float]]]:
     try:
         from sklearn.manifold import TSNE
     except ImportError:
-        raise UserError("the t-SNE figure needs scikit-learn; pip install 'stepfold[reproduce]'") from None
+        raise UserError("the t-SNE figure needs scikit-learn; pip install scikit-learn") from None
     vectors = torch.cat([group.flatten(1) for group in groups]).cpu().numpy()
     embedding = TSNE(perplexity=min(30, (len(vectors) - 1) / 3), init="pca", random_state=0).fit_transform(vectors)
     points = torch.from_numpy(embedding).round(decimals=2).split([len(group) for group in groups])

@@ -26,7 +26,8 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 def places(height: int, width: int, like: Tensor) -> Tensor:
     """Position ids [H/2 W/2, 3] of the packed tokens: 0, row, column."""
-    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    sides = (torch.arange(side // 2, device=like.device) for side in (height, width))
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(like)
 
 

@@ -81,7 +81,7 @@ def merge_lora(pipe: Any, source: str) -> None:
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(
             f"LoRA {source!r} does not load ({first_line(error)}); give a safetensors file that "
-            f"{type(pipe).__name__}.load_lora_weights reads (it needs peft: pip install stepfold[lora])"
+            f"{type(pipe).__name__}.load_lora_weights reads (it needs peft: pip install peft)"
         ) from None
 
 

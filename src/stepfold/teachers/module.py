@@ -96,7 +96,8 @@ class ModuleTeacher:
         if self.nothing is None:
             F = self.predict(self.network, x_unit, t, condition, None)
         else:
-            both = concatenate([self._beside_network(self.nothing).expand(len(x)), condition])
+            self.nothing = self._beside_network(self.nothing)
+            both = concatenate([self.nothing.expand(len(x)), condition])
             F = self.predict(self.network, torch.cat([x_unit, x_unit]), torch.cat([t, t]), both, None)
             without, with_prompt = F.chunk(2)
             F = without + expand(guidance, F) * (with_prompt - without)

@@ -26,6 +26,7 @@ from stepfold.teachers.once import compute_afresh, compute_once, forget
 SIGMA_DATA = 0.5
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 NETWORK_WEIGHTS = "diffusion_pytorch_model.safetensors"
+DECODED_AT_ONCE = 512 * 512  # pixels
 NUM_FEATURES = 5  # feature maps for discriminator heads, as many as Sana-Sprint has
 
 Predict = Callable[[Any, Tensor, Tensor, Condition, Tensor | None], Tensor]
@@ -384,7 +385,7 @@ class PipelineTeacher:
     def _text_encoders(self) -> list[str]:
         return [name for name, spec in self.index.items() if name.startswith("text_encoder") and spec[0] is not None]
 
-    def _load_text_encoders(self) -> None:
+    def _read_text_encoders(self) -> None:
         for name in self._text_encoders():
             if getattr(self.pipe, name) is None:
                 library, kind = self.index[name]
@@ -393,6 +394,10 @@ class PipelineTeacher:
                     self.source, subfolder=name, use_safetensors=True, dtype=self.dtype
                 )
                 setattr(self.pipe, name, encoder)
+
+    def _load_text_encoders(self) -> None:
+        self._read_text_encoders()
+        for name in self._text_encoders():
             getattr(self.pipe, name).to(self.device).eval().requires_grad_(False)
 
     @property
@@ -468,22 +473,24 @@ class PipelineTeacher:
     def _vae_class(self) -> Any:
         return getattr(diffusers, self.index["vae"][1])
 
-    def _vae(self) -> Any:
+    def _read_vae(self) -> Any:
         if self.pipe.vae is None:
             self.pipe.vae = self._vae_class().from_pretrained(
                 self.source, subfolder="vae", use_safetensors=True, dtype=self.dtype
             )
-        vae: Any = self.pipe.vae
-        return vae.to(self.device).eval().requires_grad_(False)
+        return self.pipe.vae
+
+    def _vae(self) -> Any:
+        return self._read_vae().to(self.device).eval().requires_grad_(False)
 
     def release_decoder(self) -> None:
         """See `Teacher`."""
         self.pipe.vae = None
 
     @torch.no_grad()
-    def decode(self, x0: Tensor, batch: int = 64) -> Tensor:
-        """See `Teacher`."""
-        vae = self._vae()
+    def decode(self, x0: Tensor, batch: int | None = None) -> Tensor:
+        """See `Teacher`; so many at once as have the pixels of one picture of 512 x 512, or `batch`."""
+        vae, batch = self._vae(), batch or max(1, DECODED_AT_ONCE // (self.height * self.width))
         scale, offset = self.latent_scale(vae.config)
         parts = (
             vae.decode((part / self.sigma_data / scale + offset).to(vae.dtype), return_dict=False)[0]
@@ -565,7 +572,7 @@ class PipelineTeacher:
         try:
             from peft import LoraConfig
         except ImportError:
-            raise UserError("student.lora needs peft; pip install stepfold[lora]") from None
+            raise UserError("student.lora needs peft; pip install peft") from None
         network = sharing_copy(self.transformer, [*self.transformer.parameters(), *self.transformer.buffers()])
         compute_afresh(network.modules())
         layers = [
@@ -640,9 +647,9 @@ class PipelineTeacher:
         return {"height": self.height, "width": self.width} | length | self.call_options()
 
     def save_student(self, student: Student, folder: Path) -> None:
-        """See `Teacher`: with the teacher's own encoders and autoencoder."""
-        self._vae()
-        self._load_text_encoders()
+        """See `Teacher`: with the teacher's own encoders and autoencoder, which stay where they are for that."""
+        self._read_vae()
+        self._read_text_encoders()
         parts = self.student_parts() | {self.network_part: student.transformer}
         pipe: Any = self.student_class(**parts)
         pipe.save_pretrained(folder, safe_serialization=True)

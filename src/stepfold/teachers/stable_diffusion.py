@@ -27,7 +27,7 @@ def sdxl_network(unet: Any, x_unit: Tensor, step: Tensor, condition: Condition, 
         factor: pixels a latent, along each side.
     """
     height, width = (factor * side for side in x_unit.shape[-2:])
-    sizes = torch.tensor([height, width, 0, 0, height, width], device=x_unit.device, dtype=condition.embeds.dtype)
+    sizes = torch.cat([condition.embeds.new_full((1,), side) for side in (height, width, 0, 0, height, width)])
     added = {"text_embeds": condition.pooled, "time_ids": sizes.expand(x_unit.shape[0], -1)}
     return unet(x_unit, step, encoder_hidden_states=condition.embeds, added_cond_kwargs=added, return_dict=False)[0]
 

@@ -68,7 +68,8 @@ class VPTeacher(PipelineTeacher):
                 "this schedule ends in pure noise (zero terminal signal-to-noise), where a noise prediction says "
                 "nothing about the picture; set rescale_betas_zero_snr to false in the scheduler's config"
             )
-        return partial(vp_network, raw=self.raw(), times=self.times, prediction=prediction)
+        times = self.times.to(self.device, self.work_dtype)  # here once, not at every call
+        return partial(vp_network, raw=self.raw(), times=times, prediction=prediction)
 
     def plain_scheduler(self) -> Any:
         """See `PipelineTeacher`."""

@@ -17,6 +17,7 @@ from stepfold.spaces.pairs import pairs_per_prompt
 from stepfold.teachers.contract import Condition, Student
 
 AGREEMENT = 1e-3  # relative difference between exact tangents in float32 that rounding explains
+HALF_AGREEMENT = 5e-2  # and in bfloat16, in which a LoRA on a teacher of such weights computes
 MEMORY_SHARE = 0.8  # of the device's memory, that the estimate of a step may take
 LARGEST_HEAP_BLOCK = 32 * 2**20  # bytes; glibc takes larger ones from the system whatever it is told
 STATES_PER_WEIGHT = 5  # weight, gradient, AdamW's two moments, exponential moving average
@@ -86,8 +87,8 @@ def choose_tangent(
     3. `one_pass`, if on this model it runs and agrees with `two_pass` (on one pair, in float32); else `two_pass`, or
        where that does not run either, `finite_difference`.
     4. Where that step is estimated to need more than 80% of the device's memory, the blocks are recomputed: `one_pass`
-       becomes `block`. The estimate: what autograd keeps for one pair, times the pairs of a backward pass, and five
-       copies of the weights.
+       becomes `block`. The estimate: what autograd keeps for one pair, times the pairs of a backward pass, five
+       copies of the weights, and on a GPU what this run holds there besides: teacher, text encoder.
 
     Args:
         config: the settings.
@@ -106,13 +107,21 @@ def choose_tangent(
     elif training.compile:
         name, reason = "two_pass", "compiled, so two_pass"
     else:
-        name, reason = runs_here(student, condition, latent_shape)
+        half = config.student_in_half
+        name, reason = runs_here(student, condition, latent_shape, HALF_AGREEMENT if half else AGREEMENT)
+        if half and name == "finite_difference":
+            raise UserError(f"{reason}, which needs float32; leave teacher.dtype out, or take objective=discrete")
     memory = f"activations and states about {need:.2g} GiB" + (", blocks recomputed" if recompute else "")
     return TangentChoice("block" if name == "one_pass" and recompute else name, recompute, f"{reason}; {memory}")
 
 
-def runs_here(student: Student, condition: Condition, latent_shape: tuple[int, ...]) -> tuple[str, str]:
-    """The cheapest backend that this model allows, and why no cheaper one; tried on one pair, in float32."""
+def runs_here(
+    student: Student, condition: Condition, latent_shape: tuple[int, ...], agreement: float
+) -> tuple[str, str]:
+    """The cheapest backend that this model allows, and why no cheaper one; tried on one pair, without autocast.
+
+    `agreement` is the relative difference between `one_pass` and `two_pass` that is taken for rounding.
+    """
     network, x, t = trial(student, condition, latent_shape)
     direction = (normal(latent_shape, 0, "tangent trial")[None].to(x), torch.full_like(t, 0.5))
     found: dict[str, Tensor] = {}
@@ -129,7 +138,7 @@ def runs_here(student: Student, condition: Condition, latent_shape: tuple[int, .
     if "one_pass" in problems:
         return "two_pass", f"{problems['one_pass']}, so two_pass"
     difference = float((found["one_pass"] - found["two_pass"]).norm() / found["two_pass"].norm().clamp(min=1e-12))
-    if difference > AGREEMENT:
+    if difference > agreement:
         return "two_pass", f"one_pass differs from two_pass by {difference:.1e} on this model, so two_pass"
     return "one_pass", "one_pass agrees with two_pass on this model"
 
@@ -153,8 +162,13 @@ def memory_estimate(
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in student.parameters() if not p.requires_grad)
     need = kept_bytes(lambda: network(x, t)) * min(config.training.micro_batch or pairs, pairs)
-    need += STATES_PER_WEIGHT * trained + frozen
+    need += STATES_PER_WEIGHT * trained + frozen + held_besides(trained + frozen, x.device)
     return need / 2**30, need <= MEMORY_SHARE * device_memory(x.device)
+
+
+def held_besides(own: int, device: torch.device) -> int:
+    """Bytes that this process has on a GPU besides `own` of the student's; 0 on a CPU, where it is not known."""
+    return max(0, torch.cuda.memory_allocated(device) - own) if device.type == "cuda" else 0
 
 
 def kept_bytes(forward: Callable[[], Tensor]) -> int:

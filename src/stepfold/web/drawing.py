@@ -263,6 +263,6 @@ def _images(model: PipelineTeacher, pictures: Tensor) -> list[Image.Image]:
 
 def _now(model: PipelineTeacher) -> float:
     """Seconds, once the device has done what it was given."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
     return time.perf_counter()

@@ -29,7 +29,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 try:
     import gradio as gr
 except ImportError:
-    raise UserError("the page needs gradio; pip install 'stepfold[web]'") from None
+    raise UserError("the page needs gradio: pip install 'gradio>=6.29,<7'") from None
 
 QUEUE, REFRESH_SEC, NOBODY = 16, 3, "nothing"
 LARGEST_POST = 2**16  # bytes
