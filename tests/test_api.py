@@ -47,15 +47,20 @@ class Exact(nn.Module):
         exact = GaussianTeacher(torch.zeros(2, dtype=torch.float64), torch.tensor(1.6, dtype=torch.float64), 1.0)
         if self.prediction == "trigflow":
             return self.scale * exact.velocity(x, t)
+        if self.prediction == "edm":
+            return self.scale * x * 1.6**2 / (1.6**2 + t[:, None] ** 2)  # t is sigma
         time = trigflow_time(t)
         trig = x * (time.sin() + time.cos())[:, None]
         return self.scale * flow_velocity(x, t, exact.velocity(trig, time))
 
 
-@pytest.mark.parametrize("prediction", ["flow", "trigflow"])
-def test_both_predictions_are_the_same_teacher(prediction: Any) -> None:
-    teacher = ModuleTeacher(Exact(prediction), encode, (2,), prediction)
-    x, t = 0.5 * torch.randn(6, 2).double(), torch.tensor([0.01, 0.3, 0.8, 1.2, 1.5, math.pi / 2], dtype=torch.float64)
+@pytest.mark.parametrize("prediction", ["flow", "trigflow", "edm"])
+def test_all_predictions_are_the_same_teacher(prediction: Any) -> None:
+    sigma_max = 1e3 if prediction == "edm" else math.inf
+    teacher = ModuleTeacher(Exact(prediction), encode, (2,), prediction, sigma_max=sigma_max)
+    assert math.tan(teacher.start_time) > 0.999e3 and teacher.student_times(1)[0] <= max(teacher.start_time, 1.5708)
+    times = [0.01, 0.3, 0.8, 1.2, 1.5, teacher.start_time]
+    x, t = 0.5 * torch.randn(6, 2).double(), torch.tensor(times, dtype=torch.float64)
     exact = GaussianTeacher(torch.zeros(2, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64), 0.5)
     ours = teacher.velocity(x, t, encode(range(6)), t)
     torch.testing.assert_close(ours, exact.velocity(x, t), rtol=0, atol=1e-10)
@@ -98,6 +103,17 @@ def test_guidance_without_a_condition_of_nothing_is_refused() -> None:
         ModuleTeacher(Labelled(), label, (2,), guidance=3.0)
     with pytest.raises(UserError, match="`nothing` has 2 rows; give one"):
         ModuleTeacher(Labelled(), label, (2,), nothing=label([1, 2]))
+
+
+def test_a_denoiser_is_asked_for_its_largest_noise_and_distils(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sigma_max is inf; .* for example 160"):
+        ModuleTeacher(Exact("edm"), encode, (2,), "edm")
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    teacher = ModuleTeacher(Exact("edm").float(), encode, (2,), "edm", sigma_max=160)
+    few = ["training.steps=2", "training.prompts_per_step=2", "training.precision=no", "consistency.r_warmup=0"]
+    student = distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "run", few, quiet=True)
+    one = draw(teacher, student, ["a"] * 4000)
+    assert float(one.std()) == pytest.approx(160 * 1.6**2 / (1.6**2 + 160**2), rel=0.05)  # two steps teach it nothing
 
 
 def test_conditions_come_to_the_network() -> None:

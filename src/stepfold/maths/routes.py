@@ -15,7 +15,7 @@ from stepfold.maths.formulations import trigflow_time
 NUM_TRAIN_TIMESTEPS = 1000
 """Length of the training grid that diffusers' flow schedulers build their range of noise levels from."""
 SECOND_TIME = 1.3  # of two-step sampling, as in SanaSprintPipeline
-START = 1.57080  # SanaSprintPipeline's first time; the float32 just above pi/2
+START = 1.57080  # SanaSprintPipeline's first time, a hair above pi/2
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Your own network as a teacher: any torch module that predicts a flow-matching velocity or TrigFlow's F."""
+"""Your own network as a teacher: any torch module that predicts a flow-matching velocity, TrigFlow's F or EDM's x_0."""
 
 import copy
 import math
@@ -9,10 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import expand, flow_input, flow_time, trigflow_output
+from stepfold.maths.formulations import (
+    dxdt_from_denoised,
+    edm_input,
+    edm_sigma,
+    expand,
+    flow_input,
+    flow_time,
+    trigflow_output,
+)
 from stepfold.maths.routes import few_step_times
 from stepfold.teachers.contract import Condition, GuidanceKind, concatenate
-from stepfold.teachers.pipeline import SIGMA_DATA, PipelineStudent
+from stepfold.teachers.pipeline import SIGMA_DATA, PipelineStudent, Predict
 
 
 def flow_network(network: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None) -> Tensor:
@@ -28,12 +36,20 @@ def own_trigflow_network(
     return network(x_unit, t, condition)
 
 
+def edm_network(network: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None) -> Tensor:
+    """F [B, ...] of a denoiser (x_0 + sigma z, sigma, condition) -> x_0."""
+    return dxdt_from_denoised(x_unit, t, network(edm_input(x_unit, t), edm_sigma(t, 1.0), condition))
+
+
+Prediction = Literal["flow", "trigflow", "edm"]
+PREDICTIONS: dict[Prediction, Predict] = {"flow": flow_network, "trigflow": own_trigflow_network, "edm": edm_network}
+
+
 class ModuleTeacher:
     """A `contract.Teacher` around a module; data of unit variance, noise z of unit variance."""
 
     sigma_data = SIGMA_DATA
     student_reads_guidance = False
-    start_time = math.pi / 2
     ode: Literal["flow", "trigflow"] = "flow"
     feature_widths: tuple[int, ...] = ()
 
@@ -42,42 +58,48 @@ class ModuleTeacher:
         network: nn.Module,
         encode: Callable[[Sequence[str]], Condition],
         latent_shape: tuple[int, ...],
-        prediction: Literal["flow", "trigflow"] = "flow",
+        prediction: Prediction = "flow",
         *,
         nothing: Condition | None = None,
         guidance: float = 1.0,
+        sigma_max: float = math.inf,
         shift: float = 1.0,
         max_tokens: int = 1,
     ) -> None:
         """Wraps a network; it is frozen, and its students are copies.
 
         Args:
-            network: (x [B, ...], t [B], condition of B rows) -> [B, ...], as `flow_network` or `own_trigflow_network`
-                describes.
+            network: (x [B, ...], t [B], condition of B rows) -> [B, ...], as `flow_network`, `own_trigflow_network` or
+                `edm_network` describes.
             encode: prompts -> condition, one row a prompt.
             latent_shape: of one sample.
-            prediction: "flow", a velocity of flow matching; "trigflow", F.
+            prediction: "flow", a velocity of flow matching; "trigflow", F; "edm", the picture.
             nothing: the condition of no prompt, one row. With it the network is walked with classifier-free guidance,
                 two rows a sample; its students take one and stand for the guided network.
             guidance: the scale w of F_nothing + w (F_prompt - F_nothing), unless the setting `space.guidance` gives
                 another one.
+            sigma_max: the largest noise level that the network knows; pure noise stands there. A denoiser has none that
+                is infinite: EDM's own is 80 over data of standard deviation 0.5, so 160.
             shift: of its own flow sampler.
             max_tokens: what `encode` pads to; compiled runs want equal shapes.
 
         Raises:
-            UserError: a guidance without the condition of nothing, or more than one row of that.
+            UserError: a guidance without the condition of nothing, or more than one row of that; a denoiser without
+                `sigma_max`.
         """
         if nothing is None and guidance != 1:
             raise UserError(
                 f"guidance={guidance:g} needs `nothing`, the condition that the network takes for no prompt"
             )
+        if prediction == "edm" and not 0 < sigma_max < math.inf:
+            raise UserError(f"sigma_max is {sigma_max}; a denoiser starts at a finite noise level, for example 160")
         if nothing is not None and len(nothing) != 1:
             raise UserError(f"`nothing` has {len(nothing)} rows; give one, as `encode` makes it of one prompt")
         self.nothing, self.default_guidance = nothing, guidance
         self.guidance_kind: GuidanceKind = "none" if nothing is None else "classifier_free"
         self.network = network.eval().requires_grad_(False)
         self.encode_prompts, self.latent_shape, self.latent_shapes = encode, latent_shape, (latent_shape,)
-        self.predict = flow_network if prediction == "flow" else own_trigflow_network
+        self.predict, self.start_time = PREDICTIONS[prediction], math.atan(sigma_max)
         self.shift, self.max_tokens = shift, max_tokens
 
     @torch.no_grad()
@@ -105,7 +127,9 @@ class ModuleTeacher:
 
     def student_times(self, num_steps: int) -> list[float]:
         """See `Teacher`."""
-        return few_step_times(num_steps)
+        return [
+            min(time, self.start_time) if self.start_time < math.pi / 2 else time for time in few_step_times(num_steps)
+        ]
 
     def park_text_encoder(self) -> None:
         """See `Teacher`; `encode` is the caller's."""

@@ -27,7 +27,7 @@ SIGMA_DATA = 0.5
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 NETWORK_WEIGHTS = "diffusion_pytorch_model.safetensors"
 DECODED_AT_ONCE = 512 * 512  # pixels
-NUM_FEATURES = 5  # feature maps for discriminator heads, as many as Sana-Sprint has
+NUM_FEATURES = 5  # feature maps for discriminator heads
 
 Predict = Callable[[Any, Tensor, Tensor, Condition, Tensor | None], Tensor]
 """(network, x / sigma_data [B, ...], t [B], condition, guidance scales [B] for a network that embeds them) -> F."""
