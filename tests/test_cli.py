@@ -88,11 +88,18 @@ def run(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def test_messy_prompts_are_accepted_and_counted(run: tuple[Path, Result]) -> None:
     out, result = run
     assert result.code == 0, result.err
+    assert "counts to 1000" not in result.err
     assert "3 prompts (2 blank and 2 repeated lines left out)" in result.err
     assert "step 1/1" in result.err
     assert result.out == f"student: {out / 'student'}\nreport:  {out / 'report.html'}\n"
     assert (out / "report.html").is_file()
     assert from_yaml(out / "config.yaml").training.steps == 1
+
+
+def test_a_teacher_whose_time_is_too_fast_is_pointed_out(first_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
+    settings = [part for change in (*FAST, "objective=continuous") for part in ("--set", change)]
+    result = Result("distill", "--teacher", first_sana, "--prompts", prompts_file, "--out", tmp_path / "run", *settings)
+    assert result.code == 0 and "counts to 1000" in result.err and "stepfold retime" in result.err
 
 
 def test_sample_writes_pictures_side_by_side(run: tuple[Path, Result], tmp_path: Path) -> None:
@@ -382,6 +389,19 @@ def test_help_has_an_example(command: str) -> None:
     result = Result(command, "--help")
     assert result.code == 0
     assert re.search(rf"^\W*stepfold {command}\b", result.out, re.MULTILINE), result.out
+
+
+@pytest.mark.parametrize("words", [(), *((command,) for command in COMMANDS)])
+def test_help_is_quick(words: tuple[str, ...]) -> None:
+    """Its own process loads nothing that it does not show: 0.4 s of this processor at most, torch alone takes more."""
+    code = (
+        "import sys, time; from stepfold.cli import main; sys.argv = ['stepfold', *sys.argv[1:], '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('loaded', [n for n in ('torch', 'diffusers', 'transformers', 'numpy', 'gradio') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *" ".join(words).split()], capture_output=True, text=True)
+    assert done.stdout.endswith("loaded []\n") and "Usage" in done.stdout, done.stdout[-300:] + done.stderr
 
 
 def test_help_names_the_presets_that_exist() -> None:

@@ -45,6 +45,7 @@ from stepfold.teachers.licences import in_words, licences_of
 from stepfold.teachers.loading import (
     CARD,
     choose_objective,
+    counts_to_thousand,
     encoder_fingerprint,
     files_fingerprint,
     load_any_pipeline,
@@ -115,6 +116,11 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         )
     licences = ", ".join(f"{part} {in_words(licence)}" for part, licence in licences_of(config.teacher.source).items())
     display.note(f"licences: {licences}")
+    if config.objective == "continuous" and counts_to_thousand(config):
+        display.note(
+            "this teacher's time counts to 1000, so its dF/dt may be too large for objective=continuous: `stepfold "
+            "doctor` shows its size; objective=discrete does without, `stepfold retime` makes a Sana read [0, 1]"
+        )
     student = make_student(teacher, config.student, display)
     scales = guidance_scales(config, teacher)
     usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance

@@ -1,12 +1,12 @@
 """Prompts, names and commands that look like code: they stay text, in file names, in the shell and in a browser."""
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import find_browser
 from PIL import Image
 
 from stepfold.config import load_config
@@ -28,9 +28,7 @@ HOSTILE = (
 
 def dom(page: Path, profile: Path) -> str:
     """The page's DOM after its scripts have run, in a real browser."""
-    chromium = next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-    )
+    chromium = find_browser()
     if chromium is None:
         pytest.skip("there is no chromium")
     options = (

@@ -11,12 +11,12 @@ from urllib.request import Request as HttpRequest
 from urllib.request import urlopen
 
 import pytest
+from browser import find_browser
 
 from stepfold.errors import UserError
 from stepfold.web.drawing import load_models
 
 pytestmark = pytest.mark.slow
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 PATIENCE = 20_000  # milliseconds; two busy cores are slow
 
 
@@ -45,10 +45,11 @@ def address(runs: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright (extra dev)")
-    if not Path(CHROMIUM).exists():
-        pytest.skip(f"browser tests need {CHROMIUM}; on Debian: apt install chromium")
+    path = find_browser()
+    if path is None:
+        pytest.skip("browser tests need a chromium; on Debian: apt install chromium")
     with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield chromium
         chromium.close()
 

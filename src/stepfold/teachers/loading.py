@@ -120,15 +120,23 @@ def choose_objective(config: Config) -> Config:
     """
     if config.objective != "auto":
         return config
+    return config.model_copy(update={"objective": "discrete" if counts_to_thousand(config) else "continuous"})
+
+
+def counts_to_thousand(config: Config) -> bool:
+    """Whether the teacher's network reads a time of 0 to 1000, not of 0 to 1.
+
+    Raises:
+        UserError: there is no such teacher, or its network does not load.
+    """
     source = folder_of(config.teacher.source)
     family, index = family_of(source), load_index(source)
     try:
         network: Any = getattr(diffusers, index[family.network_part][1])
         settings = network.load_config(source, subfolder=family.network_part)
-        slow = family.time_scale_of(index["_class_name"], settings) < 10
+        return family.time_scale_of(index["_class_name"], settings) >= 10
     except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise unloadable(source, error) from None
-    return config.model_copy(update={"objective": "continuous" if slow else "discrete"})
 
 
 def folder_of(source: str) -> str:
