@@ -44,6 +44,8 @@ TeacherLoraOption = Annotated[
     str | None,
     typer.Option(help="A LoRA to merge into the teacher: safetensors file, folder or hub id.", show_default=False),
 ]
+RevisionOption = Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit.", show_default=False)]
+VariantOption = Annotated[str | None, typer.Option(help="Of the weights' files, for example fp16.", show_default=False)]
 HeightOption = Annotated[
     int | None, typer.Option(min=1, help="Pixels. Default: the teacher's own.", show_default=False)
 ]
@@ -367,6 +369,8 @@ def evaluate(
 def doctor(
     teacher: Annotated[str, typer.Argument(help="`emoji`, a diffusers pipeline folder, or a hub id.")] = "emoji",
     teacher_lora: TeacherLoraOption = None,
+    revision: RevisionOption = None,
+    variant: VariantOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the findings here too.", show_default=False)
     ] = None,
@@ -391,7 +395,14 @@ def doctor(
 
     quiet_libraries()
     settings = TeacherSettings(
-        source=teacher, lora=teacher_lora, height=height, width=width, frames=frames, max_tokens=64
+        source=teacher,
+        revision=revision,
+        variant=variant,
+        lora=teacher_lora,
+        height=height,
+        width=width,
+        frames=frames,
+        max_tokens=64,
     )
     findings = examine(settings, usable_device(device))
     table = Table("check", "number", "want", "verdict", box=None)
@@ -660,6 +671,8 @@ def encode(
         str, typer.Option(help="`emoji` (bundled), a diffusers pipeline folder, or a hub id.")
     ] = "emoji",
     teacher_lora: TeacherLoraOption = None,
+    revision: RevisionOption = None,
+    variant: VariantOption = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/conditions"),
     max_tokens: Annotated[
         int | None,
@@ -689,7 +702,14 @@ def encode(
         raise UserError("give a file of prompts; only the bundled teacher has prompts of its own")
     quiet_libraries()
     settings = TeacherSettings(
-        source=teacher, lora=teacher_lora, max_tokens=max_tokens, height=height, width=width, frames=frames
+        source=teacher,
+        revision=revision,
+        variant=variant,
+        lora=teacher_lora,
+        max_tokens=max_tokens,
+        height=height,
+        width=width,
+        frames=frames,
     )
     run_encode(settings, prompts, out, batch=batch, display=Display(quiet), device=usable_device(device))
     typer.echo(f"conditions: {out}")

@@ -28,6 +28,13 @@ class TeacherSettings(Section):
     """Which teacher, and how it is called."""
 
     source: str = Field(default="emoji", description="'emoji' (bundled), a diffusers pipeline folder, or a hub id")
+    revision: str | None = Field(
+        default=None, description="of a hub id: branch, tag or commit; default: its main branch"
+    )
+    variant: str | None = Field(
+        default=None,
+        description="of the weights' files, for example fp16 (model.fp16.safetensors); default: the plain ones",
+    )
     lora: str | None = Field(
         default=None, description="a LoRA for the teacher (safetensors file, folder or hub id), merged into its weights"
     )

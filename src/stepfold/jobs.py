@@ -52,6 +52,7 @@ from stepfold.teachers.loading import (
     load_student,
     load_teacher,
     lora_rank,
+    place_of,
     read_card,
     student_folder,
 )
@@ -273,7 +274,7 @@ def conditions_key(settings: TeacherSettings, prompts_sha256: str) -> dict[str, 
     return {
         "teacher": settings.source,
         "lora": settings.lora,
-        "encoder": encoder_fingerprint(settings.source),
+        "encoder": encoder_fingerprint(place_of(settings)),
         "max_tokens": settings.max_tokens,
         "height": settings.height,  # of the black picture
         "width": settings.width,

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from diffusers import StableDiffusionPipeline
+from offline import cached, offline_hub
 from tiny import make_sd1
 
 from stepfold.config import TeacherSettings
@@ -207,28 +208,10 @@ def test_what_is_usual_passes(folder: Path, tmp_path: Path) -> None:
     assert is_class_of("transformers", "CLIPFeatureExtractor")  # of old folders: diffusers knows what it is called now
 
 
-def cached(folder: Path, hub: Path) -> Path:
-    """The folder as the hub's cache keeps it: a snapshot of links into blobs. Returns the snapshot."""
-    repo = hub / "models--some--where"
-    snapshot = repo / "snapshots" / "1"
-    (repo / "blobs").mkdir(parents=True)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("1")
-    for number, file in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
-        link = snapshot / file.relative_to(folder)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, repo / "blobs" / str(number))
-        link.symlink_to(os.path.relpath(repo / "blobs" / str(number), link.parent))
-    return snapshot
-
-
 def test_a_snapshot_of_the_hub_passes_and_is_looked_at_before_it_is_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = tmp_path / "hub"
-    for module in ("huggingface_hub.constants", "diffusers.utils.constants", "transformers.utils.hub"):
-        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(hub), raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub = offline_hub(tmp_path / "hub", monkeypatch)
     snapshot = cached(folder, hub)
     check_files(snapshot)
     for source in (str(snapshot), "some/where"):

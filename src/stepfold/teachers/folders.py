@@ -32,9 +32,14 @@ def load_index(source: str) -> dict[str, Any]:
 
 
 def load_pipeline(
-    source: str, index: dict[str, Any], classes: Sequence[type], dtype: torch.dtype, network_only: bool
+    source: str,
+    index: dict[str, Any],
+    classes: Sequence[type],
+    dtype: torch.dtype,
+    network_only: bool,
+    variant: str | None = None,
 ) -> Any:
-    """Loads a pipeline, all or without text encoders and VAE; safetensors only.
+    """Loads a pipeline, all or without text encoders and VAE; safetensors only, of a variant where there is one.
 
     Raises:
         UserError: it is of another class, or does not load.
@@ -49,11 +54,16 @@ def load_pipeline(
         parts: dict[str, Any] = dict.fromkeys(later) if network_only else {}
         if not Path(source).exists():  # of a hub id all files come first, so that they are looked at before any is read
             check_files(Path(kind.download(source, use_safetensors=True, **parts)))
-        return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
+        return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, variant=variant, **parts)
     except UserError:
         raise
     except Exception as error:  # what a config can be wrong in is without end, and so are the libraries' errors
         raise unloadable(source, error) from error
+
+
+def variant_in(source: str, part: str, variant: str | None) -> str | None:
+    """The variant, if that part of a pipeline's folder has weights of it; as pipelines do, the plain ones otherwise."""
+    return variant if variant and any((Path(source) / part).glob(f"*.{variant}*.safetensors")) else None
 
 
 def unloadable(source: str, error: Exception) -> UserError:

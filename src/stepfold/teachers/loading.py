@@ -80,7 +80,8 @@ def load_teacher(
     `dtype` is the settings' if None; the last two as in `PipelineTeacher`.
     """
     return make_teacher(
-        folder_of(settings.source),
+        place_of(settings),
+        variant=settings.variant,
         device=device,
         dtype=dtype or getattr(torch, settings.dtype),
         height=settings.height,
@@ -129,7 +130,7 @@ def counts_to_thousand(config: Config) -> bool:
     Raises:
         UserError: there is no such teacher, or its network does not load.
     """
-    source = folder_of(config.teacher.source)
+    source = place_of(config.teacher)
     family, index = family_of(source), load_index(source)
     try:
         network: Any = getattr(diffusers, index[family.network_part][1])
@@ -142,6 +143,27 @@ def counts_to_thousand(config: Config) -> bool:
 def folder_of(source: str) -> str:
     """The bundled teacher's folder for `emoji`, else the source itself."""
     return str(assets.TEACHER) if source == "emoji" else source
+
+
+def place_of(settings: TeacherSettings) -> str:
+    """Where a teacher is loaded from: its folder or hub id; of a revision or a variant of a hub id, the folder fetched.
+
+    Raises:
+        UserError: the hub has no such revision or variant, or a folder was to have a revision.
+    """
+    source = folder_of(settings.source)
+    local = Path(source).exists()
+    if local and settings.revision:
+        raise UserError(f"teacher.revision is for hub ids, but {source!r} is a folder; leave it out")
+    if local or not (settings.revision or settings.variant):
+        return source
+    try:
+        return diffusers.DiffusionPipeline.download(  # type: ignore[arg-type]
+            source, revision=settings.revision, variant=settings.variant, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        of = ", ".join(f"{name} {value}" for name in ("revision", "variant") if (value := getattr(settings, name)))
+        raise UserError(f"teacher {source!r} cannot be fetched in {of}: {first_line(error)}") from None
 
 
 def encoder_fingerprint(source: str) -> str:

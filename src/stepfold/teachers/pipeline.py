@@ -20,7 +20,7 @@ from stepfold.maths.formulations import flow_time, guide
 from stepfold.maths.routes import few_step_times
 from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate, sharing_copy
 from stepfold.teachers.depth import drop_blocks
-from stepfold.teachers.folders import first_line, load_index, load_pipeline, merge_lora
+from stepfold.teachers.folders import first_line, load_index, load_pipeline, merge_lora, variant_in
 from stepfold.teachers.once import compute_afresh, compute_once, forget
 
 SIGMA_DATA = 0.5
@@ -135,18 +135,19 @@ class PipelineTeacher:
         network_only: bool = False,
         null: Condition | None = None,
         lora: str | None = None,
+        variant: str | None = None,
     ) -> None:
         """`network_only` leaves text encoders and VAE for when they are needed; it takes the unconditional `null`.
 
         Raises:
             UserError: the folder is not whole, or the network cannot do what is asked for.
         """
-        self.source, self.device, self.dtype = str(source), torch.device(device), dtype
+        self.source, self.device, self.dtype, self.variant = str(source), torch.device(device), dtype, variant
         self.work_dtype = torch.promote_types(dtype, torch.float32)  # of conditions, and of weights that are trained
         self.sigma_data = SIGMA_DATA
         self.index = load_index(self.source)
         self.check_index()
-        self.pipe: Any = load_pipeline(self.source, self.index, self.pipelines, dtype, network_only)
+        self.pipe: Any = load_pipeline(self.source, self.index, self.pipelines, dtype, network_only, variant)
         if lora:
             merge_lora(self.pipe, lora)
         self.pipe.set_progress_bar_config(disable=True)
@@ -391,7 +392,11 @@ class PipelineTeacher:
                 library, kind = self.index[name]
                 assert library == "transformers", f"{name} is from {library}"
                 encoder = getattr(transformers, kind).from_pretrained(
-                    self.source, subfolder=name, use_safetensors=True, dtype=self.dtype
+                    self.source,
+                    subfolder=name,
+                    use_safetensors=True,
+                    dtype=self.dtype,
+                    variant=variant_in(self.source, name, self.variant),
                 )
                 setattr(self.pipe, name, encoder)
 
@@ -476,7 +481,11 @@ class PipelineTeacher:
     def _read_vae(self) -> Any:
         if self.pipe.vae is None:
             self.pipe.vae = self._vae_class().from_pretrained(
-                self.source, subfolder="vae", use_safetensors=True, dtype=self.dtype
+                self.source,
+                subfolder="vae",
+                use_safetensors=True,
+                dtype=self.dtype,
+                variant=variant_in(self.source, "vae", self.variant),
             )
         return self.pipe.vae
 
