@@ -78,7 +78,7 @@ from safetensors.torch import load_file, save_file
 tensors = load_file({file!r})
 drawn = {{}}
 
-def draw(name, folder, pipe, steps=2):
+def draw(name, folder, pipe, steps):
     with open(folder + "/stepfold.json") as file:
         card = json.load(file)
     pipe.set_progress_bar_config(disable=True)
@@ -92,19 +92,24 @@ def draw(name, folder, pipe, steps=2):
 def fresh(tmp_path: Path) -> Callable[[dict[str, tuple[Path, str]]], dict[str, torch.Tensor]]:
     """Name -> (student folder, lines that make `pipe`) to name -> latents, by one fresh process of plain diffusers."""
 
-    def draw(pipes: dict[str, tuple[Path, str]]) -> dict[str, torch.Tensor]:
+    def draw(pipes: dict[str, tuple[Path, str]], steps: int = 2) -> dict[str, torch.Tensor]:
         file = tmp_path / "latents.safetensors"
         noise, lines = {}, [START.format(file=str(file))]
         for name, (folder, code) in pipes.items():
             teacher, _, _ = load_student(folder, "cpu")
             shape = (1, *teacher.latent_shape)
-            noise[name] = teacher.pack(torch.randn(shape, generator=torch.Generator().manual_seed(3))).contiguous()
-            lines += [f"folder = {str(folder)!r}", code, f"draw({name!r}, folder, pipe)"]
+            noise[name] = teacher.pack(start(shape)).contiguous()
+            lines += [f"folder = {str(folder)!r}", code, f"draw({name!r}, folder, pipe, {steps})"]
         save_file(noise, file)
         run_alone("\n".join([*lines, f"save_file(drawn, {str(file)!r})"]))
         return load_file(file)
 
     return draw
+
+
+def start(shape: tuple[int, ...]) -> torch.Tensor:
+    """The unit noise that `fresh` draws from."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -10,12 +10,13 @@ import torch
 
 from stepfold.errors import UserError
 from stepfold.jobs import run_export, run_sample
+from stepfold.sampling import sample_student
 from stepfold.teachers.loading import CARD, load_merged, load_student
 
-from .conftest import relative
+from .conftest import relative, start
 
 StudentOf = Callable[..., Path]
-Fresh = Callable[[dict[str, tuple[Path, str]]], dict[str, torch.Tensor]]
+Fresh = Callable[..., dict[str, torch.Tensor]]
 KINDS = ("lora", "pipeline", "teacher")
 
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
@@ -31,7 +32,7 @@ LORA = TEACHER + "pipe.load_lora_weights({weights!r})"
 def test_a_lora_student_merged_and_as_a_file(student_of: StudentOf, fresh: Fresh, tmp_path: Path) -> None:
     """Both give the latents of the student's own folder, which are not the teacher's."""
     pipes, whole = {}, {}
-    for family in ("sana", "sd3", "flux", "sd1", "sdxl"):
+    for family in ("sana", "sd3", "flux", "sd1", "sdxl", "lumina", "wan"):
         student = student_of(family, 4)
         file = run_export(student, "lora", tmp_path / f"{family}.safetensors", force=False)
         whole[family] = run_export(student, "pipeline", tmp_path / family, force=False)
@@ -49,7 +50,23 @@ def test_a_lora_student_merged_and_as_a_file(student_of: StudentOf, fresh: Fresh
         ]
         levels = [np.asarray(picture).astype(int) for picture in pictures]
         assert np.abs(levels[0] - levels[1]).max() <= 1
-        assert '.from_pretrained("FOLDER")\nimage' in (whole[family] / "README.md").read_text()
+        what = "video" if family == "wan" else "image"
+        assert f'.from_pretrained("FOLDER")\n{what}' in (whole[family] / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_student_of_every_family_draws_our_latents_in_plain_diffusers(student_of: StudentOf, fresh: Fresh) -> None:
+    """One step from the same noise. DiT's pipeline takes no noise; its sampler is compared in one process."""
+    families = ("sana", "first sana", "sd3", "flux", "sd1", "sdxl", "pixart", "lumina", "wan")
+    drawn = fresh({family: (student_of(family), PIPE) for family in families}, 1)
+    for family in families:
+        teacher, student, card = load_student(student_of(family), "cpu")
+        sigma_data, guidance = teacher.sigma_data, torch.tensor([float(card["guidance"])])
+        noise, condition = sigma_data * start((1, *teacher.latent_shape)), teacher.encode([card["example"]])
+        rest = card["times"]["1"], lambda step, noise=noise: noise, sigma_data
+        with torch.no_grad():
+            x0 = sample_student(student, noise, condition, guidance, *rest)
+        assert relative(teacher.unpack(drawn[family]), x0 / sigma_data) < 1e-4, family
 
 
 def test_a_student_with_weights_of_its_own_is_a_pipeline(student_of: StudentOf, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ READS = {
     "sd1": {"x", "t", "embeds"},
     "sdxl": {"x", "t", "embeds", "pooled"},
     "pixart": {"x", "t", "embeds", "mask"},
+    "wan": {"x", "t", "embeds", "mask"},
 }
 
 SETUP = """
@@ -65,6 +66,13 @@ def test_onnxruntime_alone_gives_the_students_latents(
     end = f"assert 'torch' not in sys.modules\nnumpy.save({str(result)!r}, x)"
     run_alone(SETUP.format(file=str(file)) + code[1].replace("FOLDER", str(out)) + end)
     assert relative(torch.from_numpy(np.load(result)), expected) < 1e-4
+
+
+def test_lumina_cannot_be_traced_and_says_so(student_of: StudentOf, tmp_path: Path) -> None:
+    """diffusers' network for it counts tokens on the host."""
+    with pytest.raises(UserError, match=r"torch makes no onnx graph of .*; use --to pipeline"):
+        run_export(student_of("lumina"), "onnx", tmp_path / "onnx", force=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_torch_cannot_trace_is_one_line(
