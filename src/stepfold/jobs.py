@@ -6,6 +6,7 @@ import platform
 import re
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -148,7 +149,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
 
     preview = make_preview(folder, teacher, conditions, len(prompts), config, taught, display, writes=processes.first)
 
-    tracker = make_tracker(folder) if processes.first else None
+    tracker = Tracker(folder) if processes.first else None
     stages = Stages(device if config.training.time_stages else None)
     stages.seconds["load"] = time.perf_counter() - began
     tangent = ""
@@ -164,9 +165,8 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         display.step(progress)
         if "skipped" in progress.row:
             display.note(f"step {progress.row['step']} skipped: {progress.row['nonfinite']}")
-        for name, value in progress.row.items():
-            if name != "step" and tracker and not isinstance(value, str):
-                tracker.add_scalar(name, value, progress.step)
+        if tracker:
+            tracker.add(progress.row, progress.step)
 
     of_steps, of_previews = [0.0], [0.0]
 
@@ -655,8 +655,44 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def make_tracker(folder: Path) -> Any:
-    """A tensorboard writer in the run folder."""
-    from torch.utils.tensorboard import SummaryWriter
+class Tracker:
+    """Curves for tensorboard, in the run folder."""
 
-    return SummaryWriter(folder / "tensorboard")
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder / "tensorboard"
+        threading.excepthook = quiet_about_disks  # its thread would print what `_written` says
+        self.writer = self._written(lambda: SummaryWriter(self.folder))
+
+    def add(self, row: Mapping[str, Any], step: int) -> None:
+        """The numbers of a row of the metrics.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        for name, value in row.items():
+            if name != "step" and not isinstance(value, str):
+                self._written(lambda name=name, value=value: self.writer.add_scalar(name, value, step))
+
+    def close(self) -> None:
+        """Writes what is left.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self._written(self.writer.close)
+
+    def _written(self, write: Callable[[], Any]) -> Any:
+        try:
+            return write()
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.folder}: {error.strerror or error}; free some space, then continue with --resume"
+            ) from None
+
+
+def quiet_about_disks(problem: threading.ExceptHookArgs) -> None:
+    """tensorboard's thread tells whoever asked it to write of an OSError, and needs not print it besides."""
+    if not (issubclass(problem.exc_type, OSError) and type(problem.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(problem)

@@ -1,6 +1,7 @@
 """What must hold for the loop, on the tiny teacher."""
 
 import copy
+import errno
 import json
 import os
 import shutil
@@ -543,6 +544,54 @@ def test_what_is_exported_is_the_average(tmp_path: Path, settings: Settings, ten
     assert differs > len(weights) / 2
     assert card["config"] == config.model_dump(mode="json") | {"objective": "continuous"}  # what auto became
     assert json.loads((folder / "report.json").read_text())["config"] == card["config"]
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_any_file_of_a_run_is_one_error_and_the_run_goes_on(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file and folder that takes its place, one after the other: settings, notes, black latent, checkpoints,
+    previews, student, report."""
+    config = settings("training.steps=2", "training.checkpoint_every=1", "training.preview_every=1")
+    take_its_place, names = os.replace, []
+    full_at: int | None = None  # the file with this number finds no space
+
+    def replaced(source: Any, target: Any) -> None:
+        names.append(Path(target).name)
+        if len(names) - 1 == full_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        take_its_place(source, target)
+
+    def run(folder: Path, resume: bool = False) -> bytes:
+        names.clear()
+        run_distill(config, folder, resume=resume, display=Display(quiet=True), command="")
+        return (folder / "student" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+    monkeypatch.setattr("stepfold.training.runs.os.replace", replaced)
+    whole = run(tmp_path / "whole")
+    files = list(names)
+    assert {"config.yaml", "000001", "000002", "step_000002.png", "student", "report.html"} <= set(files), files
+    for number, name in enumerate(files):
+        folder, full_at = tmp_path / str(number), number
+        with pytest.raises(UserError, match="No space left on device"):
+            run(folder)
+        full_at = None
+        assert run(folder, resume=(folder / "config.yaml").exists()) == whole, name
+
+
+def test_a_disk_that_is_full_for_the_curves_is_one_error(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """tensorboard writes in a thread of its own, whose traceback nobody needs."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(self: Any, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(UserError, match=r"cannot write .*tensorboard: No space left on device; .* --resume"):
+        run_distill(settings(), tmp_path / "run", resume=False, display=Display(quiet=True), command="")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_export_on_a_full_disk_keeps_the_old_student(
