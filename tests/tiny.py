@@ -279,13 +279,24 @@ def make_sd2() -> StableDiffusionPipeline:
     return make_sd1(prediction_type="v_prediction")
 
 
-def make_sdxl() -> StableDiffusionXLPipeline:
+def make_sd2_zero() -> StableDiffusionPipeline:
+    """One whose schedule ends in pure noise, as a v prediction may."""
+    pipe = make_sd2()
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    return pipe
+
+
+def make_sdxl(**schedule: Any) -> StableDiffusionXLPipeline:
     parts: Any = dict(
         unet=unet(
             28, addition_embed_type="text_time", addition_time_embed_dim=4,
             projection_class_embeddings_input_dim=12 + 6 * 4,
         ),
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **schedule
+        ),
         vae=kl_autoencoder(4),
         text_encoder=clip_encoder(CLIPTextModel, 16),
         tokenizer=clip_tokenizer(),

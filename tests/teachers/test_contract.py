@@ -70,6 +70,12 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "pixart": lambda _, empty: PixArtTeacher(tiny.save(tiny.make_pixart, empty / "pixart"), **SMALL),
     "sd 1": lambda _, empty: StableDiffusionTeacher(tiny.save(tiny.make_sd1, empty / "sd"), **SMALL),
     "sd 2": lambda _, empty: StableDiffusionTeacher(tiny.save(tiny.make_sd2, empty / "sd"), **SMALL),
+    "sd 2, zero terminal snr": lambda _, empty: StableDiffusionTeacher(
+        tiny.save(tiny.make_sd2_zero, empty / "sd"), **SMALL
+    ),
+    "sdxl, v": lambda _, empty: StableDiffusionXLTeacher(
+        tiny.save(partial(tiny.make_sdxl, prediction_type="v_prediction"), empty / "sdxl"), **SMALL
+    ),
     "sdxl": lambda _, empty: StableDiffusionXLTeacher(tiny.save(tiny.make_sdxl, empty / "sdxl"), **SMALL),
     "flux dev": lambda _, empty: FluxTeacher(tiny.save(tiny.make_flux, empty / "flux"), **SMALL),
     "flux schnell": lambda _, empty: FluxTeacher(
