@@ -170,6 +170,13 @@ def test_a_lora_student_shares_its_teachers_weights(any_folder: Path, prompts_fi
     )  # fmt: skip
     torch.testing.assert_close(drawn, x0 / 0.5, rtol=1e-4, atol=1e-4)
 
+    # Adapter off: the teacher, as it was.
+    state = noise, torch.ones(1), again.encode(["red heart"]), torch.full((1,), card["guidance"])
+    with torch.no_grad():
+        own, taught = teacher.as_student()(*state), read(*state)
+        read.transformer.disable_adapters()
+        assert not torch.allclose(taught, own, atol=1e-4) and torch.equal(read(*state), own)
+
     # From the checkpoint before, to the bit.
     resumed = tmp_path / "resumed"
     shutil.copytree(run, resumed)
