@@ -53,10 +53,14 @@ def sd3() -> Case:
     return (
         model,
         lambda x, t: model(
-            hidden_states=x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t, return_dict=False
+            hidden_states=x,
+            encoder_hidden_states=text.to(x),
+            pooled_projections=pooled.to(x),
+            timestep=t,
+            return_dict=False,
         )[0],
         (4, 4, 4),
-    )
+    )  # fmt: skip
 
 
 def flux() -> Case:
@@ -69,8 +73,8 @@ def flux() -> Case:
     return (
         model,
         lambda x, t: model(
-            hidden_states=x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t, guidance=guidance,
-            img_ids=places, txt_ids=torch.zeros(5, 3).double(), return_dict=False,
+            hidden_states=x, encoder_hidden_states=text.to(x), pooled_projections=pooled.to(x), timestep=t,
+            guidance=guidance.to(x), img_ids=places.to(x), txt_ids=torch.zeros(5, 3).to(x), return_dict=False,
         )[0],
         (16, 4),
     )  # fmt: skip
@@ -85,7 +89,7 @@ def pixart() -> Case:
     return (
         model,
         lambda x, t: model(
-            x, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=t, return_dict=False,
+            x, encoder_hidden_states=text.to(x), encoder_attention_mask=mask, timestep=t, return_dict=False,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         )[0],
         (4, 4, 4),
@@ -99,7 +103,7 @@ def unet() -> Case:
         cross_attention_dim=6, attention_head_dim=4, norm_num_groups=4,
     )  # fmt: skip
     text = torch.randn(2, 5, 6).double()
-    return model, lambda x, t: model(x, t, encoder_hidden_states=text, return_dict=False)[0], (4, 8, 8)
+    return model, lambda x, t: model(x, t, encoder_hidden_states=text.to(x), return_dict=False)[0], (4, 8, 8)
 
 
 def wan() -> Case:
@@ -178,6 +182,38 @@ def test_it_is_the_two_pass_tangent_and_the_plain_forwards_graph(name: str) -> N
     wanted, found = (gradients(model, (F - target).square().mean()) for F in (exact.F, ours.F))
     assert wanted.norm() > 0
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_float32_tangent_loss_and_every_gradient_agree_to_1e_4(name: str) -> None:
+    """Each backend with the loss that its own tangent gives."""
+    model, network, inputs = prepared(name, torch.float32)
+    inputs = tuple(value.float() for value in inputs)
+    found = {}
+    for backend in ("two_pass", "one_pass"):
+        tangent = total_derivative(network, *inputs, backend=backend)
+        loss = (tangent.F - tangent.F.detach() - tangent.dF).square().mean()
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        found[backend] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found[backend] |= {"tangent of the network": tangent.dF, "the loss": loss.detach()}
+    assert found["one_pass"].keys() == found["two_pass"].keys() and len(found["two_pass"]) > 10
+    largest = max(value.norm() for name, value in found["two_pass"].items() if name != "the loss")
+    for part, wanted in found["two_pass"].items():
+        scale = max(float(wanted.norm()), 1e-3 * float(largest))  # of gradients that are nothing but rounding
+        assert float((found["one_pass"][part] - wanted).norm()) <= 1e-4 * scale, part
+
+
+@pytest.mark.parametrize("name", ["sd3", "pixart", "unet"])
+def test_finite_differences_come_nearer_at_second_order(name: str) -> None:
+    """Where the network is smooth: a quarter of the step, a sixteenth of the error, until rounding."""
+    _, network, inputs = prepared(name)
+    exact = total_derivative(network, *inputs, backend="two_pass").dF
+    errors = [
+        float((total_derivative(network, *inputs, backend="finite_difference", step=step).dF - exact).norm())
+        for step in (0.08, 0.02)
+    ]
+    assert errors[1] < errors[0] / 12, errors
 
 
 @pytest.mark.parametrize("name", ["sana", "sd3", "unet"])
