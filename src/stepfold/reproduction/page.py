@@ -124,7 +124,9 @@ def page(
     for figure, caption in figures.items():
         lines += ["", f"![{caption}](figures/{figure}.svg)", "", caption]
     for grid in grids:
-        caption = f"{grid.stem.removeprefix('grid_').replace('_', ' ')}, equal prompts and noise."
+        what = grid.stem.removeprefix("grid_").replace("_", " ")
+        same = what.startswith("methods")
+        caption = f"{what}, equal prompts and noise." if same else f"{what}: the nearest to black, and the farthest."
         lines += ["", f"![{caption}](figures/{grid.name})", "", caption]
     return "\n".join(lines) + "\n"
 
