@@ -35,7 +35,15 @@ from stepfold.reproduction.kept import recall
 from stepfold.reproduction.page import page, write_page
 from stepfold.reproduction.pictures import draw_filter_examples, draw_grids
 from stepfold.reproduction.records import SCORES, collect_scores, verdict, with_times
-from stepfold.reproduction.runs import costs, measure_figures, measure_solvers, plan_equal_time, reproduce, score
+from stepfold.reproduction.runs import (
+    costs,
+    measure_figures,
+    measure_solvers,
+    plan_equal_time,
+    reproduce,
+    score,
+    solvers_note,
+)
 
 EXPERIMENTS = load_experiments()
 
@@ -331,6 +339,12 @@ def test_a_table_runs_resumes_and_makes_a_page(tmp_path: Path, capfd: pytest.Cap
     solvers = measure_solvers(experiments, tmp_path / "runs", Display())
     assert set(solvers["dpmsolver++"]) == {"2"} and solvers["dpmsolver++"]["2"]["agreement"] is None
     assert measure_solvers(experiments, tmp_path / "runs", Display(quiet=True)) == solvers
+    more = experiments.model_copy(update={"solvers": {"dpmsolver++": (1, 2)}})
+    assert (
+        measure_solvers(more, tmp_path / "runs", Display(quiet=True))["dpmsolver++"].items()
+        > solvers["dpmsolver++"].items()
+    )
+    solvers_note(experiments, tmp_path / "runs").write_text(json.dumps(solvers))
     figures = measure_figures(experiments, tmp_path / "runs", Display())
     draw_grids(experiments, runs, tmp_path / "page" / "figures", tmp_path / "runs", Display())
     draw_filter_examples(experiments, tmp_path / "page" / "figures", Display())

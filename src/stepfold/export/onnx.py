@@ -113,7 +113,7 @@ def export_onnx(folder: Path, out: Path) -> None:
     try:
         with warnings.catch_warnings(action="ignore"):
             program = trace(student, inputs)
-    except RuntimeError as error:
+    except Exception as error:  # what the exporter trips over in a network comes as any kind
         raise UserError(f"torch makes no onnx graph of {folder} ({first_line(error)}); use --to pipeline") from None
     read = {each.name: inputs[each.name] for each in program.model.graph.inputs}
     with writing(out) as part:

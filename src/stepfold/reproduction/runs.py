@@ -206,14 +206,16 @@ def measure_solvers(experiments: Experiments, root: Path, display: Display) -> d
     protocol, note = replace(EMOJI, n=experiments.pictures), solvers_note(experiments, root)
     kept: dict[str, dict[str, Any]] = known(note)
     settings = load_config(experiments.preset).teacher
-    for solver, counts in experiments.solvers.items():
-        if solver in kept:
+    for solver, wanted in experiments.solvers.items():
+        counts = [k for k in wanted if str(k) not in kept.get(solver, {})]
+        if not counts:
             continue
         display.note(f"measuring the teacher under {solver} at {', '.join(map(str, counts))} steps")
         teacher, judge = load_teacher(settings, "cpu"), load_judge(assets.JUDGE, torch.device("cpu"))
         samplers = {f"teacher {k}": solver_sampler(teacher, solver, k) for k in counts}
         rows = rows_by_steps(measure(judge, protocol, teacher, samplers, teacher.device))["teacher"]
-        kept[solver] = {k: scores | {"agreement": None} for k, scores in rows.items()}  # there is no reference here
+        found = {k: scores | {"agreement": None} for k, scores in rows.items()}  # there is no reference here
+        kept[solver] = kept.get(solver, {}) | found
         with writing(note) as part:
             part.write_text(json.dumps(kept, indent=2) + "\n")
     return kept
