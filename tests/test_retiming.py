@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,12 @@ def thousands(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher.black_latent(teacher.latent_shape)
     teacher.pipe.save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _a_shorter_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the time; what is left over is trained away, or well within what is asked for here."""
+    monkeypatch.setattr("stepfold.retiming.fit_time_embedder", partial(fit_time_embedder, steps=600))
 
 
 @pytest.mark.slow
