@@ -233,7 +233,8 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     }
     write_report(folder, result)
     card = json.loads((folder / "student" / CARD).read_text(encoding="utf-8"))
-    (folder / "student" / "README.md").write_text(model_card(card, result), encoding="utf-8")
+    with writing(folder / "student" / "README.md") as part:
+        part.write_text(model_card(card, result), encoding="utf-8")
     lock.release()
     return result
 
