@@ -57,7 +57,7 @@ class Drawer:
             if str(steps) not in self.calls:
                 known = ", ".join(map(str, reversed(self.usual_steps)))
                 raise UserError(
-                    f"this student ({name}) says how to take {known} steps, not {steps}; give --steps {known}"
+                    f"this student ({name}) says how to take {known} steps, not {steps}; give --steps one of these"
                 )
             options: dict[str, Any] = dict(self.calls[str(steps)])
             if guidance is not None and options.get("guidance_scale") != 1:
