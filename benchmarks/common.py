@@ -157,8 +157,11 @@ def wait(device: torch.device) -> None:
 
 def in_child(task: Callable[..., Any], *args: Any) -> Any:
     """What `task` returns in a process of its own. It starts with the libraries loaded and nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    if torch.cuda.is_available():  # the libraries touch it as they load, and it survives no fork
+        context = multiprocessing.get_context("spawn")
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(task, *args).result()
 

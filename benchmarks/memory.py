@@ -5,8 +5,8 @@
 The methods are those of table T3 of `stepfold reproduce`. The batch size counts TBCM's prompts; the others, whose
 images are noised to one time each, get as many images as that makes pairs. Each number is the peak of a process of its
 own that takes some steps of `stepfold distill`'s loop, without previews: the whole, and what is above python and its
-libraries. The pictures are noise, which takes the memory that pictures take. The last row is ours as it is meant to be
-used: no text encoder and no VAE in memory.
+libraries. The pictures are noise, which takes the memory that pictures take. The last rows are ours as it is meant to
+be used: no text encoder and no VAE in memory, and a few pairs a backward pass.
 """
 
 import sys
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from common import PeakMemory, in_child, make_parser, open_record, show, training_device, write_record
+from common import PeakMemory, console, in_child, make_parser, open_record, show, training_device, write_record
 from models import SIZES, Place, make_place, open_teacher
 from torch import Tensor
 
@@ -33,14 +33,17 @@ from stepfold.training.runs import open_run
 
 TABLE = "T3"
 ENCODED = "TBCM, conditions from a cache"
+IN_PARTS = f"{ENCODED}, in parts"
 METHODS = {
     "sCM with its VAE": "sCM over images",
     "sCM on cached latents": "sCM over images, latents encoded before",
     "Sana-Sprint": "Sana-Sprint",
     "TBCM": "TBCM",
     ENCODED: "TBCM",
+    IN_PARTS: "TBCM",
 }
 """Ours -> the row of T3 that it is."""
+PART = 5  # pairs a backward pass, of the last one
 
 
 class Pictures:
@@ -67,7 +70,8 @@ def settings(place: Place, method: str, prompts: int, steps: int, changes: Seque
 
     ours, config = config_of("TBCM"), config_of(METHODS[method])
     count = prompts * per_prompt(ours) // per_prompt(config)
-    config = config_of(METHODS[method], f"training.prompts_per_step={count}", f"training.steps={steps}")
+    parts = [f"training.micro_batch={PART}"] if method == IN_PARTS else []
+    config = config_of(METHODS[method], f"training.prompts_per_step={count}", f"training.steps={steps}", *parts)
     return choose_precision(config.model_copy(update={"teacher": place.teacher}))
 
 
@@ -131,22 +135,29 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     device = training_device()
     record = open_record("memory", argv, device)
     records: dict[str, list[dict[str, Any]]] = {method: [] for method in args.methods}
+    record |= {"work": {"size": args.size, "steps": args.steps, "set": args.set}, "rows": records}
     with tempfile.TemporaryDirectory() as folder:
         place = make_place(args.size, device.type, Path(folder))
         for prompts in args.prompts:
             for method, rows in records.items():
                 config = settings(place, method, prompts, args.steps, args.set)
                 pairs = config.training.prompts_per_step * per_prompt(config)
-                peak = in_child(method_memory, place, config, method == ENCODED)
+                try:
+                    peak = in_child(method_memory, place, config, method in (ENCODED, IN_PARTS))
+                except torch.OutOfMemoryError:
+                    console.print(f"{method}, {pairs} pairs: not in this device's memory")
+                    continue
                 rows.append({"prompts": prompts, "pairs_per_step": pairs, **peak})
+                write_record(args.out, record)  # already, since the next one takes a while
 
-    counts = [f"{row['pairs_per_step']} pairs" for row in next(iter(records.values()))]
-    head = ["GiB above the libraries (in all)", *counts]
-    lines = [[m, *(f"{r['above_gib']:.2f} ({r['peak_gib']:.2f})" for r in rows)] for m, rows in records.items()]
+    counts = list(dict.fromkeys(row["pairs_per_step"] for rows in records.values() for row in rows))
+    lines = []
+    for method, rows in records.items():
+        cells = {row["pairs_per_step"]: f"{row['above_gib']:.2f} ({row['peak_gib']:.2f})" for row in rows}
+        lines.append([method, *(cells.get(count, "-") for count in counts)])
+    head = ["GiB above the libraries (in all)", *(f"{count} pairs" for count in counts)]
     show("Peak memory while training", head, lines)
-    record |= {"work": {"size": args.size, "steps": args.steps, "set": args.set}, "rows": records}
     draw(records, args.out)
-    write_record(args.out, record)
     return record
 
 

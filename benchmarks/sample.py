@@ -33,16 +33,16 @@ def parts_of(teacher: SanaTeacher, samplers: dict[str, Sampler], prompts: list[s
     noise, guidance = noise.to(device), torch.full((count,), teacher.default_guidance, device=device)
 
     def text(turn: int, stages: object) -> None:
-        with rollout_precision(precision, device):
+        with rollout_precision(precision, device, teacher.network):
             teacher.encode(prompts)
 
     def decoder(turn: int, stages: object) -> None:
-        with rollout_precision(precision, device):
+        with rollout_precision(precision, device, teacher.network):
             teacher.decode(noise)
 
     def transformer(sampler: Sampler) -> Run:
         def run(turn: int, stages: object) -> None:
-            with torch.no_grad(), rollout_precision(precision, device):
+            with torch.no_grad(), rollout_precision(precision, device, teacher.network):
                 sampler(noise, condition, guidance, range(count))
 
         return run

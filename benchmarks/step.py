@@ -41,15 +41,17 @@ from practice import practice_gradient, without_shortcuts
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepfold.config import Config
-from stepfold.maths.tangent import BACKENDS, total_derivative
+from stepfold.maths.blocks import compiled_blocks
+from stepfold.maths.tangent import BACKENDS
 from stepfold.prompts.cache import ConditionCache
 from stepfold.prompts.reading import PromptFile
 from stepfold.spaces.pairs import Pairs, pairs_per_prompt
 from stepfold.teachers.sana import SanaStudent, SanaTeacher
-from stepfold.training.choices import choose_tangent, has_bf16, keep_freed_memory
-from stepfold.training.distill import collect, compiled, move_average, rollout_precision
+from stepfold.training.choices import choose_tangent, full_float32, has_bf16, keep_freed_memory
+from stepfold.training.distill import collect, move_average, rollout_precision
 from stepfold.training.draws import draw
 from stepfold.training.optimisers import make_optimiser
+from stepfold.training.processes import blocks_of
 from stepfold.training.stages import Stages
 from stepfold.training.update import update
 
@@ -186,9 +188,6 @@ def gradient_of(bench: Bench, row: Row) -> Run:
     config = settings(work, row.dtype)
     precision: Any = Precision(device, row.dtype == "bfloat16")
     black = torch.zeros(teacher.latent_shape, device=device)
-    velocity, derivative = teacher.velocity, total_derivative
-    if row.compiled:
-        velocity, derivative = compiled(velocity), compiled(derivative)
 
     def practice(turn: int, stages: Stages) -> None:
         with stages("data"):
@@ -204,17 +203,18 @@ def gradient_of(bench: Bench, row: Row) -> Run:
             condition = bench.cache.rows(batch.index).to(device, teacher.dtype)
             if row.compiled:
                 condition = condition.padded(teacher.max_tokens)
-        with stages("teacher"), rollout_precision(config.training.rollout_precision, device):
-            pairs = collect(batch, condition, velocity, black, teacher.sigma_data, config.space)
+        with stages("teacher"), rollout_precision(config.training.rollout_precision, device, teacher.network):
+            pairs = collect(batch, condition, teacher.velocity, black, teacher.sigma_data, config.space)
             teacher.forget_prompts()
         update(
-            student, pairs, config, turn, teacher.sigma_data, precision, row.backend,
-            derivative=derivative, stages=stages,
+            student, pairs, config, turn, teacher.sigma_data, precision, row.backend, stages=stages,
         )  # fmt: skip
 
     def run(turn: int, stages: Stages) -> None:
-        set_recompute(student, row.recomputes)
-        ours(turn, stages) if row.backend else practice(turn, stages)
+        set_recompute(student, row.recomputes and not row.compiled)
+        blocks = [*blocks_of(teacher.network), *blocks_of(student)] if row.compiled else []
+        with compiled_blocks(blocks, recompute=row.recomputes):
+            ours(turn, stages) if row.backend else practice(turn, stages)
 
     return run
 
@@ -262,11 +262,15 @@ def forward_of(bench: Bench, pairs: Pairs, dtype: str) -> Run:
 
 
 def gradients(bench: Bench, row: Row) -> dict[str, torch.Tensor]:
-    """Of every parameter, for the first step's pairs; in parts, which changes nothing but the memory."""
-    small = replace(bench.work, micro_batch=min(bench.work.micro_batch or CHECKED_PAIRS, CHECKED_PAIRS))
+    """Of every parameter, for the first step's pairs; in parts, which changes nothing but the memory.
+
+    Of a compiled row the parts are walks: what is checked is the code that is timed.
+    """
+    most = bench.work.states - 1 if row.compiled else CHECKED_PAIRS
+    small = replace(bench.work, micro_batch=min(bench.work.micro_batch or most, most))
     parts = replace(bench, work=small)
     bench.student.zero_grad(set_to_none=True)
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with full_float32():
         gradient_of(parts, row)(0, Stages())
     found = {name: p.grad for name, p in bench.student.named_parameters() if p.grad is not None}
     bench.student.zero_grad(set_to_none=True)
@@ -319,6 +323,19 @@ def must_agree(found: dict[str, dict[str, Any]]) -> None:
                 f"{name}: the gradient of {apart['worst_parameter']} is {apart['worst']:.1e} off, more than "
                 f"{AGREEMENT}; there is nothing to time"
             )
+
+
+def fits(step: Run, name: str, device: torch.device) -> bool:
+    """Whether a GPU has the memory for a step, which is tried."""
+    try:
+        step(0, Stages())
+    except torch.OutOfMemoryError:
+        console.print(f"{name}: not in this device's memory, left out")
+        return False
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return True
 
 
 def step_memory(work: Work, row: Row) -> dict[str, float]:
@@ -414,8 +431,10 @@ def parse(argv: Sequence[str]) -> Any:
     )  # fmt: skip
     add(
         "--best", choices=("one_pass", "compiled", "none"), default="one_pass",
-        help="our best settings: bfloat16 and one_pass, or compiled two_pass (minutes more), or none (one_pass)",
+        help="our best settings: bfloat16 and one_pass, or that compiled (minutes more), or none (one_pass)",
     )  # fmt: skip
+    add("--compile", action="store_true", help="rows with compiled blocks beside the others (minutes more)")
+    add("--only", nargs="+", default=[""], metavar="TEXT", help="of our rows, those with one of these in their name")
     add("--no-memory", action="store_true", help="leave the children out that measure peak memory")
     add("--peak-tflops", type=float, help="of the device in --dtype (H200, bfloat16, dense: 989): gives utilisation")
     args = parser.parse_args(argv)
@@ -426,17 +445,21 @@ def parse(argv: Sequence[str]) -> Any:
 
 def planned_rows(args: Any, backend: str) -> tuple[list[Row], list[Row]]:
     """The rows of equal dtype, then what our best settings need; and the best settings, the fastest first."""
-    rows = [Row(args.dtype), Row(args.dtype, backend), Row(args.dtype, "block")]
-    if args.prompts > 1:
-        rows += [Row(args.dtype, backend, walks=True), Row(args.dtype, "block", walks=True)]
+    rows = [Row(args.dtype)]
+    for fast in (False, True)[: 1 + args.compile]:
+        rows += [Row(args.dtype, backend, fast), Row(args.dtype, "block", fast)]
+        if args.prompts > 1:
+            rows += [Row(args.dtype, backend, fast, walks=True), Row(args.dtype, "block", fast, walks=True)]
     best = []
     if args.best != "none":
         dtype = "bfloat16" if has_bf16(torch.device(args.device)) else "float32"
-        best = [Row(dtype, "two_pass", True) if args.best == "compiled" else Row(dtype, "one_pass")]
+        fast = args.best == "compiled"
+        best = [Row(dtype, "one_pass", fast)]
         if args.prompts > 1:
-            best += [Row(dtype, "one_pass", walks=True), Row(dtype, "block", walks=True)]
+            best += [Row(dtype, "one_pass", fast, walks=True), Row(dtype, "block", fast, walks=True)]
         rows += [Row("float32"), *best]
-    return list(dict.fromkeys(rows)), best
+    wanted = [row for row in rows if not row.backend or any(text in row.name for text in args.only)]
+    return list(dict.fromkeys(wanted)), [row for row in best if row in wanted]
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -463,47 +486,57 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         must_agree(apart)
 
         pairs = example_pairs(bench)
+        rows = [row for row in rows if fits(step_of(bench, row), row.name, device)]
+        best = [row for row in best if row in rows]
         runs = {row.name: step_of(bench, row) for row in rows}
         runs |= {unit_name(dtype): forward_of(bench, pairs, dtype) for dtype in {row.dtype for row in rows}}
         with FlopCounterMode(display=False) as counter:
             forward_of(bench, pairs, "float32")(0, Stages())
         timings = take_turns(runs, args.rounds, device)
-        memory: dict[str, dict[str, float]] = {}
+        flops = counter.get_total_flops()
+        record |= {
+            "work": {
+                "size": args.size, "dtype": args.dtype, "prompts": work.prompts, "states": work.states,
+                "pairs": work.prompts * pairs_per_prompt(config.space.route_steps, config.space.keep_first),
+                "micro_batch": work.micro_batch, "rounds": args.rounds,
+            },
+            "tangent": {"backend": backend, "reason": reason},
+            "gradients": apart,
+            "forward_sec": {name: timings[name].median for name in timings if name.startswith("plain forward")},
+            "forward_tflop": flops / 1e12,
+        }  # fmt: skip
+        report(record, rows, best, timings, {}, flops, args)  # already, since memory takes a while
         if not args.no_memory:
-            del bench, runs, condition
+            del bench, runs, condition, pairs
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             memory = {row.name: in_child(step_memory, work, row) for row in rows}
+            report(record, rows, best, timings, memory, flops, args)
+    return record
 
-    results = {row.name: result_of(row, timings, memory, counter.get_total_flops()) for row in rows}
+
+def report(
+    record: dict[str, Any],
+    rows: list[Row],
+    best: list[Row],
+    timings: dict[str, Timing],
+    memory: dict[str, dict[str, float]],
+    flops: int,
+    args: Any,
+) -> None:
+    """Prints what was measured, adds it to the record and writes that."""
+    results = {row.name: result_of(row, timings, memory, flops) for row in rows}
     if args.peak_tflops:
         for row in rows:
             if row.dtype == args.dtype:
                 results[row.name]["utilisation"] = results[row.name]["model_tflops_per_sec"] / args.peak_tflops
+                console.print(f"{row.name}: {results[row.name]['utilisation']:.1%} of the device's peak")
     against_float32 = [
         {"row": row.name, "against": against(row.name, Row("float32").name, timings, memory)} for row in best
     ]
-    count = work.prompts * pairs_per_prompt(config.space.route_steps, config.space.keep_first)
-    show_results(results, against_float32, count)
-    record |= {
-        "work": {
-            "size": args.size,
-            "dtype": args.dtype,
-            "prompts": work.prompts,
-            "states": work.states,
-            "pairs": count,
-            "micro_batch": work.micro_batch,
-            "rounds": args.rounds,
-        },
-        "tangent": {"backend": backend, "reason": reason},
-        "gradients": apart,
-        "forward_sec": {name: timings[name].median for name in timings if name.startswith("plain forward")},
-        "forward_tflop": counter.get_total_flops() / 1e12,
-        "rows": results,
-        "best_settings": against_float32,
-    }
+    show_results(results, against_float32, record["work"]["pairs"])
+    record |= {"rows": results, "best_settings": against_float32}
     write_record(args.out, record)
-    return record
 
 
 if __name__ == "__main__":

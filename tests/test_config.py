@@ -193,13 +193,6 @@ def test_baselines_are_presets() -> None:
     assert scm.optimiser == tbcm.optimiser and scm.consistency == tbcm.consistency
 
 
-def test_what_cannot_be_compiled_is_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"setting training: compile does not go .*leave tangent at auto, or compile off"
-    ):
-        load_config("demo", ["training.compile=true", "training.tangent=one_pass"])
-
-
 def test_a_difference_that_rounding_swamps_is_refused() -> None:
     with pytest.raises(UserError, match=r"setting training: precision=bf16 .*leave tangent at auto, or precision"):
         load_config("demo", ["training.precision=bf16", "training.tangent=finite_difference"])

@@ -199,7 +199,7 @@ class TrainingSettings(Section):
     tangent: Literal["auto", "two_pass", "one_pass", "block", "finite_difference"] = Field(
         default="auto",
         description="backend of the total derivative; auto: one_pass where this model allows it, block where memory is "
-        "short, two_pass where it is compiled or one_pass cannot follow it",
+        "short, two_pass where one_pass cannot follow it",
     )
     checkpointing: bool = Field(
         default=False,
@@ -212,9 +212,9 @@ class TrainingSettings(Section):
     rollout_precision: Precision = Field(default="no", description="autocast of the teacher's walks; auto as above")
     compile: bool = Field(
         default=False,
-        description="compile teacher and student: up to two minutes, then faster (CPU: needs a C++ compiler); prompts "
-        "are padded to teacher.max_tokens, so keep that small; with a filter, each number of kept prompts is compiled "
-        "for itself",
+        description="compile the blocks of teacher and student: a minute or so, then faster (CPU: needs a C++ "
+        "compiler); prompts are padded to teacher.max_tokens, so keep that small; with a filter, each number of kept "
+        "prompts is compiled for itself",
     )
     shard: Literal["none", "student", "all"] = Field(
         default="none",
@@ -240,15 +240,6 @@ class TrainingSettings(Section):
     time_stages: bool = Field(
         default=False, description="wait for the GPU after every stage of a step, so that the stages' times are true"
     )
-
-    @model_validator(mode="after")
-    def _compilable(self) -> "TrainingSettings":
-        if self.compile and self.tangent in ("one_pass", "block"):
-            raise ValueError(
-                f"compile does not go with tangent={self.tangent}, since torch.compile cannot trace what it "
-                "intercepts; leave tangent at auto, or compile off"
-            )
-        return self
 
     @model_validator(mode="after")
     def _precise(self) -> "TrainingSettings":

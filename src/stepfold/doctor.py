@@ -21,7 +21,7 @@ from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.pipeline import SIGMA_DATA, PipelineTeacher
-from stepfold.training.choices import choose_tangent
+from stepfold.training.choices import choose_tangent, full_float32
 from stepfold.training.distill import make_accelerator
 from stepfold.training.optimisers import make_optimiser
 from stepfold.training.update import update
@@ -39,6 +39,7 @@ class Finding:
     ok: bool
 
 
+@full_float32()
 def examine(settings: TeacherSettings, device: str) -> list[Finding]:
     """All checks of one teacher.
 

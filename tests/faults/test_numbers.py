@@ -79,9 +79,8 @@ def spoil_teacher(monkeypatch: pytest.MonkeyPatch, at: int, always: bool = False
 
 
 def spoil_tangent(monkeypatch: pytest.MonkeyPatch, at: int, always: bool = False) -> None:
-    spoilt = Poison(loop.total_derivative, at, lambda t: Tangent(t.F, first_row(t.dF)), always)
-    original = loop.update
-    monkeypatch.setattr(loop, "update", lambda *args, **named: original(*args, **(named | {"derivative": spoilt})))
+    spoilt = Poison(passes.total_derivative, at, lambda t: Tangent(t.F, first_row(t.dF)), always)
+    monkeypatch.setattr(passes, "total_derivative", spoilt)
 
 
 def spoil_loss(monkeypatch: pytest.MonkeyPatch, at: int, always: bool = False) -> None:

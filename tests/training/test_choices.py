@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from stepfold.maths.tangent import total_derivative
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher
+from stepfold.teachers.stable_diffusion import StableDiffusionTeacher
 from stepfold.training import choices
 from stepfold.training.choices import TangentChoice, choose_tangent, keep_freed_memory, kept_bytes
 
@@ -32,7 +34,7 @@ def test_the_rule(teacher: SanaTeacher, settings: Settings, monkeypatch: pytest.
     plain = chosen(teacher, settings())
     assert (plain.backend, plain.recompute) == ("one_pass", False) and "agrees with two_pass" in plain.reason
     compiled = chosen(teacher, settings("training.compile=true"))
-    assert (compiled.backend, compiled.recompute) == ("two_pass", False) and "compiled" in compiled.reason
+    assert (compiled.backend, compiled.recompute) == ("one_pass", False)
     assert chosen(teacher, settings("training.checkpointing=true")).backend == "block"
     assert chosen(teacher, settings("objective=discrete")).backend == "none"
     for backend in ("two_pass", "one_pass", "block", "finite_difference"):
@@ -42,7 +44,19 @@ def test_the_rule(teacher: SanaTeacher, settings: Settings, monkeypatch: pytest.
     small = chosen(teacher, settings())
     assert (small.backend, small.recompute) == ("block", True) and "blocks recomputed" in small.reason
     assert chosen(teacher, settings("objective=discrete")).recompute
-    assert chosen(teacher, settings("training.compile=true")).recompute
+    assert chosen(teacher, settings("training.compile=true")).backend == "block"
+
+
+def test_what_is_not_compiled_together_with_its_tangent(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = StableDiffusionTeacher(tiny.save(tiny.make_sd1, tmp_path / "sd"), height=16, width=32, max_tokens=24)
+    config = settings("training.compile=true")
+    choice = choose_tangent(config, unet.new_student(), unet.encode(["fox"]), unet.latent_shape)
+    assert choice.backend == "two_pass" and "group norm" in choice.reason
+    monkeypatch.setattr(choices, "QUERY_CHUNK", 63)  # it has 8 x 8 latents
+    choice = chosen(teacher, config)
+    assert choice.backend == "two_pass" and "attention of 64 queries" in choice.reason
 
 
 def test_a_lora_on_weights_in_half_precision_may_differ_by_their_rounding(

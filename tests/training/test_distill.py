@@ -30,7 +30,14 @@ from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_student
 from stepfold.teachers.sana import SanaStudent, SanaTeacher
 from stepfold.training.choices import choose_precision
-from stepfold.training.distill import Progress, collect, distill, make_accelerator, new_discriminator
+from stepfold.training.distill import (
+    Progress,
+    collect,
+    distill,
+    make_accelerator,
+    new_discriminator,
+    rollout_precision,
+)
 from stepfold.training.draws import Draw, draw
 from stepfold.training.runs import checkpoints, read_metrics
 from stepfold.training.step_log import record_of, row_of
@@ -755,3 +762,29 @@ def test_the_size_of_a_steps_latents_is_drawn(teacher: SanaTeacher, settings: Se
         assert {values.shape[-3:] for values in latents} == {several.latent_shapes[batch.shape_index]}
         one = draw(step, prompts, teacher, config, CPU)
         assert torch.equal(one.route, batch.route) and one.prompts == batch.prompts
+
+
+def test_a_walk_casts_frozen_weights_once(teacher: SanaTeacher) -> None:
+    """The numbers stay, to the bit, and so does what is frozen."""
+
+    class Casts(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sources: list[int] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights:
+                self.sources.append(args[0].data_ptr())
+            return func(*args, **(kwargs or {}))
+
+    weights = {p.data_ptr() for p in teacher.network.parameters() if p.ndim > 1}
+    noise, route = torch.randn(1, *teacher.latent_shape), torch.linspace(1.5, 0.3, 4)[None]
+    condition, guidance = teacher.encode(["fox"]), torch.tensor([4.5])
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = walk(teacher.velocity, noise, route, condition, guidance)
+    teacher.forget_prompts()
+    with rollout_precision("bf16", torch.device("cpu"), teacher.network), Casts() as casts:
+        ours = walk(teacher.velocity, noise, route, condition, guidance)
+    assert torch.equal(ours.x0, plain.x0) and torch.equal(ours.dxdt, plain.dxdt)
+    assert casts.sources and len(casts.sources) == len(set(casts.sources))
+    assert not any(p.requires_grad for p in teacher.network.parameters())

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stepfold.config import load_config
 from stepfold.errors import UserError
-from stepfold.maths.tangent import BACKENDS, Tangent, total_derivative
+from stepfold.maths.blocks import compiled_blocks
+from stepfold.maths.tangent import BACKENDS, total_derivative
 from stepfold.objectives.consistency import ConsistencyOptions, consistency_terms, tangent_direction
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.pipeline import SIGMA_DATA
@@ -37,18 +37,16 @@ PAGE = Path(__file__).parents[2] / "docs" / "tangents.md"
 COLUMNS = ("checkpointing", "torch.compile", "bf16 autocast", "DDP", "FSDP2", "LoRA")
 MATRIX = {
     "two_pass": ("yes", "yes", "yes", "yes", "yes", "yes"),
-    "one_pass": ("yes", "refused", "yes", "yes", "yes", "yes"),
-    "block": ("yes", "refused", "yes", "yes", "yes", "yes"),
+    "one_pass": ("yes", "yes", "yes", "yes", "yes", "yes"),
+    "block": ("yes", "yes", "yes", "yes", "yes", "yes"),
     "finite_difference": ("yes", "yes", "refused", "yes", "yes", "yes"),
 }
 CELLS = {(backend, column): cell for backend in MATRIX for column, cell in zip(COLUMNS, MATRIX[backend], strict=True)}
 
 REFUSALS = {
-    "torch.compile": r"torch.compile cannot trace what the one_pass and block tangents .*training.tangent=two_pass",
     "bf16 autocast": r"finite_difference .*rounding in bfloat16 .*training.precision=no, or training.tangent=two_pass",
 }
 SETTINGS = {
-    "torch.compile": ("training.compile=true", "leave tangent at auto, or compile off"),
     "bf16 autocast": ("training.precision=bf16", "leave tangent at auto, or precision at no"),
 }
 
@@ -75,9 +73,7 @@ def new_student(folder: Path, backend: str) -> SanaStudent:
     return student
 
 
-def step(
-    student: SanaStudent, backend: str, rows: slice = ALL, call: Call | None = None, derivative: Any = total_derivative
-) -> dict[str, Tensor]:
+def step(student: SanaStudent, backend: str, rows: slice = ALL, call: Call | None = None) -> dict[str, Tensor]:
     """A training step's tangent and loss of some rows of the batch, and the gradient of their mean loss.
 
     Args:
@@ -85,7 +81,6 @@ def step(
         backend: of the tangent.
         rows: of the batch.
         call: how the student is called; by default itself.
-        derivative: `total_derivative`, or its compiled self.
     """
     generator = torch.Generator().manual_seed(1)
     x, dxdt = SIGMA_DATA * torch.randn(2, ROWS, 4, 8, 8, generator=generator)[:, rows]
@@ -97,7 +92,8 @@ def step(
     def network(x_unit: Tensor, t: Tensor) -> Tensor:
         return (call or student)(x_unit, t, condition, guidance)
 
-    tangent: Tangent = derivative(network, x / SIGMA_DATA, t, *tangent_direction(x, t, dxdt, SIGMA_DATA), backend, STEP)
+    direction = tangent_direction(x, t, dxdt, SIGMA_DATA)
+    tangent = total_derivative(network, x / SIGMA_DATA, t, *direction, backend, STEP)
     options = ConsistencyOptions(normalise="none")  # so that the loss sees the tangent's length
     log_variance = student.log_variance(t, guidance).float()
     terms = consistency_terms(
@@ -130,11 +126,11 @@ def checkpointed(folder: Path, backend: str) -> dict[str, Tensor]:
 
 
 def compiled(folder: Path, backend: str) -> dict[str, Tensor]:
-    """As one graph, where that is supported. test_distill.py generates code of it too, which takes a minute."""
-    torch.compiler.reset()
-    whole = CELLS[backend, "torch.compile"] == "yes"
-    derivative = torch.compile(total_derivative, dynamic=False, backend="aot_eager", fullgraph=whole)
-    return step(new_student(folder, backend), backend, derivative=derivative)
+    """As graphs. test_distill.py generates code of them too, which takes a minute."""
+    student = new_student(folder, "two_pass")
+    blocks = student.transformer.transformer_blocks
+    with compiled_blocks(blocks, recompute=backend == "block", backend="aot_eager_decomp_partition"):
+        return step(student, backend)
 
 
 def in_bfloat16(folder: Path, backend: str) -> dict[str, Tensor]:
@@ -252,9 +248,8 @@ def test_in_two_processes(
 @pytest.mark.parametrize(("backend", "column"), [cell for cell in CELLS if CELLS[cell] == "refused"])
 def test_what_is_refused(backend: str, column: str, tiny_sana: Path) -> None:
     """With a reason and a way out, in the settings and at the call."""
-    if column != "torch.compile" or torch.__version__ >= "2.12":  # older ones wrap the error in one of their own
-        with pytest.raises(UserError, match=REFUSALS[column]):
-            SINGLE[column](tiny_sana, backend)
+    with pytest.raises(UserError, match=REFUSALS[column]):
+        SINGLE[column](tiny_sana, backend)
     setting, way_out = SETTINGS[column]
     with pytest.raises(UserError, match=way_out):
         load_config("default", [setting, f"training.tangent={backend}"])

@@ -19,6 +19,26 @@ def query_chunks(count: int, mask: Tensor | None) -> Iterator[tuple[slice, Tenso
         yield span, mask[..., span, :] if mask is not None and mask.shape[-2] > 1 else mask
 
 
+class LongestAttention(TorchFunctionMode):
+    """While active, notes how many queries torch's attention has had at once.
+
+    Attributes:
+        queries: the largest number; 0 without attention.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs `func` as it is."""
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query = args[0] if args else kwargs["query"]
+            self.queries = max(self.queries, query.shape[-2])
+        return func(*args, **kwargs)
+
+
 class ChunkedAttention(TorchFunctionMode):
     """While active, torch's attention takes its queries in chunks; each kernel is the caller's choice.
 

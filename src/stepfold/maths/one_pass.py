@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from stepfold.errors import UserError
 from stepfold.maths.attention import query_chunks
+from stepfold.maths.blocks import CompiledBlock
 
 SWEEP_EVERY = 16
 """Operations between two looks for tangents that nothing can use any more."""
@@ -57,6 +58,10 @@ class Dual(TorchFunctionMode):
         call = Call(func, args, kwargs, self.tangents)
         if not call.is_dual:
             return func(*args, **kwargs)
+        if isinstance(func, CompiledBlock):
+            out, tangent = func.with_tangent(self.tangents, *args, **kwargs)
+            self._remember(out, tangent)
+            return out
         if call.name == "setitem" and self._fills(args[0]):
             func(*args)
             self._fill(*args)
@@ -199,7 +204,8 @@ def one_pass(
         x, t: where.
         dx, dt: the direction.
 
-    A network that is compiled, or has compiled parts, runs as if it were not: compiled code would go past the mode.
+    A network that is compiled, or has compiled parts, runs as if it were not: compiled code would go past the mode. The
+    blocks of `compiled_blocks` are the exception: each is one operation here, and brings its own tangent.
 
     Raises:
         UserError: it is called from compiled code; the network changes a tensor in place (but for filling a new one
@@ -208,8 +214,8 @@ def one_pass(
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break()  # so that the error is raised: what raises while traced is run again untraced
         raise UserError(
-            "torch.compile cannot trace what the one_pass and block tangents intercept; use training.tangent=two_pass, "
-            "or leave training.compile off"
+            "torch.compile cannot trace what the one_pass and block tangents intercept; compile the network's blocks, "
+            "with stepfold.maths.blocks.compiled_blocks, and call the tangent from plain code"
         )
     dual = Dual()
     x, t = x.view_as(x), t.view_as(t)  # the caller's own tensors stay without tangents

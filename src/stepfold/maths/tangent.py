@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -78,10 +77,10 @@ def two_pass(network: Network, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> 
     """Forward-mode differentiation in a pass of its own without a graph, then one ordinary forward with one.
 
     Fused attention kernels have no forward-mode rule, so the first pass uses torch's unfused one, on a chunk of queries
-    at a time; the second is free. Compiled, the chunks are torch.compile's business.
+    at a time; the second is free. Compiled parts run uncompiled in the first: no compiled code is differentiated.
     """
-    chunked = nullcontext() if torch.compiler.is_compiling() else ChunkedAttention()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), chunked:
+    uncompiled = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), ChunkedAttention(), uncompiled:
         dF = torch.func.jvp(network, (x, t), (dx, dt))[1]
     return Tangent(F=network(x, t), dF=dF.detach())
 

@@ -2,15 +2,18 @@
 
 import ctypes
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepfold.config import Config
 from stepfold.errors import UserError
+from stepfold.maths.attention import QUERY_CHUNK, LongestAttention
 from stepfold.maths.tangent import total_derivative
 from stepfold.randomness import normal
 from stepfold.spaces.pairs import pairs_per_prompt
@@ -44,6 +47,20 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within it float32 is float32: by default torch lets a GPU round the inputs of convolutions to TF32, 1e-3 each."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def keep_freed_memory(device: torch.device) -> bool:
@@ -83,9 +100,10 @@ def choose_tangent(
     """The backend of `training.tangent`; `auto` follows this rule, in this order.
 
     1. Discrete consistency has no tangent.
-    2. Compiled: `two_pass`, since torch.compile cannot trace what `one_pass` intercepts.
-    3. `one_pass`, if on this model it runs and agrees with `two_pass` (on one pair, in float32); else `two_pass`, or
+    2. `one_pass`, if on this model it runs and agrees with `two_pass` (on one pair, in float32); else `two_pass`, or
        where that does not run either, `finite_difference`.
+    3. Compiled, `one_pass` becomes `two_pass` where block and tangent cannot be one piece of code: torch does not
+       compile the tangent of a group norm, and unfused attention of many queries would be in memory whole.
     4. Where that step is estimated to need more than 80% of the device's memory, the blocks are recomputed: `one_pass`
        becomes `block`. The estimate: what autograd keeps for one pair, times the pairs of a backward pass, five
        copies of the weights, and on a GPU what this run holds there besides: teacher, text encoder.
@@ -104,11 +122,11 @@ def choose_tangent(
     recompute = training.checkpointing or not fits
     if config.objective == "discrete":
         name, reason = "none", "discrete consistency has none"
-    elif training.compile:
-        name, reason = "two_pass", "compiled, so two_pass"
     else:
         half = config.student_in_half
         name, reason = runs_here(student, condition, latent_shape, HALF_AGREEMENT if half else AGREEMENT)
+        if training.compile and name == "one_pass" and (problem := not_in_one_piece(student, condition, latent_shape)):
+            name, reason = "two_pass", f"compiled, {problem}, so two_pass"
         if half and name == "finite_difference":
             raise UserError(f"{reason}, which needs float32; leave teacher.dtype out, or take objective=discrete")
     memory = f"activations and states about {need:.2g} GiB" + (", blocks recomputed" if recompute else "")
@@ -128,7 +146,7 @@ def runs_here(
     problems: dict[str, str] = {}
     for backend in ("one_pass", "two_pass"):
         try:
-            with torch.no_grad():
+            with torch.no_grad(), full_float32():
                 found[backend] = total_derivative(network, x, t, *direction, backend=backend).dF
         except (UserError, RuntimeError, TypeError, ValueError) as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -141,6 +159,18 @@ def runs_here(
     if difference > agreement:
         return "two_pass", f"one_pass differs from two_pass by {difference:.1e} on this model, so two_pass"
     return "one_pass", "one_pass agrees with two_pass on this model"
+
+
+def not_in_one_piece(student: Student, condition: Condition, latent_shape: tuple[int, ...]) -> str | None:
+    """Why blocks of this model are not compiled together with their tangents; None where they are."""
+    if any(isinstance(module, nn.GroupNorm) for module in student.modules()):
+        return "and torch cannot compile the tangent of a group norm"
+    network, x, t = trial(student, condition, latent_shape)
+    with torch.no_grad(), LongestAttention() as longest:
+        network(x, t)
+    if longest.queries > QUERY_CHUNK:
+        return f"and unfused attention of {longest.queries} queries would be in memory whole"
+    return None
 
 
 def trial(
@@ -161,7 +191,9 @@ def memory_estimate(
     pairs = num_prompts * pairs_per_prompt(config.space.route_steps, config.space.keep_first)
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in student.parameters() if not p.requires_grad)
-    need = kept_bytes(lambda: network(x, t)) * min(config.training.micro_batch or pairs, pairs)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
+        kept = kept_bytes(lambda: network(x, t))
+    need = kept * min(config.training.micro_batch or pairs, pairs)
     need += STATES_PER_WEIGHT * trained + frozen + held_besides(trained + frozen, x.device)
     return need / 2**30, need <= MEMORY_SHARE * device_memory(x.device)
 

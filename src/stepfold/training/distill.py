@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import chain
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from stepfold.config import Config, SpaceSettings
 from stepfold.errors import NonFiniteError, UserError
-from stepfold.maths.tangent import total_derivative
+from stepfold.maths.blocks import compiled_blocks
 from stepfold.objectives.adversarial import Discriminator
 from stepfold.prompts.reading import Prompts
-from stepfold.sampling import predict_data
 from stepfold.spaces.diffusion import noised_pairs
 from stepfold.spaces.generation import Velocity, brightness_filter, pairs_from, walk
 from stepfold.spaces.pairs import Pairs, pairs_per_prompt
@@ -28,7 +27,7 @@ from stepfold.teachers.contract import Condition, Student, Teacher, sharing_copy
 from stepfold.training.choices import choose_tangent, keep_freed_memory
 from stepfold.training.draws import Draw, draw, guidance_scales, prompt_index, step_samples
 from stepfold.training.optimisers import learning_rate, make_optimiser
-from stepfold.training.processes import ALONE, Processes, gathered, is_sharded, local, shard, whole
+from stepfold.training.processes import ALONE, Processes, blocks_of, gathered, is_sharded, local, shard, whole
 from stepfold.training.runs import (
     append_metrics,
     checkpoints,
@@ -140,7 +139,7 @@ def distill(
     first = conditions([0]) if conditions else teacher.encode([prompts.prompt(0)])
     choice = choose_tangent(config, student, first, max(teacher.latent_shapes, key=math.prod), share)
     note_tangent(f"{choice.backend} ({choice.reason})")
-    if choice.recompute:
+    if choice.recompute and not training.compile:
         student.recompute_blocks()
     if len(set(guidance_scales(config, teacher))) == 1:
         student.freeze_guidance()
@@ -169,9 +168,6 @@ def distill(
     if due and previews:  # a kill may have come before it was drawn
         with stages("first preview"):
             preview(average, start)
-    velocity, derivative, predict = teacher.velocity, total_derivative, predict_data
-    if training.compile:
-        velocity, derivative, predict = compiled(velocity), compiled(derivative), compiled(predict)
 
     encoded: dict[int, Condition] = {}
 
@@ -198,9 +194,9 @@ def distill(
                 condition = condition.padded(max(teacher.max_tokens, condition.mask.shape[1]))
         with stages("images"):
             x0 = latents(batch.index).to(device) if latents else None
-        with stages("teacher"), rollout_precision(training.rollout_precision, device):
+        with stages("teacher"), rollout_precision(training.rollout_precision, device, teacher.network):
             pairs = collect(
-                batch, condition, velocity, blacks[batch.shape_index], teacher.sigma_data, config.space, x0,
+                batch, condition, teacher.velocity, blacks[batch.shape_index], teacher.sigma_data, config.space, x0,
                 stand_in=processes.count > 1,
             )  # fmt: skip
         teacher.forget_prompts()  # the memory is the student's now
@@ -226,7 +222,7 @@ def distill(
         judgement = Judgement(teacher, discriminator, batch.judged) if discriminator and batch.judged else None
         figures = update(
             student, pairs, config, step, teacher.sigma_data, accelerator, choice.backend,
-            derivative=derivative, predict=predict, judgement=judgement, stages=stages,
+            judgement=judgement, stages=stages,
             denominator=kept if config.space.filter_denominator == "kept" else walked,
             most_pairs=share * per_prompt if processes.count > 1 else 0,
         )  # fmt: skip
@@ -255,8 +251,12 @@ def distill(
     skipped = sum("skipped" in row for row in read_metrics(folder))
     batch = pairs = None
     look_every = training.look_every or (1 if device.type == "cpu" else 10)
+    compiling: AbstractContextManager[None] = nullcontext()
+    if training.compile:
+        blocks = chain(blocks_of(teacher.network) or [teacher.network], blocks_of(student) or [student])
+        compiling = compiled_blocks(blocks, recompute=choice.recompute)
     began = time.perf_counter()
-    with stop_requests() as stop:
+    with compiling, stop_requests() as stop:
         for step in range(start, training.steps):
             if batch is None or pairs is None or step % config.space.reuse == 0:
                 batch, pairs = walk_teacher(step // config.space.reuse)
@@ -306,32 +306,31 @@ def new_discriminator(teacher: Teacher, seed: int) -> Discriminator:
         return Discriminator(teacher.feature_widths)
 
 
-def rollout_precision(precision: str, device: torch.device) -> torch.autocast:
-    """Autocast for the teacher's walks; its states stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+@contextmanager
+def rollout_precision(precision: str, device: torch.device, network: nn.Module) -> Iterator[None]:
+    """Autocast for the teacher's walks, which casts the weights of `network` once; its states stay in float32."""
+    if precision != "bf16":
+        yield
+        return
+    casts = nullcontext() if is_sharded(network) else cast_once(network)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16), casts:
+        yield
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled at its first call, once for every set of shapes.
+@contextmanager
+def cast_once(network: nn.Module) -> Iterator[None]:
+    """Within it autocast casts a frozen weight at its first use and keeps it until it ends, as it does trained weights.
 
-    The returned function raises:
-        UserError: the compiler is missing or fails.
+    For calls without a gradient, whose values stay the same to the bit.
     """
-    from torch._dynamo.exc import TorchDynamoException  # imported late: it takes a second
-
-    fast = torch.compile(function, dynamic=False)
-
-    def call(*args: Any) -> Any:
-        try:
-            return fast(*args)
-        except TorchDynamoException as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"compiling {function.__name__} failed ({reason}); on a CPU it needs a C++ compiler "
-                "and the headers of Python (Debian: g++, python3-dev); or go on without: --set training.compile=false"
-            ) from None
-
-    return call
+    frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)  # what autocast goes by
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -9,10 +9,15 @@ from stepfold.config import OptimiserSettings
 
 
 def make_optimiser(params: Iterable[Tensor], settings: OptimiserSettings) -> torch.optim.Optimizer:
-    """AdamW from torch, CAME (arXiv:2307.02047) from pytorch-optimizer."""
+    """AdamW from torch, CAME (arXiv:2307.02047) from pytorch-optimizer.
+
+    On a GPU AdamW is fused: there the other kind needs the memory of all weights once or twice more while it steps.
+    """
     if settings.name == "adamw":
+        params = list(params)
+        how = "fused" if all(parameter.is_cuda for parameter in params) else "foreach"
         return torch.optim.AdamW(
-            params, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
+            params, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, **{how: True}
         )
     from pytorch_optimizer import CAME
 

@@ -135,13 +135,12 @@ def lost_process() -> Iterator[None]:
         ) from None
 
 
-def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
+def blocks_of(network: nn.Module) -> list[nn.Module]:
     """The outermost repeated blocks of a network: the members of its module lists."""
+    found: list[nn.Module] = []
     for child in network.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
-        else:
-            yield from blocks_of(child)
+        found += child if isinstance(child, nn.ModuleList) else blocks_of(child)
+    return found
 
 
 def shard(network: nn.Module, processes: Processes, *methods: str) -> None:

@@ -1,7 +1,6 @@
 """From the pairs of a step to a gradient: each objective's loss, and the passes that share it."""
 
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from stepfold.config import Config
 from stepfold.maths.formulations import euler_step, expand, interpolate
 from stepfold.maths.routes import half_pi
 from stepfold.maths.schedules import tangent_warmup
-from stepfold.maths.tangent import Tangent, total_derivative
+from stepfold.maths.tangent import total_derivative
 from stepfold.objectives.adversarial import Discriminator, discriminator_loss, generator_loss
 from stepfold.objectives.consistency import ConsistencyOptions, consistency_terms, tangent_direction
 from stepfold.objectives.discrete import discrete_terms
@@ -44,8 +43,6 @@ def update(
     accelerator: Accelerator,
     backend: str = "two_pass",
     *,
-    derivative: Callable[..., Tangent] = total_derivative,
-    predict: Callable[..., Tensor] = predict_data,
     judgement: Judgement | None = None,
     stages: Stages | None = None,
     denominator: float | None = None,
@@ -53,10 +50,9 @@ def update(
 ) -> dict[str, Tensor]:
     """Adds the gradient of the mean loss over the pairs, in micro-batches; returns per-pair figures [M].
 
-    `backend` is the tangent's. `derivative` is `total_derivative` and `predict` is `predict_data`, or their compiled
-    selves. With a `judgement`, the discriminator gets the gradient of its own loss. `stages` notes what forward and
-    backward passes take. Where several processes share a step, the mean is over `denominator` pairs, those of the
-    others among them, and this one makes as many passes as one that has `most_pairs`.
+    `backend` is the tangent's. With a `judgement`, the discriminator gets the gradient of its own loss. `stages` notes
+    what forward and backward passes take. Where several processes share a step, the mean is over `denominator`
+    pairs, those of the others among them, and this one makes as many passes as one that has `most_pairs`.
     """
     stages = stages or Stages()
     denominator = denominator or (len(pairs) if config.space.filter_denominator == "kept" else pairs.num_walked)
@@ -73,13 +69,13 @@ def update(
                     config.space.kind == "generation"
                     and size % pairs_per_prompt(config.space.route_steps, config.space.keep_first) == 0
                 )
-                loss, rows = discrete_loss(student, part, config, sigma_data, accelerator, predict, whole_walks)
+                loss, rows = discrete_loss(student, part, config, sigma_data, accelerator, whole_walks)
             else:
-                loss, rows = continuous_loss(student, part, config, step, sigma_data, accelerator, backend, derivative)
+                loss, rows = continuous_loss(student, part, config, step, sigma_data, accelerator, backend)
         for_heads = None
         if judgement:
             with stages("adversarial"):
-                for_student, for_heads = adversarial_losses(student, part, judgement, config, accelerator, predict)
+                for_student, for_heads = adversarial_losses(student, part, judgement, config, accelerator)
             loss = loss + config.adversarial.weight * for_student
             rows |= {"loss": loss, "generator_loss": for_student, "discriminator_loss": for_heads}
         with stages("student backward"), student_attention(config.training.precision, pairs.x.device):
@@ -101,7 +97,6 @@ def continuous_loss(
     sigma_data: float,
     accelerator: Accelerator,
     backend: str,
-    derivative: Callable[..., Tangent],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Continuous-time consistency, per pair [M]: the loss, with gradient, and what to log."""
     c = config.consistency
@@ -119,7 +114,7 @@ def continuous_loss(
 
     dx, dt = tangent_direction(part.x, part.t, part.dxdt, sigma_data)
     with accelerator.autocast(), student_attention(config.training.precision, part.x.device):
-        tangent = derivative(network, part.x / sigma_data, part.t, dx, dt, backend)
+        tangent = total_derivative(network, part.x / sigma_data, part.t, dx, dt, backend)
         log_variance = student.log_variance(part.t, part.guidance)
     terms = consistency_terms(
         tangent.F,
@@ -147,7 +142,6 @@ def discrete_loss(
     config: Config,
     sigma_data: float,
     accelerator: Accelerator,
-    predict: Callable[..., Tensor],
     whole_walks: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Discrete consistency, per pair [M]: the loss, with gradient, and what to log. The student is its own target.
@@ -158,7 +152,7 @@ def discrete_loss(
 
     def picture(x: Tensor, t: Tensor) -> Tensor:
         with accelerator.autocast(), student_attention(config.training.precision, x.device):
-            return predict(student, x, t, part.condition, part.guidance, sigma_data)
+            return predict_data(student, x, t, part.condition, part.guidance, sigma_data)
 
     x_next = euler_step(part.x, part.t, part.t_next, part.dxdt)
     x0 = picture(part.x, part.t)
@@ -177,7 +171,6 @@ def adversarial_losses(
     judgement: Judgement,
     config: Config,
     accelerator: Accelerator,
-    predict: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Sana-Sprint's adversarial term, per pair [M]: what the student minimises, and what the discriminator does.
 
@@ -192,7 +185,7 @@ def adversarial_losses(
         return teacher.features(interpolate(picture, noise, draw.t), draw.t, part.condition, part.guidance)
 
     with accelerator.autocast(), student_attention(config.training.precision, x.device):
-        fake = predict(student, x, t, part.condition, part.guidance, teacher.sigma_data)
+        fake = predict_data(student, x, t, part.condition, part.guidance, teacher.sigma_data)
         fake_features = features(fake, draw.noise[:, 0])
         for_student = generator_loss(judgement.discriminator(fake_features))
         with torch.no_grad():
