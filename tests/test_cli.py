@@ -382,6 +382,7 @@ def test_presets_are_listed() -> None:
     lines = Result("presets").out.splitlines()
     assert [line.split()[0] for line in lines] == preset_names()
     assert all(line.endswith(".") and len(line.split()) > 4 for line in lines)
+    assert list(json.loads(Result("presets", "--json").out)) == preset_names()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -64,6 +64,9 @@ PresetOption = Annotated[
         "sana-sprint, sana-sprint-endpoints, lcm, or a yaml file."
     ),
 ]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Write the result here too, as json.", show_default=False)
+]
 ChangesOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. training.steps=100.")
 ]
@@ -306,9 +309,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the pictures. Default: runs/PROTOCOL.", show_default=False)
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here too.", show_default=False)
-    ] = None,
+    json_file: JsonOption = None,
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
     quiet: Quiet = False,
 ) -> None:
@@ -326,7 +327,6 @@ def evaluate(
     """
     from stepfold.display import Display, mjhq_table, quiet_libraries, results_table
     from stepfold.jobs import run_evaluate, run_geneval, run_mjhq
-    from stepfold.training.runs import writing
 
     try:
         counts = sorted({int(part) for part in steps.split(",")}, reverse=True) if steps else None
@@ -359,9 +359,7 @@ def evaluate(
             folders, steps=counts, n=n or 2000, guidance=guidance, display=display, device=usable_device(device)
         )
         table = results_table(result)
-    if json_file:
-        with writing(json_file) as part:
-            part.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(json_file, result)
     display.console.print(table)
 
 
@@ -371,9 +369,7 @@ def doctor(
     teacher_lora: TeacherLoraOption = None,
     revision: RevisionOption = None,
     variant: VariantOption = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the findings here too.", show_default=False)
-    ] = None,
+    json_file: JsonOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
     frames: FramesOption = None,
@@ -391,7 +387,6 @@ def doctor(
     from stepfold.config import TeacherSettings
     from stepfold.display import quiet_libraries
     from stepfold.doctor import examine
-    from stepfold.training.runs import writing
 
     quiet_libraries()
     settings = TeacherSettings(
@@ -409,9 +404,7 @@ def doctor(
     for f in findings:
         table.add_row(f.check, f.number, f.want, "[green]ok[/]" if f.ok else "[red]LOOK[/]")
     Console().print(table)
-    if json_file:
-        with writing(json_file) as part:
-            part.write_text(json.dumps([vars(f) for f in findings], indent=2) + "\n")
+    write_json(json_file, [vars(f) for f in findings])
     if not all(f.ok for f in findings):
         raise typer.Exit(1)
 
@@ -424,7 +417,7 @@ def plan(
     preset: PresetOption = None,
     changes: ChangesOption = None,
     steps: Annotated[int, typer.Option(min=2, help="Steps to time; the first one is start-up.")] = 12,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here too.")] = None,
+    json_file: JsonOption = None,
     quiet: Quiet = False,
 ) -> None:
     """Say what a distillation will take before you start it: time of a step, hours, peak memory.
@@ -441,7 +434,6 @@ def plan(
     from stepfold.config import load_config
     from stepfold.display import Display, quiet_libraries
     from stepfold.planning import make_plan, plan_rows
-    from stepfold.training.runs import writing
 
     config = load_config(
         chosen_preset(preset, teacher),
@@ -456,9 +448,7 @@ def plan(
     for row in plan_rows(found):
         table.add_row(*row)
     Console().print(table)
-    if json_file:
-        with writing(json_file) as part:
-            part.write_text(json.dumps(vars(found), indent=2) + "\n")
+    write_json(json_file, vars(found))
 
 
 @app.command()
@@ -548,9 +538,7 @@ def stats(
     file: PromptTable,
     column: Column = None,
     languages: Annotated[bool, typer.Option(help="Guess the languages (extra prompts).")] = True,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here too.", show_default=False)
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """How many prompts, how long, how many repeated, in which languages.
 
@@ -560,16 +548,13 @@ def stats(
     """
     from stepfold.prompts.cleaning import statistics
     from stepfold.prompts.tables import read_texts
-    from stepfold.training.runs import writing
 
     numbers = statistics(read_texts(file, column), languages)
     for name, value in numbers.items():
         many = isinstance(value, dict)
         text = ", ".join(f"{key} {number:.4g}" for key, number in value.items()) if many else f"{value:,}"
         typer.echo(f"{name:28} {text or '-'}")
-    if json_file:
-        with writing(json_file) as part:
-            part.write_text(json.dumps(numbers, indent=2) + "\n")
+    write_json(json_file, numbers)
 
 
 @prompts_app.command("clean")
@@ -590,6 +575,7 @@ def clean(
         typer.Option(min=0.1, max=1, help="Drop near repetitions, e.g. 0.8 (extra prompts).", show_default=False),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    json_file: JsonOption = None,
 ) -> None:
     """Make a clean text file of prompts: blank, overlong and repeated ones go; line breaks become spaces.
 
@@ -612,9 +598,11 @@ def clean(
             target.write(prompt + "\n")
         if not counts["kept"]:
             raise UserError(f"no prompt of {file} is left; {dict(counts)}")
-    for name in ("read", *(n for n in counts if n not in ("read", "kept")), "kept"):
-        typer.echo(f"{name:32} {counts[name]:,}")
+    numbers = {name: counts[name] for name in ("read", *(n for n in counts if n not in ("read", "kept")), "kept")}
+    for name, count in numbers.items():
+        typer.echo(f"{name:32} {count:,}")
     typer.echo(f"prompts: {out}")
+    write_json(json_file, numbers)
 
 
 @prompts_app.command("split")
@@ -625,6 +613,7 @@ def split(
     column: Column = None,
     seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Write over files that are there.")] = False,
+    json_file: JsonOption = None,
 ) -> None:
     """Split prompts into train.txt and test.txt; equal prompts stay together, also across files.
 
@@ -653,6 +642,16 @@ def split(
                 (held if chosen else train).write(prompt + "\n")
                 counts[chosen] += 1
     typer.echo(f"{paths[0]}: {counts[0]:,}\n{paths[1]}: {counts[1]:,}")
+    write_json(json_file, {"train": counts[0], "test": counts[1]})
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """For `--json`: the file whole or not at all; nothing where none is asked for."""
+    from stepfold.training.runs import writing
+
+    if path:
+        with writing(path) as part:
+            part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def refuse_existing(path: Path, force: bool) -> None:
@@ -814,18 +813,19 @@ def runs(
 
 
 @app.command()
-def presets() -> None:
+def presets(as_json: Annotated[bool, typer.Option("--json", help="Print json instead of a table.")] = False) -> None:
     """List the presets, and what each is for.
 
-    stepfold presets
+    stepfold presets --json
 
     stepfold distill --preset paper --teacher ./my-sana --prompts prompts.txt --dry-run
     """
     from stepfold.config import preset_names, preset_purpose
 
-    names = preset_names()
-    width = max(map(len, names))
-    typer.echo("\n".join(f"{name:{width}}  {preset_purpose(name)}" for name in names))
+    purposes = {name: preset_purpose(name) for name in preset_names()}
+    width = max(map(len, purposes))
+    lines = (f"{name:{width}}  {purpose}" for name, purpose in purposes.items())
+    typer.echo(json.dumps(purposes, indent=2) if as_json else "\n".join(lines))
 
 
 def main() -> None:

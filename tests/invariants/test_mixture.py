@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from stepfold.maths.tangent import Network, Tangent, total_derivative
 from stepfold.prompts.reading import open_prompts
 from stepfold.teachers.contract import Condition, Student
 from stepfold.training import distill as loop
+from stepfold.training import update as passes
 from stepfold.training.runs import open_run
 
 SIGMA_DATA = 0.5
@@ -41,6 +42,7 @@ class LabelTeacher:
     latent_shape: tuple[int, ...] = (2,)
     latent_shapes: tuple[tuple[int, ...], ...] = ((2,),)
     start_time: float = math.pi / 2
+    network: nn.Module = field(default_factory=nn.Identity)  # it has none
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         labels = torch.tensor([LABELS.index(prompt) for prompt in prompts])
@@ -172,5 +174,5 @@ def test_a_broken_derivative_misses_the_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: SmallStudent, broken: Any, at_least: float
 ):
     """The sign of the JVP term flipped, the term dropped, or the teacher's velocity missing from its direction."""
-    monkeypatch.setattr(loop, "total_derivative", broken)
+    monkeypatch.setattr(passes, "total_derivative", broken)
     assert one_step_error(distilled(tmp_path / "run", copy.deepcopy(untrained), seed=0)) > at_least

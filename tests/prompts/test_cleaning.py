@@ -80,14 +80,19 @@ def test_the_commands(tmp_path: Path) -> None:
     table.write_text("Prompt\tCategory\n" + "".join(f"{text}\tx\n" for text in ("a cat", "a cat", "a dog", "fox")))
     result = run("stats", str(table), "--json", str(tmp_path / "stats.json"))
     assert result.exit_code == 0 and json.loads((tmp_path / "stats.json").read_text())["different"] == 3
-    result = run("clean", str(table), "--out", str(out), "--min-words", "2")
+    result = run("clean", str(table), "--out", str(out), "--min-words", "2", "--json", str(tmp_path / "clean.json"))
+    counts = json.loads((tmp_path / "clean.json").read_text())
+    assert list(counts) == ["read", "repeated", "shorter than 2 words", "kept"] and counts["kept"] == 2
     assert result.exit_code == 0 and out.read_text() == "a cat\na dog\n" and "repeated" in result.output
     assert len(open_prompts(out)) == 2
     before = out.read_text()
     assert "is there already" in str(run("clean", str(table), "--out", str(out)).exception)
     assert "no prompt of" in str(run("clean", str(table), "--out", str(out), "--force", "--min-words", "9").exception)
     assert out.read_text() == before  # nothing is lost
-    result = run("split", str(table), "--out", str(tmp_path / "split"), "--test", "0.5")
+    result = run(
+        "split", str(table), "--out", str(tmp_path / "split"), "--test", "0.5", "--json", str(tmp_path / "split.json")
+    )
     parts = [(tmp_path / "split" / name).read_text().split("\n")[:-1] for name in ("train.txt", "test.txt")]
     assert result.exit_code == 0 and sorted([*parts[0], *parts[1]]) == ["a cat", "a cat", "a dog", "fox"]
     assert not set(parts[0]) & set(parts[1])
+    assert json.loads((tmp_path / "split.json").read_text()) == {"train": len(parts[0]), "test": len(parts[1])}
