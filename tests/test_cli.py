@@ -392,6 +392,33 @@ def test_help_has_an_example(command: str) -> None:
     assert re.search(rf"^\W*stepfold {command}\b", result.out, re.MULTILINE), result.out
 
 
+def in_a_shell(*words: str, **environment: str) -> str:
+    """What `stepfold` prints in a process of its own with these variables set."""
+    command = [sys.executable, "-m", "stepfold", *words]
+    clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_no_color() -> None:
+    coloured = re.compile(r"\x1b\[(?:\d+;)*(?:3|4)\d")
+    assert coloured.search(in_a_shell("presets", "--help", FORCE_COLOR="1"))
+    assert not coloured.search(in_a_shell("presets", "--help", FORCE_COLOR="1", NO_COLOR="1"))
+    assert "\x1b" not in in_a_shell("presets", "--help")  # not a terminal
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("stepfold dis", "distill"), ("stepfold prompts cl", "clean"), ("stepfold plan --te", "--teacher")],
+)
+def test_the_shell_completes(typed: str, offered: str) -> None:
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    found = subprocess.run(
+        [sys.executable, "-c", "import sys; from stepfold.cli import main; sys.argv = ['stepfold']; main()"],
+        env=os.environ | {"_STEPFOLD_COMPLETE": "complete_bash"} | words, capture_output=True, text=True,
+    )  # fmt: skip
+    assert offered in found.stdout.split(), found.stdout + found.stderr
+
+
 @pytest.mark.parametrize("words", [(), *((command,) for command in COMMANDS)])
 def test_help_is_quick(words: tuple[str, ...]) -> None:
     """Its own process loads nothing that it does not show: 0.4 s of this processor at most, torch alone takes more."""
