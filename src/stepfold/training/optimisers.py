@@ -11,7 +11,7 @@ from stepfold.config import OptimiserSettings
 def make_optimiser(params: Iterable[Tensor], settings: OptimiserSettings) -> torch.optim.Optimizer:
     """AdamW from torch, CAME (arXiv:2307.02047) from pytorch-optimizer.
 
-    On a GPU AdamW is fused: there the other kind needs the memory of all weights once or twice more while it steps.
+    On a GPU AdamW is fused: the other kind makes whole lists of tensors as large as the weights while it steps.
     """
     if settings.name == "adamw":
         params = list(params)
