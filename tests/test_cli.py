@@ -180,7 +180,7 @@ def test_evaluate_mistakes(run: tuple[Path, Result]) -> None:
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [
-        (None, ["no such prompts file", "give a text file"]),
+        (None, ["no such file of prompts", "one prompt a line"]),
         (b"", ["no prompts in it (empty)", "write one prompt a line"]),
         (b"\n  \n\n", ["no prompts in it (3 blank lines)"]),
         (b"ok\n\x89PNG\0\0\n", ["line 2", "binary", "UTF-8"]),
@@ -451,7 +451,7 @@ def test_no_stack_trace_from_a_real_process(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    assert "no such prompts file; give a text file" in done.stderr
+    assert "no such file of prompts; give text, one prompt a line" in done.stderr
     assert done.stdout == ""
 
 

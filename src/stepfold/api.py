@@ -38,7 +38,7 @@ def distill_module(
 
     Args:
         teacher: the network, wrapped.
-        prompts: a text file, one prompt a line.
+        prompts: a text file, one prompt a line; or a table, as `open_prompts` takes it.
         folder: of the run; new, or to be resumed. The student's weights are written into it, in safetensors.
         changes: settings as for `--set`, on top of the preset `default`, such as `objective=discrete`.
         resume: continue the run that the folder holds.

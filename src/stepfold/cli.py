@@ -55,7 +55,10 @@ FramesOption = Annotated[
 ]
 PromptsOption = Annotated[
     str | None,
-    typer.Option(help="Text file, one prompt a line. Default: the bundled teacher's.", show_default=False),
+    typer.Option(
+        help="txt (one prompt a line), jsonl, csv, tsv or parquet; .gz too. Default: the bundled teacher's.",
+        show_default=False,
+    ),
 ]
 PresetOption = Annotated[
     str | None,
@@ -664,7 +667,10 @@ def refuse_existing(path: Path, force: bool) -> None:
 def encode(
     prompts: Annotated[
         Path | None,
-        typer.Argument(help="Text file, one prompt a line. Default: the bundled teacher's.", show_default=False),
+        typer.Argument(
+            help="txt (one prompt a line), jsonl, csv, tsv or parquet; .gz too. Default: the bundled teacher's.",
+            show_default=False,
+        ),
     ] = None,
     teacher: Annotated[
         str, typer.Option(help="`emoji` (bundled), a diffusers pipeline folder, or a hub id.")
@@ -717,7 +723,9 @@ def encode(
 @app.command()
 def retime(
     teacher: Annotated[str, typer.Argument(help="A Sana pipeline folder or hub id.", show_default=False)],
-    prompts: Annotated[str, typer.Option(help="Text file, one prompt a line.", show_default=False)],
+    prompts: Annotated[
+        str, typer.Option(help="txt (one prompt a line), jsonl, csv, tsv or parquet; .gz too.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="Run folder; the new teacher is its `teacher` folder.")] = Path(
         "runs/retimed"
     ),

@@ -274,7 +274,8 @@ class Config(Section):
 
     seed: int = Field(default=0, ge=0, lt=2**63, description="of every draw; equal seeds give equal runs")
     prompts: str | None = Field(
-        default=None, description="text file, one prompt a line; default: the bundled teacher's"
+        default=None,
+        description="text, one a line, or jsonl, csv, tsv, parquet; default: the bundled teacher's",
     )
     conditions: str | None = Field(
         default=None,

@@ -53,7 +53,7 @@ def run_retime(
 
     Args:
         source: `emoji`, a folder or a hub id.
-        prompts: a text file, one prompt a line.
+        prompts: a text file, one prompt a line; or a table, as `open_prompts` takes it.
         folder: of the run.
         changes: settings, on top of the preset `default` and SETTINGS.
         resume: continue from the folder's last checkpoint.

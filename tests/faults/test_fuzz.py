@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -368,6 +370,9 @@ def test_files_of_prompts(tmp_path_factory: pytest.TempPathFactory, data: Any) -
     text.write_bytes(content)
     with watched(out, "prompts, open"):
         opened = open_prompts(text)
+        assert all(isinstance(opened.prompt(i), str) for i in range(len(opened)))
+    with watched(out, "prompts, open a table"), patch.object(tempfile, "tempdir", str(out)):
+        opened = open_prompts(file)
         assert all(isinstance(opened.prompt(i), str) for i in range(len(opened)))
     shutil.rmtree(folder)
 

@@ -84,7 +84,7 @@ def test_longest_allowed_line(write):
 
 
 def test_bad_paths(tmp_path: Path):
-    with pytest.raises(UserError, match="no such prompts file"):
+    with pytest.raises(UserError, match="no such file of prompts"):
         open_prompts(tmp_path / "missing.txt")
     with pytest.raises(UserError, match="is a folder"):
         open_prompts(tmp_path)

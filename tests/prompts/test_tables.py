@@ -1,8 +1,11 @@
 """Prompts come out of every usual file as they went in."""
 
 import csv
+import gc
 import gzip
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pyarrow as pa
@@ -83,8 +86,56 @@ def test_damaged_files_are_one_line(tmp_path: Path, name: str, content: bytes, m
         list(read_texts(tmp_path / "nothing.csv"))
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet", "a.txt.gz"])
-def test_training_reads_text_and_says_how_to_make_it(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("prompt\nfox\n")
-    with pytest.raises(UserError, match=r"make one of it with stepfold prompts clean .* --out prompts\.txt"):
+@pytest.mark.parametrize(
+    ("kind", "gzipped"),
+    [
+        ("csv", False),
+        ("csv", True),
+        ("tsv", False),
+        ("jsonl", False),
+        ("jsonl", True),
+        ("parquet", False),
+        ("txt", True),
+    ],
+)
+def test_training_reads_tables_as_it_reads_text(tmp_path: Path, kind: str, gzipped: bool) -> None:
+    path, texts = write(tmp_path, kind, "prompt")
+    if gzipped:
+        path = path.rename(path.with_name(path.name + ".gz"))
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    (tmp_path / "same.txt").write_text("".join(" ".join(text.split()) + "\n" for text in texts))
+    wanted, found = open_prompts(tmp_path / "same.txt"), open_prompts(path)
+    assert [found.prompt(i) for i in range(len(found))] == [wanted.prompt(i) for i in range(len(wanted))]
+    assert found.sha256 == wanted.sha256  # so that prompts encoded from the one serve the other
+    made = found.path
+    assert made.exists()
+    del found
+    gc.collect()
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "words\nfox\n", "which column holds the prompts"),
+        ("a.csv", "prompt\n", "no prompts in it"),
+        ("a b.csv", f"prompt\nfox\n{'x' * 2001}\n", "line 2: longer than 2,000 characters"),
+        ("a.jsonl", "{", "line 1: not JSON"),
+        ("a.txt.gz", "no gzip", "cannot be read"),
+    ],
+)
+def test_a_table_that_cannot_be_trained_on_says_how_to_make_one(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / name))}.*{message}") as caught:
         open_prompts(tmp_path / name)
+    assert f"stepfold prompts clean {shlex.quote(str(tmp_path / name))} --out prompts.txt" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_room_for_the_text_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.csv").write_text("prompt\nfox\n")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"a\.csv: its text cannot be kept in the temporary folder .*TMPDIR"):
+        open_prompts(tmp_path / "a.csv")

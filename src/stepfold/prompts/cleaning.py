@@ -9,6 +9,7 @@ from typing import Any
 
 from stepfold.errors import UserError
 from stepfold.prompts.reading import MAX_CHARACTERS
+from stepfold.prompts.tables import one_line
 
 NUM_HASHES, NUM_BANDS, HASH_SEED = 20, 5, 42  # more hashes are surer and take more memory
 MAX_ALIKE = 8  # prompts with an equal band that a new one is compared with, for each band
@@ -63,11 +64,6 @@ def clean(texts: Iterable[str], rules: Rules, counts: Counter[str]) -> Iterator[
     for prompt in kept:
         counts["kept"] += 1
         yield prompt
-
-
-def one_line(text: str) -> str:
-    """Without line breaks and other runs of spaces."""
-    return " ".join(text.split())
 
 
 def unfit(prompt: str, rules: Rules, language: Callable[[str], str] | None) -> str | None:

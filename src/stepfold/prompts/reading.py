@@ -1,17 +1,19 @@
-"""A text file of prompts, one a line, of any size: checked once from start to end, then read by seeking."""
+"""A file of prompts of any size: checked once from start to end, then read by seeking; tables are made text first."""
 
 import hashlib
 import os
 import shlex
+import tempfile
+import weakref
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
 
 from stepfold.errors import UserError
-from stepfold.prompts.tables import TABLES
+from stepfold.prompts.tables import TABLES, one_line, read_texts
 
 MAX_CHARACTERS = 2_000
 # UTF-8 takes at most 4 bytes a character; the rest is for a BOM, CRLF and spaces around the prompt.
@@ -35,7 +37,7 @@ class PromptFile:
     """Where every prompt of a file lies; the strings themselves stay on disk.
 
     Attributes:
-        path: the file.
+        path: the text file.
         offsets: int64 [P], first byte of every kept line (after leading spaces and the BOM).
         lengths: int32 [P], bytes of every kept line (without trailing spaces and line end).
         num_blank: blank lines dropped.
@@ -91,29 +93,50 @@ def open_prompts(path: str | os.PathLike[str]) -> PromptFile:
     that any two are taken for duplicates is 3e-6.
 
     Args:
-        path: a UTF-8 text file, one prompt a line, at most MAX_CHARACTERS characters each.
+        path: a UTF-8 text file with one prompt a line, or a table (jsonl, csv, tsv, parquet) with a column `prompt`,
+            `text` or `caption`; either gzipped or not. At most MAX_CHARACTERS characters a prompt.
 
     Raises:
-        UserError: no such file, not a regular file, unreadable, no prompts in it, or a line (named by its number) that
-            is binary, is not UTF-8, is too long or holds a carriage return.
+        UserError: no such file, not a regular file, unreadable, no prompts in it, no such column, or a line (named by
+            its number) that is binary, is not UTF-8, is too long or holds a carriage return.
     """
     path = Path(path)
-    if path.suffix.lower() in (".gz", *TABLES):
-        raise UserError(
-            f"{path}: is no text file; make one of it with stepfold prompts clean {shlex.quote(str(path))} --out "
-            "prompts.txt"
-        )
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; give a text file with one prompt a line")
+        raise UserError(f"{path}: is a folder; give a file: text, one prompt a line, or jsonl, csv, tsv or parquet")
     if not path.exists():
-        raise UserError(f"{path}: no such prompts file; give a text file with one prompt a line")
+        raise UserError(f"{path}: no such file of prompts; give text, one prompt a line, or jsonl, csv, tsv or parquet")
     if not path.is_file():
         raise UserError(f"{path}: is not a regular file (pipes cannot be shuffled); save the prompts to a file")
+    if path.suffix.lower() in (".gz", *TABLES):
+        return _from_table(path)
     try:
         with path.open("rb") as file:
             return _scan(path, file)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _from_table(path: Path) -> PromptFile:
+    """Of a table or a gzipped file, by way of text with a line for every row, which is deleted when the result is."""
+    text = opened = None
+    try:
+        handle, name = tempfile.mkstemp(prefix="stepfold-", suffix=".txt")
+        text = Path(name)
+        with open(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(one_line(prompt) + "\n" for prompt in read_texts(path))
+        with text.open("rb") as lines:
+            opened = replace(_scan(path, lines), path=text)
+        weakref.finalize(opened, text.unlink, missing_ok=True)
+        return opened
+    except UserError as error:
+        command = f"stepfold prompts clean {shlex.quote(str(path))} --out prompts.txt"
+        raise UserError(f"{error}; {command} writes those that can be used, of any --column") from None
+    except OSError as error:
+        fix = "make room, or name another folder in TMPDIR"
+        raise UserError(f"{path}: its text cannot be kept in the temporary folder ({error.strerror}); {fix}") from error
+    finally:
+        if text is not None and opened is None:
+            text.unlink(missing_ok=True)
 
 
 def _state(file: BinaryIO) -> tuple[int, int]:

@@ -55,6 +55,11 @@ def read_texts(path: Path, column: str | None = None) -> Iterator[str]:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
+def one_line(text: str) -> str:
+    """Without line breaks and other runs of spaces."""
+    return " ".join(text.split())
+
+
 def _open(path: Path) -> TextIO:
     opened: Any = gzip.open if path.suffix == ".gz" else open
     return opened(path, "rt", encoding="utf-8-sig", newline="")
