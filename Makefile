@@ -30,6 +30,7 @@ check: lint types docs test
 lint: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	@if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint Dockerfile; fi
 
 types: .venv/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python

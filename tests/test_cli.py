@@ -374,6 +374,15 @@ def test_reproduce_lists_its_runs_and_names_mistakes(tmp_path: Path) -> None:
     assert (runs.code, runs.err) == (0, "")
     lines = runs.out.splitlines()
     assert len(lines) == 9 and lines[0] == "to do  T4 random: --preset reproduce space.route=random seed=0"
+    file = tmp_path / "runs.json"
+    Result("reproduce", "--table", "T4", "--dry-run", "--out", tmp_path, "--json", file)
+    rows = json.loads(file.read_text())
+    assert len(rows) == 9 and rows[0] == {
+        "table": "T4", "row": "random", "preset": "reproduce", "changes": ["space.route=random", "seed=0"],
+        "folder": rows[0]["folder"], "done": False,
+    }  # fmt: skip
+    assert len({row["folder"] for row in rows}) == 9 and Path(rows[0]["folder"]).parent == tmp_path
+    assert_one_line(Result("reproduce", "--table", "T4", "--out", tmp_path, "--json", file), "goes with --dry-run")
     assert_one_line(Result("reproduce", "--table", "T9", "--out", tmp_path), "no table 'T9'")
     assert_one_line(Result("reproduce", "--set", "training.step=1", "--out", tmp_path), "did you mean 'training.steps'")
 

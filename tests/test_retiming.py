@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from stepfold import assets
+from stepfold.cli import retime
 from stepfold.config import TeacherSettings
 from stepfold.display import Display
 from stepfold.errors import UserError
@@ -54,8 +55,9 @@ def test_the_bundled_teacher_comes_back(thousands: Path, prompts_file: Path, tmp
 
 
 def test_a_stopped_run_goes_on_to_the_bit(thousands: Path, prompts_file: Path, tmp_path: Path) -> None:
-    settings = [*FEW, "training.steps=6"]
-    run_retime(str(thousands), prompts_file, tmp_path / "a", settings, resume=False, display=Display(quiet=True))
+    settings, numbers = [*FEW, "training.steps=6"], tmp_path / "numbers.json"
+    retime(str(thousands), str(prompts_file), tmp_path / "a", 6, [*FEW], json_file=numbers, quiet=True)
+    assert json.loads(numbers.read_text())["size of dF/dt after"] > 0
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "checkpoints" / "000006")
     run_retime(str(thousands), prompts_file, tmp_path / "b", settings, resume=True, display=Display(quiet=True))

@@ -482,6 +482,9 @@ def reproduce(
         typer.Option(min=1, help="Runs at once, each with its share of the cores. Those whose times count go alone."),
     ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and which are done, and stop.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="With --dry-run: write the list here too.", show_default=False)
+    ] = None,
     page_only: Annotated[
         bool, typer.Option("--page-only", help="Run nothing: write the page of what is known by now.")
     ] = False,
@@ -500,12 +503,22 @@ def reproduce(
     from stepfold.reproduction.kept import recall
     from stepfold.reproduction.sweep import listing, sweep
 
+    if json_file and not dry_run:
+        raise UserError(
+            f"--json goes with --dry-run; the numbers of a sweep are written to {page.with_suffix('.json')}"
+        )
     experiments, display, extra = load_experiments(), Display(quiet), changes or []
     planned = plan(experiments, tables or [], extra, images)
     if known := recall(page.with_suffix(".json"), out):
         display.note(f"{known} runs are known from {page.with_suffix('.json')}")
     if dry_run:
-        typer.echo("\n".join(listing(experiments, planned, out)))
+        rows: list[dict[str, Any]] = []
+        for run, done in listing(experiments, planned, out):
+            changes = " ".join(run.changes)
+            typer.echo(f"{'done' if done else 'to do':6} {run.table} {run.row}: --preset {run.preset} {changes}")
+            row = {"table": run.table, "row": run.row, "preset": run.preset, "changes": run.changes}
+            rows.append(row | {"folder": str(out / run.name), "done": done})
+        write_json(json_file, rows)
         return
     quiet_libraries()
     try:
@@ -732,6 +745,7 @@ def retime(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1000,
     changes: ChangesOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that --out holds.")] = False,
+    json_file: JsonOption = None,
     quiet: Quiet = False,
 ) -> None:
     """Re-time a Sana teacher whose time counts to 1000 to [0, 1], from its own walks, without images.
@@ -752,6 +766,7 @@ def retime(
     found = run_retime(teacher, prompts, out, changes, resume=resume, display=Display(quiet))
     for name, number in found.items():
         typer.echo(f"{name:32} {number:.4g}")
+    write_json(json_file, found)
     typer.echo(f"teacher: {out / 'teacher'}")
 
 

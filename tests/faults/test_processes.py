@@ -40,9 +40,18 @@ class Launch:
     """A `stepfold distill` on some processes."""
 
     def __init__(
-        self, count: int, teacher: Path, prompts: Path, out: Path, *changes: str, resume: bool = False
+        self,
+        count: int,
+        teacher: Path,
+        prompts: Path,
+        out: Path,
+        *changes: str,
+        resume: bool = False,
+        accelerate: bool = False,
     ) -> None:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        if accelerate:
+            launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
         changes = tuple(part for setting in (*SETTINGS, *changes) for part in ("--set", setting))
         command = ["distill", "--preset", "default", "--teacher", str(teacher), "--prompts", str(prompts)]
         self.out, self.log = out, out.with_name(f"{out.name}_{count}.log")
@@ -75,11 +84,11 @@ class Launch:
             time.sleep(0.05)
 
 
-def difference(a: Path, b: Path) -> float:
-    """Largest relative difference between the last checkpoints' tensors of two runs."""
+def difference(a: Path, b: Path, step: int = 6) -> float:
+    """Largest relative difference between the tensors of two runs' checkpoints."""
     found = []
     for name in ("student", "average", "optimiser"):
-        x, y = (load_file(folder / "checkpoints" / "000006" / f"{name}.safetensors") for folder in (a, b))
+        x, y = (load_file(folder / "checkpoints" / f"{step:06d}" / f"{name}.safetensors") for folder in (a, b))
         assert set(x) == set(y)
         found += [float((x[key] - y[key]).norm() / x[key].norm().clamp(min=1e-6)) for key in x]
     return max(found)
@@ -102,9 +111,23 @@ def alone(tiny_sana: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-@pytest.mark.parametrize(
-    ("count", "changes"), [(4, ()), (2, ("training.shard=student",)), (3, ("training.shard=all",))]
-)
+def test_eight_prompts_a_step_on_one_two_and_four_processes(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
+    """By both launchers."""
+    changes = ("training.steps=10", "training.prompts_per_step=8", "training.checkpoint_every=10")
+    runs = {count: tmp_path / f"of {count}" for count in (1, 2, 4)}
+    for counts in ((1, 2), (4,)):  # two at a time
+        started = [Launch(n, tiny_sana, texts, runs[n], *changes, accelerate=n == 2) for n in counts]
+        for launch in started:
+            code, words = launch.finish(200)
+            assert code == 0, words
+    for count in (2, 4):
+        assert json.loads((runs[count] / "report.json").read_text())["processes"] == count
+        assert difference(runs[1], runs[count], 10) < 1e-3
+        for row, wanted in zip(read_metrics(runs[count]), read_metrics(runs[1]), strict=True):
+            assert row == {name: pytest.approx(value, rel=1e-4) for name, value in wanted.items()}
+
+
+@pytest.mark.parametrize(("count", "changes"), [(2, ("training.shard=student",)), (3, ("training.shard=all",))])
 def test_any_number_of_processes_trains_the_same_student(
     count: int, changes: tuple[str, ...], tiny_sana: Path, texts: Path, tmp_path: Path, alone: Path
 ) -> None:

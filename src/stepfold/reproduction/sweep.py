@@ -11,11 +11,10 @@ from stepfold.reproduction.records import SCORES
 from stepfold.reproduction.runs import measure_figures, measure_solvers, plan_equal_time, reproduce
 
 
-def listing(experiments: Experiments, planned: list[Run], root: Path) -> Iterator[str]:
-    """A line for every run, and whether it is done."""
+def listing(experiments: Experiments, planned: list[Run], root: Path) -> Iterator[tuple[Run, bool]]:
+    """Every run of a sweep, and whether it is done."""
     for run in _with_short_and_equal_time(experiments, planned, root):
-        done = "done" if (root / run.name / SCORES).exists() else "to do"
-        yield f"{done:6} {run.table} {run.row}: --preset {run.preset} {' '.join(run.changes)}"
+        yield run, (root / run.name / SCORES).exists()
 
 
 def sweep(
