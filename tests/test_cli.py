@@ -408,6 +408,22 @@ def in_a_shell(*words: str, **environment: str) -> str:
     return subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.parametrize("quiet", [(), ("--quiet",)])
+def test_a_table_is_a_result(monkeypatch: pytest.MonkeyPatch, quiet: tuple[str, ...]) -> None:
+    """On standard output, quiet or not, and not folded where it is no terminal."""
+    row = {"accuracy": 0.5, "clip_score": 20.0, "fd": 0.1, "diversity": 0.2, "agreement": None, "images_per_sec": 3.0}
+    name = "a/folder/with/a/long/name/" * 3
+    monkeypatch.setattr("stepfold.jobs.run_evaluate", lambda *args, **settings: {"pipelines": {name: {"1": row}}})
+    result = Result("evaluate", "x", *quiet)
+    assert (result.code, result.err) == (0, "")
+    assert re.search(rf"{name} 1 step +50\.0% ", result.out), result.out
+
+
+def test_settings_are_read_without_torch() -> None:
+    code = "import sys; from stepfold.config import load_config; load_config('demo'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_no_color() -> None:
     coloured = re.compile(r"\x1b\[(?:\d+;)*(?:3|4)\d")
     assert coloured.search(in_a_shell("presets", "--help", FORCE_COLOR="1"))

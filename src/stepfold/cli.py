@@ -108,7 +108,7 @@ def distill(
     if dry_run:
         typer.echo(to_yaml(config), nl=False)
         return
-    from stepfold.display import Display, quiet_libraries, results_table
+    from stepfold.display import Display, quiet_libraries, results_table, show_table
     from stepfold.jobs import run_distill
 
     quiet_libraries()
@@ -122,7 +122,7 @@ def distill(
         raise typer.Exit(130) from None
     if not other_process():
         if result["teacher"]:
-            display.console.print(results_table(result))
+            show_table(results_table(result))
         typer.echo(f"student: {folder / 'student'}\nreport:  {folder / 'report.html'}")
     if "WORLD_SIZE" in os.environ:
         leave()
@@ -328,7 +328,7 @@ def evaluate(
 
     stepfold evaluate ./my-sana --protocol geneval --prompts evaluation_metadata.jsonl
     """
-    from stepfold.display import Display, mjhq_table, quiet_libraries, results_table
+    from stepfold.display import Display, mjhq_table, quiet_libraries, results_table, show_table
     from stepfold.jobs import run_evaluate, run_geneval, run_mjhq
 
     try:
@@ -363,7 +363,7 @@ def evaluate(
         )
         table = results_table(result)
     write_json(json_file, result)
-    display.console.print(table)
+    show_table(table)
 
 
 @app.command()
@@ -384,11 +384,10 @@ def doctor(
 
     stepfold doctor ./my-flux --height 256 --width 256 --json findings.json
     """
-    from rich.console import Console
     from rich.table import Table
 
     from stepfold.config import TeacherSettings
-    from stepfold.display import quiet_libraries
+    from stepfold.display import quiet_libraries, show_table
     from stepfold.doctor import examine
 
     quiet_libraries()
@@ -406,7 +405,7 @@ def doctor(
     table = Table("check", "number", "want", "verdict", box=None)
     for f in findings:
         table.add_row(f.check, f.number, f.want, "[green]ok[/]" if f.ok else "[red]LOOK[/]")
-    Console().print(table)
+    show_table(table)
     write_json(json_file, [vars(f) for f in findings])
     if not all(f.ok for f in findings):
         raise typer.Exit(1)
@@ -431,11 +430,10 @@ def plan(
 
     stepfold plan --teacher ./my-sana --prompts prompts.txt --set training.prompts_per_step=4
     """
-    from rich.console import Console
     from rich.table import Table
 
     from stepfold.config import load_config
-    from stepfold.display import Display, quiet_libraries
+    from stepfold.display import Display, quiet_libraries, show_table
     from stepfold.planning import make_plan, plan_rows
 
     config = load_config(
@@ -450,7 +448,7 @@ def plan(
     table = Table("what", "prediction", box=None)
     for row in plan_rows(found):
         table.add_row(*row)
-    Console().print(table)
+    show_table(table)
     write_json(json_file, vars(found))
 
 
@@ -811,9 +809,10 @@ def runs(
 
     stepfold runs /data/runs --json
     """
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
+    from stepfold.display import show_table
     from stepfold.web.runs import find_runs, read_run, scores_of
 
     if not folder.is_dir():
@@ -831,8 +830,11 @@ def runs(
     for run, calls, scores in found:
         steps = f"{run.step:,}" + (f" of {run.steps:,}" if run.steps and run.step < run.steps else "")
         told = (f"{calls} step{'s' * (calls > 1)}", f"{scores.get('accuracy', 0):.1%}", f"{scores.get('fd', 0):.4f}")
-        table.add_row(run.name, run.state, steps, *(told if scores else ("", run.problem, "")))
-    Console(highlight=False, markup=False).print(table if found else f"no runs in {folder}")
+        table.add_row(escape(run.name), run.state, steps, *(told if scores else ("", escape(run.problem), "")))
+    if found:
+        show_table(table)
+    else:
+        typer.echo(f"no runs in {folder}")
 
 
 @app.command()

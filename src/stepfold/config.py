@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from stepfold.errors import UserError
 from stepfold.maths.schedules import TangentSchedule
-from stepfold.objectives.consistency import Normalisation, PriorWeight
+from stepfold.objectives.kinds import Normalisation, PriorWeight
 
 
 class Section(BaseModel):
@@ -223,6 +223,11 @@ class TrainingSettings(Section):
     )
     ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the average that is exported")
     checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints")
+    background_checkpoints: bool | None = Field(
+        default=None,
+        description="copy a checkpoint and write it beside the next steps; takes CPU memory for the copy; default: "
+        "where the student is on a GPU",
+    )
     keep_checkpoints: int = Field(default=2, ge=1, description="how many checkpoints stay, the newest ones")
     preview_every: int = Field(default=200, ge=1, description="steps between preview pictures")
     look_every: int | None = Field(

@@ -1,14 +1,20 @@
 """What a person sees while something runs: a live display in a terminal, plain lines elsewhere."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from stepfold.training.distill import Progress
+if TYPE_CHECKING:
+    from stepfold.training.distill import Progress
+
+WIDE = 160  # columns of a table that is piped or written to a file
 
 
 def quiet_libraries() -> None:
@@ -60,7 +66,7 @@ class Display:
             yield
         self._bars = None
 
-    def step(self, progress: Progress) -> None:
+    def step(self, progress: "Progress") -> None:
         """One optimiser step is done."""
         row = progress.row
         rate = row["pairs"] / row["sec"]
@@ -90,6 +96,12 @@ class Display:
                     self.note(f"measured {name}")
 
             yield tick
+
+
+def show_table(table: Table) -> None:
+    """A result, on standard output, whether quiet or not; where that is no terminal, wide enough not to be folded."""
+    fits = sys.stdout.isatty() or "COLUMNS" in os.environ
+    Console(highlight=False, markup=True, width=None if fits else WIDE).print(table)
 
 
 def results_table(result: dict) -> Table:

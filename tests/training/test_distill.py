@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from stepfold.training.distill import (
     rollout_precision,
 )
 from stepfold.training.draws import Draw, draw
-from stepfold.training.runs import checkpoints, read_metrics
+from stepfold.training.runs import checkpoints, damage, read_metrics
 from stepfold.training.step_log import record_of, row_of
 from stepfold.training.update import Judgement, update
 
@@ -288,6 +289,41 @@ def test_looks_are_rare_and_lose_nothing(
         rows.append(read_metrics(tmp_path / name))
         seen.append(steps)
     assert rows[0] == rows[1] and seen[0] == seen[1] == list(range(1, 11))
+
+
+def test_checkpoints_written_beside_the_training_are_the_same(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, tensors: Callable
+) -> None:
+    for name in ("true", "false"):
+        config = settings("training.steps=6", "training.keep_checkpoints=9", f"training.background_checkpoints={name}")
+        train(config, tmp_path / name, teacher, prompts)
+    ours, theirs = checkpoints(tmp_path / "true"), checkpoints(tmp_path / "false")
+    assert [path.name for path in ours] == [path.name for path in theirs] == ["000002", "000004", "000006"]
+    for a, b in zip(ours, theirs, strict=True):
+        assert damage(a) is None and (a / "state.json").read_text() == (b / "state.json").read_text()
+        assert all(torch.equal(value, tensors(b)[name]) for name, value in tensors(a).items())
+    assert read_metrics(tmp_path / "true") == read_metrics(tmp_path / "false")
+
+
+def test_a_disk_that_is_full_beside_the_training_stops_it(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, full_disk: Callable
+) -> None:
+    """At the next look, not at the next checkpoint; the one before stays."""
+    config = settings(
+        "training.steps=1000", "training.background_checkpoints=true", "training.checkpoint_every=10",
+        "training.preview_every=1000",
+    )  # fmt: skip
+    steps, disk = list[int](), ExitStack()
+
+    def report(progress: Progress) -> None:
+        steps.append(progress.step)
+        if progress.step == 19:
+            disk.enter_context(full_disk(20_000))
+
+    with disk, pytest.raises(UserError, match=r"cannot write .*000020: .*free some space"):
+        train(config, tmp_path / "run", teacher, prompts, report=report)
+    assert steps[-1] < 30
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["000010"]
 
 
 def test_pairs_can_be_used_again(

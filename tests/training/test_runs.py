@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from stepfold.errors import UserError
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.optimisers import make_optimiser
 from stepfold.training.runs import (
+    BackgroundWrites,
     append_metrics,
     check_run,
     checkpoints,
@@ -105,6 +107,37 @@ def test_interrupted_save_keeps_the_old_checkpoint(
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert leftovers(tmp_path) == []
+
+
+def test_what_is_written_later_is_what_was_there(tmp_path: Path, teacher: SanaTeacher, tensors: Callable) -> None:
+    """The training goes on while a checkpoint waits to be written; a second one waits for the first."""
+    modules, optimiser = make(teacher, "adamw")
+    push(modules["student"], optimiser, 0)
+    save_checkpoint(tmp_path / "at once", 1, modules, optimiser, keep=1)
+    go, order = threading.Event(), list[str]()
+    with BackgroundWrites() as background:
+        background.start(lambda: order.append("first") if go.wait(30) else None)
+        background.look()
+        threading.Timer(0.2, go.set).start()
+        save_checkpoint(tmp_path / "later", 1, modules, optimiser, keep=1, background=background)
+        push(modules["student"], optimiser, 1)
+        order.append("trained")
+    assert order == ["first", "trained"]
+    ours, theirs = (tensors(checkpoints(tmp_path / name)[0]) for name in ("later", "at once"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_error_beside_the_training_is_raised_once() -> None:
+    def fail() -> None:
+        raise UserError("no room")
+
+    with BackgroundWrites() as background:
+        background.start(fail)
+        with pytest.raises(UserError, match="no room"):
+            background.finish()
+        background.start(lambda: None)
+    with pytest.raises(UserError, match="no room"), BackgroundWrites() as background:
+        background.start(fail)
 
 
 def test_full_disk_keeps_the_old_checkpoint(

@@ -1,15 +1,12 @@
 """Continuous-time consistency: the student's own tangent, corrected by the teacher's velocity, is the target."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stepfold.maths.formulations import expand
-
-PriorWeight = Literal["inverse_tangent", "none"]
-Normalisation = Literal["l2", "l2_per_element", "none"]
+from stepfold.objectives.kinds import Normalisation, PriorWeight
 
 
 @dataclass(frozen=True)

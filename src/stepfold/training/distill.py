@@ -29,6 +29,7 @@ from stepfold.training.draws import Draw, draw, guidance_scales, prompt_index, s
 from stepfold.training.optimisers import learning_rate, make_optimiser
 from stepfold.training.processes import ALONE, Processes, blocks_of, gathered, is_sharded, local, shard, whole
 from stepfold.training.runs import (
+    BackgroundWrites,
     append_metrics,
     checkpoints,
     load_checkpoint,
@@ -256,7 +257,9 @@ def distill(
         blocks = chain(blocks_of(teacher.network) or [teacher.network], blocks_of(student) or [student])
         compiling = compiled_blocks(blocks, recompute=choice.recompute)
     began = time.perf_counter()
-    with compiling, stop_requests() as stop:
+    wanted = training.background_checkpoints
+    in_background = processes.first and (device.type != "cpu" if wanted is None else wanted)
+    with compiling, stop_requests() as stop, BackgroundWrites() if in_background else nullcontext() as background:
         for step in range(start, training.steps):
             if batch is None or pairs is None or step % config.space.reuse == 0:
                 batch, pairs = walk_teacher(step // config.space.reuse)
@@ -269,6 +272,8 @@ def distill(
             stopping = looks and processes.any(asked)
             saves = saves or stopping
             if looks:
+                if background:
+                    background.look()
                 rows = [finished_row(record) for record in records]  # raises if a step went wrong: nothing is kept
                 skipped += sum("skipped" in row for row in rows)
                 if skipped > training.skip_nonfinite:
@@ -287,7 +292,7 @@ def distill(
                 with stages("checkpoint"):
                     save_checkpoint(
                         folder, step + 1, modules, optimiser, training.keep_checkpoints, student.shared,
-                        write=processes.first,
+                        write=processes.first, background=background,
                     )  # fmt: skip
             if stopping and not last:
                 raise KeyboardInterrupt

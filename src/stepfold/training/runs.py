@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,37 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     return {name: (x[name], y[name]) for name in x if x[name] != y[name]}
 
 
+class BackgroundWrites(AbstractContextManager["BackgroundWrites"]):
+    """Writes beside the training, one at a time, in a thread; what goes wrong in one is raised by the next call."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._write: Future[None] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Begins a write, once the one before is done."""
+        self.finish()
+        self._write = self._thread.submit(write)
+
+    def look(self) -> None:
+        """Raises the error of a write that ended with one; waits for none."""
+        if self._write and self._write.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the write that is going on."""
+        write, self._write = self._write, None
+        if write:
+            write.result()
+
+    def __exit__(self, *error: object) -> None:
+        """Waits, whatever ends the block."""
+        try:
+            self.finish()
+        finally:
+            self._thread.shutdown()
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -181,12 +213,15 @@ def save_checkpoint(
     shared: frozenset[str] = frozenset(),
     *,
     write: bool = True,
+    background: BackgroundWrites | None = None,
 ) -> None:
     """Writes `folder/checkpoints/NNNNNN` in one piece, without the tensors named `shared`, and removes the oldest.
 
     Sharded tensors are written whole, so that any number of processes can go on. All processes call this, so that they
-    are; one of them with `write`.
+    are; one of them with `write`. With `background` this only copies the tensors to the CPU's memory.
     """
+    if background:
+        background.finish()  # before there are two copies
     states = {
         name: gathered({k: v for k, v in module.state_dict().items() if k not in shared}, keep=write)
         for name, module in modules.items()
@@ -195,20 +230,32 @@ def save_checkpoint(
     tensors = gathered(tensors, keep=write)
     if not write:
         return
-    root = folder / "checkpoints"
-    make_folder(root)
-    with writing(root / f"{step:06d}") as part:
-        part.mkdir()
-        for name, state in states.items():
-            save_file(state, part / f"{name}.safetensors")
-        save_file(tensors, part / "optimiser.safetensors")
-        (part / "state.json").write_text(json.dumps({"step": step, "optimiser": rest}))
-        (part / CHECKSUMS).write_text(json.dumps({file.name: checksum(file) for file in sorted(part.iterdir())}))
-        for file in part.iterdir():
-            with open(file, "r+b") as handle:  # Windows flushes nothing that is open for reading alone
-                os.fsync(handle.fileno())
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    states["optimiser"] = tensors
+    state_json = json.dumps({"step": step, "optimiser": rest})
+    if background:
+        states = {
+            name: {key: value.to("cpu", copy=True) for key, value in state.items()} for name, state in states.items()
+        }
+
+    def write_files() -> None:
+        root = folder / "checkpoints"
+        make_folder(root)
+        with writing(root / f"{step:06d}") as part:
+            part.mkdir()
+            for name, state in states.items():
+                save_file(state, part / f"{name}.safetensors")
+            (part / "state.json").write_text(state_json)
+            (part / CHECKSUMS).write_text(json.dumps({file.name: checksum(file) for file in sorted(part.iterdir())}))
+            for file in part.iterdir():
+                with open(file, "r+b") as handle:  # Windows flushes nothing that is open for reading alone
+                    os.fsync(handle.fileno())
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    if background:
+        background.start(write_files)
+    else:
+        write_files()
 
 
 def checkpoints(folder: Path) -> list[Path]:
