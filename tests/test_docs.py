@@ -180,8 +180,14 @@ def test_pages_are_filled_in_from_the_code() -> None:
     filled = {p.name: hooks().on_page_markdown(p.read_text(encoding="utf-8")) for p in PAGES}
     assert not any(re.search(r"<!-- \w+ -->", text) for text in filled.values())
     assert all(f"| `{name}` |" in filled["settings.md"] for name in setting_names())
-    assert filled["errors.md"].count("\n- ") > 200
-    assert "no protocol {protocol}; there are emoji, mjhq30k and geneval" in filled["errors.md"]
+    rows = re.findall(r"^\| (.+) \| (.*) \|$", filled["errors.md"].split("## Every message")[1], re.MULTILINE)
+    assert len(rows) > 250
+    assert [what for what, fix in rows if not fix] == []  # nothing is said to be wrong without what to do about it
+    assert ("no protocol {protocol}", "there are emoji, mjhq30k and geneval") in rows
+    assert "prompt {prompt} is no class of this teacher" in dict(rows)
+    for name in setting_names():
+        (said,) = re.findall(rf"^\| `{re.escape(name)}` \|.*\| ([^|]*) \|$", filled["settings.md"], re.MULTILINE)
+        assert said != "above" or f"`{name}`" in filled["settings.md"].split("## All of them")[0]
     assert all(f"`stepfold {name}`" in filled["commands.md"] for name in leaf_help())
 
 

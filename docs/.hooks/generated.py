@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from typer.cli import get_docs_for_click
 
 from stepfold.cli import app
 from stepfold.config import Config
+from stepfold.reproduction.experiments import load_experiments
 
 SOURCE = Path(__file__).parents[2] / "src" / "stepfold"
 ERRORS = {"UserError", "NonFiniteError"}
@@ -19,36 +21,118 @@ ERRORS = {"UserError", "NonFiniteError"}
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Puts what was generated in place of its marker, such as `<!-- settings -->`."""
-    for name, make in {"settings": settings, "errors": errors, "commands": commands}.items():
+    makers = {"settings": lambda: settings(page=markdown), "errors": errors, "commands": commands}
+    for name, make in makers.items():
         marker = f"<!-- {name} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, make())
     return markdown
 
 
-def settings(section: type[BaseModel] = Config, prefix: str = "") -> str:
-    """A table of the section's settings, then those of the sections in it."""
+NOT_MEASURED = "not measured"
+ELSEWHERE = {
+    "teacher.max_tokens": "[log](lab-log.md)",
+    "training.shard": "same student: [log](lab-log.md); speed and memory not measured",
+    "training.background_checkpoints": "[Speed](speed.md#checkpoints)",
+    "training.ema": "[log](lab-log.md)",
+    "optimiser.warmup": "[log](lab-log.md)",
+    "discrete.huber_constant": "[log](lab-log.md)",
+    "evaluation.n": "[log](lab-log.md)",
+    "adversarial.weight": "[the paper, run again](results/paper.md): T2",
+    "space.kind": "[the paper, run again](results/paper.md): T2",
+}
+"""Where a setting was measured, if neither in the page's own tables nor as a row of `stepfold reproduce`."""
+NO_MATTER = re.compile(
+    r"seed|prompts|teacher\.(?!dtype)\w+|evaluation\.guidance|space\.images"
+    r"|training\.(checkpoint_every|keep_checkpoints|preview_every|look_every|time_stages|skip_nonfinite)"
+)
+"""Settings that say what to do, not how well."""
+
+
+def settings(section: type[BaseModel] = Config, prefix: str = "", page: str = "") -> str:
+    """A table of the section's settings, then those of the sections in it; `page` is what stands above them."""
     title = (section.__doc__ or "").strip().splitlines()[0]
     lines = [f"### `{prefix.removesuffix('.')}`" if prefix else "### Top level", "", title, ""]
-    lines += ["| setting | default | what it is |", "|---|---|---|"]
+    lines += ["| setting | default | what it is | measured |", "|---|---|---|---|"]
     below = []
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            below.append(settings(field.annotation, f"{prefix}{name}."))
+            below.append(settings(field.annotation, f"{prefix}{name}.", page))
         else:
-            default = "" if field.default is None else f"`{cell(str(field.default))}`"
-            lines.append(f"| `{prefix}{name}` | {default} | {cell(field.description or '')} |")
+            full, default = f"{prefix}{name}", "" if field.default is None else f"`{cell(str(field.default))}`"
+            lines.append(f"| `{full}` | {default} | {cell(field.description or '')} | {measured(full, page)} |")
     return "\n\n".join(["\n".join(lines), *below])
 
 
+def measured(name: str, page: str) -> str:
+    """Where a setting was measured."""
+    if f"`{name}`" in page:
+        return "above"
+    if name in ELSEWHERE:
+        return ELSEWHERE[name]
+    if table := tables_of_settings().get(name):
+        return f"[the paper, run again](results/paper.md): {table}"
+    return "" if NO_MATTER.fullmatch(name) else NOT_MEASURED
+
+
+@cache
+def tables_of_settings() -> dict[str, str]:
+    """Setting -> the tables of `stepfold reproduce` in which it varies."""
+    found: dict[str, dict[str, None]] = {}
+    for table, experiment in load_experiments().tables.items():
+        for changes in experiment.rows.values():
+            for change in changes:
+                found.setdefault(change.split("=")[0], {})[table] = None
+    return {name: ", ".join(tables) for name, tables in found.items()}
+
+
+FIXES = {
+    "unknown setting": "the name that it proposes; [all settings](settings.md#all-of-them)",
+    "setting {key}": "as the message says; [all settings](settings.md#all-of-them)",
+    "training.prompts_per_step": "a prompt for each process, or fewer processes",
+    "--protocol": "give what it takes",
+    "student.lora": "as the message says",
+    "adversarial.weight": "as the message says",
+    "optimiser.name=": "as the message says",
+    "training.compile": "as the message says",
+    "the checkpoint has": "a checkpoint of Sana or Sana-Sprint; `--base` of the same size",
+    "a name that": "delete the json beside the page; finished runs in `--out` count again",
+    "its step is": "nothing: the checkpoint before is used",
+    "Type a prompt.": "type one",
+    "{name} must be a number": "a number in that range",
+}
+"""What to do, for messages that do not say it in a part of their own; by their first words."""
+DAMAGED = "part of a longer message: delete the folder and encode again"
+LOOK = "the page shows what it can; the file is in the run's folder"
+FILES = {"prompts/cache.py": DAMAGED, "web/runs.py": LOOK}
+"""The same, for all such messages of a file."""
+
+
 def errors() -> str:
-    """Every message that the package raises, file by file; `{...}` is what the message fills in."""
+    """Every message that the package raises, file by file, and what to do; `{...}` is what the message fills in."""
     parts = []
     for file in sorted(SOURCE.rglob("*.py")):
-        found = dict.fromkeys(messages(ast.parse(file.read_text(encoding="utf-8"))))
+        tree, name = ast.parse(file.read_text(encoding="utf-8")), file.relative_to(SOURCE).as_posix()
+        found = dict.fromkeys(messages(tree))
         if found:
-            parts.append("\n".join([f"### `{file.relative_to(SOURCE)}`", "", *(f"- {cell(text)}" for text in found)]))
+            title = (ast.get_docstring(tree) or "").splitlines()[0]
+            rows = [f"| {cell(what)} | {fix} |" for what, fix in (what_and_fix(text, name) for text in found)]
+            parts.append(
+                "\n".join([f"### `{name}`", "", cell(title), "", "| message | what to do |", "|---|---|", *rows])
+            )
     return "\n\n".join(parts)
+
+
+def what_and_fix(message: str, file: str) -> tuple[str, str]:
+    """A message in two: what is wrong, and what to do, which is empty where nobody said it."""
+    what, semicolon, fix = message.rpartition("; ")
+    if semicolon:
+        return what, cell(fix)
+    what, needs, install = message.partition(": pip install ")
+    if needs:
+        return what, f"`pip install {install}`"
+    known = next((fix for start, fix in FIXES.items() if message.startswith(start)), FILES.get(file, ""))
+    return message, known
 
 
 def messages(tree: ast.AST) -> Iterator[str]:
@@ -68,6 +152,8 @@ def template(node: ast.expr) -> str | None:
         return "".join(
             v.value if isinstance(v, ast.Constant) else "{" + ast.unparse(v.value) + "}" for v in node.values
         )  # type: ignore[attr-defined]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return (template(node.left) or "{...}") + (template(node.right) or "{...}")
     return None
 
 

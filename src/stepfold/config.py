@@ -461,7 +461,7 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(
-                f"setting {section} is {_short(values)}, but it is a section such as `{section}: {{{name}: ...}}`"
+                f"setting {section} is {_short(values)}, but it is a section; write `{section}: {{{name}: ...}}`"
             )
     values[name] = value
 
@@ -523,4 +523,4 @@ def _parse_yaml(text: str, where: str) -> Any:
     ) as error:
         # PyYAML's constructors raise what theirs do: ValueError for a 13th month, AttributeError for `!!timestamp x`
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{where} is not valid yaml: {reason}") from None
+        raise UserError(f"{where} is not valid yaml ({reason}); stepfold distill --dry-run prints an example") from None

@@ -85,12 +85,17 @@ def network_of(state: Mapping[str, Tensor], config: Mapping[str, Any], time_scal
         found |= dict(zip(names, state[original].split(rows), strict=True))
     more = sorted(name for name in state if name not in wanted and not name.startswith(UNUSED))
     if more:
-        raise UserError(f"the checkpoint has {more[0]}, and {len(more) - 1} more, that a Sana network has no place for")
+        raise UserError(
+            f"the checkpoint has {more[0]}, and {len(more) - 1} more, that a Sana network has no place for; "
+            "is it a Sana checkpoint?"
+        )
     try:
         network.load_state_dict(found)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"the checkpoint does not fit the base's network: {reason}") from None
+        raise UserError(
+            f"the checkpoint does not fit the base's network ({reason}); name a --base of the same size"
+        ) from None
     return network
 
 

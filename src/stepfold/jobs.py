@@ -95,7 +95,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     if config.training.prompts_per_step < processes.count:
         raise UserError(
             f"training.prompts_per_step is {config.training.prompts_per_step}, but there are {processes.count} "
-            "processes: it counts the prompts of all of them, so give at least one to each"
+            "processes; it counts the prompts of all of them, so give at least one to each"
         )
     images = open_images(config.space.images) if config.space.images else None
     prompts = images or open_prompts(config.prompts or assets.PROMPTS)

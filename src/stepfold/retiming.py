@@ -69,7 +69,9 @@ def run_retime(
     check_run(folder, config, resume)
     teacher = load_teacher(config.teacher, device)
     if not isinstance(teacher, SanaTeacher) or teacher.student_is_sprint or teacher.guidance_kind == "embedded":
-        raise UserError(f"{source!r} is no Sana teacher whose time counts to 1000: there is nothing to re-time")
+        raise UserError(
+            f"{source!r} is no Sana teacher whose time counts to 1000; there is nothing to re-time: distil it as it is"
+        )
     lock = open_run(folder, config, resume)
     remember_prompts(folder, file.path, len(file), file.sha256)
 

@@ -138,7 +138,7 @@ def test_what_is_missing_is_named_with_its_place(folder: Path, tmp_path: Path, c
         open_mjhq(folder, 5)
     assert len(open_mjhq(folder, 3).paths) == 3
     (folder / "meta_data.json").write_text("[]")
-    with pytest.raises(UserError, match="is not MJHQ-30k's"):
+    with pytest.raises(UserError, match="give MJHQ-30k's own"):
         open_mjhq(folder, 1)
     with pytest.raises(UserError, match=r"inception.safetensors is missing; .*weights-inception-2015-12-05"):
         inception_features(tmp_path / "inception.safetensors", "cpu")

@@ -136,7 +136,8 @@ def image_features(judge: Judge, images: Tensor) -> Tensor:
 def _image_batch(judge: Judge, images: Tensor) -> Tensor:
     x = images.to(judge.clip.device, torch.float32)
     if not x.isfinite().all():
-        raise NonFiniteError(f"{(~x.isfinite()).flatten(1).any(1).sum()} of {len(x)} images to judge are not finite")
+        broken = (~x.isfinite()).flatten(1).any(1).sum()
+        raise NonFiniteError(f"{broken} of {len(x)} images to judge are not finite; look at the run's curves")
     low, high = x.aminmax()
     assert low >= 0 and high <= 1, f"images must be in [0, 1], not [{low:.3g}, {high:.3g}]"
     size = (judge.image_size, judge.image_size)

@@ -93,13 +93,18 @@ def open_mjhq(folder: Path, n: int) -> Mjhq:
             for key, row in json.loads(meta.read_text(encoding="utf-8")).items()
         }
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{meta} is not MJHQ-30k's: it maps ids to category and prompt ({error!r})") from None
+        raise UserError(
+            f"{meta} does not map ids to category and prompt ({error!r}); give MJHQ-30k's own meta_data.json"
+        ) from None
     if len(rows) < n:
-        raise UserError(f"{meta} has {len(rows)} prompts, fewer than n = {n}")
+        raise UserError(f"{meta} has {len(rows)} prompts, fewer than n = {n}; give a smaller --n")
     keys = list(rows)[:n]
     for name in (*keys, *(rows[key][0] for key in keys)):
         if name in ("", ".", "..") or Path(name).name != name or "\0" in name:  # it becomes a file's name
-            raise UserError(f"{meta} has {name!r} for an id or a category, which is no name of a file")
+            raise UserError(
+                f"{meta} has {name!r} for an id or a category, which is no name of a file; "
+                "give MJHQ-30k's own meta_data.json"
+            )
     root = folder / "mjhq30k_imgs" if (folder / "mjhq30k_imgs").is_dir() else folder
     paths = [root / rows[key][0] / f"{key}.jpg" for key in keys]
     if missing := [path for path in paths if not path.is_file()]:

@@ -95,7 +95,9 @@ def draw(
         return drawer.pipe(list(prompts), **options).images.float().clamp(0, 1)
     except (TypeError, ValueError) as error:
         name = type(drawer.pipe).__name__
-        raise UserError(f"{name} cannot draw with {', '.join(options)}: {error}") from error
+        raise UserError(
+            f"{name} cannot draw with {', '.join(options)} ({error}); look up what the pipeline's call takes"
+        ) from error
 
 
 def measure_pipeline(
@@ -144,7 +146,9 @@ def geneval_prompts(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); give GenEval's evaluation_metadata.jsonl") from None
     if not rows or not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):
-        raise UserError(f"{path}: every line must be a json object with a prompt, as in evaluation_metadata.jsonl")
+        raise UserError(
+            f"{path}: not every line is a json object with a prompt; give GenEval's evaluation_metadata.jsonl"
+        )
     return rows
 
 

@@ -47,7 +47,7 @@ class Protocol:
         if self.n < self.samples_per_prompt:
             raise UserError(f"n is {self.n}; at least {self.samples_per_prompt} pictures are needed, 2000 is usual")
         if any(steps < 1 for steps in (*self.teacher_steps, *self.student_steps)):
-            raise UserError(f"step counts {self.teacher_steps} and {self.student_steps}: each must be 1 or more")
+            raise UserError(f"step counts {self.teacher_steps} and {self.student_steps}; each must be 1 or more")
 
     def hash(self) -> str:
         """sha256, in hexadecimal, of the fields as JSON with sorted keys and no spaces."""

@@ -77,9 +77,11 @@ def open_images(path: str | os.PathLike[str]) -> ImageFolder:
         rows: Any = datasets.load_dataset("imagefolder", data_dir=str(path), split="train")
     except Exception as error:  # the library's builders raise whatever their parsers do
         cause = error.__cause__ or error
-        raise UserError(f"{path}: not readable as an image folder ({str(cause).splitlines()[0]})") from None
+        raise UserError(
+            f"{path}: not readable as an image folder ({str(cause).splitlines()[0]}); docs/teachers.md shows one"
+        ) from None
     if CAPTION not in rows.column_names or any(not isinstance(text, str) or not text for text in rows[CAPTION]):
         raise UserError(f"{path / METADATA}: a row has no caption; every line needs a `{CAPTION}`")
     if not len(rows):
-        raise UserError(f"{path}: no pictures in it")
+        raise UserError(f"{path}: no pictures in it; give a folder of png, jpg or webp files")
     return ImageFolder(path, rows, hashlib.sha256((path / METADATA).read_bytes()).hexdigest())

@@ -95,7 +95,10 @@ def encode_prompts(
     note(f"{len(prompts)} prompts, about {size / 2**30:.3g} GiB in {folder}")
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise UserError(f"the disk of {folder} has {free / 2**30:.3g} GiB left, about {size / 2**30:.3g} are needed")
+        raise UserError(
+            f"the disk of {folder} has {free / 2**30:.3g} GiB left, about {size / 2**30:.3g} are needed; "
+            "name a larger disk in --out"
+        )
     with writing(folder / INDEX) as part:
         part.write_text(json.dumps(index, indent=2) + "\n")
     extras = {"black": black.cpu().contiguous()}

@@ -174,7 +174,7 @@ def statistics(texts: Iterable[str], with_languages: bool = True) -> dict[str, A
         if language and num["prompts"] <= MAX_SAMPLE:
             languages[language(prompt)] += 1
     if not num["prompts"]:
-        raise UserError("there are no prompts in it")
+        raise UserError("there are no prompts in it; is it the right file, and the right --column?")
     return {
         "prompts": num["prompts"],
         "different": len(seen),

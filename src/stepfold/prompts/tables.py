@@ -52,7 +52,7 @@ def read_texts(path: Path, column: str | None = None) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     except (OSError, EOFError, csv.Error, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error}); is it whole?") from None
 
 
 def one_line(text: str) -> str:
@@ -100,7 +100,7 @@ def _json_lines(path: Path, file: TextIO, column: str | None) -> Iterator[str]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+            raise UserError(f"{path}, line {number}: not JSON ({error}); write one object a line") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not an object; each line needs one, with the prompt under a key")
         name = name or _chosen(path, list(row), None)
@@ -128,4 +128,4 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
     except (ArrowException, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, UserError | UnicodeDecodeError):
             raise
-        raise UserError(f"{path}: is no parquet file that can be read ({error})") from None
+        raise UserError(f"{path}: is no parquet file that can be read ({error}); is it whole?") from None

@@ -25,7 +25,8 @@ def load_index(source: str) -> dict[str, Any]:
         config: Any = DiffusionPipeline.load_config(source)  # type: ignore[arg-type]
     except (OSError, ValueError) as error:
         raise UserError(
-            f"teacher {source!r} is neither a pipeline folder nor a hub id that can be reached: {first_line(error)}"
+            f"teacher {source!r} is neither a pipeline folder nor a hub id that can be reached "
+            f"({first_line(error)}); is it spelt right?"
         ) from None
     check_index(source, config)
     return dict(config)

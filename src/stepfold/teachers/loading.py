@@ -163,7 +163,9 @@ def place_of(settings: TeacherSettings) -> str:
         )
     except (OSError, ValueError) as error:
         of = ", ".join(f"{name} {value}" for name in ("revision", "variant") if (value := getattr(settings, name)))
-        raise UserError(f"teacher {source!r} cannot be fetched in {of}: {first_line(error)}") from None
+        raise UserError(
+            f"teacher {source!r} cannot be fetched in {of} ({first_line(error)}); is there such a one?"
+        ) from None
 
 
 def encoder_fingerprint(source: str) -> str:
@@ -204,7 +206,10 @@ def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:
     """
     name = check_folder(folder).get("_class_name")
     if not isinstance(name, str) or not isinstance(getattr(diffusers, name, None), type):
-        raise UserError(f"{folder} is a {name}, which is no pipeline of diffusers {diffusers.__version__}")
+        raise UserError(
+            f"{folder} is a {name}, which is no pipeline of diffusers {diffusers.__version__}; "
+            "a newer diffusers may have it"
+        )
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     except Exception as error:  # as in folders.load_pipeline

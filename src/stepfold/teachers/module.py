@@ -89,7 +89,7 @@ class ModuleTeacher:
         """
         if nothing is None and guidance != 1:
             raise UserError(
-                f"guidance={guidance:g} needs `nothing`, the condition that the network takes for no prompt"
+                f"guidance={guidance:g} needs the condition that the network takes for no prompt; give it as `nothing`"
             )
         if prediction == "edm" and not 0 < sigma_max < math.inf:
             raise UserError(f"sigma_max is {sigma_max}; a denoiser starts at a finite noise level, for example 160")

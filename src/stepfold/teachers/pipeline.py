@@ -357,7 +357,8 @@ class PipelineTeacher:
         channels, multiple, *_ = self.geometry(self.factor)
         for name, side in (("height", height), ("width", width)):
             if side < multiple or side % multiple:
-                raise UserError(f"{name} is {side}, but this pipeline needs a multiple of {multiple}")
+                near = max(1, round(side / multiple)) * multiple
+                raise UserError(f"{name} is {side}, but this pipeline needs a multiple of {multiple}; {near} is near")
         return (channels, *self.latent_frames, height // self.factor, width // self.factor)
 
     @torch.no_grad()

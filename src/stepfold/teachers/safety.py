@@ -157,7 +157,7 @@ def check_index(source: str, index: Mapping[str, Any]) -> None:
         if library in OWNERS and not is_class_of(library, name):
             raise UserError(
                 f"teacher {source!r} does not load: part {part!r} is a {name!r}, which is no class of {library} "
-                f"{OWNERS[library].__version__}"
+                f"{OWNERS[library].__version__}; a newer one may have it"
             )
 
 

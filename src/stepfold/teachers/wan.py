@@ -77,7 +77,10 @@ class WanTeacher(PipelineTeacher):
         assert frames is not None
         each = vae.get("scale_factor_temporal", 4)
         if frames % each != 1:
-            raise UserError(f"teacher.frames is {frames}, but this pipeline needs a multiple of {each} and one more")
+            near = round((frames - 1) / each) * each + 1
+            raise UserError(
+                f"teacher.frames is {frames}, but this pipeline needs a multiple of {each} and one more; {near} is near"
+            )
         return frames, ((frames - 1) // each + 1,)
 
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
