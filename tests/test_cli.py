@@ -127,7 +127,7 @@ def test_sample_mistakes(run: tuple[Path, Result], tmp_path: Path, tiny_sana: Pa
     assert_one_line(Result("sample", tiny_sana, "x", "--out", tmp_path / "x.png"), "no student folder", "stepfold.json")
     assert_one_line(Result("sample", tmp_path / "none", "x", "--out", tmp_path / "x.png"), "no student folder")
     assert_one_line(
-        Result("sample", student, "x", "--out", tmp_path / "no" / "x.png"), "cannot write", "choose another"
+        Result("sample", student, "x", "--out", tmp_path / "no" / "x.png"), "cannot write", "make the folder"
     )
     assert_one_line(Result("sample", student, "x", "--device", "abacus"), "--device abacus cannot be used here", "cpu")
     if not torch.cuda.is_available():
@@ -419,9 +419,27 @@ def test_a_table_is_a_result(monkeypatch: pytest.MonkeyPatch, quiet: tuple[str, 
     assert re.search(rf"{name} 1 step +50\.0% ", result.out), result.out
 
 
-def test_settings_are_read_without_torch() -> None:
-    code = "import sys; from stepfold.config import load_config; load_config('demo'); sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("core", "without"),
+    [
+        ("from stepfold.config import load_config; load_config('demo')", "torch"),
+        ("import stepfold.maths.tangent, stepfold.objectives.discrete, stepfold.spaces.generation", "diffusers"),
+    ],
+)
+def test_the_core_loads_little(core: str, without: str) -> None:
+    code = f"import sys; {core}; sys.exit({without!r} in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_the_command_line_does_not_know_is_one_line(tmp_path: Path) -> None:
+    assert_one_line(Result("distill", "--steps", 3), "No such option: --steps", "stepfold distill --help")
+    assert_one_line(Result("sample"), "Missing argument", "stepfold sample --help")
+    assert_one_line(Result("dstill"), "No such command 'dstill'. Did you mean 'distill'?", "stepfold --help")
+    assert_one_line(Result("sample", "x", "y", "--steps", 0), "'--steps'", "greater than or equal to 1")
+    helped = Result("prompts")
+    assert (helped.code, "Usage: stepfold prompts" in helped.out + helped.err) == (2, True)
+    away = tmp_path / "none" / "x.png"
+    assert_one_line(Result("sample", "emoji-student", "x", "--out", away), f"make the folder {away.parent} first")
 
 
 def test_no_color() -> None:

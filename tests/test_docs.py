@@ -76,7 +76,7 @@ def test_commands_in_the_docs_are_commands(line: str) -> None:
 def test_every_command_has_two_examples_that_parse() -> None:
     for name, text in leaf_help().items():
         examples = re.findall(r"^ *(stepfold .*)$", text, re.MULTILINE)
-        assert len(examples) >= 2, name
+        assert len({example for example in examples if example.startswith(f"stepfold {name}")}) >= 2, name
         for example in examples:
             parse(example)
 

@@ -11,12 +11,18 @@ import typer
 
 from stepfold.errors import NonFiniteError, UserError
 
+ClickException = typer.BadParameter.__mro__[2]  # typer's own copy of click's, or click's
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Distil a diffusion or flow model into a one-step student, from prompts alone.",
+    help="""Distil a diffusion or flow model into a one-step student, from prompts alone.
+
+    stepfold distill --preset demo --out runs/demo
+
+    stepfold demo runs/demo/student
+    """,
 )
 
 
@@ -533,7 +539,8 @@ def reproduce(
 prompts_app = typer.Typer(
     no_args_is_help=True,
     help="Look at files of prompts, clean, split and encode them: txt, jsonl, csv, tsv or parquet, gzipped too."
-    "\n\n    stepfold prompts clean PartiPrompts.tsv --out prompts.txt",
+    "\n\n    stepfold prompts clean PartiPrompts.tsv --out prompts.txt"
+    "\n\n    stepfold prompts encode prompts.txt --teacher ./my-sana --out my-conditions",
 )
 app.add_typer(prompts_app, name="prompts")
 
@@ -752,7 +759,7 @@ def retime(
 
     stepfold retime ./my-sana --prompts prompts.txt --out runs/retimed
 
-    stepfold retime ./my-sana --prompts prompts.txt --steps 1000 --out runs/retimed
+    stepfold retime ./my-sana --prompts prompts.txt --steps 5000 --set optimiser.lr=1e-5 --out runs/retimed --resume
 
     stepfold distill --teacher runs/retimed/teacher --prompts prompts.txt
     """
@@ -839,11 +846,11 @@ def runs(
 
 @app.command()
 def presets(as_json: Annotated[bool, typer.Option("--json", help="Print json instead of a table.")] = False) -> None:
-    """List the presets, and what each is for.
+    """List the presets, and what each is for; `stepfold distill --preset NAME --dry-run` prints one whole.
+
+    stepfold presets
 
     stepfold presets --json
-
-    stepfold distill --preset paper --teacher ./my-sana --prompts prompts.txt --dry-run
     """
     from stepfold.config import preset_names, preset_purpose
 
@@ -857,7 +864,14 @@ def main() -> None:
     """Runs the command line; a user's mistake is one line and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app()
+        sys.exit(app(prog_name="stepfold", standalone_mode=False) or 0)
+    except ClickException as error:
+        context = getattr(error, "ctx", None)
+        if "NoArgsIsHelp" in type(error).__name__:
+            error.show()
+            sys.exit(2)
+        said = error.format_message().rstrip(".").replace("Possible options: --help, ", "Possible options: ")
+        fail(f"{said}; {context.command_path if context else 'stepfold'} --help says what it takes", 2)
     except UserError as error:
         fail(error, 2)
     except NonFiniteError as error:
