@@ -90,6 +90,13 @@ def test_stages_are_those_of_a_step(tmp_path: Path) -> None:
         assert not {"preview", "first preview", "checkpoint", "load"} & set(row["shares"])
 
 
+def test_checkpoints_are_timed_in_turns(tmp_path: Path) -> None:
+    record = run("checkpoints", tmp_path, "--rounds", "1", "--steps", "2", "--set", "training.prompts_per_step=1")
+    assert record["work"]["checkpoint_bytes"] > 1e7
+    for name, row in record["rows"].items():
+        assert row["sec_waited_for_each"] > 0 and (row["sec_more_for_each"] == 0) == (name == "the last one alone")
+
+
 def test_memory_draws_what_it_measured(tmp_path: Path) -> None:
     record = run("memory", tmp_path, "--prompts", "1", "--steps", "1", "--methods", "sCM with its VAE", "TBCM")
     rows = record["rows"]

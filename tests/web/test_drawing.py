@@ -1,6 +1,8 @@
 """The student's and the teacher's pictures, and what is said of their cost."""
 
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +116,15 @@ def test_bad_input_is_a_short_message(emoji: Models) -> None:
     assert "301 characters; 300 is the most" in refused("x" * (MAX_PROMPT + 1), *good[1:])
     for place, values in {
         1: (0, 9, None, "2", True, math.nan),
-        2: (-1, 21, math.inf),
+        2: (0, 9, math.inf),
         3: (-1, 2**31),
         4: (0, 9),
     }.items():
         for value in values:
-            assert "must be a number from" in refused(*good[:place], value, *good[place + 1 :])
+            said = refused(*good[:place], value, *good[place + 1 :])
+            assert re.match(
+                r"(Student's steps|Teacher's guidance|Seed|Pictures) must be a number from \d to [\d,]+\.", said
+            )
 
 
 def test_a_student_with_a_pipeline_of_its_own(tiny_student: Path, tiny_sana: Path) -> None:
@@ -128,9 +133,23 @@ def test_a_student_with_a_pipeline_of_its_own(tiny_student: Path, tiny_sana: Pat
     request = Request("red heart", guidance=4.5)
     assert draw_student(models, request).pictures[0].size == (32, 32)
     assert models.examples == ("red heart",)
-    assert "taught at guidance 4, 4.5, 5." in models.fine_print
+    assert "taught at guidance 4, 4.5, 5." in models.fine_print and models.guidance_label == "Guidance"
     with pytest.raises(UserError, match="give the teacher that the student was distilled from"):
         load_models(tiny_student, "emoji", "cpu")
+
+
+def test_the_teacher_that_is_named_is_the_one_that_draws(tiny_student: Path, tiny_sana: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_sana, other)
+    assert load_models(tiny_student, str(other), "cpu").teacher.source == str(other)
+    emoji = load_models(Path("emoji-student"), "emoji", "cpu")
+    assert Path(emoji.teacher.source).parts[-2:] == ("emoji", "pipeline")
+    assert emoji.teacher is not emoji.pipeline
+    request = Request("red heart", guidance=3.0)
+    own = load_models(Path("emoji-student"), None, "cpu")
+    *_, named = draw_teacher(emoji, request)
+    *_, usual = draw_teacher(own, request)
+    assert difference(named.pictures[0], usual.pictures[0]) == 0
 
 
 def test_nothing_of_a_prompt_becomes_markup(emoji: Models) -> None:

@@ -1,8 +1,10 @@
 """The page in a real browser. It asks no other host for anything, and nothing that it is given breaks it."""
 
+import json
 import shutil
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,15 @@ import pytest
 from browser import find_browser
 
 from stepfold.errors import UserError
-from stepfold.web.drawing import load_models
+from stepfold.web.drawing import draw_student, draw_teacher, load_models
 
 pytestmark = pytest.mark.slow
 PATIENCE = 20_000  # milliseconds; two busy cores are slow
 
 
 @pytest.fixture(scope="module")
-def address(runs: Path) -> Iterator[str]:
-    """The page of the bundled student, served; whatever the server connects to must be this machine."""
+def served(runs: Path) -> Iterator[tuple[Any, str]]:
+    """The page of the bundled student, and its address; whatever the server connects to must be this machine."""
     pytest.importorskip("gradio", reason="the page needs gradio (extra web)")
     from stepfold.web.page import build, serve
 
@@ -37,9 +39,14 @@ def address(runs: Path) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", watched)
         page = build(load_models(Path("emoji-student"), None, "cpu"), runs)
-        yield serve(page, "127.0.0.1", None)
+        yield page, serve(page, "127.0.0.1", None)
         page.close()
     assert outside == []
+
+
+@pytest.fixture(scope="module")
+def address(served: tuple[Any, str]) -> str:
+    return served[1]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +66,8 @@ def open_page(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
     """Opens the page; at the end there must have been no request to another host, no failed one and no error."""
     pages, asked, wrong = [], [], []
 
-    def open_(width: int = 1200, **settings: Any) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 900}, **settings)
+    def open_(width: int = 1200, height: int = 900, **settings: Any) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": height}, **settings)
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
         page.on("request", lambda request: asked.append(request.url))
@@ -127,14 +134,27 @@ def test_the_student_follows_every_key_and_the_teacher_forms(open_page: Callable
     assert steps == sorted(steps) and steps[0] < 20 == steps[-1]
 
 
-def test_several_seeds_steps_and_the_walk(open_page: Callable[..., Any]) -> None:
+def enter(page: Any, label: str, value: str) -> None:
+    page.get_by_label(label, exact=True).fill(value)
+    page.keyboard.press("Enter")
+
+
+def test_every_control_changes_what_it_names(open_page: Callable[..., Any]) -> None:
+    """Guidance the teacher's picture alone, as this student was taught one scale; seed, pictures and steps the rest."""
     page = open_page()
     prompt = page.get_by_label("Prompt").input_value()
-    page.get_by_label("number input for Pictures").fill("3")
-    page.keyboard.press("Enter")
+    ours, theirs = both(page, prompt)
+    enter(page, "number input for Teacher's guidance", "6")
+    page.wait_for_function("before => document.querySelector('#teacher img').src !== before", arg=theirs)
+    again = both(page, prompt)
+    assert again[0] == ours and again[1] != theirs
+    enter(page, "Seed", "7")
+    page.locator('#teacher [data-steps="20"] img[alt*="seed 7:"]').wait_for()
+    assert not {*both(page, prompt)} & {*again, theirs}
+    enter(page, "number input for Pictures", "3")
     assert len(set(both(page, prompt, 3))) == 6
-    page.get_by_label("number input for Steps").fill("4")
-    page.keyboard.press("Enter")
+    assert "seed 9" in page.locator("#student img").last.get_attribute("alt")
+    enter(page, "number input for Student's steps", "4")
     page.get_by_text("4 network calls, 3 pictures at once", exact=True).wait_for()
     both(page, prompt, 3)
     page.get_by_text("The teacher's walk").click()
@@ -150,11 +170,25 @@ def test_examples_draw(open_page: Callable[..., Any]) -> None:
     both(page, "rocket on black background")
 
 
-def test_bad_input_is_a_message(open_page: Callable[..., Any]) -> None:
+def test_bad_input_is_a_message(open_page: Callable[..., Any], capfd: Any) -> None:
+    """In the student's panel, naming the control; both panels stay, and a right value draws again."""
     page = open_page()
     prompt = page.get_by_label("Prompt")
+    start = prompt.input_value()
+    for label, named, wrong, right in (
+        ("number input for Student's steps", "Student's steps", "99", "1"),
+        ("Seed", "Seed", "-5", "3"),
+        ("number input for Teacher's guidance", "Teacher's guidance", "50", "3"),
+    ):
+        enter(page, label, wrong)
+        page.locator("#student .panel .note", has_text=f"{named} must be a number from ").wait_for()
+        page.locator("#teacher .panel .blank").wait_for()
+        enter(page, label, right)
+        both(page, start)
+    assert page.locator(".toast-body").count() == 0 and "Traceback" not in capfd.readouterr().err
     prompt.fill("")
-    page.get_by_text("Type a prompt.").wait_for()
+    page.locator("#student .panel .note", has_text="Type a prompt.").wait_for()
+    assert page.locator("#pair h2").all_inner_texts() == ["Student", "Teacher"]
     prompt.fill("x" * 400)
     assert len(prompt.input_value()) == 300
     prompt.evaluate(
@@ -186,6 +220,89 @@ def choose(page: Any, dropdown: str, name: str) -> None:
     page.locator(dropdown).get_by_role("option", name=name, exact=True).click()
 
 
+def test_a_visitor_does_not_wait_for_what_another_has_overtaken(
+    open_page: Callable[..., Any], address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One visitor asks for twelve drawings at once: the last alone is drawn, and then the next visitor's."""
+    from stepfold.web import page as module
+
+    begun: list[Any] = []
+    ended: list[Any] = []
+    all_asked = threading.Event()
+
+    def student(models: Any, request: Any) -> Any:
+        begun.append((request.prompt, request.seed))
+        all_asked.wait(PATIENCE / 1000)
+        return draw_student(models, request)
+
+    def teacher(models: Any, request: Any) -> Iterator[Any]:
+        for drawing in draw_teacher(models, request):
+            ended.extend([(request.prompt, request.seed)] * drawing.whole)
+            yield drawing
+
+    monkeypatch.setattr(module, "draw_student", student)
+    monkeypatch.setattr(module, "draw_teacher", teacher)
+    events = json.loads(raw(address, "config"))["dependencies"]
+    event = next(event["id"] for event in events if (len(event["inputs"]), len(event["outputs"])) == (5, 3))
+    for seed in range(12):
+        values = {"data": ["fox", 1, 3, seed, 2], "fn_index": event, "session_hash": "busy"}
+        raw(address, "gradio_api/queue/join", json.dumps(values).encode(), **{"Content-Type": "application/json"})
+    all_asked.set()
+    page = open_page()
+    last = [("fox", 11), (page.get_by_label("Prompt").input_value(), 2)]
+    assert begun[-2:] == last == ended and len(begun) <= 3
+
+
+def test_who_finds_the_queue_full_is_told(browser: Any, served: tuple[Any, str], monkeypatch: Any) -> None:
+    page, address = served
+    context = browser.new_context()
+    try:
+        with monkeypatch.context() as full:
+            full.setattr(page._queue, "max_size", 0)
+            visitor = context.new_page()
+            visitor.set_default_timeout(PATIENCE)
+            visitor.goto(address)
+            visitor.locator("#student .panel .note", has_text="reload the page").wait_for()
+        visitor.reload()
+        both(visitor, visitor.get_by_label("Prompt").input_value())
+    finally:
+        context.close()
+
+
+def test_a_desk_shows_pictures_and_controls_at_once(open_page: Callable[..., Any]) -> None:
+    page = open_page(1280, 800)
+    enter(page, "number input for Pictures", "8")
+    both(page, page.get_by_label("Prompt").input_value(), 8)
+    student, teacher, controls = (page.locator(f"{part}").bounding_box() for part in (
+        "#student .panel", "#teacher .panel", "#controls"))  # fmt: skip
+    assert 0 < teacher["x"] - student["x"] - student["width"] < 40
+    assert teacher["x"] + teacher["width"] < controls["x"]
+    assert controls["y"] + controls["height"] < 800
+    assert len({button.bounding_box()["y"] for button in page.locator("#examples button").all()}) == 1
+    for place in (".min_value", ".fine", ".cost span", "#controls label span"):
+        assert contrast(page, place) >= 4.5, place
+
+
+def contrast(page: Any, place: str) -> float:
+    """Of the first such text to what is behind it, as WCAG 2 has it."""
+    colours = page.locator(f"{place}:visible").first.evaluate(
+        """element => {
+            const numbers = colour => colour.match(/[0-9.]+/g).map(Number);
+            let behind = element;
+            while (behind && numbers(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+            return [numbers(getComputedStyle(element).color),
+                    behind ? numbers(getComputedStyle(behind).backgroundColor) : [255, 255, 255]];
+        }"""
+    )
+    bright, dark = sorted((luminance(colour[:3]) for colour in colours), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def luminance(colour: list[float]) -> float:
+    linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
 def test_runs_are_shown_and_compared(open_page: Callable[..., Any]) -> None:
     page = open_page()
     page.get_by_role("tab", name="Runs").click()
@@ -197,11 +314,14 @@ def test_runs_are_shown_and_compared(open_page: Callable[..., Any]) -> None:
     assert page.locator(".run p").all_inner_texts() == ["finished, 3 steps"] * 2
     page.get_by_text("Settings that differ").click()
     assert page.locator(".differ td:visible").all_inner_texts() == ["0", "7"]
-    assert page.locator(".curves svg").count() >= 3
+    assert page.locator(".differ table").evaluate("table => getComputedStyle(table).borderTopWidth") == "0px"
+    assert page.get_by_role("img", name="loss over the steps of first and deeper/second", exact=True).count() == 1
+    assert "learning rate" in page.locator(".curves").inner_text()
+    assert page.get_by_label("Reset").count() == 0
     assert page.locator(".previews figcaption").all_inner_texts() == ["first, step 3", "deeper/second, step 3"]
-    page.get_by_label("number input for Previews at step").fill("1")
-    page.keyboard.press("Enter")
-    page.get_by_text("deeper/second, step 1").wait_for()
+    for typed, step in (("1", 1), ("999", 3)):
+        enter(page, "number input for Previews at step", typed)
+        page.get_by_text(f"deeper/second, step {step}").wait_for()
     page.get_by_label("Show the report").check()
     page.locator("iframe").nth(1).wait_for()
     for i, title in enumerate(("first", "second")):
@@ -234,7 +354,7 @@ def test_a_run_that_goes_on_is_followed(open_page: Callable[..., Any], runs: Pat
         page.get_by_role("tab", name="Runs").click()
         page.locator(".run.a").wait_for()
         choose(page, "#run-a", "going")
-        page.get_by_text("finished, 1 steps").wait_for()
+        page.get_by_text("finished, 1 step", exact=True).wait_for()
         page.get_by_text("going, step 2").wait_for()
         (going / "metrics.jsonl").write_text("".join(rows))
         shutil.copy(runs / "first" / "previews" / "step_000003.png", going / "previews")
@@ -259,6 +379,13 @@ def test_it_fits_a_phone(open_page: Callable[..., Any], scheme: str) -> None:
     assert all(box["width"] > 150 for box in boxes) and boxes[0]["y"] == boxes[1]["y"] < 600
     page.get_by_role("tab", name="Runs").click()
     page.locator(".curves svg").first.wait_for()
+    for box in page.locator("input:is([type=range], [type=number]):visible, label:has([type=checkbox]):visible").all():
+        assert box.bounding_box()["height"] >= 24, box
+    page.get_by_label("Show the report").check()
+    assert page.locator("iframe").first.bounding_box()["width"] > 370
+    page.locator("#run-b input").click()
+    menu = page.locator("#run-b .options").evaluate("menu => getComputedStyle(menu).backgroundColor")
+    assert menu.startswith("rgb("), menu  # no alpha, so it is 1
     assert page.evaluate(width) <= 390
     red, green, blue = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)")[:3]
     assert (max(red, green, blue) < 60) == (scheme == "dark")
@@ -273,12 +400,23 @@ def test_it_can_be_used_from_the_keyboard(open_page: Callable[..., Any]) -> None
         reached.add(
             page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.innerText")
         )
-    for name in ("number input for Steps", "number input for Guidance", "number input for Pictures", "Seed"):
+    for name in ("Student's steps", "Teacher's guidance", "number input for Pictures", "Seed"):
         assert any(name in str(label) for label in reached), reached
     assert any("The teacher's walk" in str(label) for label in reached), reached
     page.get_by_role("tab", name="Runs").focus()
     page.keyboard.press("Enter")
-    page.locator(".run.a").wait_for()
+    page.locator(".previews img").wait_for()
+    reached = {}
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        label, outline = page.evaluate(
+            """(seen => [seen.getAttribute('aria-label') || seen.closest('label')?.innerText || seen.innerText,
+                         getComputedStyle(seen).outlineStyle])(document.activeElement)"""
+        )
+        reached[label.strip()] = outline
+    for name in ("Run", "Compare with", "number input for Previews at step", "deeper/second, step 3"):
+        assert name in reached, reached
+    assert reached["range slider for Previews at step"] == "solid" == reached["Show the report"], reached
 
 
 REFUSED = (
@@ -299,8 +437,8 @@ def test_no_file_is_served(address: str, runs: Path, path: str) -> None:
         assert refused.value.code in (400, 403, 404, 405), tried
 
 
-def raw(address: str, path: str, **headers: str) -> bytes:
-    with urlopen(HttpRequest(address + path, headers=headers), timeout=30) as answer:
+def raw(address: str, path: str, data: bytes | None = None, **headers: str) -> bytes:
+    with urlopen(HttpRequest(address + path, data=data, headers=headers), timeout=30) as answer:
         return answer.read()
 
 
@@ -335,6 +473,47 @@ def test_a_taken_port_is_one_line(address: str, runs: Path) -> None:
     port = int(address.rstrip("/").rsplit(":", 1)[1])
     with pytest.raises(UserError, match=f"cannot serve at --host 127.0.0.1 --port {port} .*choose another --port"):
         serve(build(load_models(Path("emoji-student"), None, "cpu"), runs), "127.0.0.1", port)
+
+
+@pytest.mark.parametrize("names", [["first"], []])
+def test_there_is_no_report_where_there_are_no_runs(runs: Path, tmp_path: Path, names: list[str]) -> None:
+    pytest.importorskip("gradio", reason="the page needs gradio (extra web)")
+    from stepfold.web.page import build
+
+    page = build(load_models(Path("emoji-student"), None, "cpu"), runs if names else tmp_path)
+    boxes = [part["props"] for part in page.config["components"] if part["props"].get("label") == "Show the report"]
+    assert [box["visible"] for box in boxes] == [bool(names)]
+
+
+def test_the_command_serves_at_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless told otherwise; and with the teacher that is named."""
+    pytest.importorskip("gradio", reason="the page needs gradio (extra web)")
+    from stepfold.cli import main
+    from stepfold.web import page
+
+    seen: list[Any] = []
+
+    class Page:
+        def block_thread(self) -> None:
+            seen.append("waits")
+
+    def build(models: Any, runs: Path) -> Page:
+        seen.append((Path(models.teacher.source).parts[-2], models.teacher is models.pipeline, runs))
+        return Page()
+
+    def serve(page: Any, host: str, port: int | None) -> str:
+        seen.append((host, port))
+        return "address"
+
+    monkeypatch.setattr(page, "build", build)
+    monkeypatch.setattr(page, "serve", serve)
+    for arguments, own in ([], True), (["--teacher", "emoji"], False):
+        seen.clear()
+        monkeypatch.setattr(sys, "argv", ["stepfold", "demo", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        assert seen == [("emoji", own, Path("runs")), ("127.0.0.1", None), "waits"]
 
 
 def test_without_gradio_the_command_says_what_to_install(no_gradio: None, capsys: Any, monkeypatch: Any) -> None:

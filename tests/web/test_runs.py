@@ -95,6 +95,19 @@ def test_a_report_may_run_and_fetch_nothing(runs: Path) -> None:
     assert 'sandbox=""' in html and "<script" not in html and "&lt;script&gt;" in html
 
 
+def test_settings_read_as_in_yaml() -> None:
+    values = (None, True, False, (3.0, None), 1e-4, "bf16", "x" * 80)
+    told = [markup.short(value) for value in values]
+    assert told == ["none", "true", "false", "[3.0, none]", "0.0001", "bf16", "x" * 59 + "…"]
+    assert markup.breakable("space.route_steps<b>") == "space.<wbr>route_<wbr>steps&lt;b&gt;"
+
+
+def test_curves_have_names(runs: Path) -> None:
+    html = markup.curves([read_run(runs, "first"), read_run(runs, "deeper/second")])
+    assert 'role="img" aria-label="lr over the steps of first and deeper/second"' in html
+    assert "<span>learning rate</span>" in html and "aria-hidden" not in html
+
+
 def test_scores_and_bad_names_are_escaped(runs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "<img src=x onerror=alert(1)>"
     shutil.copytree(runs / "first", folder)

@@ -20,14 +20,16 @@ from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.loading import load_student, load_teacher, lora_rank
 from stepfold.teachers.pipeline import PipelineTeacher
 
-MAX_PROMPT, MAX_STEPS, MAX_PICTURES, MAX_GUIDANCE, MAX_SEED = 300, 8, 8, 20.0, 2**31 - 1
+MAX_PROMPT, MAX_STEPS, MAX_PICTURES, MAX_GUIDANCE, MAX_SEED = 300, 8, 8, 8.0, 2**31 - 1
+FIRST_SEED = 2  # the page begins with it
 TEACHER_STEPS = 20
+STEPS_LABEL, PICTURES_LABEL, SEED_LABEL = "Student's steps", "Pictures", "Seed"
 NUM_WALK = 7  # times of the walk that are shown
 PREVIEW_SEC = 0.1  # at least between two previews of the teacher's
 FRAMES = 4  # of a video, side by side
 EMOJI_EXAMPLES = (
     "red heart on blue background", "pizza on white background", "fox on green background",
-    "rocket on black background", "snowman on teal background", "a picture of Christmas tree",
+    "rocket on black background", "Christmas tree on red background",
 )  # fmt: skip
 
 
@@ -59,11 +61,21 @@ class Models:
         return 2 if self.teacher.guidance_kind == "classifier_free" else 1
 
     @property
+    def taught(self) -> list[float]:
+        """The scales of guidance that the student was taught; where it is one, it ignores any other."""
+        return self.card.get("taught") or self.card["config"]["space"]["guidance"] or [self.card["guidance"]]
+
+    @property
+    def guidance_label(self) -> str:
+        """The name of the control, which is the teacher's alone where the student was taught one scale."""
+        return "Guidance" if len(set(self.taught)) > 1 else "Teacher's guidance"
+
+    @property
     def fine_print(self) -> str:
         """What guidance, steps and milliseconds mean here."""
-        taught = self.card.get("taught") or self.card["config"]["space"]["guidance"] or [self.card["guidance"]]
-        said = f"The student was taught at guidance {', '.join(f'{scale:g}' for scale in taught)}"
-        said += "" if len(set(taught)) > 1 else " and does not hear another; the scale is for the teacher"
+        said = f"The student was taught at guidance {', '.join(f'{scale:g}' for scale in self.taught)}"
+        if len(set(self.taught)) == 1:
+            said += " and ignores any other scale; the slider changes only the teacher"
         said += f". Steps are the student's; the teacher takes {TEACHER_STEPS}"
         said += ", each of which calls the network with and without the prompt, as one batch" * (self.branches > 1)
         return said + ". Milliseconds are measured here: the network, and the decoding of the pictures."
@@ -157,7 +169,7 @@ def load_models(student: Path, teacher: str | None, device: str) -> Models:
 
 def warm_up(models: Models) -> None:
     """Draws once, so that the first measured time is not that of starting."""
-    request = Request(models.examples[0], guidance=models.card["guidance"])
+    request = Request(models.examples[0], guidance=models.card["guidance"], seed=FIRST_SEED)
     draw_student(models, request)
     next(draw_teacher(models, request))
 
@@ -176,16 +188,16 @@ def checked(models: Models, prompt: Any, steps: Any, guidance: Any, seed: Any, c
     models.teacher.check_prompts([text])
     return Request(
         text,
-        steps=round(_number("Steps", steps, 1, MAX_STEPS)),
-        guidance=_number("Guidance", guidance, 0, MAX_GUIDANCE),
-        seed=round(_number("The seed", seed, 0, MAX_SEED)),
-        count=round(_number("Pictures", count, 1, MAX_PICTURES)),
+        steps=round(_number(STEPS_LABEL, steps, 1, MAX_STEPS)),
+        guidance=_number(models.guidance_label, guidance, 1, MAX_GUIDANCE),
+        seed=round(_number(SEED_LABEL, seed, 0, MAX_SEED)),
+        count=round(_number(PICTURES_LABEL, count, 1, MAX_PICTURES)),
     )
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise UserError(f"{name} must be a number from {low} to {high:g}.")
+        raise UserError(f"{name} must be a number from {low:g} to {high:,.10g}.")
     return value
 
 

@@ -1,6 +1,7 @@
 """The page's own pieces of HTML. Whatever comes from outside goes through `Markup.format`, which escapes it."""
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import Any
@@ -19,6 +20,23 @@ SCORES = {
     "diversity": "diversity {:.3f}",
 }
 SIDES = ("a", "b")
+LOGGED = {
+    "kept": "share of the walks that the filter kept",
+    "loss": "what is minimised",
+    "squared_error": "the loss without its weights",
+    "tangent_norm": "how far the student is from consistent",
+    "tangent_norm_0": "tangent norm, first quarter of t: near the picture",
+    "tangent_norm_1": "tangent norm, second quarter of t",
+    "tangent_norm_2": "tangent norm, third quarter of t",
+    "tangent_norm_3": "tangent norm, last quarter of t: near noise",
+    "w_phi": "learned log-weight of the adaptive weighting",
+    "grad_norm": "size of the gradient, before clipping",
+    "lr": "learning rate",
+    "generator_loss": "adversarial loss of the student",
+    "discriminator_loss": "loss of the heads; 2 is knowing nothing",
+    "skipped": "1 where the step was left out",
+}
+"""What the logged numbers are; docs/reading.md says more."""
 
 
 def join(parts: Iterable[str]) -> Markup:
@@ -78,12 +96,12 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def waiting(who: str) -> Markup:
-    """A panel that has nothing to show yet."""
+def waiting(who: str, message: str = "") -> Markup:
+    """A panel that has no picture to show: it comes, or the message says why not."""
     return Markup(
         '<section class="panel" aria-label="{who}"><div class="head"><h2>{who}</h2></div>'
-        '<div class="pictures n1"><div class="blank"></div></div><p class="cost">&nbsp;</p></section>'
-    ).format(who=who)
+        '<div class="pictures n1"><div class="blank">{said}</div></div><p class="cost">&nbsp;</p></section>'
+    ).format(who=who, said=note(message) if message else "")
 
 
 def walk_view(walk: Walk) -> Markup:
@@ -100,8 +118,8 @@ def walk_view(walk: Walk) -> Markup:
         "<p class='fine'>From noise (left) to picture (right), first seed. Above: the picture x<sub>0</sub> that the "
         "teacher's velocity points at from there. Below: one channel of the equivalent noise (x<sub>t</sub> &minus; "
         "cos t x<sub>0</sub>) / sin t, with the x<sub>0</sub> where the walk ends, and its cosine similarity to the "
-        "noise that the walk began with. A picture noised afresh would have similarity 1 at every t; the teacher's own "
-        "way has not, and the student learns from the states on it (arXiv:2511.20410, Figs. 3, 8 and 9).</p>"
+        "noise that the walk began with. A picture noised afresh would have similarity 1 at every t; on the teacher's "
+        "own walk it falls, and the student learns from the states on it (arXiv:2511.20410, Figs. 3, 8 and 9).</p>"
     ).format(columns)
 
 
@@ -111,14 +129,16 @@ def summary(runs: Sequence[Run]) -> Markup:
     if len(runs) < 2:
         return Markup('<div class="sides">{}</div>').format(cards)
     rows = join(
-        Markup("<tr><th scope='row'>{}</th><td>{}</td><td>{}</td></tr>").format(name, *(_short(v) for v in values))
+        Markup("<tr><th scope='row'>{}</th><td>{}</td><td>{}</td></tr>").format(
+            breakable(name), *(breakable(short(value)) for value in values)
+        )
         for name, values in compared(*runs).items()
     )
     table = Markup(
         "<details class='differ'><summary>Settings that differ</summary><div class='scroll'><table><thead><tr>"
         "<th scope='col'>setting</th><th scope='col' class='a'>{}</th><th scope='col' class='b'>{}</th></tr></thead>"
         "<tbody>{}</tbody></table></div></details>"
-    ).format(runs[0].name, runs[1].name, rows)
+    ).format(*(breakable(run.name) for run in runs), rows)
     return Markup('<div class="sides">{}</div>{}').format(cards, table if rows else "")
 
 
@@ -139,18 +159,43 @@ def _card(side: str, run: Run) -> Markup:
     )
 
 
-def _short(value: Any) -> str:
-    text = str(value)
+def breakable(name: str) -> Markup:
+    """A name that may go on in a new line after a dot, an underscore or a slash."""
+    return Markup("<wbr>").join(re.split(r"(?<=[._/])(?=.)", name))
+
+
+def short(value: Any) -> str:
+    """A setting's value as yaml has it, cut where it is long; nothing is `none`."""
+    text = _plain(value)
     return text if len(text) <= 60 else text[:59] + "…"
 
 
+def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_plain, value))}]"
+    return str(value)
+
+
 def curves(runs: Sequence[Run]) -> Markup:
-    """What the runs logged, a panel each."""
+    """What the runs logged, a panel each, with what it is."""
+    names = " and ".join(run.name for run in runs)
     figures = join(
-        Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(name, Markup(svg))  # noqa: S704 - matplotlib's
+        Markup("<figure><figcaption><b>{}</b><span>{}</span></figcaption>{}</figure>").format(
+            breakable(name), LOGGED.get(name, ""), _labelled(svg, f"{name} over the steps of {names}")
+        )
         for name, svg in curves_of(runs).items()
     )
     return Markup('<div class="curves">{}</div>').format(figures) if figures else note("Nothing logged yet.")
+
+
+def _labelled(svg: str, label: str) -> Markup:
+    """An SVG element of matplotlib's as a picture with a name."""
+    rest = svg.removeprefix('<svg aria-hidden="true" ')
+    return Markup('<svg role="img" aria-label="{}" {}').format(label, Markup(rest))  # noqa: S704 - drawn from numbers
 
 
 def previews(runs: Sequence[Run], step: float) -> Markup:

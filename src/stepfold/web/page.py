@@ -13,10 +13,15 @@ from typing import Any
 from stepfold.errors import UserError
 from stepfold.web import markup
 from stepfold.web.drawing import (
+    FIRST_SEED,
+    MAX_GUIDANCE,
     MAX_PICTURES,
     MAX_PROMPT,
     MAX_SEED,
     MAX_STEPS,
+    PICTURES_LABEL,
+    SEED_LABEL,
+    STEPS_LABEL,
     TEACHER_STEPS,
     Models,
     checked,
@@ -31,7 +36,12 @@ try:
 except ImportError:
     raise UserError("the page needs gradio: pip install 'gradio>=6.29,<7'") from None
 
-QUEUE, REFRESH_SEC, NOBODY = 16, 3, "nothing"
+QUEUE, REFRESH_SEC = 64, 3
+NOBODY = ("none", "")  # of a list: what it shows, and its value, which is no run's name
+FIRST = "On its way; others may be drawing first."
+BUSY = (
+    "Too many are waiting here, or the page does not answer. Wait a little, then change something or reload the page."
+)
 LARGEST_POST = 2**16  # bytes
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STYLE = Path(__file__).with_name("page.css")
@@ -45,7 +55,8 @@ POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
     "form-action 'self'; frame-ancestors 'self'"
 )
-PRIVATE: Any = {"api_visibility": "private", "show_progress": "hidden"}
+PRIVATE: Any = {"api_visibility": "private", "show_progress": "hidden", "preprocess": False}
+"""Values come as the browser sends them; what is wrong with them is said on the page, not in gradio's own words."""
 ONE_AT_A_TIME: Any = {"concurrency_id": "draw", "concurrency_limit": 1}
 READING: Any = {"concurrency_id": "runs", "concurrency_limit": 1}
 
@@ -58,8 +69,8 @@ def build(models: Models, runs: Path) -> Any:
         runs: the folder whose runs the second tab shows.
     """
     with gr.Blocks(title="stepfold", analytics_enabled=False) as page:
-        gr.HTML(f"<h1>stepfold</h1><p>One step beside {TEACHER_STEPS}: a student and its teacher, same noise.</p>",
-                elem_id="top")  # fmt: skip
+        gr.HTML(f"<h1>stepfold</h1><p>A student that needs one step, beside its teacher, which takes {TEACHER_STEPS}: "
+                "same noise.</p>", elem_id="top")  # fmt: skip
         with gr.Tabs():
             with gr.Tab("Draw"):
                 _draw_tab(page, models)
@@ -69,57 +80,72 @@ def build(models: Models, runs: Path) -> Any:
 
 
 def _draw_tab(page: Any, models: Models) -> None:
-    usual = min(8.0, max(1.0, float(models.card["guidance"])))
-    prompt = gr.Textbox(models.examples[0], label="Prompt", max_lines=2, max_length=MAX_PROMPT, elem_id="prompt")
+    usual = min(MAX_GUIDANCE, max(1.0, float(models.card["guidance"])))
+    prompt = gr.Textbox(models.examples[0], label="Prompt", max_lines=4, max_length=MAX_PROMPT, elem_id="prompt")
     with gr.Row(elem_id="examples"):
         for text in models.examples:
             gr.Button(text, size="sm").click(None, None, prompt, js=f"() => {json.dumps(text)}", **PRIVATE)
-    with gr.Row(elem_id="pair"):
-        student = gr.HTML(markup.waiting("Student"), min_width=120, elem_id="student")
-        teacher = gr.HTML(markup.waiting("Teacher"), min_width=120, elem_id="teacher")
-    with gr.Row(elem_id="controls"):
-        steps = gr.Slider(1, MAX_STEPS, 1, step=1, label="Steps", buttons=[], min_width=150)
-        guidance = gr.Slider(1, 8, usual, step=0.5, label="Guidance", buttons=[], min_width=150)
-        count = gr.Slider(1, MAX_PICTURES, 1, step=1, label="Pictures", buttons=[], min_width=150)
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=150)
+    with gr.Row(elem_id="bench"):
+        with gr.Row(elem_id="pair"):
+            student = gr.HTML(markup.waiting("Student", FIRST), min_width=120, elem_id="student")
+            teacher = gr.HTML(markup.waiting("Teacher"), min_width=120, elem_id="teacher")
+        with gr.Column(elem_id="controls", min_width=150):
+            steps = gr.Slider(1, MAX_STEPS, 1, step=1, label=STEPS_LABEL, buttons=[], min_width=150)
+            guidance = gr.Slider(1, MAX_GUIDANCE, usual, step=0.5, label=models.guidance_label, buttons=[],
+                                 min_width=150)  # fmt: skip
+            count = gr.Slider(1, MAX_PICTURES, 1, step=1, label=PICTURES_LABEL, buttons=[], min_width=150)
+            seed = gr.Number(FIRST_SEED, label=SEED_LABEL, precision=0, minimum=0, maximum=MAX_SEED, min_width=150)
     gr.HTML(markup.fine(models.fine_print))
     with gr.Accordion("The teacher's walk", open=False, elem_id="walk"):
         walk = gr.HTML(markup.note("It appears when the teacher has finished."))
     inputs = [prompt, steps, guidance, seed, count]
 
-    def students(*values: Any) -> Any:
-        with _in_words() as said:
-            request = checked(models, *values)
-            return markup.panel("Student", request, draw_student(models, request))
-        return said.text
+    newest: dict[str | None, Any] = {}
+    """session -> what it asked for last, until that is drawn"""
+
+    async def asks(text: Any, k: Any, scale: Any, first: Any, number: Any, request: gr.Request) -> None:
+        newest[request.session_hash] = text, k, scale, first, number
+
+    async def enters(text: Any, k: Any, scale: Any, first: Any, number: Any, request: gr.Request) -> list[Any]:
+        """The same of a drawing that goes into the queue; nothing keeps it out."""
+        await asks(text, k, scale, first, number, request)
+        return [gr.validate(True, "")] * len(inputs)
 
     def both(text: Any, k: Any, scale: Any, first: Any, number: Any, request: gr.Request) -> Iterator[Any]:
-        """The student's picture, then the teacher's as it forms, until something else is asked for."""
+        """The student's picture, then the teacher's as it forms; nothing more once something newer is asked for."""
         values = text, k, scale, first, number
-        yield students(*values), gr.skip(), gr.skip()
-        with _in_words():
+
+        def is_old() -> bool:
+            return newest.get(request.session_hash) != values
+
+        if is_old():
+            return
+        shown: Any = None
+        with _in_words() as said:
             asked = checked(models, *values)
+            shown = markup.panel("Student", asked, draw_student(models, asked))
+            yield shown, gr.skip(), gr.skip()
             for drawing in draw_teacher(models, asked):
-                if newest.get(request.session_hash, values) != values:
+                if is_old():
                     return
                 seen = markup.walk_view(drawing.walk) if drawing.walk else gr.skip()
                 yield gr.skip(), markup.panel("Teacher", asked, drawing), seen
-            return
-        yield gr.skip(), markup.waiting("Teacher"), gr.skip()
-
-    newest: dict[str | None, Any] = {}
-    """session -> what it asked for last"""
-
-    def asks(text: Any, k: Any, scale: Any, first: Any, number: Any, request: gr.Request) -> None:
-        newest[request.session_hash] = text, k, scale, first, number
+        if not is_old():
+            leaves(request)
+        if said.text and shown:
+            yield gr.skip(), markup.waiting("Teacher", said.text), gr.skip()
+        elif said.text:
+            yield markup.waiting("Student", said.text), markup.waiting("Teacher"), gr.skip()
 
     def leaves(request: gr.Request) -> None:
         newest.pop(request.session_hash, None)
 
     changes = [prompt.change, steps.change, guidance.change, seed.change, count.change]
-    gr.on(changes, asks, inputs, None, concurrency_limit=QUEUE, trigger_mode="multiple", **PRIVATE)
-    gr.on([page.load, *changes], both, inputs, [student, teacher, walk], trigger_mode="always_last", **ONE_AT_A_TIME,
-          **PRIVATE)  # fmt: skip
+    gr.on(changes, asks, inputs, None, concurrency_limit=None, trigger_mode="multiple", **PRIVATE)
+    drawn = gr.on([page.load, *changes], both, inputs, [student, teacher, walk], trigger_mode="always_last",
+                  validator=enters, **ONE_AT_A_TIME, **PRIVATE)  # fmt: skip
+    busy = json.dumps(markup.waiting("Student", BUSY))
+    drawn.failure(None, None, student, js=f"() => {busy}", **PRIVATE)
     page.unload(leaves)
 
 
@@ -127,12 +153,12 @@ def _runs_tab(tab: Any, root: Path) -> None:
     names = find_runs(root)
     with gr.Row():
         a = gr.Dropdown(names, value=newest(root, names), label="Run", min_width=150, elem_id="run-a")
-        b = gr.Dropdown([NOBODY, *names], value=NOBODY, label="Beside it", min_width=150, elem_id="run-b")
+        b = gr.Dropdown([NOBODY, *names], value=NOBODY[1], label="Compare with", min_width=150, elem_id="run-b")
     about = gr.HTML(elem_id="about")
     curves = gr.HTML(elem_id="curves")
-    at = gr.Slider(0, 1, 1, step=1, label="Previews at step", visible=False, elem_id="at")
+    at = gr.Slider(0, 1, 1, step=1, label="Previews at step", visible=False, buttons=[], elem_id="at")
     grids = gr.HTML(elem_id="grids")
-    wanted = gr.Checkbox(False, label="Show the report", elem_id="wanted")
+    wanted = gr.Checkbox(False, label="Show the report", visible=bool(names), elem_id="wanted")
     reports = gr.HTML()
     last = gr.State(("", 0))
     timer = gr.Timer(REFRESH_SEC, active=False)
@@ -154,12 +180,13 @@ def _runs_tab(tab: Any, root: Path) -> None:
             lists = menus(first, there)
             if not runs:
                 text = "Choose a run." if there else f"No runs in {root} yet; stepfold distill makes one."
-                return [*lists, markup.note(text), "", slider([], 0, 0), "", "", (stamp(root, ()), 0)]
+                return [*lists, markup.note(text), "", slider([], 0, 0), "", gr.Checkbox(visible=False), "",
+                        (stamp(root, ()), 0)]  # fmt: skip
             report = markup.reports(runs) if wants else ""
             seen = (stamp(root, (first, second)), top)
             about, drawn, grids = markup.summary(runs), markup.curves(runs), markup.previews(runs, top)
-            return [*lists, about, drawn, slider(runs, top, top), grids, report, seen]
-        return [gr.skip(), gr.skip(), said.text, *[gr.skip()] * 5]
+            return [*lists, about, drawn, slider(runs, top, top), grids, gr.Checkbox(visible=True), report, seen]
+        return [gr.skip(), gr.skip(), markup.note(said.text), *[gr.skip()] * 6]
 
     def again(first: Any, second: Any, step: Any, before: Any) -> list[Any]:
         with _in_words() as said:
@@ -171,28 +198,33 @@ def _runs_tab(tab: Any, root: Path) -> None:
             if not runs:
                 return [*lists, *[gr.skip()] * 4, (now, 0)]
             top = _last_preview(runs)
-            at_step = top if step >= before[1] else step  # who looks at the last one goes on to do so
+            at_step = top if _number(step) >= before[1] else _number(step)  # who looks at the last one goes on to do so
             moved = slider(runs, top, at_step) if top != before[1] else gr.skip()
             about, drawn, grids = markup.summary(runs), markup.curves(runs), markup.previews(runs, at_step)
             return [*lists, about, drawn, moved, grids, (now, top)]
-        return [gr.skip(), gr.skip(), said.text, *[gr.skip()] * 4]
+        return [gr.skip(), gr.skip(), markup.note(said.text), *[gr.skip()] * 4]
 
     def slide(first: Any, second: Any, step: Any) -> Any:
         with _in_words() as said:
-            return markup.previews(chosen(first, second), step)
-        return said.text
+            return markup.previews(chosen(first, second), _number(step))
+        return markup.note(said.text)
 
     def report(first: Any, second: Any, wants: Any) -> Any:
         with _in_words() as said:
             return markup.reports(chosen(first, second)) if wants else ""
-        return said.text
+        return markup.note(said.text)
 
-    whole = [a, b, about, curves, at, grids, reports, last]
+    whole = [a, b, about, curves, at, grids, wanted, reports, last]
     gr.on([tab.select, a.change, b.change], show, [a, b, wanted], whole, **READING, **PRIVATE)
     tab.select(lambda: gr.Timer(active=True), None, timer, **PRIVATE)
     timer.tick(again, [a, b, at, last], [a, b, about, curves, at, grids, last], **READING, **PRIVATE)
     at.change(slide, [a, b, at], grids, trigger_mode="always_last", **READING, **PRIVATE)
     wanted.change(report, [a, b, wanted], reports, **READING, **PRIVATE)
+
+
+def _number(value: Any) -> float:
+    """What stands in a number box; where that is none, more than any."""
+    return value if isinstance(value, int | float) else math.inf
 
 
 def _last_preview(runs: Sequence[Run]) -> int:
@@ -216,10 +248,10 @@ def _in_words() -> Iterator[_Said]:
     try:
         yield said
     except UserError as error:
-        said.text = markup.note(error)
+        said.text = str(error)
     except Exception:
         logging.getLogger("stepfold").exception("while drawing the page")
-        said.text = markup.note("That did not work; the terminal says why.")
+        said.text = "That did not work; the terminal says why."
 
 
 class Closed:

@@ -49,9 +49,9 @@ class Run:
 
     @property
     def progress(self) -> str:
-        """`finished, 6000 steps`, `running, step 120 of 700`."""
+        """`finished, 6,000 steps`, `running, step 120 of 700`."""
         if self.state == "finished":
-            return f"finished, {self.step:,} steps"
+            return f"finished, {self.step:,} step{'s' * (self.step != 1)}"
         return f"{self.state}, step {self.step:,}" + (f" of {self.steps:,}" if self.steps else "")
 
 
