@@ -442,6 +442,17 @@ def test_what_the_command_line_does_not_know_is_one_line(tmp_path: Path) -> None
     assert_one_line(Result("sample", "emoji-student", "x", "--out", away), f"make the folder {away.parent} first")
 
 
+def test_a_path_that_no_file_can_have_and_a_full_output_are_one_line(tmp_path: Path) -> None:
+    for option in ("--out", "--prompts"):
+        assert_one_line(Result("distill", option, "a" * 300), "File name too long")
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "stepfold", "presets"], stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        assert done.returncode != 0 and "Traceback" not in done.stderr
+
+
 def test_no_color() -> None:
     coloured = re.compile(r"\x1b\[(?:\d+;)*(?:3|4)\d")
     assert coloured.search(in_a_shell("presets", "--help", FORCE_COLOR="1"))

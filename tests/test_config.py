@@ -224,3 +224,25 @@ def test_every_setting_is_described() -> None:
 def test_every_setting_is_used() -> None:
     source = "\n".join(p.read_text() for p in SOURCE.rglob("*.py") if p.name != "config.py")
     assert [name for name, *_ in fields() if not re.search(rf"\.{name}\b(?!\()", source)] == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["optimiser.lr=1e300", "space.guidance=[1e300]", "teacher.height=1000000000", "teacher.sizes=[[64,1000000000]]",
+     "training.steps=1000000000000", "training.prompts_per_step=100000000", f"training.steps={'9' * 5000}"],
+)  # fmt: skip
+def test_numbers_beyond_reason_are_one_line(change: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config("demo", [change])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_mappings_are_not_merged(tmp_path: Path) -> None:
+    """Nine lines of `<<` become millions of entries."""
+    lines = [
+        "a: &a {x: 1}",
+        *(f"k{i}: &k{i} {{<<: [{', '.join([f'*k{i - 1}' if i else '*a'] * 9)}]}}" for i in range(9)),
+    ]
+    (tmp_path / "merge.yaml").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="mappings are not merged with <<"):
+        load_config(str(tmp_path / "merge.yaml"))

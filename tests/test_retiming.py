@@ -2,21 +2,25 @@
 
 import json
 import shutil
+import signal
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 
 from stepfold import assets
 from stepfold.cli import retime
 from stepfold.config import TeacherSettings
 from stepfold.display import Display
-from stepfold.errors import UserError
+from stepfold.errors import NonFiniteError, UserError
 from stepfold.retiming import fit_time_embedder, run_retime
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher
+from stepfold.training.distill import Progress
+from stepfold.training.runs import checkpoints
 
 FEW = ["training.prompts_per_step=2", "space.route_steps=4", "training.checkpoint_every=3", "teacher.max_tokens=16"]
 
@@ -65,9 +69,77 @@ def test_a_stopped_run_goes_on_to_the_bit(thousands: Path, prompts_file: Path, t
         load_file(tmp_path / run / "teacher" / "transformer" / "diffusion_pytorch_model.safetensors") for run in "ab"
     )
     assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == (tmp_path / "b" / "metrics.jsonl").read_bytes()
     assert (
         json.loads((tmp_path / "a" / "teacher" / "transformer" / "config.json").read_text())["timestep_scale"] == 0.001
     )
+
+
+HARDLY_A_FIT = partial(fit_time_embedder, steps=5)
+Straight = tuple[str, Path, Path]
+
+
+@pytest.fixture(scope="module")
+def straight(first_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    """A tiny teacher, prompts, and the folder of a run of six steps that nothing stopped."""
+    prompts = tmp_path_factory.mktemp("straight") / "prompts.txt"
+    prompts.write_text("red heart\nrocket\na cat\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stepfold.retiming.fit_time_embedder", HARDLY_A_FIT)
+        retime(str(first_sana), str(prompts), prompts.parent / "run", 6, [*FEW], quiet=True)
+    return str(first_sana), prompts, prompts.parent / "run"
+
+
+def go_on(straight: Straight, folder: Path) -> None:
+    """Resumes a run; it has to end as the one that nothing stopped."""
+    source, prompts, wanted = straight
+    run_retime(source, prompts, folder, [*FEW, "training.steps=6"], resume=True, display=Display())
+    for file in ("metrics.jsonl", "teacher/transformer/diffusion_pytorch_model.safetensors"):
+        assert (folder / file).read_bytes() == (wanted / file).read_bytes()
+
+
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 4), (signal.SIGINT, 6)])
+def test_a_stop_request_ends_with_a_checkpoint(
+    straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    number: signal.Signals, at: int,
+) -> None:  # fmt: skip
+    def step(display: Display, progress: Progress) -> None:
+        if progress.step == at:
+            signal.raise_signal(number)
+
+    source, prompts, _ = straight
+    monkeypatch.setattr("stepfold.retiming.fit_time_embedder", HARDLY_A_FIT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "step", step)
+        with pytest.raises(typer.Exit) as caught:
+            retime(source, str(prompts), tmp_path / "run", 6, [*FEW])
+    assert caught.value.exit_code == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("stopped; the state is saved. Continue with: stepfold ") and said.endswith(" --resume")
+    assert checkpoints(tmp_path / "run")[-1].name == f"{at:06d}" and not (tmp_path / "run" / "teacher").exists()
+    go_on(straight, tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_set_aside(
+    straight: Straight, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(straight[2], tmp_path / "run")
+    weights = folder / "checkpoints" / "000006" / "network.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    shutil.rmtree(folder / "teacher")
+    go_on(straight, folder)
+    assert "checkpoint 000006 is damaged (network.safetensors is not as it was written)" in capsys.readouterr().err
+    assert [path.name for path in checkpoints(folder)] == ["000003", "000006"]
+    assert (folder / "checkpoints" / "damaged_000006").is_dir()
+
+
+def test_a_run_that_diverges_says_where(straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepfold.retiming.fit_time_embedder", HARDLY_A_FIT)
+    settings = [*FEW, "training.steps=6", "optimiser.lr=1e9"]
+    with pytest.raises(NonFiniteError, match=r"^step 1: loss of .* is not finite .*last checkpoint is intact"):
+        run_retime(*straight[:2], tmp_path / "run", settings, resume=False, display=Display(quiet=True))
 
 
 def test_weights_in_half_precision_are_refused_at_once(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:

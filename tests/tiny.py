@@ -25,7 +25,9 @@ from diffusers import (
     PixArtTransformer2DModel,
     PNDMScheduler,
     SanaPipeline,
+    SanaSprintPipeline,
     SanaTransformer2DModel,
+    SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -183,6 +185,13 @@ def make_sana(**changes: Any) -> SanaPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
     )
     return SanaPipeline(**parts)
+
+
+def make_sprint() -> SanaSprintPipeline:
+    """As the published ones: TrigFlow, guidance embedded."""
+    sana = make_sana(guidance_embeds=True, timestep_scale=1.0)
+    parts: Any = sana.components | {"scheduler": SCMScheduler(prediction_type="trigflow", sigma_data=0.5)}
+    return SanaSprintPipeline(**parts)
 
 
 def make_sd3(num_layers: int = 2) -> StableDiffusion3Pipeline:

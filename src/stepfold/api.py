@@ -68,7 +68,7 @@ def distill_module(
     blacks = [torch.zeros(teacher.latent_shape, device=accelerator.device)]
     teacher.network.to(accelerator.device)
     lock = open_run(folder, config, resume)
-    remember_prompts(folder, file.path, len(file), file.sha256)
+    remember_prompts(folder, file.source, len(file), file.sha256)
     student.to(accelerator.device)
     with display.training(config.training.steps):
         average = distill(config, folder, wrapped, student, file, blacks, accelerator, report=display.step)

@@ -4,6 +4,8 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,7 @@ import typer
 
 from stepfold.errors import NonFiniteError, UserError
 
-ClickException = typer.BadParameter.__mro__[2]  # typer's own copy of click's, or click's
+ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # type: ignore[assignment] # typer's own, or click's
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
@@ -120,12 +122,8 @@ def distill(
     quiet_libraries()
     folder = out or Path("runs") / Path(name).stem
     display = Display(quiet or bool(other_process()))
-    command = "stepfold " + shlex.join(sys.argv[1:])
-    try:
+    with continued_by(folder, resume, display.note) as command:
         result = run_distill(config, folder, resume=resume, display=display, command=command)
-    except KeyboardInterrupt:
-        display.note(f"stopped; the state is saved. Continue with: {command}{'' if resume else ' --resume'}")
-        raise typer.Exit(130) from None
     if not other_process():
         if result["teacher"]:
             show_table(results_table(result))
@@ -140,7 +138,9 @@ def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One picture each.", show_default=False)],
     steps: Annotated[int, typer.Option(min=1, max=64, help="Network calls per picture.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Noise. Equal seeds give equal pictures.")] = 0,
-    guidance: Annotated[float | None, typer.Option(help="Scale that the student was told. Default: the run's.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, max=1000, help="Scale that the student was told. Default: the run's.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="PNG to write; several prompts go side by side.")] = Path("sample.png"),
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
 ) -> None:
@@ -299,6 +299,8 @@ def evaluate(
     guidance: Annotated[
         float | None,
         typer.Option(
+            min=0,
+            max=1000,
             help="Scale for teacher and students. Default: the teacher's own, and what a student was taught.",
             show_default=False,
         ),
@@ -518,8 +520,8 @@ def reproduce(
     if dry_run:
         rows: list[dict[str, Any]] = []
         for run, done in listing(experiments, planned, out):
-            changes = " ".join(run.changes)
-            typer.echo(f"{'done' if done else 'to do':6} {run.table} {run.row}: --preset {run.preset} {changes}")
+            settings = " ".join(run.changes)
+            typer.echo(f"{'done' if done else 'to do':6} {run.table} {run.row}: --preset {run.preset} {settings}")
             row = {"table": run.table, "row": run.row, "preset": run.preset, "changes": run.changes}
             rows.append(row | {"folder": str(out / run.name), "done": done})
         write_json(json_file, rows)
@@ -768,7 +770,9 @@ def retime(
 
     quiet_libraries()
     changes = [f"training.steps={steps}", *(changes or [])]
-    found = run_retime(teacher, prompts, out, changes, resume=resume, display=Display(quiet))
+    display = Display(quiet)
+    with continued_by(out, resume, display.note):
+        found = run_retime(teacher, prompts, out, changes, resume=resume, display=display)
     for name, number in found.items():
         typer.echo(f"{name:32} {number:.4g}")
     write_json(json_file, found)
@@ -868,9 +872,10 @@ def main() -> None:
     except ClickException as error:
         context = getattr(error, "ctx", None)
         if "NoArgsIsHelp" in type(error).__name__:
-            error.show()
+            error.show()  # type: ignore[attr-defined]
             sys.exit(2)
-        said = error.format_message().rstrip(".").replace("Possible options: --help, ", "Possible options: ")
+        said: str = error.format_message()  # type: ignore[attr-defined]
+        said = said.rstrip(".").replace("Possible options: --help, ", "Possible options: ")
         fail(f"{said}; {context.command_path if context else 'stepfold'} --help says what it takes", 2)
     except UserError as error:
         fail(error, 2)
@@ -878,6 +883,31 @@ def main() -> None:
         fail(error, 3)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:  # a path that no file can have, a full disk behind standard output
+        with suppress(OSError):
+            fail(f"{error.strerror or error}{f': {str(error.filename)[:200]}' if error.filename else ''}", 2)
+        os._exit(2)
+
+
+@contextmanager
+def continued_by(folder: Path, resume: bool, note: Callable[[str], None]) -> Iterator[str]:
+    """Around a run; yields its command. If it is stopped, says what continues it, and exits with 130."""
+    command = "stepfold " + shlex.join(sys.argv[1:])
+    try:
+        yield command
+    except KeyboardInterrupt:
+        note(f"{stopped(folder)} Continue with: {command}{'' if resume else ' --resume'}")
+        raise typer.Exit(130) from None
+
+
+def stopped(folder: Path) -> str:
+    """What a run that was stopped is left with."""
+    from stepfold.training.runs import read_metrics, saved_step
+
+    done = max((int(row["step"]) + 1 for row in read_metrics(folder) if "step" in row), default=0)
+    if saved_step(folder) >= done > 0:
+        return "stopped; the state is saved."
+    return f"stopped; it goes on from step {saved_step(folder)}, the last checkpoint."
 
 
 def other_process() -> int:

@@ -11,17 +11,36 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from stepfold.errors import UserError
 from stepfold.maths.schedules import TangentSchedule
 from stepfold.objectives.kinds import Normalisation, PriorWeight
+
+LARGEST = 1e9
+Pixels = Annotated[int, Field(gt=0, le=65536)]
 
 
 class Section(BaseModel):
     """A part of the settings: unknown keys are errors, values cannot change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _within_reason(cls, value: Any, info: ValidationInfo) -> Any:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if info.field_name != "seed" and any(isinstance(n, int | float) and abs(n) > LARGEST for n in numbers):
+            raise ValueError(f"no setting is larger than {LARGEST:g}; give a smaller number")
+        return value
 
 
 class TeacherSettings(Section):
@@ -50,16 +69,16 @@ class TeacherSettings(Section):
         default="own",
         description="mask of the unconditional branch: its own (diffusers) or the prompt's (public training code)",
     )
-    height: int | None = Field(default=None, gt=0, description="pixels; default: what the transformer was trained on")
-    width: int | None = Field(default=None, gt=0, description="pixels")
-    sizes: tuple[tuple[int, int], ...] | None = Field(
+    height: Pixels | None = Field(default=None, description="pixels; default: what the transformer was trained on")
+    width: Pixels | None = Field(default=None, description="pixels")
+    sizes: tuple[tuple[Pixels, Pixels], ...] | None = Field(
         default=None,
         min_length=1,
         description="sizes to train at, [height, width] in pixels, one drawn per step; previews and samples are still "
         "of height and width. Default: those alone",
     )
     frames: int | None = Field(
-        default=None, ge=1, description="of a video; default: the pipeline's own; for pictures leave it out"
+        default=None, ge=1, le=65536, description="of a video; default: the pipeline's own; for pictures leave it out"
     )
     max_tokens: int | None = Field(
         default=None, ge=2, le=4096, description="longest prompt, in tokens; default: the pipeline's own"
@@ -186,7 +205,7 @@ class TrainingSettings(Section):
     """The loop."""
 
     steps: int = Field(default=20000, ge=1, description="optimiser steps")
-    prompts_per_step: int = Field(default=1, ge=1, description="trajectories per optimiser step")
+    prompts_per_step: int = Field(default=1, ge=1, le=65536, description="trajectories per optimiser step")
     micro_batch: int = Field(
         default=0, ge=0, description="pairs per backward pass, 0 for all at once; same gradient, less memory"
     )
@@ -475,6 +494,8 @@ def _nearest(given: str, known: list[str]) -> str:
 
 def _short(value: Any) -> str:
     """A value for an error message; aliases make a few lines of yaml into lists of millions."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return "a number of more digits than that" if abs(value) > 10**40 else str(value)
     return repr(value) if isinstance(value, int | float) else reprlib.repr(value)[:200]
 
 
@@ -498,7 +519,15 @@ LARGEST_FILE = 2**20
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe, with YAML 1.2's booleans: `no` and `off`, which are values of ours, stay words."""
+    """Safe, with YAML 1.2's booleans: `no` and `off`, which are values of ours, stay words.
+
+    Without merging of mappings, by which a few lines become millions of entries.
+    """
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Refuses `<<`."""
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.YAMLError("mappings are not merged with << here, write them out")
 
 
 _BOOL = "tag:yaml.org,2002:bool"
@@ -522,5 +551,6 @@ def _parse_yaml(text: str, where: str) -> Any:
         ValueError,
     ) as error:
         # PyYAML's constructors raise what theirs do: ValueError for a 13th month, AttributeError for `!!timestamp x`
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        where = where if len(where) < 200 else f"{where[:100]}..."
         raise UserError(f"{where} is not valid yaml ({reason}); stepfold distill --dry-run prints an example") from None

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -41,7 +41,8 @@ class Display:
 
     def note(self, text: str) -> None:
         """One line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        with suppress(OSError):  # a full disk behind standard error ends no run
+            self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def _open(self) -> Iterator[Bars]:

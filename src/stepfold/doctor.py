@@ -1,6 +1,5 @@
 """`stepfold doctor`: is the teacher understood? Findings with numbers, before hours are spent."""
 
-import copy
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -174,7 +173,7 @@ def one_step(student: Student, pairs: Pairs, teacher: PipelineTeacher) -> list[F
         {"teacher": {"source": "emoji"}, "optimiser": {"name": "adamw", "lr": 1e-4}, "consistency": {"r_warmup": 0}}
     )
     accelerator = make_accelerator("no")
-    before = copy.deepcopy(student.state_dict())
+    before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
     optimiser = make_optimiser(student.parameters(), config.optimiser)
     gc.collect()
     figures = update(student, pairs, config, 0, teacher.sigma_data, accelerator)

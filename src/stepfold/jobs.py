@@ -130,7 +130,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     lock = None
     if processes.first:
         lock = open_run(folder, config, resume)  # only now: a teacher that does not load leaves no run behind
-        remember_prompts(folder, prompts.path, len(prompts), prompts.sha256)
+        remember_prompts(folder, prompts.source, len(prompts), prompts.sha256)
         for finding in set_aside_damaged(folder):
             display.note(finding)
     processes.wait()

@@ -25,8 +25,8 @@ from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.once import compute_afresh
 from stepfold.teachers.pipeline import Predict
 from stepfold.teachers.sana import SanaTeacher, trigflow_network
-from stepfold.training.distill import Progress, collect, make_accelerator
-from stepfold.training.draws import draw
+from stepfold.training.distill import Progress, collect, make_accelerator, stop_requests
+from stepfold.training.draws import Draw, draw
 from stepfold.training.optimisers import learning_rate, make_optimiser
 from stepfold.training.runs import (
     append_metrics,
@@ -35,9 +35,12 @@ from stepfold.training.runs import (
     load_checkpoint,
     open_run,
     remember_prompts,
+    rewind_metrics,
     save_checkpoint,
+    set_aside_damaged,
     writing,
 )
+from stepfold.training.step_log import record_of, row_of
 
 SETTINGS = (
     "space.route=random", "space.route_steps=8", "space.route_per=prompt", "space.keep_first=true",
@@ -61,6 +64,8 @@ def run_retime(
 
     Raises:
         UserError: the teacher is no Sana network whose time counts to 1000, or settings, prompts or folder are wrong.
+        NonFiniteError: a loss or gradient is not finite; the checkpoints are intact.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     config = load_config("default", [*SETTINGS, *changes], teacher__source=source, prompts=str(prompts))
     if config.teacher.dtype != "float32":
@@ -73,12 +78,15 @@ def run_retime(
             f"{source!r} is no Sana teacher whose time counts to 1000; there is nothing to re-time: distil it as it is"
         )
     lock = open_run(folder, config, resume)
-    remember_prompts(folder, file.path, len(file), file.sha256)
+    remember_prompts(folder, file.source, len(file), file.sha256)
+    for finding in set_aside_damaged(folder):
+        display.note(finding)
 
     network = copy.deepcopy(teacher.transformer).requires_grad_(True)
     compute_afresh(network.modules())
     predict = partial(trigflow_network, time_scale=1.0)
-    held_out = some_pairs(teacher, file, config, config.training.steps)  # a batch that training does not draw
+    unseen = draw(config.training.steps, file, teacher, config, device)  # a batch that training does not draw
+    held_out = some_pairs(teacher, unseen, config)
     found = {"size of dF/dt before": tangent_size(network, teacher.predict, held_out, teacher.sigma_data)}
     if not checkpoints(folder):
         display.note("fitting the time embedder alone")
@@ -132,9 +140,8 @@ def fit_time_embedder(
         return float((ours - wanted).norm() / wanted.norm())
 
 
-def some_pairs(teacher: SanaTeacher, prompts: PromptFile, config: Config, number: int) -> tuple[Pairs, Condition]:
-    """The states of batch `number` of the teacher's walks; every fourth has the unconditional branch's condition."""
-    batch = draw(number, prompts, teacher, config, teacher.device)
+def some_pairs(teacher: SanaTeacher, batch: Draw, config: Config) -> tuple[Pairs, Condition]:
+    """The states of the teacher's walks of a batch; every fourth has the unconditional branch's condition."""
     condition = teacher.encode(batch.prompts)
     pairs = collect(batch, condition, teacher.velocity, torch.zeros(()), teacher.sigma_data, config.space)
     both = concatenate([pairs.condition, teacher.null(pairs.condition)])
@@ -155,23 +162,32 @@ def train(
     training, modules = config.training, {"network": network}
     optimiser = make_optimiser(network.parameters(), config.optimiser)
     saved = checkpoints(folder)
-    for step in range(load_checkpoint(saved[-1], modules, optimiser) if saved else 0, training.steps):
-        began = time.perf_counter()
-        pairs, condition = some_pairs(teacher, prompts, config, step)
-        ours, theirs = predictions(teacher, network, predict, pairs, condition)
-        loss = (ours - theirs).square().flatten(1).mean(1)
-        loss.mean().backward()
-        norm = nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.clip, error_if_nonfinite=True)
-        rate = learning_rate(step, training.steps, config.optimiser)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        row = {"step": step, "loss": loss.mean().item(), "grad_norm": norm.item(), "lr": rate}
-        append_metrics(folder, row)
-        display.step(Progress(step + 1, row | {"pairs": len(pairs), "sec": time.perf_counter() - began}))
-        if step + 1 == training.steps or (step + 1) % training.checkpoint_every == 0:
-            save_checkpoint(folder, step + 1, modules, optimiser, training.keep_checkpoints)
+    start = load_checkpoint(saved[-1], modules, optimiser) if saved else 0
+    rewind_metrics(folder, start)
+    with stop_requests() as stop:
+        for step in range(start, training.steps):
+            began = time.perf_counter()
+            batch = draw(step, prompts, teacher, config, teacher.device)
+            pairs, condition = some_pairs(teacher, batch, config)
+            ours, theirs = predictions(teacher, network, predict, pairs, condition)
+            loss = (ours - theirs).square().flatten(1).mean(1)
+            loss.mean().backward()
+            norm = nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.clip)
+            rate = learning_rate(step, training.steps, config.optimiser)
+            row = row_of(record_of(step, batch.prompts, pairs, {"loss": loss.detach()}, norm, rate))
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            append_metrics(folder, row)
+            display.step(Progress(step + 1, row | {"pairs": len(pairs), "sec": time.perf_counter() - began}))
+            asked = stop.requested  # read once: a request in between waits a step
+            if asked or step + 1 == training.steps or (step + 1) % training.checkpoint_every == 0:
+                save_checkpoint(folder, step + 1, modules, optimiser, training.keep_checkpoints)
+            if asked:
+                raise KeyboardInterrupt
+        if stop.requested:  # since the last step; what is left of the run is made when it goes on
+            raise KeyboardInterrupt
 
 
 def predictions(

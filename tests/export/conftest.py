@@ -55,7 +55,7 @@ def finished(source: Path, folder: Path, lora: int) -> Path:
         for parameter in student.parameters():
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn_like(parameter)
-    save_student(teacher, student, folder, config, [2.0], 2.0, "red heart")
+    save_student(teacher, student, folder, config, [2.0], 2.0, (teacher.examples or ["red heart"])[-1])
     return folder
 
 

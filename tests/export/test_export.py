@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from stepfold.errors import UserError
+from stepfold.export.pipeline import model_card
 from stepfold.jobs import run_export, run_sample
 from stepfold.sampling import sample_student
-from stepfold.teachers.loading import CARD, load_merged, load_student
+from stepfold.teachers.loading import CARD, load_merged, load_student, read_card
 
 from .conftest import relative, start
 
@@ -135,3 +136,10 @@ def test_a_teacher_in_bfloat16_is_merged_in_float32(student_of: StudentOf, tmp_p
     condition, scale = teacher.encode(["red heart", "a cat"]), torch.full((2,), 2.0)
     with torch.no_grad():
         assert relative(merged(x, t, condition, scale), loaded(x, t, condition, scale)) < 1e-5
+
+
+def test_a_lora_students_readme_loads_the_very_teacher(student_of: StudentOf) -> None:
+    card = read_card(student_of("sana", 4))
+    theirs = card["config"]["teacher"] | {"revision": "v2", "variant": "fp16"}
+    card = card | {"teacher": "you/teacher", "config": card["config"] | {"teacher": theirs}}
+    assert 'from_pretrained("you/teacher", revision="v2", variant="fp16")' in model_card(card)

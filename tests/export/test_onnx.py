@@ -28,6 +28,7 @@ READS = {
     "sdxl": {"x", "t", "embeds", "pooled"},
     "pixart": {"x", "t", "embeds", "mask"},
     "wan": {"x", "t", "embeds", "mask"},
+    "dit": {"x", "t", "embeds"},
 }
 
 SETUP = """
@@ -48,7 +49,7 @@ def test_onnxruntime_alone_gives_the_students_latents(
     """Two steps, three samples, by the README's own code; torch is not even imported there."""
     out = run_export(student_of(family, lora), "onnx", tmp_path / "onnx", force=False)
     teacher, student, card = load_merged(student_of(family, lora), "cpu")
-    condition = teacher.encode(PROMPTS)
+    condition = teacher.encode(teacher.examples[:3] or PROMPTS)
     noise, fresh = torch.randn(2, len(PROMPTS), *teacher.latent_shape)
     scale = torch.full((len(PROMPTS),), 3.0)
     times = card["times"]["2"]

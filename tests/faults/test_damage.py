@@ -91,3 +91,5 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint(
         assert (broken / file).read_bytes() == (straight / file).read_bytes()
     assert (broken / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
     assert (broken / "checkpoints" / "damaged_000006").is_dir()
+    spoil(broken / "checkpoints" / "000006" / "average.safetensors", rng)  # again, and the name is taken
+    assert "damaged_000006_2" in set_aside_damaged(broken)[0]

@@ -147,11 +147,12 @@ def test_any_number_of_processes_trains_the_same_student(
 
 
 def test_another_number_of_processes_goes_on(tiny_sana: Path, texts: Path, tmp_path: Path, alone: Path) -> None:
-    """From what one process left to three, and back."""
+    """From what one process left to three; and from what three left to one."""
     folder = tmp_path / "run"
     shutil.copytree(alone, folder)
-    for count in (3, 1):
-        shutil.rmtree(folder / "checkpoints" / "000006")
+    for count, gone in ((3, ("000006",)), (3, ("000003", "000006")), (1, ("000006",))):
+        for step in gone:
+            shutil.rmtree(folder / "checkpoints" / step)
         code, words = Launch(count, tiny_sana, texts, folder, "training.shard=all", resume=True).finish()
         assert code == 0, words
         assert difference(alone, folder) < 1e-3
@@ -185,6 +186,19 @@ def test_a_terminated_run_saves_in_all_processes(tiny_sana: Path, texts: Path, t
     assert code != 0 and time.monotonic() - asked < 30, "the launcher kills after 30 seconds"
     done = len(read_metrics(tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"{done:06d}"]
+    assert words.count("stopped; the state is saved") == 1
+
+
+def test_a_signal_to_every_process_of_a_job_saves_too(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
+    """As some SLURM set-ups and systemd end one; the launcher hands its own on, so that workers get two."""
+    run = Launch(2, tiny_sana, texts, tmp_path / "run", "training.steps=100000", "training.checkpoint_every=1000")
+    run.wait_for_rows(4)
+    for process in (run.process, *run.workers().values()):
+        process.send_signal(signal.SIGTERM)
+    code, words = run.finish(60)
+    assert code != 0
+    done = len(read_metrics(tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"{done:06d}"], words
     assert words.count("stopped; the state is saved") == 1
 
 

@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -139,3 +140,17 @@ def test_no_room_for_the_text_of_a_table(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
     with pytest.raises(UserError, match=r"a\.csv: its text cannot be kept in the temporary folder .*TMPDIR"):
         open_prompts(tmp_path / "a.csv")
+
+
+def test_a_word_that_is_repeated_in_parquet_takes_its_memory_once(tmp_path: Path) -> None:
+    """A file of 25 KB would become gigabytes."""
+    pq.write_table(pa.table({"prompt": ["x" * 2**19] * 4096}), tmp_path / "bomb.parquet")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 100_000
+    before = psutil.Process().memory_info().rss
+    assert sum(len(text) for text in read_texts(tmp_path / "bomb.parquet")) == 2**31
+    assert psutil.Process().memory_info().rss - before < 2**28
+
+
+def test_a_run_notes_the_table_not_its_copy(tmp_path: Path) -> None:
+    path, _ = write(tmp_path, "csv")
+    assert open_prompts(path).source == path

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -40,7 +41,7 @@ from stepfold.training.distill import (
     rollout_precision,
 )
 from stepfold.training.draws import Draw, draw
-from stepfold.training.runs import checkpoints, damage, read_metrics
+from stepfold.training.runs import checkpoints, damage, read_metrics, saved_step
 from stepfold.training.step_log import record_of, row_of
 from stepfold.training.update import Judgement, update
 
@@ -477,6 +478,38 @@ def test_the_teacher_stays_as_it_is(
     train(settings(), tmp_path / "run", teacher, prompts)
     after = state(teacher.transformer) | state(teacher.pipe.text_encoder)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("at", ["last step", "last preview"])
+def test_a_stop_request_at_the_very_end_is_heard(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, at: str
+) -> None:
+    """What comes after the training may take long; the run goes on to it when it is resumed."""
+    config, folder = settings("training.steps=4"), tmp_path / "run"
+    folder.mkdir()
+    shown: list[int] = []
+
+    def show(average: Any, step: int) -> None:
+        shown.append(step)
+        if at == "last preview" and step == 4 and shown.count(4) == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    def report(progress: Progress) -> None:
+        if at == "last step" and progress.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # a second one does not kill
+
+    def go() -> Any:
+        torch.manual_seed(0)
+        student, black = teacher.new_student(), torch.zeros(teacher.latent_shape)
+        return distill(
+            config, folder, teacher, student, prompts, [black], make_accelerator("no"), report=report, preview=show
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    assert saved_step(folder) == 4 == len(read_metrics(folder)) and (4 in shown) == (at == "last preview")
+    assert go() is not None and saved_step(folder) == 4 and shown[-1] == 4
 
 
 def test_nan_stops_the_run_and_says_where(

@@ -140,6 +140,38 @@ def test_an_error_beside_the_training_is_raised_once() -> None:
         background.start(fail)
 
 
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    """Of a run of more than a million steps too; what has another name is none."""
+    names = ["999800", "1000000", "1000200", "000003_backup", "1 copy", "damaged_999600", "12"]
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [path.name for path in checkpoints(tmp_path)] == ["999800", "1000000", "1000200"]
+
+
+@pytest.mark.parametrize("what", ["link", "pipe", "part", "metrics"])
+def test_a_run_folder_leads_nowhere_else(tmp_path: Path, what: str) -> None:
+    """Somebody else's run folder must not make a resumed run write, or delete, outside it."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    config = load_config("demo")
+    open_run(folder, config, resume=False).release()
+    (other / "000001").mkdir(parents=True)
+    if what == "link":
+        (folder / "checkpoints").symlink_to(other)
+    elif what == "pipe":
+        os.mkfifo(folder / "prompts.json")
+    elif what == "metrics":
+        (folder / "metrics.jsonl").mkdir()
+    else:
+        (folder / ".note.part").symlink_to(other / "stolen")
+        with writing(folder / "note") as part:
+            part.write_text("ours")
+        assert (folder / "note").read_text() == "ours" and not (other / "stolen").exists()
+        return
+    with pytest.raises(UserError, match=r"is a link, which|is neither a file nor a folder|is a folder and should be"):
+        open_run(folder, config, resume=True)
+    assert (other / "000001").is_dir()
+
+
 def test_full_disk_keeps_the_old_checkpoint(
     tmp_path: Path, teacher: SanaTeacher, leftovers: Callable, full_disk: Callable
 ) -> None:

@@ -31,7 +31,7 @@ from stepfold.objectives.consistency import ConsistencyOptions, consistency_term
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.pipeline import SIGMA_DATA
 from stepfold.teachers.sana import SanaStudent, student_transformer
-from stepfold.training.processes import SHARDS_SINCE
+from stepfold.training.processes import SHARDS_SINCE, Processes, local, shard
 
 PAGE = Path(__file__).parents[2] / "docs" / "tangents.md"
 COLUMNS = ("checkpointing", "torch.compile", "bf16 autocast", "DDP", "FSDP2", "LoRA")
@@ -165,6 +165,20 @@ if torch.__version__ >= SHARDS_SINCE:  # `shard` refuses older ones
     DISTRIBUTED["FSDP2"] = sharded
 
 
+def share_held(teacher: Path, rank: int) -> Tensor:
+    """What one of two processes has of a sharded student's weights, and of AdamW's states."""
+    student = new_student(teacher, "two_pass")
+    count = sum(parameter.numel() for parameter in student.parameters())
+    shard(student, Processes(2, rank), "log_variance")
+    optimiser = torch.optim.AdamW(student.parameters())
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    states = [state[name] for state in optimiser.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    held = [sum(local(value).numel() for value in values) for values in (student.parameters(), states)]
+    return torch.tensor([held[0] / count, held[1] / (2 * count)])
+
+
 def process(rank: int, teacher: Path, folder: Path) -> None:
     """One of two processes, with half of the batch each."""
     dist.init_process_group(
@@ -177,6 +191,7 @@ def process(rank: int, teacher: Path, folder: Path) -> None:
         for backend in MATRIX
         for name, value in run(teacher, backend, half).items()
     }
+    found["held"] = share_held(teacher, rank)
     save_file(found, folder / f"{rank}.safetensors")
     dist.destroy_process_group()
 
@@ -243,6 +258,11 @@ def test_in_two_processes(
     for found in own:
         rows = {name: torch.cat([half[name] for half in own]) for name in ("tangent", "loss")}
         check(found | rows, reference, backend, column)
+
+
+def test_a_sharded_student_is_held_in_halves(halves: list[dict[str, Tensor]]) -> None:
+    for half in halves:
+        assert half["held"].sub(0.5).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(("backend", "column"), [cell for cell in CELLS if CELLS[cell] == "refused"])

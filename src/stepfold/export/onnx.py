@@ -100,7 +100,7 @@ def export_onnx(folder: Path, out: Path) -> None:
         raise UserError(f"--to onnx needs {' and '.join(missing)}; pip install onnx onnxscript onnxruntime")
     teacher, student, card = load_merged(folder, "cpu")
     compute_afresh(student.modules())
-    condition = teacher.encode([card["example"], "a cat"]).each(Tensor.contiguous)
+    condition = teacher.encode((teacher.examples or (card["example"], "a cat"))[:2]).each(Tensor.contiguous)
     inputs: dict[str, Tensor | None] = {
         "x": torch.randn(2, *teacher.latent_shape),
         "t": torch.tensor([1.5, 0.7]),

@@ -34,7 +34,7 @@ RESULTS = {"images": "image", "frames": "video"}
 
 LOAD = "pipe = {pipeline}.from_pretrained({name})"
 
-LOAD_LORA = """pipe = {pipeline}.from_pretrained({teacher})
+LOAD_LORA = """pipe = {pipeline}.from_pretrained({teacher}{options})
 {merge}pipe.scheduler = {scheduler}.from_pretrained({name}, subfolder="scheduler")
 pipe.load_lora_weights({name})"""
 
@@ -149,10 +149,13 @@ def model_card(card: dict[str, Any], metrics: dict[str, Any] | None = None, name
     classes, loading = card["pipeline"], LOAD
     if lora_rank(card):
         classes, loading = f"{card['pipeline']}, {card['scheduler']}", LOAD_LORA
+    theirs = card["config"]["teacher"]
+    chosen = {name: theirs[name] for name in ("revision", "variant") if theirs.get(name)}
     loading = loading.format(
         pipeline=card["pipeline"], scheduler=card["scheduler"],
         teacher=json.dumps("TEACHER" if card["teacher"] == "emoji" else card["teacher"]),
-        merge=MERGE.format(lora=json.dumps(theirs)) if (theirs := card["config"]["teacher"]["lora"]) else "",
+        options="".join(f", {name}={json.dumps(value)}" for name, value in chosen.items()),
+        merge=MERGE.format(lora=json.dumps(theirs["lora"])) if theirs["lora"] else "",
         name=json.dumps(name),
     )  # fmt: skip
     output = card["output"]

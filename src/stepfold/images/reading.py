@@ -34,6 +34,11 @@ class ImageFolder:
     num_blank: int = 0
     num_duplicate: int = 0
 
+    @property
+    def source(self) -> Path:
+        """As of a `PromptFile`."""
+        return self.path
+
     def __len__(self) -> int:
         return len(self.rows)
 

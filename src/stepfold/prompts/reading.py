@@ -37,7 +37,8 @@ class PromptFile:
     """Where every prompt of a file lies; the strings themselves stay on disk.
 
     Attributes:
-        path: the text file.
+        path: the text file, which may be a copy of a table's column.
+        source: the file that was given.
         offsets: int64 [P], first byte of every kept line (after leading spaces and the BOM).
         lengths: int32 [P], bytes of every kept line (without trailing spaces and line end).
         num_blank: blank lines dropped.
@@ -47,6 +48,7 @@ class PromptFile:
     """
 
     path: Path
+    source: Path
     offsets: np.ndarray
     lengths: np.ndarray
     num_blank: int
@@ -170,6 +172,7 @@ def _scan(path: Path, file: BinaryIO) -> PromptFile:
     first = np.sort(np.unique(np.frombuffer(hashes, np.uint64), return_index=True)[1])
     return PromptFile(
         path=path,
+        source=path,
         offsets=_frozen(np.frombuffer(offsets, np.int64)[first]),
         lengths=_frozen(np.frombuffer(lengths, np.int32)[first]),
         num_blank=num_blank,

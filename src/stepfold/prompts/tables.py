@@ -120,11 +120,13 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
     except ImportError:
         raise UserError("parquet needs pyarrow: pip install pyarrow") from None
     try:
-        file = parquet.ParquetFile(path)
-        name = _chosen(path, file.schema_arrow.names, column)
+        schema = parquet.read_schema(path)
+        name = _chosen(path, schema.names, column)
+        words = [name] if str(schema.field(name).type) in ("string", "large_string", "binary", "large_binary") else None
+        file = parquet.ParquetFile(path, read_dictionary=words)  # a word that is repeated stays one
         for batch in file.iter_batches(columns=[name], batch_size=8192):
-            for value in batch.column(0).to_pylist():
-                yield str(value or "")
+            for value in batch.column(0):
+                yield str(value.as_py() or "")
     except (ArrowException, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, UserError | UnicodeDecodeError):
             raise

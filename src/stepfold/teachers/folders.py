@@ -1,12 +1,11 @@
 """A pipeline folder or a hub id: what its index says, and how it is loaded; safetensors only, nothing of it is run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 
 from stepfold.errors import UserError
 from stepfold.teachers.safety import PICKLES, check_files, check_index, is_part, read_json
@@ -72,8 +71,13 @@ def unloadable(source: str, error: Exception) -> UserError:
     return UserError(f"teacher {source!r} does not load: {first_line(error)}; save it again with save_pretrained")
 
 
-def merge_lora(pipe: Any, source: str) -> None:
+def merge_lora(pipe: Any, source: str, read_text_encoders: Callable[[], None]) -> None:
     """Merges a LoRA in diffusers' format into a pipeline's weights; safetensors only.
+
+    Args:
+        pipe: the pipeline.
+        source: file, folder or hub id.
+        read_text_encoders: called where the LoRA changes them; the pipeline may have been loaded without.
 
     Raises:
         UserError: it does not load, or does not fit.
@@ -86,12 +90,18 @@ def merge_lora(pipe: Any, source: str) -> None:
                 "save_lora_weights(..., safe_serialization=True) where you trust it"
             )
     try:
+        found = pipe.lora_state_dict(source, use_safetensors=True)
+        if any(name.startswith("text_encoder") for name in (found[0] if isinstance(found, tuple) else found)):
+            read_text_encoders()
         pipe.load_lora_weights(source, use_safetensors=True)
         pipe.fuse_lora()
         pipe.unload_lora_weights()
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the hub's client, peft and safetensors have kinds of their own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"LoRA {source!r} does not load ({first_line(error)}); give a safetensors file that "
+            f"LoRA {source!r} does not load ({reason}); give a safetensors file that "
             f"{type(pipe).__name__}.load_lora_weights reads (it needs peft: pip install peft)"
         ) from None
 

@@ -292,5 +292,5 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     if not lora_rank(card):
         return load_student(folder, device)
     teacher = load_teacher(teacher_settings(folder, card), device, torch.float32)
-    merge_lora(teacher.pipe, str(folder))
+    merge_lora(teacher.pipe, str(folder), lambda: None)  # a student has no LoRA on text encoders
     return teacher, teacher.as_student(), card

@@ -148,8 +148,10 @@ class PipelineTeacher:
         self.index = load_index(self.source)
         self.check_index()
         self.pipe: Any = load_pipeline(self.source, self.index, self.pipelines, dtype, network_only, variant)
+        if lora and not self.loads_lora:
+            raise UserError(f"{type(self.pipe).__name__} loads no LoRA; give a teacher with it merged, as a folder")
         if lora:
-            merge_lora(self.pipe, lora)
+            merge_lora(self.pipe, lora, self._read_text_encoders)
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer: Any = getattr(self.pipe, self.network_part).to(self.device).eval().requires_grad_(False)
         compute_once(self.of_the_prompt_alone())

@@ -6,6 +6,7 @@ from typing import Any
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_input, flow_time, trigflow_output
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
@@ -43,6 +44,16 @@ class SD3Teacher(PipelineTeacher):
         config = self.transformer.config
         side = config.sample_size * factor
         return config.in_channels, factor * config.patch_size, side, side
+
+    def shape_at(self, height: int, width: int) -> tuple[int, ...]:
+        """See `PipelineTeacher`; the network has a table of positions."""
+        patch, most = self.transformer.config.patch_size, self.transformer.config.pos_embed_max_size
+        if max(height, width) > (side := most * patch * self.factor):
+            raise UserError(
+                f"the picture is to be {height} x {width} pixels, but this network draws at most {side} a side; "
+                "give a smaller height and width"
+            )
+        return super().shape_at(height, width)
 
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """See `PipelineTeacher`; every text encoder reads the same prompt, and padding is attended to as in use."""

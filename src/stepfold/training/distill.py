@@ -294,13 +294,15 @@ def distill(
                         folder, step + 1, modules, optimiser, training.keep_checkpoints, student.shared,
                         write=processes.first, background=background,
                     )  # fmt: skip
-            if stopping and not last:
+            if stopping:
                 raise KeyboardInterrupt
             if shows and previews:
                 with stages("preview"):
                     preview(average, step + 1)
             if not records:
                 began = time.perf_counter()
+        if processes.any(stop.requested):  # since the last step; what is left of the run is made when it goes on
+            raise KeyboardInterrupt
     return with_whole_weights(average, unsharded)
 
 
@@ -365,11 +367,14 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Ctrl-C and SIGTERM set a flag that is read between steps, so that no step stays half done; a second one kills."""
+    """Ctrl-C and SIGTERM set a flag that is read between steps, so that no step stays half done; a second Ctrl-C kills.
+
+    Not a second SIGTERM: where all processes of a job get one, a launcher hands its own on.
+    """
     stop = StopRequest()
 
     def ask(number: int, frame: Any) -> None:
-        if stop.requested:
+        if stop.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.requested = True
 
@@ -396,7 +401,9 @@ def make_accelerator(precision: str, *, several: bool = False) -> Accelerator:
     """
     waits = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the first one may encode a folder of images
     on_cpu = not torch.accelerator.is_available()  # has to be said, or several processes do not find each other there
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[waits])
+    accelerator = Accelerator(
+        cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[waits], gradient_accumulation_steps=1
+    )
     if accelerator.num_processes > 1 and not several:
         raise UserError(
             f"started on {accelerator.num_processes} processes, but this command works in one; "

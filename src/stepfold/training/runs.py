@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from stepfold.config import Config, from_yaml, to_yaml
 from stepfold.errors import UserError
 from stepfold.training.processes import gathered, placed, placed_state
 
+STEP = re.compile("[0-9]{6,18}")  # what a checkpoint is called
 CONFIG, METRICS, CHECKSUMS, LOCK = "config.yaml", "metrics.jsonl", "checksums.json", ".lock"
 
 
@@ -69,10 +73,33 @@ def make_folder(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():
         path.unlink()
+
+
+def refuse_ways_out(folder: Path) -> None:
+    """Refuses a run folder in which something leads elsewhere, or is neither file nor folder.
+
+    A run that goes on writes into what is there, and deletes its old checkpoints. The folder itself may be a link.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for root, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(root) / name
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                raise UserError(f"{path} is a link, which a run does not follow; put there what it points to")
+            if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                raise UserError(f"{path} is neither a file nor a folder; delete it")
+    for name in (CONFIG, METRICS, "prompts.json"):
+        if (folder / name).is_dir():
+            raise UserError(f"{folder / name} is a folder and should be a file; put the run's own back")
 
 
 def check_run(folder: Path, config: Config, resume: bool) -> None:
@@ -83,6 +110,7 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
     """
     config_file = folder / CONFIG
     if config_file.exists():
+        refuse_ways_out(folder)
         if not resume:
             raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --out")
         if from_yaml(config_file) != config:
@@ -137,7 +165,7 @@ def is_running(folder: Path) -> bool:
     return False
 
 
-def remember_prompts(folder: Path, file: Path, count: int, sha256: str) -> None:
+def remember_prompts(folder: Path, file: Path, num_prompts: int, sha256: str) -> None:
     """Notes which prompts a run uses, and refuses to go on with others.
 
     Raises:
@@ -155,7 +183,7 @@ def remember_prompts(folder: Path, file: Path, count: int, sha256: str) -> None:
             )
         return
     with writing(note) as part:
-        part.write_text(json.dumps({"file": str(file), "count": count, "sha256": sha256}, indent=2) + "\n")
+        part.write_text(json.dumps({"file": str(file), "count": num_prompts, "sha256": sha256}, indent=2) + "\n")
 
 
 def _difference(a: Config, b: Config) -> str:
@@ -262,7 +290,14 @@ def save_checkpoint(
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return sorted(p for p in (folder / "checkpoints").glob("[0-9]*") if p.is_dir())
+    named = [(int(path.name), path) for path in (folder / "checkpoints").glob("[0-9]*") if STEP.fullmatch(path.name)]
+    return [path for _, path in sorted(named) if path.is_dir()]
+
+
+def saved_step(folder: Path) -> int:
+    """The step that a run would go on from; 0 where there is no checkpoint."""
+    saved = checkpoints(folder)
+    return int(saved[-1].name) if saved else 0
 
 
 def checksum(file: Path) -> int:
@@ -296,8 +331,10 @@ def set_aside_damaged(folder: Path) -> list[str]:
         reason = damage(path)
         if reason is None:
             break
-        path.rename(path.with_name(f"damaged_{path.name}"))
-        found.append(f"checkpoint {path.name} is damaged ({reason}); it is now {path.parent / f'damaged_{path.name}'}")
+        endings = chain([""], (f"_{n}" for n in count(2)))
+        names = (path.with_name(f"damaged_{path.name}{ending}") for ending in endings)
+        aside = path.rename(next(name for name in names if not name.exists()))
+        found.append(f"checkpoint {path.name} is damaged ({reason}); it is now {aside}")
     return found
 
 
