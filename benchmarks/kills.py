@@ -134,7 +134,23 @@ def moments(out: Path, seconds: float, rng: random.Random) -> dict[str, Callable
 
         return moment
 
-    return {"anywhere": anywhere, "checkpoint": in_checkpoint, "report": in_report}
+    def in_student_or_report() -> Callable[[], bool]:
+        late, names = rng.random() * 0.01, rng.choice([".student.part", ".report.*.part"])
+
+        def moment() -> bool:
+            if not list(out.glob(names)):
+                return False
+            time.sleep(late)
+            return True
+
+        return moment
+
+    return {
+        "anywhere": anywhere,
+        "checkpoint": in_checkpoint,
+        "after the last step": in_report,
+        "student or report": in_student_or_report,
+    }
 
 
 def contents(folder: Path) -> dict[str, bytes | dict[str, torch.Tensor]]:

@@ -413,6 +413,7 @@ def test_a_table_is_a_result(monkeypatch: pytest.MonkeyPatch, quiet: tuple[str, 
     """On standard output, quiet or not, and not folded where it is no terminal."""
     row = {"accuracy": 0.5, "clip_score": 20.0, "fd": 0.1, "diversity": 0.2, "agreement": None, "images_per_sec": 3.0}
     name = "a/folder/with/a/long/name/" * 3
+    monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setattr("stepfold.jobs.run_evaluate", lambda *args, **settings: {"pipelines": {name: {"1": row}}})
     result = Result("evaluate", "x", *quiet)
     assert (result.code, result.err) == (0, "")

@@ -43,6 +43,14 @@ def test_sound_teacher_passes_every_check(tiny_sana: Path) -> None:
     assert all(f.number and f.want for f in findings)
 
 
+def test_a_step_that_does_not_fit_into_memory_is_not_tried(
+    teacher: SanaTeacher, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "free_bytes", lambda device: 2**20)
+    (finding,) = doctor.one_step(teacher.new_student(), pairs, teacher)
+    assert finding.ok and "not run: all weights and AdamW need" in finding.number and "student.lora" in finding.want
+
+
 def sampler_check(teacher: SanaTeacher) -> doctor.Finding:
     condition, guidance = teacher.encode(doctor.PROMPTS), torch.full((4,), 4.5)
     return doctor.same_sampler(teacher, doctor.PROMPTS, condition, guidance)

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 from diffusers import SanaSprintPipeline
 from torch import Tensor
@@ -167,8 +168,17 @@ def guidance_effect(teacher: PipelineTeacher, pairs: Pairs) -> Finding:
     )
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody has."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 def one_step(student: Student, pairs: Pairs, teacher: PipelineTeacher) -> list[Finding]:
     """One real optimiser step: every parameter moves, the loss is finite; what it needs in memory."""
+    needed = 4 * sum(p.numel() * p.element_size() for p in student.parameters())  # before, gradient, AdamW's two
+    if needed > (free := free_bytes(teacher.device)):
+        said = f"all weights and AdamW need {needed / 2**30:.0f} GiB more, {free / 2**30:.0f} are free"
+        return [Finding("one step changes the weights", f"not run: {said}", "any; try student.lora=64", True)]
     config: Config = validate(
         {"teacher": {"source": "emoji"}, "optimiser": {"name": "adamw", "lr": 1e-4}, "consistency": {"r_warmup": 0}}
     )

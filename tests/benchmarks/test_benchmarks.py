@@ -92,7 +92,7 @@ def test_stages_are_those_of_a_step(tmp_path: Path) -> None:
 
 def test_checkpoints_are_timed_in_turns(tmp_path: Path) -> None:
     record = run("checkpoints", tmp_path, "--rounds", "1", "--steps", "2", "--set", "training.prompts_per_step=1")
-    assert record["work"]["checkpoint_bytes"] > 1e7
+    assert record["work"]["checkpoint_bytes"] > 1e6
     for name, row in record["rows"].items():
         assert row["sec_waited_for_each"] > 0 and (row["sec_more_for_each"] == 0) == (name == "the last one alone")
 

@@ -480,3 +480,17 @@ def test_lumina_with_its_own_scheduler_is_sampled_too(tmp_path: Path, dynamic: b
     assert (ours / 0.5 - theirs).norm() < 1e-4 * theirs.norm()
     with pytest.raises(UserError, match=r"max_tokens is 4, but this pipeline puts \d+ tokens before each prompt"):
         load_teacher(SMALL.model_copy(update={"source": str(folder), "max_tokens": 4}), "cpu").encode(["red heart"])
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 32), (64, 32)])
+def test_flux_with_its_own_scheduler_is_sampled_too(tmp_path: Path, height: int, width: int) -> None:
+    """Its shift depends on the number of tokens."""
+    folder = tiny.save(tiny.make_flux, tmp_path / "pipeline")
+    teacher = load_teacher(SMALL.model_copy(update={"source": str(folder), "height": height, "width": width}), "cpu")
+    call = teacher.usual_call() | {"num_inference_steps": 3, "guidance_scale": 3.5}
+    with torch.no_grad():
+        theirs = teacher.latents_of(teacher.pipe, ["red heart"], [generator(0, "test", 0)], **call)
+    noise = 0.5 * normal(teacher.latent_shape, 0, "test", 0)[None]
+    condition, scale = teacher.encode(["red heart"]), torch.tensor([3.5])
+    ours = sample_teacher(teacher, noise, condition, scale, 3, even=teacher.even_ladder)
+    assert (ours / 0.5 - theirs).norm() < 1e-4 * theirs.norm()
