@@ -99,7 +99,7 @@ def test_guidance_is_that_of_the_velocities_and_the_student_needs_one_call() -> 
 
 
 def test_guidance_without_a_condition_of_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match="guidance=3 needs .*; give it as `nothing`"):
+    with pytest.raises(UserError, match=r"guidance=3 needs .*; give it as `nothing`"):
         ModuleTeacher(Labelled(), label, (2,), guidance=3.0)
     with pytest.raises(UserError, match="`nothing` has 2 rows; give one"):
         ModuleTeacher(Labelled(), label, (2,), nothing=label([1, 2]))
