@@ -33,7 +33,7 @@ NOT_MEASURED = "not measured"
 ELSEWHERE = {
     "teacher.max_tokens": "[log](lab-log.md)",
     "training.shard": "same student: [log](lab-log.md); speed and memory not measured",
-    "training.background_checkpoints": "[Speed](speed.md)",
+    "training.background_checkpoints": "[Speed](speed.md#checkpoints)",
     "training.ema": "[log](lab-log.md)",
     "optimiser.warmup": "[log](lab-log.md)",
     "discrete.huber_constant": "[log](lab-log.md)",
