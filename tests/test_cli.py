@@ -145,6 +145,9 @@ def test_export_and_push_from_the_command_line(run: tuple[Path, Result], tmp_pat
     assert_one_line(Result("export", student, "--to", "lora"), "no LoRA", "student.lora=64")
     shown = Result("push", student, "you/mine", "--dry-run")
     assert shown.code == 0 and "MiB  model_index.json" in shown.out and 'from_pretrained("you/mine")' in shown.out
+    file = run[0].parent / "push.json"
+    assert Result("push", student, "you/mine", "--dry-run", "--json", file).err == ""  # all weights are its own
+    assert json.loads(file.read_text())["bytes"]["README.md"] == len(before)
     assert (student / "README.md").read_bytes() == before
     assert_one_line(Result("push", student, "mine", "--dry-run"), "names no owner", "you/mine")
     assert_one_line(Result("push", run[0], "you/mine", "--dry-run"), "no student folder")

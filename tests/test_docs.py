@@ -111,7 +111,7 @@ class Drift(nn.Module):
 
 
 def test_a_network_of_ones_own_as_the_docs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = blocks(ROOT / "docs" / "teachers.md", "python")
+    (code,) = (block for block in blocks(ROOT / "docs" / "teachers.md", "python") if "ModuleTeacher" in block)
     (tmp_path / "prompts.txt").write_text("a red heart\na fox\n")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """`stepfold export`: what a fresh process of plain diffusers makes of it, and the mistakes."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,3 +144,14 @@ def test_a_lora_students_readme_loads_the_very_teacher(student_of: StudentOf) ->
     theirs = card["config"]["teacher"] | {"revision": "v2", "variant": "fp16"}
     card = card | {"teacher": "you/teacher", "config": card["config"] | {"teacher": theirs}}
     assert 'from_pretrained("you/teacher", revision="v2", variant="fp16")' in model_card(card)
+
+
+def test_a_lora_student_is_loaded_as_the_docs_say(student_of: StudentOf) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "load_lora_weights" in block)
+    student = student_of("sdxl", 4)
+    teacher, names = read_card(student)["teacher"], {}
+    code = code.replace("stabilityai/stable-diffusion-xl-base-1.0", teacher).replace("runs/mine/student", str(student))
+    exec(code, names)
+    assert any("lora_" in name for name in names["pipe"].unet.state_dict())
+    assert type(names["pipe"].scheduler).__name__ == read_card(student)["scheduler"]

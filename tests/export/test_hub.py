@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from stepfold.errors import UserError
-from stepfold.export.hub import hub_card, push
+from stepfold.export.hub import hub_card, push, teacher_of_nobody_else
 from stepfold.jobs import run_export
-from stepfold.teachers.loading import CARD
+from stepfold.teachers.loading import CARD, read_card
 
 StudentOf = Callable[..., Path]
 
@@ -97,3 +97,9 @@ def test_a_connection_that_fails_is_one_line(student: Path) -> None:
 
     with pytest.raises(UserError, match=r"cannot push to you/mine: nobody; log in"):
         push(student, "you/mine", private=False, api=Unreachable())
+
+
+def test_a_teacher_that_nobody_else_has_is_pointed_out(student_of: Callable[..., Path]) -> None:
+    whole, lora = student_of("sana"), student_of("sana", 4)
+    assert teacher_of_nobody_else(whole) is None
+    assert teacher_of_nobody_else(lora) == read_card(lora)["teacher"]

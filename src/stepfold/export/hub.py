@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from stepfold.errors import UserError
 from stepfold.export.pipeline import metrics_beside, model_card
 from stepfold.teachers.folders import check_folder, first_line
-from stepfold.teachers.licences import licences_of
+from stepfold.teachers.licences import is_hub_id, licences_of
 from stepfold.teachers.loading import lora_rank, read_card
 from stepfold.training.runs import writing
 
@@ -31,6 +31,12 @@ def hub_card(folder: Path, repo: str) -> str:
     if not lora_rank(card):
         check_folder(folder)
     return model_card(card | {"licences": licences_of(card["teacher"])}, metrics_beside(folder), repo)
+
+
+def teacher_of_nobody_else(folder: Path) -> str | None:
+    """The local folder that a LoRA student's card loads its teacher from, if it does."""
+    card = read_card(folder)
+    return card["teacher"] if lora_rank(card) and not is_hub_id(card["teacher"]) else None
 
 
 def push(folder: Path, repo: str, *, private: bool, api: Any = None) -> str:
