@@ -769,7 +769,7 @@ def retime(
 
     stepfold retime ./my-sana --prompts prompts.txt --out runs/retimed
 
-    stepfold retime ./my-sana --prompts prompts.txt --steps 5000 --set optimiser.lr=1e-5 --out runs/retimed --resume
+    stepfold retime ./my-sana --prompts prompts.txt --steps 5000 --set optimiser.lr=1e-5 --out runs/long --resume
 
     stepfold distill --teacher runs/retimed/teacher --prompts prompts.txt
     """
@@ -915,7 +915,8 @@ def stopped(folder: Path) -> str:
     done = max((int(row["step"]) + 1 for row in read_metrics(folder) if "step" in row), default=0)
     if saved_step(folder) >= done > 0:
         return "stopped; the state is saved."
-    return f"stopped; it goes on from step {saved_step(folder)}, the last checkpoint."
+    saved = saved_step(folder)
+    return f"stopped; it goes on from step {saved}, the last checkpoint." if saved else "stopped before a checkpoint."
 
 
 def other_process() -> int:
