@@ -32,6 +32,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 NOT_MEASURED = "not measured"
 ELSEWHERE = {
     "teacher.max_tokens": "[log](lab-log.md)",
+    "consistency.r_warmup": NOT_MEASURED,
     "training.shard": "same student: [log](lab-log.md); speed and memory not measured",
     "training.background_checkpoints": "[Speed](speed.md#checkpoints)",
     "training.ema": "[log](lab-log.md)",
@@ -41,7 +42,7 @@ ELSEWHERE = {
     "adversarial.weight": "[the paper, run again](results/paper.md): T2",
     "space.kind": "[the paper, run again](results/paper.md): T2",
 }
-"""Where a setting was measured, if neither in the page's own tables nor as a row of `stepfold reproduce`."""
+"""Where a setting was measured, if that is not seen from the page's own tables and the rows of `stepfold reproduce`."""
 NO_MATTER = re.compile(
     r"seed|prompts|teacher\.(?!dtype)\w+|evaluation\.guidance|space\.images"
     r"|training\.(checkpoint_every|keep_checkpoints|preview_every|look_every|time_stages|skip_nonfinite)"
@@ -66,10 +67,10 @@ def settings(section: type[BaseModel] = Config, prefix: str = "", page: str = ""
 
 def measured(name: str, page: str) -> str:
     """Where a setting was measured."""
-    if f"`{name}`" in page:
-        return "above"
     if name in ELSEWHERE:
         return ELSEWHERE[name]
+    if f"`{name}`" in page:
+        return "above"
     if table := tables_of_settings().get(name):
         return f"[the paper, run again](results/paper.md): {table}"
     return "" if NO_MATTER.fullmatch(name) else NOT_MEASURED
