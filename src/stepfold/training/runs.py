@@ -25,23 +25,29 @@ from stepfold.training.processes import gathered, placed, placed_state
 
 STEP = re.compile("[0-9]{6,18}")  # what a checkpoint is called
 CONFIG, METRICS, CHECKSUMS, LOCK = "config.yaml", "metrics.jsonl", "checksums.json", ".lock"
+ASIDE = ".aside.part"  # how the name of a folder ends whose successor is being put in its place
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well; a folder only a folder's.
 
+    A folder in its place is renamed aside first and deleted last, so that whenever a kill comes one of them is whole.
+
     Raises:
         UserError: the disk is full, the folder cannot be written to, or `path` is a folder and a file was to go there.
     """
-    part = path.with_name(f".{path.name}.part")
+    part, aside = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}{ASIDE}")
     try:
         _remove(part)  # of a run that was killed
+        _put_back(aside, path)
         yield part
         if path.is_dir():
             if not part.is_dir():
                 raise UserError(f"{path} is a folder; give the name of a file")
-            shutil.rmtree(path)
+            if path.is_symlink():
+                raise UserError(f"{path} is a link to a folder, which is not replaced; give the folder's own name")
+            os.replace(path, aside)
         os.replace(part, path)
     except Exception as error:
         if not isinstance(error, OSError) and "(os error " not in str(error):  # safetensors' and tokenizers' own
@@ -52,7 +58,26 @@ def writing(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {reason}; {fix}") from None
     finally:
         with suppress(OSError):
+            _put_back(aside, path)
             _remove(part)
+
+
+def _put_back(aside: Path, path: Path) -> None:
+    """Ends what a write began: the folder that it renamed aside goes back if nothing took its place, else away."""
+    if aside.is_dir() and not aside.is_symlink() and not os.path.lexists(path):
+        os.replace(aside, path)
+    else:
+        _remove(aside)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what kills left of a run's writes; see `_put_back`."""
+    for part in sorted(folder.rglob(".*.part")):
+        with suppress(OSError):
+            if part.name.endswith(ASIDE):
+                _put_back(part, part.with_name(part.name[1:].removesuffix(ASIDE)))
+            else:
+                _remove(part)
 
 
 def holds_files(folder: Path) -> bool:
@@ -127,6 +152,8 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
 def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
     """Makes the run folder and notes the settings in it, or checks that the one there is this run's.
 
+    What kills left half-written in it is removed.
+
     Returns:
         A lock that no other process can take while it is held; it ends with this process at the latest.
 
@@ -147,6 +174,7 @@ def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
         ) from None
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from None
+    _clear(folder)
     return lock
 
 
