@@ -5,9 +5,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -25,7 +27,7 @@ from stepfold.training.draws import draw
 from stepfold.training.processes import Processes, lost_process, shard
 from stepfold.training.runs import read_metrics
 
-CPU = torch.device("cpu")
+CPU, LISTENING = torch.device("cpu"), Path(__file__).with_name("listening.py")
 SETTINGS = (
     "training.steps=6", "training.checkpoint_every=3", "training.preview_every=1000", "training.precision=no",
     "training.rollout_precision=no", "space.route_steps=4", "teacher.max_tokens=32", "evaluation.n=0",
@@ -48,15 +50,21 @@ class Launch:
         *changes: str,
         resume: bool = False,
         accelerate: bool = False,
+        node: tuple[int, int] | None = None,
+        program: Sequence[str] = ("-m", "stepfold"),
     ) -> None:
+        """`node`: the number of this one of two nodes, each with half of the processes, and the port of the first."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         if accelerate:
             launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
+        if node:
+            place = ["--node-rank", str(node[0]), "--master-addr", "127.0.0.1", "--master-port", str(node[1])]
+            launcher = ["-m", "torch.distributed.run", "--nnodes", "2", *place, "--nproc-per-node", str(count // 2)]
         changes = tuple(part for setting in (*SETTINGS, *changes) for part in ("--set", setting))
         command = ["distill", "--preset", "default", "--teacher", str(teacher), "--prompts", str(prompts)]
-        self.out, self.log = out, out.with_name(f"{out.name}_{count}.log")
+        self.out, self.log = out, out.with_name(f"{out.name}_{count}{f'_node{node[0]}' if node else ''}.log")
         self.process = subprocess.Popen(
-            [sys.executable, *(launcher if count > 1 else []), "-m", "stepfold", *command, "--out", str(out), *changes]
+            [sys.executable, *(launcher if count > 1 else []), *program, *command, "--out", str(out), *changes]
             + (["--resume"] if resume else []),
             stdout=subprocess.DEVNULL,
             stderr=self.log.open("w"),
@@ -144,6 +152,44 @@ def test_any_number_of_processes_trains_the_same_student(
         load_file(next((run / "student" / "transformer").glob("*.safetensors"))) for run in (alone, tmp_path / "run")
     )
     assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-5) for name in one)
+
+
+def test_two_nodes_train_what_one_does(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
+    """Each with a launcher of its own, and one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one, two = tmp_path / "one", tmp_path / "two"
+    started = [Launch(2, tiny_sana, texts, two, node=(number, port)) for number in (0, 1)]
+    started.append(Launch(2, tiny_sana, texts, one))
+    for launch in started:
+        code, words = launch.finish()
+        assert code == 0, words
+    assert difference(one, two) == 0
+    assert [json.loads((out / "report.json").read_text())["processes"] for out in (one, two)] == [2, 2]
+    assert (one / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
+
+
+def test_only_the_first_process_writes(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
+    """A new run with previews, checkpoints and a student, its weights sharded; and one that goes on."""
+    folder = tmp_path / "run"
+    changes = ("training.shard=student", "training.preview_every=3")
+    for resume in (False, True):
+        launch = Launch(2, tiny_sana, texts, folder, *changes, resume=resume, program=[str(LISTENING), str(tmp_path)])
+        code, words = launch.finish()
+        assert code == 0, words
+        first, other = (set((tmp_path / f"heard_{rank}").read_text().splitlines()) for rank in (0, 1))
+        assert other == {"open hello_1"}  # so it was heard
+        new = {"open run/.config.yaml.part", "open run/.lock", "save_file run/.blacks.safetensors.part"}
+        assert new <= first or resume
+        assert {
+            "open hello_0", "open run/metrics.jsonl", "open run/.report.json.part", "os.rename run/report.html",
+            "save_file run/checkpoints/.000006.part/student.safetensors", "os.rename run/checkpoints/000006",
+            "open run/previews/.step_000006.png.part", "os.mkdir run/.student.part",
+        } <= first  # fmt: skip
+        assert any(line.startswith("open run/tensorboard/events") for line in first)
+        shutil.rmtree(folder / "checkpoints" / "000006")
+        (folder / "previews" / "step_000006.png").unlink()
 
 
 def test_another_number_of_processes_goes_on(tiny_sana: Path, texts: Path, tmp_path: Path, alone: Path) -> None:
