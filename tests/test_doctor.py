@@ -2,11 +2,13 @@
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -43,12 +45,32 @@ def test_sound_teacher_passes_every_check(tiny_sana: Path) -> None:
     assert all(f.number and f.want for f in findings)
 
 
+@pytest.mark.parametrize(("dtype", "lora"), [("float32", 4), ("bfloat16", 0), ("bfloat16", 4)])
+def test_it_looks_at_a_teacher_as_it_will_be_trained(tiny_sana: Path, dtype: Any, lora: int) -> None:
+    settings = TeacherSettings(source=str(tiny_sana), max_tokens=64, dtype=dtype)
+    findings = {finding.check: finding for finding in doctor.examine(settings, "cpu", lora)}
+    assert [f for f in findings.values() if not f.ok] == [] and len(findings) == 9
+    steps = findings["wrapped teacher = pipeline's own sampler, 4 steps"]
+    assert steps.want == ("<= 1e-04" if dtype == "float32" else "<= 3e-01")
+    assert 0 < float(steps.number.split()[-1]) < (1e-4 if dtype == "float32" else 0.05)
+    assert findings["tangent backend, training.tangent=auto"].number.startswith("one_pass: ")
+    moved, total = re.findall(r"\d+", findings["one step changes the weights"].number)
+    assert int(moved) < int(total) and findings["one step changes the weights"].want == f">= {moved}"
+
+
+def test_half_precision_excuses_no_wrong_wrapper(tiny_sana: Path) -> None:
+    half = load_teacher(TeacherSettings(source=str(tiny_sana), max_tokens=64, dtype="bfloat16"), "cpu")
+    assert sampler_check(half).ok
+    wrong_null(half)
+    assert not sampler_check(half).ok
+
+
 def test_a_step_that_does_not_fit_into_memory_is_not_tried(
     teacher: SanaTeacher, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "free_bytes", lambda device: 2**20)
     (finding,) = doctor.one_step(teacher.new_student(), pairs, teacher)
-    assert finding.ok and "not run: all weights and AdamW need" in finding.number and "student.lora" in finding.want
+    assert finding.ok and "not run: all weights and AdamW need" in finding.number and "--lora" in finding.want
 
 
 def sampler_check(teacher: SanaTeacher) -> doctor.Finding:

@@ -232,9 +232,9 @@ def make_flux(guidance_embeds: bool = True, num_layers: int = 1) -> FluxPipeline
     return FluxPipeline(**parts)
 
 
-def make_pixart() -> PixArtSigmaPipeline:
+def make_pixart(num_layers: int = 2) -> PixArtSigmaPipeline:
     transformer = PixArtTransformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=2, attention_head_dim=8,
+        sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=num_layers, attention_head_dim=8,
         num_attention_heads=4, cross_attention_dim=32, caption_channels=24, use_additional_conditions=False,
     )  # fmt: skip
     parts: Any = dict(
@@ -247,9 +247,9 @@ def make_pixart() -> PixArtSigmaPipeline:
     return PixArtSigmaPipeline(**parts)
 
 
-def make_dit() -> DiTPipeline:
+def make_dit(num_layers: int = 2) -> DiTPipeline:
     transformer = DiTTransformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=8, num_layers=2, attention_head_dim=8,
+        sample_size=16, patch_size=2, in_channels=4, out_channels=8, num_layers=num_layers, attention_head_dim=8,
         num_attention_heads=4, attention_bias=True,
     )  # fmt: skip
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
@@ -327,9 +327,9 @@ def lumina2_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_lumina2(**schedule: Any) -> Lumina2Pipeline:
+def make_lumina2(num_layers: int = 2, **schedule: Any) -> Lumina2Pipeline:
     transformer = Lumina2Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1,
+        sample_size=16, patch_size=2, in_channels=4, hidden_size=32, num_layers=num_layers, num_refiner_layers=1,
         num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(8, 4, 4), axes_lens=(300, 32, 32),
         cap_feat_dim=32,
     )  # fmt: skip
@@ -351,10 +351,10 @@ def make_lumina2(**schedule: Any) -> Lumina2Pipeline:
     return Lumina2Pipeline(**parts)
 
 
-def make_wan() -> WanPipeline:
+def make_wan(num_layers: int = 2) -> WanPipeline:
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=24,
-        freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+        freq_dim=16, ffn_dim=32, num_layers=num_layers, rope_max_seq_len=32,
     )  # fmt: skip
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -392,11 +392,17 @@ def doctor(
     height: HeightOption = None,
     width: WidthOption = None,
     frames: FramesOption = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the teacher's weights.")] = "float32",
+    lora: Annotated[int, typer.Option(min=0, help="Of the student: rank of a LoRA; 0 for all weights.")] = 0,
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
 ) -> None:
     """Check that a teacher is understood before a run: each finding with a number and a verdict.
 
+    A large teacher fits as it will be trained: in half precision, with a LoRA student that shares its weights.
+
     stepfold doctor emoji
+
+    stepfold doctor black-forest-labs/FLUX.1-dev --dtype bfloat16 --lora 64 --device cuda
 
     stepfold doctor ./my-flux --height 256 --width 256 --json findings.json
     """
@@ -412,12 +418,13 @@ def doctor(
         revision=revision,
         variant=variant,
         lora=teacher_lora,
+        dtype=dtype,
         height=height,
         width=width,
         frames=frames,
         max_tokens=64,
     )
-    findings = examine(settings, usable_device(device))
+    findings = examine(settings, usable_device(device), lora)
     table = Table("check", "number", "want", "verdict", box=None)
     for f in findings:
         table.add_row(f.check, f.number, f.want, "[green]ok[/]" if f.ok else "[red]LOOK[/]")
@@ -750,7 +757,7 @@ def encode(
 
 @app.command()
 def retime(
-    teacher: Annotated[str, typer.Argument(help="A Sana pipeline folder or hub id.", show_default=False)],
+    teacher: Annotated[str, typer.Argument(help="A Sana, SD3 or FLUX pipeline: folder or hub id.", show_default=False)],
     prompts: Annotated[
         str, typer.Option(help="txt (one prompt a line), jsonl, csv, tsv or parquet; .gz too.", show_default=False)
     ],
@@ -763,9 +770,10 @@ def retime(
     json_file: JsonOption = None,
     quiet: Quiet = False,
 ) -> None:
-    """Re-time a Sana teacher whose time counts to 1000 to [0, 1], from its own walks, without images.
+    """Re-time a Sana, SD3 or FLUX teacher whose time counts to 1000 to [0, 1], from its own walks, without images.
 
-    Continuous consistency wants it: its tangent contains dF/dt. Discrete consistency does without.
+    Continuous consistency wants it: its tangent contains dF/dt. Discrete consistency does without. All of the network is
+    trained, in float32; the result is a pipeline of the same class.
 
     stepfold retime ./my-sana --prompts prompts.txt --out runs/retimed
 

@@ -38,8 +38,9 @@ from stepfold.export.onnx import export_onnx
 from stepfold.export.pipeline import export_lora, export_pipeline, model_card, save_student
 from stepfold.export.single_file import export_single_file
 from stepfold.images.reading import ImageFolder, open_images
+from stepfold.objectives.consistency import STEEPEST, derivative_size
 from stepfold.prompts.cache import encode_prompts, open_conditions
-from stepfold.prompts.reading import open_prompts
+from stepfold.prompts.reading import Prompts, open_prompts
 from stepfold.randomness import normal
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.licences import in_words, licences_of
@@ -59,8 +60,8 @@ from stepfold.teachers.loading import (
 )
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.choices import choose_precision
-from stepfold.training.distill import Progress, distill, make_accelerator, processes_of
-from stepfold.training.draws import guidance_scales, send
+from stepfold.training.distill import Progress, collect, distill, make_accelerator, processes_of
+from stepfold.training.draws import draw, guidance_scales, send
 from stepfold.training.processes import is_sharded, lost_process
 from stepfold.training.runs import (
     check_run,
@@ -118,11 +119,6 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         )
     licences = ", ".join(f"{part} {in_words(licence)}" for part, licence in licences_of(config.teacher.source).items())
     display.note(f"licences: {licences}")
-    if config.objective == "continuous" and counts_to_thousand(config):
-        display.note(
-            "this teacher's time counts to 1000, so its dF/dt may be too large for objective=continuous: `stepfold "
-            "doctor` shows its size; objective=discrete does without, `stepfold retime` makes a Sana read [0, 1]"
-        )
     student = make_student(teacher, config.student, display)
     scales = guidance_scales(config, teacher)
     usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
@@ -147,6 +143,8 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
             return cache.rows(index).each(partial(send, device=device)).to(device, teacher.work_dtype)
         return teacher.encode([prompts.prompt(i) for i in index])
 
+    if config.objective == "continuous" and processes.first and counts_to_thousand(config):
+        display.note(steepness(teacher, student, prompts, conditions, config))
     preview = make_preview(folder, teacher, conditions, len(prompts), config, taught, display, writes=processes.first)
 
     tracker = Tracker(folder) if processes.first else None
@@ -237,6 +235,31 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         part.write_text(model_card(card, result), encoding="utf-8")
     lock.release()
     return result
+
+
+def steepness(
+    teacher: PipelineTeacher,
+    student: Student,
+    prompts: Prompts,
+    conditions: Callable[[Sequence[int]], Condition],
+    config: Config,
+) -> str:
+    """How large dF/dt is on one walk, of a teacher whose time counts to 1000, and what to do about it."""
+    space = config.space.model_copy(update={"kind": "generation", "filter_rule": "off"})
+    training = config.training.model_copy(update={"prompts_per_step": 1})
+    one = config.model_copy(update={"space": space, "training": training})
+    batch = draw(0, prompts, teacher, one, teacher.device)
+    pairs = collect(batch, conditions(batch.index), teacher.velocity, torch.zeros(()), teacher.sigma_data, space)
+    size = derivative_size(
+        lambda x, t: student(x, t, pairs.condition, pairs.guidance), pairs.x, pairs.t, pairs.dxdt, teacher.sigma_data
+    )
+    said = f"this teacher's time counts to 1000, and its dF/dt is {size:.3g} (root mean square over one walk)"
+    if size <= STEEPEST:
+        return f"{said}; up to {STEEPEST:g} objective=continuous is fine"
+    return (
+        f"{said}; above {STEEPEST:g} take objective=discrete, which does without it, or `stepfold retime` first "
+        "(Sana, SD3, FLUX)"
+    )
 
 
 def run_encode(

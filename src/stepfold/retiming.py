@@ -1,4 +1,4 @@
-"""`stepfold retime`: a Sana network whose time counts to 1000 learns to read [0, 1], from its own walks.
+"""`stepfold retime`: a network whose time counts to 1000 learns to read [0, 1], from its own walks.
 
 The tangent of continuous consistency contains dF/dt, which sinusoids of 1000 t make large. First the time embedder is
 fitted alone to what it gave before, then the whole network to its own unguided predictions.
@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from stepfold.config import Config, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
-from stepfold.maths.tangent import total_derivative
+from stepfold.objectives.consistency import derivative_size
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Condition, concatenate
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.once import compute_afresh
-from stepfold.teachers.pipeline import Predict
-from stepfold.teachers.sana import SanaTeacher, trigflow_network
+from stepfold.teachers.pipeline import PipelineTeacher, Predict
 from stepfold.training.distill import Progress, collect, make_accelerator, stop_requests
 from stepfold.training.draws import Draw, draw
 from stepfold.training.optimisers import learning_rate, make_optimiser
@@ -52,7 +51,7 @@ SETTINGS = (
 def run_retime(
     source: str, prompts: str | Path, folder: Path, changes: Sequence[str], *, resume: bool, display: Display
 ) -> dict[str, float]:
-    """Re-times a teacher into `folder/teacher`, a SanaPipeline; returns `measures` before, between and after.
+    """Re-times a teacher into `folder/teacher`, a pipeline of its class; returns what was measured on the way.
 
     Args:
         source: `emoji`, a folder or a hub id.
@@ -63,19 +62,24 @@ def run_retime(
         display: where progress is shown.
 
     Raises:
-        UserError: the teacher is no Sana network whose time counts to 1000, or settings, prompts or folder are wrong.
+        UserError: the teacher is none that can be re-timed, or settings, prompts or folder are wrong.
         NonFiniteError: a loss or gradient is not finite; the checkpoints are intact.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     config = load_config("default", [*SETTINGS, *changes], teacher__source=source, prompts=str(prompts))
     if config.teacher.dtype != "float32":
         raise UserError(f"re-timing trains the network in float32, not {config.teacher.dtype}; leave teacher.dtype out")
+    if config.training.skip_nonfinite:
+        raise UserError("re-timing skips no step that is not finite; leave training.skip_nonfinite out")
     file, device = open_prompts(prompts), make_accelerator("no").device
     check_run(folder, config, resume)
     teacher = load_teacher(config.teacher, device)
-    if not isinstance(teacher, SanaTeacher) or teacher.student_is_sprint or teacher.guidance_kind == "embedded":
+    if teacher.time_scale < 10:
+        raise UserError(f"the time of {source!r} counts to {teacher.time_scale:g}, not to 1000; distil it as it is")
+    if teacher.time_embedder(teacher.transformer) is None:
         raise UserError(
-            f"{source!r} is no Sana teacher whose time counts to 1000; there is nothing to re-time: distil it as it is"
+            f"{source!r} is a {type(teacher.pipe).__name__}, but re-timing is for Sana without embedded guidance, SD3 "
+            "and FLUX; distil it as it is, with objective=discrete"
         )
     lock = open_run(folder, config, resume)
     remember_prompts(folder, file.source, len(file), file.sha256)
@@ -84,22 +88,22 @@ def run_retime(
 
     network = copy.deepcopy(teacher.transformer).requires_grad_(True)
     compute_afresh(network.modules())
-    predict = partial(trigflow_network, time_scale=1.0)
+    predict = partial(cast(Any, teacher.predict), time_scale=1.0)
     unseen = draw(config.training.steps, file, teacher, config, device)  # a batch that training does not draw
     held_out = some_pairs(teacher, unseen, config)
-    found = {"size of dF/dt before": tangent_size(network, teacher.predict, held_out, teacher.sigma_data)}
+    found = {"size of dF/dt before": tangent_size(teacher, network, teacher.predict, held_out)}
     if not checkpoints(folder):
         display.note("fitting the time embedder alone")
-        fit_time_embedder(teacher.transformer.time_embed, network.time_embed, teacher.time_scale, 1.0)
+        old, new = teacher.time_embedder(teacher.transformer), teacher.time_embedder(network)
+        fit_time_embedder(old, new, teacher.time_scale, 1.0)
     found["error, time embedder fitted"] = prediction_error(teacher, network, predict, held_out)
     with display.training(config.training.steps):
         train(teacher, network, predict, file, config, folder, display)
     found["error, network trained"] = prediction_error(teacher, network, predict, held_out)
-    found["size of dF/dt after"] = tangent_size(network, predict, held_out, teacher.sigma_data)
-    network.register_to_config(timestep_scale=teacher.transformer.config.timestep_scale / teacher.time_scale)
+    found["size of dF/dt after"] = tangent_size(teacher, network, predict, held_out)
     teacher.black_latent(teacher.latent_shape)  # the autoencoder is part of the pipeline
     with writing(folder / "teacher") as part:
-        pipe: Any = type(teacher.pipe)(**(teacher.pipe.components | {"transformer": network}))
+        pipe: Any = type(teacher.pipe)(**(teacher.pipe.components | teacher.retimed_parts(network)))
         pipe.save_pretrained(part, safe_serialization=True)
     lock.release()
     return found
@@ -111,22 +115,22 @@ def fit_time_embedder(
     """Trains target's embedder so that target(to_scale t) is source(from_scale t) over t in [0, 1].
 
     Args:
-        source, target: `time_embed` of a SanaTransformer2DModel without guidance, the latter a copy of the former.
+        source, target: modules with `time_proj` and `timestep_embedder`, the latter a copy of the former.
         from_scale, to_scale: what their times count to.
         steps, batch: of AdamW, whose rate falls from 2e-3 to 0; times are drawn anew at each step.
 
     Returns:
         The relative error that is left, over [0, 1].
     """
-    embedder = target.emb.timestep_embedder
+    embedder = target.timestep_embedder
     device, dtype = next(embedder.parameters()).device, next(embedder.parameters()).dtype
     optimiser = torch.optim.AdamW(embedder.parameters(), lr=2e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
 
     def both(t: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            wanted = torch.cat(source(from_scale * t, hidden_dtype=dtype), 1)
-        return torch.cat(target(to_scale * t, hidden_dtype=dtype), 1), wanted
+            wanted = source.timestep_embedder(source.time_proj(from_scale * t).to(dtype))
+        return embedder(target.time_proj(to_scale * t).to(dtype)), wanted
 
     for step in range(steps):
         ours, wanted = both(torch.rand(batch, generator=generator).to(device, dtype))
@@ -140,17 +144,19 @@ def fit_time_embedder(
         return float((ours - wanted).norm() / wanted.norm())
 
 
-def some_pairs(teacher: SanaTeacher, batch: Draw, config: Config) -> tuple[Pairs, Condition]:
-    """The states of the teacher's walks of a batch; every fourth has the unconditional branch's condition."""
+def some_pairs(teacher: PipelineTeacher, batch: Draw, config: Config) -> tuple[Pairs, Condition]:
+    """The states of the teacher's walks of a batch; every fourth has the unconditional branch's condition, if any."""
     condition = teacher.encode(batch.prompts)
     pairs = collect(batch, condition, teacher.velocity, torch.zeros(()), teacher.sigma_data, config.space)
+    if teacher.guidance_kind != "classifier_free":
+        return pairs, pairs.condition
     both = concatenate([pairs.condition, teacher.null(pairs.condition)])
     row = torch.arange(len(pairs), device=teacher.device)
     return pairs, both.rows(row + len(pairs) * (row % 4 == 3))
 
 
 def train(
-    teacher: SanaTeacher,
+    teacher: PipelineTeacher,
     network: nn.Module,
     predict: Predict,
     prompts: PromptFile,
@@ -191,33 +197,33 @@ def train(
 
 
 def predictions(
-    teacher: SanaTeacher, network: Any, predict: Predict, pairs: Pairs, condition: Condition
+    teacher: PipelineTeacher, network: Any, predict: Predict, pairs: Pairs, condition: Condition
 ) -> tuple[Tensor, Tensor]:
-    """F of the network, with a graph, and of the teacher, both unguided."""
-    x_unit = pairs.x / teacher.sigma_data
+    """F of the network, with a graph, and of the teacher: unguided, or at the walks' scales where both embed them."""
+    x_unit, scales = pairs.x / teacher.sigma_data, embedded_scales(teacher, pairs)
     with torch.no_grad():
-        theirs = teacher.predict(teacher.transformer, x_unit, pairs.t, condition, None)
-    return predict(network, x_unit, pairs.t, condition, None), theirs
+        theirs = teacher.predict(teacher.transformer, x_unit, pairs.t, condition, scales)
+    return predict(network, x_unit, pairs.t, condition, scales), theirs
+
+
+def embedded_scales(teacher: PipelineTeacher, pairs: Pairs) -> Tensor | None:
+    """The walks' guidance scales, for a network that embeds them."""
+    return pairs.guidance if teacher.guidance_kind == "embedded" else None
 
 
 @torch.no_grad()
-def prediction_error(teacher: SanaTeacher, network: Any, predict: Predict, held_out: tuple[Pairs, Condition]) -> float:
+def prediction_error(
+    teacher: PipelineTeacher, network: Any, predict: Predict, held_out: tuple[Pairs, Condition]
+) -> float:
     """Root mean square difference of the predictions, in sizes of the teacher's."""
     ours, theirs = predictions(teacher, network, predict, *held_out)
     return float((ours - theirs).norm() / theirs.norm())
 
 
-@torch.no_grad()
-def tangent_size(network: Any, predict: Predict, held_out: tuple[Pairs, Condition], sigma_data: float) -> float:
-    """Root mean square of the network's own dF/dt at fixed x."""
+def tangent_size(teacher: PipelineTeacher, network: Any, predict: Predict, held_out: tuple[Pairs, Condition]) -> float:
+    """`derivative_size` of the network's predictions, as `stepfold doctor` measures it."""
     pairs, condition = held_out
-    x_unit = pairs.x / sigma_data
-    tangent = total_derivative(
-        lambda x, t: predict(network, x, t, condition, None),
-        x_unit,
-        pairs.t,
-        torch.zeros_like(x_unit),
-        torch.ones_like(pairs.t),
-        "two_pass",
+    scales = embedded_scales(teacher, pairs)
+    return derivative_size(
+        lambda x, t: predict(network, x, t, condition, scales), pairs.x, pairs.t, pairs.dxdt, teacher.sigma_data
     )
-    return float(tangent.dF.square().mean().sqrt())

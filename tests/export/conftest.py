@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +25,48 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "dit": tiny.make_dit,
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
+    "sprint": tiny.make_sprint,
 }
+SMALLER: dict[str, Callable[..., Any]] = {
+    "sana": tiny.make_sana,
+    "sd3": tiny.make_sd3,
+    "flux": tiny.make_flux,
+    "pixart": tiny.make_pixart,
+    "lumina": tiny.make_lumina2,
+    "wan": tiny.make_wan,
+}
+"""Families whose students may have fewer blocks than the teacher, which has three here."""
 
 
 @pytest.fixture(scope="session")
 def student_of(tiny_sana: Path, first_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """(family, LoRA rank) -> a student folder, not its teacher any more."""
-    made: dict[tuple[str, int], Path] = {}
+    """(family, LoRA rank, depth) -> a student folder, not its teacher any more."""
+    made: dict[tuple[str, int, float], Path] = {}
     sanas = {"sana": tiny_sana, "first sana": first_sana}
 
-    def make(family: str, lora: int = 0) -> Path:
-        if (family, lora) not in made:
+    def make(family: str, lora: int = 0, depth: float = 1.0) -> Path:
+        if (family, lora, depth) not in made:
             folder = tmp_path_factory.mktemp("student")
-            source = sanas.get(family) or tiny.save(FAMILIES[family], folder / "teacher")
-            made[family, lora] = finished(source, folder / "student", lora)
-        return made[family, lora]
+            if depth != 1:
+                source = tiny.save(partial(SMALLER[family], num_layers=3), folder / "teacher")
+            else:
+                source = sanas.get(family) or tiny.save(FAMILIES[family], folder / "teacher")
+            made[family, lora, depth] = finished(source, folder / "student", lora, depth)
+        return made[family, lora, depth]
 
     return make
 
 
-def finished(source: Path, folder: Path, lora: int) -> Path:
+def finished(source: Path, folder: Path, lora: int, depth: float = 1.0) -> Path:
     """A student as a run leaves it, with weights that moved."""
-    changes = [f"teacher.source={source}", f"student.lora={lora}", "prompts=prompts.txt", "objective=discrete"]
+    changes = [
+        f"teacher.source={source}", f"student.lora={lora}", f"student.depth={depth}", "prompts=prompts.txt",
+        "objective=discrete",
+    ]  # fmt: skip
     sizes = ["teacher.height=32", "teacher.width=32", "teacher.max_tokens=24"]
     config = load_config("default", [*changes, *sizes])
     teacher = load_teacher(config.teacher, "cpu")
-    student = teacher.lora_student(lora) if lora else teacher.new_student()
+    student = teacher.lora_student(lora) if lora else teacher.new_student(depth)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for parameter in student.parameters():

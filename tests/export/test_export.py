@@ -15,7 +15,7 @@ from stepfold.jobs import run_export, run_sample
 from stepfold.sampling import sample_student
 from stepfold.teachers.loading import CARD, load_merged, load_student, read_card
 
-from .conftest import relative, start
+from .conftest import SMALLER, relative, start
 
 StudentOf = Callable[..., Path]
 Fresh = Callable[..., dict[str, torch.Tensor]]
@@ -59,10 +59,12 @@ def test_a_lora_student_merged_and_as_a_file(student_of: StudentOf, fresh: Fresh
 @pytest.mark.slow
 def test_a_student_of_every_family_draws_our_latents_in_plain_diffusers(student_of: StudentOf, fresh: Fresh) -> None:
     """One step from the same noise. DiT's pipeline takes no noise; its sampler is compared in one process."""
-    families = ("sana", "first sana", "sd3", "flux", "sd1", "sdxl", "pixart", "lumina", "wan")
-    drawn = fresh({family: (student_of(family), PIPE) for family in families}, 1)
-    for family in families:
-        teacher, student, card = load_student(student_of(family), "cpu")
+    families = ("sana", "first sana", "sprint", "sd3", "flux", "sd1", "sdxl", "pixart", "lumina", "wan")
+    students = {family: student_of(family) for family in families}
+    students |= {f"{family}, fewer blocks": student_of(family, depth=0.5) for family in SMALLER}
+    drawn = fresh({name: (folder, PIPE) for name, folder in students.items()}, 1)
+    for family, folder in students.items():
+        teacher, student, card = load_student(folder, "cpu")
         sigma_data, guidance = teacher.sigma_data, torch.tensor([float(card["guidance"])])
         noise, condition = sigma_data * start((1, *teacher.latent_shape)), teacher.encode([card["example"]])
         rest = card["times"]["1"], lambda step, noise=noise: noise, sigma_data

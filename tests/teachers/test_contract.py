@@ -1,4 +1,7 @@
-"""What every teacher and the student made from it must do. A new family is one more row in TEACHERS."""
+"""What every teacher and the student made from it must do. A new family is one more row in TEACHERS.
+
+Networks of one's own are in test_module.py.
+"""
 
 import json
 import math
@@ -111,7 +114,11 @@ def drawn(teacher: Any) -> tuple[Tensor, list[torch.Generator]]:
 def count_rows(teacher: Any) -> tuple[list[int], Any]:
     """The batch size of every call of the network from now on, and the handle that ends the count."""
     rows: list[int] = []
-    hook = teacher.transformer.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        rows.append(len(output[0] if isinstance(output, tuple) else output))
+
+    hook = teacher.transformer.register_forward_hook(count)
     return rows, hook
 
 

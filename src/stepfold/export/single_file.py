@@ -327,6 +327,11 @@ def export_single_file(folder: Path, out: Path) -> None:
         UserError: no layout is known for it.
     """
     teacher, _, _ = load_merged(folder, "cpu")
+    if teacher.num_train_timesteps == 1:
+        raise UserError(
+            "this network was re-timed to read [0, 1], and nothing in a single file says so, so that others would give "
+            "it times up to 1000; use --to pipeline"
+        )
     state = original_state(teacher.transformer)
     with writing(out) as part:
         save_file(state, part, {"format": "pt"})

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from stepfold.maths.formulations import expand
+from stepfold.maths.tangent import Network, total_derivative
 from stepfold.objectives.kinds import Normalisation, PriorWeight
+
+STEEPEST = 50.0
+"""`derivative_size` above which this objective is not advised."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,16 @@ def tangent_direction(x: Tensor, t: Tensor, dxdt: Tensor, sigma_data: float) -> 
     """
     scale = t.cos() * t.sin()
     return expand(scale, x) * dxdt / sigma_data, scale
+
+
+@torch.no_grad()
+def derivative_size(network: Network, x: Tensor, t: Tensor, dxdt: Tensor, sigma_data: float) -> float:
+    """Root mean square of dF/dt along the trajectory; arguments as of `tangent_direction`.
+
+    Networks whose time counts to 1000 may turn a thousand times as fast as those that read [0, 1].
+    """
+    dF = total_derivative(network, x / sigma_data, t, dxdt / sigma_data, torch.ones_like(t), "two_pass").dF
+    return float(dF.square().mean().sqrt())
 
 
 def prior_weight(t: Tensor, sigma_data: float, kind: PriorWeight) -> Tensor:

@@ -1,6 +1,7 @@
 """FLUX.1: flow prediction on latents packed two by two; dev embeds its guidance scale, schnell has none."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +32,18 @@ def places(height: int, width: int, like: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(like)
 
 
-def flux_network(transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None) -> Tensor:
-    """F [B, C, H, W] of a FluxTransformer2DModel, which multiplies its time and its guidance by 1000 itself."""
+def flux_network(
+    transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, time_scale: float
+) -> Tensor:
+    """F [B, C, H, W] of a FluxTransformer2DModel, whose time counts to `time_scale`.
+
+    It multiplies what it is given by 1000 itself, like its guidance.
+    """
     t_flow, x_flow = flow_time(t).clamp(max=1.0), flow_input(x_unit, t, 1.0)  # samplers start a hair above pi/2
     height, width = x_unit.shape[-2:]
     velocity = transformer(
         hidden_states=pack(x_flow),
-        timestep=t_flow,
+        timestep=time_scale / 1000 * t_flow,
         guidance=guidance if transformer.config.guidance_embeds else None,
         encoder_hidden_states=condition.embeds,
         pooled_projections=condition.pooled,
@@ -65,7 +71,11 @@ class FluxTeacher(PipelineTeacher):
     def predictor(self) -> Predict:
         """See `PipelineTeacher`."""
         self.transformer.x_embedder.register_forward_hook(keep_precision)  # a student's copy has it too
-        return flux_network
+        return partial(flux_network, time_scale=self.time_scale)
+
+    def time_embedder(self, network: Any) -> Any:
+        """See `PipelineTeacher`."""
+        return network.time_text_embed
 
     def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
         """See `PipelineTeacher`."""

@@ -134,8 +134,12 @@ def counts_to_thousand(config: Config) -> bool:
     family, index = family_of(source), load_index(source)
     try:
         network: Any = getattr(diffusers, index[family.network_part][1])
-        settings = network.load_config(source, subfolder=family.network_part)
-        return family.time_scale_of(index["_class_name"], settings) >= 10
+        scheduler: Any = getattr(diffusers, index["scheduler"][1])
+        configs = (
+            network.load_config(source, subfolder=family.network_part),
+            scheduler.load_config(source, subfolder="scheduler"),
+        )
+        return family.time_scale_of(index["_class_name"], *configs) >= 10
     except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise unloadable(source, error) from None
 

@@ -39,7 +39,7 @@ class Lumina2Teacher(PipelineTeacher):
     lora_blocks = ("layers.", "refiner.")
 
     @classmethod
-    def time_scale_of(cls, pipeline: str, network: Mapping[str, Any]) -> float:
+    def time_scale_of(cls, pipeline: str, network: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:
         """See `PipelineTeacher`."""
         return 1.0
 

@@ -112,7 +112,7 @@ class PipelineTeacher:
 
     pipelines: ClassVar[tuple[type, ...]] = ()
     network_part: ClassVar[str] = "transformer"
-    even_ladder: ClassVar[bool] = False
+    even_ladder: bool = False
     output: ClassVar[Literal["images", "frames"]] = "images"
     loads_lora: ClassVar[bool] = True
     lora_blocks: ClassVar[tuple[str, ...]] = ("block",)
@@ -193,14 +193,20 @@ class PipelineTeacher:
     # What a family says.
 
     @classmethod
-    def time_scale_of(cls, pipeline: str, network: Mapping[str, Any]) -> float:
+    def time_scale_of(cls, pipeline: str, network: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:
         """What the network's own time counts to: 1 or 1000.
 
         Args:
             pipeline: the name of the pipeline's class.
             network: the network's config.
+            schedule: the scheduler's.
         """
-        return 1000.0
+        return float(schedule.get("num_train_timesteps", 1000))
+
+    @property
+    def time_scale(self) -> float:
+        """What this network's own time counts to."""
+        return self.time_scale_of(type(self.pipe).__name__, self.transformer.config, self.pipe.scheduler.config)
 
     def check_index(self) -> None:
         """Refuses, before it is loaded, a pipeline whose model_index.json says that the family does not understand it.
@@ -213,9 +219,26 @@ class PipelineTeacher:
         """How the network is called: a plain function, or a partial of one."""
         raise NotImplementedError
 
+    def time_embedder(self, network: Any) -> Any:
+        """Of a network like the teacher's, the part with `time_proj` and `timestep_embedder`, for `stepfold retime`.
+
+        None where it cannot be re-timed; where it can, `predictor` is a partial with `time_scale`.
+        """
+        return None
+
+    def retimed_parts(self, network: Any) -> dict[str, Any]:
+        """The parts of the pipeline that change when `network` reads times of [0, 1]."""
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config, num_train_timesteps=1)
+        return {self.network_part: network, "scheduler": scheduler}
+
     def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
         """What this network can do about guidance, the usual one first."""
         return ("classifier_free", "none")
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """What the pipeline's scheduler counts to: 1 of a re-timed network whose own time it is."""
+        return self.pipe.scheduler.config.num_train_timesteps
 
     @property
     def network(self) -> nn.Module:
@@ -333,7 +356,11 @@ class PipelineTeacher:
 
     def plain_scheduler(self) -> Any:
         """The scheduler of first-order steps, which `sample_teacher` repeats."""
-        return FlowMatchEulerDiscreteScheduler(shift=self.shift)
+        return FlowMatchEulerDiscreteScheduler(self.num_train_timesteps, shift=self.shift)
+
+    def own_steps(self, num_steps: int) -> dict[str, Any]:
+        """Arguments with which the pipeline takes so many steps of its own ladder."""
+        return {"num_inference_steps": num_steps}
 
     def tokens_for_shift(self) -> int:
         """What the pipeline takes for the number of tokens where its sampler's shift depends on that."""
@@ -532,7 +559,7 @@ class PipelineTeacher:
             draws: B generators on the CPU; each draws its prompt's unit noise.
         """
         noise = torch.stack([torch.randn(self.latent_shape, generator=draw) for draw in draws])
-        return {"prompt": list(prompts), "latents": self.pack(noise.to(self.device, self.work_dtype))}
+        return {"prompt": list(prompts), "latents": self.pack(noise.to(self.device, self.dtype))}
 
     def latents_of(self, pipe: Any, prompts: Sequence[str], draws: Sequence[torch.Generator], **call: Any) -> Tensor:
         """Unit latents [B, ...] that a pipeline of this family makes in its own loop; for arguments see `inputs`."""
@@ -547,7 +574,7 @@ class PipelineTeacher:
         self._load_text_encoders()
         self._vae()
         try:
-            call = self.usual_call() | {"num_inference_steps": num_steps, "guidance_scale": guidance}
+            call = self.usual_call() | self.own_steps(num_steps) | {"guidance_scale": guidance}
             return self.latents_of(self.pipe, prompts, draws, **call)
         finally:
             self.pipe.scheduler = old
@@ -644,7 +671,7 @@ class PipelineTeacher:
 
     def student_parts(self) -> dict[str, Any]:
         """The parts of a student's pipeline besides its network; its sampler adds fresh noise at each step."""
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+        scheduler = FlowMatchEulerDiscreteScheduler(self.num_train_timesteps, shift=1.0, stochastic_sampling=True)
         return self.pipe.components | {"scheduler": scheduler}
 
     def student_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:

@@ -117,17 +117,12 @@ class SanaTeacher(PipelineTeacher):
     pipelines = (SanaPipeline, SanaSprintPipeline)
 
     @classmethod
-    def time_scale_of(cls, pipeline: str, network: Mapping[str, Any]) -> float:
+    def time_scale_of(cls, pipeline: str, network: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:
         """See `PipelineTeacher`.
 
         SanaPipeline multiplies the scheduler's 0..1000 by timestep_scale; SanaSprintPipeline passes 0..1 as it is.
         """
         return 1.0 if pipeline == SanaSprintPipeline.__name__ else 1000.0 * network.get("timestep_scale", 1.0)
-
-    @property
-    def time_scale(self) -> float:
-        """What this network's own time counts to."""
-        return self.time_scale_of(type(self.pipe).__name__, self.transformer.config)
 
     @property
     def is_sprint(self) -> bool:
@@ -142,6 +137,15 @@ class SanaTeacher(PipelineTeacher):
     def predictor(self) -> Predict:
         """See `PipelineTeacher`."""
         return partial(trigflow_network, time_scale=self.time_scale)
+
+    def time_embedder(self, network: Any) -> Any:
+        """See `PipelineTeacher`."""
+        return None if network.config.guidance_embeds else network.time_embed.emb
+
+    def retimed_parts(self, network: Any) -> dict[str, Any]:
+        """See `PipelineTeacher`; here the network's own config says it."""
+        network.register_to_config(timestep_scale=self.transformer.config.timestep_scale / self.time_scale)
+        return {self.network_part: network}
 
     def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
         """See `PipelineTeacher`."""

@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5: flow prediction, classifier-free guidance, two pooled text embeddings and a sequence."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from diffusers import StableDiffusion3Pipeline
@@ -12,12 +13,14 @@ from stepfold.teachers.contract import Condition
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
 
 
-def sd3_network(transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None) -> Tensor:
-    """F [B, C, H, W] of an SD3Transformer2DModel, whose time counts to 1000; it embeds no guidance."""
+def sd3_network(
+    transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, time_scale: float
+) -> Tensor:
+    """F [B, C, H, W] of an SD3Transformer2DModel, whose time counts to `time_scale`; it embeds no guidance."""
     t_flow, x_flow = flow_time(t).clamp(max=1.0), flow_input(x_unit, t, 1.0)  # samplers start a hair above pi/2
     velocity = transformer(
         hidden_states=x_flow,
-        timestep=1000 * t_flow,
+        timestep=time_scale * t_flow,
         encoder_hidden_states=condition.embeds,
         pooled_projections=condition.pooled,
         return_dict=False,
@@ -32,7 +35,21 @@ class SD3Teacher(PipelineTeacher):
 
     def predictor(self) -> Predict:
         """See `PipelineTeacher`."""
-        return sd3_network
+        return partial(sd3_network, time_scale=self.time_scale)
+
+    def time_embedder(self, network: Any) -> Any:
+        """See `PipelineTeacher`."""
+        return network.time_text_embed
+
+    @property
+    def even_ladder(self) -> bool:
+        """See `PipelineTeacher`; the scheduler of a re-timed network has no ladder of its own."""
+        return self.num_train_timesteps == 1
+
+    def own_steps(self, num_steps: int) -> dict[str, Any]:
+        """See `PipelineTeacher`."""
+        levels = {"sigmas": [1 - i / num_steps for i in range(num_steps)]} if self.even_ladder else {}
+        return super().own_steps(num_steps) | levels
 
     def idle_parameters(self) -> tuple[str, ...]:
         """See `PipelineTeacher`; the last block asks nothing on behalf of the text, whose stream ends there."""
