@@ -240,6 +240,8 @@ def export(
 
     quiet_libraries()
     typer.echo(f"{to}: {run_export(student, to, out, force=force)}")
+    if to in ("lora", "single-file"):
+        typer.echo(f"the file has no scheduler and no times in it: {student / 'README.md'} says how to sample with it")
 
 
 @app.command()
@@ -772,8 +774,8 @@ def retime(
 ) -> None:
     """Re-time a Sana, SD3 or FLUX teacher whose time counts to 1000 to [0, 1], from its own walks, without images.
 
-    Continuous consistency wants it: its tangent contains dF/dt. Discrete consistency does without. All of the network is
-    trained, in float32; the result is a pipeline of the same class.
+    Continuous consistency wants it: its tangent contains dF/dt. Discrete consistency does without. All of the network
+    is trained, in float32; the result is a pipeline of the same class.
 
     stepfold retime ./my-sana --prompts prompts.txt --out runs/retimed
 

@@ -465,7 +465,17 @@ def rows_by_steps(scores: dict[str, Scores]) -> dict[str, dict[str, Any]]:
 def run_sample(
     folder: Path, prompts: Sequence[str], *, steps: int, seed: int, guidance: float | None, device: str
 ) -> list[Image.Image]:
-    """Pictures of a student, one a prompt; the same as SanaSprintPipeline's with the same noise."""
+    """Pictures of a student, one a prompt; the same as its pipeline's with the same noise.
+
+    Raises:
+        UserError: the folder is no student, or it was taught one guidance scale and another one is asked for.
+    """
+    taught = set(read_card(folder).get("taught") or ())
+    if guidance is not None and len(taught) == 1 and guidance not in taught:
+        raise UserError(
+            f"--guidance is {guidance:g}, but this student was taught at {taught.pop():g} alone and stands for that; "
+            "leave --guidance out"
+        )
     pipeline, student, card = load_student(folder, device)
     condition = pipeline.encode(prompts)
     shape = pipeline.latent_shape

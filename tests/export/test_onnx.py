@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +42,12 @@ numpy.random.standard_normal = lambda shape: next(drawn)
 """
 
 
+def pictures_of(teacher: Any, x0: Tensor) -> Tensor:
+    """As the pipeline decodes them; of a video its frames [B, 3, F, H, W]."""
+    pictures = teacher.decode(x0)
+    return pictures if teacher.frames == 1 else pictures.unflatten(3, (teacher.frames, -1)).transpose(2, 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "lora"), [*((family, 0) for family in READS), ("sd1", 4)])
 def test_onnxruntime_alone_gives_the_students_latents(
@@ -64,9 +71,13 @@ def test_onnxruntime_alone_gives_the_students_latents(
     np.savez(file, noise=noise.numpy(), fresh=fresh.numpy(), **arrays)
     code = re.search(r"^```python\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
     assert code is not None
-    end = f"assert 'torch' not in sys.modules\nnumpy.save({str(result)!r}, x)"
+    end = f"assert 'torch' not in sys.modules\nnumpy.save({str(result)!r}, latents)"
     run_alone(SETUP.format(file=str(file)) + code[1].replace("FOLDER", str(out)) + end)
-    assert relative(torch.from_numpy(np.load(result)), expected) < 1e-4
+    scale, offset = teacher.autoencoder_scale()
+    latents = torch.from_numpy(np.load(result))
+    assert relative(latents, expected / scale + offset) < 1e-4
+    decoded = teacher.pipe.vae.decode(latents.float(), return_dict=False)[0]
+    assert relative((decoded / 2 + 0.5).clamp(0, 1), pictures_of(teacher, 0.5 * expected)) < 1e-4
 
 
 def test_lumina_cannot_be_traced_and_says_so(student_of: StudentOf, tmp_path: Path) -> None:

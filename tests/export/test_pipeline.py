@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stepfold.config import Config, validate
+from stepfold.errors import UserError
 from stepfold.export.pipeline import model_card, save_student
 from stepfold.jobs import run_sample
 from stepfold.maths.routes import few_step_times
@@ -130,6 +131,14 @@ def test_the_sample_command_draws_the_pipelines_picture(folder: Path, pipe: Any)
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01
     alone = run_sample(folder, PROMPTS[:1], steps=1, seed=3, guidance=None, device="cpu")
     assert np.abs(pixels(alone) - pixels(pictures[:1])).max() <= 1
+
+
+def test_a_scale_that_it_was_not_taught_is_refused(folder: Path):
+    with pytest.raises(
+        UserError, match=r"--guidance is 7, but this student was taught at 4\.5 alone.*leave --guidance out"
+    ):
+        run_sample(folder, PROMPTS[:1], steps=1, seed=3, guidance=7.0, device="cpu")
+    assert len(run_sample(folder, PROMPTS[:1], steps=1, seed=3, guidance=GUIDANCE, device="cpu")) == 1
 
 
 def test_nothing_in_the_folder_is_unsafe_and_the_card_holds_the_recipe(folder: Path, config: Config):

@@ -76,6 +76,11 @@ def test_the_column_is_found_named_or_asked_for(tmp_path: Path, kind: str) -> No
         ("a.txt.gz", b"no gzip", "cannot be read"),
         ("a.csv", b"prompt\n\xff\xfe\n", "not UTF-8"),
         ("a.csv", b"", "which column"),
+        ("a.tsv", b'prompt\nfox\n"cat\nowl\n', "after line 2: a quote opens a field and is not closed"),
+        ("a.tsv", b'prompt\n"red" fox\ncat\n', "after line 1: a quote opens a field and is not closed at its end"),
+        ("a.csv", b'prompt,n\n"a cat,1\nthe "owl",2\n', "after line 1: a quote opens a field"),
+        ("a.csv", b"prompt\n" + b"x" * (2**24 + 9) + b"\n", "a line of more than"),
+        ("a.csv", b'prompt\n"' + b"x\n" * 2**23 + b'x"\n', "field larger than field limit"),
     ],
 )
 def test_damaged_files_are_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -28,8 +28,8 @@ B samples of L tokens:
 |---|---|
 {inputs}
 
-Embeddings are those of the teacher's text encoders, with their mask and pooled vector where the graph asks for them;
-its autoencoder decodes what comes out. `times` in `{card}` has the times for 1, 2 and 4 steps.
+Embeddings are those of the teacher's text encoders, with their mask and pooled vector where the graph asks for them.
+Its autoencoder decodes `latents`, which is the last line below. `times` in `{card}` has the times for 1, 2 and 4 steps.
 
 ```python
 import json
@@ -44,6 +44,7 @@ for t, after in zip(times, [*times[1:], 0.0]):
     x0 = numpy.cos(t) * x - numpy.sin(t) * F
     fresh = numpy.random.standard_normal(x.shape)
     x = (numpy.cos(after) * x0 + numpy.sin(after) * fresh).astype(numpy.float32)
+latents = x / {scale} + {offset}
 ```
 """
 
@@ -115,6 +116,7 @@ def export_onnx(folder: Path, out: Path) -> None:
             program = trace(student, inputs)
     except Exception as error:  # what the exporter trips over in a network comes as any kind
         raise UserError(f"torch makes no onnx graph of {folder} ({first_line(error)}); use --to pipeline") from None
+    scale, offset = teacher.autoencoder_scale()
     read = {each.name: inputs[each.name] for each in program.model.graph.inputs}
     with writing(out) as part:
         part.mkdir()
@@ -127,8 +129,18 @@ def export_onnx(folder: Path, out: Path) -> None:
                 card=CARD,
                 inputs="\n".join(f"| {name} | {described(name, value)} |" for name, value in read.items()),
                 shape=described("x", inputs["x"]),
+                scale=in_numpy(scale),
+                offset=in_numpy(offset),
             )
         )
+
+
+def in_numpy(values: Any) -> str:
+    """A number, or one a channel [C, 1, ...], as Python's source."""
+    if not isinstance(values, Tensor):
+        return repr(float(values))
+    channels = ", ".join(f"{value:.9g}" for value in values.flatten().tolist())
+    return f"numpy.array([{channels}], numpy.float32).reshape{tuple(values.shape)}"
 
 
 def described(name: str, value: Tensor | None) -> str:

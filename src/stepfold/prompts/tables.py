@@ -86,10 +86,19 @@ def _chosen(path: Path, columns: Sequence[str], column: str | None) -> str:
 
 
 def _delimited(path: Path, file: TextIO, delimiter: str, column: str | None) -> Iterator[str]:
-    rows = csv.DictReader(_lines(path, file), delimiter=delimiter)
-    name = _chosen(path, rows.fieldnames or [], column)
-    for row in rows:
-        yield row[name] or ""
+    rows = csv.DictReader(_lines(path, file), delimiter=delimiter, strict=True)
+    name, line = _chosen(path, rows.fieldnames or [], column), 1
+    try:
+        for row in rows:
+            line = rows.line_num
+            yield row[name] or ""
+    except csv.Error as error:
+        if "expected" not in str(error):  # neither a delimiter that is, nor an end that is not
+            raise
+        raise UserError(
+            f"{path}, after line {line}: a quote opens a field and is not closed at its end ({error}); "
+            'write "" for a quote in a quoted field, or save the file as jsonl'
+        ) from None
 
 
 def _json_lines(path: Path, file: TextIO, column: str | None) -> Iterator[str]:

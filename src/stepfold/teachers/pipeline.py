@@ -522,6 +522,10 @@ class PipelineTeacher:
     def _vae(self) -> Any:
         return self._read_vae().to(self.device).eval().requires_grad_(False)
 
+    def autoencoder_scale(self) -> tuple[Any, Any]:
+        """`latent_scale` of the pipeline's own autoencoder."""
+        return self.latent_scale(self._read_vae().config)
+
     def release_decoder(self) -> None:
         """See `Teacher`."""
         self.pipe.vae = None
@@ -530,7 +534,7 @@ class PipelineTeacher:
     def decode(self, x0: Tensor, batch: int | None = None) -> Tensor:
         """See `Teacher`; so many at once as have the pixels of one picture of 512 x 512, or `batch`."""
         vae, batch = self._vae(), batch or max(1, DECODED_AT_ONCE // (self.height * self.width))
-        scale, offset = self.latent_scale(vae.config)
+        scale, offset = self.autoencoder_scale()
         parts = (
             vae.decode((part / self.sigma_data / scale + offset).to(vae.dtype), return_dict=False)[0]
             for part in x0.split(batch)
@@ -543,7 +547,7 @@ class PipelineTeacher:
         vae = self._vae()
         encoded = vae.encode((2 * pictures - 1).to(self.device, vae.dtype), return_dict=False)[0]
         latents = encoded if isinstance(encoded, Tensor) else encoded.mode()
-        scale, offset = self.latent_scale(vae.config)
+        scale, offset = self.autoencoder_scale()
         return self.sigma_data * ((latents - offset) * scale).float()
 
     def black_latent(self, shape: tuple[int, ...]) -> Tensor:
