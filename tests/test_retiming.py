@@ -22,7 +22,7 @@ from stepfold.config import TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import NonFiniteError, UserError
 from stepfold.export.single_file import export_single_file
-from stepfold.jobs import run_distill, run_sample
+from stepfold.jobs import run_distill, run_encode, run_sample
 from stepfold.randomness import generator
 from stepfold.retiming import fit_time_embedder, run_retime
 from stepfold.teachers.loading import CARD, load_teacher
@@ -164,6 +164,27 @@ def go_on(straight: Straight, folder: Path) -> None:
     run_retime(source, prompts, folder, [*FEW, "training.steps=6"], resume=True, display=Display())
     for file in ("metrics.jsonl", "teacher/transformer/diffusion_pytorch_model.safetensors"):
         assert (folder / file).read_bytes() == (wanted / file).read_bytes()
+
+
+def test_what_saves_memory_changes_nothing(straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoded prompts, parts of a batch, blocks computed again: the same teacher, whole."""
+    source, prompts, wanted = straight
+    settings = TeacherSettings(source=source, max_tokens=16)
+    run_encode(settings, prompts, tmp_path / "cache", batch=2, display=Display(quiet=True), device="cpu")
+    monkeypatch.setattr("stepfold.retiming.fit_time_embedder", HARDLY_A_FIT)
+    lean = [f"conditions={tmp_path / 'cache'}", "training.micro_batch=3", "training.checkpointing=true"]
+    with monkeypatch.context() as patch:
+        patch.setattr(SanaTeacher, "encode_texts", lambda *_: 1 / 0)  # no text encoder is asked
+        run_retime(
+            source, prompts, tmp_path / "run", [*FEW, *lean, "training.steps=6"], resume=False,
+            display=Display(quiet=True),
+        )  # fmt: skip
+    rows = zip(read_metrics(tmp_path / "run"), read_metrics(wanted), strict=True)
+    for ours, theirs in rows:  # what is on disk is rounded to bfloat16
+        assert (ours["loss"], ours["grad_norm"]) == pytest.approx((theirs["loss"], theirs["grad_norm"]), rel=2e-3)
+    for part in ("text_encoder", "vae"):
+        (file,) = (path.relative_to(wanted) for path in (wanted / "teacher" / part).glob("*.safetensors"))
+        assert (tmp_path / "run" / file).read_bytes() == (wanted / file).read_bytes()
 
 
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 4), (signal.SIGINT, 6)])

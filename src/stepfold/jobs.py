@@ -39,8 +39,8 @@ from stepfold.export.pipeline import export_lora, export_pipeline, model_card, s
 from stepfold.export.single_file import export_single_file
 from stepfold.images.reading import ImageFolder, open_images
 from stepfold.objectives.consistency import STEEPEST, derivative_size
-from stepfold.prompts.cache import encode_prompts, open_conditions
-from stepfold.prompts.reading import Prompts, open_prompts
+from stepfold.prompts.cache import ConditionCache, encode_prompts, open_conditions
+from stepfold.prompts.reading import PromptFile, Prompts, open_prompts
 from stepfold.randomness import normal
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.licences import in_words, licences_of
@@ -106,11 +106,8 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         f"device {device.type}{f', {processes.count} processes' if processes.count > 1 else ''}, run folder {folder}"
     )
     torch.manual_seed(config.seed)  # the guidance embedder's and the weight head's initial values
-    cache = None
-    if config.conditions:
-        cache = open_conditions(Path(config.conditions), conditions_key(config.teacher, prompts.sha256), len(prompts))
-    null = cache.null if cache else None
-    teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=null)
+    cache = cache_of(config, prompts)
+    teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=cache.null if cache else None)
     teacher.check_prompts(prompts.prompt(i) for i in range(len(prompts)))
     if images and teacher.frames > 1:
         raise UserError(
@@ -138,11 +135,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
     if images is None or config.space.cache_latents:
         teacher.release_decoder()
 
-    def conditions(index: Sequence[int]) -> Condition:
-        if cache:
-            return cache.rows(index).each(partial(send, device=device)).to(device, teacher.work_dtype)
-        return teacher.encode([prompts.prompt(i) for i in index])
-
+    conditions = conditions_from(cache, teacher, prompts)
     if config.objective == "continuous" and processes.first and counts_to_thousand(config):
         display.note(steepness(teacher, student, prompts, conditions, config))
     preview = make_preview(folder, teacher, conditions, len(prompts), config, taught, display, writes=processes.first)
@@ -291,6 +284,30 @@ def make_student(teacher: PipelineTeacher, settings: StudentSettings, display: D
             "and needs many more steps than a whole one"
         )
     return teacher.new_student(settings.depth)
+
+
+def cache_of(config: Config, prompts: PromptFile | ImageFolder) -> ConditionCache | None:
+    """The encoded prompts that the settings name; None where they name none.
+
+    Raises:
+        UserError: they are those of another teacher or other prompts, or damaged.
+    """
+    if not config.conditions:
+        return None
+    return open_conditions(Path(config.conditions), conditions_key(config.teacher, prompts.sha256), len(prompts))
+
+
+def conditions_from(
+    cache: ConditionCache | None, teacher: PipelineTeacher, prompts: Prompts
+) -> Callable[[Sequence[int]], Condition]:
+    """Numbers of B prompts -> what the teacher encodes them to, from a cache if there is one."""
+
+    def conditions(index: Sequence[int]) -> Condition:
+        if cache:
+            return cache.rows(index).each(partial(send, device=teacher.device)).to(teacher.device, teacher.work_dtype)
+        return teacher.encode([prompts.prompt(i) for i in index])
+
+    return conditions
 
 
 def conditions_key(settings: TeacherSettings, prompts_sha256: str) -> dict[str, Any]:

@@ -6,7 +6,8 @@ fitted alone to what it gave before, then the whole network to its own unguided 
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from stepfold.config import Config, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.jobs import cache_of, conditions_from
 from stepfold.objectives.consistency import derivative_size
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.spaces.pairs import Pairs
@@ -24,7 +26,8 @@ from stepfold.teachers.contract import Condition, concatenate
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.once import compute_afresh
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
-from stepfold.training.distill import Progress, collect, make_accelerator, stop_requests
+from stepfold.training.choices import choose_precision
+from stepfold.training.distill import Progress, collect, make_accelerator, rollout_precision, stop_requests
 from stepfold.training.draws import Draw, draw
 from stepfold.training.optimisers import learning_rate, make_optimiser
 from stepfold.training.runs import (
@@ -44,7 +47,7 @@ from stepfold.training.step_log import record_of, row_of
 SETTINGS = (
     "space.route=random", "space.route_steps=8", "space.route_per=prompt", "space.keep_first=true",
     "space.filter_rule=off", "optimiser.name=adamw", "optimiser.lr=1e-4", "optimiser.warmup=20", "optimiser.decay=0.8",
-    "training.prompts_per_step=8",
+    "training.prompts_per_step=8", "training.precision=no", "training.rollout_precision=no",
 )  # fmt: skip
 
 
@@ -57,7 +60,9 @@ def run_retime(
         source: `emoji`, a folder or a hub id.
         prompts: a text file, one prompt a line; or a table, as `open_prompts` takes it.
         folder: of the run.
-        changes: settings, on top of the preset `default` and SETTINGS.
+        changes: settings, on top of the preset `default` and SETTINGS; those of teacher, routes, optimiser and
+            checkpoints count, and `conditions`, `training.precision`, `rollout_precision`, `micro_batch` and
+            `checkpointing`.
         resume: continue from the folder's last checkpoint.
         display: where progress is shown.
 
@@ -71,9 +76,11 @@ def run_retime(
         raise UserError(f"re-timing trains the network in float32, not {config.teacher.dtype}; leave teacher.dtype out")
     if config.training.skip_nonfinite:
         raise UserError("re-timing skips no step that is not finite; leave training.skip_nonfinite out")
-    file, device = open_prompts(prompts), make_accelerator("no").device
+    config = choose_precision(config)
+    file, accelerator = open_prompts(prompts), make_accelerator(config.training.precision)
     check_run(folder, config, resume)
-    teacher = load_teacher(config.teacher, device)
+    cache, device = cache_of(config, file), accelerator.device
+    teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=cache.null if cache else None)
     if teacher.time_scale < 10:
         raise UserError(f"the time of {source!r} counts to {teacher.time_scale:g}, not to 1000; distil it as it is")
     if teacher.time_embedder(teacher.transformer) is None:
@@ -89,8 +96,11 @@ def run_retime(
     network = copy.deepcopy(teacher.transformer).requires_grad_(True)
     compute_afresh(network.modules())
     predict = partial(cast(Any, teacher.predict), time_scale=1.0)
+    if config.training.checkpointing:
+        network.enable_gradient_checkpointing()
+    conditions = conditions_from(cache, teacher, file)
     unseen = draw(config.training.steps, file, teacher, config, device)  # a batch that training does not draw
-    held_out = some_pairs(teacher, unseen, config)
+    held_out = some_pairs(teacher, unseen, conditions(unseen.index), config)
     found = {"size of dF/dt before": tangent_size(teacher, network, teacher.predict, held_out)}
     if not checkpoints(folder):
         display.note("fitting the time embedder alone")
@@ -98,13 +108,11 @@ def run_retime(
         fit_time_embedder(old, new, teacher.time_scale, 1.0)
     found["error, time embedder fitted"] = prediction_error(teacher, network, predict, held_out)
     with display.training(config.training.steps):
-        train(teacher, network, predict, file, config, folder, display)
+        train(teacher, network, predict, file, conditions, config, folder, lambda: accelerator.autocast(), display)
     found["error, network trained"] = prediction_error(teacher, network, predict, held_out)
     found["size of dF/dt after"] = tangent_size(teacher, network, predict, held_out)
-    teacher.black_latent(teacher.latent_shape)  # the autoencoder is part of the pipeline
     with writing(folder / "teacher") as part:
-        pipe: Any = type(teacher.pipe)(**(teacher.pipe.components | teacher.retimed_parts(network)))
-        pipe.save_pretrained(part, safe_serialization=True)
+        teacher.save_retimed(network, part)
     lock.release()
     return found
 
@@ -144,9 +152,8 @@ def fit_time_embedder(
         return float((ours - wanted).norm() / wanted.norm())
 
 
-def some_pairs(teacher: PipelineTeacher, batch: Draw, config: Config) -> tuple[Pairs, Condition]:
+def some_pairs(teacher: PipelineTeacher, batch: Draw, condition: Condition, config: Config) -> tuple[Pairs, Condition]:
     """The states of the teacher's walks of a batch; every fourth has the unconditional branch's condition, if any."""
-    condition = teacher.encode(batch.prompts)
     pairs = collect(batch, condition, teacher.velocity, torch.zeros(()), teacher.sigma_data, config.space)
     if teacher.guidance_kind != "classifier_free":
         return pairs, pairs.condition
@@ -160,11 +167,13 @@ def train(
     network: nn.Module,
     predict: Predict,
     prompts: PromptFile,
+    conditions: Callable[[Sequence[int]], Condition],
     config: Config,
     folder: Path,
+    autocast: Callable[[], AbstractContextManager[Any]],
     display: Display,
 ) -> None:
-    """Least squares between the network's predictions and the teacher's, both unguided; resumes from a checkpoint."""
+    """Least squares between the network's predictions and the teacher's; resumes from a checkpoint."""
     training, modules = config.training, {"network": network}
     optimiser = make_optimiser(network.parameters(), config.optimiser)
     saved = checkpoints(folder)
@@ -174,13 +183,19 @@ def train(
         for step in range(start, training.steps):
             began = time.perf_counter()
             batch = draw(step, prompts, teacher, config, teacher.device)
-            pairs, condition = some_pairs(teacher, batch, config)
-            ours, theirs = predictions(teacher, network, predict, pairs, condition)
-            loss = (ours - theirs).square().flatten(1).mean(1)
-            loss.mean().backward()
+            with rollout_precision(training.rollout_precision, teacher.device, teacher.network):
+                pairs, condition = some_pairs(teacher, batch, conditions(batch.index), config)
+            losses, size = [], training.micro_batch or len(pairs)
+            for start_row in range(0, len(pairs), size):
+                rows = slice(start_row, start_row + size)
+                with autocast():
+                    ours, theirs = predictions(teacher, network, predict, pairs.rows(rows), condition.rows(rows))
+                losses.append((ours.float() - theirs.float()).square().flatten(1).mean(1))
+                (losses[-1].sum() / len(pairs)).backward()
+            loss = torch.cat([part.detach() for part in losses])
             norm = nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.clip)
             rate = learning_rate(step, training.steps, config.optimiser)
-            row = row_of(record_of(step, batch.prompts, pairs, {"loss": loss.detach()}, norm, rate))
+            row = row_of(record_of(step, batch.prompts, pairs, {"loss": loss}, norm, rate))
             for group in optimiser.param_groups:
                 group["lr"] = rate
             optimiser.step()

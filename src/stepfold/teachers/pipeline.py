@@ -691,8 +691,14 @@ class PipelineTeacher:
 
     def save_student(self, student: Student, folder: Path) -> None:
         """See `Teacher`: with the teacher's own encoders and autoencoder, which stay where they are for that."""
+        self._save(self.student_class, lambda: self.student_parts() | {self.network_part: student.transformer}, folder)
+
+    def save_retimed(self, network: Any, folder: Path) -> None:
+        """Writes this teacher with a network that reads times of [0, 1] in the place of its own."""
+        self._save(type(self.pipe), lambda: self.pipe.components | self.retimed_parts(network), folder)
+
+    def _save(self, kind: Any, parts: Callable[[], dict[str, Any]], folder: Path) -> None:
+        """A pipeline of `parts`, asked for when encoders and autoencoder are there."""
         self._read_vae()
         self._read_text_encoders()
-        parts = self.student_parts() | {self.network_part: student.transformer}
-        pipe: Any = self.student_class(**parts)
-        pipe.save_pretrained(folder, safe_serialization=True)
+        kind(**parts()).save_pretrained(folder, safe_serialization=True)
