@@ -25,6 +25,7 @@ from stepfold.export.single_file import export_single_file
 from stepfold.jobs import run_distill, run_encode, run_sample
 from stepfold.randomness import generator
 from stepfold.retiming import fit_time_embedder, run_retime
+from stepfold.teachers.licences import in_words, licences_of
 from stepfold.teachers.loading import CARD, load_teacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.distill import Progress
@@ -93,6 +94,7 @@ def test_other_families_are_retimed_too(
 ) -> None:
     """Their scheduler says it: teacher, student and plain diffusers all give the network times of [0, 1]."""
     folder = tiny.save(FAMILIES[name], tmp_path / "pipeline")
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: my-own\n---\n# Mine\n")
     small = ["teacher.height=32", "teacher.width=32", "teacher.max_tokens=24"]
     found = run_retime(
         str(folder), prompts_file, tmp_path / "run", [*FEW, *small, "training.steps=60"], resume=False,
@@ -102,7 +104,8 @@ def test_other_families_are_retimed_too(
     assert found["error, network trained"] < found["error, time embedder fitted"] < 1
     new = tmp_path / "run" / "teacher"
     settings = TeacherSettings(source=str(new), height=32, width=32, max_tokens=24)
-    assert wrong_of(settings) == []
+    assert wrong_of(settings) == [] and in_words(licences_of(str(new))["teacher"]) == "my-own"
+    assert f"| size of dF/dt after | {found['size of dF/dt after']:.4g} |" in (new / "README.md").read_text()
 
     config = load_config(
         "default",

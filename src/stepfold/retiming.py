@@ -6,7 +6,7 @@ fitted alone to what it gave before, then the whole network to its own unguided 
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from stepfold import __version__
 from stepfold.config import Config, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
@@ -23,6 +24,7 @@ from stepfold.objectives.consistency import derivative_size
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Condition, concatenate
+from stepfold.teachers.licences import stated_licence
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.once import compute_afresh
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
@@ -113,8 +115,38 @@ def run_retime(
     found["size of dF/dt after"] = tangent_size(teacher, network, predict, held_out)
     with writing(folder / "teacher") as part:
         teacher.save_retimed(network, part)
+        (part / "README.md").write_text(card(source, config.training.steps, found), encoding="utf-8")
     lock.release()
     return found
+
+
+CARD = """---
+library_name: diffusers
+{licence}---
+
+# {source}, re-timed
+
+Its network reads times of [0, 1] in the place of 0 to 1000, which the continuous objective of `stepfold distill` wants.
+Made from its own walks by stepfold {version} in {steps} steps, without images. The licence is the original's.
+
+| measured | |
+|---|---|
+{found}
+
+Where the scheduler's config has `num_train_timesteps: 1` (Stable Diffusion 3, FLUX), plain diffusers needs the noise
+levels: `pipe(prompt, sigmas=[1 - i / 20 for i in range(20)])`.
+"""
+
+
+def card(source: str, steps: int, found: Mapping[str, float]) -> str:
+    """The README of a re-timed teacher; its licence is what the original's card states."""
+    return CARD.format(
+        licence="".join(f"{name}: {value}\n" for name, value in stated_licence(source).items()),
+        source=source,
+        version=__version__,
+        steps=steps,
+        found="\n".join(f"| {name} | {number:.4g} |" for name, number in found.items()),
+    )
 
 
 def fit_time_embedder(
