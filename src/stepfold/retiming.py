@@ -108,7 +108,7 @@ def run_retime(
         display.note("fitting the time embedder alone")
         old, new = teacher.time_embedder(teacher.transformer), teacher.time_embedder(network)
         fit_time_embedder(old, new, teacher.time_scale, 1.0)
-    found["error, time embedder fitted"] = prediction_error(teacher, network, predict, held_out)
+        found["error, time embedder fitted"] = prediction_error(teacher, network, predict, held_out)
     with display.training(config.training.steps):
         train(teacher, network, predict, file, conditions, config, folder, lambda: accelerator.autocast(), display)
     found["error, network trained"] = prediction_error(teacher, network, predict, held_out)
