@@ -1,0 +1,77 @@
+"""The Makefile: both ends of the dependencies' ranges, and an audit that cannot be taken for one that found nothing."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+OURS = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "VERSIONS", "TORCH", "STEPFOLD_TORCH", "PYTHON")
+
+
+def make(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name not in OURS}
+    command = ["make", "-f", str(ROOT / "Makefile"), f"PYTHON={sys.executable}", *words]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def test_the_lowest_versions_are_the_lower_ends_of_the_ranges() -> None:
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    lowest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in map(Requirement, project["dependencies"]):
+        assert [f">={lowest.pop(requirement.name)}"] == [str(s) for s in requirement.specifier if s.operator == ">="]
+    assert not lowest
+
+
+@pytest.mark.parametrize(
+    ("versions", "environment", "files", "torch"),
+    [
+        ("", ".venv/", "constraints.txt", "torch==2.13.0"),
+        ("lowest", ".venv-lowest/", "constraints-lowest.txt", "torch==2.10"),
+        ("newest", ".venv-newest/", "", "torch"),
+    ],
+)
+def test_each_end_of_the_ranges_has_an_environment(versions: str, environment: str, files: str, torch: str) -> None:
+    done = make("-n", "-W", "pyproject.toml", "test", f"VERSIONS={versions}")
+    assert f"sed '/^torch==/d' {files} /dev/null > {environment}constraints.txt" in done.stdout, done.stderr
+    assert f"pip install -c {environment}constraints.txt {torch}\n" in done.stdout
+    assert f"{environment}bin/python -m pytest" in done.stdout
+
+
+def test_other_ends_are_refused() -> None:
+    done = make("-n", "test", "VERSIONS=oldest")
+    assert done.returncode and "VERSIONS=oldest is not known; give lowest or newest" in done.stderr
+
+
+def fake(folder: Path, name: str, lines: str) -> None:
+    program = folder / ".venv" / "bin" / name
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text(f"#!/bin/sh\n{lines}\n")
+    program.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("audit", "fails", "fails_strictly", "says"),
+    [
+        ("echo ERROR:pip_audit._cli:absl: not found >&2; exit 1", False, True, "not audited: absl: not found\n"),
+        ("echo Error: no such host >&2; exit 1", False, True, "not audited: Error: no such host\n"),
+        ('for out; do :; done; echo pillow 1.0 PYSEC-1 > "$out"; exit 1', True, True, "pillow 1.0 PYSEC-1\n"),
+        ("echo No known vulnerabilities found >&2", False, False, "no known vulnerabilities\n"),
+    ],
+)
+def test_an_audit_without_an_answer_says_so(
+    tmp_path: Path, audit: str, fails: bool, fails_strictly: bool, says: str
+) -> None:
+    """`make check` goes on then, and `make audit` does not; what is found fails both."""
+    fake(tmp_path, "pip", "echo pillow==1.0")
+    fake(tmp_path, "pip-audit", audit)
+    (tmp_path / ".venv" / "found.txt").write_text("of the last time")
+    done = make("-o", ".venv/.installed-audit", "audit-if-online", cwd=tmp_path)
+    assert (bool(done.returncode), done.stdout) == (fails, says)
+    assert bool(make("-o", ".venv/.installed-audit", "audit", cwd=tmp_path).returncode) == fails_strictly
+    assert "pip-audit --strict" in make("-n", "check").stdout
