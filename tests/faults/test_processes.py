@@ -24,10 +24,11 @@ from stepfold.errors import UserError
 from stepfold.prompts.reading import open_prompts
 from stepfold.teachers.loading import load_teacher
 from stepfold.training.draws import draw
-from stepfold.training.processes import Processes, lost_process, shard
+from stepfold.training.processes import SHARDS_SINCE, Processes, lost_process, shard
 from stepfold.training.runs import read_metrics
 
 CPU, LISTENING = torch.device("cpu"), Path(__file__).with_name("listening.py")
+ALL, STUDENT = ("all", "student") if torch.__version__ >= SHARDS_SINCE else ("none", "none")  # older ones are refused
 SETTINGS = (
     "training.steps=6", "training.checkpoint_every=3", "training.preview_every=1000", "training.precision=no",
     "training.rollout_precision=no", "space.route_steps=4", "teacher.max_tokens=32", "evaluation.n=0",
@@ -114,7 +115,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(tiny_sana: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    code, words = Launch(1, tiny_sana, texts, folder, "training.shard=all").finish()
+    code, words = Launch(1, tiny_sana, texts, folder, f"training.shard={ALL}").finish()
     assert code == 0, words
     return folder
 
@@ -135,7 +136,7 @@ def test_eight_prompts_a_step_on_one_two_and_four_processes(tiny_sana: Path, tex
             assert row == {name: pytest.approx(value, rel=1e-4) for name, value in wanted.items()}
 
 
-@pytest.mark.parametrize(("count", "changes"), [(2, ("training.shard=student",)), (3, ("training.shard=all",))])
+@pytest.mark.parametrize(("count", "changes"), [(2, (f"training.shard={STUDENT}",)), (3, (f"training.shard={ALL}",))])
 def test_any_number_of_processes_trains_the_same_student(
     count: int, changes: tuple[str, ...], tiny_sana: Path, texts: Path, tmp_path: Path, alone: Path
 ) -> None:
@@ -173,7 +174,7 @@ def test_two_nodes_train_what_one_does(tiny_sana: Path, texts: Path, tmp_path: P
 def test_only_the_first_process_writes(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
     """A new run with previews, checkpoints and a student, its weights sharded; and one that goes on."""
     folder = tmp_path / "run"
-    changes = ("training.shard=student", "training.preview_every=3")
+    changes = (f"training.shard={STUDENT}", "training.preview_every=3")
     for resume in (False, True):
         launch = Launch(2, tiny_sana, texts, folder, *changes, resume=resume, program=[str(LISTENING), str(tmp_path)])
         code, words = launch.finish()
@@ -199,12 +200,12 @@ def test_another_number_of_processes_goes_on(tiny_sana: Path, texts: Path, tmp_p
     for count, gone in ((3, ("000006",)), (3, ("000003", "000006")), (1, ("000006",))):
         for step in gone:
             shutil.rmtree(folder / "checkpoints" / step)
-        code, words = Launch(count, tiny_sana, texts, folder, "training.shard=all", resume=True).finish()
+        code, words = Launch(count, tiny_sana, texts, folder, f"training.shard={ALL}", resume=True).finish()
         assert code == 0, words
         assert difference(alone, folder) < 1e-3
 
 
-@pytest.mark.parametrize(("lost", "shard"), [(1, "none"), (0, "student")])
+@pytest.mark.parametrize(("lost", "shard"), [(1, "none"), (0, STUDENT)])
 def test_a_lost_process_ends_the_others_within_a_minute(
     lost: int, shard: str, tiny_sana: Path, texts: Path, tmp_path: Path
 ) -> None:

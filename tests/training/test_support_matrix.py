@@ -191,7 +191,8 @@ def process(rank: int, teacher: Path, folder: Path) -> None:
         for backend in MATRIX
         for name, value in run(teacher, backend, half).items()
     }
-    found["held"] = share_held(teacher, rank)
+    if "FSDP2" in DISTRIBUTED:
+        found["held"] = share_held(teacher, rank)
     save_file(found, folder / f"{rank}.safetensors")
     dist.destroy_process_group()
 
@@ -260,6 +261,7 @@ def test_in_two_processes(
         check(found | rows, reference, backend, column)
 
 
+@pytest.mark.skipif("FSDP2" not in DISTRIBUTED, reason=f"sharding needs torch {SHARDS_SINCE}")
 def test_a_sharded_student_is_held_in_halves(halves: list[dict[str, Tensor]]) -> None:
     for half in halves:
         assert half["held"].sub(0.5).abs().max() < 0.05
