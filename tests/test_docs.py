@@ -82,7 +82,7 @@ def test_every_command_has_two_examples_that_parse() -> None:
 
 
 def test_a_wrong_option_would_be_found() -> None:
-    with pytest.raises(Exception, match="No such option.* '?--stepz"):
+    with pytest.raises(Exception, match=r"No such option.* '?--stepz"):
         parse("stepfold sample runs/mine/student fox --stepz 2")
     with pytest.raises(AssertionError):
         parse("stepfold distill --set training.stepz=2")
