@@ -11,7 +11,7 @@ from diffusers import SanaSprintPipeline
 from torch import Tensor
 
 from stepfold.config import Config, TeacherSettings, validate
-from stepfold.jobs import peak_memory_gib
+from stepfold.jobs import of_pairs, peak_memory_gib
 from stepfold.maths.routes import reference_route
 from stepfold.maths.tangent import total_derivative
 from stepfold.objectives.consistency import STEEPEST, derivative_size, tangent_direction
@@ -152,11 +152,6 @@ def tangent(student: Student, pairs: Pairs, backend: str) -> Tensor:
     with torch.no_grad():
         F = partial(of_pairs, student, pairs)
         return total_derivative(F, pairs.x / SIGMA_DATA, pairs.t, dx, dt, backend, step).dF
-
-
-def of_pairs(student: Student, pairs: Pairs, x_unit: Tensor, t: Tensor) -> Tensor:
-    """F at other states and times of the pairs' prompts and scales."""
-    return student(x_unit, t, pairs.condition, pairs.guidance)
 
 
 def tangent_size(student: Student, pairs: Pairs) -> Finding:

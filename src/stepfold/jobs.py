@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import platform
 import re
 import statistics
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from stepfold import __version__, assets
 from stepfold.config import Config, StudentSettings, TeacherSettings, load_config
@@ -42,6 +44,7 @@ from stepfold.objectives.consistency import STEEPEST, derivative_size
 from stepfold.prompts.cache import ConditionCache, encode_prompts, open_conditions
 from stepfold.prompts.reading import PromptFile, Prompts, open_prompts
 from stepfold.randomness import normal
+from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.licences import in_words, licences_of
 from stepfold.teachers.loading import (
@@ -240,12 +243,15 @@ def steepness(
     """How large dF/dt is on one walk, of a teacher whose time counts to 1000, and what to do about it."""
     space = config.space.model_copy(update={"kind": "generation", "filter_rule": "off"})
     training = config.training.model_copy(update={"prompts_per_step": 1})
-    one = config.model_copy(update={"space": space, "training": training})
-    batch = draw(0, prompts, teacher, one, teacher.device)
+    config = config.model_copy(update={"space": space, "training": training})
+    batch = draw(0, prompts, teacher, config, teacher.device)
     pairs = collect(batch, conditions(batch.index), teacher.velocity, torch.zeros(()), teacher.sigma_data, space)
-    size = derivative_size(
-        lambda x, t: student(x, t, pairs.condition, pairs.guidance), pairs.x, pairs.t, pairs.dxdt, teacher.sigma_data
-    )
+    sizes = []
+    for row in range(len(pairs)):  # one at a time: a step may have just as much memory
+        one = pairs.rows(slice(row, row + 1))
+        F = partial(of_pairs, student, one)
+        sizes.append(derivative_size(F, one.x, one.t, one.dxdt, teacher.sigma_data))
+    size = math.hypot(*sizes) / math.sqrt(len(sizes))
     said = f"this teacher's time counts to 1000, and its dF/dt is {size:.3g} (root mean square over one walk)"
     if size <= STEEPEST:
         return f"{said}; up to {STEEPEST:g} objective=continuous is fine"
@@ -253,6 +259,11 @@ def steepness(
         f"{said}; above {STEEPEST:g} take objective=discrete, which does without it, or `stepfold retime` first "
         "(Sana, SD3, FLUX)"
     )
+
+
+def of_pairs(student: Student, pairs: Pairs, x_unit: Tensor, t: Tensor) -> Tensor:
+    """F at other states and times of the pairs' prompts and scales."""
+    return student(x_unit, t, pairs.condition, pairs.guidance)
 
 
 def run_encode(
