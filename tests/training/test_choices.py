@@ -123,6 +123,21 @@ def test_what_one_pass_cannot_follow_takes_two(
         Awkward(lambda x: x).recompute_blocks()
 
 
+def test_one_state_at_a_kink_does_not_cost_the_fast_backend(
+    teacher: SanaTeacher, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = tangent.one_pass, []
+
+    def at_a_kink(network: Any, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> Any:
+        F, dF = real(network, x, t, dx, dt)
+        calls.append(x)
+        return F, dF if len(calls) > 1 else 1.02 * dF
+
+    monkeypatch.setattr(tangent, "one_pass", at_a_kink)
+    assert chosen(teacher, settings()).backend == "one_pass"
+    assert len(calls) == 2 and not torch.equal(*calls)
+
+
 def test_what_autograd_keeps_is_counted_once_and_without_weights() -> None:
     weight, x = torch.randn(16, 16, requires_grad=True), torch.randn(8, 16)
 
