@@ -97,7 +97,7 @@ def test_other_families_are_retimed_too(
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: my-own\n---\n# Mine\n")
     small = ["teacher.height=32", "teacher.width=32", "teacher.max_tokens=24"]
     found = run_retime(
-        str(folder), prompts_file, tmp_path / "run", [*FEW, *small, "training.steps=60"], resume=False,
+        str(folder), prompts_file, tmp_path / "run", [*FEW, *small, "training.steps=20"], resume=False,
         display=Display(quiet=True),
     )  # fmt: skip
     assert found["size of dF/dt before"] > 10 * found["size of dF/dt after"]
