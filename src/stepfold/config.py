@@ -422,7 +422,10 @@ def _preset_values(preset: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{preset} holds no settings; it must be a yaml mapping such as `training: {{steps: 100}}`")
     if "preset" not in values:
         return values
-    return _over(_preset_values(str(values.pop("preset")), (*above, preset)), values)
+    below = values.pop("preset")
+    if not isinstance(below, str):
+        raise UserError(f"setting preset is {_short(below)}; it must be the name of one preset, or of a yaml file")
+    return _over(_preset_values(below, (*above, preset)), values)
 
 
 def _over(below: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

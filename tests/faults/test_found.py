@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -28,6 +30,7 @@ from stepfold.training.runs import (
     CHECKSUMS,
     checkpoints,
     damage,
+    is_running,
     load_checkpoint,
     open_run,
     read_metrics,
@@ -100,6 +103,16 @@ def test_yaml_aliases_that_multiply(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 5000
 
 
+@pytest.mark.parametrize("value", ["*b9", "[demo]", "{a: 1}", "3", "null"])
+def test_a_preset_that_is_no_name(tmp_path: Path, value: str) -> None:
+    """Written out, the lists of a few lines of aliases took gigabytes, and the search for the nearest name for ever."""
+    rows = ["a: &b0 [x]", *(f"c{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]" for i in range(1, 10))]
+    (tmp_path / "mine.yaml").write_text("\n".join([*rows, f"preset: {value}"]))
+    with pytest.raises(UserError, match=r"^setting preset is .*; it must be the name of one preset") as caught:
+        load_config(str(tmp_path / "mine.yaml"))
+    assert len(str(caught.value)) < 500
+
+
 def test_settings_of_a_gigabyte(tmp_path: Path) -> None:
     with (tmp_path / "config.yaml").open("wb") as file:
         file.truncate(2**30)
@@ -113,6 +126,54 @@ def test_an_error_is_never_longer_than_a_page(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="which column holds the prompts") as caught:
         list(tables.read_texts(tmp_path / "p.csv"))
     assert len(str(caught.value)) < LONGEST + 10
+
+
+def parquet_of(kind: str, word: str, rows: int, path: Path) -> None:
+    """A column of one word again and again, by itself or inside of others."""
+    one = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([word]))
+    nested = {
+        "words": lambda: one,
+        "list": lambda: pa.ListArray.from_arrays(pa.array([0, rows], pa.int32()), one),
+        "struct": lambda: pa.StructArray.from_arrays([one], ["text"]),
+        "map": lambda: pa.MapArray.from_arrays(pa.array([0, rows], pa.int32()), pa.array(map(str, range(rows))), one),
+    }
+    table = pa.table({"id": pa.array([0] * len(nested[kind]())), "prompt": nested[kind]()})
+    parquet.write_table(table, path, compression="zstd", store_schema=False)
+
+
+@pytest.mark.parametrize("kind", ["list", "struct", "map"])
+def test_parquet_of_nested_columns(tmp_path: Path, kind: str) -> None:
+    """349 bytes, a list of a thousand times the same million characters, took 3.3 GiB, and became one prompt."""
+    parquet_of(kind, "x" * 100, 10, tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=rf"the column 'prompt' holds {kind}.*, not texts; give one of texts"):
+        list(tables.read_texts(tmp_path / "p.parquet"))
+
+
+def test_parquet_that_says_how_far_it_blows_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single text of 400 million characters is 12 KB there."""
+    parquet_of("words", "x" * 10**6, 1, tmp_path / "p.parquet")
+    assert [len(text) for text in tables.read_texts(tmp_path / "p.parquet")] == [10**6]
+    monkeypatch.setattr(tables, "LARGEST_BLOWN_UP", 10**5)
+    with pytest.raises(UserError, match=r"bytes of the column 'prompt' become 1,0\d\d,\d\d\d; write it again"):
+        list(tables.read_texts(tmp_path / "p.parquet"))
+    parquet_of("words", "a cat", 10**5, tmp_path / "p.parquet")  # the same word is stored once
+    assert sum(1 for _ in tables.read_texts(tmp_path / "p.parquet")) == 10**5
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_the_words_of_an_endless_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """Of 16 million characters, all were split into words before their number was looked at."""
+    monkeypatch.setattr(tables, "LONGEST_TEXT", 3_000)
+    texts, path = ["cat " * 10_000, "dog"], tmp_path / f"p{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(pa.table({"prompt": texts}), path)
+    elif suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    else:
+        path.write_text("\n".join(["prompt", *texts]) if suffix == ".csv" else "\n".join(texts))
+    assert [len(text) for text in tables.read_texts(path)] == [3_000, 3]
+    cli.clean(path, out=tmp_path / "clean.txt")
+    assert (tmp_path / "clean.txt").read_text() == "dog\n"
 
 
 class Numbered:
@@ -161,6 +222,30 @@ def test_encoded_prompts_that_claim_another_number(cache: Path, count: Any) -> N
         open_conditions(cache, {"k": 1})
     with pytest.raises(UserError, match=r"another count|is damaged"):
         open_conditions(cache, {"k": 1}, 3)
+
+
+@pytest.mark.parametrize("name", ["index.json", "extras.safetensors", "conditions_00000.safetensors"])
+def test_a_pipe_among_encoded_prompts(cache: Path, name: str) -> None:
+    """Reading and going on waited for ever."""
+    (cache / name).unlink()
+    os.mkfifo(cache / name)
+    for use in (
+        lambda: open_conditions(cache, {"k": 1}, 3),
+        lambda: encode_prompts(cache, {"k": 1}, Numbered(), encode, None, torch.randn(4, 2, 2), batch=3),
+    ):
+        with pytest.raises(UserError, match=f"{name} is no regular file; delete it"):
+            use()
+
+
+def test_a_lock_that_leads_elsewhere(tmp_path: Path) -> None:
+    """To list runs emptied the file that a run's lock was a link to, with filelock before 3.20.3."""
+    (tmp_path / "thesis.tex").write_text("years")
+    (tmp_path / "run").mkdir()
+    for link in (Path.symlink_to, Path.hardlink_to):
+        (tmp_path / "run" / ".lock").unlink(missing_ok=True)
+        link(tmp_path / "run" / ".lock", tmp_path / "thesis.tex")
+        assert not is_running(tmp_path / "run")
+        assert (tmp_path / "thesis.tex").read_text() == "years"
 
 
 WRONG: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {

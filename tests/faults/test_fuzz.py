@@ -1,8 +1,8 @@
 """Mutated input of every kind: each case ends in an error class of ours or works.
 
-Never another exception, thirty seconds of processor time, half a GiB of memory, a write outside the output folder, a
-process, a connection or a pickle. A few seconds here; the long form is `STEPFOLD_FUZZ=10000` (cases a test, at random)
-in the environment. What it found is in `test_found.py`.
+Never another exception, thirty seconds of processor time or a minute of waiting, half a GiB of memory, a write outside
+the output folder (by a link too), a process, a connection or a pickle. A few seconds here; the long form is
+`STEPFOLD_FUZZ=10000` (cases a test, at random) in the environment. What it found is in `test_found.py`.
 """
 
 import copy
@@ -11,24 +11,29 @@ import gzip
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest.mock import patch
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from safetensors.torch import save_file
 from torch import nn
 
@@ -56,9 +61,11 @@ from stepfold.training.runs import (
     save_checkpoint,
     set_aside_damaged,
 )
+from stepfold.web.runs import compared, find_runs, preview_at, read_run, report_of, scores_of
 
 CASES = int(os.environ.get("STEPFOLD_FUZZ", "0"))
-CPU_SEC, MEMORY_GIB = 30, 0.5
+CPU_SEC, WAIT_SEC, MEMORY_GIB = 30, 60.0, 0.5
+MOST_GIB = 4  # more than that no case gets, so that a finding does not take the machine along
 OUTCOMES: Counter[str] = Counter()
 FINDINGS: dict[str, list[str]] = {}
 CPU = torch.device("cpu")
@@ -98,6 +105,25 @@ FORBIDDEN = (
 )
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate", "os.chmod")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+FOLLOWS = ("open", "os.truncate", "os.chmod")
+
+
+def changed_paths(event: str, args: tuple[Any, ...]) -> Iterator[Path]:
+    """What an event changes: links on the way are followed, one in its place only by what follows those."""
+    names: list[tuple[Any, int]] = []  # a path, and the open folder that it is relative to; -1 is where we are
+    if event == "open" and isinstance(args[2], int) and args[2] & WRITES:
+        names = [(args[0], -1)]
+    elif event in ("os.rename", "os.link"):
+        names = [(args[0], args[2]), (args[1], args[3])]
+    elif event in CHANGES:
+        names = [(args[1], args[2]) if event == "os.symlink" else (args[0], -1 if event == "os.truncate" else args[-1])]
+    for name, below in names:
+        if isinstance(name, str | bytes | os.PathLike):
+            path = Path(f"/proc/self/fd/{below}" if below >= 0 else ".", os.fsdecode(name))
+            follows = event in FOLLOWS and not (event == "open" and args[2] & os.O_NOFOLLOW)
+            yield Path(
+                os.path.realpath(path) if follows else os.path.realpath(path.parent), "" if follows else path.name
+            )
 
 
 def audit(event: str, args: tuple[Any, ...]) -> None:
@@ -105,12 +131,9 @@ def audit(event: str, args: tuple[Any, ...]) -> None:
         return
     if event in FORBIDDEN:
         Watch.seen.append(f"{event} {args}")
-    writes = event == "open" and isinstance(args[2], int) and args[2] & WRITES
-    for path in args[:1] if writes else args[:2] if event in CHANGES else ():
-        if isinstance(path, str | bytes | os.PathLike):
-            where = Path(os.path.abspath(os.fsdecode(path)))
-            if not where.is_relative_to(Watch.inside) and str(where) != "/dev/null":
-                Watch.seen.append(f"{event} {where}")
+    for where in changed_paths(event, args):
+        if not where.is_relative_to(Watch.inside) and str(where) != "/dev/null":
+            Watch.seen.append(f"{event} {where}")
 
 
 sys.addaudithook(audit)
@@ -118,7 +141,21 @@ sys.dont_write_bytecode = True
 
 
 def out_of_time(number: int, frame: Any) -> None:
-    raise Hang(f"still busy after {CPU_SEC} s")
+    raise Hang(f"still busy after {CPU_SEC} s, or waiting for more than {WAIT_SEC:.0f} s")
+
+
+def stop_waiting(folder: Path) -> None:
+    """Interrupts the case, and opens the pipes in its folder: native code that waits at one hears no signal."""
+    Watch.seen.append(f"waited for more than {WAIT_SEC:.0f} s")
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGPROF)
+    for path in folder.parent.rglob("*"):
+        if path.is_fifo():
+            os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+
+
+def memory_held() -> int:
+    """Bytes of what RLIMIT_DATA counts."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0])
 
 
 @contextmanager
@@ -127,7 +164,11 @@ def watched(inside: Path, kind: str) -> Iterator[None]:
     old = signal.signal(signal.SIGPROF, out_of_time)
     reset_peak_memory(CPU)
     before = peak_memory_gib(CPU)
-    Watch.seen, Watch.inside = [], inside
+    Watch.seen, Watch.inside = [], Path(os.path.realpath(inside))
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_held() + MOST_GIB * 2**30, limits[1]))
+    waiting = threading.Timer(WAIT_SEC, stop_waiting, [inside])
+    waiting.start()
     signal.setitimer(signal.ITIMER_PROF, CPU_SEC)
     outcome, said = "worked", ""
     try:
@@ -140,6 +181,8 @@ def watched(inside: Path, kind: str) -> Iterator[None]:
         outcome = "FAILED"
         note(kind, error)
     finally:
+        waiting.cancel()
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, old)
         Watch.inside = None
@@ -175,13 +218,20 @@ def test_the_watch_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """What is forbidden is found, so that its absence means something."""
     monkeypatch.setitem(globals(), "CASES", 0)
     inside = tmp_path / "inside"
-    inside.mkdir()
+    (inside / "folder" / "in it").mkdir(parents=True)
+    (inside / "way out").symlink_to(tmp_path)
+    (inside / "link").symlink_to(tmp_path / "outside")
     with watched(inside, "watch"):
         (inside / "a").write_text("x")
+        shutil.rmtree(inside / "folder")
+        (inside / "way out").rename(inside / "way")
         raise UserError("fine")
     for wrong in (
         lambda: (tmp_path / "outside").write_text("x"),
         lambda: (tmp_path / "outside").unlink(),
+        lambda: (inside / "link").write_text("x"),
+        lambda: (inside / "way" / "outside").unlink(),
+        lambda: (inside / "way" / "folder").mkdir(),
         lambda: os.system("true"),
     ):
         with pytest.raises(AssertionError, match=r"open|os\."), watched(inside, "watch"):
@@ -190,6 +240,10 @@ def test_the_watch_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         torch.ones(2**28).sum()
     with pytest.raises(KeyError), watched(inside, "watch"):
         raise KeyError("not ours")
+    monkeypatch.setitem(globals(), "WAIT_SEC", 0.2)
+    os.mkfifo(inside / "pipe")
+    with pytest.raises(Hang, match="waiting"), watched(inside, "watch"):
+        (inside / "pipe").read_text()
     OUTCOMES.clear()
 
 
@@ -294,6 +348,42 @@ def mistreated(draw: Any, data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + body
 
 
+THINGS = ("moved", "file outside", "folder outside", "nothing", "itself", "its folder", "pipe", "folder", "file")
+
+
+@st.composite
+def misplaced(draw: Any, folder: Path, new: Sequence[str], things: Sequence[str] = THINGS) -> dict[str, bytes]:
+    """Something else in the place of a file or a folder, or in a new one's: a link, a pipe, a folder or a file.
+
+    Returns:
+        What then lies outside, in `elsewhere` beside the folder: name -> content.
+    """
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    path, outside = folder / draw(st.sampled_from([*names, *new])), folder.parent / "elsewhere"
+    (outside / "folder" / "000003").mkdir(parents=True)
+    (outside / "file").write_text("thesis")
+    (outside / "folder" / "000003" / "state.json").write_text("{}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        shutil.move(path, outside / "moved")
+    thing = draw(st.sampled_from(things))
+    if thing == "pipe":
+        os.mkfifo(path)
+    elif thing == "folder":
+        (path / "in it").mkdir(parents=True)
+    elif thing == "file":
+        path.write_bytes(draw(st.binary(max_size=20)))
+    else:
+        goals = {"file outside": outside / "file", "folder outside": outside / "folder", "itself": path}
+        path.symlink_to(goals.get(thing, path.parent if thing == "its folder" else outside / thing))
+    return contents(outside)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Name -> content of all files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def json_bytes(value: Any) -> bytes:
     return json.dumps(value).encode()
 
@@ -311,22 +401,55 @@ LINES = [
 ]
 
 
-def valid_prompts() -> dict[str, bytes]:
+def written(lines: Sequence[str], suffix: str) -> bytes:
+    """A file of prompts."""
+    if suffix.endswith(".gz"):
+        return gzip.compress(written(lines, suffix.removesuffix(".gz")), compresslevel=1, mtime=0)
+    if suffix == ".txt":
+        return "\r\n".join(lines).encode()
+    if suffix == ".jsonl":
+        return b"".join(json_bytes({"id": i, "prompt": line}) + b"\n" for i, line in enumerate(lines))
+    if suffix == ".parquet":
+        sink = io.BytesIO()
+        parquet.write_table(pa.table({"prompt": list(lines), "id": list(range(len(lines)))}), sink)
+        return sink.getvalue()
     table = io.StringIO()
-    csv.writer(table).writerows([["id", "prompt"], *([i, line] for i, line in enumerate(LINES))])
-    rows = b"".join(json_bytes({"id": i, "prompt": line}) + b"\n" for i, line in enumerate(LINES))
-    files = {".txt": "\r\n".join(LINES).encode(), ".jsonl": rows, ".csv": table.getvalue().encode()}
-    files[".tsv"] = files[".csv"].replace(b",", b"\t")
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    sink = io.BytesIO()
-    parquet.write_table(pa.table({"prompt": LINES, "id": list(range(len(LINES)))}), sink)
-    files[".parquet"] = sink.getvalue()
-    return files | {f"{name}.gz": gzip.compress(data, mtime=0) for name, data in files.items() if name != ".parquet"}
+    rows = csv.writer(table, delimiter="," if suffix == ".csv" else "\t")
+    rows.writerows([["id", "prompt"], *([i, line] for i, line in enumerate(lines))])
+    return table.getvalue().encode()
 
 
-VALID = valid_prompts()
+SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv")
+VALID = {suffix: written(LINES, suffix) for suffix in (*SUFFIXES, *(f"{suffix}.gz" for suffix in SUFFIXES), ".parquet")}
+
+
+@st.composite
+def repeated(draw: Any, suffix: str) -> bytes:
+    """A few words over and over: in a line, in lines that are equal or nearly so, in the nested columns of parquet."""
+    words = draw(st.sampled_from(["cat", "a", "\U0001f436", "x" * 50, "the red cat sat", "\u3000", ",", '"', "\\"]))
+    count, rows = draw(st.sampled_from([(1, 20_000), (3, 5_000), (400, 300), (2_000, 20), (60_000, 3), (5_000_000, 1)]))
+    line = draw(st.sampled_from([" ", "", "\t", ", "])).join([words] * count)[: 2**24 - 100]
+    if suffix != ".parquet":
+        numbered = draw(st.booleans())
+        return written([f"{i} {line}" if numbered else line for i in range(rows)], suffix)
+    rows = draw(st.sampled_from([rows, min(50_000, 2**31 // len(line.encode()))]))  # 2 GiB of text at most
+    one = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([line]))
+    kinds: dict[str, Callable[[], pa.Array]] = {
+        "words": lambda: one,
+        "list": lambda: pa.ListArray.from_arrays(pa.array([0, rows], pa.int32()), one),
+        "struct": lambda: pa.StructArray.from_arrays([one], ["text"]),
+        "list of lists": lambda: pa.ListArray.from_arrays(
+            pa.array([0, 1], pa.int32()), pa.ListArray.from_arrays(pa.array([0, rows], pa.int32()), one)
+        ),
+    }
+    column, sink = kinds[draw(st.sampled_from(sorted(kinds)))](), io.BytesIO()
+    parquet.write_table(
+        pa.table({"prompt": column}), sink, store_schema=draw(st.booleans()), compression="zstd",
+        row_group_size=draw(st.sampled_from([2**30, 1000])),
+    )  # fmt: skip
+    return sink.getvalue()
+
+
 ROWS = st.lists(
     st.one_of(ODD, st.dictionaries(st.sampled_from(["prompt", "text", "", "id"]), ODD, max_size=3)), max_size=6
 )
@@ -348,9 +471,9 @@ CONTENTS = st.one_of(
 @fuzz(60)
 @given(data=st.data())
 def test_files_of_prompts(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
-    suffix, near = data.draw(st.sampled_from(sorted(VALID))), data.draw(st.booleans())
+    suffix, near = data.draw(st.sampled_from([*sorted(VALID), *[".parquet"] * 3])), data.draw(st.booleans())
     folder = tmp_path_factory.mktemp("prompts")
-    content = data.draw(spoilt(VALID[suffix]) | CONTENTS)
+    content = data.draw(data.draw(st.sampled_from([spoilt(VALID[suffix]), CONTENTS, CONTENTS, repeated(suffix)])))
     if suffix.endswith(".gz") and data.draw(st.booleans()):
         content = gzip.compress(content, mtime=0)
     file = folder / f"prompts{suffix}"
@@ -381,6 +504,9 @@ def test_files_of_prompts(tmp_path_factory: pytest.TempPathFactory, data: Any) -
 
 LAUGHS = "a: &a [x]\n" + "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}' if i else '*a'] * 9)}]\n" for i in range(9))
 """Nine times nine times ... lists, in a few lines."""
+YAML_KEYS = st.sampled_from(
+    ["seed", "training", "steps", "space", "guidance", "preset", "<<", "<<", '"<<"', "!!merge x", "*a ", "&b c", "? x"]
+)
 ODD_YAML = [
     "2024-99-99", "seed: 2024-13-45", "a: &a [*a]", "&a {training: *a}", "? [1, 2]\n: 3", "!!python/object:os.x {}",
     "!!python/object/apply:os.system ['touch ran']", "- " * 500, "[" * 500, "{" * 500, "seed: 0x", "seed: 0b",
@@ -391,9 +517,43 @@ ODD_YAML = [
 ]  # fmt: skip
 
 
+NAMES = st.sampled_from(["a", "b", "c"])
+NODES = st.recursive(
+    st.sampled_from(["1", "demo", "x", "[]", "{}"]) | NAMES.map("*{}".format),
+    lambda inner: st.one_of(
+        st.tuples(NAMES, inner).map(lambda pair: f"&{pair[0]} {pair[1]}"),
+        st.lists(inner, max_size=9).map(lambda nodes: f"[{', '.join(nodes)}]"),
+        st.lists(st.tuples(YAML_KEYS, inner), max_size=5).map(
+            lambda pairs: "{" + ", ".join(f"{key}: {node}" for key, node in pairs) + "}"
+        ),
+    ),
+    max_leaves=12,
+)
+"""Nodes of yaml that are named, used again, put into others with << and into themselves."""
+
+
+def multiplied(depth: int, width: int, merged: bool, place: str) -> str:
+    """A few lines whose last node holds all those before, again and again."""
+    rows = ["x0: &x0 {k0: 1}"]
+    for i in range(1, depth):
+        before = ", ".join([f"*x{i - 1}"] * width)
+        rows.append(f"x{i}: &x{i} {{<<: [{before}], k{i}: 1}}" if merged else f"x{i}: &x{i} [{before}]")
+    return "\n".join([*rows, place.format(f"*x{depth - 1}")])
+
+
+YAML_PLACES = st.sampled_from(
+    ["seed: {}", "training: {}", "training: {{<<: {}}}", "<<: {}", "preset: {}", "space: {{guidance: {}}}", "{}: 1"]
+)
+
+
 @st.composite
 def settings_text(draw: Any) -> str:
-    kind = draw(st.sampled_from(["changed", "changed", "spoilt", "odd", "text"]))
+    kind = draw(st.sampled_from(["changed", "changed", "spoilt", "odd", "text", "nodes", "nodes", "multiplied"]))
+    if kind == "nodes":
+        pairs = draw(st.lists(st.tuples(YAML_KEYS, NODES), min_size=1, max_size=6))
+        return "\n".join(f"{key}: {node}" for key, node in pairs)
+    if kind == "multiplied":
+        return multiplied(draw(st.integers(2, 9)), draw(st.integers(2, 9)), draw(st.booleans()), draw(YAML_PLACES))
     whole = yaml.safe_load(to_yaml(load_config("demo")))
     if kind == "changed":
         return yaml.safe_dump(json.loads(json.dumps(draw(changed(whole)), ensure_ascii=False)), allow_unicode=True)
@@ -408,7 +568,7 @@ def settings_text(draw: Any) -> str:
 @given(data=st.data())
 def test_settings(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     text, key = data.draw(settings_text()), data.draw(st.sampled_from(setting_names()) | TEXT)
-    value = data.draw(TEXT | st.sampled_from(["2024-99-99", "[" * 500]))
+    value = data.draw(TEXT | NODES | st.sampled_from(["2024-99-99", "[" * 500]))
     folder = tmp_path_factory.mktemp("settings")
     file = folder / "settings.yaml"
     file.write_bytes(text.encode("utf-8", "surrogateescape") if "\ud800" not in text else b"\xed\xa0\x80")
@@ -461,8 +621,10 @@ def test_encoded_prompts(conditions: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("conditions") / "copy"
     shutil.copytree(conditions, folder)
     file = folder / data.draw(st.sampled_from(sorted(path.name for path in folder.iterdir())))
-    content = file.read_bytes()
-    if file.suffix == ".json":
+    content, outside = file.read_bytes(), None
+    if data.draw(st.integers(0, 3)) == 0:
+        outside = data.draw(misplaced(folder, (".index.json.part", ".extras.safetensors.part")))
+    elif file.suffix == ".json":
         file.write_bytes(data.draw(changed(json.loads(content)).map(json_bytes) | spoilt(content)))
     else:
         file.write_bytes(data.draw(mistreated(content)))
@@ -472,6 +634,7 @@ def test_encoded_prompts(conditions: Path, tmp_path_factory: pytest.TempPathFact
         assert rows.embeds.is_floating_point() and len(rows) == 3
     with watched(folder, "conditions, write"):
         encode_prompts(folder, KEY, Numbered(), fake_encode, None, torch.randn(4, 2, 2), batch=2)
+    assert outside is None or contents(folder.parent / "elsewhere") == outside
     shutil.rmtree(folder.parent)
 
 
@@ -519,6 +682,24 @@ def resume(folder: Path) -> None:
         lock.release(force=True)
 
 
+def look_at(folder: Path) -> None:
+    """What `stepfold runs` and the page of `stepfold demo` read, but for drawing curves."""
+    for name in find_runs(folder.parent):
+        run = read_run(folder.parent, name)
+        scores_of(run)
+        compared(run, run)
+        for show in (lambda run=run: preview_at(run, 3), lambda run=run: report_of(run)):
+            with suppress(UserError):
+                show()
+
+
+NEW_IN_A_RUN = (
+    ".config.yaml.part", ".metrics.jsonl.part", ".blacks.safetensors.part", ".student.part", ".student.aside.part",
+    "checkpoints/.000003.part", "checkpoints/.000002.aside.part", "checkpoints/000003", "checkpoints/damaged_000002",
+    "student", "previews", "previews/step_000002.png", "report.json", "report.html", "tensorboard",
+)  # fmt: skip
+
+
 @fuzz(80)
 @given(data=st.data())
 def test_run_folders(run_folder: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
@@ -529,8 +710,10 @@ def test_run_folders(run_folder: Path, tmp_path_factory: pytest.TempPathFactory,
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != ".lock"
     )
     file = folder / data.draw(st.sampled_from(names))
-    content = file.read_bytes()
-    if file.suffix == ".json":
+    content, outside = file.read_bytes(), None
+    if data.draw(st.integers(0, 3)) == 0:
+        outside = data.draw(misplaced(folder, NEW_IN_A_RUN))
+    elif file.suffix == ".json":
         content = data.draw(changed(json.loads(content)).map(json_bytes) | spoilt(content))
     elif file.suffix == ".jsonl":
         rows = [json.loads(line) for line in content.splitlines()]
@@ -540,11 +723,15 @@ def test_run_folders(run_folder: Path, tmp_path_factory: pytest.TempPathFactory,
         content = data.draw(settings_text().map(lambda text: text.encode("utf-8", "replace")))
     else:
         content = data.draw(mistreated(content))
-    file.write_bytes(content)
-    if hidden and file.name != CHECKSUMS and (sums := file.parent / CHECKSUMS).exists():
+    if outside is None:
+        file.write_bytes(content)
+    if outside is None and hidden and file.name != CHECKSUMS and (sums := file.parent / CHECKSUMS).exists():
         sums.write_text(json.dumps(json.loads(sums.read_text()) | {file.name: checksum(file)}))
+    with watched(folder, "run folder, listed"):
+        look_at(folder)
     with watched(folder, "run folder"):
         resume(folder)
+    assert outside is None or contents(folder.parent / "elsewhere") == outside
     shutil.rmtree(folder.parent)
 
 
@@ -564,8 +751,11 @@ def test_pipeline_folders(tiny_sana: Path, tmp_path_factory: pytest.TempPathFact
     place = folder / part
     files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
     file = data.draw(st.sampled_from(files))
-    content = file.read_bytes()
-    if file.suffix == ".json" and len(content) < 20_000:
+    content, outside = file.read_bytes(), None
+    if data.draw(st.integers(0, 3)) == 0:
+        things = [thing for thing in THINGS if thing != "itself"]  # in Python 3.11 safety.py has a traceback for it
+        outside = data.draw(misplaced(folder, ("vae/pytorch_model.bin", "vae/more.json", "README.md"), things))
+    elif file.suffix == ".json" and len(content) < 20_000:
         file.write_bytes(data.draw(changed(json.loads(content)).map(json_bytes) | spoilt(content)))
     elif file.suffix == ".safetensors":
         file.write_bytes(data.draw(mistreated(content)))
@@ -579,6 +769,7 @@ def test_pipeline_folders(tiny_sana: Path, tmp_path_factory: pytest.TempPathFact
         condition = teacher.encode(["a cat", "pizza on a white plate"])
         x = torch.randn(2, *teacher.latent_shape)
         teacher.velocity(x, torch.tensor([0.3, 1.2]), condition, torch.tensor([4.5, 1.0]))
+    assert outside is None or contents(folder.parent / "elsewhere") == outside
     shutil.rmtree(folder.parent)
 
 

@@ -195,6 +195,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is no folder of encoded prompts.
     """
+    for path in sorted(folder.glob("*")):
+        if not (path.is_file() or path.is_dir()):  # whoever opens a pipe waits
+            raise UserError(f"{path} is no regular file; delete it, then encode again")
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -13,8 +13,12 @@ from stepfold.errors import UserError
 USUAL = ("prompt", "text", "caption")
 """Columns that are taken without being named, whatever their case."""
 TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+LARGEST_BLOWN_UP, LARGEST_RATIO = 2**28, 1000
+"""Bytes of one column of a row group of parquet that is so many times as large as it is in the file."""
 LONGEST_LINE = 2**24
 """Characters; a file of a single endless line, gzipped or not, does not fill the memory."""
+LONGEST_TEXT = 2**20
+"""Characters of a text that are looked at: a prompt has 2,000, and a longer one's words take many times its room."""
 csv.field_size_limit(LONGEST_LINE)
 
 
@@ -26,7 +30,7 @@ def kind_of(path: Path) -> str:
 
 
 def read_texts(path: Path, column: str | None = None) -> Iterator[str]:
-    """Every prompt of a file, in its order, as it stands there.
+    """Every prompt of a file, in its order, as it stands there, of a longer one the first LONGEST_TEXT characters.
 
     Args:
         path: of the file; a text file has one prompt a line.
@@ -35,6 +39,11 @@ def read_texts(path: Path, column: str | None = None) -> Iterator[str]:
     Raises:
         UserError: no such file or column, or a line that cannot be read, named by its number.
     """
+    return (text[:LONGEST_TEXT] for text in _texts(path, column))
+
+
+def _texts(path: Path, column: str | None) -> Iterator[str]:
+    """See `read_texts`."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a file of prompts (txt, jsonl, csv, tsv or parquet)")
     kind = kind_of(path)
@@ -125,14 +134,18 @@ def _whole(text: str) -> str:
 
 def _parquet(path: Path, column: str | None) -> Iterator[str]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, parquet, types
     except ImportError:
         raise UserError("parquet needs pyarrow: pip install pyarrow") from None
     try:
         schema = parquet.read_schema(path)
         name = _chosen(path, schema.names, column)
-        words = [name] if str(schema.field(name).type) in ("string", "large_string", "binary", "large_binary") else None
+        kind = schema.field(name).type
+        if types.is_nested(kind):  # of which a few hundred bytes become gigabytes
+            raise UserError(f"{path}: the column {name!r} holds {kind}, not texts; give one of texts with --column")
+        words = [name] if str(kind) in ("string", "large_string", "binary", "large_binary") else None
         file = parquet.ParquetFile(path, read_dictionary=words)  # a word that is repeated stays one
+        _check_size(path, file, name)
         for batch in file.iter_batches(columns=[name], batch_size=8192):
             for value in batch.column(0):
                 yield str(value.as_py() or "")
@@ -140,3 +153,16 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
         if isinstance(error, UserError | UnicodeDecodeError):
             raise
         raise UserError(f"{path}: is no parquet file that can be read ({error}); is it whole?") from None
+
+
+def _check_size(path: Path, file: Any, name: str) -> None:
+    """Refuses a column that says of itself that it becomes far more than it is in the file."""
+    for group in range(file.metadata.num_row_groups):
+        columns = (file.metadata.row_group(group).column(i) for i in range(file.metadata.num_columns))
+        for column in columns:
+            small, large = column.total_compressed_size, column.total_uncompressed_size
+            if column.path_in_schema == name and large > max(LARGEST_BLOWN_UP, LARGEST_RATIO * small):
+                raise UserError(
+                    f"{path}: {small:,} bytes of the column {name!r} become {large:,}; "
+                    "write it again in smaller row groups, or as text, one prompt a line"
+                )
