@@ -38,6 +38,7 @@ from stepfold.training.runs import (
     rewind_metrics,
     save_checkpoint,
 )
+from stepfold.web.runs import preview_at, read_run, scores_of
 
 
 def refused(path: Path, content: bytes, message: str) -> None:
@@ -152,7 +153,7 @@ def test_parquet_of_nested_columns(tmp_path: Path, kind: str) -> None:
 def test_parquet_that_says_how_far_it_blows_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A single text of 400 million characters is 12 KB there."""
     parquet_of("words", "x" * 10**6, 1, tmp_path / "p.parquet")
-    assert [len(text) for text in tables.read_texts(tmp_path / "p.parquet")] == [10**6]
+    assert [len(text) for text in tables.read_texts(tmp_path / "p.parquet")] == [tables.LONGEST_TEXT]
     monkeypatch.setattr(tables, "LARGEST_BLOWN_UP", 10**5)
     with pytest.raises(UserError, match=r"bytes of the column 'prompt' become 1,0\d\d,\d\d\d; write it again"):
         list(tables.read_texts(tmp_path / "p.parquet"))
@@ -237,15 +238,26 @@ def test_a_pipe_among_encoded_prompts(cache: Path, name: str) -> None:
             use()
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "report.json", "report.html", "previews/step_000001.png"])
+def test_a_link_to_itself_in_a_run_that_is_listed(tmp_path: Path, name: str) -> None:
+    """Where it leads was a RuntimeError, to `stepfold runs` and to the page."""
+    open_run(tmp_path / "run", load_config("demo"), resume=False).release(force=True)
+    (tmp_path / "run" / "previews").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "run" / name)
+    run = read_run(tmp_path, "run")
+    assert (run.state, run.step, run.has_report, scores_of(run)) == ("stopped", 0, False, (1, {}))
+    if run.previews:
+        with pytest.raises(UserError, match="is not there"):
+            preview_at(run, 1)
+
+
 def test_a_lock_that_leads_elsewhere(tmp_path: Path) -> None:
-    """To list runs emptied the file that a run's lock was a link to, with filelock before 3.20.3."""
+    """To list runs emptied the file that a run's lock was a link to, with filelock 3.16."""
     (tmp_path / "thesis.tex").write_text("years")
     (tmp_path / "run").mkdir()
-    for link in (Path.symlink_to, Path.hardlink_to):
-        (tmp_path / "run" / ".lock").unlink(missing_ok=True)
-        link(tmp_path / "run" / ".lock", tmp_path / "thesis.tex")
-        assert not is_running(tmp_path / "run")
-        assert (tmp_path / "thesis.tex").read_text() == "years"
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "thesis.tex")
+    assert not is_running(tmp_path / "run")
+    assert (tmp_path / "thesis.tex").read_text() == "years"
 
 
 WRONG: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {

@@ -432,7 +432,7 @@ def repeated(draw: Any, suffix: str) -> bytes:
     if suffix != ".parquet":
         numbered = draw(st.booleans())
         return written([f"{i} {line}" if numbered else line for i in range(rows)], suffix)
-    rows = draw(st.sampled_from([rows, min(50_000, 2**31 // len(line.encode()))]))  # 2 GiB of text at most
+    rows = draw(st.sampled_from([rows, min(50_000, 2**29 // len(line.encode()))]))  # half a GiB of text at most
     one = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([line]))
     kinds: dict[str, Callable[[], pa.Array]] = {
         "words": lambda: one,

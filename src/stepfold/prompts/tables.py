@@ -17,7 +17,7 @@ LARGEST_BLOWN_UP, LARGEST_RATIO = 2**28, 1000
 """Bytes of one column of a row group of parquet that is so many times as large as it is in the file."""
 LONGEST_LINE = 2**24
 """Characters; a file of a single endless line, gzipped or not, does not fill the memory."""
-LONGEST_TEXT = 2**20
+LONGEST_TEXT = 2**16
 """Characters of a text that are looked at: a prompt has 2,000, and a longer one's words take many times its room."""
 csv.field_size_limit(LONGEST_LINE)
 

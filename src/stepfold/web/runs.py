@@ -231,7 +231,7 @@ def _file(folder: Path, name: str) -> Path | None:
     try:
         inside = path.resolve().is_relative_to(folder.resolve())
         return path if inside and path.is_file() else None
-    except OSError:
+    except (OSError, RuntimeError):  # a link to itself is the latter before Python 3.13
         return None
 
 
