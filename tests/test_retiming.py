@@ -32,6 +32,7 @@ from stepfold.training.distill import Progress
 from stepfold.training.runs import checkpoints, read_metrics
 
 TREMOR = 0.1  # of the weights that read the fast sinusoids: a fifth of F, and most of dF/dt
+HARDLY_A_FIT = partial(fit_time_embedder, steps=5)
 FEW = ["training.prompts_per_step=2", "space.route_steps=4", "training.checkpoint_every=3", "teacher.max_tokens=16"]
 
 
@@ -129,13 +130,16 @@ def test_other_families_are_retimed_too(
         export_single_file(student, tmp_path / "one.safetensors")
 
 
-def test_a_stopped_run_goes_on_to_the_bit(thousands: Path, prompts_file: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_to_the_bit(
+    first_sana: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepfold.retiming.fit_time_embedder", HARDLY_A_FIT)
     settings, numbers = [*FEW, "training.steps=6"], tmp_path / "numbers.json"
-    retime(str(thousands), str(prompts_file), tmp_path / "a", 6, [*FEW], json_file=numbers, quiet=True)
+    retime(str(first_sana), str(prompts_file), tmp_path / "a", 6, [*FEW], json_file=numbers, quiet=True)
     assert json.loads(numbers.read_text())["size of dF/dt after"] > 0
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "checkpoints" / "000006")
-    run_retime(str(thousands), prompts_file, tmp_path / "b", settings, resume=True, display=Display(quiet=True))
+    run_retime(str(first_sana), prompts_file, tmp_path / "b", settings, resume=True, display=Display(quiet=True))
     a, b = (
         load_file(tmp_path / run / "teacher" / "transformer" / "diffusion_pytorch_model.safetensors") for run in "ab"
     )
@@ -146,7 +150,6 @@ def test_a_stopped_run_goes_on_to_the_bit(thousands: Path, prompts_file: Path, t
     )
 
 
-HARDLY_A_FIT = partial(fit_time_embedder, steps=5)
 Straight = tuple[str, Path, Path]
 
 
