@@ -234,3 +234,11 @@ def test_nothing_here_asks_for_remote_code() -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             said = [getattr(node, name, None) for name in ("arg", "id", "attr", "value", "custom_pipeline")]
             assert "trust_remote_code" not in said and "custom_pipeline" not in said, f"{file}:{node.lineno}"
+
+
+def test_a_link_to_itself_is_no_regular_file(tiny_sana: Path, tmp_path: Path) -> None:
+    """Before Python 3.13 `Path.resolve` raises RuntimeError for it."""
+    folder = shutil.copytree(tiny_sana, tmp_path / "teacher")
+    (folder / "vae" / "more.json").symlink_to("more.json")
+    with pytest.raises(UserError, match=r"holds vae/more\.json, which is no regular file; delete it"):
+        check_files(folder)
