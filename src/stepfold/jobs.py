@@ -72,6 +72,7 @@ from stepfold.training.runs import (
     open_run,
     read_metrics,
     remember_prompts,
+    remove_old_checkpoints,
     set_aside_damaged,
     writing,
 )
@@ -129,6 +130,7 @@ def run_distill(config: Config, folder: Path, *, resume: bool, display: Display,
         remember_prompts(folder, prompts.source, len(prompts), prompts.sha256)
         for finding in set_aside_damaged(folder):
             display.note(finding)
+        remove_old_checkpoints(folder, config.training.keep_checkpoints)  # a kill may have come before that
     processes.wait()
     if resume and not checkpoints(folder):
         display.note(f"{folder} holds no checkpoint yet: starting from the teacher")

@@ -39,6 +39,7 @@ from stepfold.training.runs import (
     load_checkpoint,
     open_run,
     remember_prompts,
+    remove_old_checkpoints,
     rewind_metrics,
     save_checkpoint,
     set_aside_damaged,
@@ -94,6 +95,7 @@ def run_retime(
     remember_prompts(folder, file.source, len(file), file.sha256)
     for finding in set_aside_damaged(folder):
         display.note(finding)
+    remove_old_checkpoints(folder, config.training.keep_checkpoints)
 
     network = copy.deepcopy(teacher.transformer).requires_grad_(True)
     compute_afresh(network.modules())

@@ -93,3 +93,15 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint(
     assert (broken / "checkpoints" / "damaged_000006").is_dir()
     spoil(broken / "checkpoints" / "000006" / "average.safetensors", rng)  # again, and the name is taken
     assert "damaged_000006_2" in set_aside_damaged(broken)[0]
+
+
+def test_a_finished_run_lets_go_of_the_checkpoint_that_a_kill_kept(
+    finished: tuple[Path, Path], tiny_sana: Path, tmp_path: Path
+) -> None:
+    """Killed between its last checkpoint and the end of the oldest; resumed, it writes none that would remove it."""
+    prompts, straight = finished
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    shutil.copytree(folder / "checkpoints" / "000002", folder / "checkpoints" / "000001")
+    run(tiny_sana, prompts, folder, resume=True)
+    assert [path.name for path in checkpoints(folder)] == ["000002", "000004", "000006"]

@@ -12,7 +12,7 @@ import pytest
 
 from stepfold.config import load_config
 from stepfold.errors import UserError
-from stepfold.training.runs import open_run, writing
+from stepfold.training.runs import checkpoints, open_run, remove_old_checkpoints, writing
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
@@ -77,6 +77,25 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path: Pat
         assert sorted(set(os.listdir(run)) - {".lock"}) == ["config.yaml", "student"]
     made = 4  # the new folder, its two files, and the first rename: until then the old one is in its place
     assert found == [(True, "old")] * made + [(False, "old")] + [(True, "new")] * 3, "two files and the folder go last"
+
+
+def test_a_kill_at_any_moment_of_the_rotation_leaves_whole_checkpoints(tmp_path: Path) -> None:
+    """And what it left to remove goes when the run goes on, which may have no checkpoint to write any more."""
+    found = []
+    for at in count():
+        run = tmp_path / f"run{at}"
+        open_run(run, load_config("demo"), resume=False).release(force=True)
+        for step in range(1, 5):
+            (run / "checkpoints").mkdir(exist_ok=True)
+            write(run / "checkpoints" / f"{step:06d}", str(step))
+        if not killed(at, lambda run=run: remove_old_checkpoints(run, 2)):
+            break
+        found.append([path.name for path in checkpoints(run)])
+        assert all(len(os.listdir(path)) == 2 for path in checkpoints(run))
+        open_run(run, load_config("demo"), resume=True).release(force=True)
+        remove_old_checkpoints(run, 2)
+        assert sorted(os.listdir(run / "checkpoints")) == ["000003", "000004"]
+    assert found[0] == ["000001", "000002", "000003", "000004"] and found[-1] == ["000003", "000004"]
 
 
 @pytest.mark.parametrize("moment", ["between the renames", "after both"])

@@ -307,8 +307,7 @@ def save_checkpoint(
             for file in part.iterdir():
                 with open(file, "r+b") as handle:  # Windows flushes nothing that is open for reading alone
                     os.fsync(handle.fileno())
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        remove_old_checkpoints(folder, keep)
 
     if background:
         background.start(write_files)
@@ -320,6 +319,15 @@ def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     named = [(int(path.name), path) for path in (folder / "checkpoints").glob("[0-9]*") if STEP.fullmatch(path.name)]
     return [path for _, path in sorted(named) if path.is_dir()]
+
+
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep`; each is renamed first, so that a kill leaves none that lacks some of its files."""
+    for old in checkpoints(folder)[:-keep]:
+        part = old.with_name(f".{old.name}.part")
+        with suppress(OSError):
+            os.replace(old, part)
+            _remove(part)
 
 
 def saved_step(folder: Path) -> int:
