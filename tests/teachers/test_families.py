@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -293,7 +293,8 @@ def test_a_lora_on_the_text_encoder_counts_in_the_student_too(prompts_file: Path
     """With conditions from disk the pipeline has no text encoder until the LoRA is merged."""
     folder = tiny.save(tiny.make_sd1, tmp_path / "pipeline")
     encoder = diffusers.StableDiffusionPipeline.from_pretrained(folder).text_encoder
-    encoder.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    lora = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    inject_adapter_in_model(lora, encoder)  # transformers' add_adapter can want a PEFT newer than the newest
     layers = get_peft_model_state_dict(encoder)
     diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", text_encoder_lora_layers=layers)
 

@@ -93,12 +93,17 @@ def language_of() -> Callable[[str], str]:
     """prompt -> code of its likeliest language.
 
     Raises:
-        UserError: py3langid is not installed.
+        UserError: py3langid is not installed, or the temporary folder has no room for its model.
     """
     try:
         from py3langid import classify
+
+        classify("")  # unpacks its model
     except ImportError:
         raise UserError("languages need py3langid: pip install py3langid") from None
+    except OSError as error:
+        fix = "make room, name another folder in TMPDIR, or leave languages out"
+        raise UserError(f"py3langid cannot unpack its model in the temporary folder: {error.strerror}; {fix}") from None
     return lambda prompt: classify(prompt)[0]
 
 

@@ -322,7 +322,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep`; each is renamed first, so that a kill leaves none that lacks some of its files."""
+    """Removes all but the newest `keep`; each is renamed first, so that a kill leaves none with files missing."""
     for old in checkpoints(folder)[:-keep]:
         part = old.with_name(f".{old.name}.part")
         with suppress(OSError):
