@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
@@ -156,11 +157,8 @@ def moments(out: Path, seconds: float, rng: random.Random) -> dict[str, Callable
 def contents(folder: Path) -> dict[str, bytes | dict[str, torch.Tensor]]:
     """What must be equal: metrics, weights and the student, but for the notes of names and times."""
     files = [folder / "metrics.jsonl", *sorted((folder / "checkpoints").rglob("*.safetensors"))]
-    files += (
-        sorted((folder / "student").rglob("*.safetensors"))
-        + sorted(folder.glob("conditions_*"))
-        + [folder / "extras.safetensors"]
-    )
+    students = (folder / "student").rglob("*.safetensors")
+    files += [*sorted(students), *sorted(shards(folder)), folder / "extras.safetensors"]
     found: dict[str, bytes | dict[str, torch.Tensor]] = {}
     found["previews"] = " ".join(sorted(path.name for path in (folder / "previews").glob("*"))).encode()
     for file in files:
@@ -226,11 +224,16 @@ def kill_distill(place: Place, kills: int, rng: random.Random) -> dict[str, obje
     }  # fmt: skip
 
 
+def shards(folder: Path) -> list[Path]:
+    """The whole shards of encoded prompts."""
+    return list(folder.glob("conditions_*"))
+
+
 def kill_encode(place: Place, kills: int, rng: random.Random) -> dict[str, object]:
     """`stepfold prompts encode`, killed at random moments and started again until it ends."""
     from stepfold.prompts import cache
 
-    cache.SHARD = 2  # three shards
+    cache.SHARD = 1  # six shards
     straight = place.folder / "encoded"
     began = time.monotonic()
     assert wait_until(start(place.encode(straight), place.folder / "encoded.log"), lambda: False) == 0
@@ -241,10 +244,13 @@ def kill_encode(place: Place, kills: int, rng: random.Random) -> dict[str, objec
         while True:
             pid = start(place.encode(out), place.folder / f"encoded{runs}.log")
             until = time.monotonic() + (rng.random() * whole_sec if done < kills else 1e9)
-            in_shard = rng.random() < 0.5
+            event = rng.choice([None, half_written, shards])  # at any moment, in a write, when one more shard is whole
+            there = len(shards(out))
 
-            def moment(until: float = until, in_shard: bool = in_shard, out: Path = out) -> bool:
-                return (in_shard and bool(half_written(out))) or time.monotonic() > until
+            def moment(until: float = until, event: Any = event, there: int = there, out: Path = out) -> bool:
+                if event is None:
+                    return time.monotonic() > until
+                return len(event(out)) > (there if event is shards else 0)
 
             code = wait_until(pid, moment if done < kills else lambda: False)
             if code is not None:

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -885,6 +886,7 @@ def presets(as_json: Annotated[bool, typer.Option("--json", help="Print json ins
 def main() -> None:
     """Runs the command line; a user's mistake is one line and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # diffusers, with torch 2.15
     try:
         sys.exit(app(prog_name="stepfold", standalone_mode=False) or 0)
     except ClickException as error:
