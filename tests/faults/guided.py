@@ -46,6 +46,9 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in tests:
         raise SystemExit(f"usage: python {sys.argv[0]} {{{','.join(tests)}}} [FOLDER] [-max_total_time=SECONDS]")
     name = sys.argv.pop(1)
+    for word in sys.argv[1:]:
+        if not word.startswith("-") and not Path(word).exists():
+            Path(word).mkdir(parents=True)  # libFuzzer does not
     below = Path(tempfile.gettempdir()) / f"stepfold-guided-{name}"
     shutil.rmtree(below, ignore_errors=True)  # an earlier call's: atheris leaves the process without a word
     below.mkdir()
