@@ -19,6 +19,9 @@ from stepfold.teachers.loading import load_merged
 from .conftest import relative, run_alone
 
 StudentOf = Callable[..., Path]
+needs_newer_torch = pytest.mark.skipif(
+    torch.__version__ < onnx.GRAPHS_SINCE, reason=f"onnx graphs need torch {onnx.GRAPHS_SINCE}"
+)
 PROMPTS = ["red heart", "a cat", "rocket on a white plate"]
 READS = {
     "sana": {"x", "t", "embeds", "mask", "guidance"},
@@ -48,6 +51,7 @@ def pictures_of(teacher: Any, x0: Tensor) -> Tensor:
     return pictures if teacher.frames == 1 else pictures.unflatten(3, (teacher.frames, -1)).transpose(2, 3)
 
 
+@needs_newer_torch
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "lora"), [*((family, 0) for family in READS), ("sd1", 4)])
 def test_onnxruntime_alone_gives_the_students_latents(
@@ -80,6 +84,7 @@ def test_onnxruntime_alone_gives_the_students_latents(
     assert relative((decoded / 2 + 0.5).clamp(0, 1), pictures_of(teacher, 0.5 * expected)) < 1e-4
 
 
+@needs_newer_torch
 def test_lumina_cannot_be_traced_and_says_so(student_of: StudentOf, tmp_path: Path) -> None:
     """diffusers' network for it counts tokens on the host."""
     with pytest.raises(UserError, match=r"torch makes no onnx graph of .*; use --to pipeline"):
@@ -87,15 +92,20 @@ def test_lumina_cannot_be_traced_and_says_so(student_of: StudentOf, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@needs_newer_torch
 def test_what_torch_cannot_trace_is_one_line(
     student_of: StudentOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*args: object) -> None:
-        raise RuntimeError("no such\nthing")
+        raise RuntimeError("step 3 of 3") from TypeError("no such\nthing")
 
     with monkeypatch.context() as patch:
         patch.setattr(onnx, "trace", fails)
         with pytest.raises(UserError, match=r"torch makes no onnx graph of .* \(no such\); use --to pipeline"):
+            run_export(student_of("sana"), "onnx", tmp_path / "onnx", force=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0"))
+        with pytest.raises(UserError, match=r"needs torch 2\.12 or newer, this is 2\.11\.0; install a newer one"):
             run_export(student_of("sana"), "onnx", tmp_path / "onnx", force=False)
     monkeypatch.setattr(onnx, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs onnx and onnxscript; pip install onnx onnxscript onnxruntime"):

@@ -18,6 +18,7 @@ from stepfold.teachers.once import compute_afresh
 from stepfold.training.runs import writing
 
 GRAPH = "model.onnx"
+GRAPHS_SINCE = "2.12"  # torch 2.10 and 2.11 fix the number of samples in the graphs of Sana, FLUX and PixArt
 
 README = """# A few-step student of `{teacher}`, as an onnx graph
 
@@ -30,6 +31,7 @@ B samples of L tokens:
 
 Embeddings are those of the teacher's text encoders, with their mask and pooled vector where the graph asks for them.
 Its autoencoder decodes `latents`, which is the last line below. `times` in `{card}` has the times for 1, 2 and 4 steps.
+Tested with onnxruntime 1.29 and newer.
 
 ```python
 import json
@@ -95,8 +97,13 @@ def export_onnx(folder: Path, out: Path) -> None:
     """A folder with the graph, the student's card and a README that says how to sample with it.
 
     Raises:
-        UserError: the libraries are missing, or torch cannot make a graph of this network.
+        UserError: the libraries are missing, torch is too old, or cannot make a graph of this network.
     """
+    if torch.__version__ < GRAPHS_SINCE:
+        raise UserError(
+            f"--to onnx needs torch {GRAPHS_SINCE} or newer, this is {torch.__version__}; "
+            "install a newer one, or use --to pipeline"
+        )
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise UserError(f"--to onnx needs {' and '.join(missing)}; pip install onnx onnxscript onnxruntime")
     teacher, student, card = load_merged(folder, "cpu")
@@ -115,7 +122,12 @@ def export_onnx(folder: Path, out: Path) -> None:
         with warnings.catch_warnings(action="ignore"):
             program = trace(student, inputs)
     except Exception as error:  # what the exporter trips over in a network comes as any kind
-        raise UserError(f"torch makes no onnx graph of {folder} ({first_line(error)}); use --to pipeline") from None
+        while isinstance(error.__cause__, Exception):  # the exporter's own errors say only in which step it failed
+            error = error.__cause__
+        raise UserError(
+            f"torch makes no onnx graph of {folder} ({first_line(error)}); "
+            "use --to pipeline, or try newer releases: pip install -U onnx onnxscript"
+        ) from None
     scale, offset = teacher.autoencoder_scale()
     read = {each.name: inputs[each.name] for each in program.model.graph.inputs}
     with writing(out) as part:
