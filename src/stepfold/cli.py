@@ -831,13 +831,13 @@ def convert(
 @app.command()
 def runs(
     folder: Annotated[Path, typer.Argument(help="Folder with runs in it, up to three folders deep.")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print json instead of a table.")] = False,
+    json_file: JsonOption = None,
 ) -> None:
     """List the runs in a folder: what became of them, how far they are, what their students score.
 
     stepfold runs
 
-    stepfold runs /data/runs --json
+    stepfold runs /data/runs --json runs.json
     """
     from rich.markup import escape
     from rich.table import Table
@@ -848,14 +848,12 @@ def runs(
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name the one that your runs are in (--out of stepfold distill)")
     found = [(run, *scores_of(run)) for run in (read_run(folder, name) for name in find_runs(folder))]
-    if as_json:
-        rows = [
-            {"name": run.name, "state": run.state, "step": run.step, "steps": run.steps, "problem": run.problem}
-            | {"scores": {str(calls): scores} if scores else {}}
-            for run, calls, scores in found
-        ]
-        typer.echo(json.dumps(rows, indent=2))
-        return
+    rows = [
+        {"name": run.name, "state": run.state, "step": run.step, "steps": run.steps, "problem": run.problem}
+        | {"scores": {str(calls): scores} if scores else {}}
+        for run, calls, scores in found
+    ]
+    write_json(json_file, rows)
     table = Table("run", "state", "steps done", "student", "accuracy", "FD", box=None)
     for run, calls, scores in found:
         steps = f"{run.step:,}" + (f" of {run.steps:,}" if run.steps and run.step < run.steps else "")
@@ -868,19 +866,19 @@ def runs(
 
 
 @app.command()
-def presets(as_json: Annotated[bool, typer.Option("--json", help="Print json instead of a table.")] = False) -> None:
+def presets(json_file: JsonOption = None) -> None:
     """List the presets, and what each is for; `stepfold distill --preset NAME --dry-run` prints one whole.
 
     stepfold presets
 
-    stepfold presets --json
+    stepfold presets --json presets.json
     """
     from stepfold.config import preset_names, preset_purpose
 
     purposes = {name: preset_purpose(name) for name in preset_names()}
     width = max(map(len, purposes))
-    lines = (f"{name:{width}}  {purpose}" for name, purpose in purposes.items())
-    typer.echo(json.dumps(purposes, indent=2) if as_json else "\n".join(lines))
+    write_json(json_file, purposes)
+    typer.echo("\n".join(f"{name:{width}}  {purpose}" for name, purpose in purposes.items()))
 
 
 def main() -> None:

@@ -117,20 +117,19 @@ def test_scores_and_bad_names_are_escaped(runs: Path, tmp_path: Path) -> None:
     assert "<p>1 step: accuracy 50.0%, FD 0.0100</p>" in html and "<img" not in html
 
 
-def test_the_command_lists_what_is_there(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lists_what_is_there(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a table for people, and as json with the same in it."""
-    list_runs(runs, as_json=False)
+    list_runs(runs, json_file=tmp_path / "runs.json")
     lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert lines["first"][:2] == ["finished", "3"] and lines["binary"][0] == "stopped"
-    list_runs(runs, as_json=True)
-    told = {run["name"]: run for run in json.loads(capsys.readouterr().out)}
+    told = {run["name"]: run for run in json.loads((tmp_path / "runs.json").read_text())}
     assert list(told) == find_runs(runs)
     assert (told["first"]["state"], told["first"]["step"], told["first"]["steps"]) == ("finished", 3, 3)
     assert told["broken"]["problem"]
 
 
 def test_the_command_says_where_there_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    list_runs(tmp_path, as_json=False)
+    list_runs(tmp_path)
     assert "no runs in" in capsys.readouterr().out
     with pytest.raises(UserError, match="nowhere is no folder; name the one"):
-        list_runs(tmp_path / "nowhere", as_json=False)
+        list_runs(tmp_path / "nowhere")
