@@ -289,14 +289,55 @@ def test_a_teacher_in_bfloat16(any_folder: Path, prompts_file: Path, tmp_path: P
     assert np.asarray(picture).std() > 1
 
 
-def test_a_lora_on_the_text_encoder_counts_in_the_student_too(prompts_file: Path, tmp_path: Path) -> None:
-    """With conditions from disk the pipeline has no text encoder until the LoRA is merged."""
+def save_text_lora(pipe: Any, encoders: list[str], folder: Path) -> None:
+    """A LoRA on these text encoders alone, as trainers write them; it stays active in `pipe`."""
+    layers = {}
+    for name in encoders:
+        encoder = getattr(pipe, name)
+        lora = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        inject_adapter_in_model(lora, encoder)  # transformers' add_adapter can want a PEFT newer than the newest
+        layers[f"{name}_lora_layers"] = get_peft_model_state_dict(encoder)
+    type(pipe).save_lora_weights(folder, **layers)
+
+
+@pytest.mark.parametrize(
+    ("family", "encoders"),
+    [
+        ("sd 1", ["text_encoder"]),
+        ("sdxl", ["text_encoder", "text_encoder_2"]),
+        ("sd3", ["text_encoder", "text_encoder_2"]),
+        ("flux dev", ["text_encoder"]),
+    ],
+)
+def test_a_student_has_the_loras_of_all_text_encoders(family: str, encoders: list[str], tmp_path: Path) -> None:
+    """Plain diffusers loads the student with text encoders that answer as the teacher's with its LoRA."""
+    folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    tokens = torch.arange(4, 12)[None]
+    before = [getattr(pipe, name)(tokens)[0] for name in encoders]
+    save_text_lora(pipe, encoders, tmp_path / "lora")
+    wanted = [getattr(pipe, name)(tokens)[0] for name in encoders]
+    teacher = load_teacher(TeacherSettings(source=str(folder), lora=str(tmp_path / "lora")), "cpu")
+    teacher.save_student(teacher.new_student(), tmp_path / "student")
+    student = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
+    for name, plain, expected in zip(encoders, before, wanted, strict=True):
+        assert not torch.allclose(plain, expected, atol=1e-2)
+        torch.testing.assert_close(getattr(student, name)(tokens)[0], expected)
+
+
+def test_a_lora_of_which_nothing_is_taken_is_refused(tiny_sana: Path, tmp_path: Path) -> None:
+    """diffusers warns and goes on without it."""
     folder = tiny.save(tiny.make_sd1, tmp_path / "pipeline")
-    encoder = diffusers.StableDiffusionPipeline.from_pretrained(folder).text_encoder
-    lora = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    inject_adapter_in_model(lora, encoder)  # transformers' add_adapter can want a PEFT newer than the newest
-    layers = get_peft_model_state_dict(encoder)
-    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", text_encoder_lora_layers=layers)
+    save_text_lora(diffusers.StableDiffusionPipeline.from_pretrained(folder), ["text_encoder"], tmp_path / "lora")
+    with pytest.raises(UserError, match=r"SanaPipeline takes none of its weights for text_encoder; give one that was"):
+        load_teacher(TeacherSettings(source=str(tiny_sana), lora=str(tmp_path / "lora")), "cpu")
+
+
+def test_a_lora_on_the_text_encoder_counts_with_conditions_from_disk(prompts_file: Path, tmp_path: Path) -> None:
+    """The pipeline has no text encoder then until the LoRA is merged."""
+    folder = tiny.save(tiny.make_sd1, tmp_path / "pipeline")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    save_text_lora(pipe, ["text_encoder"], tmp_path / "lora")
 
     config = settings(folder, prompts_file, f"teacher.lora={tmp_path / 'lora'}", "training.steps=1")
     run_encode(config.teacher, prompts_file, tmp_path / "cache", batch=5, display=Display(quiet=True), device="cpu")

@@ -1,5 +1,6 @@
 """A pipeline folder or a hub id: what its index says, and how it is loaded; safetensors only, nothing of it is run."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,18 @@ def merge_lora(pipe: Any, source: str, read_text_encoders: Callable[[], None]) -
             )
     try:
         found = pipe.lora_state_dict(source, use_safetensors=True)
-        if any(name.startswith("text_encoder") for name in (found[0] if isinstance(found, tuple) else found)):
+        named = {name.split(".")[0] for name in (found[0] if isinstance(found, tuple) else found)}
+        if any(part.startswith("text_encoder") for part in named):
             read_text_encoders()
         pipe.load_lora_weights(source, use_safetensors=True)
-        pipe.fuse_lora()
+        taken = list(pipe.get_list_adapters())
+        lost = {part for part in named if re.fullmatch(r"unet|transformer|text_encoder\w*", part)} - {*taken}
+        if lost or not taken:
+            raise UserError(
+                f"LoRA {source!r} does not load: {type(pipe).__name__} takes none of its weights"
+                f"{' for ' + ' and '.join(sorted(lost)) if lost else ''}; give one that was made for this teacher"
+            )
+        pipe.fuse_lora(components=taken)  # by itself it would leave out FLUX's text encoder
         pipe.unload_lora_weights()
     except (UserError, torch.OutOfMemoryError):
         raise
