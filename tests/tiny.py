@@ -37,6 +37,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -383,3 +384,14 @@ def save(make: Callable[[], Any], folder: Path) -> Path:
                 enliven(part)
     pipe.save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def save_text_lora(pipe: Any, encoders: list[str], folder: Path) -> None:
+    """A LoRA on these text encoders alone, as trainers write them; it stays active in `pipe`."""
+    layers = {}
+    for name in encoders:
+        encoder = getattr(pipe, name)
+        lora = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        inject_adapter_in_model(lora, encoder)  # transformers' add_adapter can want a PEFT newer than the newest
+        layers[f"{name}_lora_layers"] = get_peft_model_state_dict(encoder)
+    type(pipe).save_lora_weights(folder, **layers)

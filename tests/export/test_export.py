@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from diffusers import FluxPipeline
 
 from stepfold.errors import UserError
 from stepfold.export.pipeline import model_card
@@ -146,6 +148,22 @@ def test_a_lora_students_readme_loads_the_very_teacher(student_of: StudentOf) ->
     theirs = card["config"]["teacher"] | {"revision": "v2", "variant": "fp16"}
     card = card | {"teacher": "you/teacher", "config": card["config"] | {"teacher": theirs}}
     assert 'from_pretrained("you/teacher", revision="v2", variant="fp16")' in model_card(card)
+
+
+def test_a_lora_students_readme_merges_its_teachers_own_lora(student_of: StudentOf, tmp_path: Path) -> None:
+    """FLUX's text encoder, which `fuse_lora` leaves out unless told."""
+    student = student_of("flux", 4)
+    card, names = read_card(student), {}
+    pipe = FluxPipeline.from_pretrained(card["teacher"])
+    tiny.save_text_lora(pipe, ["text_encoder"], tmp_path / "lora")
+    theirs = card["config"]["teacher"] | {"lora": str(tmp_path / "lora")}
+    readme = model_card(card | {"config": card["config"] | {"teacher": theirs}}, name=str(student))
+    loading = re.search(r"```python\n(.*?)^image = ", readme, re.DOTALL | re.MULTILINE)
+    assert loading is not None
+    exec(loading[1], names)
+    tokens = torch.arange(4, 12)[None]
+    torch.testing.assert_close(names["pipe"].text_encoder(tokens)[0], pipe.text_encoder(tokens)[0])
+    assert any("lora_" in name for name in names["pipe"].transformer.state_dict())
 
 
 def test_a_lora_student_is_loaded_as_the_docs_say(student_of: StudentOf) -> None:

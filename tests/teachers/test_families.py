@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -289,17 +289,6 @@ def test_a_teacher_in_bfloat16(any_folder: Path, prompts_file: Path, tmp_path: P
     assert np.asarray(picture).std() > 1
 
 
-def save_text_lora(pipe: Any, encoders: list[str], folder: Path) -> None:
-    """A LoRA on these text encoders alone, as trainers write them; it stays active in `pipe`."""
-    layers = {}
-    for name in encoders:
-        encoder = getattr(pipe, name)
-        lora = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        inject_adapter_in_model(lora, encoder)  # transformers' add_adapter can want a PEFT newer than the newest
-        layers[f"{name}_lora_layers"] = get_peft_model_state_dict(encoder)
-    type(pipe).save_lora_weights(folder, **layers)
-
-
 @pytest.mark.parametrize(
     ("family", "encoders"),
     [
@@ -315,7 +304,7 @@ def test_a_student_has_the_loras_of_all_text_encoders(family: str, encoders: lis
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     tokens = torch.arange(4, 12)[None]
     before = [getattr(pipe, name)(tokens)[0] for name in encoders]
-    save_text_lora(pipe, encoders, tmp_path / "lora")
+    tiny.save_text_lora(pipe, encoders, tmp_path / "lora")
     wanted = [getattr(pipe, name)(tokens)[0] for name in encoders]
     teacher = load_teacher(TeacherSettings(source=str(folder), lora=str(tmp_path / "lora")), "cpu")
     teacher.save_student(teacher.new_student(), tmp_path / "student")
@@ -328,7 +317,7 @@ def test_a_student_has_the_loras_of_all_text_encoders(family: str, encoders: lis
 def test_a_lora_of_which_nothing_is_taken_is_refused(tiny_sana: Path, tmp_path: Path) -> None:
     """diffusers warns and goes on without it."""
     folder = tiny.save(tiny.make_sd1, tmp_path / "pipeline")
-    save_text_lora(diffusers.StableDiffusionPipeline.from_pretrained(folder), ["text_encoder"], tmp_path / "lora")
+    tiny.save_text_lora(diffusers.StableDiffusionPipeline.from_pretrained(folder), ["text_encoder"], tmp_path / "lora")
     with pytest.raises(UserError, match=r"SanaPipeline takes none of its weights for text_encoder; give one that was"):
         load_teacher(TeacherSettings(source=str(tiny_sana), lora=str(tmp_path / "lora")), "cpu")
 
@@ -337,7 +326,7 @@ def test_a_lora_on_the_text_encoder_counts_with_conditions_from_disk(prompts_fil
     """The pipeline has no text encoder then until the LoRA is merged."""
     folder = tiny.save(tiny.make_sd1, tmp_path / "pipeline")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
-    save_text_lora(pipe, ["text_encoder"], tmp_path / "lora")
+    tiny.save_text_lora(pipe, ["text_encoder"], tmp_path / "lora")
 
     config = settings(folder, prompts_file, f"teacher.lora={tmp_path / 'lora'}", "training.steps=1")
     run_encode(config.teacher, prompts_file, tmp_path / "cache", batch=5, display=Display(quiet=True), device="cpu")

@@ -39,7 +39,7 @@ LOAD_LORA = """pipe = {pipeline}.from_pretrained({teacher}{options})
 pipe.load_lora_weights({name})"""
 
 MERGE = """pipe.load_lora_weights({lora})
-pipe.fuse_lora()
+pipe.fuse_lora(components=[*pipe.get_list_adapters()])  # by itself it leaves some text encoders out
 pipe.unload_lora_weights()
 """
 
