@@ -99,9 +99,10 @@ def merge_lora(pipe: Any, source: str, read_text_encoders: Callable[[], None]) -
         taken = list(pipe.get_list_adapters())
         lost = {part for part in named if re.fullmatch(r"unet|transformer|text_encoder\w*", part)} - {*taken}
         if lost or not taken:
+            of = f" for {' and '.join(sorted(lost))}" if lost else ""
             raise UserError(
-                f"LoRA {source!r} does not load: {type(pipe).__name__} takes none of its weights"
-                f"{' for ' + ' and '.join(sorted(lost)) if lost else ''}; give one that was made for this teacher"
+                f"LoRA {source!r} does not load: {type(pipe).__name__} takes none of its weights{of}; "
+                f"give one that was made for this teacher{', or a copy without those' if lost else ''}"
             )
         pipe.fuse_lora(components=taken)  # by itself it would leave out FLUX's text encoder
         pipe.unload_lora_weights()
