@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,18 @@ def test_what_autograd_keeps_is_counted_once_and_without_weights() -> None:
         return h * h  # keeps it twice more
 
     assert kept_bytes(forward) == 8 * 16 * 4
+
+
+def test_what_was_counted_is_let_go_of() -> None:
+    weight, x, alive = torch.randn(16, 16, requires_grad=True), torch.randn(8, 16), []
+
+    def forward() -> Tensor:
+        h = (x @ weight).tanh()  # its backward pass needs its own output
+        alive.append(weakref.ref(h.untyped_storage()))
+        return h * h
+
+    kept_bytes(forward)
+    assert alive[0]() is None
 
 
 def test_blocks_that_are_recomputed_keep_less_and_give_the_same_gradient(teacher: SanaTeacher) -> None:

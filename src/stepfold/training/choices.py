@@ -216,7 +216,7 @@ def kept_bytes(forward: Callable[[], Tensor]) -> int:
     def note(value: Tensor) -> Tensor:
         if not value.is_leaf:
             storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        return value
+        return value.detach()  # itself, it would hold its own graph, and all of that for ever
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
         out = forward()  # held until the storages are counted: none is freed and used again
