@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from stepfold.config import OptimiserSettings
+from stepfold.training import processes
 from stepfold.training.optimisers import learning_rate, make_optimiser
 
 
@@ -53,6 +54,33 @@ def test_weight_decay_pulls_to_zero(name: str) -> None:
     parameter.grad = torch.zeros(4, 4)
     optimiser.step()
     assert torch.allclose(parameter, torch.full((4, 4), 0.95), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [2**26, 10])
+def test_came_takes_a_1_x_1_convolution_for_the_matrix_that_it_is(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights come out, in their own memory, from as little state; and in groups of parameters, too."""
+    monkeypatch.setattr(processes, "BUCKET", size)
+    start = torch.randn(6, 5)
+    shapes = [(6, 5), (6, 5, 1, 1), (6, 5, 1), (6, 5, 1, 1, 1)]
+    parameters = [nn.Parameter(start.clone().view(shape)) for shape in shapes]
+    parameters.append(nn.Parameter(start.clone().view(6, 5, 1, 1).contiguous(memory_format=torch.channels_last)))
+    memory = [parameter.data_ptr() for parameter in parameters]
+    optimiser = make_optimiser(parameters, OptimiserSettings(name="came", lr=1e-2))
+    assert len(optimiser.param_groups) == (1 if size > 10 else 5)
+    for _ in range(3):
+        loss = torch.stack([(parameter.flatten(1).sin() * start.cos()).sum() for parameter in parameters]).sum()
+        loss.backward()
+        optimiser.step()
+        for parameter in parameters:
+            assert parameter.grad is not None and parameter.grad.shape == parameter.shape
+        optimiser.zero_grad()
+    assert [parameter.data_ptr() for parameter in parameters] == memory
+    assert [tuple(parameter.shape) for parameter in parameters] == [*shapes, (6, 5, 1, 1)]
+    assert not torch.equal(parameters[0], start)
+    for parameter in parameters:
+        torch.testing.assert_close(parameter.flatten(1), parameters[0], rtol=1e-6, atol=1e-7)
+        kept = sum(value.numel() for value in optimiser.state[parameter].values() if isinstance(value, torch.Tensor))
+        assert kept <= 30 + 2 * (6 + 5) + 2
 
 
 def test_optimisers_reach_a_minimum() -> None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, AutocastKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from stepfold.config import Config, SpaceSettings
@@ -140,8 +140,10 @@ def distill(
     first = conditions([0]) if conditions else teacher.encode([prompts.prompt(0)])
     choice = choose_tangent(config, student, first, max(teacher.latent_shapes, key=math.prod), share)
     note_tangent(f"{choice.backend} ({choice.reason})")
-    if choice.recompute and not training.compile:
-        student.recompute_blocks()
+    if choice.recompute:  # autocast would keep copies of all weights until a pass is over
+        cast(Any, accelerator).autocast_handler = AutocastKwargs(cache_enabled=False)
+        if not training.compile:
+            student.recompute_blocks()
     if len(set(guidance_scales(config, teacher))) == 1:
         student.freeze_guidance()
     average = sharing_copy(student, [p for p in student.parameters() if not p.requires_grad]).requires_grad_(False)
@@ -240,8 +242,10 @@ def distill(
                 record = record_of(step, batch.prompts, pairs, figures, norm, 0.0)
                 return replace(record, pairs=kept, num_walked=walked, skipped=True)
             rate = learning_rate(step, training.steps, config.optimiser)
-            for group, factor in zip(optimiser.param_groups, (1.0, config.adversarial.lr_factor), strict=False):
-                group["lr"] = factor * rate
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            if discriminator:  # its group is the last
+                optimiser.param_groups[-1]["lr"] *= config.adversarial.lr_factor
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             move_average(average, student, min(training.ema, (1 + step) / (10 + step)))

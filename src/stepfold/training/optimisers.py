@@ -1,27 +1,58 @@
 """Optimisers by name; all of them come from libraries."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from stepfold.config import OptimiserSettings
+from stepfold.training.processes import buckets
 
 
 def make_optimiser(params: Iterable[Tensor], settings: OptimiserSettings) -> torch.optim.Optimizer:
     """AdamW from torch, CAME (arXiv:2307.02047) from pytorch-optimizer.
 
-    On a GPU AdamW is fused: the other kind makes whole lists of tensors as large as the weights while it steps.
+    On a GPU AdamW is fused: the other kind makes whole lists of tensors as large as the weights while it steps. CAME
+    gets its parameters in groups for that reason, and the kernels of 1 x 1 convolutions as the matrices that they are,
+    as Sana's own does: it would keep four numbers for each of theirs otherwise, in place of rows and columns.
     """
+    params = list(params)
     if settings.name == "adamw":
-        params = list(params)
         how = "fused" if all(parameter.is_cuda for parameter in params) else "foreach"
         return torch.optim.AdamW(
             params, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, **{how: True}
         )
     from pytorch_optimizer import CAME
 
-    return CAME(params, lr=settings.lr, weight_decay=settings.weight_decay)
+    class CAMEOfMatrices(CAME):
+        def step(self, closure: None = None) -> None:
+            with as_matrices(parameter for group in self.param_groups for parameter in group["params"]):
+                super().step(closure)
+
+    groups = [{"params": bucket} for bucket in buckets(params)]
+    return CAMEOfMatrices(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+@contextmanager
+def as_matrices(params: Iterable[Tensor]) -> Iterator[None]:
+    """Within it the kernels of 1 x 1 convolutions [O, I, 1, 1] and their gradients are [O, I], in the same memory."""
+    kernels = [
+        (parameter, parameter.data, parameter.grad)
+        for parameter in params
+        if parameter.grad is not None and parameter.dim() > 2 and set(parameter.shape[2:]) == {1}
+    ]
+    for kernel, data, grad in kernels:
+        kernel.grad = None  # it has to have the shape of its parameter
+        kernel.data = data.view(data.shape[:2])
+        kernel.grad = grad.view(grad.shape[:2])
+    try:
+        yield
+    finally:
+        for kernel, data, grad in kernels:
+            kernel.grad = None
+            kernel.data = data
+            kernel.grad = grad
 
 
 def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
