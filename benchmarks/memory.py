@@ -1,6 +1,7 @@
 """Peak memory of training against batch size: sCM with its VAE, sCM on cached latents, Sana-Sprint, TBCM.
 
-    python benchmarks/memory.py                     the bundled teacher, some minutes
+    python benchmarks/memory.py                                the bundled teacher, some minutes
+    python benchmarks/memory.py --size sana-0.6b --count       by count: no GPU, no weights (see counting.py)
 
 The methods are those of table T3 of `stepfold reproduce`. The batch size counts TBCM's prompts; the others, whose
 images are noised to one time each, get as many images as that makes pairs. Each number is the peak of a process of its
@@ -17,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from common import PeakMemory, console, in_child, make_parser, open_record, show, training_device, write_record
+from counting import STEPS, count_step
 from models import SIZES, Place, make_place, open_teacher
 from torch import Tensor
 
@@ -72,7 +74,8 @@ def settings(place: Place, method: str, prompts: int, steps: int, changes: Seque
     count = prompts * per_prompt(ours) // per_prompt(config)
     parts = [f"training.micro_batch={PART}"] if method == IN_PARTS else []
     config = config_of(METHODS[method], f"training.prompts_per_step={count}", f"training.steps={steps}", *parts)
-    return choose_precision(config.model_copy(update={"teacher": place.teacher}))
+    teacher = place.teacher.model_copy(update={"dtype": config.teacher.dtype})
+    return choose_precision(config.model_copy(update={"teacher": teacher}))
 
 
 def per_prompt(config: Config) -> int:
@@ -85,7 +88,7 @@ def method_memory(place: Place, config: Config, cached: bool) -> dict[str, float
     memory, peaks = PeakMemory(torch.device(place.device)), []
     accelerator = make_accelerator(config.training.precision)
     cache = place.cache if cached else None
-    teacher = open_teacher(place, with_encoders=not cached)
+    teacher = open_teacher(place, with_encoders=not cached, dtype=getattr(torch, config.teacher.dtype))
     device, prompts = teacher.device, place.prompts
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -101,13 +104,13 @@ def method_memory(place: Place, config: Config, cached: bool) -> dict[str, float
         memory.start()
         distill(
             config, folder, teacher, student, prompts, blacks, accelerator, latents=latents,
-            conditions=(lambda index: cache.rows(index).to(device, teacher.dtype)) if cache else None,
+            conditions=(lambda index: cache.rows(index).to(device, teacher.work_dtype)) if cache else None,
             report=lambda progress: peaks.append(memory.read()),
         )  # fmt: skip
     return peaks[-1]  # before the checkpoint is written
 
 
-def draw(records: dict[str, list[dict[str, Any]]], out: Path) -> None:
+def draw(records: dict[str, list[dict[str, Any]]], out: Path, what: str) -> None:
     """The figure, as svg and png beside the json file; above the libraries, which no GPU holds either."""
     rows = {
         f"{method}; {record['pairs_per_step']}": [record | {"peak_memory_gib": record["above_gib"]}]
@@ -115,7 +118,7 @@ def draw(records: dict[str, list[dict[str, Any]]], out: Path) -> None:
         for record in of
     }
     figure = draw_memory(rows)
-    figure.axes[0].set_ylabel("peak GiB above the libraries")
+    figure.axes[0].set_ylabel(f"peak {what}")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out.with_suffix(".svg"), metadata={"Date": None})
     figure.savefig(out.with_suffix(".png"), dpi=120)
@@ -129,21 +132,32 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     add("--prompts", type=int, nargs="+", default=[1, 2, 4, 8], help="TBCM's prompts a step (1 2 4 8)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="some of the methods")
     add("--steps", type=int, default=3, help="steps a process (3)")
+    add("--count", action="store_true", help="add up the bytes of a step's tensors instead, on this machine")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that differs from T3's")
     args = parser.parse_args(argv)
+    if args.count and args.size == "emoji":
+        parser.error("--count takes a shape of Sana: add --size tiny, sana-0.6b or sana-1.6b")
 
     device = training_device()
     record = open_record("memory", argv, device)
     records: dict[str, list[dict[str, Any]]] = {method: [] for method in args.methods}
-    record |= {"work": {"size": args.size, "steps": args.steps, "set": args.set}, "rows": records}
+    work = {"size": args.size, "steps": STEPS if args.count else args.steps, "set": args.set, "counted": args.count}
+    record |= {"work": work, "rows": records}
     with tempfile.TemporaryDirectory() as folder:
-        place = make_place(args.size, device.type, Path(folder))
+        place = Place(args.size, device.type, Path(folder))
+        if not args.count:
+            make_place(args.size, device.type, Path(folder))
         for prompts in args.prompts:
             for method, rows in records.items():
                 config = settings(place, method, prompts, args.steps, args.set)
                 pairs = config.training.prompts_per_step * per_prompt(config)
+                cached = method in (ENCODED, IN_PARTS)
                 try:
-                    peak = in_child(method_memory, place, config, method in (ENCODED, IN_PARTS))
+                    peak = (
+                        count_step(args.size, config, cached)
+                        if args.count
+                        else in_child(method_memory, place, config, cached)
+                    )
                 except torch.OutOfMemoryError:
                     console.print(f"{method}, {pairs} pairs: not in this device's memory")
                     continue
@@ -153,11 +167,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     counts = list(dict.fromkeys(row["pairs_per_step"] for rows in records.values() for row in rows))
     lines = []
     for method, rows in records.items():
-        cells = {row["pairs_per_step"]: f"{row['above_gib']:.2f} ({row['peak_gib']:.2f})" for row in rows}
+        more = [f" ({row['between_steps_gib' if args.count else 'peak_gib']:.2f})" for row in rows]
+        cells = {row["pairs_per_step"]: f"{row['above_gib']:.2f}{after}" for row, after in zip(rows, more, strict=True)}
         lines.append([method, *(cells.get(count, "-") for count in counts)])
-    head = ["GiB above the libraries (in all)", *(f"{count} pairs" for count in counts)]
+    what = "GiB by count" if args.count else "GiB above the libraries"
+    head = [f"{what} ({'between steps' if args.count else 'in all'})", *(f"{count} pairs" for count in counts)]
     show("Peak memory while training", head, lines)
-    draw(records, args.out)
+    draw(records, args.out, what)
     return record
 
 

@@ -152,15 +152,15 @@ def make_place(size: Size, device: str, folder: Path) -> Place:
     return place
 
 
-def open_teacher(place: Place, with_encoders: bool) -> SanaTeacher:
+def open_teacher(place: Place, with_encoders: bool, dtype: torch.dtype = torch.float32) -> SanaTeacher:
     """The teacher, with text encoder and autoencoder on the device, or without either and with cached conditions.
 
     On a GPU those two are in bfloat16, as users load them.
     """
     device = torch.device(place.device)
     if not with_encoders:
-        return load_teacher(place.teacher, device, network_only=True, null=place.cache.null)
-    teacher = load_teacher(place.teacher, device)
+        return load_teacher(place.teacher, device, dtype, network_only=True, null=place.cache.null)
+    teacher = load_teacher(place.teacher, device, dtype)
     if device.type != "cpu":
         for part in (teacher.pipe.text_encoder, teacher.pipe.vae):
             part.to(device, torch.bfloat16)

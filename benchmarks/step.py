@@ -130,12 +130,13 @@ class Bench:
 class Precision:
     """The part of accelerate's Accelerator that `update` calls; unlike it, two precisions fit into one process."""
 
-    def __init__(self, device: torch.device, bf16: bool) -> None:
-        self.device, self.bf16 = device, bf16
+    def __init__(self, device: torch.device, bf16: bool, cached: bool = True) -> None:
+        """`cached`: whether autocast keeps its copies of weights until a pass is over; see `distill`."""
+        self.device, self.bf16, self.cached = device, bf16, cached
 
     def autocast(self) -> torch.autocast:
         """As accelerate's."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=self.cached)
 
     def backward(self, loss: torch.Tensor, **options: Any) -> None:
         """As accelerate's."""
@@ -186,7 +187,7 @@ def gradient_of(bench: Bench, row: Row) -> Run:
     device, teacher, student = bench.device, bench.teacher, bench.student
     work = replace(bench.work, micro_batch=bench.work.states - 1) if row.walks else bench.work
     config = settings(work, row.dtype)
-    precision: Any = Precision(device, row.dtype == "bfloat16")
+    precision: Any = Precision(device, row.dtype == "bfloat16", cached=not row.recomputes)
     black = torch.zeros(teacher.latent_shape, device=device)
 
     def practice(turn: int, stages: Stages) -> None:

@@ -107,6 +107,58 @@ def test_memory_draws_what_it_measured(tmp_path: Path) -> None:
     assert (tmp_path / "memory.svg").stat().st_size > 1000 and (tmp_path / "memory.png").stat().st_size > 1000
 
 
+def test_bytes_are_counted_while_they_are_there() -> None:
+    with importlib.import_module("counting").CountedBytes() as counted:
+        a = torch.ones(1000)
+        view = a.view(10, 100)[2:]
+        assert counted.now == 4000
+        b = a.double()
+        assert counted.now == counted.peak == 12000
+        del a, b
+        assert counted.now == 4000  # the view holds all of it
+        del view
+    assert (counted.now, counted.peak) == (0, 12000)
+
+
+def test_memory_by_count(tmp_path: Path) -> None:
+    names = ["sCM with its VAE", "TBCM, conditions from a cache", "TBCM, conditions from a cache, in parts"]
+    recomputed = ["--set", "training.checkpointing=true"]
+    record = run("memory", tmp_path, "--count", "--prompts", "1", "--methods", *names, *recomputed)
+    assert record["work"]["counted"]
+    images, whole, parts = ((row["peak_gib"], row["between_steps_gib"]) for (row,) in map(record["rows"].get, names))
+    models = importlib.import_module("models")
+    with torch.device("meta"):
+        teacher = models.SanaTransformer2DModel(**models.TRANSFORMERS["tiny"])
+        student = models.SanaTransformer2DModel(**models.TRANSFORMERS["tiny"] | {"guidance_embeds": True})
+    sizes = [4 * sum(p.numel() for p in network.parameters()) for network in (teacher, student)]
+    stays = (sizes[0] + 4 * sizes[1]) / 2**30  # weights, average, AdamW's two moments
+    assert whole[1] == parts[1] == pytest.approx(stays, rel=0.02)
+    assert parts[0] < 0.7 * whole[0] and whole[1] < images[1] and whole[0] < images[0]
+
+
+def test_a_run_takes_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real one with numbers, at its peak and between two steps, when nothing but the states may be left."""
+    memory, counting = importlib.import_module("memory"), importlib.import_module("counting")
+    place = memory.make_place("tiny", "cpu", tmp_path)
+    config = memory.settings(place, memory.ENCODED, 1, counting.STEPS, ["training.checkpointing=true"])
+    with counting.CountedBytes() as counted:
+
+        class Bytes:
+            def __init__(self, device: torch.device) -> None:
+                pass
+
+            def start(self) -> None:
+                counted.peak = 0
+
+            def read(self) -> dict[str, float]:
+                return {"peak_gib": counted.peak / 2**30, "between_steps_gib": counted.now / 2**30}
+
+        monkeypatch.setattr(memory, "PeakMemory", Bytes)
+        found = memory.method_memory(place, config, True)
+    wanted = counting.count_step("tiny", config, True)
+    assert found == {name: pytest.approx(wanted[name], rel=0.05) for name in found}
+
+
 def test_sample_splits_the_time(tmp_path: Path) -> None:
     record = run("sample", tmp_path, "--rounds", "1", "--batches", "1", "2")
     assert list(record["batches"]) == ["1", "2"]

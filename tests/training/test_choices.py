@@ -149,6 +149,34 @@ def test_what_autograd_keeps_is_counted_once_and_without_weights() -> None:
     assert kept_bytes(forward) == 8 * 16 * 4
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(("optimiser", "copies"), [("adamw", 5), ("came", 4)])
+def test_the_estimate_is_what_a_pass_keeps_and_the_states(
+    teacher: SanaTeacher, settings: Settings, precision: str, optimiser: str, copies: int
+) -> None:
+    size = ("space.route_steps=4", "training.prompts_per_step=3")
+    config = settings(*size, f"training.precision={precision}", f"optimiser.name={optimiser}")
+    student, condition = teacher.new_student(), teacher.encode(["fox"])
+    network, x, t = choices.trial(student, condition, teacher.latent_shape, count=9)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        kept = kept_bytes(lambda: network(x, t))
+    states = copies * sum(p.numel() * p.element_size() for p in student.parameters())
+    need, fits = choices.memory_estimate(config, student, condition, teacher.latent_shape, 3)
+    assert need * 2**30 == pytest.approx(kept + states, rel=1e-6) and fits
+
+
+def test_where_not_even_three_pairs_have_room_blocks_are_recomputed(
+    teacher: SanaTeacher, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(forward: Callable[[], Tensor]) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(choices, "kept_bytes", no_room)
+    choice = chosen(teacher, settings())
+    assert (choice.backend, choice.recompute) == ("block", True)
+    assert "more than there is, blocks recomputed" in choice.reason
+
+
 def test_what_was_counted_is_let_go_of() -> None:
     weight, x, alive = torch.randn(16, 16, requires_grad=True), torch.randn(8, 16), []
 

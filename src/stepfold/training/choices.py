@@ -25,7 +25,7 @@ HALF_AGREEMENT = 5e-2  # and in bfloat16, in which a LoRA on a teacher of such w
 TRIALS = 3  # states at which they may differ by more before they are said to
 MEMORY_SHARE = 0.8  # of the device's memory, that the estimate of a step may take
 LARGEST_HEAP_BLOCK = 32 * 2**20  # bytes; glibc takes larger ones from the system whatever it is told
-STATES_PER_WEIGHT = 5  # weight, gradient, AdamW's two moments, exponential moving average
+STATES_PER_WEIGHT = {"adamw": 5, "came": 4}  # weight, gradient, average, first moment; AdamW's second
 
 
 def choose_precision(config: Config) -> Config:
@@ -107,8 +107,8 @@ def choose_tangent(
     3. Compiled, `one_pass` becomes `two_pass` where block and tangent cannot be one piece of code: torch does not
        compile the tangent of a group norm, and unfused attention of many queries would be in memory whole.
     4. Where that step is estimated to need more than 80% of the device's memory, the blocks are recomputed: `one_pass`
-       becomes `block`. The estimate: what autograd keeps for one pair, times the pairs of a backward pass, five
-       copies of the weights, and on a GPU what this run holds there besides: teacher, text encoder.
+       becomes `block`. The estimate: what autograd keeps for the pairs of a backward pass, the weights as often as the
+       optimiser has them, and on a GPU what this run holds there besides: teacher, text encoder.
 
     Args:
         config: the settings.
@@ -131,7 +131,8 @@ def choose_tangent(
             name, reason = "two_pass", f"compiled, {problem}, so two_pass"
         if half and name == "finite_difference":
             raise UserError(f"{reason}, which needs float32; leave teacher.dtype out, or take objective=discrete")
-    memory = f"activations and states about {need:.2g} GiB" + (", blocks recomputed" if recompute else "")
+    much = f"about {need:.2g} GiB" if math.isfinite(need) else "more than there is"
+    memory = f"activations and states {much}" + (", blocks recomputed" if recompute else "")
     return TangentChoice("block" if name == "one_pass" and recompute else name, recompute, f"{reason}; {memory}")
 
 
@@ -180,28 +181,39 @@ def not_in_one_piece(student: Student, condition: Condition, latent_shape: tuple
 
 
 def trial(
-    student: Student, condition: Condition, latent_shape: tuple[int, ...], number: int = 0
+    student: Student, condition: Condition, latent_shape: tuple[int, ...], number: int = 0, count: int = 1
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]:
-    """The student as a function of one made-up state x / sigma_data [1, ...] and its time [1], and these two."""
-    device = next(student.parameters()).device
-    guidance = torch.full((1,), 4.5, device=device)
-    x = normal(latent_shape, number, "trial")[None].to(device)
-    return lambda x, t: student(x, t, condition, guidance), x, torch.full((1,), 0.8, device=device)
+    """The student as a function of a made-up state x / sigma_data [count, ...] and its time [count], and these two."""
+    device, condition = next(student.parameters()).device, condition.expand(count)
+    guidance = torch.full((count,), 4.5, device=device)
+    x = normal((count, *latent_shape), number, "trial").to(device)
+    return lambda x, t: student(x, t, condition, guidance), x, torch.full((count,), 0.8, device=device)
 
 
 def memory_estimate(
     config: Config, student: Student, condition: Condition, latent_shape: tuple[int, ...], num_prompts: int
 ) -> tuple[float, bool]:
-    """(GiB that the student's part of a step needs with all activations kept, whether the device has them to spare)."""
-    network, x, t = trial(student, condition, latent_shape)
+    """(GiB that the student's part of a step needs with all activations kept, whether the device has them to spare).
+
+    Infinitely many where not even three pairs have room.
+    """
+    device = next(student.parameters()).device
     pairs = num_prompts * pairs_per_prompt(config.space.route_steps, config.space.keep_first)
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in student.parameters() if not p.requires_grad)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
-        kept = kept_bytes(lambda: network(x, t))
-    need = kept * min(config.training.micro_batch or pairs, pairs)
-    need += STATES_PER_WEIGHT * trained + frozen + held_besides(trained + frozen, x.device)
-    return need / 2**30, need <= MEMORY_SHARE * device_memory(x.device)
+
+    def kept(count: int) -> int:
+        network, x, t = trial(student, condition, latent_shape, count=count)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
+            return kept_bytes(lambda: network(x, t))
+
+    try:
+        two, three = kept(2), kept(3)  # autocast's copies of the weights are in both; of one, some is a view
+    except torch.OutOfMemoryError:
+        return math.inf, False
+    need = two + (three - two) * (min(config.training.micro_batch or pairs, pairs) - 2)
+    need += STATES_PER_WEIGHT[config.optimiser.name] * trained + frozen + held_besides(trained + frozen, device)
+    return need / 2**30, need <= MEMORY_SHARE * device_memory(device)
 
 
 def held_besides(own: int, device: torch.device) -> int:

@@ -1,0 +1,184 @@
+"""Peak memory of a training step by count: the package's own step on tensors without numbers, of any size, anywhere.
+
+The tensors are torch's fake ones; the bytes that they would take are added up as they come and go. What a device takes
+besides is not in the count: workspaces of its libraries, what its allocator rounds up, and what is inside of a text
+encoder while it works (its weights are). AdamW is the fused one, as on a GPU.
+"""
+
+import copy
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+from unittest.mock import patch
+
+import torch
+from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from models import DC_AE_F32C32, DC_AE_TINY, GEMMA_2B, GEMMA_TINY, MAX_TOKENS, TRANSFORMERS, Size
+from step import Precision
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import Gemma2Config, Gemma2Model
+
+from stepfold import assets
+from stepfold.config import Config
+from stepfold.prompts.reading import open_prompts
+from stepfold.teachers import pipeline
+from stepfold.teachers.contract import Condition
+from stepfold.teachers.loading import load_teacher
+from stepfold.training.distill import collect, move_average, new_discriminator, rollout_precision
+from stepfold.training.draws import draw
+from stepfold.training.optimisers import make_optimiser
+from stepfold.training.update import Judgement, update
+
+CPU = torch.device("cpu")
+STEPS = 2  # the optimiser's states are there from the second on
+
+
+class CountedBytes(TorchDispatchMode):
+    """Adds up the bytes of the tensors that operations make within it.
+
+    Attributes:
+        now: bytes of those that are still there.
+        peak: the most that there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._counted: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation and counts what it returns; a tensor that shares its memory is counted once."""
+        out = func(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self._counted:
+                self._add(value.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        number, size = storage._cdata, storage.nbytes()
+        self._counted.add(number)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, number, size)
+
+    def _remove(self, number: int, size: int) -> None:
+        self._counted.remove(number)
+        self.now -= size
+
+
+def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
+    """GiB that a step takes at its peak, and what stays between two steps.
+
+    Args:
+        size: of the model.
+        config: the settings.
+        cached: whether conditions come from a cache, so that neither text encoder nor autoencoder is in memory.
+    """
+    training, fake, counted = config.training, FakeTensorMode(allow_non_fake_inputs=True), CountedBytes()
+    from_images = config.space.kind == "images"
+    prompts = open_prompts(assets.PROMPTS)
+    with tempfile.TemporaryDirectory() as folder, patch.object(nn.Module, "to", lambda module, *_, **__: module):
+        described = described_pipe(size, Path(folder))
+        with fake, counted:
+            pipe = with_fake_weights(described, getattr(torch, config.teacher.dtype), encoders=not cached)
+        with patch.object(pipeline, "load_pipeline", lambda *_: pipe):
+            settings = config.teacher.model_copy(update={"source": folder})
+            teacher = load_teacher(settings, CPU, null=fake_condition(size, 1))
+        batches = [draw(number, prompts, teacher, config, CPU) for number in range(STEPS)]
+        if not from_images or config.space.cache_latents:
+            teacher.release_decoder()
+        with fake, counted:
+            student = teacher.new_student()
+            if training.checkpointing:
+                student.recompute_blocks()
+            average = copy.deepcopy(student).requires_grad_(False)
+            optimiser = make_optimiser(student.parameters(), config.optimiser)
+            if config.optimiser.name == "adamw":
+                optimiser = torch.optim.AdamW(student.parameters(), fused=True)
+            heads = new_discriminator(teacher, config.seed) if config.adversarial.weight else None
+            if heads:
+                optimiser.add_param_group({"params": list(heads.parameters())})
+            precision: Any = Precision(CPU, training.precision == "bf16", cached=not training.checkpointing)
+
+            def step(number: int) -> None:
+                batch, x0 = batches[number], None
+                count = len(batch.index)
+                if from_images and config.space.cache_latents:
+                    x0 = torch.randn(count, *teacher.latent_shape)
+                elif from_images:
+                    x0 = teacher.encode_pictures(torch.rand(count, 3, teacher.height, teacher.width))
+                with rollout_precision(training.rollout_precision, CPU, teacher.network):
+                    pairs = collect(
+                        batch, fake_condition(size, count), teacher.velocity, torch.zeros(()), teacher.sigma_data,
+                        config.space, x0,
+                    )  # fmt: skip
+                teacher.forget_prompts()
+                judgement = Judgement(teacher, heads, batch.judged) if heads and batch.judged else None
+                backend = "block" if training.checkpointing else "one_pass"
+                update(student, pairs, config, number, teacher.sigma_data, precision, backend, judgement=judgement)
+                torch.nn.utils.clip_grad_norm_(student.parameters(), config.optimiser.clip)
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
+                move_average(average, student, training.ema)
+
+            counted.peak = 0
+            for number in range(STEPS):
+                step(number)
+    peak = counted.peak / 2**30
+    return {"peak_gib": peak, "before_gib": 0.0, "above_gib": peak, "between_steps_gib": counted.now / 2**30}
+
+
+def described_pipe(size: Size, folder: Path) -> Any:
+    """A pipeline without any weights, and in `folder` what a teacher reads of one besides them."""
+    tiny = size == "tiny"
+    with torch.device("meta"):
+        networks: dict[str, Any] = {
+            "transformer": SanaTransformer2DModel(**TRANSFORMERS[size]),
+            "vae": AutoencoderDC(**(DC_AE_TINY if tiny else DC_AE_F32C32)),
+            "text_encoder": Gemma2Model(Gemma2Config(**(GEMMA_TINY if tiny else GEMMA_2B))),
+        }
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0 if tiny else 3.0)
+    pipe: Any = SanaPipeline(**networks, tokenizer=cast(Any, None), scheduler=scheduler)
+    pipe.save_config(folder)
+    for name in ("transformer", "vae", "scheduler"):
+        getattr(pipe, name).save_config(folder / name)
+    networks["text_encoder"].config.save_pretrained(folder / "text_encoder")
+    return pipe
+
+
+def with_fake_weights(pipe: Any, dtype: torch.dtype, encoders: bool) -> Any:
+    """The pipeline with networks of fake tensors; to be called in their mode.
+
+    Text encoder and autoencoder are in bfloat16, as users load them on a GPU. The first is as many weights and no more.
+    """
+    count = sum(parameter.numel() for parameter in pipe.text_encoder.parameters())
+    with default_dtype(dtype):
+        pipe.transformer = SanaTransformer2DModel.from_config(pipe.transformer.config)
+    with default_dtype(torch.bfloat16):
+        pipe.vae = AutoencoderDC.from_config(pipe.vae.config) if encoders else None
+        pipe.text_encoder = nn.ParameterList([torch.empty(count)]) if encoders else None
+    return pipe
+
+
+def fake_condition(size: Size, count: int) -> Condition:
+    """Of prompts that fill all tokens."""
+    tokens = MAX_TOKENS[size]
+    embeds = torch.zeros(count, tokens, TRANSFORMERS[size]["caption_channels"])
+    return Condition(embeds, torch.ones(count, tokens, dtype=torch.long))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within it new floating point tensors are of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
