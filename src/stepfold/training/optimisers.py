@@ -15,7 +15,7 @@ def make_optimiser(params: Iterable[Tensor], settings: OptimiserSettings) -> tor
 
     On a GPU AdamW is fused: the other kind makes whole lists of tensors as large as the weights while it steps. CAME
     gets its parameters in groups for that reason, and the kernels of 1 x 1 convolutions as the matrices that they are,
-    as Sana's own does: it would keep four numbers for each of theirs otherwise, in place of rows and columns.
+    as Sana's own does: it would keep four numbers a weight for them otherwise, in place of rows and columns.
     """
     params = list(params)
     if settings.name == "adamw":
