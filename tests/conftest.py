@@ -14,6 +14,13 @@ if WORKERS > 1:  # each with its share of the cores, and so the processes that i
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    """Fixtures that outlive a test draw the same numbers whichever test comes first, in whichever process."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process() -> None:
     torch.manual_seed(0)

@@ -31,7 +31,7 @@ from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.distill import Progress
 from stepfold.training.runs import checkpoints, read_metrics
 
-TREMOR = 0.1  # of the weights that read the fast sinusoids: a fifth of F, and most of dF/dt
+TREMOR = 0.1  # of the weights that read the fast sinusoids: a third of F, and most of dF/dt
 HARDLY_A_FIT = partial(fit_time_embedder, steps=5)
 FEW = ["training.prompts_per_step=2", "space.route_steps=4", "training.checkpoint_every=3", "teacher.max_tokens=16"]
 
