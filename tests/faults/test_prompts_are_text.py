@@ -93,7 +93,7 @@ def test_a_run_on_hostile_prompts(tiny_sana: Path, tmp_path: Path, monkeypatch: 
     run_distill(config, out, resume=False, display=Display(quiet=True), command="stepfold " + HOSTILE[0])
     names = [str(path.relative_to(out)) for path in out.rglob("*")]
     assert len(names) > 20
-    for word in ("OWNED", "escaped", "touch", "CON", "script", "191"):
+    for word in ("OWNED", "escaped", "touch", "CON", "script", "7 * 191"):
         assert not [name for name in names if word in name], word
     assert sorted(path.name for path in tmp_path.iterdir()) == [prompts.parent.name, "runs"]
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [out.name]
