@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hypothesis import settings
 from tiny import PROMPTS, make_sana
 
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:  # each with its share of the cores, and so the processes that its tests start
     torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
