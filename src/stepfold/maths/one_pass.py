@@ -252,12 +252,22 @@ def _product(operation: Callable[[Any, Any], Tensor]) -> Rule:
     return rule
 
 
+def _mul(call: Call, out: Tensor) -> Any:
+    a, b = _both(call)
+    da, db = call.of(a), call.of(b)
+    if da is None or db is None:
+        return _sum(out, b * da if db is None else a * db)
+    return torch.addcmul(da * b, a, db)
+
+
 def _div(call: Call, out: Tensor) -> Any:
     if call.kwargs.get("rounding_mode"):
         return NotImplemented
     a, b = _both(call)
     da, db = call.of(a), call.of(b)
-    return _sum(out, None if da is None else da / b, None if db is None else -out / b * db)
+    if db is None:
+        return _sum(out, da / b)
+    return (-out * db if da is None else torch.addcmul(da, out, db, value=-1)) / b
 
 
 def _linear(call: Call, out: Tensor) -> Any:
@@ -312,31 +322,50 @@ def _elementwise(slope: Callable[[Tensor, Tensor], Tensor]) -> Rule:
     return rule
 
 
-def _silu_slope(x: Tensor, out: Tensor) -> Tensor:
-    gate = torch.sigmoid(x)
-    return gate + out * (1 - gate)
+def _symmetric(backward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Rule:
+    """Of a function of one tensor, element by element: torch's own backward kernel is its tangent, in one operation.
+
+    `backward` takes what the kernel calls the output's gradient, the input and the output.
+    """
+
+    def rule(call: Call, out: Tensor) -> Any:
+        x = call.option(0, "input", None)
+        return backward(call.of(x), x, out)  # type: ignore[arg-type]
+
+    return rule
+
+
+def _gelu(call: Call, out: Tensor) -> Any:
+    x = call.option(0, "input", None)
+    return torch.ops.aten.gelu_backward(call.of(x), x, approximate=call.option(1, "approximate", "none"))
+
+
+def _twice(dx: Tensor, x: Tensor) -> Tensor:
+    """2 x dx, the tangent of a square, in one operation."""
+    return torch.addcmul(dx.new_zeros(()), dx, x, value=2)
 
 
 def _pow(call: Call, out: Tensor) -> Any:
     x, exponent = call.option(0, "input", None), call.option(1, "exponent", None)
     if isinstance(exponent, Tensor) or not isinstance(x, Tensor):
         return NotImplemented
-    return call.of(x) * exponent * x ** (exponent - 1)
+    return _twice(call.of(x), x) if exponent == 2 else call.of(x) * exponent * x ** (exponent - 1)  # type: ignore[arg-type]
 
 
 def _layer_norm(call: Call, out: Tensor) -> Any:
-    """(dx - mean dx - n mean(n dx)) / deviation, with n the normalised input, times the weight."""
+    """(dx - mean dx - n mean(n dx)) / deviation, with n the normalised input, times the weight.
+
+    As a matrix that is symmetric, so the kernel of the backward pass is the tangent's.
+    """
     x, shape = call.option(0, "input", None), call.option(1, "normalized_shape", None)
     weight, eps = call.option(2, "weight", None), call.option(4, "eps", 1e-5)
     if any(call.of(value) is not None for value in (weight, call.option(3, "bias", None))):
         return NotImplemented
-    dims = tuple(range(-len(shape), 0))
     wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
     value, dx = x.to(wide), call.of(x).to(wide)  # type: ignore[union-attr]
-    centred = value - value.mean(dims, keepdim=True)
-    inverse = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
-    normal = centred * inverse
-    tangent = (dx - dx.mean(dims, keepdim=True) - normal * (normal * dx).mean(dims, keepdim=True)) * inverse
+    _, mean, inverse = torch.native_layer_norm(value, shape, None, None, eps)
+    only_input = [True, False, False]
+    tangent = torch.ops.aten.native_layer_norm_backward(dx, value, shape, mean, inverse, None, None, only_input)[0]
     return tangent if weight is None else tangent * weight
 
 
@@ -404,14 +433,17 @@ _LINEAR_IN_FIRST = {
 
 _RULES: dict[str, Rule] = {
     "add": _add(1), "radd": _add(1), "sub": _add(-1), "subtract": _add(-1), "rsub": _rsub,
-    "mul": _product(torch.mul), "multiply": _product(torch.mul), "rmul": _product(torch.mul),
+    "mul": _mul, "multiply": _mul, "rmul": _mul,
     "div": _div, "truediv": _div, "divide": _div,
     "matmul": _product(torch.matmul), "bmm": _product(torch.bmm),
     "linear": _linear, "conv1d": _convolution, "conv2d": _convolution, "conv3d": _convolution,
     "pad": _pad, "cat": _joined, "concat": _joined, "concatenate": _joined, "stack": _joined, "where": _where,
-    "dropout": _dropout, "silu": _elementwise(_silu_slope), "pow": _pow, "square": _elementwise(lambda x, _: 2 * x),
-    "relu": _elementwise(lambda x, _: (x > 0).to(x.dtype)),
-    "sigmoid": _elementwise(lambda _, out: out * (1 - out)), "tanh": _elementwise(lambda _, out: 1 - out.square()),
+    "dropout": _dropout, "gelu": _gelu,
+    "silu": _symmetric(lambda dx, x, _: torch.ops.aten.silu_backward(dx, x)),
+    "relu": _symmetric(lambda dx, _, out: torch.ops.aten.threshold_backward(dx, out, 0)),
+    "sigmoid": _symmetric(lambda dx, _, out: torch.ops.aten.sigmoid_backward(dx, out)),
+    "tanh": _symmetric(lambda dx, _, out: torch.ops.aten.tanh_backward(dx, out)),
+    "pow": _pow, "square": _symmetric(lambda dx, x, _: _twice(dx, x)),
     "exp": _elementwise(lambda _, out: out), "sin": _elementwise(lambda x, _: x.cos()),
     "cos": _elementwise(lambda x, _: -x.sin()), "sqrt": _elementwise(lambda _, out: 0.5 / out),
     "rsqrt": _elementwise(lambda x, out: -0.5 * out / x), "layer_norm": _layer_norm,
