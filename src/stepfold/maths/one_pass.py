@@ -21,6 +21,7 @@ from stepfold.errors import UserError
 from stepfold.maths.attention import query_chunks
 from stepfold.maths.blocks import CompiledBlock
 
+aten = torch.ops.aten
 SWEEP_EVERY = 16
 """Operations between two looks for tangents that nothing can use any more."""
 
@@ -312,32 +313,23 @@ def _dropout(call: Call, out: Tensor) -> Any:
     return call.of(call.option(0, "input", None))
 
 
-def _elementwise(slope: Callable[[Tensor, Tensor], Tensor]) -> Rule:
-    """Of a function of one tensor; `slope` takes its input and its output."""
+def _elementwise(tangent: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Rule:
+    """Of a function of one tensor; `tangent` takes the input's tangent, the input and the output.
 
-    def rule(call: Call, out: Tensor) -> Any:
-        x = call.option(0, "input", None)
-        return call.of(x) * slope(x, out)  # type: ignore[operator]
-
-    return rule
-
-
-def _symmetric(backward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Rule:
-    """Of a function of one tensor, element by element: torch's own backward kernel is its tangent, in one operation.
-
-    `backward` takes what the kernel calls the output's gradient, the input and the output.
+    Element by element a derivative is the same in both directions: torch's own kernel of the backward pass, given the
+    input's tangent for a gradient, is the output's tangent, in one operation.
     """
 
     def rule(call: Call, out: Tensor) -> Any:
         x = call.option(0, "input", None)
-        return backward(call.of(x), x, out)  # type: ignore[arg-type]
+        return tangent(call.of(x), x, out)  # type: ignore[arg-type]
 
     return rule
 
 
 def _gelu(call: Call, out: Tensor) -> Any:
     x = call.option(0, "input", None)
-    return torch.ops.aten.gelu_backward(call.of(x), x, approximate=call.option(1, "approximate", "none"))
+    return aten.gelu_backward(call.of(x), x, approximate=call.option(1, "approximate", "none"))
 
 
 def _twice(dx: Tensor, x: Tensor) -> Tensor:
@@ -365,7 +357,7 @@ def _layer_norm(call: Call, out: Tensor) -> Any:
     value, dx = x.to(wide), call.of(x).to(wide)  # type: ignore[union-attr]
     _, mean, inverse = torch.native_layer_norm(value, shape, None, None, eps)
     only_input = [True, False, False]
-    tangent = torch.ops.aten.native_layer_norm_backward(dx, value, shape, mean, inverse, None, None, only_input)[0]
+    tangent = aten.native_layer_norm_backward(dx, value, shape, mean, inverse, None, None, only_input)[0]
     return tangent if weight is None else tangent * weight
 
 
@@ -439,13 +431,13 @@ _RULES: dict[str, Rule] = {
     "linear": _linear, "conv1d": _convolution, "conv2d": _convolution, "conv3d": _convolution,
     "pad": _pad, "cat": _joined, "concat": _joined, "concatenate": _joined, "stack": _joined, "where": _where,
     "dropout": _dropout, "gelu": _gelu,
-    "silu": _symmetric(lambda dx, x, _: torch.ops.aten.silu_backward(dx, x)),
-    "relu": _symmetric(lambda dx, _, out: torch.ops.aten.threshold_backward(dx, out, 0)),
-    "sigmoid": _symmetric(lambda dx, _, out: torch.ops.aten.sigmoid_backward(dx, out)),
-    "tanh": _symmetric(lambda dx, _, out: torch.ops.aten.tanh_backward(dx, out)),
-    "pow": _pow, "square": _symmetric(lambda dx, x, _: _twice(dx, x)),
-    "exp": _elementwise(lambda _, out: out), "sin": _elementwise(lambda x, _: x.cos()),
-    "cos": _elementwise(lambda x, _: -x.sin()), "sqrt": _elementwise(lambda _, out: 0.5 / out),
-    "rsqrt": _elementwise(lambda x, out: -0.5 * out / x), "layer_norm": _layer_norm,
+    "silu": _elementwise(lambda dx, x, _: aten.silu_backward(dx, x)),
+    "relu": _elementwise(lambda dx, _, out: aten.threshold_backward(dx, out, 0)),
+    "sigmoid": _elementwise(lambda dx, _, out: aten.sigmoid_backward(dx, out)),
+    "tanh": _elementwise(lambda dx, _, out: aten.tanh_backward(dx, out)),
+    "pow": _pow, "square": _elementwise(lambda dx, x, _: _twice(dx, x)),
+    "exp": _elementwise(lambda dx, _, out: dx * out), "sin": _elementwise(lambda dx, x, _: dx * x.cos()),
+    "cos": _elementwise(lambda dx, x, _: -dx * x.sin()), "sqrt": _elementwise(lambda dx, _, out: 0.5 * dx / out),
+    "rsqrt": _elementwise(lambda dx, x, out: -0.5 * dx * out / x), "layer_norm": _layer_norm,
     "scaled_dot_product_attention": _attention,
 }  # fmt: skip
