@@ -3,6 +3,7 @@
 import ctypes
 import math
 import platform
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -222,18 +223,24 @@ def held_besides(own: int, device: torch.device) -> int:
 
 
 def kept_bytes(forward: Callable[[], Tensor]) -> int:
-    """What autograd keeps of a forward pass for its backward pass, leaves such as weights left out."""
-    storages: dict[int, int] = {}
+    """What autograd would keep of a forward pass for its backward pass, leaves such as weights left out.
 
-    def note(value: Tensor) -> Tensor:
-        if not value.is_leaf:
-            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        return value.detach()  # itself, it would hold its own graph, and all of that for ever
+    Nothing is kept: the pass takes the memory of one without a graph.
+    """
+    total, alive = 0, set[int]()
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
-        out = forward()  # held until the storages are counted: none is freed and used again
-    del out
-    return sum(storages.values())
+    def note(value: Tensor) -> None:
+        nonlocal total
+        storage = value.untyped_storage()
+        number = storage._cdata
+        if not value.is_leaf and number not in alive:
+            total += storage.nbytes()
+            alive.add(number)
+            weakref.finalize(storage, alive.discard, number)  # the next one may get its number
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
+        forward()
+    return total
 
 
 def device_memory(device: torch.device) -> int:
