@@ -16,7 +16,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stepfold import doctor
 from stepfold.config import TeacherSettings, load_config
@@ -26,7 +26,7 @@ from stepfold.jobs import run_distill, run_encode, run_sample
 from stepfold.maths.formulations import flow_time
 from stepfold.randomness import generator, normal
 from stepfold.sampling import sample_student, sample_teacher
-from stepfold.teachers.loading import CARD, choose_objective, load_student, load_teacher
+from stepfold.teachers.loading import CARD, choose_objective, load_any_pipeline, load_student, load_teacher
 from stepfold.teachers.pipeline import LORA_WEIGHTS
 from stepfold.training.runs import read_metrics
 
@@ -232,6 +232,55 @@ def test_a_schedule_that_ends_in_pure_noise_is_refused(tmp_path: Path) -> None:
         load_teacher(TeacherSettings(source=str(folder)), "cpu")
 
 
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Writes a part's weights again."""
+    (file,) = folder.glob("*.safetensors")
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_pipeline_whose_files_lack_a_weight_is_refused(part: str, tmp_path: Path) -> None:
+    """The libraries warn, and go on with a random one or with none."""
+    folder = tiny.save(tiny.make_sd1, tmp_path / "pipeline")
+    change_weights(folder / part, lambda state: dict(sorted(state.items())[:-1]))
+    refused = pytest.raises(UserError, match=rf"its part '{part}' lack 1 of the weights of a \w+, such as .*; copy the")
+    with refused:
+        load_teacher(TeacherSettings(source=str(folder)), "cpu")
+    with refused:
+        load_any_pipeline(folder, "cpu")
+    if part != "unet":  # read when they are needed
+        null = load_teacher(
+            TeacherSettings(source=str(tiny.save(tiny.make_sd1, tmp_path / "whole"))), "cpu"
+        ).null_condition
+        teacher = load_teacher(TeacherSettings(source=str(folder)), "cpu", network_only=True, null=null)
+        with refused:
+            teacher.decode(torch.zeros(1, *teacher.latent_shape)) if part == "vae" else teacher.encode(["red heart"])
+
+
+def test_weights_under_older_names_are_all_there(tmp_path: Path) -> None:
+    """As published for Stable Diffusion 1: the autoencoder's attention, and the text encoder with a buffer more."""
+    folder = tiny.save(tiny.make_sd1, tmp_path / "pipeline")
+    older = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+    def of_then(name: str) -> str:
+        return re.sub(r"\.to_(q|k|v|out\.0)\.", lambda found: older[found[0]], name)
+
+    def pictures() -> torch.Tensor:
+        teacher = load_teacher(TeacherSettings(source=str(folder)), "cpu")
+        x = normal(teacher.latent_shape, 0, "test")[None]
+        condition, t = teacher.encode(["red heart"]), torch.tensor([1.0])
+        return teacher.decode(teacher.velocity(x, t, condition, torch.tensor([3.0])))
+
+    before = pictures()
+    change_weights(folder / "vae", lambda state: {of_then(name): value for name, value in state.items()})
+    prefix, positions = "text_model.", {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    change_weights(
+        folder / "text_encoder",
+        lambda state: positions | {prefix + name.removeprefix(prefix): value for name, value in state.items()},
+    )
+    assert torch.equal(pictures(), before)
+
+
 def test_a_lora_on_the_teacher_is_merged_into_it(any_folder: Path, tmp_path: Path) -> None:
     """The merged teacher's samples are those of its pipeline with the LoRA loaded."""
     kind = getattr(diffusers, pipeline_of(any_folder))
@@ -322,6 +371,41 @@ def test_a_lora_of_which_nothing_is_taken_is_refused(tiny_sana: Path, tmp_path: 
         UserError, match=r"SanaPipeline takes none of its weights for text_encoder; .*, or a copy without those"
     ):
         load_teacher(TeacherSettings(source=str(tiny_sana), lora=str(tmp_path / "lora")), "cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_lora_of_which_some_is_not_taken_is_refused(part: str, dtype: Any, tmp_path: Path) -> None:
+    """diffusers warns and goes on without those weights. The file is as kohya's scripts write it, in half precision."""
+    folder = tiny.save(tiny.make_sd1, tmp_path / "pipeline")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    layers = ("to_q", "q_proj", "out_proj")
+    state = {
+        f"lora_{name}_{layer.replace('.', '_')}.{key}": value.half()
+        for name, network in (("unet", pipe.unet), ("te", pipe.text_encoder))
+        for layer, module in network.named_modules()
+        if layer.endswith(layers)
+        for key, value in {
+            "lora_down.weight": torch.randn(2, module.in_features),
+            "lora_up.weight": torch.randn(module.out_features, 2),
+            "alpha": torch.tensor(1.0),
+        }.items()
+    }
+    settings = TeacherSettings(source=str(folder), lora=str(tmp_path / "kohya.safetensors"), dtype=dtype)
+    save_file(state, tmp_path / "kohya.safetensors")
+    load_teacher(settings, "cpu")
+
+    start = {"unet": "lora_unet_down", "text_encoder": "lora_te"}[part]
+    layer = next(name for name in state if name.startswith(start)).split(".")[0]
+    elsewhere = re.sub(r"_(blocks|layers)_0_", r"_\1_7_", layer, count=1)
+    assert elsewhere != layer
+    for key in ("lora_down.weight", "lora_up.weight", "alpha"):
+        state[f"{elsewhere}.{key}"] = state[f"{layer}.{key}"] + 1
+    save_file(state, tmp_path / "kohya.safetensors")
+    with pytest.raises(
+        UserError, match=rf"no place for 2 of its \d+ weights, such as {part}\.\S*\.7\..*, or a copy without"
+    ):
+        load_teacher(settings, "cpu")
 
 
 def test_a_lora_on_the_text_encoder_counts_with_conditions_from_disk(prompts_file: Path, tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
 """A pipeline folder or a hub id: what its index says, and how it is loaded; safetensors only, nothing of it is run."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from stepfold.errors import UserError
-from stepfold.teachers.safety import PICKLES, check_files, check_index, is_part, read_json
+from stepfold.teachers.safety import OWNERS, PICKLES, check_files, check_index, is_part, read_json
 
 
 def load_index(source: str) -> dict[str, Any]:
@@ -51,15 +53,57 @@ def load_pipeline(
         raise UserError(f"teacher {source!r} is a {name}; here it must be a {' or a '.join(names)}")
     later = [part for part in index if part.startswith("text_encoder") or part == "vae"]
     kind: Any = names[name]
+    folder, absent = source, dict[str, Any](dict.fromkeys(later) if network_only else {})
     try:
-        parts: dict[str, Any] = dict.fromkeys(later) if network_only else {}
         if not Path(source).exists():  # of a hub id all files come first, so that they are looked at before any is read
-            check_files(Path(kind.download(source, use_safetensors=True, **parts)))
-        return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, variant=variant, **parts)
+            folder = kind.download(source, use_safetensors=True, **absent)
+            check_files(Path(folder))
+        networks = load_networks(folder, index, dtype, variant, absent)
+        return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, variant=variant, **absent, **networks)
     except UserError:
         raise
     except Exception as error:  # what a config can be wrong in is without end, and so are the libraries' errors
         raise unloadable(source, error) from error
+
+
+def load_networks(
+    folder: str, index: Mapping[str, Any], dtype: torch.dtype, variant: str | None = None, absent: Container[str] = ()
+) -> dict[str, Any]:
+    """A pipeline's networks by their parts' names, but for those that are to be absent; see `load_network`."""
+    return {
+        part: load_network(folder, part, spec, dtype, variant)
+        for part, spec in index.items()
+        if part not in absent and is_part(spec) and is_network(spec)
+    }
+
+
+def is_network(spec: Sequence[Any]) -> bool:
+    """Whether a part is a network of the libraries'; what goes by an old name is left to the pipeline."""
+    kind = getattr(OWNERS.get(spec[0]), spec[1] or "", None)
+    return isinstance(kind, type) and issubclass(kind, torch.nn.Module)
+
+
+def load_network(source: str, part: str, spec: Sequence[str], dtype: torch.dtype, variant: str | None) -> Any:
+    """A network of a pipeline, from its folder or hub id; safetensors only.
+
+    Raises:
+        UserError: its files lack some of its weights. The libraries only warn, and go on with random ones.
+    """
+    library, kind = spec
+    network, found = getattr(OWNERS[library], kind).from_pretrained(
+        source,
+        subfolder=part,
+        use_safetensors=True,
+        dtype=dtype,
+        variant=variant_in(source, part, variant),
+        output_loading_info=True,
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"pipeline {source!r}: the files of its part {part!r} lack {len(missing)} of the weights of a {kind}, such "
+            f"as {missing[0]}; copy the folder again, or save the pipeline again with save_pretrained"
+        )
+    return network
 
 
 def variant_in(source: str, part: str, variant: str | None) -> str | None:
@@ -92,7 +136,8 @@ def merge_lora(pipe: Any, source: str, read_text_encoders: Callable[[], None]) -
             )
     try:
         found = pipe.lora_state_dict(source, use_safetensors=True)
-        named = {name.split(".")[0] for name in (found[0] if isinstance(found, tuple) else found)}
+        state: dict[str, Tensor] = found[0] if isinstance(found, tuple) else found
+        named = {name.split(".")[0] for name in state}
         if any(part.startswith("text_encoder") for part in named):
             read_text_encoders()
         pipe.load_lora_weights(source, use_safetensors=True)
@@ -104,6 +149,16 @@ def merge_lora(pipe: Any, source: str, read_text_encoders: Callable[[], None]) -
                 f"LoRA {source!r} does not load: {type(pipe).__name__} takes none of its weights{of}; "
                 f"give one that was made for this teacher{', or a copy without those' if lost else ''}"
             )
+        matrices = {name: value for name, value in state.items() if "lora" in name and not name.endswith("alpha")}
+        nowhere = not_among(
+            matrices, (p for part in taken for n, p in getattr(pipe, part).named_parameters() if "lora_" in n)
+        )
+        if nowhere:
+            raise UserError(
+                f"LoRA {source!r} does not fit: {type(pipe).__name__} has no place for {len(nowhere)} of its "
+                f"{len(matrices)} weights, such as {nowhere[0]}; give one that was made for this teacher, or a copy "
+                "without those"
+            )
         pipe.fuse_lora(components=taken)  # by itself it would leave out FLUX's text encoder
         pipe.unload_lora_weights()
     except (UserError, torch.OutOfMemoryError):
@@ -114,6 +169,19 @@ def merge_lora(pipe: Any, source: str, read_text_encoders: Callable[[], None]) -
             f"LoRA {source!r} does not load ({reason}); give a safetensors file that "
             f"{type(pipe).__name__}.load_lora_weights reads (it needs peft: pip install peft)"
         ) from None
+
+
+def not_among(given: Mapping[str, Tensor], placed: Iterable[Tensor]) -> list[str]:
+    """Names of the tensors that equal none of those placed, in the dtype of these; names change on the way there."""
+
+    def contents(value: Tensor) -> tuple[torch.Size, bytes]:
+        return value.shape, blake2b(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).digest()
+
+    found, dtypes = set(), set()
+    for value in placed:
+        found.add(contents(value))
+        dtypes.add(value.dtype)
+    return [name for name, value in given.items() if found.isdisjoint(contents(value.to(dtype)) for dtype in dtypes)]
 
 
 def check_folder(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from stepfold.errors import NonFiniteError, UserError
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.flux import FluxTeacher
-from stepfold.teachers.folders import check_folder, first_line, load_index, merge_lora, unloadable
+from stepfold.teachers.folders import check_folder, first_line, load_index, load_networks, merge_lora, unloadable
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
@@ -208,14 +208,18 @@ def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:
     Raises:
         UserError: the folder is no pipeline, names a class outside diffusers and transformers, or does not load.
     """
-    name = check_folder(folder).get("_class_name")
+    index = check_folder(folder)
+    name = index.get("_class_name")
     if not isinstance(name, str) or not isinstance(getattr(diffusers, name, None), type):
         raise UserError(
             f"{folder} is a {name}, which is no pipeline of diffusers {diffusers.__version__}; "
             "a newer diffusers may have it"
         )
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+        networks = load_networks(str(folder), index, torch.float32)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **networks)
+    except UserError:
+        raise
     except Exception as error:  # as in folders.load_pipeline
         raise UserError(f"{folder} does not load: {first_line(error)}; save it again with save_pretrained") from error
     pipe.set_progress_bar_config(disable=True)

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 
 import diffusers
 import torch
-import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from stepfold.maths.formulations import flow_time, guide
 from stepfold.maths.routes import few_step_times
 from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate, sharing_copy
 from stepfold.teachers.depth import drop_blocks
-from stepfold.teachers.folders import first_line, load_index, load_pipeline, merge_lora, variant_in
+from stepfold.teachers.folders import first_line, load_index, load_network, load_pipeline, merge_lora
 from stepfold.teachers.once import compute_afresh, compute_once, forget
 
 SIGMA_DATA = 0.5
@@ -419,16 +418,10 @@ class PipelineTeacher:
     def _read_text_encoders(self) -> None:
         for name in self._text_encoders():
             if getattr(self.pipe, name) is None:
-                library, kind = self.index[name]
-                assert library == "transformers", f"{name} is from {library}"
-                encoder = getattr(transformers, kind).from_pretrained(
-                    self.source,
-                    subfolder=name,
-                    use_safetensors=True,
-                    dtype=self.dtype,
-                    variant=variant_in(self.source, name, self.variant),
-                )
-                setattr(self.pipe, name, encoder)
+                setattr(self.pipe, name, self._read_network(name))
+
+    def _read_network(self, part: str) -> Any:
+        return load_network(self.source, part, self.index[part], self.dtype, self.variant)
 
     def _load_text_encoders(self) -> None:
         self._read_text_encoders()
@@ -510,13 +503,7 @@ class PipelineTeacher:
 
     def _read_vae(self) -> Any:
         if self.pipe.vae is None:
-            self.pipe.vae = self._vae_class().from_pretrained(
-                self.source,
-                subfolder="vae",
-                use_safetensors=True,
-                dtype=self.dtype,
-                variant=variant_in(self.source, "vae", self.variant),
-            )
+            self.pipe.vae = self._read_network("vae")
         return self.pipe.vae
 
     def _vae(self) -> Any:
