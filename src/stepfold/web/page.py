@@ -103,13 +103,13 @@ def _draw_tab(page: Any, models: Models) -> None:
     newest: dict[str | None, Any] = {}
     """session -> what it asked for last, until that is drawn"""
 
-    async def asks(text: Any, k: Any, scale: Any, first: Any, number: Any, request: gr.Request) -> None:
+    async def asks(text: Any, k: Any, scale: Any, first: Any, number: Any, request: gr.Request) -> list[Any]:
+        """Notes it as it arrives, before the queue, in which a newer drawing might overtake it; nothing is kept out."""
         newest[request.session_hash] = text, k, scale, first, number
-
-    async def enters(text: Any, k: Any, scale: Any, first: Any, number: Any, request: gr.Request) -> list[Any]:
-        """The same of a drawing that goes into the queue; nothing keeps it out."""
-        await asks(text, k, scale, first, number, request)
         return [gr.validate(True, "")] * len(inputs)
+
+    async def nothing(*values: Any) -> None:
+        """All has been done by `asks`."""
 
     def both(text: Any, k: Any, scale: Any, first: Any, number: Any, request: gr.Request) -> Iterator[Any]:
         """The student's picture, then the teacher's as it forms; nothing more once something newer is asked for."""
@@ -141,9 +141,9 @@ def _draw_tab(page: Any, models: Models) -> None:
         newest.pop(request.session_hash, None)
 
     changes = [prompt.change, steps.change, guidance.change, seed.change, count.change]
-    gr.on(changes, asks, inputs, None, concurrency_limit=None, trigger_mode="multiple", **PRIVATE)
+    gr.on(changes, nothing, inputs, None, trigger_mode="multiple", validator=asks, concurrency_limit=None, **PRIVATE)
     drawn = gr.on([page.load, *changes], both, inputs, [student, teacher, walk], trigger_mode="always_last",
-                  validator=enters, **ONE_AT_A_TIME, **PRIVATE)  # fmt: skip
+                  validator=asks, **ONE_AT_A_TIME, **PRIVATE)  # fmt: skip
     busy = json.dumps(markup.waiting("Student", BUSY))
     drawn.failure(None, None, student, js=f"() => {busy}", **PRIVATE)
     page.unload(leaves)
