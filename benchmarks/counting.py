@@ -30,7 +30,7 @@ from stepfold.prompts.reading import open_prompts
 from stepfold.teachers import pipeline
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_teacher
-from stepfold.training.distill import collect, move_average, new_discriminator, rollout_precision
+from stepfold.training.distill import collect, move_average, new_discriminator, walk_precision
 from stepfold.training.draws import draw
 from stepfold.training.optimisers import make_optimiser
 from stepfold.training.update import Judgement, update
@@ -113,7 +113,7 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
                     x0 = torch.randn(count, *teacher.latent_shape)
                 elif from_images:
                     x0 = teacher.encode_pictures(torch.rand(count, 3, teacher.height, teacher.width))
-                with rollout_precision(training.rollout_precision, CPU, teacher.network):
+                with walk_precision(training.walk_precision, CPU, teacher.network):
                     pairs = collect(
                         batch, fake_condition(size, count), teacher.velocity, torch.zeros(()), teacher.sigma_data,
                         config.space, x0,

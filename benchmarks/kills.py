@@ -38,7 +38,7 @@ STEPS = 12
 SETTINGS = (
     f"training.steps={STEPS}", "training.checkpoint_every=3", "training.preview_every=12",
     "training.prompts_per_step=2",
-    "training.precision=no", "training.rollout_precision=no", "space.route_steps=4", "space.filter_rule=off",
+    "training.precision=no", "training.walk_precision=no", "space.route_steps=4", "space.filter_rule=off",
     "teacher.max_tokens=32", "evaluation.n=0", "optimiser.lr=1e-3", "optimiser.name=adamw", "consistency.r_warmup=10",
 )  # fmt: skip
 

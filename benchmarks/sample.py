@@ -19,7 +19,7 @@ from models import SIZES, make_place, open_teacher
 from stepfold.evaluation.measure import Sampler, student_sampler, teacher_sampler
 from stepfold.randomness import normal
 from stepfold.teachers.sana import SanaTeacher
-from stepfold.training.distill import rollout_precision
+from stepfold.training.distill import walk_precision
 
 TEACHER_STEPS, STUDENT_STEPS = 20, (1, 2, 4)
 TEACHER = f"teacher {TEACHER_STEPS}"
@@ -33,16 +33,16 @@ def parts_of(teacher: SanaTeacher, samplers: dict[str, Sampler], prompts: list[s
     noise, guidance = noise.to(device), torch.full((count,), teacher.default_guidance, device=device)
 
     def text(turn: int, stages: object) -> None:
-        with rollout_precision(precision, device, teacher.network):
+        with walk_precision(precision, device, teacher.network):
             teacher.encode(prompts)
 
     def decoder(turn: int, stages: object) -> None:
-        with rollout_precision(precision, device, teacher.network):
+        with walk_precision(precision, device, teacher.network):
             teacher.decode(noise)
 
     def transformer(sampler: Sampler) -> Run:
         def run(turn: int, stages: object) -> None:
-            with torch.no_grad(), rollout_precision(precision, device, teacher.network):
+            with torch.no_grad(), walk_precision(precision, device, teacher.network):
                 sampler(noise, condition, guidance, range(count))
 
         return run

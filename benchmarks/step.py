@@ -48,7 +48,7 @@ from stepfold.prompts.reading import PromptFile
 from stepfold.spaces.pairs import Pairs, pairs_per_prompt
 from stepfold.teachers.sana import SanaStudent, SanaTeacher
 from stepfold.training.choices import choose_tangent, full_float32, has_bf16, keep_freed_memory
-from stepfold.training.distill import collect, move_average, rollout_precision
+from stepfold.training.distill import collect, move_average, walk_precision
 from stepfold.training.draws import draw
 from stepfold.training.optimisers import make_optimiser
 from stepfold.training.processes import blocks_of
@@ -153,7 +153,7 @@ def settings(work: Work, dtype: str) -> Config:
             f"training.prompts_per_step={work.prompts}",
             f"training.micro_batch={work.micro_batch}",
             f"training.precision={precision}",
-            f"training.rollout_precision={precision}",
+            f"training.walk_precision={precision}",
             "objective=continuous",
             "space.keep_first=false",
             "consistency.r_schedule=none",
@@ -204,7 +204,7 @@ def gradient_of(bench: Bench, row: Row) -> Run:
             condition = bench.cache.rows(batch.index).to(device, teacher.dtype)
             if row.compiled:
                 condition = condition.padded(teacher.max_tokens)
-        with stages("teacher"), rollout_precision(config.training.rollout_precision, device, teacher.network):
+        with stages("teacher"), walk_precision(config.training.walk_precision, device, teacher.network):
             pairs = collect(batch, condition, teacher.velocity, black, teacher.sigma_data, config.space)
             teacher.forget_prompts()
         update(

@@ -35,7 +35,7 @@ COMMANDS = (
     "push",
 )
 FAST = (
-    "training.steps=1", "training.precision=no", "training.rollout_precision=no", "space.route_steps=2",
+    "training.steps=1", "training.precision=no", "training.walk_precision=no", "space.route_steps=2",
     "teacher.max_tokens=32", "evaluation.n=0", "training.preview_every=1000",
 )  # fmt: skip
 

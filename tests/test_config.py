@@ -93,7 +93,7 @@ def test_set_values_are_yaml() -> None:
         "demo",
         [
             "training.steps = 7", "optimiser.lr=1e-4", "space.guidance=[4, 4.5]", "space.keep_first=true",
-            "training.precision=no", "training.rollout_precision=no", "space.filter_rule=off", "teacher.height=null",
+            "training.precision=no", "training.walk_precision=no", "space.filter_rule=off", "teacher.height=null",
             "prompts=a=b.txt",
         ],
     )  # fmt: skip
@@ -101,7 +101,7 @@ def test_set_values_are_yaml() -> None:
     assert config.optimiser.lr == 1e-4
     assert config.space.guidance == (4.0, 4.5)
     assert config.space.keep_first is True
-    assert config.training.precision == config.training.rollout_precision == "no"
+    assert config.training.precision == config.training.walk_precision == "no"
     assert config.space.filter_rule == "off"
     assert config.teacher.height is None
     assert config.prompts == "a=b.txt"
@@ -246,3 +246,13 @@ def test_mappings_are_not_merged(tmp_path: Path) -> None:
     (tmp_path / "merge.yaml").write_text("\n".join(lines))
     with pytest.raises(UserError, match="mappings are not merged with <<"):
         load_config(str(tmp_path / "merge.yaml"))
+
+
+def test_a_setting_that_was_renamed(tmp_path: Path) -> None:
+    """A run folder of an earlier version is read; who gives the old name is told the new one."""
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(load_config("demo")).replace("walk_precision", "rollout_precision"))
+    assert from_yaml(path) == load_config("demo")
+    for give in (lambda: load_config("demo", ["training.rollout_precision=no"]), lambda: load_config(str(path))):
+        with pytest.raises(UserError, match=r"training\.rollout_precision.*called training\.walk_precision now"):
+            give()

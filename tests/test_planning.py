@@ -41,7 +41,7 @@ def test_a_plan_leaves_nothing_behind(n: int, tmp_path: Path, monkeypatch: pytes
         "demo",
         [
             f"evaluation.n={n}", "training.steps=40", "training.prompts_per_step=1", "space.route_steps=3",
-            "training.precision=no", "training.rollout_precision=no", "objective=continuous",
+            "training.precision=no", "training.walk_precision=no", "objective=continuous",
         ],
     )  # fmt: skip
     plan = make_plan(config, 3, Display(quiet=True))

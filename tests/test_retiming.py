@@ -111,7 +111,7 @@ def test_other_families_are_retimed_too(
     config = load_config(
         "default",
         [*small, "space.route_steps=4", "training.steps=2", "training.prompts_per_step=2", "training.precision=no",
-         "training.rollout_precision=no"],
+         "training.walk_precision=no"],
         teacher__source=str(new), prompts=str(prompts_file),
     )  # fmt: skip
     run_distill(config, tmp_path / "student", resume=False, display=Display(), command="test")

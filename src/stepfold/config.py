@@ -26,6 +26,8 @@ from stepfold.maths.schedules import TangentSchedule
 from stepfold.objectives.kinds import Normalisation, PriorWeight
 
 LARGEST = 1e9
+RENAMED = {"training.rollout_precision": "training.walk_precision"}
+"""Settings under the names of earlier versions -> their names now; run folders of those versions are read."""
 Pixels = Annotated[int, Field(gt=0, le=65536)]
 
 
@@ -228,7 +230,7 @@ class TrainingSettings(Section):
     precision: Precision = Field(
         default="no", description="autocast of the student; auto: bf16 where the device has instructions for it"
     )
-    rollout_precision: Precision = Field(default="no", description="autocast of the teacher's walks; auto as above")
+    walk_precision: Precision = Field(default="no", description="autocast of the teacher's walks; auto as above")
     compile: bool = Field(
         default=False,
         description="compile the blocks of teacher and student: a minute or so, then faster (CPU: needs a C++ "
@@ -471,8 +473,14 @@ def to_yaml(config: Config) -> str:
 
 
 def from_yaml(path: Path) -> Config:
-    """The settings that `to_yaml` wrote."""
-    return validate(_parse_yaml(_read(path), str(path)))
+    """The settings that `to_yaml` wrote, in this version or an earlier one."""
+    values = _parse_yaml(_read(path), str(path))
+    for old, new in RENAMED.items():
+        section, name = old.split(".")
+        inner = values.get(section) if isinstance(values, dict) else None
+        if isinstance(inner, dict) and name in inner:
+            inner[new.split(".")[1]] = inner.pop(name)
+    return validate(values)
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
@@ -489,6 +497,8 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _nearest(given: str, known: list[str]) -> str:
+    if given in RENAMED:
+        return f"; it is called {RENAMED[given]} now"
     close = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
     last = {name.rsplit(".", 1)[-1]: name for name in known}
     close = close or [last[n] for n in difflib.get_close_matches(given.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.4)]

@@ -29,7 +29,7 @@ from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.once import compute_afresh
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
 from stepfold.training.choices import choose_precision
-from stepfold.training.distill import Progress, collect, make_accelerator, rollout_precision, stop_requests
+from stepfold.training.distill import Progress, collect, make_accelerator, stop_requests, walk_precision
 from stepfold.training.draws import Draw, draw
 from stepfold.training.optimisers import learning_rate, make_optimiser
 from stepfold.training.runs import (
@@ -50,7 +50,7 @@ from stepfold.training.step_log import record_of, row_of
 SETTINGS = (
     "space.route=random", "space.route_steps=8", "space.route_per=prompt", "space.keep_first=true",
     "space.filter_rule=off", "optimiser.name=adamw", "optimiser.lr=1e-4", "optimiser.warmup=20", "optimiser.decay=0.8",
-    "training.prompts_per_step=8", "training.precision=no", "training.rollout_precision=no",
+    "training.prompts_per_step=8", "training.precision=no", "training.walk_precision=no",
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def run_retime(
         prompts: a text file, one prompt a line; or a table, as `open_prompts` takes it.
         folder: of the run.
         changes: settings, on top of the preset `default` and SETTINGS; those of teacher, routes, optimiser and
-            checkpoints count, and `conditions`, `training.precision`, `rollout_precision`, `micro_batch` and
+            checkpoints count, and `conditions`, `training.precision`, `walk_precision`, `micro_batch` and
             `checkpointing`.
         resume: continue from the folder's last checkpoint.
         display: where progress is shown.
@@ -217,7 +217,7 @@ def train(
         for step in range(start, training.steps):
             began = time.perf_counter()
             batch = draw(step, prompts, teacher, config, teacher.device)
-            with rollout_precision(training.rollout_precision, teacher.device, teacher.network):
+            with walk_precision(training.walk_precision, teacher.device, teacher.network):
                 pairs, condition = some_pairs(teacher, batch, conditions(batch.index), config)
             losses, size = [], training.micro_batch or len(pairs)
             for start_row in range(0, len(pairs), size):

@@ -22,7 +22,7 @@ def run(teacher: Path, prompts: Path, folder: Path, resume: bool) -> None:
             f"teacher.source={teacher}", f"prompts={prompts}", "teacher.max_tokens=48", "space.route_steps=3",
             "space.filter_rule=off", "training.steps=6", "training.prompts_per_step=1", "training.checkpoint_every=2",
             "training.keep_checkpoints=3", "training.preview_every=100", "optimiser.name=adamw",
-            "training.precision=no", "training.rollout_precision=no", "evaluation.n=0", "objective=discrete",
+            "training.precision=no", "training.walk_precision=no", "evaluation.n=0", "objective=discrete",
         ],
     )  # fmt: skip
     run_distill(config, folder, resume=resume, display=Display(quiet=True), command="test")

@@ -34,7 +34,7 @@ def config(tiny_sana: Path, prompts_file: Path) -> Callable[..., Config]:
         fast = (
             "training.steps=6", "training.checkpoint_every=2", "training.preview_every=100", "space.filter_rule=off",
             "training.prompts_per_step=2", "space.route_steps=3", "teacher.max_tokens=32", "optimiser.name=adamw",
-            "training.precision=no", "training.rollout_precision=no", "evaluation.n=0", "objective=continuous",
+            "training.precision=no", "training.walk_precision=no", "evaluation.n=0", "objective=continuous",
             "training.tangent=two_pass",
         )  # fmt: skip
         return load_config("default", [*fast, *changes], teacher__source=str(tiny_sana), prompts=str(prompts_file))

@@ -31,7 +31,7 @@ CPU, LISTENING = torch.device("cpu"), Path(__file__).with_name("listening.py")
 ALL, STUDENT = ("all", "student") if torch.__version__ >= SHARDS_SINCE else ("none", "none")  # older ones are refused
 SETTINGS = (
     "training.steps=6", "training.checkpoint_every=3", "training.preview_every=1000", "training.precision=no",
-    "training.rollout_precision=no", "space.route_steps=4", "teacher.max_tokens=32", "evaluation.n=0",
+    "training.walk_precision=no", "space.route_steps=4", "teacher.max_tokens=32", "evaluation.n=0",
     "optimiser.name=adamw", "optimiser.lr=1e-3", "consistency.r_warmup=3",
     "training.prompts_per_step=5",  # uneven shares
     "training.micro_batch=4",  # and then an uneven number of passes

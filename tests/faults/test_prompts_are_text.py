@@ -83,7 +83,7 @@ def test_a_run_on_hostile_prompts(tiny_sana: Path, tmp_path: Path, monkeypatch: 
         "default",
         [
             "training.steps=2", "training.preview_every=1", "training.prompts_per_step=4", "training.precision=no",
-            "training.rollout_precision=no", "space.route_steps=3", "space.filter_rule=off", "teacher.max_tokens=32",
+            "training.walk_precision=no", "space.route_steps=3", "space.filter_rule=off", "teacher.max_tokens=32",
             "optimiser.name=adamw", "evaluation.n=0",
         ],
         teacher__source=str(tiny_sana),

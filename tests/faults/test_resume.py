@@ -20,7 +20,7 @@ class Command:
     def __init__(self, teacher: Path, prompts: Path, out: Path, *extra: str) -> None:
         settings = (
             f"training.steps={STEPS}", "training.checkpoint_every=4", "training.preview_every=1000",
-            "training.prompts_per_step=2", "training.precision=no", "training.rollout_precision=no",
+            "training.prompts_per_step=2", "training.precision=no", "training.walk_precision=no",
             "space.route_steps=4", "space.filter_rule=off", "teacher.max_tokens=32", "evaluation.n=0",
             "optimiser.lr=1e-3", "consistency.r_warmup=10",
         )  # fmt: skip

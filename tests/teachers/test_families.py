@@ -93,7 +93,7 @@ def settings(folder: Path, prompts: Path, *sets: str) -> Any:
             f"teacher.frames={frames_of(folder) or 'null'}", "teacher.max_tokens=24", "space.route_steps=4",
             "space.filter_rule=off", "training.steps=3", "training.prompts_per_step=2", "training.preview_every=1000",
             "optimiser.name=adamw", "optimiser.lr=1e-3", "optimiser.warmup=0", "training.precision=no",
-            "training.rollout_precision=no", "objective=discrete", *sets,
+            "training.walk_precision=no", "objective=discrete", *sets,
         ],
     )  # fmt: skip
 

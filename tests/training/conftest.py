@@ -16,7 +16,7 @@ from stepfold.teachers.sana import SanaTeacher
 
 FAST = (
     "training.precision=no",
-    "training.rollout_precision=no",
+    "training.walk_precision=no",
     "training.steps=4",
     "training.prompts_per_step=2",
     "training.checkpoint_every=2",

@@ -38,7 +38,7 @@ from stepfold.training.distill import (
     distill,
     make_accelerator,
     new_discriminator,
-    rollout_precision,
+    walk_precision,
 )
 from stepfold.training.draws import Draw, draw
 from stepfold.training.runs import checkpoints, damage, read_metrics, saved_step
@@ -701,8 +701,8 @@ def test_automatic_precision_follows_the_machine(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, fast: bool, chosen: str
 ) -> None:
     monkeypatch.setattr("stepfold.training.choices.has_bf16", lambda device: fast)
-    config = choose_precision(settings("training.precision=auto", "training.rollout_precision=bf16"))
-    assert (config.training.precision, config.training.rollout_precision) == (chosen, "bf16")
+    config = choose_precision(settings("training.precision=auto", "training.walk_precision=bf16"))
+    assert (config.training.precision, config.training.walk_precision) == (chosen, "bf16")
     assert choose_precision(settings()) == settings()
     differenced = settings("training.precision=auto", "training.tangent=finite_difference")
     assert choose_precision(differenced).training.precision == "no"
@@ -852,7 +852,7 @@ def test_a_walk_casts_frozen_weights_once(teacher: SanaTeacher) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         plain = walk(teacher.velocity, noise, route, condition, guidance)
     teacher.forget_prompts()
-    with rollout_precision("bf16", torch.device("cpu"), teacher.network), Casts() as casts:
+    with walk_precision("bf16", torch.device("cpu"), teacher.network), Casts() as casts:
         ours = walk(teacher.velocity, noise, route, condition, guidance)
     assert torch.equal(ours.x0, plain.x0) and torch.equal(ours.dxdt, plain.dxdt)
     assert casts.sources and len(casts.sources) == len(set(casts.sources))

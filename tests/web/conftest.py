@@ -12,7 +12,7 @@ from stepfold.display import Display
 from stepfold.jobs import run_distill
 
 CHANGES = (
-    "training.steps=3", "training.preview_every=1", "training.precision=no", "training.rollout_precision=no",
+    "training.steps=3", "training.preview_every=1", "training.precision=no", "training.walk_precision=no",
     "space.route_steps=2", "teacher.max_tokens=32", "evaluation.n=0",
 )  # fmt: skip
 

@@ -32,7 +32,7 @@ STATES_PER_WEIGHT = {"adamw": 5, "came": 4}  # weight, gradient, average, first 
 def choose_precision(config: Config) -> Config:
     """`auto` becomes what this machine is faster with, so that the run folder says what was used."""
     fast = "bf16" if has_bf16(device_here()) else "no"
-    names = ("precision", "rollout_precision")
+    names = ("precision", "walk_precision")
     changes = {name: fast for name in names if getattr(config.training, name) == "auto"}
     if "precision" in changes and config.training.tangent == "finite_difference":
         changes["precision"] = "no"  # rounding would swamp the difference

@@ -197,7 +197,7 @@ def distill(
                 condition = condition.padded(max(teacher.max_tokens, condition.mask.shape[1]))
         with stages("images"):
             x0 = latents(batch.index).to(device) if latents else None
-        with stages("teacher"), rollout_precision(training.rollout_precision, device, teacher.network):
+        with stages("teacher"), walk_precision(training.walk_precision, device, teacher.network):
             pairs = collect(
                 batch, condition, teacher.velocity, blacks[batch.shape_index], teacher.sigma_data, config.space, x0,
                 stand_in=processes.count > 1,
@@ -318,7 +318,7 @@ def new_discriminator(teacher: Teacher, seed: int) -> Discriminator:
 
 
 @contextmanager
-def rollout_precision(precision: str, device: torch.device, network: nn.Module) -> Iterator[None]:
+def walk_precision(precision: str, device: torch.device, network: nn.Module) -> Iterator[None]:
     """Autocast for the teacher's walks, which casts the weights of `network` once; its states stay in float32."""
     if precision != "bf16":
         yield
