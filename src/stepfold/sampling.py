@@ -11,11 +11,11 @@ from torch import Tensor
 from stepfold.maths.formulations import (
     data_prediction,
     euler_step,
-    expand,
     flow_time,
     flow_velocity,
     interpolate,
     trigflow_input,
+    unsqueeze_like,
 )
 from stepfold.maths.routes import even_flow_times, flow_euler_times
 from stepfold.teachers.contract import Condition, Student, Teacher
@@ -142,5 +142,5 @@ def teacher_steps(
         x = trigflow_input(x_flow, t_flow, sigma_data)
         dxdt = teacher.velocity(x, t, condition, guidance)
         velocity = flow_velocity(x_flow, t_flow, dxdt / sigma_data)
-        x_flow = x_flow + expand(t_flow_next - t_flow, x_flow) * velocity
+        x_flow = x_flow + unsqueeze_like(t_flow_next - t_flow, x_flow) * velocity
         yield Step(x, t, dxdt, trigflow_input(x_flow, t_flow_next, sigma_data))

@@ -5,7 +5,7 @@ import torch
 
 from stepfold.errors import UserError
 from stepfold.maths.closed_form import GaussianTeacher, MixtureTeacher
-from stepfold.maths.formulations import data_prediction, expand, noise_prediction
+from stepfold.maths.formulations import data_prediction, noise_prediction, unsqueeze_like
 
 HALF_PI = math.pi / 2
 SIGMA_DATA = 0.5
@@ -118,9 +118,9 @@ def test_mixture_samples_have_its_moments():
     generator = torch.Generator().manual_seed(4)
     uniform = torch.rand(num, generator=generator, dtype=torch.float64)
     x0 = teacher.sample(torch.arange(num) % 2, uniform, torch.randn(num, 4, generator=generator, dtype=torch.float64))
-    weights = expand(teacher.weights / teacher.weights.sum(dim=0), teacher.means)
+    weights = unsqueeze_like(teacher.weights / teacher.weights.sum(dim=0), teacher.means)
     mean = (weights * teacher.means).sum(dim=0)
-    second = (weights * (teacher.means**2 + expand(teacher.stds, teacher.means) ** 2)).sum(dim=0)
+    second = (weights * (teacher.means**2 + unsqueeze_like(teacher.stds, teacher.means) ** 2)).sum(dim=0)
     for label in (0, 1):
         torch.testing.assert_close(x0[label::2].mean(dim=0), mean[label], rtol=0, atol=0.02)
         torch.testing.assert_close(x0[label::2].square().mean(dim=0), second[label], rtol=0, atol=0.02)

@@ -14,7 +14,7 @@ from stepfold.errors import UserError
 from stepfold.maths import attention
 from stepfold.maths.attention import ChunkedAttention
 from stepfold.maths.closed_form import GaussianTeacher
-from stepfold.maths.formulations import expand
+from stepfold.maths.formulations import unsqueeze_like
 from stepfold.maths.tangent import BACKENDS, Network, total_derivative
 
 SIGMA_DATA = 0.5
@@ -57,7 +57,7 @@ def observed_orders(network: Network, inputs: tuple[Tensor, Tensor, Tensor, Tens
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_known_derivative(backend):
     def network(x: Tensor, t: Tensor) -> Tensor:
-        return x**2 * torch.sin(3 * expand(t, x))
+        return x**2 * torch.sin(3 * unsqueeze_like(t, x))
 
     x, dxdt = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = torch.linspace(0.1, 1.5, 5, dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_finite_difference_is_safe_at_the_ends_and_stays_inside(dtype):
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         times.append(t)
-        return torch.sin(x + expand(t, x))
+        return torch.sin(x + unsqueeze_like(t, x))
 
     t = torch.tensor([0.0, 1e-5, 1.5707, math.pi / 2 - 1e-7, math.pi / 2], dtype=dtype)
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
@@ -144,7 +144,7 @@ def test_finite_difference_is_safe_at_the_ends_and_stays_inside(dtype):
     slack = torch.finfo(dtype).eps
     assert all(((s >= 0) & (s <= math.pi / 2 + slack)).all() for s in times)
     still = total_derivative(network, x, t, dx, torch.zeros_like(t), backend="finite_difference")
-    torch.testing.assert_close(still.dF, torch.cos(x + expand(t, x)) * dx, rtol=1e-3, atol=2e-4)
+    torch.testing.assert_close(still.dF, torch.cos(x + unsqueeze_like(t, x)) * dx, rtol=1e-3, atol=2e-4)
 
 
 def gaussian_df_dt(error: float, backend: str) -> Tensor:

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from stepfold.maths.closed_form import GaussianTeacher
-from stepfold.maths.formulations import data_prediction, expand, flow_input, flow_time, flow_velocity, trigflow_output
+from stepfold.maths.formulations import (
+    data_prediction,
+    flow_input,
+    flow_time,
+    flow_velocity,
+    trigflow_output,
+    unsqueeze_like,
+)
 from stepfold.maths.routes import half_pi, reference_times
 from stepfold.maths.tangent import total_derivative
 from stepfold.objectives.consistency import (
@@ -159,7 +166,7 @@ def test_g_is_cos_t_times_the_change_of_f_along_the_trajectory():
     dxdt = teacher.velocity(x, t)
     tangent = total_derivative(net, x / SIGMA_DATA, t, *tangent_direction(x, t, dxdt, SIGMA_DATA))
     g = consistency_tangent(tangent.F, tangent.dF, x, t, dxdt, 1.0, SIGMA_DATA)
-    torch.testing.assert_close(g, expand(t.cos(), x) * dfdt, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(g, unsqueeze_like(t.cos(), x) * dfdt, rtol=1e-9, atol=1e-9)
     assert g.abs().max() > 0.1
 
 
@@ -177,9 +184,9 @@ def test_in_flow_matching_coordinates_the_target_is_teacher_velocity_minus_t_dv_
     t_flow, x_flow = flow_time(t), flow_input(x, t, SIGMA_DATA)
     v_teacher = flow_velocity(x_flow, t_flow, dxdt / SIGMA_DATA)
     v, dvdt = torch.func.jvp(net, (x_flow, t_flow), (v_teacher, torch.ones_like(t)))[:2]
-    target = v_teacher - expand(t_flow, x) * dvdt
+    target = v_teacher - unsqueeze_like(t_flow, x) * dvdt
     rate = 1 / (t.sin() + t.cos()) ** 2  # dt_flow / dt
-    torch.testing.assert_close(g, expand(t.cos() * SIGMA_DATA * rate, x) * (target - v), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(g, unsqueeze_like(t.cos() * SIGMA_DATA * rate, x) * (target - v), rtol=1e-10, atol=1e-10)
 
 
 def test_prior_weight_along_the_released_ladder():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import expand
+from stepfold.maths.formulations import unsqueeze_like
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class GaussianTeacher:
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """dxdt of the probability-flow ODE. x: [B, ...], t: [B] in [0, pi/2]."""
-        return _gaussian_velocity(x, expand(t, x), self.mean, self.std, self.sigma_data)
+        return _gaussian_velocity(x, unsqueeze_like(t, x), self.mean, self.std, self.sigma_data)
 
     def flow_map(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The state at time s of the trajectory through (x, t). x: [B, ...]; t, s: [B] in [0, pi/2]."""
-        t, s = expand(t, x), expand(s, x)
+        t, s = unsqueeze_like(t, x), unsqueeze_like(s, x)
         ratio = _marginal_std(s, self.std, self.sigma_data) / _marginal_std(t, self.std, self.sigma_data)
         return torch.cos(s) * self.mean + ratio * (x - torch.cos(t) * self.mean)
 
@@ -54,7 +54,7 @@ class GaussianTeacher:
 
     def F_of_consistency(self, x: Tensor, t: Tensor) -> Tensor:
         """The perfect student's F: cos t x - sin t sigma_data F = consistency(x, t), with sin t divided out by hand."""
-        t = expand(t, x)
+        t = unsqueeze_like(t, x)
         sin, cos, std, sd = torch.sin(t), torch.cos(t), self.std, self.sigma_data
         s = _marginal_std(t, std, sd)
         of_x = (cos**2 * sd**2 - (1 + cos**2) * std**2) / (s * (cos * s + std))
@@ -90,14 +90,14 @@ class MixtureTeacher:
         Args:
             x: [B, ...]. t: [B], in [0, pi/2]. label: [B], whole numbers below L.
         """
-        t = expand(t, x)
+        t = unsqueeze_like(t, x)
         means, stds, _ = self._components(x, label)
         per_component = _gaussian_velocity(x, t, means, stds, self.sigma_data)
         return (self._responsibilities(x, t, label) * per_component).sum(dim=0)
 
     def posterior_mean(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """E[x_0 | x, t, label]: the data prediction. Arguments as in `velocity`."""
-        t = expand(t, x)
+        t = unsqueeze_like(t, x)
         means, stds, _ = self._components(x, label)
         gain = torch.cos(t) * stds**2 / _marginal_std(t, stds, self.sigma_data) ** 2
         per_component = means + gain * (x - torch.cos(t) * means)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def expand(t: Tensor, like: Tensor) -> Tensor:
+def unsqueeze_like(t: Tensor, like: Tensor) -> Tensor:
     """Gives a per-sample tensor trailing axes of length 1, so that it broadcasts against a batch.
 
     Args:
@@ -35,13 +35,13 @@ def interpolate(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
 
     Reference: arXiv:2410.11081.
     """
-    t = expand(t, x0)
+    t = unsqueeze_like(t, x0)
     return torch.cos(t) * x0 + torch.sin(t) * z
 
 
 def interpolate_velocity(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
     """The time derivative of `interpolate` with x_0 and z held: cos t z - sin t x_0. Arguments as there."""
-    t = expand(t, x0)
+    t = unsqueeze_like(t, x0)
     return torch.cos(t) * z - torch.sin(t) * x0
 
 
@@ -53,7 +53,7 @@ def data_prediction(x: Tensor, t: Tensor, dxdt: Tensor) -> Tensor:
 
     Reference: arXiv:2511.20410, Table 1.
     """
-    t = expand(t, x)
+    t = unsqueeze_like(t, x)
     return torch.cos(t) * x - torch.sin(t) * dxdt
 
 
@@ -63,7 +63,7 @@ def noise_prediction(x: Tensor, t: Tensor, dxdt: Tensor) -> Tensor:
     Args:
         x: [B, ...]. t: [B], in [0, pi/2]. dxdt: [B, ...].
     """
-    t = expand(t, x)
+    t = unsqueeze_like(t, x)
     return torch.sin(t) * x + torch.cos(t) * dxdt
 
 
@@ -75,7 +75,7 @@ def equivalent_noise(x: Tensor, t: Tensor, x0: Tensor) -> Tensor:
 
     Reference: arXiv:2511.20410, Eq. 8.
     """
-    t = expand(t, x)
+    t = unsqueeze_like(t, x)
     return (x - torch.cos(t) * x0) / torch.sin(t)
 
 
@@ -114,7 +114,7 @@ def guide(velocity_uncond: Tensor, velocity_cond: Tensor, scale: Tensor | float)
         [B, ...] in the dtype of `velocity_cond`: a float64 scale does not promote.
     """
     w = torch.as_tensor(scale, dtype=velocity_cond.dtype, device=velocity_cond.device)
-    return velocity_uncond + expand(w, velocity_cond) * (velocity_cond - velocity_uncond)
+    return velocity_uncond + unsqueeze_like(w, velocity_cond) * (velocity_cond - velocity_uncond)
 
 
 # Flow matching: x_flow = (1 - t_flow) x_0 + t_flow n over unit-variance data and noise, velocity = n - x_0
@@ -150,12 +150,12 @@ def flow_input(x: Tensor, t: Tensor, sigma_data: float) -> Tensor:
 
     Reference: arXiv:2511.20410, Eq. (6).
     """
-    return x / sigma_data * expand(_flow_scale(flow_time(t)), x)
+    return x / sigma_data * unsqueeze_like(_flow_scale(flow_time(t)), x)
 
 
 def trigflow_input(x_flow: Tensor, t_flow: Tensor, sigma_data: float) -> Tensor:
     """Inverse of `flow_input`: x = sigma_data x_flow / k. t_flow: [B], in [0, 1]."""
-    return x_flow * sigma_data / expand(_flow_scale(t_flow), x_flow)
+    return x_flow * sigma_data / unsqueeze_like(_flow_scale(t_flow), x_flow)
 
 
 def trigflow_output(x_flow: Tensor, t_flow: Tensor, velocity: Tensor) -> Tensor:
@@ -169,13 +169,13 @@ def trigflow_output(x_flow: Tensor, t_flow: Tensor, velocity: Tensor) -> Tensor:
 
     Reference: arXiv:2511.20410, Eq. (7).
     """
-    s = expand(t_flow, x_flow)
+    s = unsqueeze_like(t_flow, x_flow)
     return ((1 - 2 * s) * x_flow + (1 - 2 * s + 2 * s**2) * velocity) / _flow_scale(s)
 
 
 def flow_velocity(x_flow: Tensor, t_flow: Tensor, F: Tensor) -> Tensor:
     """Inverse of `trigflow_output`: F -> the flow-matching velocity at (x_flow, t_flow)."""
-    s = expand(t_flow, x_flow)
+    s = unsqueeze_like(t_flow, x_flow)
     return (_flow_scale(s) * F - (1 - 2 * s) * x_flow) / (1 - 2 * s + 2 * s**2)
 
 
@@ -202,12 +202,12 @@ def edm_c_in(sigma: Tensor, sigma_data: float) -> Tensor:
 
 def edm_input(x: Tensor, t: Tensor) -> Tensor:
     """TrigFlow state -> EDM state x / cos t. EDM has no finite state at t = pi/2. x: [B, ...], t: [B]."""
-    return x / torch.cos(expand(t, x))
+    return x / torch.cos(unsqueeze_like(t, x))
 
 
 def trigflow_input_from_edm(x_edm: Tensor, t: Tensor) -> Tensor:
     """Inverse of `edm_input`: cos t x_edm."""
-    return x_edm * torch.cos(expand(t, x_edm))
+    return x_edm * torch.cos(unsqueeze_like(t, x_edm))
 
 
 def dxdt_from_denoised(x: Tensor, t: Tensor, denoised: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def dxdt_from_denoised(x: Tensor, t: Tensor, denoised: Tensor) -> Tensor:
     Args:
         x: [B, ...]. t: [B], in (0, pi/2]; a denoiser does not determine the velocity at 0. denoised: [B, ...].
     """
-    t = expand(t, x)
+    t = unsqueeze_like(t, x)
     return (torch.cos(t) * x - denoised) / torch.sin(t)
 
 
@@ -263,7 +263,7 @@ def F_from_epsilon(x_unit: Tensor, t: Tensor, epsilon: Tensor) -> Tensor:
         x_unit: x / sigma_data [B, ...]. epsilon: [B, ...].
         t: [B], in [0, pi/2); at pi/2 a noise prediction says nothing about the data.
     """
-    t = expand(t, x_unit)
+    t = unsqueeze_like(t, x_unit)
     return (epsilon - torch.sin(t) * x_unit) / torch.cos(t)
 
 

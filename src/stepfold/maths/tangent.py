@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepfold.errors import UserError
 from stepfold.maths.attention import ChunkedAttention
-from stepfold.maths.formulations import expand
+from stepfold.maths.formulations import unsqueeze_like
 from stepfold.maths.one_pass import one_pass
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -124,7 +124,7 @@ def finite_difference(
     move = torch.minimum(t, math.pi / 2 - t).clamp(min=0, max=step)
     movable = (move > 0) & (dt.abs() > torch.finfo(dt.dtype).tiny)
     scale = torch.where(movable, move / torch.where(movable, dt.abs(), 1), step)
-    offset_x, offset_t = expand(scale, x) * dx, scale * dt
+    offset_x, offset_t = unsqueeze_like(scale, x) * dx, scale * dt
     with torch.no_grad():
         difference = network(x + offset_x, t + offset_t) - network(x - offset_x, t - offset_t)
-    return Tangent(F=network(x, t), dF=difference / expand(2 * scale, difference))
+    return Tangent(F=network(x, t), dF=difference / unsqueeze_like(2 * scale, difference))

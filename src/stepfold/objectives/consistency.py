@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepfold.maths.formulations import expand
+from stepfold.maths.formulations import unsqueeze_like
 from stepfold.maths.tangent import Network, total_derivative
 from stepfold.objectives.kinds import Normalisation, PriorWeight
 
@@ -54,7 +54,7 @@ def tangent_direction(x: Tensor, t: Tensor, dxdt: Tensor, sigma_data: float) -> 
     Reference: arXiv:2511.20410, Algorithm 1.
     """
     scale = t.cos() * t.sin()
-    return expand(scale, x) * dxdt / sigma_data, scale
+    return unsqueeze_like(scale, x) * dxdt / sigma_data, scale
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def consistency_tangent(
 
     Reference: arXiv:2511.20410, Algorithm 1; arXiv:2410.11081, Eq. 6.
     """
-    cos, sin = expand(t.cos(), x), expand(t.sin(), x)
+    cos, sin = unsqueeze_like(t.cos(), x), unsqueeze_like(t.sin(), x)
     g = -(cos**2) * (sigma_data * F - dxdt) - r * (cos * sin * x + sigma_data * dF)
     return g.detach()
 
@@ -108,7 +108,7 @@ def normalise_tangent(g: Tensor, kind: Normalisation, constant: float) -> Tensor
     norm = g.flatten(1).norm(dim=1)
     if kind == "l2_per_element":
         norm = norm / g[0].numel() ** 0.5
-    return g / expand(norm + constant, g)
+    return g / unsqueeze_like(norm + constant, g)
 
 
 def consistency_terms(

@@ -13,10 +13,10 @@ from stepfold.maths.formulations import (
     dxdt_from_denoised,
     edm_input,
     edm_sigma,
-    expand,
     flow_input,
     flow_time,
     trigflow_output,
+    unsqueeze_like,
 )
 from stepfold.maths.routes import few_step_times
 from stepfold.teachers.contract import Condition, GuidanceKind, concatenate
@@ -122,7 +122,7 @@ class ModuleTeacher:
             both = concatenate([self.nothing.expand(len(x)), condition])
             F = self.predict(self.network, torch.cat([x_unit, x_unit]), torch.cat([t, t]), both, None)
             without, with_prompt = F.chunk(2)
-            F = without + expand(guidance, F) * (with_prompt - without)
+            F = without + unsqueeze_like(guidance, F) * (with_prompt - without)
         return (self.sigma_data * F).to(x.dtype)
 
     def student_times(self, num_steps: int) -> list[float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepfold.config import Config
-from stepfold.maths.formulations import euler_step, expand, interpolate
+from stepfold.maths.formulations import euler_step, interpolate, unsqueeze_like
 from stepfold.maths.routes import half_pi
 from stepfold.maths.schedules import tangent_warmup
 from stepfold.maths.tangent import total_derivative
@@ -157,7 +157,7 @@ def discrete_loss(
     x_next = euler_step(part.x, part.t, part.t_next, part.dxdt)
     x0 = picture(part.x, part.t)
     if whole_walks:
-        target = torch.where(expand(part.t_next > 0, x0), x0.roll(-1, 0), x_next)
+        target = torch.where(unsqueeze_like(part.t_next > 0, x0), x0.roll(-1, 0), x_next)
     else:
         with torch.no_grad():
             target = picture(x_next, part.t_next)
@@ -178,7 +178,7 @@ def adversarial_losses(
     one time, and heads on the frozen teacher's features tell them apart.
     """
     teacher, draw = judgement.teacher, judgement.draw.rows(part.number)
-    x = torch.where(expand(draw.at_start, part.x), draw.start, part.x)
+    x = torch.where(unsqueeze_like(draw.at_start, part.x), draw.start, part.x)
     t = torch.where(draw.at_start, min(half_pi(part.t.dtype), teacher.start_time), part.t)
 
     def features(picture: Tensor, noise: Tensor) -> list[Tensor]:
