@@ -118,7 +118,7 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
                         batch, fake_condition(size, count), teacher.velocity, torch.zeros(()), teacher.sigma_data,
                         config.space, x0,
                     )  # fmt: skip
-                teacher.forget_prompts()
+                teacher.clear_prompt_cache()
                 judgement = Judgement(teacher, heads, batch.judged) if heads and batch.judged else None
                 backend = "block" if training.checkpointing else "one_pass"
                 update(student, pairs, config, number, teacher.sigma_data, precision, backend, judgement=judgement)

@@ -206,7 +206,7 @@ def gradient_of(bench: Bench, row: Row) -> Run:
                 condition = condition.padded(teacher.max_tokens)
         with stages("teacher"), walk_precision(config.training.walk_precision, device, teacher.network):
             pairs = collect(batch, condition, teacher.velocity, black, teacher.sigma_data, config.space)
-            teacher.forget_prompts()
+            teacher.clear_prompt_cache()
         update(
             student, pairs, config, turn, teacher.sigma_data, precision, row.backend, stages=stages,
         )  # fmt: skip

@@ -51,7 +51,7 @@ class LabelTeacher:
     def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
         return MIXTURE.velocity(x, t, condition.embeds[:, 0].argmax(1))
 
-    def forget_prompts(self) -> None:
+    def clear_prompt_cache(self) -> None:
         """It keeps nothing."""
 
 

@@ -72,7 +72,7 @@ def test_a_walk_projects_its_prompts_once(teacher: SanaTeacher, monkeypatch: pyt
             assert all(calls.count(part) == 1 for part in parts)
             assert calls.count(id(teacher.transformer.transformer_blocks[0].attn1.to_q.weight)) == 4
         calls.clear()
-        teacher.forget_prompts()
+        teacher.clear_prompt_cache()
         assert all("_last_call" not in part.__dict__ for part in teacher.of_the_prompt_alone())
         teacher.velocity(noise, routes[:, 0], second, scales)
         assert all(calls.count(part) == 1 for part in parts)  # computed afresh

@@ -851,7 +851,7 @@ def test_a_walk_casts_frozen_weights_once(teacher: SanaTeacher) -> None:
     condition, guidance = teacher.encode(["fox"]), torch.tensor([4.5])
     with torch.autocast("cpu", torch.bfloat16):
         plain = walk(teacher.velocity, noise, route, condition, guidance)
-    teacher.forget_prompts()
+    teacher.clear_prompt_cache()
     with walk_precision("bf16", torch.device("cpu"), teacher.network), Casts() as casts:
         ours = walk(teacher.velocity, noise, route, condition, guidance)
     assert torch.equal(ours.x0, plain.x0) and torch.equal(ours.dxdt, plain.dxdt)

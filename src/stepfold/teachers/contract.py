@@ -169,7 +169,7 @@ class Teacher(Protocol):
         """dx/dt [B, ...] at x [B, ...], t [B], guided by the scales [B]; no gradient."""
         ...
 
-    def forget_prompts(self) -> None:
+    def clear_prompt_cache(self) -> None:
         """Lets go of what `velocity` kept of its last prompts for the next call; nothing else depends on it."""
         ...
 

@@ -134,7 +134,7 @@ class ModuleTeacher:
     def park_text_encoder(self) -> None:
         """See `Teacher`; `encode` is the caller's."""
 
-    def forget_prompts(self) -> None:
+    def clear_prompt_cache(self) -> None:
         """See `Teacher`; it keeps nothing."""
 
     def new_student(self, depth: float = 1.0) -> PipelineStudent:

@@ -439,7 +439,7 @@ class PipelineTeacher:
             if (encoder := getattr(self.pipe, name)) is not None:
                 encoder.to("cpu")
 
-    def forget_prompts(self) -> None:
+    def clear_prompt_cache(self) -> None:
         """See `Teacher`."""
         self._both = None
         forget(self.of_the_prompt_alone())

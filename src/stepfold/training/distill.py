@@ -202,7 +202,7 @@ def distill(
                 batch, condition, teacher.velocity, blacks[batch.shape_index], teacher.sigma_data, config.space, x0,
                 stand_in=processes.count > 1,
             )  # fmt: skip
-        teacher.forget_prompts()  # the memory is the student's now
+        teacher.clear_prompt_cache()  # the memory is the student's now
         return batch, pairs
 
     def finished_row(record: StepRecord) -> dict[str, Any]:
