@@ -120,7 +120,7 @@ class Student(nn.Module):
         )
 
 
-def sharing_copy(module: Module, shared: Iterable[Tensor]) -> Module:
+def deepcopy_sharing(module: Module, shared: Iterable[Tensor]) -> Module:
     """A copy of a module that has the very same tensors where they are among `shared`."""
     return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_time, guide
 from stepfold.maths.routes import few_step_times
-from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate, sharing_copy
+from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate, deepcopy_sharing
 from stepfold.teachers.depth import drop_blocks
 from stepfold.teachers.folders import first_line, load_index, load_network, load_pipeline, merge_lora
 from stepfold.teachers.once import compute_afresh, compute_once, forget
@@ -603,7 +603,7 @@ class PipelineTeacher:
             from peft import LoraConfig
         except ImportError:
             raise UserError("student.lora needs peft; pip install peft") from None
-        network = sharing_copy(self.transformer, [*self.transformer.parameters(), *self.transformer.buffers()])
+        network = deepcopy_sharing(self.transformer, [*self.transformer.parameters(), *self.transformer.buffers()])
         compute_afresh(network.modules())
         layers = [
             name for name, module in network.named_modules()

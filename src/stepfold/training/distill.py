@@ -23,7 +23,7 @@ from stepfold.prompts.reading import Prompts
 from stepfold.spaces.diffusion import noised_pairs
 from stepfold.spaces.generation import Velocity, brightness_filter, pairs_from, walk
 from stepfold.spaces.pairs import Pairs, pairs_per_prompt
-from stepfold.teachers.contract import Condition, Student, Teacher, sharing_copy
+from stepfold.teachers.contract import Condition, Student, Teacher, deepcopy_sharing
 from stepfold.training.choices import choose_tangent, keep_freed_memory
 from stepfold.training.draws import Draw, draw, guidance_scales, prompt_index, step_samples
 from stepfold.training.optimisers import learning_rate, make_optimiser
@@ -146,9 +146,9 @@ def distill(
             student.recompute_blocks()
     if len(set(guidance_scales(config, teacher))) == 1:
         student.freeze_guidance()
-    average = sharing_copy(student, [p for p in student.parameters() if not p.requires_grad]).requires_grad_(False)
+    average = deepcopy_sharing(student, [p for p in student.parameters() if not p.requires_grad]).requires_grad_(False)
     modules: dict[str, nn.Module] = {"student": student, "average": average}
-    unsharded = sharing_copy(student, ()).cpu() if sharded and processes.first else None
+    unsharded = deepcopy_sharing(student, ()).cpu() if sharded and processes.first else None
     if sharded:
         for network in (student, average):
             shard(network, processes, "log_variance")
