@@ -21,9 +21,9 @@ def assert_same(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-10) -> N
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_expand_shapes():
-    assert fm.expand(torch.zeros(2), torch.zeros(2, 3, 4)).shape == (2, 1, 1)
-    assert fm.expand(torch.tensor(0.3), torch.zeros(2, 3)).shape == (1, 1)
+def test_unsqueeze_like_shapes():
+    assert fm.unsqueeze_like(torch.zeros(2), torch.zeros(2, 3, 4)).shape == (2, 1, 1)
+    assert fm.unsqueeze_like(torch.tensor(0.3), torch.zeros(2, 3)).shape == (1, 1)
 
 
 def test_interpolation_and_predictions_are_a_rotation():
@@ -63,7 +63,7 @@ def test_flow_conversion_follows_its_definition_for_known_data_and_noise():
     """Unit-variance x_0 and n in flow matching's own terms become TrigFlow's x and F."""
     x0, n, t = states()
     t_flow = fm.flow_time(t)
-    s = fm.expand(t_flow, x0)
+    s = fm.unsqueeze_like(t_flow, x0)
     x_flow, velocity = (1 - s) * x0 + s * n, n - x0
     x = fm.interpolate(SIGMA_DATA * x0, SIGMA_DATA * n, t)
     dxdt = fm.interpolate_velocity(SIGMA_DATA * x0, SIGMA_DATA * n, t)
@@ -106,11 +106,11 @@ def test_edm_round_trips_and_shares_its_ode():
     assert_same(fm.edm_time(sigma, SIGMA_DATA), t)
     x_edm = fm.edm_input(x, t)
     assert_same(fm.trigflow_input_from_edm(x_edm, t), x)
-    assert_same(fm.expand(fm.edm_c_in(sigma, SIGMA_DATA), x) * x_edm, x / SIGMA_DATA)
+    assert_same(fm.unsqueeze_like(fm.edm_c_in(sigma, SIGMA_DATA), x) * x_edm, x / SIGMA_DATA)
     dxdt = fm.dxdt_from_denoised(x, t, denoised)
     assert_same(fm.data_prediction(x, t, dxdt), denoised)
     # dx/dt of x = cos t x_edm(sigma(t)), with EDM's own dx_edm/dsigma = (x_edm - D) / sigma
-    sin, cos, sigma = (fm.expand(v, x) for v in (t.sin(), t.cos(), sigma))
+    sin, cos, sigma = (fm.unsqueeze_like(v, x) for v in (t.sin(), t.cos(), sigma))
     assert_same(dxdt, -sin * x_edm + cos * (SIGMA_DATA / cos**2) * (x_edm - denoised) / sigma)
 
 
@@ -123,7 +123,7 @@ def test_variance_preserving_round_trips_and_definitions():
     x0, n, t = states(low=0.0, high=1.56)
     alpha, sigma = t.cos(), t.sin()
     assert_same(fm.vp_time(alpha, sigma), t)
-    a, s = fm.expand(alpha, x0), fm.expand(sigma, x0)
+    a, s = fm.unsqueeze_like(alpha, x0), fm.expand(sigma, x0)
     x_unit, F = a * x0 + s * n, fm.interpolate_velocity(x0, n, t)
     assert_same(fm.F_from_epsilon(x_unit, t, n), F)
     assert_same(fm.epsilon_from_F(x_unit, t, F), n)
