@@ -123,7 +123,7 @@ def test_variance_preserving_round_trips_and_definitions():
     x0, n, t = states(low=0.0, high=1.56)
     alpha, sigma = t.cos(), t.sin()
     assert_same(fm.vp_time(alpha, sigma), t)
-    a, s = fm.unsqueeze_like(alpha, x0), fm.expand(sigma, x0)
+    a, s = fm.unsqueeze_like(alpha, x0), fm.unsqueeze_like(sigma, x0)
     x_unit, F = a * x0 + s * n, fm.interpolate_velocity(x0, n, t)
     assert_same(fm.F_from_epsilon(x_unit, t, n), F)
     assert_same(fm.epsilon_from_F(x_unit, t, F), n)
