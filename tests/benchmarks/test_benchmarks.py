@@ -4,6 +4,7 @@ import copy
 import ctypes
 import importlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stepfold.teachers.sana import SanaTeacher
@@ -203,3 +205,42 @@ def test_errors_of_a_known_teacher_are_small_where_students_are_exact() -> None:
     labels = closed_form.labels_of(closed_form.encode(prompts))
     nearest = [(petals[:, label] - point).norm(dim=1).min() for point, label in zip(wanted, labels, strict=True)]
     assert max(nearest) < 4 * 0.12 / closed_form.SIGMA_DATA  # it ends in a petal of its own label
+
+
+def make_run(folder: Path, weight: float, loss: float, name: str = "weight") -> dict[str, Any]:
+    """What `equal` notes of a run of one step with a weight of 1 + `weight`."""
+    for part in ("checkpoints/000040", "student", "previews"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    tensors = {name: torch.ones(3) + weight, "half": torch.zeros(2, dtype=torch.bfloat16), "step": torch.tensor(1.0)}
+    save_file(tensors, folder / "checkpoints" / "000040" / "student.safetensors")
+    save_file({"w": torch.ones(1)}, folder / "student" / "model.safetensors")
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "loss": loss, "r": math.nan, "sec": loss}) + "\n")
+    return importlib.import_module("equal").read_run(folder) | {"case": "same"}
+
+
+def test_equal_finds_a_changed_weight_and_a_changed_row(tmp_path: Path) -> None:
+    verdict = importlib.import_module("equal").verdict
+    run = make_run(tmp_path, 0.0, 0.5)
+    assert verdict(run, make_run(tmp_path, 0.0, 0.5), set()) == (True, "equal: 1 rows, 4 tensors")
+    assert verdict(run, make_run(tmp_path, 2e-7, 0.5), set()) == (
+        False,
+        "1 differences: checkpoint/student:weight: other bytes",
+    )
+    equal, line = verdict(run, make_run(tmp_path, 0.0, 0.5 + 3e-15), set())
+    assert not equal and line.startswith("1 differences: step 0: loss 0.5 and 0.500000000000003")
+    assert verdict(run, run | {"case": "other"}, set())[0] is verdict(run, {"failed": "why"}, set())[0] is False
+    assert verdict(run, None, set()) == (False, "not recorded in the newer one")
+
+
+def test_equal_knows_what_only_has_another_name(tmp_path: Path) -> None:
+    equal = importlib.import_module("equal")
+    run, renamed = make_run(tmp_path, 0.0, 0.5), make_run(tmp_path, 0.0, 0.5, name="scale")
+    assert equal.verdict(run, renamed, set()) == (True, "equal: 1 rows, 4 tensors, 1 of them under other names")
+    changed = make_run(tmp_path, 1e-3, 0.5, name="scale")
+    found, twins = equal.tensor_differences(run["tensors"], changed["tensors"])
+    assert (len(found), twins) == (2, 0)  # neither has a twin
+    more = [run["rows"][0] | {"lr": 1.0}]
+    assert list(equal.row_differences(run["rows"], more, set())) == ["step 0: lr is only in the newer one"]
+    assert not list(equal.row_differences(run["rows"], more, {"lr"}))
+    assert list(equal.row_differences(run["rows"], [], set())) == ["1 and 0 rows"]
+    assert equal.spelt("training.rollout_precision", {"training.walk_precision"}) == "training.walk_precision"
