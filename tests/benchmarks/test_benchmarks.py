@@ -215,7 +215,7 @@ def make_run(folder: Path, weight: float, loss: float, name: str = "weight") -> 
     save_file(tensors, folder / "checkpoints" / "000040" / "student.safetensors")
     save_file({"w": torch.ones(1)}, folder / "student" / "model.safetensors")
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "loss": loss, "r": math.nan, "sec": loss}) + "\n")
-    return importlib.import_module("equal").read_run(folder) | {"case": "same"}
+    return importlib.import_module("equal_runs").read_run(folder) | {"case": "same"}
 
 
 def test_equal_finds_a_changed_weight_and_a_changed_row(tmp_path: Path) -> None:
@@ -243,4 +243,7 @@ def test_equal_knows_what_only_has_another_name(tmp_path: Path) -> None:
     assert list(equal.row_differences(run["rows"], more, set())) == ["step 0: lr is only in the newer one"]
     assert not list(equal.row_differences(run["rows"], more, {"lr"}))
     assert list(equal.row_differences(run["rows"], [], set())) == ["1 and 0 rows"]
-    assert equal.spelt("training.rollout_precision", {"training.walk_precision"}) == "training.walk_precision"
+    assert (
+        importlib.import_module("equal_cases").spelt("training.rollout_precision", {"training.walk_precision"})
+        == "training.walk_precision"
+    )
