@@ -13,7 +13,7 @@ from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.prompts.reading import open_prompts
 from stepfold.randomness import normal
-from stepfold.sampling import sample_student
+from stepfold.sampling.consistency import sample_consistency
 from stepfold.teachers.contract import Student
 from stepfold.teachers.module import ModuleTeacher
 from stepfold.training.choices import choose_precision
@@ -96,4 +96,4 @@ def draw(teacher: ModuleTeacher, student: Student, prompts: Sequence[str], *, se
     guidance = torch.ones(len(prompts), device=device)
     times, condition = teacher.student_times(steps), teacher.encode(prompts)
     condition = condition.to(device, condition.embeds.dtype)
-    return sample_student(student, noise(0), condition, guidance, times, noise, sigma_data) / sigma_data
+    return sample_consistency(student, noise(0), condition, guidance, times, noise, sigma_data) / sigma_data

@@ -16,7 +16,7 @@ from stepfold.maths.routes import reference_route
 from stepfold.maths.tangent import total_derivative
 from stepfold.objectives.consistency import STEEPEST, derivative_size, tangent_direction
 from stepfold.randomness import generator, normal, uniform
-from stepfold.sampling import sample_teacher
+from stepfold.sampling.teacher import sample_teacher
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Condition, Student

@@ -10,7 +10,7 @@ from stepfold.errors import UserError
 from stepfold.evaluation.solvers import make_scheduler, solver_sampler
 from stepfold.maths.closed_form import GaussianTeacher
 from stepfold.maths.routes import half_pi
-from stepfold.sampling import sample_teacher
+from stepfold.sampling.teacher import sample_teacher
 from stepfold.teachers.contract import Condition
 
 SHAPE = (2, 4, 4)

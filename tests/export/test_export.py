@@ -14,7 +14,7 @@ from diffusers import FluxPipeline
 from stepfold.errors import UserError
 from stepfold.export.pipeline import model_card
 from stepfold.jobs import run_export, run_sample
-from stepfold.sampling import sample_student
+from stepfold.sampling.consistency import sample_consistency
 from stepfold.teachers.loading import CARD, load_merged, load_student, read_card
 
 from .conftest import SMALLER, relative, start
@@ -71,7 +71,7 @@ def test_a_student_of_every_family_draws_our_latents_in_plain_diffusers(student_
         noise, condition = sigma_data * start((1, *teacher.latent_shape)), teacher.encode([card["example"]])
         rest = card["times"]["1"], lambda step, noise=noise: noise, sigma_data
         with torch.no_grad():
-            x0 = sample_student(student, noise, condition, guidance, *rest)
+            x0 = sample_consistency(student, noise, condition, guidance, *rest)
         assert relative(teacher.unpack(drawn[family]), x0 / sigma_data) < 1e-4, family
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from stepfold.errors import UserError
 from stepfold.export import onnx
 from stepfold.jobs import run_export
-from stepfold.sampling import sample_student
+from stepfold.sampling.consistency import sample_consistency
 from stepfold.teachers.loading import load_merged
 
 from .conftest import relative, run_alone
@@ -64,7 +64,7 @@ def test_onnxruntime_alone_gives_the_students_latents(
     noise, fresh = torch.randn(2, len(PROMPTS), *teacher.latent_shape)
     scale = torch.full((len(PROMPTS),), 3.0)
     times = card["times"]["2"]
-    expected = sample_student(student, 0.5 * noise, condition, scale, times, lambda i: 0.5 * fresh, 0.5) / 0.5
+    expected = sample_consistency(student, 0.5 * noise, condition, scale, times, lambda i: 0.5 * fresh, 0.5) / 0.5
 
     readme = (out / "README.md").read_text()
     named = set(re.findall(r"^\| (\w+) \| \w+\d", readme, re.MULTILINE))

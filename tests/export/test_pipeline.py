@@ -20,7 +20,7 @@ from stepfold.export.pipeline import model_card, save_student
 from stepfold.jobs import run_sample
 from stepfold.maths.routes import few_step_times
 from stepfold.randomness import normal
-from stepfold.sampling import sample_student
+from stepfold.sampling.consistency import sample_consistency
 from stepfold.teachers.loading import CARD, load_student
 from stepfold.teachers.sana import SanaStudent, SanaTeacher
 
@@ -83,7 +83,7 @@ def plain_diffusers(pipe: Any, prompts: list[str], noise: Tensor, steps: int, **
 
 def ours(teacher: SanaTeacher, student: SanaStudent, noise: Tensor, steps: int, guidance: float, seed: int) -> Tensor:
     generator, sigma_data = torch.Generator().manual_seed(seed), teacher.sigma_data
-    return sample_student(
+    return sample_consistency(
         student,
         sigma_data * noise,
         teacher.encode(PROMPTS),

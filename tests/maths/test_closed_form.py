@@ -5,7 +5,7 @@ import torch
 
 from stepfold.errors import UserError
 from stepfold.maths.closed_form import GaussianTeacher, MixtureTeacher
-from stepfold.maths.formulations import data_prediction, noise_prediction, unsqueeze_like
+from stepfold.maths.formulations import data_prediction, euler_step, noise_prediction, unsqueeze_like
 
 HALF_PI = math.pi / 2
 SIGMA_DATA = 0.5
@@ -59,6 +59,18 @@ def test_gaussian_consistency_network_gives_the_flow_map_and_is_finite_at_zero()
     F = teacher.F_of_consistency(x, t)
     torch.testing.assert_close(data_prediction(x, t, SIGMA_DATA * F), teacher.consistency(x, t), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(SIGMA_DATA * F[0], teacher.velocity(x, t)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_gaussian_two_time_network_gives_the_flow_map_and_the_velocity_where_both_times_meet():
+    teacher = gaussian()
+    x, t, _ = batch((3, 2, 2))
+    for s in (torch.zeros_like(t), 0.3 * t, 0.99 * t):
+        F = teacher.F_of_flow_map(x, t, s)
+        torch.testing.assert_close(
+            euler_step(x, t, s, SIGMA_DATA * F), teacher.flow_map(x, t, s), rtol=1e-12, atol=1e-12
+        )
+    F = teacher.F_of_flow_map(x, t, t)
+    torch.testing.assert_close(SIGMA_DATA * F, teacher.velocity(x, t), rtol=1e-12, atol=1e-12)
 
 
 def test_mixture_of_one_component_is_the_gaussian():

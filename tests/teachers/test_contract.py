@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from stepfold.config import validate
 from stepfold.errors import UserError
 from stepfold.randomness import generator, normal
-from stepfold.sampling import sample_student, sample_teacher
+from stepfold.sampling.consistency import sample_consistency
+from stepfold.sampling.teacher import sample_teacher
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
@@ -337,7 +338,7 @@ def test_plain_diffusers_takes_the_students_steps(teacher: Any, saved: tuple[Any
 
     torch.manual_seed(5)
     scale = torch.full((3,), guidance)
-    x0 = sample_student(
+    x0 = sample_consistency(
         student, teacher.sigma_data * noise, teacher.encode(PROMPTS), scale, times, fresh, teacher.sigma_data
     )
     assert spread(theirs, x0 / teacher.sigma_data) < 1e-4

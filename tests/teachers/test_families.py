@@ -25,7 +25,8 @@ from stepfold.errors import UserError
 from stepfold.jobs import run_distill, run_encode, run_sample
 from stepfold.maths.formulations import flow_time
 from stepfold.randomness import generator, normal
-from stepfold.sampling import sample_student, sample_teacher
+from stepfold.sampling.consistency import sample_consistency
+from stepfold.sampling.teacher import sample_teacher
 from stepfold.teachers.loading import CARD, choose_objective, load_any_pipeline, load_student, load_teacher
 from stepfold.teachers.pipeline import LORA_WEIGHTS
 from stepfold.training.runs import read_metrics
@@ -192,7 +193,7 @@ def test_a_lora_student_shares_its_teachers_weights(any_folder: Path, prompts_fi
     noise = torch.stack([normal(teacher.latent_shape, 0, "sample", 0)])
     assert (drawn - plain).abs().max() > 1e-4
     again, read, _ = load_student(run / "student", "cpu")
-    x0 = sample_student(
+    x0 = sample_consistency(
         read, 0.5 * noise, again.encode(["red heart"]), torch.full((1,), card["guidance"]), again.student_times(1),
         torch.zeros_like, 0.5,
     )  # fmt: skip
@@ -305,7 +306,7 @@ def test_a_lora_on_the_teacher_is_merged_into_it(any_folder: Path, tmp_path: Pat
             plain.latents_of(each, ["red heart"], [generator(0, "test", 0)], **plain.student_call(times, scale))
             for each in (plain.pipe, pipe)
         )
-        ours = sample_student(merged.as_student(), 0.5 * noise, condition, scales, times, torch.zeros_like, 0.5)
+        ours = sample_consistency(merged.as_student(), 0.5 * noise, condition, scales, times, torch.zeros_like, 0.5)
     else:
         without = plain.pipeline_latents(["red heart"], [generator(0, "test", 0)], scale, 2)
         merged_pipe, merged.pipe = merged.pipe, pipe  # the same loop, around the pipeline that only loaded the LoRA

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
-from stepfold.sampling import sample_teacher
+from stepfold.sampling.teacher import sample_teacher
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import CARD, load_student, load_teacher
 from stepfold.teachers.sana import SanaTeacher

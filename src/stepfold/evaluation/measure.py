@@ -10,7 +10,8 @@ from stepfold.evaluation.judge import Judge
 from stepfold.evaluation.metrics import latent_error
 from stepfold.evaluation.protocol import Protocol, Scores, protocol_prompts, score_images
 from stepfold.randomness import normal
-from stepfold.sampling import sample_student, sample_teacher
+from stepfold.sampling.consistency import sample_consistency
+from stepfold.sampling.teacher import sample_teacher
 from stepfold.teachers.contract import Condition, Student, Teacher, concatenate
 
 BATCH = 50
@@ -34,7 +35,7 @@ def student_sampler(student: Student, times: Sequence[float], seed: int, sigma_d
             parts = [normal(tuple(noise.shape[1:]), seed, "evaluation fresh noise", i, s) for s in samples]
             return sigma_data * torch.stack(parts).to(noise)
 
-        return sample_student(student, noise, condition, guidance, times, fresh, sigma_data)
+        return sample_consistency(student, noise, condition, guidance, times, fresh, sigma_data)
 
     return sample
 

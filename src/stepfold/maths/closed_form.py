@@ -53,13 +53,25 @@ class GaussianTeacher:
         return self.flow_map(x, t, torch.zeros_like(t))
 
     def F_of_consistency(self, x: Tensor, t: Tensor) -> Tensor:
-        """The perfect student's F: cos t x - sin t sigma_data F = consistency(x, t), with sin t divided out by hand."""
-        t = unsqueeze_like(t, x)
-        sin, cos, std, sd = torch.sin(t), torch.cos(t), self.std, self.sigma_data
-        s = _marginal_std(t, std, sd)
-        of_x = (cos**2 * sd**2 - (1 + cos**2) * std**2) / (s * (cos * s + std))
-        of_mean = sd**2 / (s * (s + std * cos))
-        return sin / sd * (of_x * x - of_mean * self.mean)
+        """The perfect consistency student's F: cos t x - sin t sigma_data F = consistency(x, t)."""
+        return self.F_of_flow_map(x, t, torch.zeros_like(t))
+
+    def F_of_flow_map(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The perfect two-time student's F: cos D x - sin D sigma_data F = flow_map(x, t, s), D = t - s.
+
+        sin D is divided out by hand, so that at s = t it is the velocity, dxdt / sigma_data.
+
+        Args:
+            x: [B, ...]. t: [B], in [0, pi/2]. s: [B], in [0, t].
+        """
+        t, s = unsqueeze_like(t, x), unsqueeze_like(s, x)
+        std, sd, D = self.std, self.sigma_data, t - s
+        at_t, at_s = _marginal_std(t, std, sd), _marginal_std(s, std, sd)
+        of_x = (sd**2 - std**2) * torch.sin(2 * t) * torch.cos(D)
+        of_x = of_x - torch.sin(D) * ((torch.sin(t) * std) ** 2 + (torch.cos(t) * sd) ** 2)
+        of_x = of_x / (at_t * (torch.cos(D) * at_t + at_s))
+        of_mean = sd**2 * torch.sin(t + s) / (at_t * (torch.cos(s) * at_t + at_s * torch.cos(t)))
+        return (of_x * x - of_mean * self.mean) / sd
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from stepfold.maths.tangent import total_derivative
 from stepfold.objectives.adversarial import Discriminator, discriminator_loss, generator_loss
 from stepfold.objectives.consistency import ConsistencyOptions, consistency_terms, tangent_direction
 from stepfold.objectives.discrete import discrete_terms
-from stepfold.sampling import predict_data
+from stepfold.sampling.consistency import predict_data
 from stepfold.spaces.pairs import Pairs, pairs_per_prompt
 from stepfold.teachers.contract import Student, Teacher
 from stepfold.training.draws import JudgedDraw

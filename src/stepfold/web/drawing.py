@@ -15,7 +15,8 @@ from stepfold.errors import UserError
 from stepfold.evaluation.preview import thinned, to_image
 from stepfold.maths.formulations import data_prediction, equivalent_noise
 from stepfold.randomness import normal
-from stepfold.sampling import Step, sample_student, teacher_steps
+from stepfold.sampling.consistency import sample_consistency
+from stepfold.sampling.teacher import Step, teacher_steps
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.loading import load_student, load_teacher, lora_rank
 from stepfold.teachers.pipeline import PipelineTeacher
@@ -207,7 +208,7 @@ def draw_student(models: Models, request: Request) -> Drawing:
     noise, condition, guidance = _start(pipeline, request)
     times = pipeline.student_times(request.steps)
     began = _now(pipeline)
-    x0 = sample_student(
+    x0 = sample_consistency(
         models.student, noise, condition, guidance, times,
         lambda i: _noise(pipeline, request, "evaluation fresh noise", i, 0), pipeline.sigma_data,
     )  # fmt: skip

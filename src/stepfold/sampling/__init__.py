@@ -1,0 +1,1 @@
+"""Sampling: a student's few steps, the teacher's many, and which sampler a student is for."""

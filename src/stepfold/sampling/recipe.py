@@ -1,0 +1,91 @@
+"""How a student is sampled: the part of its card that code obeys."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from pydantic import Field, field_validator
+
+from stepfold.config import Config, Section
+from stepfold.errors import UserError
+from stepfold.maths.routes import START
+from stepfold.sampling.samplers import SamplerName, sampler_of
+from stepfold.teachers.contract import Teacher
+
+NUM_STEPS = range(1, 9)
+"""Numbers of steps that a card lists times for."""
+
+
+class Recipe(Section):
+    """How a student is sampled.
+
+    Attributes:
+        sampler: its name in `samplers.SAMPLERS`.
+        times: number of steps -> their times, falling from pi/2 or the teacher's start, without the final 0.
+        taught: guidance scales of the teacher's walks.
+        guidance: scale that the student is told unless another one is asked for.
+        sigma_data: standard deviation of its latents.
+    """
+
+    sampler: SamplerName
+    times: dict[int, tuple[float, ...]] = Field(min_length=1)
+    taught: tuple[float, ...] = Field(min_length=1)
+    guidance: float
+    sigma_data: float = Field(gt=0)
+
+    @field_validator("times")
+    @classmethod
+    def _falling(cls, times: dict[int, tuple[float, ...]]) -> dict[int, tuple[float, ...]]:
+        for num_steps, listed in times.items():
+            inside = all(0 < time <= START for time in listed)
+            if num_steps < 1 or len(listed) != num_steps or not inside or any(a < b for a, b in pairwise(listed)):
+                raise ValueError(
+                    f"times of {num_steps} steps are not as many falling numbers in (0, pi/2]; copy the folder again"
+                )
+        return times
+
+    def times_for(self, num_steps: int) -> tuple[float, ...]:
+        """The times of so many steps.
+
+        Raises:
+            UserError: the card does not list them.
+        """
+        if num_steps not in self.times:
+            known = ", ".join(map(str, sorted(self.times)))
+            raise UserError(
+                f"this student's card has times for {known} steps, not for {num_steps}; choose one of these"
+            )
+        return self.times[num_steps]
+
+    def scale_for(self, asked: float | None) -> float:
+        """The guidance scale to tell the student.
+
+        Args:
+            asked: scale that the user wants; None for the student's usual one.
+
+        Raises:
+            UserError: the student was taught one scale, and another one is asked for.
+        """
+        if asked is not None and len(set(self.taught)) == 1 and asked not in self.taught:
+            raise UserError(
+                f"--guidance is {asked:g}, but this student was taught at {self.taught[0]:g} alone and stands for "
+                "that; leave --guidance out"
+            )
+        return self.guidance if asked is None else asked
+
+
+def make_recipe(config: Config, teacher: Teacher, taught: Sequence[float], usual: float) -> Recipe:
+    """The recipe of a run's student.
+
+    Args:
+        config: the run's settings.
+        teacher: gives the times.
+        taught: guidance scales of its walks.
+        usual: scale that a student of several scales is told unless another one is asked for.
+    """
+    return Recipe(
+        sampler=sampler_of(config),
+        times={num_steps: tuple(teacher.student_times(num_steps)) for num_steps in NUM_STEPS},
+        taught=tuple(taught),
+        guidance=usual if len(set(taught)) > 1 else taught[0],
+        sigma_data=teacher.sigma_data,
+    )

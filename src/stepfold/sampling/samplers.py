@@ -1,0 +1,61 @@
+"""The samplers of students, by name; which one a student is for, and why no other."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from stepfold.config import Config
+from stepfold.errors import UserError
+from stepfold.sampling.consistency import sample_consistency
+from stepfold.sampling.flow import sample_flow
+from stepfold.sampling.flow_map import sample_flow_map
+from stepfold.teachers.contract import Condition, Student
+
+SamplerName = Literal["consistency", "flow", "flow_map"]
+Sampler = Callable[[Student, Tensor, Condition, Tensor, Sequence[float], Callable[[int], Tensor], float], Tensor]
+"""(student, noise, condition, guidance, times, fresh_noise, sigma_data) -> x_0; see `sample_consistency`."""
+
+SAMPLERS: dict[SamplerName, Sampler] = {
+    "consistency": sample_consistency,
+    "flow": sample_flow,
+    "flow_map": sample_flow_map,
+}
+"""A new sampler is one file and its name here."""
+
+NO_TARGET = "it is told one time and does not know where to jump"
+UNFIT: dict[tuple[SamplerName, SamplerName], str] = {
+    ("consistency", "flow"): "its F points at the end of the trajectory, not along it, so Euler steps leave the path",
+    ("consistency", "flow_map"): NO_TARGET,
+    ("flow", "consistency"): "its F is a velocity, which points at the mean of all possible pictures: a blurred one",
+    ("flow", "flow_map"): NO_TARGET,
+    ("flow_map", "flow"): "its F is the mean velocity of a jump, not the velocity at a time",
+}
+"""(sampler that a student was trained for, another one) -> why the other one is wrong for it.
+
+Consistency sampling is right for a flow map, which jumps to 0 where it is told no target.
+"""
+
+
+def check_sampler(trained: SamplerName, asked: str) -> SamplerName:
+    """The sampler that is asked for, if a student can be sampled with it.
+
+    Args:
+        trained: the student's own sampler.
+        asked: what the user wants.
+
+    Raises:
+        UserError: there is no such sampler, or the student was not trained for it.
+    """
+    if asked not in SAMPLERS:
+        raise UserError(f"--sampler is {asked!r}; choose {', '.join(get_args(SamplerName))}, or leave it out")
+    if reason := UNFIT.get((trained, asked)):
+        raise UserError(
+            f"--sampler is {asked}, but this student was trained for {trained} sampling: {reason}; leave --sampler out"
+        )
+    return asked
+
+
+def sampler_of(config: Config) -> SamplerName:
+    """The sampler that a run's student is for, which follows from what it is trained on."""
+    return "consistency"
