@@ -1,6 +1,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stepfold.errors import UserError
 from stepfold.maths import attention
 from stepfold.maths.attention import ChunkedAttention
+from stepfold.maths.blocks import compiled_blocks
 from stepfold.maths.closed_form import GaussianTeacher
 from stepfold.maths.formulations import unsqueeze_like
 from stepfold.maths.tangent import BACKENDS, Network, total_derivative
@@ -229,6 +231,29 @@ def test_the_tangent_pass_never_holds_all_attention_scores(kind: str, monkeypatc
     with LargestScores() as largest, torch.no_grad(), ChunkedAttention(), sdpa_kernel(SDPBackend.MATH):
         network(x, t)
     assert largest.elements == 4 * 3 * 7
+
+
+class SelfAttention(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(h, 2 * h, h)
+
+
+def test_attention_in_compiled_blocks_is_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`two_pass` under training.compile: no more scores at once than without it."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 3)
+    x, dx, t, dt = torch.randn(4, 7, 6), torch.randn(4, 7, 6), torch.rand(4), torch.rand(4)
+    block, found, elements = SelfAttention(), [], []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return block((x * t[:, None, None])[:, None])
+
+    for compiling in (nullcontext(), compiled_blocks([block], backend="eager")):
+        with compiling, LargestScores() as largest, torch.no_grad():
+            found.append(total_derivative(network, x, t, dx, dt).dF)
+        elements.append(largest.elements)
+    torch.testing.assert_close(found[1], found[0])
+    assert elements == [4 * 3 * 7] * 2
 
 
 def test_attention_that_cannot_be_cut_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:

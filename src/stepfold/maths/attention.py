@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from stepfold.maths.blocks import CompiledBlock
+
 QUERY_CHUNK = 1024
 """Queries whose attention to all keys is in memory at once."""
 
@@ -43,12 +45,15 @@ class ChunkedAttention(TorchFunctionMode):
     """While active, torch's attention takes its queries in chunks; each kernel is the caller's choice.
 
     For passes without a graph: only there do the chunks' scores leave memory at once. Causal attention, and attention
-    with dropout, stays whole.
+    with dropout, stays whole. Compiled blocks run uncompiled, so that their attention passes through here too.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs `func`, in chunks if it is attention to many queries."""
         kwargs = kwargs or {}
+        if isinstance(func, CompiledBlock):
+            with self:  # off within this method
+                return func.uncompiled(*args, **kwargs)
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs

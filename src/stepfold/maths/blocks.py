@@ -30,6 +30,10 @@ class CompiledBlock:
             return handle_torch_function(self, tensors, *args, **kwargs)
         return self._compiled(type(self.block).forward)(self.block, *args, **kwargs)
 
+    def uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own forward as it is written, operation by operation."""
+        return type(self.block).forward(self.block, *args, **kwargs)
+
     def with_tangent(self, tangents: Mapping[Tensor, Tensor], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """(what the block returns, the same of its tangents, without a graph).
 
