@@ -31,6 +31,18 @@ def test_no_gradient_reaches_the_target_and_equal_pictures_cost_nothing():
     assert discrete_terms(x0.detach(), x0.detach(), 0.1).loss.abs().max() == 0
 
 
+def test_at_constant_0_equal_pictures_have_no_gradient_and_others_a_unit_one():
+    """The norm of a difference; its slope at none is 0, where that of a bare root is NaN."""
+    target = torch.randn(2, *SHAPE)
+    apart = torch.randn(1, *SHAPE)
+    x0 = (target + torch.cat([torch.zeros(1, *SHAPE), apart])).requires_grad_()
+    terms = discrete_terms(x0, target, 0.0)
+    terms.loss.sum().backward()
+    assert x0.grad is not None and torch.equal(x0.grad[0], torch.zeros(SHAPE)) and terms.loss[0].item() < 1e-18
+    torch.testing.assert_close(x0.grad[1], apart[0] / apart.norm() / math.sqrt(D))
+    torch.testing.assert_close(terms.loss[1].detach(), apart.norm() / math.sqrt(D))
+
+
 def test_the_exact_flow_map_costs_ever_less_on_finer_routes():
     """f is constant along the ODE, and a first-order step leaves it by the square of its length."""
     teacher = GaussianTeacher(torch.zeros(SHAPE).double(), torch.tensor(0.2).double(), 0.5)

@@ -25,7 +25,8 @@ def discrete_terms(x0: Tensor, target: Tensor, huber_constant: float) -> Discret
     Args:
         x0: the student's picture f(x_t, t) [M, ...], with gradient.
         target: f(x_s, s) [M, ...], where the teacher's step from (x_t, t) to s < t ends; no gradient reaches it.
-        huber_constant: >= 0; near 0 it is the norm, large it is the square.
+        huber_constant: >= 0; at 0 it is the norm, whose gradient is 0 where the pictures are equal; large it is the
+            square.
 
     Returns:
         See `DiscreteTerms`.
@@ -34,5 +35,6 @@ def discrete_terms(x0: Tensor, target: Tensor, huber_constant: float) -> Discret
         (the distance).
     """
     squared = (x0.float() - target.detach().float()).square().flatten(1).mean(1)
-    loss = torch.sqrt(squared + huber_constant**2) - huber_constant
+    radicand = (squared + huber_constant**2).clamp(min=torch.finfo(squared.dtype).tiny)  # the root has no slope at 0
+    loss = torch.sqrt(radicand) - huber_constant
     return DiscreteTerms(loss, squared.detach())
