@@ -93,6 +93,48 @@ def test_reference_route_draws_uniformly_within_its_cells():
     torch.testing.assert_close(position, uniform[:, 1:], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("start", [1.5025, 1.2, 0.1])
+def test_routes_below_half_pi_begin_at_the_start_and_never_stand_still(dtype: torch.dtype, start: float):
+    """As of a teacher whose schedule ends before pure noise: clamped, several of its first times would be the same."""
+    uniform, normal = draws(dtype)
+    found = {
+        "random": routes.random_route(uniform, start),
+        "logit_normal": routes.logit_normal_route(normal, 0.5, start_time=start),
+        "reference": routes.reference_route(uniform, start_time=start),
+    }
+    for name, route in found.items():
+        first = routes.at_most(start, dtype)
+        assert (route[:, 0] == first).all() and first == pytest.approx(start, rel=1e-6), name
+        assert (route.diff(dim=1) < 0).all() and (route > 0).all(), name
+    ladder, route = routes.reference_times(16, start_time=start), found["reference"].double()
+    assert ladder[0] == start and (ladder.diff() < 0).all()
+    position = (route[:, 1:] - ladder[1:]) / (ladder[:-1] - ladder[1:])
+    torch.testing.assert_close(position, uniform[:, 1:].double(), rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-9)
+
+
+def test_the_ladder_below_half_pi_is_even_in_unshifted_noise_levels():
+    """From the level that the shift moves to the start down to today's last one."""
+    levels = flow_time(routes.reference_times(9, 2.5, 1.3))
+    even = levels / (2.5 - 1.5 * levels)  # the shift undone
+    torch.testing.assert_close(even.diff(), even.diff()[:1].expand(8), rtol=1e-9, atol=0)
+    assert routes.reference_times(9, 2.5, 1.3)[-1].item() == pytest.approx(routes.reference_times(9, 2.5)[-1].item())
+
+
+def test_random_and_logit_normal_times_below_half_pi_are_those_distributions_on_what_is_left():
+    uniform, normal = draws(torch.float64)
+    torch.testing.assert_close(routes.random_times(uniform, 1.2), 1.2 * (1 - uniform))
+    tau = torch.log(0.5 * torch.tan(routes.logit_normal_times(normal, 0.5, 0.2, 1.6, start_time=1.2)))
+    highest = (math.log(0.5 * math.tan(1.2)) - 0.2) / 1.6
+    share = torch.special.ndtr((tau - 0.2) / 1.6) / torch.special.ndtr(torch.tensor(highest).double())
+    torch.testing.assert_close(share, torch.special.ndtr(normal))  # uniform, as the draws' own is
+
+
+def test_a_start_below_the_last_time_of_a_route_is_refused():
+    with pytest.raises(UserError, match=r"starts at time 0\.005, but a route with shift 2\.5 ends at 0\.00626; give"):
+        routes.reference_route(torch.zeros(1, 4), 2.5, 0.005)
+
+
 @pytest.mark.parametrize(("num_steps", "shift"), [(0, 2.5), (4, 0.0), (4, -1.0), (4, math.nan), (4, math.inf)])
 def test_impossible_values_are_refused(num_steps, shift):
     with pytest.raises(UserError):

@@ -1,6 +1,7 @@
-"""Routes: the times pi/2 = t_0 >= t_1 >= ... > 0 at which the teacher is walked.
+"""Routes: the times t_0 >= t_1 >= ... > 0 at which the teacher is walked, from its `start_time` down.
 
-A route is a pure function of draws that the caller takes from its own random stream. Dtype and device follow the draws.
+`start_time` is where pure noise stands: pi/2, or a little below for a teacher that knows no higher noise level. A route
+is a pure function of draws that the caller takes from its own random stream. Dtype and device follow the draws.
 """
 
 import math
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import trigflow_time
+from stepfold.maths.formulations import flow_time, trigflow_time
 
 NUM_TRAIN_TIMESTEPS = 1000
 """Length of the training grid that diffusers' flow schedulers build their range of noise levels from."""
@@ -19,49 +20,66 @@ START = 1.57080  # SanaSprintPipeline's first time, a hair above pi/2
 
 
 @cache
-def half_pi(dtype: torch.dtype) -> float:
-    """The largest number of a dtype that is not above pi/2 (plain float32 rounds pi/2 up: its tangent is negative)."""
-    rounded = torch.tensor(math.pi / 2, dtype=dtype, device="cpu")
-    if rounded.item() > math.pi / 2:
+def at_most(bound: float, dtype: torch.dtype) -> float:
+    """The largest number of a dtype that is not above `bound`."""
+    rounded = torch.tensor(bound, dtype=dtype, device="cpu")
+    if rounded.item() > bound:
         rounded = torch.nextafter(rounded, torch.zeros_like(rounded))
     return rounded.item()
 
 
-def random_times(uniform: Tensor) -> Tensor:
-    """U[0, 1) -> times uniform on (0, pi/2], elementwise; never 0, where the loss weight is infinite."""
-    return (1 - uniform) * (math.pi / 2)
+def half_pi(dtype: torch.dtype) -> float:
+    """pi/2, rounded down: plain float32 rounds it up, where its tangent is negative."""
+    return at_most(math.pi / 2, dtype)
 
 
-def logit_normal_times(normal: Tensor, sigma_data: float, mean: float = 0.2, std: float = 1.6) -> Tensor:
+def random_times(uniform: Tensor, start_time: float = math.pi / 2) -> Tensor:
+    """U[0, 1) -> times uniform on (0, start_time], elementwise; never 0, where the loss weight is infinite."""
+    return (1 - uniform) * start_time
+
+
+def logit_normal_times(
+    normal: Tensor, sigma_data: float, mean: float = 0.2, std: float = 1.6, start_time: float = math.pi / 2
+) -> Tensor:
     """N(0, 1) -> times with log(sigma_data tan t) of the given mean and standard deviation, elementwise.
+
+    Below pi/2, `start_time` conditions the distribution on times not above it.
 
     Reference: arXiv:2410.11081 (its proposal distribution).
     """
+    if start_time < math.pi / 2:
+        highest = torch.tensor((math.log(sigma_data * math.tan(start_time)) - mean) / std, dtype=torch.float64)
+        share = torch.special.ndtr(normal.double()) * torch.special.ndtr(highest).item()
+        normal = torch.special.ndtri(share).to(normal)
     return torch.atan(torch.exp(mean + std * normal) / sigma_data)
 
 
-def random_route(uniform: Tensor) -> Tensor:
-    """Times uniform on (0, pi/2], sorted down, the first set to pi/2.
+def random_route(uniform: Tensor, start_time: float = math.pi / 2) -> Tensor:
+    """Times uniform on (0, start_time], sorted down, the first set to start_time.
 
     Args:
         uniform: draws of U[0, 1) [B, num_steps].
+        start_time: in (0, pi/2].
 
     Returns:
         [B, num_steps].
 
     Reference: arXiv:2511.20410, Sec. 4.2.
     """
-    return _descend_from_half_pi(random_times(uniform))
+    return _descend_from(start_time, random_times(uniform, start_time))
 
 
-def logit_normal_route(normal: Tensor, sigma_data: float, mean: float = 0.2, std: float = 1.6) -> Tensor:
-    """Times with log(sigma_data tan t) normal, sorted down, the first set to pi/2.
+def logit_normal_route(
+    normal: Tensor, sigma_data: float, mean: float = 0.2, std: float = 1.6, start_time: float = math.pi / 2
+) -> Tensor:
+    """Times with log(sigma_data tan t) normal, sorted down, the first set to start_time.
 
     Args:
         normal: draws of N(0, 1) [B, num_steps].
         sigma_data: > 0.
         mean: of tau = log(sigma_data tan t).
         std: of tau.
+        start_time: in (0, pi/2]; see `logit_normal_times`.
 
     Returns:
         [B, num_steps].
@@ -69,24 +87,26 @@ def logit_normal_route(normal: Tensor, sigma_data: float, mean: float = 0.2, std
     Reference: arXiv:2410.11081 (its proposal distribution).
     Deviation: arXiv:2511.20410 prints the rule with the exponent misplaced; this is the rule it cites.
     """
-    return _descend_from_half_pi(logit_normal_times(normal, sigma_data, mean, std))
+    return _descend_from(start_time, logit_normal_times(normal, sigma_data, mean, std, start_time))
 
 
-def reference_times(num_steps: int, shift: float = 2.5) -> Tensor:
+def reference_times(num_steps: int, shift: float = 2.5, start_time: float = math.pi / 2) -> Tensor:
     """The ladder of the flow-Euler sampler mapped to TrigFlow time.
 
     The shift acts twice, as in diffusers' FlowMatchEulerDiscreteScheduler: once on the range of noise levels, whose
-    lower end is shift(1 / 1000), and once on the `num_steps` levels spread evenly over that range.
+    lower end is shift(1 / 1000), and once on the `num_steps` levels spread evenly over that range. The upper end of the
+    range is the level that the shift moves to `start_time`.
 
     Args:
         num_steps: >= 1.
         shift: > 0; 1 is none.
+        start_time: where the ladder begins, in (0, pi/2].
 
     Returns:
-        [num_steps] in float64, falling from pi/2, the last one above 0.
+        [num_steps] in float64, strictly falling from start_time, the last one above 0.
 
     Raises:
-        UserError: num_steps or shift out of range.
+        UserError: num_steps, shift or start_time out of range.
 
     Examples:
         >>> reference_times(4, shift=2.5).round(decimals=3).tolist()
@@ -101,25 +121,38 @@ def reference_times(num_steps: int, shift: float = 2.5) -> Tensor:
     if not (math.isfinite(shift) and shift > 0):
         raise UserError(f"shift is {shift}, but it must be a positive number; 1 means no shift, 2.5 is usual")
     lowest = _shifted(torch.tensor(1 / NUM_TRAIN_TIMESTEPS, dtype=torch.float64), shift).item()
-    levels = torch.linspace(1.0, lowest, num_steps, dtype=torch.float64)
-    return trigflow_time(_shifted(levels, shift))
+    highest = 1.0
+    if start_time < math.pi / 2:
+        highest = _shifted(flow_time(torch.tensor(start_time, dtype=torch.float64)), 1 / shift).item()
+    if not highest > lowest:
+        least = trigflow_time(_shifted(torch.tensor(lowest, dtype=torch.float64), shift)).item()
+        raise UserError(
+            f"the teacher starts at time {start_time:.3g}, but a route with shift {shift:g} ends at {least:.3g}; "
+            "give a teacher with a higher sigma_max, or space.route_shift=1"
+        )
+    levels = torch.linspace(highest, lowest, num_steps, dtype=torch.float64)
+    times = trigflow_time(_shifted(levels, shift))
+    times[0] = min(start_time, math.pi / 2)
+    return times
 
 
-def reference_route(uniform: Tensor, shift: float = 2.5) -> Tensor:
+def reference_route(uniform: Tensor, shift: float = 2.5, start_time: float = math.pi / 2) -> Tensor:
     """One time drawn uniformly from each cell of the reference ladder r: t_0 = r_0, t_{i+1} ~ U(r_{i+1}, r_i).
 
     Args:
         uniform: draws of U[0, 1) [B, num_steps]; the first column is not used.
-        shift: of `reference_times`.
+        shift, start_time: of `reference_times`.
 
     Returns:
         [B, num_steps].
 
     Reference: arXiv:2511.20410, Sec. 4.2.
     """
-    ladder = reference_times(uniform.shape[1], shift).to(uniform)
-    ladder = ladder.clamp(max=half_pi(uniform.dtype)).expand_as(uniform)
-    return torch.cat([ladder[:, :1], torch.lerp(ladder[:, 1:], ladder[:, :-1], uniform[:, 1:])], dim=1)
+    first = at_most(start_time, uniform.dtype)
+    ladder = reference_times(uniform.shape[1], shift, start_time).to(uniform)
+    ladder = ladder.clamp(max=first).expand_as(uniform)
+    inside = torch.lerp(ladder[:, 1:], ladder[:, :-1], uniform[:, 1:])
+    return torch.cat([torch.full_like(ladder[:, :1], first), inside], dim=1)
 
 
 def flow_euler_times(num_steps: int, shift: float) -> Tensor:
@@ -162,9 +195,9 @@ def _shifted(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def _descend_from_half_pi(times: Tensor) -> Tensor:
-    """Times [B, num_steps] sorted down, none above pi/2, the first one replaced by pi/2."""
-    top = half_pi(times.dtype)
-    descending = times.sort(dim=1, descending=True).values.clamp(max=top)
-    descending[:, 0] = top
+def _descend_from(start_time: float, times: Tensor) -> Tensor:
+    """Times [B, num_steps] sorted down, none above start_time, the first one replaced by it."""
+    first = at_most(start_time, times.dtype)
+    descending = times.sort(dim=1, descending=True).values.clamp(max=first)
+    descending[:, 0] = first
     return descending
