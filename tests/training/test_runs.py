@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from stepfold.config import Config, load_config
@@ -22,6 +23,7 @@ from stepfold.training.runs import (
     append_metrics,
     check_run,
     checkpoints,
+    is_running,
     load_checkpoint,
     open_run,
     read_metrics,
@@ -281,6 +283,16 @@ def test_a_second_process_is_refused_until_the_first_one_ends(tmp_path: Path) ->
     first, second = (open_run(out, load_config("demo"), resume=True) for _ in range(2))
     assert first.is_locked and second.is_locked
     first.release(force=True)
+
+
+def test_who_looks_whether_a_run_is_on_does_not_keep_it_from_starting(tmp_path: Path) -> None:
+    """`is_running` takes the lock for an instant; `stepfold runs` and the page call it again and again."""
+    open_run(tmp_path, config_of(), resume=False).release()
+    looking = FileLock(tmp_path / ".lock", thread_local=False)
+    looking.acquire()
+    threading.Timer(0.1, looking.release).start()
+    open_run(tmp_path, config_of(), resume=True).release()
+    assert not is_running(tmp_path)
 
 
 def test_open_run_names_the_settings_that_differ(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from stepfold.training.processes import gathered, placed, placed_state
 STEP = re.compile("[0-9]{6,18}")  # what a checkpoint is called
 CONFIG, METRICS, CHECKSUMS, LOCK = "config.yaml", "metrics.jsonl", "checksums.json", ".lock"
 ASIDE = ".aside.part"  # how the name of a folder ends whose successor is being put in its place
+LOCK_SEC = 1.0  # to wait for a run's lock: `is_running`, in another process, holds it for an instant
 
 
 @contextmanager
@@ -165,7 +166,7 @@ def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
     if not (folder / CONFIG).exists():
         with writing(folder / CONFIG) as part:
             part.write_text(to_yaml(config), encoding="utf-8")
-    lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
+    lock = FileLock(folder / LOCK, timeout=LOCK_SEC, is_singleton=True)
     try:
         lock.acquire()
     except Timeout:
@@ -179,7 +180,7 @@ def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process holds the run's lock. To find out, this one takes it for an instant, if it is free."""
+    """Whether a process holds the run's lock. Probes by briefly acquiring it."""
     if not (folder / LOCK).is_file():
         return False
     lock = FileLock(folder / LOCK, timeout=0)
