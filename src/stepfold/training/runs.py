@@ -381,7 +381,13 @@ def load_checkpoint(
     optimiser: torch.optim.Optimizer,
     shared: frozenset[str] = frozenset(),
 ) -> int:
-    """Puts a checkpoint's state into the modules and the optimiser; returns the number of steps done."""
+    """Puts a checkpoint's state into the modules and the optimiser; returns the number of steps done.
+
+    Raises:
+        UserError: a file is not as it was written, or the checkpoint is another network's.
+    """
+    if reason := damage(path):
+        raise damaged(path, reason)
     try:
         for name, module in modules.items():
             there = {k: v for k, v in module.state_dict().items() if k in shared}
@@ -396,11 +402,20 @@ def load_checkpoint(
         if type(state["step"]) is not int or state["step"] < 0:
             raise ValueError(f"its step is {state['step']!r}")
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()  # torch's first line says nothing
+        whole = (path / CHECKSUMS).exists()
+        if not whole and not isinstance(error, RuntimeError):  # what torch raises where names or shapes differ
+            raise damaged(path, reason) from None
         raise UserError(
-            f"checkpoint {path} is damaged ({reason}); delete that folder to resume from the one before"
+            f"checkpoint {path} was made with another network ({reason}); resume with the one that it was made with, "
+            "or start a new run in another folder"
         ) from None
     return state["step"]
+
+
+def damaged(path: Path, reason: str) -> UserError:
+    """The error for a checkpoint whose files are not as they were written."""
+    return UserError(f"checkpoint {path} is damaged ({reason}); delete that folder to resume from the one before")
 
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
