@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,47 @@ def test_a_student_in_another_memory_order_is_kept(tmp_path: Path) -> None:
     student = distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "run", settings, quiet=True)
     again = load_module_student(teacher, tmp_path / "run")
     assert torch.equal(again.transformer.net.weight, student.transformer.net.weight)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.last.weight = self.first.weight
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+def test_tied_weights_are_kept_resumed_and_stay_tied(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    few = ["training.steps=4", "training.prompts_per_step=2", "training.checkpoint_every=2", "objective=discrete"]
+    torch.manual_seed(0)
+    teacher = ModuleTeacher(Tied(), encode, (4,))
+    run = tmp_path / "run"
+    student = distill_module(teacher, tmp_path / "prompts.txt", run, few, quiet=True)
+    again = load_module_student(teacher, run).transformer
+    assert again.last.weight is again.first.weight and torch.equal(again.last.weight, student.transformer.last.weight)
+    assert not torch.equal(again.last.weight, teacher.network.last.weight)
+    before = (run / "student.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoints" / "000004")
+    distill_module(teacher, tmp_path / "prompts.txt", run, few, resume=True, quiet=True)
+    assert (run / "student.safetensors").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    few = ["training.steps=1", "training.prompts_per_step=2", "objective=discrete"]
+    teacher = ModuleTeacher(Tied(), encode, (4,))
+    distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "run", few, quiet=True)
+    average = tmp_path / "run" / "checkpoints" / "000001" / "average.safetensors"
+    contents = bytearray(average.read_bytes())
+    contents[-1] ^= 1
+    average.write_bytes(contents)
+    with pytest.raises(UserError, match=r"000001 is damaged \(average\.safetensors is not as it was written\)"):
+        distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "run", few, resume=True, quiet=True)
 
 
 def test_a_student_is_kept_read_back_and_resumed(tmp_path: Path) -> None:

@@ -180,12 +180,18 @@ def whole(value: Tensor) -> Tensor:
 
 
 def gathered(state: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Whole tensors, sharded ones one after the other and on the CPU; nothing where they are not to be kept."""
-    found = {}
+    """Whole tensors, sharded ones one after the other and on the CPU; nothing where they are not to be kept.
+
+    No two of them share memory, as tied weights do: safetensors writes none that do.
+    """
+    found, taken = {}, set[int]()
     for name, value in state.items():
         full = whole(value)
         if keep:
-            found[name] = (full.cpu() if isinstance(value, DTensor) else full).contiguous()
+            full = (full.cpu() if isinstance(value, DTensor) else full).contiguous()
+            memory = full.untyped_storage().data_ptr()
+            found[name] = full.clone() if memory in taken else full
+            taken.add(memory)
     return found
 
 
