@@ -23,11 +23,22 @@ from rich.console import Console
 from rich.table import Table
 
 from stepfold.display import quiet_libraries
-from stepfold.jobs import peak_memory_gib, reset_peak_memory, versions
+from stepfold.evaluation.report import versions
+from stepfold.training.memory import peak_memory_gib, reset_peak_memory
 from stepfold.training.stages import Stages
 
 RESULTS = Path(__file__).parent / "results"
-PRELOADED = ["stepfold.jobs", "transformers.models.gemma2.modeling_gemma2"]
+PRELOADED = [
+    "stepfold.evaluation.pipelines",
+    "stepfold.evaluation.report",
+    "stepfold.export.onnx",
+    "stepfold.export.single_file",
+    "stepfold.prompts.conditions",
+    "stepfold.teachers.licences",
+    "stepfold.training.latents",
+    "stepfold.training.steepness",
+    "transformers.models.gemma2.modeling_gemma2",
+]
 WARM_UP = 2
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)

@@ -30,10 +30,14 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tiny import PROMPTS, make_sana  # noqa: E402
 
-from stepfold import cli, jobs  # noqa: E402
+import stepfold.evaluation.preview  # noqa: E402 # what a run imports, here, so that no fork has to
+import stepfold.export.single_file  # noqa: E402
+import stepfold.prompts.conditions  # noqa: E402
+import stepfold.training.latents  # noqa: E402
+import stepfold.training.steepness  # noqa: E402, F401
+from stepfold import cli  # noqa: E402
 from stepfold.training.runs import checkpoints, read_metrics  # noqa: E402
 
-assert jobs  # imported here, so that no fork has to
 STEPS = 12
 SETTINGS = (
     f"training.steps={STEPS}", "training.checkpoint_every=3", "training.preview_every=12",

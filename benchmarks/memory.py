@@ -25,12 +25,12 @@ from torch import Tensor
 from stepfold.config import Config
 from stepfold.display import Display
 from stepfold.images.reading import ImageFolder
-from stepfold.jobs import cached_blacks, image_latents
 from stepfold.reproduction.experiments import IMAGES, load_experiments, make_run
 from stepfold.reproduction.figures import draw_memory
 from stepfold.spaces.pairs import pairs_per_prompt
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill, make_accelerator
+from stepfold.training.latents import cached_blacks, image_latents
 from stepfold.training.runs import open_run
 
 TABLE = "T3"

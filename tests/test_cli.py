@@ -422,7 +422,9 @@ def test_a_table_is_a_result(monkeypatch: pytest.MonkeyPatch, quiet: tuple[str, 
     row = {"accuracy": 0.5, "clip_score": 20.0, "fd": 0.1, "diversity": 0.2, "agreement": None, "images_per_sec": 3.0}
     name = "a/folder/with/a/long/name/" * 3
     monkeypatch.delenv("COLUMNS", raising=False)
-    monkeypatch.setattr("stepfold.jobs.run_evaluate", lambda *args, **settings: {"pipelines": {name: {"1": row}}})
+    monkeypatch.setattr(
+        "stepfold.commands.evaluate.run_evaluate", lambda *args, **settings: {"pipelines": {name: {"1": row}}}
+    )
     result = Result("evaluate", "x", *quiet)
     assert (result.code, result.err) == (0, "")
     assert re.search(rf"{name} 1 step +50\.0% ", result.out), result.out
@@ -495,11 +497,24 @@ def test_help_is_quick(words: tuple[str, ...]) -> None:
     assert done.stdout.endswith("loaded []\n") and "Usage" in done.stdout, done.stdout[-300:] + done.stderr
 
 
-def test_help_names_the_presets_that_exist() -> None:
+def test_help_groups_the_commands_by_what_people_do() -> None:
+    """Every command stands in one of four groups, in the order of a first visit."""
+    shown = re.split(r"╭─ (\w+) ─+╮", Result("--help").out)
+    groups = {
+        name: re.findall(r"^│ (\w+) ", text, re.MULTILINE)
+        for name, text in zip(shown[1::2], shown[2::2], strict=True)
+        if name != "Options"
+    }
+    assert list(groups) == ["Distil", "Look", "Use", "Prepare"]
+    assert sorted(name for names in groups.values() for name in names) == sorted(COMMANDS)
+    assert groups["Distil"] == ["distill", "plan"] and groups["Use"] == ["export", "push"]
+
+
+def test_help_says_where_the_presets_are_listed() -> None:
     text = " ".join(Result("distill", "--help").out.replace("│", " ").split())
-    named = re.search(r"Settings to start from: (.*?), or a yaml file", text)
-    assert named, text
-    assert set(named[1].split(", ")) == set(preset_names())
+    assert "Settings to start from: a name that stepfold presets lists, or a yaml file" in text.replace("`", "")
+    named = text.split("Settings to start from:")[1].split(".")[0]
+    assert not set(re.findall(r"[\w-]+", named)) & set(preset_names())
 
 
 def test_no_stack_trace_from_a_real_process(tmp_path: Path) -> None:

@@ -23,8 +23,7 @@ from render import COLOURS, NAMES, Renders, prompt_for, render_all
 from stepfold.config import TeacherSettings
 from stepfold.evaluation.judge import load_judge
 from stepfold.evaluation.measure import measure, teacher_sampler
-from stepfold.evaluation.protocol import EMOJI
-from stepfold.jobs import rows_by_steps
+from stepfold.evaluation.protocol import EMOJI, rows_by_steps
 from stepfold.teachers.loading import load_teacher
 from teacher import encode_renders, train_teacher
 

@@ -27,7 +27,7 @@ from stepfold.objectives.kinds import Normalisation, PriorWeight
 
 LARGEST = 1e9
 RENAMED = {"training.rollout_precision": "training.walk_precision"}
-"""Settings under the names of earlier versions -> their names now; run folders of those versions are read."""
+"""Settings under the names of earlier versions -> their names now; run folders and students of those are read."""
 Pixels = Annotated[int, Field(gt=0, le=65536)]
 
 
@@ -474,13 +474,17 @@ def to_yaml(config: Config) -> str:
 
 def from_yaml(path: Path) -> Config:
     """The settings that `to_yaml` wrote, in this version or an earlier one."""
-    values = _parse_yaml(_read(path), str(path))
+    return validate(renamed(_parse_yaml(_read(path), str(path))))
+
+
+def renamed(values: Any) -> Any:
+    """Settings that an earlier version wrote, under the names of this one; changed in place."""
     for old, new in RENAMED.items():
         section, name = old.split(".")
         inner = values.get(section) if isinstance(values, dict) else None
         if isinstance(inner, dict) and name in inner:
             inner[new.split(".")[1]] = inner.pop(name)
-    return validate(values)
+    return values
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:

@@ -107,7 +107,7 @@ def show_table(table: Table) -> None:
 
 def results_table(result: dict) -> Table:
     """The rows of a report as a table for the terminal."""
-    from stepfold.evaluation.protocol import teachers_of  # imported late: --help has no use for torch
+    from stepfold.evaluation.protocol import counted, teachers_of  # imported late: --help has no use for torch
 
     table = Table("sampler", "accuracy", "CLIP score", "FD", "diversity", "agreement", "images/s", box=None)
     groups = {who: result[who] for who in (*teachers_of(result), "student") if who in result}
@@ -116,7 +116,7 @@ def results_table(result: dict) -> Table:
         for steps, s in rows.items():
             agreement = "-" if s["agreement"] is None else f"{s['agreement']:.3f}"
             table.add_row(
-                f"{who} {steps} step{'s' * (steps != '1')}",
+                f"{who} {counted(int(steps))}",
                 f"{s['accuracy']:.1%}",
                 f"{s['clip_score']:.1f}",
                 f"{s['fd']:.4f}",

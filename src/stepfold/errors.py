@@ -13,5 +13,10 @@ class UserError(ValueError):
         super().__init__(text if len(text) <= LONGEST else f"{text[:half]} [...] {text[-half:]}")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first; the name of its class where it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 class NonFiniteError(RuntimeError):
     """A loss, gradient or model output is no longer finite. The run stops and keeps its last good checkpoint."""

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from stepfold import assets
+from stepfold.commands.evaluate import run_evaluate, run_geneval
 from stepfold.display import Display, results_table
 from stepfold.errors import UserError
 from stepfold.evaluation.pipelines import Drawer, draw, geneval_prompts, write_geneval
-from stepfold.jobs import run_evaluate, run_geneval
 from stepfold.teachers.loading import load_any_pipeline
 from stepfold.teachers.safety import is_diffusers_own
 

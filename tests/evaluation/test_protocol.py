@@ -13,9 +13,9 @@ import torch
 
 from stepfold.errors import UserError
 from stepfold.evaluation.judge import Judge, image_features, text_features
+from stepfold.evaluation.measure import protocol_samplers
 from stepfold.evaluation.metrics import accuracy, clip_score, diversity, frechet_distance
 from stepfold.evaluation.protocol import EMOJI, Protocol, protocol_prompts, score_images
-from stepfold.jobs import protocol_samplers
 
 SMALL = Protocol(name="small", version=1, n=20, seed=3, samples_per_prompt=2)
 

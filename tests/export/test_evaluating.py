@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from stepfold.commands.evaluate import open_drawer, run_geneval
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.evaluation.pipelines import draw
-from stepfold.jobs import open_drawer, run_geneval
 
 
 def rows_seen(drawer: Any, steps: int, guidance: float | None = None) -> list[int]:

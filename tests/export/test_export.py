@@ -11,9 +11,10 @@ import tiny
 import torch
 from diffusers import FluxPipeline
 
+from stepfold.commands.export import run_export
+from stepfold.commands.sample import run_sample
 from stepfold.errors import UserError
 from stepfold.export.pipeline import model_card
-from stepfold.jobs import run_export, run_sample
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.teachers.loading import CARD, load_merged, load_student, read_card
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from stepfold.commands.export import run_export
 from stepfold.errors import UserError
 from stepfold.export.hub import hub_card, push, teacher_of_nobody_else
-from stepfold.jobs import run_export
 from stepfold.teachers.loading import CARD, read_card
 
 StudentOf = Callable[..., Path]

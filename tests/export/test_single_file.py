@@ -18,10 +18,10 @@ from diffusers import (
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import Tensor
 
-from stepfold.converting import convert
+from stepfold.commands.export import run_export
 from stepfold.errors import UserError
+from stepfold.export.converting import convert
 from stepfold.export.single_file import original_state
-from stepfold.jobs import run_export
 from stepfold.teachers.loading import load_merged
 
 from .conftest import relative

@@ -16,16 +16,16 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stepfold import cli
+from stepfold.commands import prompts as prompt_commands
 from stepfold.config import TeacherSettings, from_yaml, load_config
 from stepfold.errors import LONGEST, UserError
 from stepfold.evaluation.mjhq import open_mjhq
-from stepfold.jobs import cached_blacks
 from stepfold.prompts import tables
 from stepfold.prompts.cache import encode_prompts, open_conditions
 from stepfold.prompts.reading import open_prompts
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_any_pipeline, load_student, load_teacher
+from stepfold.training.latents import cached_blacks
 from stepfold.training.runs import (
     CHECKSUMS,
     checkpoints,
@@ -62,7 +62,7 @@ def test_json_nested_without_end(tmp_path: Path) -> None:
 def test_halves_of_characters(tmp_path: Path) -> None:
     """They were a UnicodeEncodeError where the clean prompts were written."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "a \\ud800 cat"}\n{"prompt": "fine \\ud83d\\udc36"}\n')
-    cli.clean(tmp_path / "p.jsonl", out=tmp_path / "clean.txt")
+    prompt_commands.clean(tmp_path / "p.jsonl", out=tmp_path / "clean.txt")
     opened = open_prompts(tmp_path / "clean.txt")
     assert [opened.prompt(i) for i in range(len(opened))] == ["a \ufffd cat", "fine \U0001f436"]
 
@@ -173,7 +173,7 @@ def test_the_words_of_an_endless_text(tmp_path: Path, monkeypatch: pytest.Monkey
     else:
         path.write_text("\n".join(["prompt", *texts]) if suffix == ".csv" else "\n".join(texts))
     assert [len(text) for text in tables.read_texts(path)] == [3_000, 3]
-    cli.clean(path, out=tmp_path / "clean.txt")
+    prompt_commands.clean(path, out=tmp_path / "clean.txt")
     assert (tmp_path / "clean.txt").read_text() == "dog\n"
 
 

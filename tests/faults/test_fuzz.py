@@ -37,16 +37,17 @@ from pyarrow import parquet
 from safetensors.torch import save_file
 from torch import nn
 
-from stepfold import cli
+from stepfold.commands import prompts as prompt_commands
 from stepfold.config import TeacherSettings, from_yaml, load_config, setting_names, to_yaml
 from stepfold.display import quiet_libraries
 from stepfold.errors import NonFiniteError, UserError
 from stepfold.evaluation.report import curves_from_rows
-from stepfold.jobs import cached_blacks, peak_memory_gib, reset_peak_memory
 from stepfold.prompts.cache import encode_prompts, open_conditions
 from stepfold.prompts.reading import open_prompts
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_student, load_teacher
+from stepfold.training.latents import cached_blacks
+from stepfold.training.memory import peak_memory_gib, reset_peak_memory
 from stepfold.training.runs import (
     CHECKSUMS,
     append_metrics,
@@ -486,14 +487,14 @@ def test_files_of_prompts(tmp_path_factory: pytest.TempPathFactory, data: Any) -
     out = folder / "out"
     out.mkdir()
     with watched(out, "prompts, clean"):
-        cli.clean(file, out=out / "clean.txt", near=0.8 if near else None)
+        prompt_commands.clean(file, out=out / "clean.txt", near=0.8 if near else None)
     if (out / "clean.txt").exists():
         opened = open_prompts(out / "clean.txt")  # what it wrote, it reads
         assert len([opened.prompt(i) for i in range(len(opened))])
     with watched(out, "prompts, stats"):
-        cli.stats(file, languages=False, json_file=out / "stats.json")
+        prompt_commands.stats(file, languages=False, json_file=out / "stats.json")
     with watched(out, "prompts, split"):
-        cli.split(file, out=out / "split", test=0.5)
+        prompt_commands.split(file, out=out / "split", test=0.5)
     text = folder / "text.txt"
     text.write_bytes(content)
     with watched(out, "prompts, open"):
@@ -784,5 +785,5 @@ def test_templates_are_whole(conditions: Path, run_folder: Path, tmp_path: Path)
     resume(tmp_path / "run")
     for suffix, content in VALID.items():
         (tmp_path / f"p{suffix}").write_bytes(content)
-        cli.clean(tmp_path / f"p{suffix}", out=tmp_path / "clean.txt", force=True)
+        prompt_commands.clean(tmp_path / f"p{suffix}", out=tmp_path / "clean.txt", force=True)
         assert len(open_prompts(tmp_path / "clean.txt")) == len(LINES) - 1

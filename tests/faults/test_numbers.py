@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stepfold.commands.distill import run_distill
 from stepfold.config import Config, load_config
 from stepfold.display import Display
 from stepfold.errors import NonFiniteError, UserError
 from stepfold.evaluation.report import write_report
-from stepfold.jobs import run_distill
 from stepfold.maths.tangent import Tangent
 from stepfold.prompts.cache import encode_prompts
 from stepfold.teachers.contract import Condition

@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stepfold.commands.distill import run_distill
+from stepfold.commands.prompts import run_encode
 from stepfold.config import Config, TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
-from stepfold.jobs import conditions_key, run_distill, run_encode
 from stepfold.prompts import cache as module
 from stepfold.prompts.cache import open_conditions
+from stepfold.prompts.conditions import conditions_key
 from stepfold.prompts.reading import open_prompts
 from stepfold.teachers.loading import encoder_fingerprint, load_teacher
 from stepfold.teachers.sana import SanaTeacher

@@ -18,17 +18,19 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from stepfold import doctor
+from stepfold.commands.distill import run_distill
+from stepfold.commands.prompts import run_encode
+from stepfold.commands.sample import run_sample
 from stepfold.config import TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
-from stepfold.jobs import run_distill, run_encode, run_sample
 from stepfold.maths.formulations import flow_time
 from stepfold.randomness import generator, normal
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.sampling.teacher import sample_teacher
 from stepfold.teachers.loading import CARD, choose_objective, load_any_pipeline, load_student, load_teacher
 from stepfold.teachers.pipeline import LORA_WEIGHTS
+from stepfold.training import doctor
 from stepfold.training.runs import read_metrics
 
 SMALL = TeacherSettings(height=16, width=32, max_tokens=24)

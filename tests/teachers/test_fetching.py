@@ -9,10 +9,11 @@ import torch
 from offline import cached, offline_hub
 from tiny import make_sana
 
+from stepfold.commands.distill import run_distill
+from stepfold.commands.prompts import run_encode
 from stepfold.config import TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
-from stepfold.jobs import run_distill, run_encode
 from stepfold.teachers.loading import load_teacher
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stepfold.commands.distill import run_distill
 from stepfold.config import Config
 from stepfold.display import Display
 from stepfold.errors import NonFiniteError, UserError
 from stepfold.export.pipeline import save_student
-from stepfold.jobs import run_distill
 from stepfold.objectives.adversarial import Discriminator
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.spaces.generation import pairs_from, walk

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from stepfold.commands.sample import run_sample
 from stepfold.errors import UserError
-from stepfold.jobs import run_sample
 from stepfold.web import markup
 from stepfold.web.drawing import (
     MAX_PROMPT,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from stepfold.cli import runs as list_runs
+from stepfold.commands.runs import runs as list_runs
 from stepfold.errors import UserError
 from stepfold.web import markup
 from stepfold.web.runs import compared, curves_of, find_runs, newest, preview_at, read_run, report_of, stamp

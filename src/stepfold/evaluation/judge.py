@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
-from stepfold.errors import NonFiniteError, UserError
+from stepfold.errors import NonFiniteError, UserError, first_line
 
 BATCH = 256
 _PARTS = ("config.json", "model.safetensors", "tokenizer.json", "names.txt", "colours.txt", "features.safetensors")
@@ -69,7 +69,7 @@ def load_judge(folder: str | Path, device: torch.device | str) -> Judge:
         )
         statistics = load_file(folder / "features.safetensors")
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{folder}: the judge cannot be read ({reason}); copy or install it again") from error
     if absent := sorted(report["missing_keys"]):
         raise UserError(f"{folder}/model.safetensors: {len(absent)} weights missing, first {absent[0]}; copy it again")

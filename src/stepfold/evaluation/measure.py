@@ -1,6 +1,6 @@
 """Samples teacher and student under one protocol, from the same prompts and the same noise, and scores them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stepfold.evaluation.judge import Judge
 from stepfold.evaluation.metrics import latent_error
-from stepfold.evaluation.protocol import Protocol, Scores, protocol_prompts, score_images
+from stepfold.evaluation.protocol import Protocol, Scores, protocol_prompts, score_images, teacher_at
 from stepfold.randomness import normal
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.sampling.teacher import sample_teacher
@@ -100,3 +100,41 @@ def measure(
             error = float(latent_error(x0, reference, teacher.sigma_data))
         rows[name] = replace(scores, agreement=error)
     return rows
+
+
+def protocol_samplers(
+    teacher: Teacher, students: Mapping[str, tuple[Student, float]], protocol: Protocol
+) -> dict[float, dict[str, Sampler]]:
+    """Guidance scale -> what is measured at it: the teacher first, then the students (network, scale) taught by it.
+
+    At the protocol's own scale the teacher is measured at all its step counts, at others at its most.
+    """
+    groups: dict[float, dict[str, Sampler]] = {}
+    for scale in dict.fromkeys([protocol.guidance, *(scale for _, scale in students.values())]):
+        if scale == protocol.guidance:
+            group = {f"teacher {k}": teacher_sampler(teacher, k) for k in protocol.teacher_steps}
+        else:
+            most = protocol.teacher_steps[0]
+            group = {f"{teacher_at(scale)} {most}": teacher_sampler(teacher, most)}
+        for name, (student, taught) in students.items():
+            for k in protocol.student_steps if taught == scale else ():
+                group[f"{name} {k}"] = student_sampler(
+                    student, teacher.student_times(k), protocol.seed, teacher.sigma_data
+                )
+        groups[scale] = group
+    return groups
+
+
+def measure_groups(
+    judge: Judge,
+    protocol: Protocol,
+    teacher: Teacher,
+    groups: Mapping[float, dict[str, Sampler]],
+    device: torch.device,
+    tick: Callable[[str, int], None] = lambda name, count: None,
+) -> dict[str, Scores]:
+    """Scores of `protocol_samplers`, each beside the teacher at its own guidance scale."""
+    scores = {}
+    for scale, samplers in groups.items():
+        scores |= measure(judge, replace(protocol, guidance=scale), teacher, samplers, device, tick)
+    return scores

@@ -1,16 +1,22 @@
 """Preview grids: the teacher beside the student at equal noise."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from stepfold.evaluation.measure import Sampler
-from stepfold.teachers.contract import Condition
+from stepfold.evaluation.measure import Sampler, student_sampler, teacher_sampler
+from stepfold.evaluation.protocol import counted
+from stepfold.randomness import normal
+from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.runs import writing
 
 LABEL_WIDTH = 132
+NUM_PREVIEWS = 8
+NUM_VIDEO_PREVIEWS, NUM_FRAMES = 2, 6
 
 
 def sample_rows(
@@ -54,3 +60,50 @@ def save_grid(rows: dict[str, Tensor], path: Path, cell: int = 96) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path) as part:
         grid.save(part, format="PNG")
+
+
+def make_preview(
+    folder: Path,
+    teacher: PipelineTeacher,
+    conditions: Callable[[Sequence[int]], Condition],
+    num_prompts: int,
+    seed: int,
+    guidance: float,
+    note: Callable[[str], None],
+    *,
+    writes: bool = True,
+) -> Callable[[Student, int], None]:
+    """Draws the teacher at 20 steps and the student at 1, 2 and 4, from the same prompts and noise, into previews/.
+
+    One that is there already is not drawn again. Without `writes` nothing is written: a process that only helps another
+    one to draw.
+    """
+    count = NUM_PREVIEWS if teacher.frames == 1 else NUM_VIDEO_PREVIEWS
+    shown = [i * num_prompts // count for i in range(min(count, num_prompts))]
+    condition = conditions(shown)
+    noise = teacher.sigma_data * torch.stack(
+        [normal(teacher.latent_shape, seed, "preview noise", i) for i in range(len(shown))]
+    ).to(teacher.device)
+    reference: dict[str, Tensor] = {}
+
+    def preview(student: Student, step: int) -> None:
+        path = folder / "previews" / f"step_{step:06d}.png"
+        if path.exists():  # of before the run was stopped
+            return
+        if not reference:
+            samplers: dict[str, Sampler] = {f"teacher {counted(k)}": teacher_sampler(teacher, k) for k in (20, 1)}
+            reference.update(sample_rows(samplers, noise, condition, guidance))
+        ours = {
+            f"student {counted(k)}": student_sampler(student, teacher.student_times(k), seed, teacher.sigma_data)
+            for k in (1, 2, 4)
+        }
+        latents = reference | sample_rows(ours, noise, condition, guidance)
+        if not writes:
+            return
+        rows = {name: thinned(teacher.decode(x0), teacher.frames, NUM_FRAMES) for name, x0 in latents.items()}
+        save_grid(rows, path)
+        teacher.release_decoder()
+        error = (latents["student 1 step"] - latents["teacher 20 steps"]).square().mean() / teacher.sigma_data**2
+        note(f"step {step}: preview written, error of one step against the teacher's 20: {error:.3f}")
+
+    return preview

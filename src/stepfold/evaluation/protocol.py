@@ -162,6 +162,25 @@ def score_images(
     )
 
 
+def counted(steps: int) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{steps} step{'' if steps == 1 else 's'}"
+
+
+def rows_by_steps(scores: dict[str, Scores]) -> dict[str, dict[str, Any]]:
+    """{"teacher 20": scores} -> {"teacher": {"20": {...}}}."""
+    out: dict[str, dict[str, Any]] = {"teacher": {}, "student": {}}
+    for name, row in scores.items():
+        who, steps = name.rsplit(" ", 1)
+        out.setdefault(who, {})[steps] = row.to_json()
+    return out
+
+
+def protocol_record(protocol: Protocol) -> dict[str, Any]:
+    """The protocol and its hash, as every result carries them."""
+    return asdict(protocol) | {"hash": protocol.hash()}
+
+
 def _timed(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, float]]:
     """Each batch with the seconds it took to come, queued GPU work included."""
     start = time.perf_counter()

@@ -4,8 +4,10 @@ import base64
 import json
 import math
 import os
+import platform
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +16,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from stepfold import __version__
 from stepfold.errors import UserError
-from stepfold.evaluation.protocol import teachers_of
+from stepfold.evaluation.protocol import counted, teachers_of
 from stepfold.training.runs import writing
 
 if TYPE_CHECKING:
@@ -60,6 +63,12 @@ _INK, _ACCENT, _LINE, _OTHER = _THEME
 
 Curves = Mapping[str, Sequence[Sequence[float | None]]]
 Row = Mapping[str, float | None]
+
+
+def versions() -> dict[str, str]:
+    """What a result was made with."""
+    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
+    return {"stepfold": __version__, "python": platform.python_version(), "machine": platform.machine()} | libraries
 
 
 def write_report(folder: str | Path, report: Mapping[str, Any]) -> tuple[Path, Path]:
@@ -141,7 +150,7 @@ def _table(report: Mapping[str, Any]) -> list[list[tuple[str, list[str]]]]:
     groups = []
     for who in ("student", *teachers_of(report)):
         rows = _by_steps(report, who)
-        groups.append([(f"{who.capitalize()}, {_steps(steps)}", _cells(scores)) for steps, scores in rows.items()])
+        groups.append([(f"{who.capitalize()}, {counted(steps)}", _cells(scores)) for steps, scores in rows.items()])
     if report.get("reals"):
         groups.append([("Real pictures", _cells(report["reals"]))])
     return [group for group in groups if group]
@@ -157,10 +166,6 @@ def _number(value: float | None, digits: int) -> str:
         return "–"
     fixed = f"{value:.{digits}f}"
     return fixed if value == 0 or float(fixed) else f"{value:.1e}"
-
-
-def _steps(steps: int) -> str:
-    return f"{steps} step{'s' * (steps != 1)}"
 
 
 def _by_steps(report: Mapping[str, Any], who: str) -> dict[int, Row]:
@@ -182,7 +187,7 @@ def verdict(report: Mapping[str, Any]) -> str:
         _ratio_part(ours, theirs, "images_per_sec", "{:.1f} times as many images per second", 1),
     ]
     said = [part for part in parts if part]
-    first = f"{'One step' if steps == 1 else _steps(steps)}: {'; '.join(said) or 'not measured'}."
+    first = f"{'One step' if steps == 1 else counted(steps)}: {'; '.join(said) or 'not measured'}."
     return f"{first}{_ranking(ours, teacher)}{_taught(report)}"
 
 
@@ -191,14 +196,14 @@ def _accuracy_part(ours: Row, theirs: Row, best: int) -> str | None:
     if a is None or b is None:
         return None
     share = f"{100 * a / b:.0f}% of the teacher's accuracy " if b else "accuracy "
-    return f"{share}({a:.3f} against {b:.3f} at {_steps(best)})"
+    return f"{share}({a:.3f} against {b:.3f} at {counted(best)})"
 
 
 def _fd_part(ours: Row, teacher: Mapping[int, Row], steps: int) -> str | None:
     a, b = ours.get("fd"), teacher.get(steps, {}).get("fd")
     if a is None or b is None:
         return None
-    same = "one step" if steps == 1 else _steps(steps)
+    same = "one step" if steps == 1 else counted(steps)
     return f"FD {_number(a, 3)} against {_number(b, 3)} for the teacher's {same}"
 
 
@@ -228,9 +233,8 @@ def _taught(report: Mapping[str, Any]) -> str:
     for who in teachers_of(report):
         for steps, scores in _by_steps(report, who).items() if who != "teacher" else ():
             row = {key: _number(scores.get(key), 3) for key in ("accuracy", "fd")}
-            said += (
-                f" The {who}, as the student was taught: accuracy {row['accuracy']}, FD {row['fd']} at {_steps(steps)}."
-            )
+            said += f" The {who}, as the student was taught: accuracy {row['accuracy']}, FD {row['fd']} "
+            said += f"at {counted(steps)}."
     return said
 
 

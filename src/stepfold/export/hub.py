@@ -7,9 +7,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from stepfold.errors import UserError
+from stepfold.errors import UserError, first_line
 from stepfold.export.pipeline import metrics_beside, model_card
-from stepfold.teachers.folders import check_folder, first_line
+from stepfold.teachers.folders import check_folder
 from stepfold.teachers.licences import is_hub_id, licences_of
 from stepfold.teachers.loading import lora_rank, read_card
 from stepfold.training.runs import writing

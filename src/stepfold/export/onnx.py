@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepfold.errors import UserError
+from stepfold.errors import UserError, first_line
 from stepfold.teachers.contract import Condition, Student
-from stepfold.teachers.folders import first_line
 from stepfold.teachers.loading import CARD, load_merged
 from stepfold.teachers.once import compute_afresh
 from stepfold.training.runs import writing

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from stepfold.errors import UserError
+from stepfold.errors import UserError, first_line
 
 CAPTION = "text"
 METADATA = "metadata.jsonl"
@@ -83,7 +83,7 @@ def open_images(path: str | os.PathLike[str]) -> ImageFolder:
     except Exception as error:  # the library's builders raise whatever their parsers do
         cause = error.__cause__ or error
         raise UserError(
-            f"{path}: not readable as an image folder ({str(cause).splitlines()[0]}); docs/teachers.md shows one"
+            f"{path}: not readable as an image folder ({first_line(cause)}); docs/teachers.md shows one"
         ) from None
     if CAPTION not in rows.column_names or any(not isinstance(text, str) or not text for text in rows[CAPTION]):
         raise UserError(f"{path / METADATA}: a row has no caption; every line needs a `{CAPTION}`")

@@ -23,9 +23,9 @@ from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.evaluation.judge import Judge, load_judge
 from stepfold.evaluation.measure import Sampler, measure, student_sampler, teacher_sampler
-from stepfold.evaluation.protocol import EMOJI, Protocol
+from stepfold.evaluation.protocol import EMOJI, Protocol, protocol_record, rows_by_steps
+from stepfold.evaluation.report import versions
 from stepfold.evaluation.solvers import solver_sampler
-from stepfold.jobs import protocol_record, rows_by_steps, versions
 from stepfold.prompts.reading import open_prompts, shuffled_index
 from stepfold.reproduction.experiments import (
     EQUAL_TIME_ROW,

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepfold.errors import UserError
+from stepfold.errors import UserError, first_line
 from stepfold.teachers.safety import OWNERS, PICKLES, check_files, check_index, is_part, read_json
 
 
@@ -205,8 +205,3 @@ def check_folder(folder: Path) -> dict[str, Any]:
         if present and not part.startswith("_") and not (folder / part).is_dir():
             raise UserError(f"teacher folder {str(folder)!r} lacks its part {part!r}; copy the whole pipeline folder")
     return parts
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -10,12 +10,12 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from stepfold import assets
-from stepfold.config import Config, TeacherSettings
-from stepfold.errors import NonFiniteError, UserError
+from stepfold.config import Config, TeacherSettings, renamed
+from stepfold.errors import NonFiniteError, UserError, first_line
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.flux import FluxTeacher
-from stepfold.teachers.folders import check_folder, first_line, load_index, load_networks, merge_lora, unloadable
+from stepfold.teachers.folders import check_folder, load_index, load_networks, merge_lora, unloadable
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
@@ -250,7 +250,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     if wrong or not isinstance(card["config"].get("student", {}), dict):
         name = wrong[0] if wrong else "config"
         raise UserError(f"{folder / CARD} is damaged (its {name} is no {name}); copy the student folder again")
-    return OLDER | card
+    return OLDER | card | {"config": renamed(card["config"])}
 
 
 def teacher_settings(folder: Path, card: dict[str, Any]) -> TeacherSettings:

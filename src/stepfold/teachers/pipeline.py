@@ -14,12 +14,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stepfold.errors import UserError
+from stepfold.errors import UserError, first_line
 from stepfold.maths.formulations import flow_time, guide
 from stepfold.maths.routes import few_step_times
 from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate, deepcopy_sharing
 from stepfold.teachers.depth import drop_blocks
-from stepfold.teachers.folders import first_line, load_index, load_network, load_pipeline, merge_lora
+from stepfold.teachers.folders import load_index, load_network, load_pipeline, merge_lora
 from stepfold.teachers.once import compute_afresh, compute_once, forget
 
 SIGMA_DATA = 0.5

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from stepfold.errors import UserError
+from stepfold.errors import UserError, first_line
 
 BUCKET = 2**26
 """Gradients that are summed in one message, in numbers."""
@@ -128,7 +128,7 @@ def lost_process() -> Iterator[None]:
     except RuntimeError as error:  # torch's own classes of them are RuntimeErrors, and gloo's are nothing more
         if not isinstance(error, dist.DistError) and not re.match(r"\[[^]]*/gloo/", str(error)):
             raise
-        reason = str(error).split("] ", 1)[-1].strip().splitlines()[0].split(". ")[0]
+        reason = first_line(error).split("] ", 1)[-1].split(". ")[0]
         raise UserError(
             f"another process of this run is gone or out of reach ({reason}); what it said last is above, if anything. "
             "The last checkpoint is intact: start all of them again with --resume"

@@ -4,14 +4,67 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from stepfold.config import Config
-from stepfold.display import Display
-from stepfold.evaluation.report import duration
-from stepfold.jobs import run_distill
+import typer
+
+from stepfold.commands.distill import run_distill
+from stepfold.commands.options import (
+    ChangesOption,
+    JsonOption,
+    PresetOption,
+    PromptsOption,
+    Quiet,
+    TeacherLoraOption,
+    TeacherOption,
+    chosen_preset,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from stepfold.config import Config
+    from stepfold.display import Display
 
 TRIAL_PICTURES = 32  # pictures per row of the trial's table; its time grows with their number
+
+
+def plan(
+    teacher: TeacherOption = None,
+    teacher_lora: TeacherLoraOption = None,
+    prompts: PromptsOption = None,
+    preset: PresetOption = None,
+    changes: ChangesOption = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps to time; the first one is start-up.")] = 12,
+    json_file: JsonOption = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a distillation will take before you start it: time of a step, hours, peak memory.
+
+    It runs a few steps of the real thing in a folder that is thrown away. Options are those of `stepfold distill`.
+
+    stepfold plan
+
+    stepfold plan --teacher ./my-sana --prompts prompts.txt --set training.prompts_per_step=4
+    """
+    from rich.table import Table
+
+    from stepfold.config import load_config
+    from stepfold.display import Display, quiet_libraries, show_table
+
+    config = load_config(
+        chosen_preset(preset, teacher),
+        changes or [],
+        teacher__source=teacher,
+        teacher__lora=teacher_lora,
+        prompts=prompts,
+    )
+    quiet_libraries()
+    found = make_plan(config, steps, Display(quiet))
+    table = Table("what", "prediction", box=None)
+    for row in plan_rows(found):
+        table.add_row(*row)
+    show_table(table)
+    write_json(json_file, vars(found))
 
 
 @dataclass(frozen=True)
@@ -35,7 +88,7 @@ class Plan:
     trial_steps: int
 
 
-def make_plan(config: Config, steps: int, display: Display) -> Plan:
+def make_plan(config: "Config", steps: int, display: "Display") -> Plan:
     """Runs the first `steps` steps of a distillation in a folder that is thrown away, and reckons the rest.
 
     Everything is the run itself: loading, the first step with what it compiles, previews, a checkpoint, the table.
@@ -62,7 +115,7 @@ def make_plan(config: Config, steps: int, display: Display) -> Plan:
     return reckon(config, trial, result)
 
 
-def reckon(config: Config, trial: Config, result: dict[str, Any]) -> Plan:
+def reckon(config: "Config", trial: "Config", result: dict[str, Any]) -> Plan:
     """From the trial's report.json to the plan."""
     training, stages, step = config.training, result["stages_sec"], result["step_sec"]
     previews, checkpoints = (
@@ -88,6 +141,8 @@ def reckon(config: Config, trial: Config, result: dict[str, Any]) -> Plan:
 
 def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     """For people."""
+    from stepfold.evaluation.report import duration
+
     return [
         ("tangent", plan.tangent),
         ("one step", f"{plan.step_sec:.2f} s ({plan.trial_steps} timed)"),

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stepfold.errors import UserError
+from stepfold.errors import UserError, first_line
 from stepfold.export.single_file import SANA, from_table, pieces_of
-from stepfold.teachers.folders import first_line, load_index, load_pipeline
+from stepfold.teachers.folders import load_index, load_pipeline
 from stepfold.teachers.loading import folder_of
 from stepfold.teachers.pipeline import SIGMA_DATA
 from stepfold.training.runs import writing

@@ -6,7 +6,7 @@ fitted alone to what it gave before, then the whole network to its own unguided 
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -15,95 +15,52 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stepfold import __version__
-from stepfold.config import Config, load_config
+from stepfold.config import Config
 from stepfold.display import Display
-from stepfold.errors import UserError
-from stepfold.jobs import cache_of, conditions_from
 from stepfold.objectives.consistency import derivative_size
-from stepfold.prompts.reading import PromptFile, open_prompts
+from stepfold.prompts.reading import PromptFile
 from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Condition, concatenate
-from stepfold.teachers.licences import stated_licence
-from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.once import compute_afresh
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
-from stepfold.training.choices import choose_precision
-from stepfold.training.distill import Progress, collect, make_accelerator, stop_requests, walk_precision
+from stepfold.training.distill import Progress, collect, stop_requests, walk_precision
 from stepfold.training.draws import Draw, draw
 from stepfold.training.optimisers import learning_rate, make_optimiser
 from stepfold.training.runs import (
     append_metrics,
-    check_run,
     checkpoints,
     load_checkpoint,
-    open_run,
-    remember_prompts,
-    remove_old_checkpoints,
     rewind_metrics,
     save_checkpoint,
-    set_aside_damaged,
-    writing,
 )
 from stepfold.training.step_log import record_of, row_of
 
-SETTINGS = (
-    "space.route=random", "space.route_steps=8", "space.route_per=prompt", "space.keep_first=true",
-    "space.filter_rule=off", "optimiser.name=adamw", "optimiser.lr=1e-4", "optimiser.warmup=20", "optimiser.decay=0.8",
-    "training.prompts_per_step=8", "training.precision=no", "training.walk_precision=no",
-)  # fmt: skip
 
-
-def run_retime(
-    source: str, prompts: str | Path, folder: Path, changes: Sequence[str], *, resume: bool, display: Display
-) -> dict[str, float]:
-    """Re-times a teacher into `folder/teacher`, a pipeline of its class; returns what was measured on the way.
+def retimed_network(
+    teacher: PipelineTeacher,
+    prompts: PromptFile,
+    conditions: Callable[[Sequence[int]], Condition],
+    config: Config,
+    folder: Path,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    display: Display,
+) -> tuple[nn.Module, dict[str, float]]:
+    """A copy of the teacher's network that reads times of [0, 1], and what was measured on the way.
 
     Args:
-        source: `emoji`, a folder or a hub id.
-        prompts: a text file, one prompt a line; or a table, as `open_prompts` takes it.
-        folder: of the run.
-        changes: settings, on top of the preset `default` and SETTINGS; those of teacher, routes, optimiser and
-            checkpoints count, and `conditions`, `training.precision`, `walk_precision`, `micro_batch` and
-            `checkpointing`.
-        resume: continue from the folder's last checkpoint.
+        teacher: whose time counts to 1000.
+        prompts, conditions: the training prompts; numbers of B prompts -> their conditions.
+        config: the settings.
+        folder: an open run folder; a checkpoint in it is continued from.
+        autocast: gives the context of the trained network's calls.
         display: where progress is shown.
-
-    Raises:
-        UserError: the teacher is none that can be re-timed, or settings, prompts or folder are wrong.
-        NonFiniteError: a loss or gradient is not finite; the checkpoints are intact.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    config = load_config("default", [*SETTINGS, *changes], teacher__source=source, prompts=str(prompts))
-    if config.teacher.dtype != "float32":
-        raise UserError(f"re-timing trains the network in float32, not {config.teacher.dtype}; leave teacher.dtype out")
-    if config.training.skip_nonfinite:
-        raise UserError("re-timing skips no step that is not finite; leave training.skip_nonfinite out")
-    config = choose_precision(config)
-    file, accelerator = open_prompts(prompts), make_accelerator(config.training.precision)
-    check_run(folder, config, resume)
-    cache, device = cache_of(config, file), accelerator.device
-    teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=cache.null if cache else None)
-    if teacher.time_scale < 10:
-        raise UserError(f"the time of {source!r} counts to {teacher.time_scale:g}, not to 1000; distil it as it is")
-    if teacher.time_embedder(teacher.transformer) is None:
-        raise UserError(
-            f"{source!r} is a {type(teacher.pipe).__name__}, but re-timing is for Sana without embedded guidance, SD3 "
-            "and FLUX; distil it as it is, with objective=discrete"
-        )
-    lock = open_run(folder, config, resume)
-    remember_prompts(folder, file.source, len(file), file.sha256)
-    for finding in set_aside_damaged(folder):
-        display.note(finding)
-    remove_old_checkpoints(folder, config.training.keep_checkpoints)
-
     network = copy.deepcopy(teacher.transformer).requires_grad_(True)
     compute_afresh(network.modules())
     predict = partial(cast(Any, teacher.predict), time_scale=1.0)
     if config.training.checkpointing:
         network.enable_gradient_checkpointing()
-    conditions = conditions_from(cache, teacher, file)
-    unseen = draw(config.training.steps, file, teacher, config, device)  # a batch that training does not draw
+    unseen = draw(config.training.steps, prompts, teacher, config, teacher.device)
     held_out = some_pairs(teacher, unseen, conditions(unseen.index), config)
     found = {"size of dF/dt before": tangent_size(teacher, network, teacher.predict, held_out)}
     if not checkpoints(folder):
@@ -112,43 +69,10 @@ def run_retime(
         fit_time_embedder(old, new, teacher.time_scale, 1.0)
         found["error, time embedder fitted"] = prediction_error(teacher, network, predict, held_out)
     with display.training(config.training.steps):
-        train(teacher, network, predict, file, conditions, config, folder, lambda: accelerator.autocast(), display)
+        train(teacher, network, predict, prompts, conditions, config, folder, autocast, display)
     found["error, network trained"] = prediction_error(teacher, network, predict, held_out)
     found["size of dF/dt after"] = tangent_size(teacher, network, predict, held_out)
-    with writing(folder / "teacher") as part:
-        teacher.save_retimed(network, part)
-        (part / "README.md").write_text(card(source, config.training.steps, found), encoding="utf-8")
-    lock.release()
-    return found
-
-
-CARD = """---
-library_name: diffusers
-{licence}---
-
-# {source}, re-timed
-
-Its network reads times of [0, 1] in the place of 0 to 1000, which the continuous objective of `stepfold distill` wants.
-Made from its own walks by stepfold {version} in {steps} steps, without images. The licence is the original's.
-
-| measured | |
-|---|---|
-{found}
-
-Where the scheduler's config has `num_train_timesteps: 1` (Stable Diffusion 3, FLUX), plain diffusers needs the noise
-levels: `pipe(prompt, sigmas=[1 - i / 20 for i in range(20)])`.
-"""
-
-
-def card(source: str, steps: int, found: Mapping[str, float]) -> str:
-    """The README of a re-timed teacher; its licence is what the original's card states."""
-    return CARD.format(
-        licence="".join(f"{name}: {value}\n" for name, value in stated_licence(source).items()),
-        source=source,
-        version=__version__,
-        steps=steps,
-        found="\n".join(f"| {name} | {number:.4g} |" for name, number in found.items()),
-    )
+    return network, found
 
 
 def fit_time_embedder(

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from tiny import enliven, make_sana, sana_transformer
 from torch import Tensor
 
-from stepfold.converting import convert
 from stepfold.errors import UserError
+from stepfold.export.converting import convert
 from stepfold.export.single_file import original_state
 
 PARTS = {

@@ -16,19 +16,22 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-from stepfold import assets, doctor
-from stepfold.cli import retime
+from stepfold import assets
+from stepfold.commands.distill import run_distill
+from stepfold.commands.prompts import run_encode
+from stepfold.commands.retime import retime, run_retime
+from stepfold.commands.sample import run_sample
 from stepfold.config import TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import NonFiniteError, UserError
 from stepfold.export.single_file import export_single_file
-from stepfold.jobs import run_distill, run_encode, run_sample
 from stepfold.randomness import generator
-from stepfold.retiming import fit_time_embedder, run_retime
 from stepfold.teachers.licences import in_words, licences_of
 from stepfold.teachers.loading import CARD, load_teacher
 from stepfold.teachers.sana import SanaTeacher
+from stepfold.training import doctor
 from stepfold.training.distill import Progress
+from stepfold.training.retiming import fit_time_embedder
 from stepfold.training.runs import checkpoints, read_metrics
 
 TREMOR = 0.1  # of the weights that read the fast sinusoids: a third of F, and most of dF/dt
@@ -59,7 +62,7 @@ def thousands(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _a_shorter_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A third of the time; what is left over is trained away, or well within what is asked for here."""
-    monkeypatch.setattr("stepfold.retiming.fit_time_embedder", partial(fit_time_embedder, steps=600))
+    monkeypatch.setattr("stepfold.training.retiming.fit_time_embedder", partial(fit_time_embedder, steps=600))
 
 
 def wrong_of(settings: TeacherSettings) -> list[str]:
@@ -133,7 +136,7 @@ def test_other_families_are_retimed_too(
 def test_a_stopped_run_goes_on_to_the_bit(
     first_sana: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stepfold.retiming.fit_time_embedder", HARDLY_A_FIT)
+    monkeypatch.setattr("stepfold.training.retiming.fit_time_embedder", HARDLY_A_FIT)
     settings, numbers = [*FEW, "training.steps=6"], tmp_path / "numbers.json"
     retime(str(first_sana), str(prompts_file), tmp_path / "a", 6, [*FEW], json_file=numbers, quiet=True)
     assert json.loads(numbers.read_text())["size of dF/dt after"] > 0
@@ -159,7 +162,7 @@ def straight(first_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Stra
     prompts = tmp_path_factory.mktemp("straight") / "prompts.txt"
     prompts.write_text("red heart\nrocket\na cat\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stepfold.retiming.fit_time_embedder", HARDLY_A_FIT)
+        patch.setattr("stepfold.training.retiming.fit_time_embedder", HARDLY_A_FIT)
         retime(str(first_sana), str(prompts), prompts.parent / "run", 6, [*FEW], quiet=True)
     return str(first_sana), prompts, prompts.parent / "run"
 
@@ -177,7 +180,7 @@ def test_what_saves_memory_changes_nothing(straight: Straight, tmp_path: Path, m
     source, prompts, wanted = straight
     settings = TeacherSettings(source=source, max_tokens=16)
     run_encode(settings, prompts, tmp_path / "cache", batch=2, display=Display(quiet=True), device="cpu")
-    monkeypatch.setattr("stepfold.retiming.fit_time_embedder", HARDLY_A_FIT)
+    monkeypatch.setattr("stepfold.training.retiming.fit_time_embedder", HARDLY_A_FIT)
     lean = [f"conditions={tmp_path / 'cache'}", "training.micro_batch=3", "training.checkpointing=true"]
     with monkeypatch.context() as patch:
         patch.setattr(SanaTeacher, "encode_texts", lambda *_: 1 / 0)  # no text encoder is asked
@@ -203,7 +206,7 @@ def test_a_stop_request_ends_with_a_checkpoint(
             signal.raise_signal(number)
 
     source, prompts, _ = straight
-    monkeypatch.setattr("stepfold.retiming.fit_time_embedder", HARDLY_A_FIT)
+    monkeypatch.setattr("stepfold.training.retiming.fit_time_embedder", HARDLY_A_FIT)
     with monkeypatch.context() as patch:
         patch.setattr(Display, "step", step)
         with pytest.raises(typer.Exit) as caught:
@@ -231,7 +234,7 @@ def test_a_damaged_checkpoint_is_set_aside(
 
 
 def test_a_run_that_diverges_says_where(straight: Straight, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepfold.retiming.fit_time_embedder", HARDLY_A_FIT)
+    monkeypatch.setattr("stepfold.training.retiming.fit_time_embedder", HARDLY_A_FIT)
     settings = [*FEW, "training.steps=6", "optimiser.lr=1e9"]
     with pytest.raises(NonFiniteError, match=r"^step 1: loss of .* is not finite .*last checkpoint is intact"):
         run_retime(*straight[:2], tmp_path / "run", settings, resume=False, display=Display(quiet=True))

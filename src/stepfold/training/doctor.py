@@ -11,7 +11,6 @@ from diffusers import SanaSprintPipeline
 from torch import Tensor
 
 from stepfold.config import Config, TeacherSettings, validate
-from stepfold.jobs import of_pairs, peak_memory_gib
 from stepfold.maths.routes import reference_route
 from stepfold.maths.tangent import total_derivative
 from stepfold.objectives.consistency import STEEPEST, derivative_size, tangent_direction
@@ -24,7 +23,9 @@ from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.pipeline import SIGMA_DATA, PipelineTeacher
 from stepfold.training.choices import choose_tangent, full_float32
 from stepfold.training.distill import make_accelerator
+from stepfold.training.memory import peak_memory_gib
 from stepfold.training.optimisers import make_optimiser
+from stepfold.training.steepness import of_pairs
 from stepfold.training.update import update
 
 PROMPTS = ("red heart on blue background", "a picture of pizza", "fox", "green apple on yellow background")

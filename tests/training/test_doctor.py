@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stepfold import doctor
 from stepfold.config import TeacherSettings
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher, trigflow_network
+from stepfold.training import doctor
 
 
 @pytest.fixture

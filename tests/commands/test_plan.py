@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from stepfold.commands.plan import make_plan, plan_rows, reckon
 from stepfold.config import load_config
 from stepfold.display import Display
-from stepfold.planning import make_plan, plan_rows, reckon
 
 
 def test_the_parts_add_up() -> None:
@@ -48,5 +48,5 @@ def test_a_plan_leaves_nothing_behind(n: int, tmp_path: Path, monkeypatch: pytes
     assert plan.trial_steps == 3 and plan.step_sec > 0 and plan.tangent.startswith("one_pass")
     assert (plan.parts_sec["evaluation"] > 0) == bool(n)
     assert plan.total_sec >= 40 * plan.step_sec
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("stepfold*")) == []
     assert len(plan_rows(plan)) == 4 + len(plan.parts_sec)

@@ -1,0 +1,395 @@
+"""`stepfold distill`: a teacher becomes a one-step student."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stepfold import assets
+from stepfold.commands.launching import continued_by, leave, other_process
+from stepfold.commands.options import (
+    ChangesOption,
+    PresetOption,
+    PromptsOption,
+    Quiet,
+    TeacherLoraOption,
+    TeacherOption,
+    chosen_preset,
+)
+from stepfold.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from filelock import BaseFileLock
+    from torch import Tensor
+
+    from stepfold.config import Config, StudentSettings
+    from stepfold.display import Display
+    from stepfold.evaluation.protocol import Protocol
+    from stepfold.images.reading import ImageFolder
+    from stepfold.prompts.cache import ConditionCache
+    from stepfold.prompts.reading import PromptFile
+    from stepfold.teachers.contract import Condition, Student
+    from stepfold.teachers.pipeline import PipelineTeacher
+    from stepfold.training.course import Course
+    from stepfold.training.distill import Progress
+    from stepfold.training.processes import Processes
+
+
+def distill(
+    teacher: TeacherOption = None,
+    teacher_lora: TeacherLoraOption = None,
+    prompts: PromptsOption = None,
+    preset: PresetOption = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/PRESET.", show_default=False)] = None,
+    changes: ChangesOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that --out holds.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Distil a teacher into a one-step student.
+
+    Writes checkpoints, previews, report.html and report.json into the run folder, and the student into its `student`
+    folder, which plain diffusers loads.
+
+        stepfold distill
+
+        stepfold distill --teacher ./my-sana --prompts prompts.txt --out runs/mine --set training.steps=2000
+    """
+    from stepfold.config import load_config, to_yaml
+
+    name = chosen_preset(preset, teacher)
+    config = load_config(name, changes or [], teacher__source=teacher, teacher__lora=teacher_lora, prompts=prompts)
+    if dry_run:
+        typer.echo(to_yaml(config), nl=False)
+        return
+    from stepfold.display import Display, quiet_libraries, results_table, show_table
+
+    quiet_libraries()
+    folder = out or Path("runs") / Path(name).stem
+    display = Display(quiet or bool(other_process()))
+    with continued_by(folder, resume, display.note) as command:
+        result = run_distill(config, folder, resume=resume, display=display, command=command)
+    if not other_process():
+        if result["teacher"]:
+            show_table(results_table(result))
+        typer.echo(f"student: {folder / 'student'}\nreport:  {folder / 'report.html'}")
+    if "WORLD_SIZE" in os.environ:
+        leave()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has in memory when its first step begins. The student is apart: it is let go of before the rest.
+
+    Attributes:
+        config: the settings, with `auto` resolved.
+        folder: of the run.
+        accelerator: device and precision.
+        processes: that share every step.
+        prompts: the training prompts; an image folder's captions.
+        teacher: the network to distil.
+        scales: guidance scales of training; `usual` is the evaluation's, `taught` what the student is shown at.
+        conditions: numbers of B prompts -> their conditions; `cached` where they come from disk.
+        blacks: unit-variance latents of a black picture, one for each latent shape.
+        latents: numbers of B images -> clean latents [B, ...]; None where no images are used.
+        lock: on the run folder, held by the first process.
+    """
+
+    config: "Config"
+    folder: Path
+    accelerator: "Accelerator"
+    processes: "Processes"
+    prompts: "PromptFile | ImageFolder"
+    teacher: "PipelineTeacher"
+    scales: tuple[float, ...]
+    usual: float
+    taught: float
+    conditions: "Callable[[Sequence[int]], Condition]"
+    cached: bool
+    blacks: "list[Tensor]"
+    latents: "Callable[[list[int]], Tensor] | None"
+    lock: "BaseFileLock | None"
+
+
+def run_distill(config: "Config", folder: Path, *, resume: bool, display: "Display", command: str) -> dict[str, Any]:
+    """Distils, exports, measures and reports.
+
+    Returns:
+        What is in report.json; nothing in all processes but the first.
+
+    Raises:
+        UserError: something in the settings, the prompts, the teacher or the folder is wrong.
+        NonFiniteError: the training diverged.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
+    """
+    from stepfold.training.course import Course
+    from stepfold.training.processes import lost_process
+    from stepfold.training.stages import Stages
+
+    with lost_process():
+        began = time.perf_counter()
+        run, student = load(config, folder, resume, display)
+        device = run.accelerator.device
+        course = Course(device, Stages(device if run.config.training.time_stages else None))
+        average = train(run, student, course, display, began)
+        del student  # its memory is for what comes now
+        run.processes.wait()  # nobody leaves while another one still sends
+        run.accelerator.end_training()  # the others have nothing left to do
+        return finish(run, average, course, display, command) if run.processes.first else {}
+
+
+def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "tuple[Run, Student]":
+    """Checks what was given, then loads the networks, and opens the run folder only when all of it is right."""
+    import torch
+
+    from stepfold.prompts.conditions import cache_of, conditions_from
+    from stepfold.teachers.licences import in_words, licences_of
+    from stepfold.teachers.loading import choose_objective, load_teacher
+    from stepfold.training.choices import choose_precision
+    from stepfold.training.distill import make_accelerator, processes_of
+    from stepfold.training.draws import guidance_scales
+    from stepfold.training.runs import check_run
+
+    if config.space.kind == "images" and config.space.images is None:
+        raise UserError("space.kind=images needs a folder of images; add --set space.images=FOLDER")
+    config = choose_objective(choose_precision(config))
+    accelerator = make_accelerator(config.training.precision, several=True)
+    device, processes = accelerator.device, processes_of(accelerator)
+    if config.training.prompts_per_step < processes.count:
+        raise UserError(
+            f"training.prompts_per_step is {config.training.prompts_per_step}, but there are {processes.count} "
+            "processes; it counts the prompts of all of them, so give at least one to each"
+        )
+    prompts, images = open_texts(config)
+    check_run(folder, config, resume)
+    display.note(
+        f"{len(prompts)} prompts ({prompts.num_blank} blank and {prompts.num_duplicate} repeated lines left out), "
+        f"device {device.type}{f', {processes.count} processes' if processes.count > 1 else ''}, run folder {folder}"
+    )
+    torch.manual_seed(config.seed)  # the guidance embedder's and the weight head's initial values
+    cache = cache_of(config, prompts)
+    teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=cache.null if cache else None)
+    teacher.check_prompts(prompts.prompt(i) for i in range(len(prompts)))
+    if images and teacher.frames > 1:
+        raise UserError(
+            f"space.kind=images takes pictures, but this teacher makes {teacher.frames} frames; "
+            "set teacher.frames=1, or space.kind to generation or endpoints"
+        )
+    licences = ", ".join(f"{part} {in_words(licence)}" for part, licence in licences_of(config.teacher.source).items())
+    display.note(f"licences: {licences}")
+    student = make_student(teacher, config.student, display)
+    scales = guidance_scales(config, teacher)
+    usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
+    lock = open_folder(folder, config, resume, prompts, display) if processes.first else None
+    processes.wait()
+    blacks, latents = kept_latents(folder, config, accelerator, teacher, cache, images, display)
+    run = Run(
+        config, folder, accelerator, processes, prompts, teacher, scales, usual,
+        taught=usual if len(set(scales)) > 1 else scales[0],
+        conditions=conditions_from(cache, teacher, prompts), cached=cache is not None,
+        blacks=blacks, latents=latents, lock=lock,
+    )  # fmt: skip
+    return run, student
+
+
+def open_texts(config: "Config") -> "tuple[PromptFile | ImageFolder, ImageFolder | None]":
+    """The training prompts, and the image folder that they are the captions of, if they are."""
+    from stepfold.images.reading import open_images
+    from stepfold.prompts.reading import open_prompts
+
+    if config.space.images:
+        images = open_images(config.space.images)
+        return images, images
+    return open_prompts(config.prompts or assets.PROMPTS), None
+
+
+def make_student(teacher: "PipelineTeacher", settings: "StudentSettings", display: "Display") -> "Student":
+    """The student of a run, as it starts."""
+    if settings.lora:
+        return teacher.lora_student(settings.lora)
+    if settings.depth < 1:
+        display.note(
+            f"the student keeps {settings.depth:.0%} of the teacher's blocks: it starts far from the teacher, "
+            "and needs many more steps than a whole one"
+        )
+    return teacher.new_student(settings.depth)
+
+
+def open_folder(
+    folder: Path, config: "Config", resume: bool, prompts: "PromptFile | ImageFolder", display: "Display"
+) -> "BaseFileLock":
+    """The run folder, made or put in order; only now, so that a teacher that does not load leaves none behind.
+
+    Returns:
+        The lock on it.
+    """
+    from stepfold.training.runs import (
+        checkpoints,
+        open_run,
+        remember_prompts,
+        remove_old_checkpoints,
+        set_aside_damaged,
+    )
+
+    lock = open_run(folder, config, resume)
+    remember_prompts(folder, prompts.source, len(prompts), prompts.sha256)
+    for finding in set_aside_damaged(folder):
+        display.note(finding)
+    remove_old_checkpoints(folder, config.training.keep_checkpoints)  # a kill may have come before that
+    if resume and not checkpoints(folder):
+        display.note(f"{folder} holds no checkpoint yet: starting from the teacher")
+    return lock
+
+
+def kept_latents(
+    folder: Path,
+    config: "Config",
+    accelerator: "Accelerator",
+    teacher: "PipelineTeacher",
+    cache: "ConditionCache | None",
+    images: "ImageFolder | None",
+    display: "Display",
+) -> "tuple[list[Tensor], Callable[[list[int]], Tensor] | None]":
+    """Latents of the black pictures, and a function that gives those of the images, if there are any."""
+    from stepfold.training.latents import cached_blacks, image_latents
+
+    with accelerator.main_process_first():  # the first one makes the files, the others read them
+        if cache and not config.teacher.sizes:
+            blacks = [cache.black.to(accelerator.device)]
+        else:
+            blacks = cached_blacks(folder, teacher)
+        latents = image_latents(folder, teacher, images, config.space.cache_latents, display) if images else None
+    if images is None or config.space.cache_latents:
+        teacher.release_decoder()
+    return blacks, latents
+
+
+def train(run: Run, student: "Student", course: "Course", display: "Display", began: float) -> "Student":
+    """All steps of the run, with previews, curves and progress; returns the student's average.
+
+    Loading `began` at this time of `time.perf_counter`.
+    """
+    from stepfold.evaluation.preview import make_preview
+    from stepfold.teachers.loading import counts_to_thousand
+    from stepfold.training.distill import distill as distil
+    from stepfold.training.memory import reset_peak_memory
+    from stepfold.training.steepness import steepness
+    from stepfold.training.tracking import Tracker
+
+    config, device, first = run.config, run.accelerator.device, run.processes.first
+    if config.objective == "continuous" and first and counts_to_thousand(config):
+        display.note(steepness(run.teacher, student, run.prompts, run.conditions, config, device))
+    preview = make_preview(
+        run.folder, run.teacher, run.conditions, len(run.prompts), config.seed, run.taught, display.note, writes=first
+    )
+    tracker = Tracker(run.folder) if first else None
+    course.stages.seconds["load"] = time.perf_counter() - began
+
+    def note_tangent(text: str) -> None:
+        course.tangent = text
+        display.note(f"tangent: {text}")
+
+    def report(progress: "Progress") -> None:
+        course.step_sec.append(progress.row["sec"])
+        display.step(progress)
+        if "skipped" in progress.row:
+            display.note(f"step {progress.row['step']} skipped: {progress.row['nonfinite']}")
+        if tracker:
+            tracker.add(progress.row, progress.step)
+
+    reset_peak_memory(device)
+    with display.training(config.training.steps):
+        average = distil(
+            config, run.folder, run.teacher, student, run.prompts, run.blacks, run.accelerator,
+            processes=run.processes, latents=run.latents, conditions=run.conditions if run.cached else None,
+            stages=course.stages, note_tangent=note_tangent, report=report, preview=course.apart(preview),
+        )  # fmt: skip
+    course.note_memory()
+    if tracker:
+        tracker.close()
+    return average
+
+
+def finish(run: Run, average: "Student", course: "Course", display: "Display", command: str) -> dict[str, Any]:
+    """Writes the student, its scores, the report and the card; returns what is in report.json."""
+    from stepfold.evaluation.protocol import EMOJI
+    from stepfold.evaluation.report import write_report
+    from stepfold.export.pipeline import model_card, save_student
+    from stepfold.teachers.loading import CARD, load_teacher
+    from stepfold.training.processes import is_sharded
+    from stepfold.training.runs import writing
+
+    config, teacher, student = run.config, run.teacher, run.folder / "student"
+    if is_sharded(teacher.network):
+        teacher = load_teacher(config.teacher, run.accelerator.device)  # whole again, to be measured
+    save_student(teacher, average, student, config, run.scales, run.taught, run.prompts.prompt(0))
+    protocol = replace(EMOJI, n=config.evaluation.n or 2, guidance=run.usual)
+    scores: dict[str, Any] = {"teacher": {}, "student": {}}
+    if config.evaluation.n and config.teacher.source == "emoji":
+        with course.stages("evaluation"):
+            scores |= measure_student(protocol, teacher, average, run.taught, display)
+        teacher.release_decoder()
+    result = report_of(run, course, protocol, scores, command)
+    write_report(run.folder, result)
+    card = json.loads((student / CARD).read_text(encoding="utf-8"))
+    with writing(student / "README.md") as part:
+        part.write_text(model_card(card, result), encoding="utf-8")
+    if run.lock:
+        run.lock.release()
+    return result
+
+
+def measure_student(
+    protocol: "Protocol", teacher: "PipelineTeacher", student: "Student", taught: float, display: "Display"
+) -> dict[str, Any]:
+    """Scores of teacher and student, as report.json has them."""
+    from stepfold.evaluation.judge import load_judge
+    from stepfold.evaluation.measure import measure_groups, protocol_samplers
+    from stepfold.evaluation.protocol import rows_by_steps
+
+    judge = load_judge(assets.JUDGE, teacher.device)
+    groups = protocol_samplers(teacher, {"student": (student, taught)}, protocol)
+    with display.measuring({name: protocol.n for group in groups.values() for name in group}) as tick:
+        scores = measure_groups(judge, protocol, teacher, groups, teacher.device, tick)
+    return {"reals": {"diversity": judge.diversity}} | rows_by_steps(scores)
+
+
+def report_of(run: Run, course: "Course", protocol: "Protocol", scores: dict[str, Any], command: str) -> dict[str, Any]:
+    """What report.json holds."""
+    from stepfold.evaluation.protocol import protocol_record
+    from stepfold.evaluation.report import curves_from_rows, versions
+    from stepfold.training.runs import read_metrics
+
+    config = run.config
+    return {
+        "title": f"{run.folder.name}: one-step student of {config.teacher.source}",
+        "command": command,
+        "versions": versions(),
+        "config": config.model_dump(mode="json"),
+        "protocol": protocol_record(protocol),
+        **scores,
+        "prompts": {
+            "file": config.space.images or config.prompts or "bundled",
+            "count": len(run.prompts),
+            "sha256": run.prompts.sha256,
+        },
+        **course.numbers(),
+        "processes": run.processes.count,
+        "skipped_steps": sum("skipped" in row for row in read_metrics(run.folder)),
+        "curves": curves_from_rows(read_metrics(run.folder)),
+        "images": {
+            p.stem.replace("_", " "): str(p.relative_to(run.folder))
+            for p in first_and_last(sorted((run.folder / "previews").glob("*.png")))
+        },
+    }
+
+
+def first_and_last(paths: list[Path]) -> list[Path]:
+    """Both ends of a list, or all of a shorter one."""
+    return paths[:1] + paths[1:][-1:]

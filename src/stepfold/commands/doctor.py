@@ -1,0 +1,68 @@
+"""`stepfold doctor`: is the teacher understood?"""
+
+from typing import Annotated, Literal
+
+import typer
+
+from stepfold.commands.options import (
+    FramesOption,
+    HeightOption,
+    JsonOption,
+    RevisionOption,
+    TeacherLoraOption,
+    VariantOption,
+    WidthOption,
+    usable_device,
+    write_json,
+)
+
+
+def doctor(
+    teacher: Annotated[str, typer.Argument(help="`emoji`, a diffusers pipeline folder, or a hub id.")] = "emoji",
+    teacher_lora: TeacherLoraOption = None,
+    revision: RevisionOption = None,
+    variant: VariantOption = None,
+    json_file: JsonOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    frames: FramesOption = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the teacher's weights.")] = "float32",
+    lora: Annotated[int, typer.Option(min=0, help="Of the student: rank of a LoRA; 0 for all weights.")] = 0,
+    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+) -> None:
+    """Check that a teacher is understood before a run: each finding with a number and a verdict.
+
+    A large teacher fits as it will be trained: in half precision, with a LoRA student that shares its weights.
+
+    stepfold doctor emoji
+
+    stepfold doctor black-forest-labs/FLUX.1-dev --dtype bfloat16 --lora 64 --device cuda
+
+    stepfold doctor ./my-flux --height 256 --width 256 --json findings.json
+    """
+    from rich.table import Table
+
+    from stepfold.config import TeacherSettings
+    from stepfold.display import quiet_libraries, show_table
+    from stepfold.training.doctor import examine
+
+    quiet_libraries()
+    settings = TeacherSettings(
+        source=teacher,
+        revision=revision,
+        variant=variant,
+        lora=teacher_lora,
+        dtype=dtype,
+        height=height,
+        width=width,
+        frames=frames,
+        max_tokens=64,
+    )
+    findings = examine(settings, usable_device(device), lora)
+    table = Table("check", "number", "want", "verdict", box=None)
+    for f in findings:
+        table.add_row(f.check, f.number, f.want, "[green]ok[/]" if f.ok else "[red]LOOK[/]")
+    show_table(table)
+    write_json(json_file, [vars(f) for f in findings])
+    if not all(f.ok for f in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,280 @@
+"""`stepfold evaluate`: students and other pipelines under one protocol."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stepfold import assets
+from stepfold.commands.options import JsonOption, Quiet, usable_device, write_json
+from stepfold.errors import UserError
+
+if TYPE_CHECKING:
+    from stepfold.display import Display
+    from stepfold.evaluation.pipelines import Drawer
+    from stepfold.teachers.contract import Student
+
+
+def evaluate(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER...",
+            help="OUT/student of a finished run, or any diffusers text-to-image pipeline.",
+            show_default=False,
+        ),
+    ],
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="emoji: the bundled teacher's judge. mjhq30k: FID, CLIP score. geneval: pictures for its scorer."
+        ),
+    ] = "emoji",
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Step counts, comma-separated. Default: 1,2,4 for students (geneval: 1), else the pipeline's own.",
+            show_default=False,
+        ),
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option(min=2, help="Pictures per row. Default: 2000; mjhq30k: 30000.", show_default=False)
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1000,
+            help="Scale for teacher and students. Default: the teacher's own, and what a student was taught.",
+            show_default=False,
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="evaluation_metadata.jsonl of GenEval (geneval).", show_default=False)
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="MJHQ-30k's folder, with meta_data.json (mjhq30k).", show_default=False)
+    ] = None,
+    inception: Annotated[Path, typer.Option(help="Weights of the 2015 Inception network (mjhq30k).")] = Path(
+        "inception.safetensors"
+    ),
+    clip: Annotated[
+        str, typer.Option(help="Folder or hub id of the CLIP (mjhq30k).")
+    ] = "openai/clip-vit-large-patch14",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures. Default: runs/PROTOCOL.", show_default=False)
+    ] = None,
+    json_file: JsonOption = None,
+    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Measure students and other pipelines side by side, the bundled teacher beside them: same prompts, same judge.
+
+    Students of the bundled teacher also start from its noise, which the column agreement needs.
+
+    stepfold evaluate runs/demo/student
+
+    stepfold evaluate runs/a/student runs/b/student ./my-sana --steps 1,2 --n 500 --json scores.json
+
+    stepfold evaluate runs/mine/student ./my-sana --protocol mjhq30k --images MJHQ-30K --steps 1 --device cuda
+
+    stepfold evaluate ./my-sana --protocol geneval --prompts evaluation_metadata.jsonl
+    """
+    from stepfold.display import Display, mjhq_table, quiet_libraries, results_table, show_table
+
+    try:
+        counts = sorted({int(part) for part in steps.split(",")}, reverse=True) if steps else None
+    except ValueError:
+        raise UserError(f"--steps {steps!r} is no list of numbers; for example --steps 1,2,4") from None
+    if protocol not in ("emoji", "mjhq30k", "geneval"):
+        raise UserError(f"no protocol {protocol!r}; there are emoji, mjhq30k and geneval")
+    quiet_libraries()
+    pictures = out or Path("runs") / protocol
+    display = Display(quiet)
+    if protocol == "geneval":
+        if prompts is None or len(folders) != 1 or (counts and len(counts) != 1):
+            raise UserError("--protocol geneval takes one folder, one step count and --prompts FILE")
+        run_geneval(
+            folders[0], prompts, pictures, steps=counts[0] if counts else None, guidance=guidance, display=display,
+            device=usable_device(device),
+        )  # fmt: skip
+        typer.echo(f"pictures: {pictures}")
+        return
+    if protocol == "mjhq30k":
+        if images is None:
+            raise UserError("--protocol mjhq30k takes --images FOLDER, where MJHQ-30k's meta_data.json is")
+        result = run_mjhq(
+            folders, images, inception, clip, pictures, steps=counts, n=n or 30_000, guidance=guidance, display=display,
+            device=usable_device(device),
+        )  # fmt: skip
+        table = mjhq_table(result)
+    else:
+        result = run_evaluate(
+            folders, steps=counts, n=n or 2000, guidance=guidance, display=display, device=usable_device(device)
+        )
+        table = results_table(result)
+    write_json(json_file, result)
+    show_table(table)
+
+
+def run_evaluate(
+    folders: Sequence[Path],
+    *,
+    steps: Sequence[int] | None,
+    n: int,
+    guidance: float | None,
+    display: "Display",
+    device: str,
+) -> dict[str, Any]:
+    """Students and any other diffusers pipelines under the bundled teacher's protocol, beside that teacher.
+
+    Students of the bundled teacher start from its noise, and so have an agreement with it. `steps` are 1, 2 and 4 for
+    them if None, and the pipeline's own default for others.
+
+    Raises:
+        UserError: a folder is no pipeline; a student's teacher is not the bundled one, so there is no judge for it.
+    """
+    from stepfold.config import TeacherSettings, load_config
+    from stepfold.evaluation.judge import load_judge
+    from stepfold.evaluation.measure import measure_groups, protocol_samplers
+    from stepfold.evaluation.pipelines import measure_pipeline
+    from stepfold.evaluation.protocol import EMOJI, protocol_record, rows_by_steps
+    from stepfold.evaluation.report import versions
+    from stepfold.teachers.loading import CARD, load_student, load_teacher, student_folder
+
+    students: dict[str, tuple[Student, dict[str, Any]]] = {}
+    for folder in folders:
+        if (student_folder(folder) / CARD).is_file():
+            _, student, card = load_student(folder, device)
+            if card["teacher"] != "emoji":
+                raise UserError(
+                    f"{folder} is a student of {card['teacher']!r}, and the judge knows the bundled teacher's pictures "
+                    "only; use --protocol mjhq30k"
+                )
+            students[str(folder)] = student, card
+    drawers = {str(folder): open_drawer(folder, device) for folder in folders if str(folder) not in students}
+    first = next((card for _, card in students.values()), None)
+    settings = TeacherSettings.model_validate(first["config"]["teacher"]) if first else load_config("demo").teacher
+    teacher = load_teacher(settings, device)
+    usual = first["config"]["evaluation"]["guidance"] if first else None
+    scale = next(s for s in (guidance, usual, teacher.default_guidance) if s is not None)
+    protocol = replace(EMOJI, n=n, student_steps=tuple(steps or EMOJI.student_steps), guidance=scale)
+    judge = load_judge(assets.JUDGE, device)
+
+    told = {
+        name: (student, card["guidance"] if guidance is None else guidance)
+        for name, (student, card) in students.items()
+    }
+    groups = protocol_samplers(teacher, told, protocol)
+    with display.measuring({name: n for group in groups.values() for name in group}) as tick:
+        scores = measure_groups(judge, protocol, teacher, groups, teacher.device, tick)
+    jobs = {f"{name} {k}": (drawer, k) for name, drawer in drawers.items() for k in steps or drawer.usual_steps}
+    if jobs:
+        with display.measuring(dict.fromkeys(jobs, n)) as tick:
+            for name, (drawer, k) in jobs.items():
+                scores[name] = measure_pipeline(judge, protocol, drawer, k, guidance, partial(tick, name))
+    rows = rows_by_steps(scores)
+    result = {"versions": versions(), "protocol": protocol_record(protocol), "reals": {"diversity": judge.diversity}}
+    if len(folders) == 1 and students:
+        rows["student"] = rows.pop(str(folders[0]))
+        return result | {"student_folder": str(folders[0])} | rows
+    named = {str(folder): rows.pop(str(folder)) for folder in folders}
+    return result | {who: row for who, row in rows.items() if row} | {"pipelines": named}
+
+
+def open_drawer(folder: Path, device: str) -> "Drawer":
+    """The pipeline of a folder, called as a student's card says where it is a student.
+
+    Raises:
+        UserError: the folder is no pipeline, or a student that is none by itself.
+    """
+    from stepfold.evaluation.pipelines import Drawer
+    from stepfold.teachers.loading import CARD, load_any_pipeline, lora_rank, read_card, student_folder
+
+    if not (student_folder(folder) / CARD).is_file():
+        return Drawer(load_any_pipeline(folder, device))
+    card = read_card(folder)
+    if lora_rank(card) or card["network_only"]:
+        raise UserError(
+            f"{folder} holds a student without the rest of its pipeline; make it whole first: "
+            f"stepfold export {folder} --to pipeline"
+        )
+    return Drawer(load_any_pipeline(folder, device), card["calls"])
+
+
+def run_geneval(
+    folder: Path,
+    prompts: Path,
+    out: Path,
+    *,
+    steps: int | None,
+    guidance: float | None,
+    display: "Display",
+    device: str,
+) -> None:
+    """A pipeline's pictures for GenEval's scorer; a run that was stopped goes on where it was.
+
+    Raises:
+        UserError: the folder is no pipeline, or the prompts are not GenEval's.
+    """
+    from stepfold.evaluation.pipelines import claim, geneval_prompts, write_geneval
+    from stepfold.teachers.loading import files_fingerprint
+
+    rows = geneval_prompts(prompts)
+    drawer = open_drawer(folder, device)
+    count = steps or drawer.usual_steps[-1]
+    claim(out, {"pipeline": files_fingerprint(folder), "steps": count, "guidance": guidance})
+    with display.measuring({"prompts": len(rows)}) as tick:
+        write_geneval(drawer, rows, out, count, guidance, partial(tick, "prompts"))
+
+
+def run_mjhq(
+    folders: Sequence[Path],
+    images: Path,
+    inception: Path,
+    clip: str,
+    out: Path,
+    *,
+    steps: Sequence[int] | None,
+    n: int,
+    guidance: float | None,
+    display: "Display",
+    device: str,
+) -> dict[str, Any]:
+    """FID and CLIP score of pipelines on MJHQ-30k; pictures go to OUT and are not drawn twice.
+
+    Raises:
+        UserError: a folder is no pipeline; the benchmark or the networks that judge are not where they belong.
+    """
+    from stepfold.evaluation import mjhq
+    from stepfold.evaluation.pipelines import claim
+    from stepfold.evaluation.report import versions
+    from stepfold.teachers.loading import files_fingerprint
+
+    data = mjhq.open_mjhq(images, n)
+    features, scorer = mjhq.inception_features(inception, device), mjhq.load_clip(clip, device)
+    meta, weights = (hashlib.sha256(file.read_bytes()).hexdigest() for file in (images / mjhq.META, inception))
+    protocol = mjhq.MjhqProtocol(n=n, seed=0, images_sha256=meta, inception_sha256=weights, clip=clip)
+    out.mkdir(parents=True, exist_ok=True)
+    with display.measuring({"real pictures": n}) as tick:
+        cache = out / f"reals_{protocol.hash()[:12]}.safetensors"
+        reals = mjhq.real_moments(data, features, cache, partial(tick, "real pictures"))
+    rows: dict[str, Any] = {}
+    for folder in folders:
+        drawer = open_drawer(folder, device)
+        for k in steps or drawer.usual_steps:
+            made_by = {"pipeline": files_fingerprint(folder), "steps": k, "guidance": guidance, "prompts": meta}
+            key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
+            with display.measuring(dict.fromkeys(("draw", "judge"), n)) as tick:
+                pictures = out / key
+                claim(pictures, made_by)
+                paths = mjhq.draw_all(drawer, data, pictures, k, guidance, protocol.seed, partial(tick, "draw"))
+                scores = mjhq.measure(paths, data, reals, features, scorer, partial(tick, "judge"))
+            rows.setdefault(str(folder), {})[str(k)] = scores
+    record = asdict(protocol) | {"hash": protocol.hash()}
+    return {"versions": versions(), "protocol": record, "pipelines": rows}

@@ -1,0 +1,83 @@
+"""`stepfold export`: a student becomes something else."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepfold.commands.options import StudentArgument
+from stepfold.errors import UserError
+
+
+def export(
+    student: StudentArgument,
+    to: Annotated[str, typer.Option("--to", help="pipeline, lora, single-file or onnx.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File or folder to write. Default: beside the student, e.g. student-onnx.", show_default=False
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a student as a pipeline, a LoRA file, a single file for ComfyUI, or an onnx graph.
+
+    - `pipeline`: a folder for plain diffusers; a LoRA student is merged into its teacher's network.
+
+    - `lora`: the one file of a LoRA student, for `load_lora_weights`.
+
+    - `single-file`: the network under the names of its original checkpoint, for ComfyUI's Load Diffusion Model.
+
+    - `onnx`: the network as a graph, for onnxruntime (extra onnx).
+
+    stepfold export runs/mine/student --to pipeline
+
+    stepfold export runs/mine/student --to single-file --out models/diffusion_models/mine.safetensors
+    """
+    from stepfold.display import quiet_libraries
+
+    quiet_libraries()
+    typer.echo(f"{to}: {run_export(student, to, out, force=force)}")
+    if to in ("lora", "single-file"):
+        typer.echo(f"the file has no scheduler and no times in it: {student / 'README.md'} says how to sample with it")
+
+
+def run_export(student: Path, to: str, out: Path | None, *, force: bool) -> Path:
+    """Writes a student as something else; returns where: `out`, or beside the student.
+
+    Raises:
+        UserError: the student cannot become that, or the place is taken.
+    """
+    from stepfold.export.onnx import export_onnx
+    from stepfold.export.pipeline import export_lora, export_pipeline
+    from stepfold.export.single_file import export_single_file
+    from stepfold.teachers.loading import student_folder
+
+    writers: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+        "pipeline": (export_pipeline, "-pipeline"),
+        "lora": (export_lora, "-lora.safetensors"),
+        "single-file": (export_single_file, "-single-file.safetensors"),
+        "onnx": (export_onnx, "-onnx"),
+    }
+    if to not in writers:
+        raise UserError(f"--to is {to!r}; a student becomes {', '.join(writers)}")
+    write, ending = writers[to]
+    target = out or student.with_name(student.name + ending)  # of the bundled student: here
+    student = student_folder(student).resolve()
+    suffix = Path(ending).suffix
+    if target.suffix != suffix and suffix:
+        raise UserError(f"--out {target} is no {suffix} file; give a name that ends in {suffix}")
+    if target.resolve() == student or student in target.resolve().parents:
+        raise UserError(f"--out {target} is the student itself, or in it; choose another --out")
+    if target.exists() and not (force and replaceable(target, to_file=bool(suffix))):
+        raise UserError(f"{target} is there already; choose another --out, or --force to replace an earlier export")
+    write(student, target)
+    return target
+
+
+def replaceable(path: Path, to_file: bool) -> bool:
+    """Whether `--force` may replace it: any file by a file, and a folder only where stepfold wrote it."""
+    from stepfold.teachers.loading import CARD
+
+    return path.is_file() if to_file else (path / CARD).is_file()

@@ -1,0 +1,240 @@
+"""`stepfold prompts`: files of prompts looked at, cleaned, split and encoded."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stepfold import assets
+from stepfold.commands.options import (
+    FramesOption,
+    HeightOption,
+    JsonOption,
+    Quiet,
+    RevisionOption,
+    TeacherLoraOption,
+    VariantOption,
+    WidthOption,
+    refuse_existing,
+    usable_device,
+    write_json,
+)
+from stepfold.errors import UserError
+
+if TYPE_CHECKING:
+    from stepfold.config import TeacherSettings
+    from stepfold.display import Display
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Look at files of prompts, clean, split and encode them: txt, jsonl, csv, tsv or parquet, gzipped too."
+    "\n\n    stepfold prompts clean PartiPrompts.tsv --out prompts.txt"
+    "\n\n    stepfold prompts encode prompts.txt --teacher ./my-sana --out my-conditions",
+)
+
+PromptTable = Annotated[
+    Path, typer.Argument(help="txt (one prompt a line), jsonl, csv, tsv or parquet; .gz too.", show_default=False)
+]
+Column = Annotated[
+    str | None,
+    typer.Option(help="Column of the prompts. Default: prompt, text or caption.", show_default=False),
+]
+
+
+@app.command("stats")
+def stats(
+    file: PromptTable,
+    column: Column = None,
+    languages: Annotated[bool, typer.Option(help="Guess the languages (extra prompts).")] = True,
+    json_file: JsonOption = None,
+) -> None:
+    """How many prompts, how long, how many repeated, in which languages.
+
+    stepfold prompts stats prompts.txt
+
+    stepfold prompts stats PartiPrompts.tsv --column Prompt --json stats.json
+    """
+    from stepfold.prompts.cleaning import statistics
+    from stepfold.prompts.tables import read_texts
+
+    numbers = statistics(read_texts(file, column), languages)
+    for name, value in numbers.items():
+        many = isinstance(value, dict)
+        text = ", ".join(f"{key} {number:.4g}" for key, number in value.items()) if many else f"{value:,}"
+        typer.echo(f"{name:28} {text or '-'}")
+    write_json(json_file, numbers)
+
+
+@app.command("clean")
+def clean(
+    file: PromptTable,
+    out: Annotated[Path, typer.Option(help="Text file to write, one prompt a line.")] = Path("prompts.txt"),
+    column: Column = None,
+    min_words: Annotated[int, typer.Option(min=1, help="Drop shorter prompts.")] = 1,
+    max_words: Annotated[int | None, typer.Option(min=1, help="Drop longer prompts.", show_default=False)] = None,
+    languages: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep these only, e.g. en,de (extra prompts). Short prompts are a guess.", show_default=False
+        ),
+    ] = None,
+    near: Annotated[
+        float | None,
+        typer.Option(min=0.1, max=1, help="Drop near repetitions, e.g. 0.8 (extra prompts).", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Make a clean text file of prompts: blank, overlong and repeated ones go; line breaks become spaces.
+
+    stepfold prompts clean DiffusionDB.parquet --column prompt --out prompts.txt --near 0.8 --languages en
+
+    stepfold prompts clean mine.txt --out prompts.txt --min-words 3
+    """
+    from collections import Counter
+
+    from stepfold.prompts.cleaning import Rules
+    from stepfold.prompts.cleaning import clean as cleaned
+    from stepfold.prompts.tables import read_texts
+    from stepfold.training.runs import writing
+
+    refuse_existing(out, force)
+    counts: Counter[str] = Counter()
+    chosen = tuple(code.strip().lower() for code in (languages or "").split(",") if code.strip())
+    with writing(out) as part, part.open("w", encoding="utf-8") as target:
+        for prompt in cleaned(read_texts(file, column), Rules(min_words, max_words, chosen, near), counts):
+            target.write(prompt + "\n")
+        if not counts["kept"]:
+            raise UserError(f"no prompt of {file} is left; {dict(counts)}")
+    numbers = {name: counts[name] for name in ("read", *(n for n in counts if n not in ("read", "kept")), "kept")}
+    for name, count in numbers.items():
+        typer.echo(f"{name:32} {count:,}")
+    typer.echo(f"prompts: {out}")
+    write_json(json_file, numbers)
+
+
+@app.command("split")
+def split(
+    file: PromptTable,
+    test: Annotated[float, typer.Option(min=0, max=1, help="Share of the test part.")] = 0.05,
+    out: Annotated[Path, typer.Option(help="Folder for train.txt and test.txt.")] = Path("."),
+    column: Column = None,
+    seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Write over files that are there.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Split prompts into train.txt and test.txt; equal prompts stay together, also across files.
+
+    stepfold prompts split prompts.txt --test 0.1 --out split
+
+    stepfold prompts split DiffusionDB.parquet --column prompt --test 0.01 --out split
+    """
+    from stepfold.prompts.cleaning import one_line, side
+    from stepfold.prompts.tables import read_texts
+    from stepfold.training.runs import writing
+
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / "train.txt", out / "test.txt"]
+    for path in paths:
+        refuse_existing(path, force)
+    counts = [0, 0]
+    with (
+        writing(paths[0]) as first,
+        writing(paths[1]) as second,
+        first.open("w", encoding="utf-8") as train,
+        second.open("w", encoding="utf-8") as held,
+    ):
+        for text in read_texts(file, column):
+            if prompt := one_line(text):
+                chosen = side(prompt, test, seed)
+                (held if chosen else train).write(prompt + "\n")
+                counts[chosen] += 1
+    typer.echo(f"{paths[0]}: {counts[0]:,}\n{paths[1]}: {counts[1]:,}")
+    write_json(json_file, {"train": counts[0], "test": counts[1]})
+
+
+@app.command("encode")
+def encode(
+    prompts: Annotated[
+        Path | None,
+        typer.Argument(
+            help="txt (one prompt a line), jsonl, csv, tsv or parquet; .gz too. Default: the bundled teacher's.",
+            show_default=False,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str, typer.Option(help="`emoji` (bundled), a diffusers pipeline folder, or a hub id.")
+    ] = "emoji",
+    teacher_lora: TeacherLoraOption = None,
+    revision: RevisionOption = None,
+    variant: VariantOption = None,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/conditions"),
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="As teacher.max_tokens of the run. Default: the pipeline's.", show_default=False),
+    ] = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    frames: FramesOption = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 64,
+    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Encode prompts once, so that training needs neither text encoder nor autoencoder in memory.
+
+    Stopped, it goes on where it was. Then train with --set conditions=FOLDER and the same teacher.max_tokens, height,
+    width and frames.
+
+    stepfold prompts encode --max-tokens 32 --out runs/conditions
+
+    stepfold prompts encode prompts.txt --teacher ./my-sana --device cuda --out my-conditions
+    """
+    from stepfold.config import TeacherSettings
+    from stepfold.display import Display, quiet_libraries
+
+    if teacher != "emoji" and prompts is None:
+        raise UserError("give a file of prompts; only the bundled teacher has prompts of its own")
+    quiet_libraries()
+    settings = TeacherSettings(
+        source=teacher,
+        revision=revision,
+        variant=variant,
+        lora=teacher_lora,
+        max_tokens=max_tokens,
+        height=height,
+        width=width,
+        frames=frames,
+    )
+    run_encode(settings, prompts, out, batch=batch, display=Display(quiet), device=usable_device(device))
+    typer.echo(f"conditions: {out}")
+
+
+def run_encode(
+    settings: "TeacherSettings",
+    prompts: Path | str | None,
+    folder: Path,
+    *,
+    batch: int,
+    display: "Display",
+    device: str,
+) -> None:
+    """Encodes a file of prompts into a folder that `conditions=FOLDER` trains from.
+
+    Raises:
+        UserError: see `encode_prompts`.
+    """
+    from stepfold.prompts.cache import encode_prompts
+    from stepfold.prompts.conditions import conditions_key
+    from stepfold.prompts.reading import open_prompts
+    from stepfold.teachers.loading import load_teacher
+
+    file = open_prompts(prompts or assets.PROMPTS)
+    teacher = load_teacher(settings, device)
+    key = conditions_key(settings, file.sha256)
+    black = teacher.black_latent(teacher.latent_shape)
+    with display.measuring({"prompts": len(file)}) as tick:
+        encode_prompts(
+            folder, key, file, teacher.encode, teacher.null_condition, black, batch=batch,
+            note=display.note, tick=partial(tick, "prompts"),
+        )  # fmt: skip

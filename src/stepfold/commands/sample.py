@@ -1,0 +1,83 @@
+"""`stepfold sample`: pictures of a student."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stepfold.commands.options import StudentArgument, usable_device
+from stepfold.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def sample(
+    student: StudentArgument,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One picture each.", show_default=False)],
+    steps: Annotated[int, typer.Option(min=1, max=64, help="Network calls per picture.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Noise. Equal seeds give equal pictures.")] = 0,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, max=1000, help="Scale that the student was told. Default: the run's.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="PNG to write; several prompts go side by side.")] = Path("sample.png"),
+    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+) -> None:
+    """Draw pictures with a student.
+
+    stepfold sample runs/demo/student "red heart on blue background"
+
+    stepfold sample emoji-student "pizza" "fox" --steps 2 --seed 3 --out two.png
+    """
+    from PIL import Image
+
+    from stepfold.display import quiet_libraries
+    from stepfold.training.runs import writing
+
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out} is no PNG; give a name that ends in .png")
+    quiet_libraries()
+    pictures = run_sample(student, prompts, steps=steps, seed=seed, guidance=guidance, device=usable_device(device))
+    strip = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
+    left = 0
+    for picture in pictures:
+        strip.paste(picture, (left, 0))
+        left += picture.width
+    with writing(out) as part:
+        strip.save(part, format="PNG")
+    typer.echo(out)
+
+
+def run_sample(
+    folder: Path, prompts: Sequence[str], *, steps: int, seed: int, guidance: float | None, device: str
+) -> "list[Image.Image]":
+    """Pictures of a student, one a prompt; the same as its pipeline's with the same noise.
+
+    Raises:
+        UserError: the folder is no student, or it was taught one guidance scale and another one is asked for.
+    """
+    import torch
+
+    from stepfold.evaluation.measure import student_sampler
+    from stepfold.evaluation.preview import to_image
+    from stepfold.randomness import normal
+    from stepfold.teachers.loading import load_student, read_card
+
+    taught = set(read_card(folder).get("taught") or ())
+    if guidance is not None and len(taught) == 1 and guidance not in taught:
+        raise UserError(
+            f"--guidance is {guidance:g}, but this student was taught at {taught.pop():g} alone and stands for that; "
+            "leave --guidance out"
+        )
+    pipeline, student, card = load_student(folder, device)
+    condition = pipeline.encode(prompts)
+    shape = pipeline.latent_shape
+    noise = torch.stack([normal(shape, seed, "sample", i) for i in range(len(prompts))])
+    x0 = student_sampler(student, pipeline.student_times(steps), seed, pipeline.sigma_data)(
+        pipeline.sigma_data * noise.to(device),
+        condition,
+        torch.full((len(prompts),), card["guidance"] if guidance is None else guidance, device=device),
+        range(len(prompts)),
+    )
+    return [to_image(picture) for picture in pipeline.decode(x0)]

@@ -1,0 +1,53 @@
+"""The conditions of a run: encoded by its teacher, or read from a folder where they were encoded before."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from stepfold.config import Config, TeacherSettings
+from stepfold.images.reading import ImageFolder
+from stepfold.prompts.cache import ConditionCache, open_conditions
+from stepfold.prompts.reading import PromptFile, Prompts
+from stepfold.teachers.contract import Condition
+from stepfold.teachers.loading import encoder_fingerprint, place_of
+from stepfold.teachers.pipeline import PipelineTeacher
+from stepfold.training.draws import send
+
+
+def cache_of(config: Config, prompts: PromptFile | ImageFolder) -> ConditionCache | None:
+    """The encoded prompts that the settings name; None where they name none.
+
+    Raises:
+        UserError: they are those of another teacher or other prompts, or damaged.
+    """
+    if not config.conditions:
+        return None
+    return open_conditions(Path(config.conditions), conditions_key(config.teacher, prompts.sha256), len(prompts))
+
+
+def conditions_from(
+    cache: ConditionCache | None, teacher: PipelineTeacher, prompts: Prompts
+) -> Callable[[Sequence[int]], Condition]:
+    """Numbers of B prompts -> what the teacher encodes them to, from a cache if there is one."""
+
+    def conditions(index: Sequence[int]) -> Condition:
+        if cache:
+            return cache.rows(index).each(partial(send, device=teacher.device)).to(teacher.device, teacher.work_dtype)
+        return teacher.encode([prompts.prompt(i) for i in index])
+
+    return conditions
+
+
+def conditions_key(settings: TeacherSettings, prompts_sha256: str) -> dict[str, Any]:
+    """What encoded prompts depend on."""
+    return {
+        "teacher": settings.source,
+        "lora": settings.lora,
+        "encoder": encoder_fingerprint(place_of(settings)),
+        "max_tokens": settings.max_tokens,
+        "height": settings.height,  # of the black picture
+        "width": settings.width,
+        "frames": settings.frames,
+        "prompts": prompts_sha256,
+    }
