@@ -19,8 +19,9 @@ from common import Run, make_parser, open_record, show, take_turns, training_dev
 from models import SIZES, Place, make_place, open_teacher
 
 from stepfold.config import Config
+from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
-from stepfold.training.distill import distill, make_accelerator
+from stepfold.training.distill import distill
 from stepfold.training.runs import checkpoints, open_run
 from stepfold.training.stages import Stages
 

@@ -28,8 +28,9 @@ from stepfold.images.reading import ImageFolder
 from stepfold.reproduction.experiments import IMAGES, load_experiments, make_run
 from stepfold.reproduction.figures import draw_memory
 from stepfold.spaces.pairs import pairs_per_prompt
+from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
-from stepfold.training.distill import distill, make_accelerator
+from stepfold.training.distill import distill
 from stepfold.training.latents import cached_blacks, image_latents
 from stepfold.training.runs import open_run
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from hypothesis import settings
 from tiny import PROMPTS, make_sana
 
@@ -27,7 +26,6 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process() -> None:
     torch.manual_seed(0)
-    AcceleratorState._reset_state(reset_partial_state=True)  # it refuses a second precision in one process
 
 
 @pytest.fixture(scope="session")

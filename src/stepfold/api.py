@@ -16,8 +16,9 @@ from stepfold.randomness import normal
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.teachers.contract import Student
 from stepfold.teachers.module import ModuleTeacher
+from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
-from stepfold.training.distill import distill, make_accelerator
+from stepfold.training.distill import distill
 from stepfold.training.draws import guidance_scales
 from stepfold.training.processes import gathered
 from stepfold.training.runs import check_run, open_run, remember_prompts, writing

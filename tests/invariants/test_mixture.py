@@ -19,6 +19,7 @@ from stepfold.prompts.reading import open_prompts
 from stepfold.teachers.contract import Condition, Student
 from stepfold.training import distill as loop
 from stepfold.training import update as passes
+from stepfold.training.accelerators import make_accelerator
 from stepfold.training.runs import open_run
 
 SIGMA_DATA = 0.5
@@ -133,7 +134,7 @@ def distilled(folder: Path, student: Student, seed: int, steps: int = 400, objec
         }
     )  # fmt: skip
     open_run(folder / "run", config, resume=False)
-    prompts, accelerator = open_prompts(folder / "prompts.txt"), loop.make_accelerator("no")
+    prompts, accelerator = open_prompts(folder / "prompts.txt"), make_accelerator("no")
     return loop.distill(config, folder / "run", LabelTeacher(), student, prompts, torch.zeros(2), accelerator)  # type: ignore[arg-type]
 
 

@@ -15,7 +15,7 @@ from stepfold.maths.closed_form import GaussianTeacher
 from stepfold.spaces.generation import Trajectory, brightness_filter, pairs_from, walk
 from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Condition, Student
-from stepfold.training.distill import make_accelerator
+from stepfold.training.accelerators import make_accelerator
 from stepfold.training.draws import draw_route
 from stepfold.training.update import update
 

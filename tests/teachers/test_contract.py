@@ -33,7 +33,7 @@ from stepfold.teachers.sana import SanaTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
 from stepfold.teachers.wan import WanTeacher
-from stepfold.training.distill import make_accelerator
+from stepfold.training.accelerators import make_accelerator
 from stepfold.training.update import update
 
 MAX_TOKENS = 48

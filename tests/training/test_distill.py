@@ -31,15 +31,9 @@ from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_student
 from stepfold.teachers.sana import SanaStudent, SanaTeacher
+from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
-from stepfold.training.distill import (
-    Progress,
-    collect,
-    distill,
-    make_accelerator,
-    new_discriminator,
-    walk_precision,
-)
+from stepfold.training.distill import Progress, collect, distill, new_discriminator, walk_precision
 from stepfold.training.draws import Draw, draw
 from stepfold.training.runs import checkpoints, damage, read_metrics, saved_step
 from stepfold.training.step_log import record_of, row_of

@@ -151,8 +151,8 @@ def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "t
     from stepfold.prompts.conditions import cache_of, conditions_from
     from stepfold.teachers.licences import in_words, licences_of
     from stepfold.teachers.loading import choose_objective, load_teacher
+    from stepfold.training.accelerators import make_accelerator, processes_of
     from stepfold.training.choices import choose_precision
-    from stepfold.training.distill import make_accelerator, processes_of
     from stepfold.training.draws import guidance_scales
     from stepfold.training.runs import check_run
 

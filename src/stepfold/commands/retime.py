@@ -83,8 +83,8 @@ def run_retime(
     from stepfold.prompts.conditions import cache_of, conditions_from
     from stepfold.prompts.reading import open_prompts
     from stepfold.teachers.loading import load_teacher
+    from stepfold.training.accelerators import make_accelerator
     from stepfold.training.choices import choose_precision
-    from stepfold.training.distill import make_accelerator
     from stepfold.training.retiming import retimed_network
     from stepfold.training.runs import (
         check_run,

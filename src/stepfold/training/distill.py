@@ -6,17 +6,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, AutocastKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, AutocastKwargs
 from torch import Tensor, nn
 
 from stepfold.config import Config, SpaceSettings
-from stepfold.errors import NonFiniteError, UserError
+from stepfold.errors import NonFiniteError
 from stepfold.maths.blocks import compiled_blocks
 from stepfold.objectives.adversarial import Discriminator
 from stepfold.prompts.reading import Prompts
@@ -391,36 +390,3 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def make_accelerator(precision: str, *, several: bool = False) -> Accelerator:
-    """The device and precision of this run.
-
-    Args:
-        precision: `no` or `bf16`.
-        several: whether the caller can share its work between processes.
-
-    Raises:
-        UserError: launched with several processes though the caller cannot, or with the launcher's own sharding.
-    """
-    waits = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the first one may encode a folder of images
-    on_cpu = not torch.accelerator.is_available()  # has to be said, or several processes do not find each other there
-    accelerator = Accelerator(
-        cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[waits], gradient_accumulation_steps=1
-    )
-    if accelerator.num_processes > 1 and not several:
-        raise UserError(
-            f"started on {accelerator.num_processes} processes, but this command works in one; "
-            "start it without a launcher"
-        )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"started with the launcher's {accelerator.distributed_type.value}; launch plainly, and spread the weights "
-            "with --set training.shard=student (or all: the teacher's too)"
-        )
-    return accelerator
-
-
-def processes_of(accelerator: Accelerator) -> Processes:
-    """The processes that this one was launched with."""
-    return Processes(accelerator.num_processes, accelerator.process_index, accelerator.device)

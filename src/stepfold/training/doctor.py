@@ -21,8 +21,8 @@ from stepfold.spaces.pairs import Pairs
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.pipeline import SIGMA_DATA, PipelineTeacher
+from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_tangent, full_float32
-from stepfold.training.distill import make_accelerator
 from stepfold.training.memory import peak_memory_gib
 from stepfold.training.optimisers import make_optimiser
 from stepfold.training.steepness import of_pairs

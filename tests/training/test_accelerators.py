@@ -1,0 +1,15 @@
+"""Device and precision of a run."""
+
+import torch
+from torch import nn
+
+from stepfold.training.accelerators import make_accelerator
+
+
+def test_runs_of_one_process_have_each_its_own_precision() -> None:
+    """accelerate keeps the first one's for all: the second run was a ValueError of accelerate's own."""
+    layer = nn.Linear(2, 2)
+    for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16), ("no", torch.float32)):
+        accelerator = make_accelerator(precision)
+        with accelerator.autocast():
+            assert layer.to(accelerator.device)(torch.ones(1, 2, device=accelerator.device)).dtype == dtype
