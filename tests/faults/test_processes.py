@@ -27,7 +27,8 @@ from stepfold.training.draws import draw
 from stepfold.training.processes import SHARDS_SINCE, Processes, lost_process, shard
 from stepfold.training.runs import read_metrics
 
-CPU, LISTENING = torch.device("cpu"), Path(__file__).with_name("listening.py")
+CPU = torch.device("cpu")
+LISTENING, LATE = (Path(__file__).with_name(name) for name in ("listening.py", "late.py"))
 ALL, STUDENT = ("all", "student") if torch.__version__ >= SHARDS_SINCE else ("none", "none")  # older ones are refused
 SETTINGS = (
     "training.steps=6", "training.checkpoint_every=3", "training.preview_every=1000", "training.precision=no",
@@ -134,6 +135,17 @@ def test_eight_prompts_a_step_on_one_two_and_four_processes(tiny_sana: Path, tex
         assert difference(runs[1], runs[count], 10) < 1e-3
         for row, wanted in zip(read_metrics(runs[count]), read_metrics(runs[1]), strict=True):
             assert row == {name: pytest.approx(value, rel=1e-4) for name, value in wanted.items()}
+
+
+def test_a_process_that_comes_late_does_not_take_its_own_run_for_another_one(
+    tiny_sana: Path, texts: Path, tmp_path: Path
+) -> None:
+    """It found the folder that the first process had just made: "already holds a run; add --resume"."""
+    changes = ("training.steps=1", "training.prompts_per_step=2")
+    code, words = Launch(2, tiny_sana, texts, tmp_path / "run", *changes, program=[str(LATE)]).finish()
+    assert code == 0, words
+    code, words = Launch(2, tiny_sana, texts, tmp_path / "run", *changes).finish()
+    assert code != 0 and "already holds a run; add --resume" in words and "process 1: error: " in words
 
 
 @pytest.mark.parametrize(("count", "changes"), [(2, (f"training.shard={STUDENT}",)), (3, (f"training.shard={ALL}",))])

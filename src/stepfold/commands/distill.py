@@ -167,7 +167,7 @@ def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "t
             "processes; it counts the prompts of all of them, so give at least one to each"
         )
     prompts, images = open_texts(config)
-    check_run(folder, config, resume)
+    processes.agree(lambda: check_run(folder, config, resume))
     display.note(
         f"{len(prompts)} prompts ({prompts.num_blank} blank and {prompts.num_duplicate} repeated lines left out), "
         f"device {device.type}{f', {processes.count} processes' if processes.count > 1 else ''}, run folder {folder}"

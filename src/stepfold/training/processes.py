@@ -5,7 +5,7 @@ A step is the same whatever number of processes shares it: each takes some of it
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -67,7 +67,7 @@ class Processes:
     def gather(self, rows: Tensor, most: int) -> Tensor:
         """Rows [M, K] of every process, rank by rank, in every process; M may differ between them, up to `most`.
 
-        NaN marks what is no row: a row's first number is none.
+        Padding rows are NaN; column 0 of a real row never is.
         """
         if self.count == 1:
             return rows
@@ -91,9 +91,27 @@ class Processes:
             torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Barrier."""
         if self.count > 1:
             self.sum(torch.zeros((), device=self.device))
+
+    def agree(self, check: Callable[[], None]) -> None:
+        """The first process checks and the others wait for its verdict, so that none sees what comes after.
+
+        Raises:
+            UserError: as `check` in the first process, in all of them.
+        """
+        if self.count == 1:
+            return check()
+        verdict: list[str | None] = [None]
+        if self.first:
+            try:
+                check()
+            except UserError as error:
+                verdict = [str(error)]
+        dist.broadcast_object_list(verdict, src=0, device=self.device)
+        if verdict[0] is not None:
+            raise UserError(verdict[0])
 
 
 ALONE = Processes()
