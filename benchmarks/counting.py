@@ -10,6 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -26,14 +27,19 @@ from transformers import Gemma2Config, Gemma2Model
 
 from stepfold import assets
 from stepfold.config import Config
+from stepfold.objectives.adversarial import NAME
+from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import open_prompts
 from stepfold.teachers import pipeline
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_teacher
-from stepfold.training.distill import collect, move_average, new_discriminator, walk_precision
+from stepfold.training.critics import new_discriminator
 from stepfold.training.draws import draw
-from stepfold.training.optimisers import make_optimiser
-from stepfold.training.update import Judgement, update
+from stepfold.training.optimisers import add_group, make_optimiser
+from stepfold.training.precision import student_precision, walk_precision
+from stepfold.training.states import collect
+from stepfold.training.step import move_average
+from stepfold.training.terms import add_gradients, terms_of
 
 CPU = torch.device("cpu")
 STEPS = 2  # the optimiser's states are there from the second on
@@ -81,7 +87,7 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
         cached: whether conditions come from a cache, so that neither text encoder nor autoencoder is in memory.
     """
     training, fake, counted = config.training, FakeTensorMode(allow_non_fake_inputs=True), CountedBytes()
-    from_images = config.space.kind == "images"
+    from_images = "images" in config.space.weights
     prompts = open_prompts(assets.PROMPTS)
     with tempfile.TemporaryDirectory() as folder, patch.object(nn.Module, "to", lambda module, *_, **__: module):
         described = described_pipe(size, Path(folder))
@@ -103,7 +109,7 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
                 optimiser = torch.optim.AdamW(student.parameters(), fused=True)
             heads = new_discriminator(teacher, config.seed) if config.adversarial.weight else None
             if heads:
-                optimiser.add_param_group({"params": list(heads.parameters())})
+                add_group(optimiser, NAME, list(heads.parameters()), None)
             precision: Any = Precision(CPU, training.precision == "bf16", cached=not training.checkpointing)
 
             def step(number: int) -> None:
@@ -113,15 +119,16 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
                     x0 = torch.randn(count, *teacher.latent_shape)
                 elif from_images:
                     x0 = teacher.encode_pictures(torch.rand(count, 3, teacher.height, teacher.width))
-                with walk_precision(training.walk_precision, CPU, teacher.network):
-                    pairs = collect(
-                        batch, fake_condition(size, count), teacher.velocity, torch.zeros(()), teacher.sigma_data,
-                        config.space, x0,
-                    )  # fmt: skip
+                networks = Networks(
+                    student, teacher, {NAME: heads} if heads else {},
+                    tangent="block" if training.checkpointing else "one_pass",
+                    precision=partial(student_precision, precision, training.precision),
+                    walk_precision=partial(walk_precision, training.walk_precision, CPU, teacher.network),
+                )  # fmt: skip
+                spaces = [config.space.first]
+                states = collect(spaces, batch, fake_condition(size, count), networks, config, x0=x0)
                 teacher.clear_prompt_cache()
-                judgement = Judgement(teacher, heads, batch.judged) if heads and batch.judged else None
-                backend = "block" if training.checkpointing else "one_pass"
-                update(student, pairs, config, number, teacher.sigma_data, precision, backend, judgement=judgement)
+                add_gradients(terms_of(config), networks, states, batch.draws, config, number, precision)
                 torch.nn.utils.clip_grad_norm_(student.parameters(), config.optimiser.clip)
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)

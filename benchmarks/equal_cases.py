@@ -8,7 +8,10 @@ SAME_SETTINGS = (("training.rollout_precision", "training.walk_precision"),)
 """Names that a setting has had; a case may use any of them, and a run gets the one that its source knows."""
 SAME_KEYS: dict[str, str] = {}
 """Older name -> newer name of a key of the metrics."""
-EXTRA_KEYS: dict[str, str] = {}
+EXTRA_KEYS: dict[str, str] = {
+    "r": "the tangent warm-up, logged since terms",
+    "grad_norm/discriminator": "logged since critics; it only had to be finite before",
+}
 """Key of the metrics that only one of the versions may have -> the reason."""
 TIMES = re.compile(r"(^|_)sec$")
 """Keys of the metrics that no two runs have in common."""

@@ -27,7 +27,7 @@ from stepfold.display import Display
 from stepfold.images.reading import ImageFolder
 from stepfold.reproduction.experiments import IMAGES, load_experiments, make_run
 from stepfold.reproduction.figures import draw_memory
-from stepfold.spaces.pairs import pairs_per_prompt
+from stepfold.spaces.records import pairs_per_prompt
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill
@@ -96,7 +96,7 @@ def method_memory(place: Place, config: Config, cached: bool) -> dict[str, float
         open_run(folder, config, resume=False)
         blacks = [cache.black.to(device)] if cache else cached_blacks(folder, teacher)
         latents = None
-        if config.space.kind == "images":
+        if "images" in config.space.weights:
             pictures = cast(ImageFolder, Pictures(len(prompts)))
             latents = image_latents(folder, teacher, pictures, config.space.cache_latents, Display(quiet=True))
         if latents is None or config.space.cache_latents:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from stepfold.config import Config
 from stepfold.teachers.contract import Condition, Student, concatenate
 from stepfold.teachers.sana import SanaTeacher, trigflow_network
-from stepfold.training.draws import Draw
+from stepfold.training.draws import Batch
 from stepfold.training.stages import Stages
 
 
@@ -36,7 +36,7 @@ def practice_gradient(
     teacher: SanaTeacher,
     transformer: Any,
     student: Student,
-    batch: Draw,
+    batch: Batch,
     condition: Condition,
     config: Config,
     stages: Stages,
@@ -47,10 +47,10 @@ def practice_gradient(
     a learnt weight and r = 1.
     """
     bf16 = config.training.precision == "bf16"
-    device = batch.noise.device
+    device = batch.guidance.device
     with sdpa_kernel(SDPBackend.MATH):
         with stages("teacher"), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            x, t, dxdt = walk_teacher(teacher, transformer, batch, condition)
+            x, t, dxdt = walk_teacher(teacher, transformer, batch, condition, config)
         count = x.shape[1]
         x, t, dxdt = x.flatten(0, 1), t.flatten(), dxdt.flatten(0, 1)
         condition, guidance = condition.repeat_interleave(count), batch.guidance.repeat_interleave(count)
@@ -67,11 +67,12 @@ def practice_gradient(
 
 @torch.no_grad()
 def walk_teacher(
-    teacher: SanaTeacher, transformer: Any, batch: Draw, condition: Condition
+    teacher: SanaTeacher, transformer: Any, batch: Batch, condition: Condition, config: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
     """States, times and velocities of the walks [B, N - 1, ...]; the first state, pure noise, is not trained on."""
-    x, states, times, velocities = batch.noise, [], [], []
-    route = torch.cat([batch.route, torch.zeros_like(batch.route[:, :1])], dim=1)
+    x, states, times, velocities = batch.noise(), [], [], []
+    route = batch.route(config.space)
+    route = torch.cat([route, torch.zeros_like(route[:, :1])], dim=1)
     for n in range(route.shape[1] - 1):
         t, step = route[:, n], (route[:, n] - route[:, n + 1])[:, None, None, None]
         x_unit, both = x / teacher.sigma_data, concatenate([teacher.null(condition), condition])

@@ -19,7 +19,7 @@ from models import SIZES, make_place, open_teacher
 from stepfold.evaluation.measure import Sampler, student_sampler, teacher_sampler
 from stepfold.randomness import normal
 from stepfold.teachers.sana import SanaTeacher
-from stepfold.training.distill import walk_precision
+from stepfold.training.precision import walk_precision
 
 TEACHER_STEPS, STUDENT_STEPS = 20, (1, 2, 4)
 TEACHER = f"teacher {TEACHER_STEPS}"

@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -43,17 +44,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from stepfold.config import Config
 from stepfold.maths.blocks import compiled_blocks
 from stepfold.maths.tangent import BACKENDS
+from stepfold.objectives.contract import Networks
 from stepfold.prompts.cache import ConditionCache
 from stepfold.prompts.reading import PromptFile
-from stepfold.spaces.pairs import Pairs, pairs_per_prompt
+from stepfold.spaces.records import Pairs, pairs_per_prompt
 from stepfold.teachers.sana import SanaStudent, SanaTeacher
 from stepfold.training.choices import choose_tangent, full_float32, has_bf16, keep_freed_memory
-from stepfold.training.distill import collect, move_average, walk_precision
 from stepfold.training.draws import draw
 from stepfold.training.optimisers import make_optimiser
+from stepfold.training.precision import student_precision, walk_precision
 from stepfold.training.processes import blocks_of
 from stepfold.training.stages import Stages
-from stepfold.training.update import update
+from stepfold.training.states import collect
+from stepfold.training.step import move_average
+from stepfold.training.terms import add_gradients, terms_of
 
 Side = Literal["practice", "ours"]
 AGREEMENT = 1e-3
@@ -188,7 +192,6 @@ def gradient_of(bench: Bench, row: Row) -> Run:
     work = replace(bench.work, micro_batch=bench.work.states - 1) if row.walks else bench.work
     config = settings(work, row.dtype)
     precision: Any = Precision(device, row.dtype == "bfloat16", cached=not row.recomputes)
-    black = torch.zeros(teacher.latent_shape, device=device)
 
     def practice(turn: int, stages: Stages) -> None:
         with stages("data"):
@@ -204,12 +207,15 @@ def gradient_of(bench: Bench, row: Row) -> Run:
             condition = bench.cache.rows(batch.index).to(device, teacher.dtype)
             if row.compiled:
                 condition = condition.padded(teacher.max_tokens)
-        with stages("teacher"), walk_precision(config.training.walk_precision, device, teacher.network):
-            pairs = collect(batch, condition, teacher.velocity, black, teacher.sigma_data, config.space)
-            teacher.clear_prompt_cache()
-        update(
-            student, pairs, config, turn, teacher.sigma_data, precision, row.backend, stages=stages,
+        networks = Networks(
+            student, teacher, tangent=row.backend,
+            precision=partial(student_precision, precision, config.training.precision),
+            walk_precision=partial(walk_precision, config.training.walk_precision, device, teacher.network),
         )  # fmt: skip
+        with stages("teacher"):
+            states = collect(["generation"], batch, condition, networks, config)
+            teacher.clear_prompt_cache()
+        add_gradients(terms_of(config), networks, states, batch.draws, config, turn, precision, stages=stages)
 
     def run(turn: int, stages: Stages) -> None:
         set_recompute(student, row.recomputes and not row.compiled)
@@ -248,8 +254,8 @@ def example_pairs(bench: Bench) -> Pairs:
     device, config = bench.device, settings(bench.work, "float32")
     batch = draw(0, bench.prompts, bench.teacher, config, device)
     condition = bench.cache.rows(batch.index).to(device, bench.teacher.dtype)
-    black = torch.zeros(bench.teacher.latent_shape, device=device)
-    return collect(batch, condition, bench.teacher.velocity, black, bench.teacher.sigma_data, config.space)
+    networks = Networks(bench.student, bench.teacher)
+    return cast(Pairs, collect(["generation"], batch, condition, networks, config)["generation"])
 
 
 def forward_of(bench: Bench, pairs: Pairs, dtype: str) -> Run:

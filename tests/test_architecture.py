@@ -16,7 +16,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "architecture.md"
 FILES = sorted(p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*.py"))
 
 EXTERNAL = {
-    "accelerate": ("training/accelerators.py", "training/distill.py", "training/update.py", "commands/distill.py"),
+    "accelerate": ("training/", "commands/distill.py"),
     "diffusers": ("teachers/", "export/converting.py", "display.py", "training/doctor.py", "evaluation/solvers.py"),
     "transformers": ("evaluation/judge.py", "evaluation/mjhq.py", "teachers/", "display.py"),
     "huggingface_hub": ("teachers/", "export/hub.py"),

@@ -16,8 +16,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from stepfold.cli import app
+from stepfold.commands.distill import run_distill
 from stepfold.config import load_config, setting_names
+from stepfold.display import Display
 from stepfold.teachers.contract import Condition
+from stepfold.training import terms
+from stepfold.training.runs import read_metrics
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
@@ -97,6 +101,32 @@ def test_the_student_loads_as_the_first_page_says(tmp_path: Path, monkeypatch: p
     names: dict[str, Any] = {}
     exec(code, names)
     assert names["image"].size == (64, 64) and len(names["image"].getcolors(4096) or "x" * 4096) > 100
+
+
+def test_the_method_that_the_docs_add_is_the_packages_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_sana: Path, prompts_file: Path
+) -> None:
+    """The page's objective, its preset and its proof run; a run with it has the numbers of a run with ours."""
+    page = ROOT / "docs" / "add-a-method.md"
+    monkeypatch.setattr(terms, "OBJECTIVES", dict(terms.OBJECTIVES))
+    ours = terms.OBJECTIVES["velocity"]
+    names: dict[str, Any] = {}
+    for code in blocks(page, "python"):
+        exec(code, names)
+    assert terms.OBJECTIVES["velocity"] is names["velocity_loss"] is not ours
+    assert set(names["ROWS"]) <= set(runpy.run_path(str(ROOT / "tests" / "objectives" / "test_terms.py"))["ROWS"])
+    (preset,) = blocks(page, "yaml")
+    (tmp_path / "reflow.yaml").write_text(preset)
+    small = ("training.steps=2", "training.preview_every=9", "space.route_steps=3", "training.prompts_per_step=1")
+    rows = []
+    for name, loss in (("page", names["velocity_loss"]), ("package", ours)):
+        monkeypatch.setitem(terms.OBJECTIVES, "velocity", loss)
+        config = load_config(
+            str(tmp_path / "reflow.yaml"), small, teacher__source=str(tiny_sana), prompts=str(prompts_file)
+        )
+        run_distill(config, tmp_path / name, resume=False, display=Display(quiet=True), command="test")
+        rows.append(read_metrics(tmp_path / name))
+    assert rows[0] == rows[1] and len(rows[0]) == 2
 
 
 class Drift(nn.Module):

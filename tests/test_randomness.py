@@ -62,10 +62,6 @@ def test_streams_stay_what_they_are():
     torch.testing.assert_close(normal((3,), 0, "noise", 0), torch.tensor(expected), rtol=1e-6, atol=1e-6)
 
 
-TENSORS = ("noise", "route", "guidance", "uniform", "times", "fresh_noise")
-TENSORS += ("judged start", "judged at_start", "judged t", "judged noise")
-
-
 @pytest.mark.parametrize("route", ["reference", "logit_normal", "random"])
 def test_a_sample_does_not_depend_on_how_many_share_its_step(tiny_sana: Path, prompts_file: Path, route: str):
     teacher, prompts = SanaTeacher(tiny_sana, max_tokens=32), open_prompts(prompts_file)
@@ -81,12 +77,15 @@ def test_a_sample_does_not_depend_on_how_many_share_its_step(tiny_sana: Path, pr
         )
         samples: list[dict[str, object]] = []
         for step in range(30 // per_step):
-            one = vars(draw(step, prompts, teacher, config, torch.device("cpu")))
-            assert one.pop("shape_index") == 0  # one for the whole step: the teacher has one shape
-            judged, pairs = vars(one.pop("judged")), one["times"].shape[1]
+            one = draw(step, prompts, teacher, config, torch.device("cpu"))
+            assert one.shape_index == 0  # one for the whole step: the teacher has one shape
+            times = one.times(config.space)
+            drawn = {"noise": one.noise(), "route": one.route(config.space), "guidance": one.guidance, "times": times}
+            drawn |= {"fresh noise": one.noise("fresh noise", times.shape[1])}
+            drawn |= {"judged starts": one.draws.uniform("judged starts", (times.shape[1],))}
+            drawn |= {"of an update": one.draws.of_update(3).normal("noise", one.shape)}
             samples += [
-                {name: values[i] for name, values in one.items()}
-                | {f"judged {name}": values[i * pairs : (i + 1) * pairs] for name, values in judged.items()}
+                {name: values[i] for name, values in drawn.items()} | {"prompts": one.prompts[i]}
                 for i in range(per_step)
             ]
         return samples
@@ -94,7 +93,7 @@ def test_a_sample_does_not_depend_on_how_many_share_its_step(tiny_sana: Path, pr
     alone, together = draws(1), draws(6)
     for a, b in zip(alone, together, strict=True):
         assert a["prompts"] == b["prompts"]
-        assert all(torch.equal(a[name], b[name]) for name in TENSORS)  # type: ignore[arg-type]
+        assert all(torch.equal(a[name], b[name]) for name in a if name != "prompts")  # type: ignore[arg-type]
     assert len({sample["prompts"] for sample in alone[:12]}) == 12  # an epoch: every prompt once
     assert {float(sample["guidance"]) for sample in alone} == {4.0, 4.5, 5.0}  # type: ignore[arg-type]
 
@@ -102,5 +101,5 @@ def test_a_sample_does_not_depend_on_how_many_share_its_step(tiny_sana: Path, pr
 def test_a_route_per_step_is_shared_within_the_step_only(tiny_sana: Path, prompts_file: Path):
     teacher, prompts = SanaTeacher(tiny_sana, max_tokens=32), open_prompts(prompts_file)
     config = validate({"prompts": str(prompts_file), "training": {"prompts_per_step": 3}})
-    a, b = (draw(step, prompts, teacher, config, torch.device("cpu")).route for step in (0, 1))
+    a, b = (draw(step, prompts, teacher, config, torch.device("cpu")).route(config.space) for step in (0, 1))
     assert torch.equal(a, a[:1].expand_as(a)) and not torch.equal(a, b)

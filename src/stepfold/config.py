@@ -23,12 +23,15 @@ from pydantic import (
 
 from stepfold.errors import UserError
 from stepfold.maths.schedules import TangentSchedule
-from stepfold.objectives.kinds import Normalisation, PriorWeight
 
 LARGEST = 1e9
 RENAMED = {"training.rollout_precision": "training.walk_precision"}
 """Settings under the names of earlier versions -> their names now; run folders and students of those are read."""
 Pixels = Annotated[int, Field(gt=0, le=65536)]
+PriorWeight = Literal["inverse_tangent", "none"]
+Normalisation = Literal["l2", "l2_per_element", "none"]
+SpaceName = Literal["generation", "endpoints", "images", "coupling"]
+ObjectiveName = Literal["continuous", "discrete", "velocity"]
 
 
 class Section(BaseModel):
@@ -107,13 +110,18 @@ class StudentSettings(Section):
         return self
 
 
+Weight = Annotated[float, Field(ge=0, le=LARGEST)]
+
+
 class SpaceSettings(Section):
     """Where the training pairs come from."""
 
-    kind: Literal["generation", "endpoints", "images"] = Field(
+    kind: SpaceName | dict[SpaceName, Weight] = Field(
         default="generation",
-        description="the teacher's walk itself (TBCM), its end noised afresh (image-free sCM), or images noised (sCM); "
-        "in the last two each latent is noised to as many times as a walk would keep, drawn as the route says",
+        description="`generation`, the teacher's walk itself (TBCM); `endpoints`, its end noised afresh (image-free "
+        "sCM); `images`, noised (sCM); `coupling`, its end joined to its own noise (reflow). Each latent is noised to "
+        "as many times as a walk would keep, drawn as the route says. Several with weights: "
+        "`{generation: 1, endpoints: 0.5}`",
     )
     images: str | None = Field(
         default=None, description="folder of pictures with a metadata.jsonl of file_name and text, for kind images"
@@ -147,6 +155,28 @@ class SpaceSettings(Section):
         default="kept",
         description="mean over the kept pairs, or over all (public code; the filter then scales the gradient)",
     )
+
+    @property
+    def weights(self) -> dict[SpaceName, float]:
+        """Space -> weight of the objective on it; those of weight 0 are left out."""
+        weights: dict[SpaceName, float] = {self.kind: 1.0} if isinstance(self.kind, str) else self.kind
+        return {name: weight for name, weight in weights.items() if weight}
+
+    @property
+    def first(self) -> SpaceName:
+        """The space that terms without one of their own take their states from."""
+        return next(iter(self.weights))
+
+    @field_validator("kind")
+    @classmethod
+    def _spaces_together(cls, kind: Any) -> Any:
+        if isinstance(kind, str):
+            return kind
+        if not any(kind.values()):
+            raise ValueError("no space has a weight above 0; give one, for example {generation: 1}")
+        if "images" in kind and len(kind) > 1:
+            raise ValueError("images go with no other space, whose latents are those of walks; give one kind")
+        return kind
 
 
 class ConsistencySettings(Section):
@@ -186,6 +216,27 @@ class AdversarialSettings(Section):
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+class RolloutSettings(Section):
+    """The student's own steps, which some terms and critics learn from."""
+
+    steps: int = Field(default=4, ge=1, le=64, description="K, steps of the student; each is trained in its turn")
+
+
+class FakeSettings(Section):
+    """The fake score: a second network that learns the score of the student's own pictures."""
+
+    updates: int = Field(default=0, ge=0, le=1000, description="G, its updates for each of the student's; 0 for none")
+    kind: Literal["lora", "whole"] = Field(
+        default="lora", description="LoRA matrices beside the teacher's own weights (extra lora), or a whole network"
+    )
+    rank: int = Field(default=64, ge=1, description="of the LoRA; at least that of a LoRA student")
+    head_start: int = Field(default=100, ge=0, description="first steps, in which it learns and the student does not")
+    lr_factor: float = Field(default=10.0, gt=0, description="learning rate, in units of the student's")
+    betas: tuple[Beta, Beta] = Field(default=(0.0, 0.999), description="AdamW's")
+    lowest_level: float = Field(default=0.02, gt=0, lt=1, description="of the noise that its pictures get, in [0, 1]")
+    highest_level: float = Field(default=0.98, gt=0, le=1, description="of the noise that its pictures get, in [0, 1]")
+
+
 class OptimiserSettings(Section):
     """The optimiser and its learning rate."""
 
@@ -203,10 +254,36 @@ class OptimiserSettings(Section):
 Precision = Literal["no", "bf16", "auto"]
 
 
+PHASE_SETTINGS = ("objective", "space", "consistency", "discrete", "adversarial", "optimiser.lr", "optimiser.clip")
+PHASE_SETTINGS += ("training.micro_batch", "training.tangent", "fake.updates", "rollout")
+FIXED_IN_PHASES = ("space.reuse", "space.images", "space.cache_latents", "space.guidance")
+
+
+class Phase(Section):
+    """The first steps of a run, or those after the phase before, with some settings changed."""
+
+    steps: int = Field(ge=1, description="how many steps it takes")
+    set: dict[str, Any] = Field(default={}, description="dotted settings and their values, such as objective: discrete")
+
+    @field_validator("set")
+    @classmethod
+    def _changeable(cls, changes: dict[str, Any]) -> dict[str, Any]:
+        for key in changes:
+            parents = [key.rsplit(".", n)[0] for n in range(key.count(".") + 1)]
+            if key in FIXED_IN_PHASES or not set(parents) & {*PHASE_SETTINGS}:
+                raise ValueError(f"{key} stays the same in all phases; these may change: {', '.join(PHASE_SETTINGS)}")
+        return changes
+
+
 class TrainingSettings(Section):
     """The loop."""
 
     steps: int = Field(default=20000, ge=1, description="optimiser steps")
+    phases: tuple[Phase, ...] = Field(
+        default=(),
+        description="the run's first parts, each of so many steps with some settings changed; what is left of `steps` "
+        "has the run's own. Discrete first: `[{steps: 300, set: {objective: discrete}}]`",
+    )
     prompts_per_step: int = Field(default=1, ge=1, le=65536, description="trajectories per optimiser step")
     micro_batch: int = Field(
         default=0, ge=0, description="pairs per backward pass, 0 for all at once; same gradient, less memory"
@@ -310,29 +387,31 @@ class Config(Section):
     teacher: TeacherSettings = TeacherSettings()
     student: StudentSettings = StudentSettings()
     space: SpaceSettings = SpaceSettings()
-    objective: Literal["auto", "continuous", "discrete"] = Field(
+    objective: Literal[ObjectiveName, "auto"] = Field(
         default="auto",
-        description="continuous-time consistency, or discrete consistency between route times; auto: continuous for a "
-        "teacher whose time is on [0, 1], discrete for one whose time counts to 1000",
+        description="continuous-time consistency, discrete consistency between route times, or velocity matching; "
+        "auto: continuous for a teacher whose time is on [0, 1], discrete for one whose time counts to 1000",
     )
     consistency: ConsistencySettings = ConsistencySettings()
     discrete: DiscreteSettings = DiscreteSettings()
     adversarial: AdversarialSettings = AdversarialSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    fake: FakeSettings = FakeSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
     def _source_of_prompts(self) -> "Config":
-        if self.space.images is not None and self.space.kind != "images":
+        if self.space.images is not None and "images" not in self.space.weights:
             raise ValueError("space.images is for space.kind=images; give both or neither")
         if self.space.images is not None and self.prompts is not None:
             raise ValueError("prompts are the images' own captions with space.kind=images; leave --prompts out")
-        if self.space.kind == "images" and self.teacher.sizes is not None:
+        if "images" in self.space.weights and self.teacher.sizes is not None:
             raise ValueError("images are all read at one size with space.kind=images; leave teacher.sizes out")
-        if self.space.kind == "images" and self.conditions is not None:
+        if "images" in self.space.weights and self.conditions is not None:
             raise ValueError("conditions are those of a prompts file; leave them out with space.kind=images")
-        if self.space.kind != "images" and self.prompts is None and self.teacher.source != "emoji":
+        if "images" not in self.space.weights and self.prompts is None and self.teacher.source != "emoji":
             raise ValueError(
                 "prompts is missing; give --prompts FILE (only the bundled teacher has prompts of its own)"
             )
@@ -353,6 +432,24 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _phases_fit(self) -> "Config":
+        phases = self.training.phases
+        if (total := sum(phase.steps for phase in phases)) > self.training.steps:
+            raise ValueError(
+                f"training.phases take {total} steps, but training.steps is {self.training.steps}; "
+                f"give training.steps={total} or more"
+            )
+        for phase in phases:
+            if phase.set.get("objective") == "auto":
+                raise ValueError("a phase names its objective; give continuous, discrete or velocity")
+        if phases:
+            try:
+                phases_of(self)
+            except UserError as error:
+                raise ValueError(f"in a phase, {error}") from None
+        return self
+
+    @model_validator(mode="after")
     def _shardable(self) -> "Config":
         if self.training.shard == "none":
             return self
@@ -361,11 +458,31 @@ class Config(Section):
             raise ValueError(f"student.lora {way_out}give the student all weights, student.lora=0")
         if self.adversarial.weight:
             raise ValueError(f"adversarial.weight {way_out}set adversarial.weight=0")
+        if self.fake.updates:
+            raise ValueError(f"fake.updates {way_out}set fake.updates=0")
         if self.optimiser.name != "adamw":
             raise ValueError(f"optimiser.name={self.optimiser.name} {way_out}set optimiser.name=adamw")
         if self.training.compile:
             raise ValueError(f"training.compile {way_out}set training.compile=false")
         return self
+
+
+def phases_of(config: Config) -> list[tuple[int, Config]]:
+    """The parts of a run: (first step, the settings of its steps), in order.
+
+    Raises:
+        UserError: a phase's settings are out of range.
+    """
+    found, first = [], 0
+    for phase in config.training.phases:
+        values = config.model_dump()
+        values["training"]["phases"] = ()
+        for key, value in phase.set.items():
+            _assign(values, key, value)
+        found.append((first, validate(values)))
+        first += phase.steps
+    plain = config.model_copy(update={"training": config.training.model_copy(update={"phases": ()})})
+    return [*found, (first, plain)] if first < config.training.steps or not found else found
 
 
 def preset_names() -> list[str]:
@@ -445,7 +562,7 @@ def validate(values: dict[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
+        key = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))  # a union names its members too
         if problem["type"] == "extra_forbidden":
             raise UserError(f"unknown setting {key!r}{_nearest(key, setting_names())}") from None
         if not key:

@@ -19,10 +19,12 @@ from stepfold.display import Display
 from stepfold.errors import NonFiniteError, UserError
 from stepfold.evaluation.report import write_report
 from stepfold.maths.tangent import Tangent
+from stepfold.objectives import consistency
 from stepfold.prompts.cache import encode_prompts
 from stepfold.teachers.contract import Condition
 from stepfold.training import distill as loop
-from stepfold.training import update as passes
+from stepfold.training import states
+from stepfold.training import step as steps
 from stepfold.training.runs import append_metrics, checkpoints, open_run, read_metrics, save_checkpoint, writing
 
 NAN = float("nan")
@@ -66,43 +68,43 @@ def first_row(values: Tensor) -> Tensor:
 
 
 def spoil_teacher(monkeypatch: pytest.MonkeyPatch, at: int, always: bool = False) -> None:
-    original = loop.collect
+    original = states.walk
     count = 0
 
-    def collect(batch: Any, condition: Any, velocity: Any, *args: Any, **options: Any) -> Any:
+    def walk(velocity: Any, *args: Any) -> Any:
         nonlocal count
         count += 1
         bad = count == at or (always and count > at)
-        return original(batch, condition, Poison(velocity, 1, first_row) if bad else velocity, *args, **options)
+        return original(Poison(velocity, 1, first_row) if bad else velocity, *args)
 
-    monkeypatch.setattr(loop, "collect", collect)
+    monkeypatch.setattr(states, "walk", walk)
 
 
 def spoil_tangent(monkeypatch: pytest.MonkeyPatch, at: int, always: bool = False) -> None:
-    spoilt = Poison(passes.total_derivative, at, lambda t: Tangent(t.F, first_row(t.dF)), always)
-    monkeypatch.setattr(passes, "total_derivative", spoilt)
+    spoilt = Poison(consistency.total_derivative, at, lambda t: Tangent(t.F, first_row(t.dF)), always)
+    monkeypatch.setattr(consistency, "total_derivative", spoilt)
 
 
 def spoil_loss(monkeypatch: pytest.MonkeyPatch, at: int, always: bool = False) -> None:
     def spoil(terms: Any) -> Any:
         return type(terms)(first_row(terms.loss), terms.squared_error, terms.tangent_norm)
 
-    monkeypatch.setattr(passes, "consistency_terms", Poison(passes.consistency_terms, at, spoil, always))
+    monkeypatch.setattr(consistency, "consistency_terms", Poison(consistency.consistency_terms, at, spoil, always))
 
 
 def spoil_gradient(monkeypatch: pytest.MonkeyPatch, at: int, always: bool = False) -> None:
-    original = loop.update
+    original = steps.add_gradients
     count = 0
 
-    def update(student: nn.Module, *args: Any, **named: Any) -> Any:
+    def add_gradients(terms: Any, networks: Any, *args: Any, **named: Any) -> Any:
         nonlocal count
         count += 1
-        out = original(student, *args, **named)
+        out = original(terms, networks, *args, **named)
         if count == at or (always and count > at):
-            next(p for p in student.parameters() if p.grad is not None).grad.fill_(NAN)  # type: ignore[union-attr]
+            next(p for p in networks.student.parameters() if p.grad is not None).grad.fill_(NAN)
         return out
 
-    monkeypatch.setattr(loop, "update", update)
+    monkeypatch.setattr(steps, "add_gradients", add_gradients)
 
 
 PLACES: dict[str, tuple[Callable[..., None], str]] = {

@@ -274,10 +274,16 @@ def test_processes_draw_together_what_one_would(count: int, tiny_sana: Path, tex
     teacher, prompts = load_teacher(config.teacher, "cpu"), open_prompts(texts)
     whole = draw(3, prompts, teacher, config, CPU)
     parts = [draw(3, prompts, teacher, config, CPU, Processes(count, rank)) for rank in range(count)]
-    for name in ("noise", "route", "guidance", "uniform"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    of = {
+        "noise": lambda batch: batch.noise(),
+        "route": lambda batch: batch.route(config.space),
+        "guidance": lambda batch: batch.guidance,
+        "filter": lambda batch: batch.draws.uniform("filter", (1,)),
+    }
+    for values in of.values():
+        assert torch.equal(torch.cat([values(part) for part in parts]), values(whole))
     assert [prompt for part in parts for prompt in part.prompts] == whole.prompts
-    flat = whole.noise.flatten(1)
+    flat = whole.noise().flatten(1)
     assert (torch.cdist(flat, flat) + 100 * torch.eye(len(flat))).min() > 1
 
 

@@ -15,10 +15,10 @@ from stepfold.config import validate
 from stepfold.maths.closed_form import MixtureTeacher
 from stepfold.maths.formulations import data_prediction, interpolate
 from stepfold.maths.tangent import Network, Tangent, total_derivative
+from stepfold.objectives import consistency
 from stepfold.prompts.reading import open_prompts
 from stepfold.teachers.contract import Condition, Student
 from stepfold.training import distill as loop
-from stepfold.training import update as passes
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.runs import open_run
 
@@ -175,5 +175,5 @@ def test_a_broken_derivative_misses_the_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: SmallStudent, broken: Any, at_least: float
 ):
     """The sign of the JVP term flipped, the term dropped, or the teacher's velocity missing from its direction."""
-    monkeypatch.setattr(passes, "total_derivative", broken)
+    monkeypatch.setattr(consistency, "total_derivative", broken)
     assert one_step_error(distilled(tmp_path / "run", copy.deepcopy(untrained), seed=0)) > at_least

@@ -30,7 +30,7 @@ def test_every_pair_is_its_latent_noised_with_its_own_noise() -> None:
     x0, times, noise, condition, guidance = batch()
     pairs = noised_pairs(velocity, x0, times, noise, condition, guidance, torch.tensor([True, False, True]))
     assert pairs.prompt.tolist() == [0, 0, 0, 0, 2, 2, 2, 2]
-    assert (len(pairs), pairs.num_walked) == (8, 12)
+    assert (len(pairs), pairs.num_drawn) == (8, 12)
     for row, (i, j) in enumerate([(0, 0), (0, 1), (0, 2), (0, 3), (2, 0), (2, 1), (2, 2), (2, 3)]):
         t = times[i, j]
         assert pairs.t[row] == t
@@ -48,4 +48,4 @@ def test_no_latent_kept_means_no_teacher_call() -> None:
 
     x0, times, noise, condition, guidance = batch()
     pairs = noised_pairs(never, x0, times, noise, condition, guidance, torch.zeros(3, dtype=torch.bool))  # type: ignore[arg-type]
-    assert (len(pairs), pairs.num_walked, pairs.dxdt.shape) == (0, 12, (0, *SHAPE))
+    assert (len(pairs), pairs.num_drawn, pairs.dxdt.shape) == (0, 12, (0, *SHAPE))

@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from passes import gradient_step
 from torch import Tensor, nn
 
 from stepfold.config import Config, load_config
 from stepfold.errors import UserError
 from stepfold.maths.closed_form import GaussianTeacher
 from stepfold.spaces.generation import Trajectory, brightness_filter, pairs_from, walk
-from stepfold.spaces.pairs import Pairs
+from stepfold.spaces.records import Pairs
 from stepfold.teachers.contract import Condition, Student
-from stepfold.training.accelerators import make_accelerator
 from stepfold.training.draws import draw_route
-from stepfold.training.update import update
 
 SIGMA_DATA = 0.5
 SHAPE = (2, 3, 3)
@@ -121,7 +120,7 @@ def test_pairs_come_prompt_by_prompt_from_noise_to_picture(keep_first: bool, kee
     path, condition, guidance = numbered()
     pairs = pairs_from(path, condition, guidance, keep_first=keep_first, keep=torch.tensor(keep))
     numbers, prompt = torch.tensor(expected).float(), torch.tensor(expected, dtype=torch.int64) // 10
-    assert len(pairs) == len(expected) and pairs.num_walked == (12 if keep_first else 9)
+    assert len(pairs) == len(expected) and pairs.num_drawn == (12 if keep_first else 9)
     assert torch.equal(pairs.x, numbers[:, None, None, None].expand(-1, *SHAPE))
     assert torch.equal(pairs.dxdt, pairs.x + 0.5) and torch.equal(pairs.t, numbers + 0.25)
     assert torch.equal(pairs.prompt, prompt) and torch.equal(pairs.guidance, prompt + 4.0)
@@ -135,7 +134,7 @@ def test_rows_of_pairs_select_everything_alike():
     assert part.t.tolist() == [3.25, 11.25, 12.25] and part.x[:, 0, 0, 0].tolist() == [3, 11, 12]
     assert part.dxdt[:, 0, 0, 0].tolist() == [3.5, 11.5, 12.5] and part.prompt.tolist() == [0, 1, 1]
     assert part.guidance.tolist() == [4, 5, 5] and part.condition.embeds[:, 0, 0].tolist() == [100, 101, 101]
-    assert part.num_walked == pairs.num_walked
+    assert part.num_drawn == pairs.num_drawn
 
 
 def ends_at(*distances: float) -> tuple[Tensor, Tensor]:
@@ -213,10 +212,14 @@ def test_filtered_pairs_count_in_the_denominator_where_the_public_code_counts_th
     pairs, gradients = pairs_of(preset("released"), [False, False, True, False]), {}
     for rule in ("kept", "all"):
         config = load_config(
-            "released", [f"space.filter_denominator={rule}"], prompts="p", teacher__source="f", training__precision="no"
+            "released",
+            [f"space.filter_denominator={rule}", "objective=continuous"],
+            prompts="p",
+            teacher__source="f",
+            training__precision="no",
         )
         student = Net()
-        update(student, pairs, config, 4000, SIGMA_DATA, make_accelerator("no"))
+        gradient_step(student, pairs, config, 4000)
         assert student.scale.grad is not None
         gradients[rule] = student.scale.grad.item()
     assert abs(gradients["kept"]) > 1e-3

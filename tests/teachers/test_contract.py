@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from diffusers import SanaSprintPipeline
+from passes import gradient_step
 from torch import Tensor, nn
 
 from stepfold.config import validate
@@ -33,8 +34,6 @@ from stepfold.teachers.sana import SanaTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
 from stepfold.teachers.wan import WanTeacher
-from stepfold.training.accelerators import make_accelerator
-from stepfold.training.update import update
 
 MAX_TOKENS = 48
 PROMPTS = ["red heart", "dog on blue background", "pizza on a white plate"]
@@ -252,10 +251,11 @@ def test_a_student_learns_guidance_in_twenty_steps(teacher: Any):
     """The real update: neutral at first, guidance changes the output after it."""
     if teacher.dtype != torch.float32 or not teacher.student_reads_guidance:
         pytest.skip("training is in float32, and its student reads guidance")
-    student, accelerator = teacher.new_student(), make_accelerator("no")
+    student = teacher.new_student()
     config = validate(
         {
             "prompts": "prompts.txt",
+            "objective": "continuous",
             "space": {"guidance": [1.0, 8.0]},
             "consistency": {"r_warmup": 0},
         }
@@ -277,7 +277,7 @@ def test_a_student_learns_guidance_in_twenty_steps(teacher: Any):
     assert (before == 0) == (teacher.guidance_kind != "embedded")
     optimiser = torch.optim.AdamW(student.parameters(), lr=1e-3)
     for step in range(20):
-        update(student, pairs, config, step, teacher.sigma_data, accelerator)
+        gradient_step(student, pairs, config, step, teacher=teacher)
         optimiser.step()
         optimiser.zero_grad()
     assert abs(sensitivity() - before) > 1e-3

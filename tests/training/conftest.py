@@ -26,6 +26,7 @@ FAST = (
     "teacher.max_tokens=32",
     "optimiser.name=adamw",
     "optimiser.lr=1e-3",
+    "objective=continuous",
     "consistency.r_warmup=0",
     "evaluation.n=0",
 )

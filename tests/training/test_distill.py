@@ -14,30 +14,36 @@ from typing import Any
 
 import pytest
 import torch
+from passes import gradient_step
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from stepfold.commands.distill import run_distill
-from stepfold.config import Config
+from stepfold.config import Config, SpaceSettings
 from stepfold.display import Display
 from stepfold.errors import NonFiniteError, UserError
 from stepfold.export.pipeline import save_student
-from stepfold.objectives.adversarial import Discriminator
+from stepfold.objectives.adversarial import NAME, Discriminator
+from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import PromptFile, open_prompts
+from stepfold.randomness import Draws
 from stepfold.spaces.generation import pairs_from, walk
-from stepfold.spaces.pairs import Pairs
+from stepfold.spaces.records import Pairs
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_student
 from stepfold.teachers.sana import SanaStudent, SanaTeacher
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
-from stepfold.training.distill import Progress, collect, distill, new_discriminator, walk_precision
-from stepfold.training.draws import Draw, draw
+from stepfold.training.critics import new_discriminator
+from stepfold.training.distill import Progress, distill
+from stepfold.training.draws import Batch, draw
+from stepfold.training.precision import walk_precision
 from stepfold.training.runs import checkpoints, damage, read_metrics, saved_step
-from stepfold.training.step_log import record_of, row_of
-from stepfold.training.update import Judgement, update
+from stepfold.training.states import collect
+from stepfold.training.step_log import StepRecord, metrics_of, row_of
+from stepfold.training.terms import add_gradients, terms_of
 
 CPU = torch.device("cpu")
 SPRINT = ("space.kind=endpoints", "adversarial.weight=0.5")
@@ -77,7 +83,7 @@ def pairs_of(teacher: SanaTeacher, config: Config, prompts: PromptFile, keep: li
     """The pairs of step 0, in float64."""
     batch = draw(0, prompts, teacher, config, CPU)
     condition = teacher.encode(batch.prompts)
-    trajectory = walk(teacher.velocity, batch.noise, batch.route, condition, batch.guidance)
+    trajectory = walk(teacher.velocity, batch.noise(), batch.route(config.space), condition, batch.guidance)
     kept = torch.tensor(keep or [True] * len(batch.prompts))
     pairs = pairs_from(trajectory, condition, batch.guidance, keep_first=config.space.keep_first, keep=kept)
     wide = {name: getattr(pairs, name).double() for name in ("x", "t", "dxdt", "guidance")}
@@ -97,8 +103,18 @@ def gradient(
     student: SanaStudent, pairs: Pairs, config: Config, backend: str = "two_pass"
 ) -> tuple[Tensor, dict[str, Tensor]]:
     student.zero_grad(set_to_none=True)
-    figures = update(student, pairs, config, 10, 0.5, make_accelerator("no"), backend)
+    figures = gradient_step(student, pairs, config, tangent=backend)
     return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]), figures
+
+
+def drawn(space: SpaceSettings) -> dict[str, Callable[[Batch], Tensor]]:
+    """Everything that a batch draws, by name."""
+    return {
+        "noise": lambda batch: batch.noise(),
+        "route": lambda batch: batch.route(space),
+        "guidance": lambda batch: batch.guidance,
+        "filter": lambda batch: batch.draws.uniform("filter", (1,)),
+    }
 
 
 @pytest.mark.parametrize("denominator", ["kept", "all"])
@@ -144,7 +160,7 @@ def test_filtered_prompts_cost_nothing(teacher: SanaTeacher, settings: Settings,
 def test_filter_does_not_dilute_unless_asked_to(teacher: SanaTeacher, settings: Settings, prompts: PromptFile) -> None:
     student, kept, every = lively_student(teacher), settings(), settings("space.filter_denominator=all")
     half = pairs_of(teacher, kept, prompts, [False, True])
-    alone = replace(half, num_walked=len(half))  # as if the other prompt had never been there
+    alone = replace(half, num_drawn=len(half))  # as if the other prompt had never been there
     of_kept, of_all = gradient(student, half, kept)[0], gradient(student, half, every)[0]
     assert torch.equal(of_kept, gradient(student, alone, kept)[0])
     assert torch.equal(of_kept, gradient(student, alone, every)[0])
@@ -171,7 +187,7 @@ def test_endpoints_are_noised_to_the_times_that_a_walk_would_keep(
     walked = pairs_in(settings(*common), teacher, prompts)
     noised = pairs_in(settings(*common, "space.kind=endpoints"), teacher, prompts)
     assert torch.equal(walked.t, noised.t) and torch.equal(walked.prompt, noised.prompt)
-    assert walked.num_walked == noised.num_walked and torch.equal(walked.t_next, noised.t_next)
+    assert walked.num_drawn == noised.num_drawn and torch.equal(walked.t_next, noised.t_next)
     count = len(walked) // len(walked.prompt.unique())
     for first in range(0, len(walked), count):
         t, t_next = (values[first : first + count] for values in (walked.t, walked.t_next))
@@ -185,21 +201,21 @@ def test_endpoints_are_noised_to_the_times_that_a_walk_would_keep(
 def pairs_in(config: Config, teacher: SanaTeacher, prompts: PromptFile) -> Pairs:
     """The pairs of step 0 of a run."""
     batch = draw(0, prompts, teacher, config, CPU)
-    black = torch.zeros(teacher.latent_shape)
-    condition = teacher.encode(batch.prompts)
-    return collect(batch, condition, teacher.velocity, black, teacher.sigma_data, config.space)
+    networks = Networks(teacher.new_student(), teacher)
+    pairs = collect([config.space.first], batch, teacher.encode(batch.prompts), networks, config)[config.space.first]
+    assert isinstance(pairs, Pairs)
+    return pairs
 
 
 def test_diffusion_space_draws_independent_times(teacher: SanaTeacher, settings: Settings, prompts: PromptFile) -> None:
     """Logit-normal times of the given mean and spread, none replaced by pi/2, as a walk's first is."""
     changes = ("space.kind=endpoints", "space.route=logit_normal", "training.prompts_per_step=64")
-    draws = [draw(step, prompts, teacher, settings(*changes, "space.route_steps=9"), CPU) for step in range(8)]
-    times = torch.cat([batch.times for batch in draws if batch.times is not None])
+    nine, one = (settings(*changes, f"space.route_steps={count}") for count in (9, 2))
+    times = torch.cat([draw(step, prompts, teacher, nine, CPU).times(nine.space) for step in range(8)])
     assert times.shape == (512, 8) and (times.diff(dim=1) <= 0).all()
     tau = torch.log(teacher.sigma_data * torch.tan(times))
     assert abs(tau.mean() - 0.2) < 0.1 and abs(tau.std() - 1.6) < 0.1
-    one = settings(*changes, "space.route_steps=2")
-    single = torch.cat([t for step in range(8) if (t := draw(step, prompts, teacher, one, CPU).times) is not None])
+    single = torch.cat([draw(step, prompts, teacher, one, CPU).times(one.space) for step in range(8)])
     assert single.shape == (512, 1) and abs(torch.log(teacher.sigma_data * torch.tan(single)).mean() - 0.2) < 0.25
 
 
@@ -232,12 +248,24 @@ class Asked(TorchDispatchMode):
         return out
 
 
+def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose operations no mode sees."""
+
+    def call(*args: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args)
+
+    return call
+
+
 @pytest.mark.parametrize("backend", ["two_pass", "one_pass", "discrete", "adversarial"])
 def test_a_step_asks_the_device_for_nothing(
-    teacher: SanaTeacher, settings: Settings, prompts: PromptFile, backend: str
+    teacher: SanaTeacher, settings: Settings, prompts: PromptFile, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the drawn numbers to the gradient: no value is read, so a GPU is never waited for; nor is anything float64,
-    which a GPU is slow at and some do not have."""
+    which a GPU is slow at and some do not have. The numbers themselves are drawn on the CPU."""
+    for kind, name in ((Batch, "route"), (Batch, "times"), (Draws, "_draw")):
+        monkeypatch.setattr(kind, name, unwatched(getattr(kind, name)))
     changes = {"discrete": ("objective=discrete",), "adversarial": SPRINT}.get(backend, ())
     config, student, accelerator = (
         settings("space.filter_rule=off", *changes),
@@ -245,13 +273,15 @@ def test_a_step_asks_the_device_for_nothing(
         make_accelerator("no"),
     )
     batch, condition = draw(0, prompts, teacher, config, CPU), teacher.encode(["fox", "pizza"])
-    judgement = Judgement(teacher, new_discriminator(teacher, 0), batch.judged) if batch.judged else None
+    critics = {NAME: new_discriminator(teacher, 0)} if config.adversarial.weight else {}
+    space, tangent = config.space.first, backend if backend == "one_pass" else "two_pass"
     with Asked() as asked:
-        pairs = collect(batch, condition, teacher.velocity, condition.embeds, 0.5, config.space)
-        name = backend if backend == "one_pass" else "two_pass"
-        figures = update(student, pairs, config, 10, 0.5, accelerator, name, judgement=judgement)
+        networks = Networks(student, teacher, critics, tangent)
+        states = collect([space], batch, condition, networks, config)
+        figures = add_gradients(terms_of(config), networks, states, batch.draws, config, 10, accelerator)[space]
         norm = torch.as_tensor(accelerator.clip_grad_norm_(student.parameters(), 1.0))
-        record = record_of(0, batch.prompts, pairs, figures, norm, 1e-3)
+        metrics = metrics_of(states[space], figures, len(states[space]), states[space].num_drawn)
+        record = StepRecord(0, batch.prompts, {space: metrics}, norms={"student": norm}, rate=1e-3)
         assert asked.operations == [] and asked.wide == []
         row = row_of(record)
     assert asked.operations and row["loss"] == figures["loss"].mean().item()
@@ -327,7 +357,7 @@ def test_pairs_can_be_used_again(
     """Half the teacher's walks for as many steps; and a run stopped between two uses goes on to the bit."""
     walks: list[int] = []
     monkeypatch.setattr(
-        "stepfold.training.distill.draw", lambda number, *rest: walks.append(number) or draw(number, *rest)
+        "stepfold.training.batches.draw", lambda number, *rest: walks.append(number) or draw(number, *rest)
     )
     config = settings("training.steps=6", "space.reuse=2", "training.checkpoint_every=3", "training.keep_checkpoints=9")
     whole = state(train(config, tmp_path / "run", teacher, prompts)[0])
@@ -394,19 +424,20 @@ def test_a_missing_compiler_is_named(
 def test_a_sample_does_not_depend_on_the_batch_size(
     teacher: SanaTeacher, settings: Settings, prompts: PromptFile
 ) -> None:
-    def batches(size: int) -> list[Draw]:
+    def batches(size: int) -> list[Batch]:
         config = settings(f"training.prompts_per_step={size}", "space.route_per=prompt")
         return [draw(step, prompts, teacher, config, CPU) for step in range(12 // size)]
 
     one, four = batches(1), batches(4)
     assert [p for b in one for p in b.prompts] == [p for b in four for p in b.prompts]
-    for name in ("noise", "route", "guidance", "uniform"):
-        a, b = (torch.cat([getattr(batch, name) for batch in batches]) for batches in (one, four))
+    space = settings("space.route_per=prompt").space
+    for name, of in drawn(space).items():
+        a, b = (torch.cat([of(batch) for batch in batches]) for batches in (one, four))
         assert torch.equal(a, b), name
     assert {p for b in one for p in b.prompts} == {prompts.prompt(i) for i in range(12)}  # an epoch
     guidance = torch.cat([b.guidance for b in four])
     assert set(guidance.tolist()) == {4.0, 4.5, 5.0}
-    noise = torch.cat([b.noise for b in four])
+    noise = torch.cat([b.noise() for b in four])
     assert noise.flatten(1).unique(dim=0).shape[0] == 12
     assert noise.std() == pytest.approx(0.5, rel=0.05)
 
@@ -415,19 +446,21 @@ def test_a_route_is_shared_by_a_step_or_is_the_prompts_own(
     teacher: SanaTeacher, settings: Settings, prompts: PromptFile
 ) -> None:
     for route in ("reference", "logit_normal", "random"):
-        shared = draw(0, prompts, teacher, settings(f"space.route={route}"), CPU).route
-        own = draw(0, prompts, teacher, settings(f"space.route={route}", "space.route_per=prompt"), CPU).route
+        together = settings(f"space.route={route}")
+        apart = settings(f"space.route={route}", "space.route_per=prompt")
+        shared, later = (draw(step, prompts, teacher, together, CPU).route(together.space) for step in (0, 1))
+        own = draw(0, prompts, teacher, apart, CPU).route(apart.space)
         assert torch.equal(shared[0], shared[1])
         assert not torch.equal(own[0], own[1])
-        assert not torch.equal(shared, draw(1, prompts, teacher, settings(f"space.route={route}"), CPU).route)
+        assert not torch.equal(shared, later)
 
 
 def test_every_draw_depends_on_the_seed(teacher: SanaTeacher, settings: Settings, prompts: PromptFile) -> None:
     size = "training.prompts_per_step=12"
     a, b = (draw(0, prompts, teacher, settings(size, f"seed={seed}"), CPU) for seed in (0, 1))
     assert a.prompts != b.prompts
-    for name in ("noise", "route", "guidance", "uniform"):
-        assert not torch.equal(getattr(a, name), getattr(b, name)), name
+    for name, of in drawn(settings().space).items():
+        assert not torch.equal(of(a), of(b)), name
 
 
 def test_average_follows_its_formula(
@@ -721,13 +754,12 @@ def judged_gradients(
     """One update with the adversarial term, without the step."""
     torch.manual_seed(0)  # the same student every time
     student, batch = lively_student(teacher).float(), draw(0, prompts, teacher, config, CPU)
-    assert batch.judged is not None
     discriminator = new_discriminator(teacher, 0)
     pairs = pairs_of(teacher, config, prompts, keep)
     narrow = {name: getattr(pairs, name).float() for name in ("x", "t", "dxdt", "guidance")}
     pairs = replace(pairs, **narrow, condition=Condition(pairs.condition.embeds.float(), pairs.condition.mask))
-    judgement = Judgement(teacher, discriminator, batch.judged)
-    figures = update(student, pairs, config, 10, 0.5, make_accelerator("no"), judgement=judgement)
+    critics = {NAME: discriminator}
+    figures = gradient_step(student, pairs, config, teacher=teacher, critics=critics, draws=batch.draws)
     return student, discriminator, figures
 
 
@@ -769,10 +801,8 @@ def test_pictures_are_judged_from_noise_as_often_as_asked(
     student.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
     narrow = {name: getattr(pairs, name).float() for name in ("x", "t", "dxdt", "guidance")}
     pairs = replace(pairs, **narrow, condition=Condition(pairs.condition.embeds.float(), pairs.condition.mask))
-    judged = draw(0, prompts, teacher, config, CPU).judged
-    assert judged is not None
-    judgement = Judgement(teacher, new_discriminator(teacher, 0), judged)
-    update(student, pairs, config, 10, 0.5, make_accelerator("no"), judgement=judgement)
+    draws, critics = draw(0, prompts, teacher, config, CPU).draws, {NAME: new_discriminator(teacher, 0)}
+    gradient_step(student, pairs, config, teacher=teacher, critics=critics, draws=draws)
     assert ((seen[-1] > 1.57).float().mean() == share).item()  # the last forward is the judged one
 
 
@@ -820,11 +850,10 @@ def test_the_size_of_a_steps_latents_is_drawn(teacher: SanaTeacher, settings: Se
         draw(step, prompts, several, config, CPU).shape_index for step in range(40)
     ]
     for step, batch in enumerate(draws):
-        assert batch.fresh_noise is not None and batch.judged is not None
-        latents = (batch.noise, batch.fresh_noise, batch.judged.start, batch.judged.noise)
-        assert {values.shape[-3:] for values in latents} == {several.latent_shapes[batch.shape_index]}
+        assert batch.noise().shape[-3:] == batch.noise("fresh noise", 3).shape[-3:] == batch.shape
+        assert batch.shape == several.latent_shapes[batch.shape_index]
         one = draw(step, prompts, teacher, config, CPU)
-        assert torch.equal(one.route, batch.route) and one.prompts == batch.prompts
+        assert torch.equal(one.route(config.space), batch.route(config.space)) and one.prompts == batch.prompts
 
 
 def test_a_walk_casts_frozen_weights_once(teacher: SanaTeacher) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stepfold.config import TeacherSettings
 from stepfold.spaces.generation import pairs_from, walk
-from stepfold.spaces.pairs import Pairs
+from stepfold.spaces.records import Pairs
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher, trigflow_network
 from stepfold.training import doctor

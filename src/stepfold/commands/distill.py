@@ -156,7 +156,7 @@ def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "t
     from stepfold.training.draws import guidance_scales
     from stepfold.training.runs import check_run
 
-    if config.space.kind == "images" and config.space.images is None:
+    if "images" in config.space.weights and config.space.images is None:
         raise UserError("space.kind=images needs a folder of images; add --set space.images=FOLDER")
     config = choose_objective(choose_precision(config))
     accelerator = make_accelerator(config.training.precision, several=True)

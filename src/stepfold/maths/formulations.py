@@ -25,6 +25,11 @@ def unsqueeze_like(t: Tensor, like: Tensor) -> Tensor:
 # TrigFlow itself
 
 
+def in_float32(values: Tensor) -> Tensor:
+    """Values of half precision in float32, others as they are: losses are computed in no less."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def interpolate(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
     """The noised sample x_t = cos t x_0 + sin t z.
 

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepfold.maths.formulations import unsqueeze_like
+from stepfold.config import Config, Normalisation, PriorWeight
+from stepfold.maths.formulations import in_float32, unsqueeze_like
+from stepfold.maths.schedules import tangent_warmup
 from stepfold.maths.tangent import Network, total_derivative
-from stepfold.objectives.kinds import Normalisation, PriorWeight
+from stepfold.objectives.contract import Loss, Networks
+from stepfold.randomness import Draws
+from stepfold.spaces.records import Pairs
 
 STEEPEST = 50.0
 """`derivative_size` above which this objective is not advised."""
@@ -141,7 +145,7 @@ def consistency_terms(
 
     Reference: arXiv:2511.20410, Algorithm 1.
     """
-    F, dF = F.float() if F.dtype in (torch.float16, torch.bfloat16) else F, dF.to(x.dtype)
+    F, dF = in_float32(F), dF.to(x.dtype)
     F_minus = F.detach()
     g = consistency_tangent(F_minus, dF, x, t, dxdt, r, sigma_data)
     target = normalise_tangent(g, options.normalise, options.normalise_constant)
@@ -150,3 +154,43 @@ def consistency_terms(
     if options.adaptive_weight:
         loss = loss * torch.exp(-log_variance) + log_variance
     return ConsistencyTerms(loss, squared_error.detach(), g.square().flatten(1).mean(1).sqrt())
+
+
+def continuous_loss(networks: Networks, pairs: Pairs, draws: Draws, config: Config, step: int) -> Loss:
+    """Continuous-time consistency of each pair; see `Objective`."""
+    c, student, sigma_data = config.consistency, networks.student, networks.teacher.sigma_data
+    r = tangent_warmup(
+        step,
+        warmup=c.r_warmup,
+        final=c.r_final,
+        cooldown_start=c.r_cooldown_start,
+        cooldown_steps=c.r_cooldown_steps,
+        schedule=c.r_schedule,
+    )
+
+    def network(x_unit: Tensor, t: Tensor) -> Tensor:
+        return student(x_unit, t, pairs.condition, pairs.guidance)
+
+    dx, dt = tangent_direction(pairs.x, pairs.t, pairs.dxdt, sigma_data)
+    with networks.precision():
+        tangent = total_derivative(network, pairs.x / sigma_data, pairs.t, dx, dt, networks.tangent)
+        log_variance = student.log_variance(pairs.t, pairs.guidance)
+    terms = consistency_terms(
+        tangent.F,
+        tangent.dF,
+        pairs.x,
+        pairs.t,
+        pairs.dxdt,
+        log_variance.float(),
+        r=r,
+        sigma_data=sigma_data,
+        options=ConsistencyOptions(c.prior_weight, c.adaptive_weight, c.normalise, c.normalise_constant),
+    )
+    metrics = {
+        "|F|": tangent.F.detach().flatten(1).norm(dim=1),
+        "tangent_norm": terms.tangent_norm,
+        "squared_error": terms.squared_error,
+        "w_phi": -log_variance.detach(),
+        "r": torch.full_like(pairs.t, r),
+    }
+    return Loss(terms.loss, metrics)

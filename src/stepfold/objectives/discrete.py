@@ -5,6 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepfold.config import Config
+from stepfold.maths.formulations import euler_step, in_float32, unsqueeze_like
+from stepfold.objectives.contract import Loss, Networks
+from stepfold.randomness import Draws
+from stepfold.sampling.consistency import predict_data
+from stepfold.spaces.records import Pairs
+
 
 @dataclass(frozen=True)
 class DiscreteTerms:
@@ -34,7 +41,30 @@ def discrete_terms(x0: Tensor, target: Tensor, huber_constant: float) -> Discret
     Reference: arXiv:2303.01469, Eq. 7 (the objective); arXiv:2310.04378 (with guided teachers); arXiv:2310.14189, Eq. 8
         (the distance).
     """
-    squared = (x0.float() - target.detach().float()).square().flatten(1).mean(1)
+    squared = (in_float32(x0) - in_float32(target.detach())).square().flatten(1).mean(1)
     radicand = (squared + huber_constant**2).clamp(min=torch.finfo(squared.dtype).tiny)  # the root has no slope at 0
     loss = torch.sqrt(radicand) - huber_constant
     return DiscreteTerms(loss, squared.detach())
+
+
+def discrete_loss(networks: Networks, pairs: Pairs, draws: Draws, config: Config, step: int) -> Loss:
+    """Discrete consistency of each pair; see `Objective`. The student is its own target.
+
+    Where the pairs are whole walks, each pair's step ends in the state of the pair after it, or at t = 0, where f is
+    the identity: one forward pass yields pictures and targets.
+    """
+
+    def picture(x: Tensor, t: Tensor) -> Tensor:
+        with networks.precision():
+            return predict_data(networks.student, x, t, pairs.condition, pairs.guidance, networks.teacher.sigma_data)
+
+    x_next = euler_step(pairs.x, pairs.t, pairs.t_next, pairs.dxdt)
+    x0 = picture(pairs.x, pairs.t)
+    if pairs.walk_length:
+        target = x0.roll(-1, 0)
+    else:
+        with torch.no_grad():
+            target = picture(x_next, pairs.t_next)
+    target = torch.where(unsqueeze_like(pairs.t_next > 0, x0), target, x_next)
+    terms = discrete_terms(x0, target, config.discrete.huber_constant)
+    return Loss(terms.loss, {"squared_error": terms.squared_error})

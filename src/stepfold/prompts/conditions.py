@@ -9,10 +9,10 @@ from stepfold.config import Config, TeacherSettings
 from stepfold.images.reading import ImageFolder
 from stepfold.prompts.cache import ConditionCache, open_conditions
 from stepfold.prompts.reading import PromptFile, Prompts
+from stepfold.randomness import send
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import encoder_fingerprint, place_of
 from stepfold.teachers.pipeline import PipelineTeacher
-from stepfold.training.draws import send
 
 
 def cache_of(config: Config, prompts: PromptFile | ImageFolder) -> ConditionCache | None:

@@ -39,7 +39,7 @@ from stepfold.reproduction.experiments import (
 )
 from stepfold.reproduction.figures import route_numbers, walk_numbers
 from stepfold.reproduction.records import SCORES, collect_scores, mean_sec_per_step
-from stepfold.spaces.pairs import pairs_per_prompt
+from stepfold.spaces.records import pairs_per_prompt
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_student, load_teacher
 from stepfold.teachers.pipeline import PipelineTeacher

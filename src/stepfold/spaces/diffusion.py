@@ -1,11 +1,11 @@
-"""Diffusion space (sCM): pairs are clean latents, such as the ends of the teacher's walks, noised afresh."""
+"""Diffusion space (sCM): clean latents, such as the ends of the teacher's walks, noised afresh."""
 
 import torch
 from torch import Tensor
 
 from stepfold.maths.formulations import interpolate
 from stepfold.spaces.generation import Velocity
-from stepfold.spaces.pairs import Pairs, kept_index, pair_numbers
+from stepfold.spaces.records import Pairs, kept_index, state_numbers
 from stepfold.teachers.contract import Condition
 
 
@@ -49,6 +49,6 @@ def noised_pairs(
         guidance=scales,
         x0=clean,
         prompt=index.repeat_interleave(count),
-        number=pair_numbers(index, count),
-        num_walked=count * len(x0),
+        number=state_numbers(index, count),
+        num_drawn=count * len(x0),
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepfold.maths.filters import FilterRule, darkness, keep_mask
 from stepfold.maths.formulations import euler_step
-from stepfold.spaces.pairs import Pairs, kept_index, pair_numbers
+from stepfold.spaces.records import Pairs, kept_index, state_numbers
 from stepfold.teachers.contract import Condition
 
 Velocity = Callable[[Tensor, Tensor, Condition, Tensor], Tensor]
@@ -95,8 +95,9 @@ def pairs_from(
         guidance=guidance[index].repeat_interleave(count),
         x0=trajectory.x0[index].repeat_interleave(count, 0),
         prompt=index.repeat_interleave(count),
-        number=pair_numbers(index, count),
-        num_walked=count * len(trajectory.x0),
+        number=state_numbers(index, count),
+        num_drawn=count * len(trajectory.x0),
+        walk_length=count,
     )
 
 

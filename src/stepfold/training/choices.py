@@ -18,7 +18,7 @@ from stepfold.errors import UserError
 from stepfold.maths.attention import QUERY_CHUNK, LongestAttention
 from stepfold.maths.tangent import total_derivative
 from stepfold.randomness import normal
-from stepfold.spaces.pairs import pairs_per_prompt
+from stepfold.spaces.records import pairs_per_prompt
 from stepfold.teachers.contract import Condition, Student
 
 AGREEMENT = 1e-3  # relative difference between exact tangents in float32 that rounding explains
@@ -27,6 +27,8 @@ TRIALS = 3  # states at which they may differ by more before they are said to
 MEMORY_SHARE = 0.8  # of the device's memory, that the estimate of a step may take
 LARGEST_HEAP_BLOCK = 32 * 2**20  # bytes; glibc takes larger ones from the system whatever it is told
 STATES_PER_WEIGHT = {"adamw": 5, "came": 4}  # weight, gradient, average, first moment; AdamW's second
+
+WITHOUT_TANGENT = {"discrete": "discrete consistency has none", "velocity": "velocity matching has none"}
 
 
 def choose_precision(config: Config) -> Config:
@@ -103,7 +105,7 @@ def choose_tangent(
 ) -> TangentChoice:
     """The backend of `training.tangent`; `auto` follows this rule, in this order.
 
-    1. Discrete consistency has no tangent.
+    1. Discrete consistency and velocity matching have no tangent.
     2. `one_pass`, if on this model it runs and agrees with `two_pass` (on one pair, in float32); else `two_pass`, or
        where that does not run either, `finite_difference`.
     3. Compiled, `one_pass` becomes `two_pass` where block and tangent cannot be one piece of code: torch does not
@@ -120,12 +122,12 @@ def choose_tangent(
         num_prompts: trajectories that this process has in a step; None for all of `training.prompts_per_step`.
     """
     training = config.training
-    if config.objective != "discrete" and training.tangent != "auto":
+    if config.objective not in WITHOUT_TANGENT and training.tangent != "auto":
         return TangentChoice(training.tangent, training.checkpointing or training.tangent == "block", "as set")
     need, fits = memory_estimate(config, student, condition, latent_shape, num_prompts or training.prompts_per_step)
     recompute = training.checkpointing or not fits
-    if config.objective == "discrete":
-        name, reason = "none", "discrete consistency has none"
+    if config.objective in WITHOUT_TANGENT:
+        name, reason = "none", WITHOUT_TANGENT[config.objective]
     else:
         half = config.student_in_half
         name, reason = runs_here(student, condition, latent_shape, HALF_AGREEMENT if half else AGREEMENT)

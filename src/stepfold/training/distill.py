@@ -1,32 +1,31 @@
-"""The loop: prompts in, one-step student out. A batch is `draw`, `collect`, `update`; read `distill` top to bottom."""
+"""The run: prompts in, few-step student out. Read `distill` top to bottom, then `step.train_step`."""
 
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from accelerate import Accelerator, AutocastKwargs
 from torch import Tensor, nn
 
-from stepfold.config import Config, SpaceSettings
+from stepfold.config import Config, phases_of
 from stepfold.errors import NonFiniteError
 from stepfold.maths.blocks import compiled_blocks
-from stepfold.objectives.adversarial import Discriminator
+from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import Prompts
-from stepfold.spaces.diffusion import noised_pairs
-from stepfold.spaces.generation import Velocity, brightness_filter, pairs_from, walk
-from stepfold.spaces.pairs import Pairs, pairs_per_prompt
 from stepfold.teachers.contract import Condition, Student, Teacher, deepcopy_sharing
-from stepfold.training.choices import choose_tangent, keep_freed_memory
-from stepfold.training.draws import Draw, draw, guidance_scales, prompt_index, step_samples
-from stepfold.training.optimisers import learning_rate, make_optimiser
-from stepfold.training.processes import ALONE, Processes, blocks_of, gathered, is_sharded, local, shard, whole
+from stepfold.training.batches import Batches, Conditions, Latents
+from stepfold.training.choices import TangentChoice, choose_tangent, keep_freed_memory
+from stepfold.training.critics import critic_betas, critics_of, new_critics
+from stepfold.training.draws import guidance_scales, prompt_index, step_samples
+from stepfold.training.optimisers import add_group, make_optimiser
+from stepfold.training.precision import student_precision, walk_precision
+from stepfold.training.processes import ALONE, Processes, blocks_of, gathered, is_sharded, shard
 from stepfold.training.runs import (
     BackgroundWrites,
     append_metrics,
@@ -37,44 +36,9 @@ from stepfold.training.runs import (
     save_checkpoint,
 )
 from stepfold.training.stages import Stages
-from stepfold.training.step_log import StepRecord, of_all, record_of, row_of
-from stepfold.training.update import Judgement, update
-
-
-def collect(
-    batch: Draw,
-    condition: Condition,
-    velocity: Velocity,
-    black: Tensor,
-    sigma_data: float,
-    space: SpaceSettings,
-    x0: Tensor | None = None,
-    *,
-    stand_in: bool = False,
-) -> Pairs:
-    """The training pairs of a step; dark pictures are dropped.
-
-    Generation space keeps the states of the teacher's walk. Diffusion space noises clean latents: `x0` [B, ...], of
-    standard deviation sigma_data, if given, else the ends of the walks. With `stand_in`, pairs that count for nothing
-    where all were dropped.
-    """
-    trajectory = None
-    if x0 is None:
-        trajectory = walk(velocity, batch.noise, batch.route, condition, batch.guidance)
-        x0 = trajectory.x0
-    keep, empty = None, False
-    if space.filter_rule != "off":
-        keep = brightness_filter(
-            x0, black, sigma_data, batch.uniform, threshold=space.filter_threshold, rule=space.filter_rule
-        )
-        if stand_in and not keep.any():
-            keep[0] = empty = True
-    if batch.times is None or batch.fresh_noise is None:
-        assert trajectory is not None
-        pairs = pairs_from(trajectory, condition, batch.guidance, keep_first=space.keep_first, keep=keep)
-    else:
-        pairs = noised_pairs(velocity, x0, batch.times, batch.fresh_noise, condition, batch.guidance, keep)
-    return replace(pairs, stand_in=empty)
+from stepfold.training.step import Phase, Run, train_step
+from stepfold.training.step_log import StepRecord, of_all, row_of
+from stepfold.training.terms import terms_of
 
 
 @dataclass(frozen=True)
@@ -95,8 +59,8 @@ def distill(
     accelerator: Accelerator,
     *,
     processes: Processes = ALONE,
-    latents: Callable[[list[int]], Tensor] | None = None,
-    conditions: Callable[[list[int]], Condition] | None = None,
+    latents: Latents | None = None,
+    conditions: Conditions | None = None,
     stages: Stages | None = None,
     note_tangent: Callable[[str], None] = lambda text: None,
     report: Callable[[Progress], None] = lambda progress: None,
@@ -108,7 +72,7 @@ def distill(
         config: the settings.
         folder: an open run folder; a checkpoint in it is continued from.
         teacher: see `contract.Teacher`.
-        student: starts as the teacher; trained in place.
+        student: starts as the teacher, or from an earlier student; trained in place.
         prompts: the training prompts.
         blacks: unit-variance latents of a black picture, for the brightness filter: one for each of the teacher's
             latent shapes.
@@ -131,223 +95,223 @@ def distill(
         UserError: `training.compile` is on and compiling fails; another process is gone.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    training, device = config.training, accelerator.device
-    per_prompt = pairs_per_prompt(config.space.route_steps, config.space.keep_first)
-    share = processes.largest_share(training.prompts_per_step)
-    sharded = training.shard != "none" and processes.count > 1
-    keep_freed_memory(device)
+    training, stages = config.training, stages or Stages()
+    keep_freed_memory(accelerator.device)
     first = conditions([0]) if conditions else teacher.encode([prompts.prompt(0)])
-    choice = choose_tangent(config, student, first, max(teacher.latent_shapes, key=math.prod), share)
-    note_tangent(f"{choice.backend} ({choice.reason})")
-    if choice.recompute:  # autocast would keep copies of all weights until a pass is over
+    made = set_up(config, teacher, student, first, accelerator, processes, stages, note_tangent)
+    run, modules = made.run, made.modules
+    saved = checkpoints(folder)
+    start = load_checkpoint(saved[-1], modules, run.optimiser, made.shared) if saved else 0
+    if processes.first:
+        rewind_metrics(folder, start)
+    processes.wait()
+    draws_previews = processes.first or made.sharded
+    if draws_previews and (start % training.preview_every == 0 or start == training.steps):
+        with stages("first preview"):  # a kill may have come before it was drawn
+            preview(run.average, start)
+    batches = Batches(
+        config, teacher, prompts, list(blacks), accelerator.device, processes, stages, conditions, latents
+    )  # fmt: skip
+    looks = Looks(run, folder, prompts, report, skipped=sum("skipped" in row for row in read_metrics(folder)))
+    background = BackgroundWrites() if writes_beside(config, run) else nullcontext()
+    with made.compiling, stop_requests() as stop, background as writes:
+        batch = condition = states = None
+        for step in range(start, training.steps):
+            phase = run.phase(step)
+            if batch is None or step % config.space.reuse == 0 or step == phase.first:
+                batch, condition, states = batches.walked(phase, step)
+            assert condition is not None and states is not None
+            looks.records.append(train_step(run, step, batch, condition, states))
+
+            last, asked = step + 1 == training.steps, stop.requested  # read once: a request in between waits a step
+            saves = last or (step + 1) % training.checkpoint_every == 0
+            shows = last or (step + 1) % training.preview_every == 0
+            due = saves or shows or looks.are_due or (asked and processes.count == 1)
+            stopping = due and processes.any(asked)
+            if due:
+                if writes:
+                    writes.look()
+                looks.look()
+            if saves or stopping:
+                with stages("checkpoint"):
+                    save_checkpoint(
+                        folder, step + 1, modules, run.optimiser, training.keep_checkpoints, made.shared,
+                        write=processes.first, background=writes,
+                    )  # fmt: skip
+            if stopping:
+                raise KeyboardInterrupt
+            if shows and draws_previews:
+                with stages("preview"):
+                    preview(run.average, step + 1)
+            looks.restart_clock()
+        if processes.any(stop.requested):  # since the last step; what is left of the run is made when it goes on
+            raise KeyboardInterrupt
+    return with_whole_weights(run.average, made.unsharded)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `set_up` makes.
+
+    Attributes:
+        run: see `Run`.
+        modules: what a checkpoint holds, by name.
+        shared: name of a module -> names of its tensors that are another's own: frozen, and not saved.
+        compiling: a context in which the blocks of all networks are compiled; one that does nothing without.
+        sharded: whether the weights are spread over the processes.
+        unsharded: a student whose weights are whole, for the result; None where `run`'s are.
+    """
+
+    run: Run
+    modules: dict[str, nn.Module]
+    shared: dict[str, frozenset[str]]
+    compiling: AbstractContextManager[None]
+    sharded: bool
+    unsharded: Student | None
+
+
+def set_up(
+    config: Config,
+    teacher: Teacher,
+    student: Student,
+    condition: Condition,
+    accelerator: Accelerator,
+    processes: Processes,
+    stages: Stages,
+    note_tangent: Callable[[str], None],
+) -> Made:
+    """All networks of a run, its optimiser and its phases; arguments as of `distill`, `condition` of any prompt."""
+    training, phases = config.training, phases_of(config)
+    sharded = training.shard != "none" and processes.count > 1
+    critics = new_critics([each for _, each in phases], teacher, accelerator.device)
+    choices = choose_tangents([each for _, each in phases], teacher, student, condition, processes)
+    recompute = any(choice.recompute for choice in choices)
+    note_tangent("; then ".join(dict.fromkeys(f"{choice.backend} ({choice.reason})" for choice in choices)))
+    networks = [student, *(module for module in critics.values() if isinstance(module, Student))]
+    if recompute:  # autocast would keep copies of all weights until a pass is over
         cast(Any, accelerator).autocast_handler = AutocastKwargs(cache_enabled=False)
         if not training.compile:
-            student.recompute_blocks()
+            for network in networks:
+                network.recompute_blocks()
     if len(set(guidance_scales(config, teacher))) == 1:
-        student.freeze_guidance()
+        for network in networks:
+            network.freeze_guidance()
     average = deepcopy_sharing(student, [p for p in student.parameters() if not p.requires_grad]).requires_grad_(False)
-    modules: dict[str, nn.Module] = {"student": student, "average": average}
     unsharded = deepcopy_sharing(student, ()).cpu() if sharded and processes.first else None
     if sharded:
         for network in (student, average):
             shard(network, processes, "log_variance")
         if training.shard == "all":
             shard(teacher.network, processes)
-    discriminator = new_discriminator(teacher, config.seed).to(device) if config.adversarial.weight else None
-    if discriminator:
-        modules["discriminator"] = discriminator
     optimiser = make_optimiser([p for p in student.parameters() if p.requires_grad], config.optimiser)
-    if discriminator:
-        optimiser.add_param_group({"params": list(discriminator.parameters())})
-    saved = checkpoints(folder)
-    start = load_checkpoint(saved[-1], modules, optimiser, student.shared) if saved else 0
-    if processes.first:
-        rewind_metrics(folder, start)
-    stages = stages or Stages()
-    processes.wait()
-    previews = processes.first or sharded
-    due = start % training.preview_every == 0 or start == training.steps
-    if due and previews:  # a kill may have come before it was drawn
-        with stages("first preview"):
-            preview(average, start)
-
-    encoded: dict[int, Condition] = {}
-
-    def encode_ahead(number: int) -> Condition:
-        """The condition of batch `number`; its group is encoded with it, the same one however a run began."""
-        if number not in encoded:
-            encoded.clear()
-            group = number // training.encode_ahead * training.encode_ahead
-            shares = [processes.share(step_samples(n, config)) for n in range(group, group + training.encode_ahead)]
-            index = prompt_index(chain.from_iterable(shares), prompts, config.seed)
-            together, size = teacher.encode([prompts.prompt(i) for i in index]), len(shares[0])
-            encoded.update({group + k: together.rows(slice(k * size, (k + 1) * size)) for k in range(len(shares))})
-            if training.encode_ahead > 1:
-                teacher.park_text_encoder()
-        return encoded[number]
-
-    def walk_teacher(number: int) -> tuple[Draw, Pairs]:
-        """Draws batch `number`, and its pairs."""
-        with stages("data"):
-            batch = draw(number, prompts, teacher, config, device, processes)
-        with stages("text"):
-            condition = conditions(batch.index) if conditions else encode_ahead(number)
-            if training.compile:  # equal shapes: one graph, and a resumed run has the same one
-                condition = condition.padded(max(teacher.max_tokens, condition.mask.shape[1]))
-        with stages("images"):
-            x0 = latents(batch.index).to(device) if latents else None
-        with stages("teacher"), walk_precision(training.walk_precision, device, teacher.network):
-            pairs = collect(
-                batch, condition, teacher.velocity, blacks[batch.shape_index], teacher.sigma_data, config.space, x0,
-                stand_in=processes.count > 1,
-            )  # fmt: skip
-        teacher.clear_prompt_cache()  # the memory is the student's now
-        return batch, pairs
-
-    def finished_row(record: StepRecord) -> dict[str, Any]:
-        """See `row_of`; with the pairs of all processes."""
-        if processes.count == 1 or record.norm is None:
-            return row_of(record)
-        samples = step_samples(record.step // config.space.reuse, config)
-        texts = [prompts.prompt(i) for i in prompt_index(samples, prompts, config.seed)]
-        return row_of(of_all(replace(record, prompts=texts), processes, share))
-
-    def train_on(batch: Draw, pairs: Pairs, step: int) -> StepRecord:
-        """One optimiser step. It asks the device for nothing but, where pictures are filtered, how many are left."""
-        walked = training.prompts_per_step * per_prompt
-        kept = 0 if pairs.stand_in else len(pairs)
-        if processes.count > 1:
-            filtered = config.space.filter_rule != "off"
-            kept = int(processes.sum(torch.tensor(float(kept), device=device))) if filtered else walked
-        if not kept:
-            return StepRecord(step, [], 0, walked)
-        judgement = Judgement(teacher, discriminator, batch.judged) if discriminator and batch.judged else None
-        figures = update(
-            student, pairs, config, step, teacher.sigma_data, accelerator, choice.backend,
-            judgement=judgement, stages=stages,
-            denominator=kept if config.space.filter_denominator == "kept" else walked,
-            most_pairs=share * per_prompt if processes.count > 1 else 0,
-        )  # fmt: skip
-        with stages("optimiser"):
-            processes.sum_gradients(student.parameters())
-            norm = whole(torch.as_tensor(accelerator.clip_grad_norm_(student.parameters(), config.optimiser.clip)))
-            if discriminator:
-                processes.sum_gradients(discriminator.parameters())
-                # its gradient counts, too: a norm that is not finite makes the sum so
-                heads = accelerator.clip_grad_norm_(discriminator.parameters(), config.optimiser.clip)
-                norm = norm + 0 * torch.as_tensor(heads)
-            if training.skip_nonfinite and not bool(norm.isfinite()):  # waits for the device
-                optimiser.zero_grad(set_to_none=True)
-                record = record_of(step, batch.prompts, pairs, figures, norm, 0.0)
-                return replace(record, pairs=kept, num_walked=walked, skipped=True)
-            rate = learning_rate(step, training.steps, config.optimiser)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            if discriminator:  # its group is the last
-                optimiser.param_groups[-1]["lr"] *= config.adversarial.lr_factor
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            move_average(average, student, min(training.ema, (1 + step) / (10 + step)))
-        record = record_of(step, batch.prompts, pairs, figures, norm, rate)
-        return replace(record, pairs=kept, num_walked=walked)
-
-    records: list[StepRecord] = []
-    skipped = sum("skipped" in row for row in read_metrics(folder))
-    batch = pairs = None
-    look_every = training.look_every or (1 if device.type == "cpu" else 10)
+    for name, module in critics.items():
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        add_group(optimiser, name, trained, critic_betas(name, config))
+    calls = Networks(
+        student,
+        teacher,
+        critics,
+        precision=partial(student_precision, accelerator, training.precision),
+        walk_precision=partial(walk_precision, training.walk_precision, accelerator.device, teacher.network),
+    )
+    made_phases = [
+        Phase(first, each, terms_of(each), critics_of(each, critics), replace(calls, tangent=choice.backend))
+        for (first, each), choice in zip(phases, choices, strict=True)
+    ]
+    run = Run(config, student, average, optimiser, accelerator, processes, made_phases, stages)
     compiling: AbstractContextManager[None] = nullcontext()
     if training.compile:
-        blocks = chain(blocks_of(teacher.network) or [teacher.network], blocks_of(student) or [student])
-        compiling = compiled_blocks(blocks, recompute=choice.recompute)
-    began = time.perf_counter()
-    wanted = training.background_checkpoints
-    in_background = processes.first and (device.type != "cpu" if wanted is None else wanted)
-    with compiling, stop_requests() as stop, BackgroundWrites() if in_background else nullcontext() as background:
-        for step in range(start, training.steps):
-            if batch is None or pairs is None or step % config.space.reuse == 0:
-                batch, pairs = walk_teacher(step // config.space.reuse)
-            records.append(train_on(batch, pairs, step))
-
-            last, asked = step + 1 == training.steps, stop.requested  # read once: a request in between waits a step
-            saves = last or (step + 1) % training.checkpoint_every == 0
-            shows = last or (step + 1) % training.preview_every == 0
-            looks = saves or shows or len(records) == look_every or (asked and processes.count == 1)
-            stopping = looks and processes.any(asked)
-            saves = saves or stopping
-            if looks:
-                if background:
-                    background.look()
-                rows = [finished_row(record) for record in records]  # raises if a step went wrong: nothing is kept
-                skipped += sum("skipped" in row for row in rows)
-                if skipped > training.skip_nonfinite:
-                    what = next(row["nonfinite"] for row in reversed(rows) if "nonfinite" in row)
-                    raise NonFiniteError(
-                        f"step {step}: {what}; that makes {skipped} such steps, and training.skip_nonfinite allows "
-                        f"{training.skip_nonfinite} to be skipped. The last checkpoint is intact."
-                    )
-                seconds = (time.perf_counter() - began) / len(rows)
-                for record, row in zip(records, rows, strict=True):
-                    if processes.first:
-                        append_metrics(folder, row)
-                    report(Progress(record.step + 1, row | {"sec": seconds, "pairs": record.pairs}))
-                records.clear()
-            if saves:
-                with stages("checkpoint"):
-                    save_checkpoint(
-                        folder, step + 1, modules, optimiser, training.keep_checkpoints, student.shared,
-                        write=processes.first, background=background,
-                    )  # fmt: skip
-            if stopping:
-                raise KeyboardInterrupt
-            if shows and previews:
-                with stages("preview"):
-                    preview(average, step + 1)
-            if not records:
-                began = time.perf_counter()
-        if processes.any(stop.requested):  # since the last step; what is left of the run is made when it goes on
-            raise KeyboardInterrupt
-    return with_whole_weights(average, unsharded)
+        blocks = [block for each in (teacher.network, *networks) for block in blocks_of(each) or [each]]
+        compiling = compiled_blocks(blocks, recompute=recompute)
+    modules: dict[str, nn.Module] = {"student": student, "average": average, **critics}
+    shared = {name: module.shared for name, module in modules.items() if isinstance(module, Student)}
+    return Made(run, modules, shared, compiling, sharded, unsharded)
 
 
-def new_discriminator(teacher: Teacher, seed: int) -> Discriminator:
-    """Its first weights depend on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Discriminator(teacher.feature_widths)
+def choose_tangents(
+    configs: Sequence[Config], teacher: Teacher, student: Student, condition: Condition, processes: Processes
+) -> list[TangentChoice]:
+    """The tangent's backend in each phase; equal settings are tried once."""
+    largest = max(teacher.latent_shapes, key=math.prod)
+    found: dict[tuple[Any, ...], TangentChoice] = {}
+    keys = [(config.objective, config.training) for config in configs]
+    for key, config in zip(keys, configs, strict=True):
+        if key not in found:
+            share = processes.largest_share(config.training.prompts_per_step)
+            found[key] = choose_tangent(config, student, condition, largest, share)
+    return [found[key] for key in keys]
 
 
-@contextmanager
-def walk_precision(precision: str, device: torch.device, network: nn.Module) -> Iterator[None]:
-    """Autocast for the teacher's walks, which casts the weights of `network` once; its states stay in float32."""
-    if precision != "bf16":
-        yield
-        return
-    casts = nullcontext() if is_sharded(network) else cast_once(network)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16), casts:
-        yield
+def writes_beside(config: Config, run: Run) -> bool:
+    """Whether this process writes checkpoints beside the next steps."""
+    wanted = config.training.background_checkpoints
+    return run.processes.first and (run.accelerator.device.type != "cpu" if wanted is None else wanted)
 
 
-@contextmanager
-def cast_once(network: nn.Module) -> Iterator[None]:
-    """Within it autocast casts a frozen weight at its first use and keeps it until it ends, as it does trained weights.
+@dataclass
+class Looks:
+    """Looks at what steps leave behind, some steps at a time: logs them, and stops the run where one went wrong.
 
-    For calls without a gradient, whose values stay the same to the bit.
+    Attributes:
+        run: see `Run`.
+        folder: of the run.
+        prompts: of the run.
+        report: called for every step.
+        skipped: steps of the run that were skipped so far.
+        records: of the steps since the last look.
     """
-    frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)  # what autocast goes by
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
+    run: Run
+    folder: Path
+    prompts: Prompts
+    report: Callable[[Progress], None]
+    skipped: int = 0
+    records: list[StepRecord] = field(default_factory=list)
+    began: float = field(default_factory=time.perf_counter)
 
-@torch.no_grad()
-def move_average(average: Student, student: Student, decay: float) -> None:
-    """average <- decay average + (1 - decay) student."""
-    pairs = [(a, p) for a, p in zip(average.parameters(), student.parameters(), strict=True) if a is not p]
-    torch._foreach_lerp_([local(a) for a, _ in pairs], [local(p) for _, p in pairs], 1 - decay)
+    @property
+    def are_due(self) -> bool:
+        """Whether as many steps have gone by as `training.look_every` says."""
+        on_cpu = self.run.accelerator.device.type == "cpu"
+        return len(self.records) == (self.run.config.training.look_every or (1 if on_cpu else 10))
+
+    def restart_clock(self) -> None:
+        """Begins to time the next steps, unless some are still to be looked at."""
+        if not self.records:
+            self.began = time.perf_counter()
+
+    def look(self) -> None:
+        """Writes and reports the rows of the steps since the last look.
+
+        Raises:
+            NonFiniteError: a step went wrong; nothing of them is kept.
+        """
+        rows = [self.row(record) for record in self.records]
+        allowed = self.run.config.training.skip_nonfinite
+        self.skipped += sum("skipped" in row for row in rows)
+        if self.skipped > allowed:
+            what = next(row["nonfinite"] for row in reversed(rows) if "nonfinite" in row)
+            raise NonFiniteError(
+                f"step {self.records[-1].step}: {what}; that makes {self.skipped} such steps, and "
+                f"training.skip_nonfinite allows {allowed} to be skipped. The last checkpoint is intact."
+            )
+        seconds = (time.perf_counter() - self.began) / len(rows)
+        for record, row in zip(self.records, rows, strict=True):
+            if self.run.processes.first:
+                append_metrics(self.folder, row)
+            pairs = sum(metrics.kept for metrics in record.spaces.values())
+            self.report(Progress(record.step + 1, row | {"sec": seconds, "pairs": pairs}))
+        self.records.clear()
+
+    def row(self, record: StepRecord) -> dict[str, Any]:
+        """See `row_of`; with the states of all processes."""
+        config, processes = self.run.config, self.run.processes
+        if processes.count == 1 or not record.norms:
+            return row_of(record)
+        samples = step_samples(record.step // config.space.reuse, config)
+        texts = [self.prompts.prompt(i) for i in prompt_index(samples, self.prompts, config.seed)]
+        share = processes.largest_share(config.training.prompts_per_step)
+        return row_of(of_all(replace(record, prompts=texts), processes, share))
 
 
 def with_whole_weights(average: Student, unsharded: Student | None) -> Student:

@@ -14,10 +14,11 @@ from stepfold.config import Config, TeacherSettings, validate
 from stepfold.maths.routes import reference_route
 from stepfold.maths.tangent import total_derivative
 from stepfold.objectives.consistency import STEEPEST, derivative_size, tangent_direction
-from stepfold.randomness import generator, normal, uniform
+from stepfold.objectives.contract import Networks
+from stepfold.randomness import Draws, generator, normal, uniform
 from stepfold.sampling.teacher import sample_teacher
 from stepfold.spaces.generation import pairs_from, walk
-from stepfold.spaces.pairs import Pairs
+from stepfold.spaces.records import Pairs
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.pipeline import SIGMA_DATA, PipelineTeacher
@@ -26,7 +27,7 @@ from stepfold.training.choices import choose_tangent, full_float32
 from stepfold.training.memory import peak_memory_gib
 from stepfold.training.optimisers import make_optimiser
 from stepfold.training.steepness import of_pairs
-from stepfold.training.update import update
+from stepfold.training.terms import add_gradients, terms_of
 
 PROMPTS = ("red heart on blue background", "a picture of pizza", "fox", "green apple on yellow background")
 
@@ -198,13 +199,20 @@ def one_step(student: Student, pairs: Pairs, teacher: PipelineTeacher) -> list[F
         said = f"all weights and AdamW need {needed / 2**30:.0f} GiB more, {free / 2**30:.0f} are free"
         return [Finding("one step changes the weights", f"not run: {said}", "any; try --lora 64", True)]
     config: Config = validate(
-        {"teacher": {"source": "emoji"}, "optimiser": {"name": "adamw", "lr": 1e-4}, "consistency": {"r_warmup": 0}}
+        {
+            "teacher": {"source": "emoji"},
+            "objective": "continuous",
+            "optimiser": {"name": "adamw", "lr": 1e-4},
+            "consistency": {"r_warmup": 0},
+        }
     )
     accelerator = make_accelerator("no")
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     optimiser = make_optimiser(list(trained.values()), config.optimiser)
     gc.collect()
-    figures = update(student, pairs, config, 0, teacher.sigma_data, accelerator)
+    networks = Networks(student, teacher, precision=lambda: accelerator.autocast())
+    [term], draws = terms_of(config), Draws(config.seed, [], teacher.device)
+    figures = add_gradients([term], networks, {term.space: pairs}, draws, config, 0, accelerator)[term.space]
     still = [n for n, p in trained.items() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
     optimiser.step()
     moved = sum(not torch.equal(before[n], p) for n, p in trained.items())

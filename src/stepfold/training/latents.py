@@ -11,8 +11,8 @@ from torch import Tensor
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.images.reading import ImageFolder
+from stepfold.randomness import send
 from stepfold.teachers.pipeline import PipelineTeacher
-from stepfold.training.draws import send
 from stepfold.training.runs import writing
 
 

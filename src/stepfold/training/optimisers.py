@@ -1,13 +1,17 @@
 """Optimisers by name; all of them come from libraries."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepfold.config import OptimiserSettings
 from stepfold.training.processes import buckets
+
+STUDENT = "student"
+"""The name of the student's parameter groups; a critic's group has the critic's."""
 
 
 def make_optimiser(params: Iterable[Tensor], settings: OptimiserSettings) -> torch.optim.Optimizer:
@@ -20,8 +24,13 @@ def make_optimiser(params: Iterable[Tensor], settings: OptimiserSettings) -> tor
     params = list(params)
     if settings.name == "adamw":
         how = "fused" if all(parameter.is_cuda for parameter in params) else "foreach"
+        options: dict[str, Any] = {how: True}
         return torch.optim.AdamW(
-            params, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, **{how: True}
+            [{"params": params, "name": STUDENT}],
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            **options,
         )
     from pytorch_optimizer import CAME
 
@@ -30,8 +39,16 @@ def make_optimiser(params: Iterable[Tensor], settings: OptimiserSettings) -> tor
             with as_matrices(parameter for group in self.param_groups for parameter in group["params"]):
                 super().step(closure)
 
-    groups = [{"params": bucket} for bucket in buckets(params)]
+    groups = [{"params": bucket, "name": STUDENT} for bucket in buckets(params)]
     return CAMEOfMatrices(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def add_group(
+    optimiser: torch.optim.Optimizer, name: str, params: Sequence[Tensor], betas: tuple[float, float] | None
+) -> None:
+    """Adds a critic's parameters under its name; `betas` are AdamW's, None for the student's."""
+    own = {"betas": betas} if betas and isinstance(optimiser, torch.optim.AdamW) else {}
+    optimiser.add_param_group({"params": list(params), "name": name} | own)
 
 
 @contextmanager

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from stepfold.config import Config
 from stepfold.display import Display
 from stepfold.objectives.consistency import derivative_size
+from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import PromptFile
-from stepfold.spaces.pairs import Pairs
+from stepfold.spaces.records import Pairs
 from stepfold.teachers.contract import Condition, concatenate
 from stepfold.teachers.once import compute_afresh
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
-from stepfold.training.distill import Progress, collect, stop_requests, walk_precision
-from stepfold.training.draws import Draw, draw
+from stepfold.training.distill import Progress, stop_requests
+from stepfold.training.draws import Batch, draw
 from stepfold.training.optimisers import learning_rate, make_optimiser
+from stepfold.training.precision import walk_precision
 from stepfold.training.runs import (
     append_metrics,
     checkpoints,
@@ -33,7 +35,8 @@ from stepfold.training.runs import (
     rewind_metrics,
     save_checkpoint,
 )
-from stepfold.training.step_log import record_of, row_of
+from stepfold.training.states import collect
+from stepfold.training.step_log import StepRecord, metrics_of, row_of
 
 
 def retimed_network(
@@ -110,9 +113,11 @@ def fit_time_embedder(
         return float((ours - wanted).norm() / wanted.norm())
 
 
-def some_pairs(teacher: PipelineTeacher, batch: Draw, condition: Condition, config: Config) -> tuple[Pairs, Condition]:
+def some_pairs(teacher: PipelineTeacher, batch: Batch, condition: Condition, config: Config) -> tuple[Pairs, Condition]:
     """The states of the teacher's walks of a batch; every fourth has the unconditional branch's condition, if any."""
-    pairs = collect(batch, condition, teacher.velocity, torch.zeros(()), teacher.sigma_data, config.space)
+    precision = partial(walk_precision, config.training.walk_precision, teacher.device, teacher.network)
+    networks: Any = Networks(cast(Any, None), teacher, walk_precision=precision)  # there is no student yet
+    pairs = cast(Pairs, collect(["generation"], batch, condition, networks, config)["generation"])
     if teacher.guidance_kind != "classifier_free":
         return pairs, pairs.condition
     both = concatenate([pairs.condition, teacher.null(pairs.condition)])
@@ -141,8 +146,7 @@ def train(
         for step in range(start, training.steps):
             began = time.perf_counter()
             batch = draw(step, prompts, teacher, config, teacher.device)
-            with walk_precision(training.walk_precision, teacher.device, teacher.network):
-                pairs, condition = some_pairs(teacher, batch, conditions(batch.index), config)
+            pairs, condition = some_pairs(teacher, batch, conditions(batch.index), config)
             losses, size = [], training.micro_batch or len(pairs)
             for start_row in range(0, len(pairs), size):
                 rows = slice(start_row, start_row + size)
@@ -153,7 +157,9 @@ def train(
             loss = torch.cat([part.detach() for part in losses])
             norm = nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.clip)
             rate = learning_rate(step, training.steps, config.optimiser)
-            row = row_of(record_of(step, batch.prompts, pairs, {"loss": loss}, norm, rate))
+            walked = metrics_of(pairs, {"loss": loss}, len(pairs), pairs.num_drawn)
+            norms = {"student": norm}
+            row = row_of(StepRecord(step, batch.prompts, {"generation": walked}, norms=norms, rate=rate))
             for group in optimiser.param_groups:
                 group["lr"] = rate
             optimiser.step()

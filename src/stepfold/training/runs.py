@@ -6,11 +6,12 @@ import re
 import shutil
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -269,12 +270,12 @@ def save_checkpoint(
     modules: dict[str, torch.nn.Module],
     optimiser: torch.optim.Optimizer,
     keep: int,
-    shared: frozenset[str] = frozenset(),
+    shared: Mapping[str, frozenset[str]] = MappingProxyType({}),
     *,
     write: bool = True,
     background: BackgroundWrites | None = None,
 ) -> None:
-    """Writes `folder/checkpoints/NNNNNN` in one piece, without the tensors named `shared`, and removes the oldest.
+    """Writes `folder/checkpoints/NNNNNN` in one piece, without each module's `shared` tensors, and removes the oldest.
 
     Sharded tensors are written whole, so that any number of processes can go on. All processes call this, so that they
     are; one of them with `write`. With `background` this only copies the tensors to the CPU's memory.
@@ -282,7 +283,7 @@ def save_checkpoint(
     if background:
         background.finish()  # before there are two copies
     states = {
-        name: gathered({k: v for k, v in module.state_dict().items() if k not in shared}, keep=write)
+        name: gathered({k: v for k, v in module.state_dict().items() if k not in shared.get(name, ())}, keep=write)
         for name, module in modules.items()
     }
     tensors, rest = split_state(optimiser.state_dict())
@@ -379,7 +380,7 @@ def load_checkpoint(
     path: Path,
     modules: dict[str, torch.nn.Module],
     optimiser: torch.optim.Optimizer,
-    shared: frozenset[str] = frozenset(),
+    shared: Mapping[str, frozenset[str]] = MappingProxyType({}),
 ) -> int:
     """Puts a checkpoint's state into the modules and the optimiser; returns the number of steps done.
 
@@ -390,7 +391,7 @@ def load_checkpoint(
         raise damaged(path, reason)
     try:
         for name, module in modules.items():
-            there = {k: v for k, v in module.state_dict().items() if k in shared}
+            there = {k: v for k, v in module.state_dict().items() if k in shared.get(name, ())}
             module.load_state_dict(there | placed_state(load_file(path / f"{name}.safetensors"), module))
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         parameters = [p for group in optimiser.param_groups for p in group["params"]]
@@ -398,7 +399,11 @@ def load_checkpoint(
             name: placed(value, parameters[int(name.split(".")[0])]) if value.dim() else value
             for name, value in load_file(path / "optimiser.safetensors").items()
         }
+        names = [group.get("name") for group in optimiser.param_groups]
         optimiser.load_state_dict(join_state(tensors, state["optimiser"]))
+        for group, group_name in zip(optimiser.param_groups, names, strict=True):
+            if group_name:
+                group["name"] = group_name  # checkpoints of version 0.1.0 have none
         if type(state["step"]) is not int or state["step"] < 0:
             raise ValueError(f"its step is {state['step']!r}")
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:

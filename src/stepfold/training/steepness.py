@@ -3,17 +3,19 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from stepfold.config import Config
 from stepfold.objectives.consistency import STEEPEST, derivative_size
+from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import Prompts
-from stepfold.spaces.pairs import Pairs
+from stepfold.spaces.records import Pairs
 from stepfold.teachers.contract import Condition, Student, Teacher
-from stepfold.training.distill import collect
 from stepfold.training.draws import draw
+from stepfold.training.states import collect
 
 
 def of_pairs(student: Student, pairs: Pairs, x_unit: Tensor, t: Tensor) -> Tensor:
@@ -34,7 +36,8 @@ def steepness(
     training = config.training.model_copy(update={"prompts_per_step": 1})
     config = config.model_copy(update={"space": space, "training": training})
     batch = draw(0, prompts, teacher, config, device)
-    pairs = collect(batch, conditions(batch.index), teacher.velocity, torch.zeros(()), teacher.sigma_data, space)
+    networks = Networks(student, teacher)
+    pairs = cast(Pairs, collect(["generation"], batch, conditions(batch.index), networks, config)["generation"])
     sizes = []
     for row in range(len(pairs)):  # one at a time: a step may have just as much memory
         one = pairs.rows(slice(row, row + 1))

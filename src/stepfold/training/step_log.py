@@ -1,6 +1,7 @@
 """What a step leaves behind: a line of the metrics file, or an error that says where it went wrong."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,8 +9,28 @@ import torch
 from torch import Tensor
 
 from stepfold.errors import NonFiniteError
-from stepfold.spaces.pairs import Pairs
+from stepfold.spaces.records import States
 from stepfold.training.processes import Processes
+
+UNLOGGED = ("t", "|x|", "|dxdt|", "|F|")
+"""Metrics that an error message needs and the metrics file does not."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Numbers of the states of one space, or of a critic's updates.
+
+    Attributes:
+        prompt: int64 [M], which prompt of the batch each state belongs to.
+        values: name -> [M], in order of computation.
+        kept: how many states there were, those of other processes among them.
+        num_drawn: how many there were before filtering.
+    """
+
+    prompt: Tensor
+    values: dict[str, Tensor]
+    kept: int
+    num_drawn: int
 
 
 @dataclass(frozen=True)
@@ -19,69 +40,110 @@ class StepRecord:
     Attributes:
         step: its number.
         prompts: its prompts.
-        pairs: how many pairs it trained on.
-        num_walked: how many there would have been, had none been filtered out.
-        prompt: int64 [M], which prompt each pair belongs to.
-        numbers: per pair [M]: the time, norms, and the figures of the objective.
-        norm: of the gradient.
-        rate: the learning rate.
+        spaces: sample space -> the numbers of its states; empty where the student did not learn.
+        critics: critic with updates of its own -> the numbers of those.
+        norms: the student's or a critic's name -> norm of its gradient.
+        rate: the learning rate; None where the student did not learn.
         skipped: the gradient was not finite, and the update was left out as `training.skip_nonfinite` allows.
+        head_start: only critics learned.
     """
 
     step: int
     prompts: list[str]
-    pairs: int
-    num_walked: int
-    prompt: Tensor | None = None
-    numbers: dict[str, Tensor] = field(default_factory=dict)
-    norm: Tensor | None = None
-    rate: float = 0.0
+    spaces: dict[str, Metrics] = field(default_factory=dict)
+    critics: dict[str, Metrics] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    rate: float | None = None
     skipped: bool = False
+    head_start: bool = False
 
 
-def record_of(
-    step: int, prompts: list[str], pairs: Pairs, figures: dict[str, Tensor], norm: Tensor, rate: float
-) -> StepRecord:
-    """See `StepRecord`; of no pairs where they only stand in for some."""
-    pairs = pairs.rows(slice(0)) if pairs.stand_in else pairs
-    sizes = {"t": pairs.t, "|x|": pairs.x.flatten(1).norm(dim=1), "|dxdt|": pairs.dxdt.flatten(1).norm(dim=1)}
-    return StepRecord(step, prompts, len(pairs), pairs.num_walked, pairs.prompt, sizes | figures, norm, rate)
+def metrics_of(states: States, values: Mapping[str, Tensor], kept: int, num_drawn: int) -> Metrics:
+    """See `Metrics`; with the times and sizes of the states. States that are padding leave none."""
+    states = states.rows(slice(0)) if states.is_padding else states
+    sizes = {"t": states.t, "|x|": states.x.flatten(1).norm(dim=1)}
+    if (dxdt := getattr(states, "dxdt", None)) is not None:
+        sizes["|dxdt|"] = dxdt.flatten(1).norm(dim=1)
+    return Metrics(states.prompt, sizes | dict(values), kept, num_drawn)
 
 
 def of_all(record: StepRecord, processes: Processes, most_prompts: int) -> StepRecord:
-    """The record of a process, with its pairs and all others', in the order that one process would have them.
+    """The record of a process, with its states and all others', in the order that one process would have them.
 
     Args:
         record: its `prompts` are those of all processes.
         processes: all of them call this.
         most_prompts: the most prompts that one has.
     """
-    assert record.prompt is not None
-    own = processes.share(range(len(record.prompts)))
-    rows = torch.stack([record.prompt + own.start, *(values.float() for values in record.numbers.values())], 1)
-    most_pairs = most_prompts * record.num_walked // len(record.prompts)
-    prompt, *numbers = processes.gather(rows, most_pairs).unbind(1)
-    return replace(record, prompt=prompt.long(), numbers=dict(zip(record.numbers, numbers, strict=True)))
+    first = processes.share(range(len(record.prompts))).start
+
+    def whole(metrics: Metrics) -> Metrics:
+        rows = torch.stack([metrics.prompt + first, *(values.float() for values in metrics.values.values())], 1)
+        most = most_prompts * metrics.num_drawn // len(record.prompts)
+        prompt, *columns = processes.gather(rows, most).unbind(1)
+        return replace(metrics, prompt=prompt.long(), values=dict(zip(metrics.values, columns, strict=True)))
+
+    return replace(
+        record,
+        spaces={name: whole(metrics) for name, metrics in record.spaces.items()},
+        critics={name: whole(metrics) for name, metrics in record.critics.items()},
+    )
 
 
 def row_of(record: StepRecord) -> dict[str, Any]:
-    """A step's line of the metrics file; the place where the device is waited for.
+    """A step's line of the metrics file; here the device is waited for.
+
+    The metrics of a run's one space have plain names. Of several spaces, and of critics, the name comes before a slash.
 
     Raises:
-        NonFiniteError: the loss or the gradient is not finite; it names the step, the prompts, t and the norms.
+        NonFiniteError: a loss or a gradient is not finite; it names the step, the prompts, t and the norms.
     """
-    row: dict[str, Any] = {"step": record.step, "kept": record.pairs / record.num_walked}
-    if record.norm is None or record.prompt is None:
+    row: dict[str, Any] = {"step": record.step}
+    if record.spaces:
+        first = next(iter(record.spaces.values()))
+        row["kept"] = first.kept / first.num_drawn
+    if record.head_start:
+        row["head_start"] = 1
+    if not record.norms:
         return row
-    numbers = {name: values.cpu() for name, values in record.numbers.items()}
+    tables = {name: on_host(metrics) for name, metrics in (record.spaces | record.critics).items() if metrics.values}
     if record.skipped:
-        return row | {"skipped": 1, "nonfinite": f"{nonfinite_place(numbers)[0]} is not finite"}
-    check_finite(record.step, record.prompts, record.prompt.tolist(), numbers, float(record.norm))
-    row |= {name: values.mean().item() for name, values in numbers.items() if name not in ("t", "|x|", "|dxdt|", "|F|")}
-    row |= {"grad_norm": float(record.norm), "lr": record.rate}
-    if "tangent_norm" in numbers:
-        row |= tangent_by_time(numbers["t"], numbers["tangent_norm"])
-    return row
+        places = [nonfinite_place(metrics.values)[0] for metrics in tables.values()]
+        place = next((place for place in places if place != "gradient"), "gradient")
+        return row | {"skipped": 1, "nonfinite": f"{place} is not finite"}
+    for name, metrics in tables.items():
+        check_finite(record.step, record.prompts, metrics, norm_beside(name, record))
+    for name, metrics in tables.items():
+        prefix = f"{name}/" if name in record.critics or len(record.spaces) > 1 else ""
+        row |= {prefix + key: value for key, value in means(metrics).items()}
+    if len(record.spaces) > 1:
+        row["loss"] = sum(row[f"{name}/loss"] for name in record.spaces)
+    for name, norm in record.norms.items():
+        row["grad_norm" if name == "student" else f"grad_norm/{name}"] = float(norm)
+    return row if record.rate is None else row | {"lr": record.rate}
+
+
+def on_host(metrics: Metrics) -> Metrics:
+    """The same in the host's memory."""
+    return replace(
+        metrics, prompt=metrics.prompt.cpu(), values={name: values.cpu() for name, values in metrics.values.items()}
+    )
+
+
+def norm_beside(name: str, record: StepRecord) -> float:
+    """The gradient norm that belongs to a table of metrics: a critic's own; else the first that is not finite."""
+    if name in record.critics:
+        return float(record.norms[name])
+    norms = [float(norm) for who, norm in record.norms.items() if who not in record.critics]
+    return next((norm for norm in norms if not math.isfinite(norm)), norms[0])
+
+
+def means(metrics: Metrics) -> dict[str, float]:
+    """The logged numbers of a table: means over its states, and of the tangent's norm those by time."""
+    found = {name: values.mean().item() for name, values in metrics.values.items() if name not in UNLOGGED}
+    if "tangent_norm" in metrics.values:
+        found |= tangent_by_time(metrics.values["t"], metrics.values["tangent_norm"])
+    return found
 
 
 def tangent_by_time(t: Tensor, norm: Tensor, bins: int = 4) -> dict[str, float]:
@@ -94,13 +156,13 @@ PLACES = {
     "|x|": "teacher's output", "|dxdt|": "teacher's output", "|F|": "student's output", "tangent_norm": "tangent",
     "loss": "loss",
 }  # fmt: skip
-"""Figures of a pair, in the order in which they are computed -> what each is a figure of."""
+"""Per-state metrics in order of computation -> the quantity that each one measures."""
 
 
-def nonfinite_place(numbers: dict[str, Tensor]) -> tuple[str, Tensor]:
-    """Where in a step the first number that is not finite came up, and for which pairs, bool [M].
+def nonfinite_place(numbers: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+    """Where in a step the first number that is not finite came up, and for which states, bool [M].
 
-    The gradient, and no pair, where all of them are finite.
+    The gradient, and no state, where all of them are finite.
     """
     for name, place in PLACES.items():
         if name in numbers and (bad := ~torch.isfinite(numbers[name])).any():
@@ -108,21 +170,19 @@ def nonfinite_place(numbers: dict[str, Tensor]) -> tuple[str, Tensor]:
     return "gradient", torch.zeros_like(numbers["loss"], dtype=torch.bool)
 
 
-def check_finite(
-    step: int, prompts: list[str], prompt: list[int], numbers: dict[str, Tensor], grad_norm: float
-) -> None:
+def check_finite(step: int, prompts: list[str], metrics: Metrics, grad_norm: float) -> None:
     """Stops the run with everything one needs to look into it.
 
     Args:
         step: its number.
         prompts: B strings.
-        prompt: which of them each pair belongs to, M numbers.
-        numbers: per pair [M], `loss` among them.
+        metrics: of the states, `loss` among them.
         grad_norm: of the whole gradient.
 
     Raises:
         NonFiniteError: naming the step, the prompts, t and the norms.
     """
+    numbers, prompt = metrics.values, metrics.prompt.tolist()
     if math.isfinite(grad_norm) and bool(torch.isfinite(numbers["loss"]).all()):
         return
     place, bad = nonfinite_place(numbers)
@@ -132,8 +192,8 @@ def check_finite(
         for i in rows.tolist()
     )
     what = f"{place} of {int(bad.sum())} of {len(prompt)} pairs" if bad.any() else place
+    usual = "a longer consistency.r_warmup or " if "tangent_norm" in numbers else ""
     raise NonFiniteError(
         f"step {step}: {what} is not finite (gradient norm {grad_norm:.3g}): {where}. "
-        "The last checkpoint is intact; a lower optimiser.lr, a longer consistency.r_warmup or "
-        "training.precision=no usually helps."
+        f"The last checkpoint is intact; a lower optimiser.lr, {usual}training.precision=no usually helps."
     )

@@ -1,0 +1,59 @@
+"""Rollout space (backward simulation): the student's own few steps, up to the step that is to be trained."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from stepfold.maths.formulations import interpolate
+from stepfold.spaces.records import States
+from stepfold.teachers.contract import Condition
+
+Picture = Callable[[Tensor, Tensor, Condition, Tensor], Tensor]
+"""(x [B, ...], t [B], condition, guidance scales [B]) -> x_0 [B, ...]: the student's data prediction."""
+
+
+def exit_step(count: int, num_steps: int) -> int:
+    """The step that the rollout number `count` stops at: each of 0, ..., num_steps - 1 in turn.
+
+    It is counted and not drawn, so that the load is equal and all processes of a run agree.
+    """
+    return count % num_steps
+
+
+@torch.no_grad()
+def rolled_states(
+    picture: Picture,
+    noise: Tensor,
+    times: Sequence[float],
+    stop: int,
+    fresh_noise: Callable[[int], Tensor],
+    condition: Condition,
+    guidance: Tensor,
+) -> States:
+    """The input of the student's step number `stop`, after the steps before it; no gradient reaches those.
+
+    Args:
+        picture: the student's data prediction.
+        noise: [B, ...], of standard deviation sigma_data.
+        times: of the student's steps, falling from its first, without the final 0.
+        stop: in 0, ..., len(times) - 1.
+        fresh_noise: step index (from 1) -> noise [B, ...], of standard deviation sigma_data.
+        condition: B rows.
+        guidance: scales [B].
+
+    Returns:
+        One state a prompt, at times[stop].
+
+    Reference: arXiv:2405.14867 (DMD2), Sec. 4.5; the steps are those of consistency sampling, arXiv:2303.01469,
+        Algorithm 1.
+    """
+    index, x = torch.arange(len(noise), device=noise.device), noise
+    t = torch.full((len(noise),), times[0], dtype=noise.dtype, device=noise.device)
+    for i in range(1, stop + 1):
+        x0 = picture(x, t, condition, guidance)
+        t = torch.full_like(t, times[i])
+        x = interpolate(x0, fresh_noise(i), t)
+    return States(
+        x=x, t=t, condition=condition, guidance=guidance, prompt=index, number=index, num_drawn=len(noise)
+    )  # fmt: skip

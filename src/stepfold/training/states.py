@@ -1,0 +1,183 @@
+"""From a batch to the states of every sample space that the run's terms name."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stepfold.config import Config
+from stepfold.maths.formulations import equivalent_noise
+from stepfold.objectives.contract import Networks
+from stepfold.sampling.consistency import predict_data
+from stepfold.spaces.coupling import coupled_pairs
+from stepfold.spaces.diffusion import noised_pairs
+from stepfold.spaces.generation import Trajectory, brightness_filter, pairs_from, walk
+from stepfold.spaces.prior import prior_states
+from stepfold.spaces.records import States, pairs_per_prompt
+from stepfold.spaces.rollout import exit_step, rolled_states
+from stepfold.teachers.contract import Condition
+from stepfold.training.draws import Batch
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the sample spaces of one batch have in common.
+
+    Attributes:
+        batch: prompts and random numbers.
+        condition: B rows.
+        networks: teacher, student.
+        config: the settings.
+        step: the number of the step.
+        trajectory: the teacher's walk; None where no space needs one.
+        x0: clean latents [B, ...]: the walk's end, or those of the images; None where there are none.
+        keep: bool [B], from the brightness filter; None for all.
+        is_padding: the filter left nothing; what is kept counts for nothing.
+    """
+
+    batch: Batch
+    condition: Condition
+    networks: Networks
+    config: Config
+    step: int
+    trajectory: Trajectory | None = None
+    x0: Tensor | None = None
+    keep: Tensor | None = None
+    is_padding: bool = False
+
+
+def collect(
+    spaces: Iterable[str],
+    batch: Batch,
+    condition: Condition,
+    networks: Networks,
+    config: Config,
+    step: int = 0,
+    *,
+    black: Tensor | None = None,
+    x0: Tensor | None = None,
+    pads: bool = False,
+) -> dict[str, States]:
+    """The states of each space; the teacher is walked once for all of them, and dark pictures are dropped.
+
+    Args:
+        spaces: names of SPACES.
+        batch: see `Batch`.
+        condition: of its prompts, B rows.
+        networks: teacher, and the student for rollouts.
+        config: the settings.
+        step: the number of the step, which counts rollouts.
+        black: the unit-variance latent of a black picture [...], where `space.filter_rule` is on.
+        x0: clean latents [B, ...] of the images, for the space `images`.
+        pads: whether a batch of which the filter leaves nothing becomes states that count for nothing.
+    """
+    spaces = list(spaces)
+    with networks.walk_precision():
+        start = started(spaces, batch, condition, networks, config, step, black=black, x0=x0, pads=pads)
+        found = {name: SPACES[name](start) for name in spaces if name in FROM_CLEAN}
+    return found | {name: SPACES[name](start) for name in spaces if name not in FROM_CLEAN}
+
+
+def started(
+    spaces: Sequence[str],
+    batch: Batch,
+    condition: Condition,
+    networks: Networks,
+    config: Config,
+    step: int,
+    *,
+    black: Tensor | None,
+    x0: Tensor | None,
+    pads: bool,
+) -> Start:
+    """Walks the teacher where a space needs it, and filters; arguments as of `collect`."""
+    space, trajectory, keep, padding = config.space, None, None, False
+    if any(name in FROM_WALKS for name in spaces):
+        trajectory = walk(networks.teacher.velocity, batch.noise(), batch.route(space), condition, batch.guidance)
+        x0 = trajectory.x0
+    if x0 is not None and space.filter_rule != "off":
+        assert black is not None
+        uniform = batch.draws.uniform("filter", (1,)).squeeze(1)
+        keep = brightness_filter(
+            x0, black, batch.sigma_data, uniform, threshold=space.filter_threshold, rule=space.filter_rule
+        )
+        if pads and not keep.any():
+            keep[0] = True
+            padding = True
+    return Start(batch, condition, networks, config, step, trajectory, x0, keep, padding)
+
+
+def from_walk(start: Start) -> States:
+    """Generation space: the states of the teacher's walk."""
+    assert start.trajectory is not None
+    space, guidance = start.config.space, start.batch.guidance
+    pairs = pairs_from(start.trajectory, start.condition, guidance, keep_first=space.keep_first, keep=start.keep)
+    return replace(pairs, is_padding=start.is_padding)
+
+
+def from_clean(start: Start) -> States:
+    """Diffusion space: the ends of the walks, or images, noised afresh."""
+    assert start.x0 is not None
+    batch, times = start.batch, start.batch.times(start.config.space)
+    noise = batch.noise("fresh noise", times.shape[1])
+    velocity = start.networks.teacher.velocity
+    pairs = noised_pairs(velocity, start.x0, times, noise, start.condition, batch.guidance, start.keep)
+    return replace(pairs, is_padding=start.is_padding)
+
+
+def from_couplings(start: Start) -> States:
+    """Coupling space: each walk's own noise and end."""
+    assert start.x0 is not None
+    batch, noise = start.batch, start.batch.noise()
+    if batch.start_time < torch.pi / 2:  # the walk began beside pure noise: what lies behind its first state
+        t = torch.full((len(noise),), batch.start_time, dtype=noise.dtype, device=noise.device)
+        noise = equivalent_noise(noise, t, start.x0)
+    times = batch.times(start.config.space)
+    pairs = coupled_pairs(start.x0, noise, times, start.condition, batch.guidance, start.keep)
+    return replace(pairs, is_padding=start.is_padding)
+
+
+def from_prior(start: Start) -> States:
+    """Prior space: pure noise."""
+    batch = start.batch
+    return prior_states(batch.noise(), batch.start_time, start.condition, batch.guidance)
+
+
+def from_rollout(start: Start) -> States:
+    """Rollout space: the student's own steps, as many as `rollout.steps`, up to the one that is this step's turn."""
+    count = start.config.rollout.steps
+    return rollout(start.batch, start.condition, start.networks, count, exit_step(start.step, count))
+
+
+def rollout(batch: Batch, condition: Condition, networks: Networks, num_steps: int, stop: int) -> States:
+    """The student's rollout of a batch; its noise has streams of its own, apart from those of the walks."""
+    teacher, student = networks.teacher, networks.student
+
+    def picture(x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        with networks.precision():
+            return predict_data(student, x, t, condition, guidance, teacher.sigma_data)
+
+    times = [min(time, batch.start_time) for time in teacher.student_times(num_steps)]
+    return rolled_states(
+        picture, batch.noise("rollout noise"), times, stop, lambda i: batch.noise(f"rollout noise of step {i}"),
+        condition, batch.guidance,
+    )  # fmt: skip
+
+
+SPACES: dict[str, Callable[[Start], States]] = {
+    "generation": from_walk,
+    "endpoints": from_clean,
+    "images": from_clean,
+    "coupling": from_couplings,
+    "prior": from_prior,
+    "rollout": from_rollout,
+}
+"""All sample spaces by the names that settings call them."""
+FROM_WALKS = {"generation", "endpoints", "coupling"}
+FROM_CLEAN = FROM_WALKS | {"images"}
+
+
+def states_per_prompt(space: str, config: Config) -> int:
+    """How many states a space has of each prompt."""
+    return pairs_per_prompt(config.space.route_steps, config.space.keep_first) if space in FROM_CLEAN else 1

@@ -1,0 +1,71 @@
+"""Velocity matching, and the fake score's loss, on Gaussians."""
+
+import math
+
+import pytest
+import torch
+from gaussians import SIGMA_DATA, Score, gaussian, nothing
+from torch import Tensor
+
+from stepfold.maths.formulations import interpolate
+from stepfold.objectives.denoising import denoising_error
+from stepfold.objectives.velocity import velocity_error
+
+
+def test_the_teachers_own_F_has_no_error_and_another_has_its_distance() -> None:
+    x, t = torch.randn(5, 3).double(), torch.rand(5).double() * math.pi / 2
+    dxdt = gaussian(0.4, 0.2).velocity(x, t)
+    F = dxdt / SIGMA_DATA
+    assert torch.equal(velocity_error(F, dxdt, SIGMA_DATA), torch.zeros(5).double())
+    torch.testing.assert_close(
+        velocity_error(F + 0.3, dxdt, SIGMA_DATA), torch.tensor([0.09] * 5, dtype=torch.float64), rtol=1e-12, atol=0
+    )
+
+
+def test_no_gradient_reaches_the_velocity() -> None:
+    F, dxdt = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+    velocity_error(F, dxdt, SIGMA_DATA).sum().backward()
+    assert F.grad is not None and dxdt.grad is None
+    torch.testing.assert_close(F.grad, 2 / 3 * (F - dxdt / SIGMA_DATA).detach())
+
+
+def gradient_at(score: Score, mean: float, std: float, sign: float = 1.0) -> Tensor:
+    """Of the denoising loss in the score's (mean, log std), over pictures N(mean, std^2) and all times; quadrature."""
+    nodes, weights = hermite(24)
+    x0, z = (grid.flatten()[:, None] for grid in torch.meshgrid(mean + std * nodes, SIGMA_DATA * nodes, indexing="ij"))
+    weight = (weights[:, None] * weights).flatten()
+    total = torch.zeros(2).double()
+    for time in (0.1, 0.5, 1.0, 1.4):
+        t = torch.full((len(x0),), time).double()
+        error = denoising_error(score, x0, sign * z, t, nothing(len(x0)), torch.ones(len(x0)).double(), SIGMA_DATA)
+        if sign < 0:  # the mistake: the noise of the state and that of the target have opposite signs
+            F = score(interpolate(x0, z, t) / SIGMA_DATA, t, nothing(len(x0)), torch.ones(len(x0)).double())
+            wrong = (-torch.cos(t)[:, None] * z - torch.sin(t)[:, None] * x0) / SIGMA_DATA
+            error = (F - wrong).square().mean(1)
+        grads = torch.autograd.grad((weight * error.double()).sum(), [score.mean, score.log_std])
+        total += torch.stack(grads)
+    return total
+
+
+def hermite(count: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights for the mean over N(0, 1)."""
+    off = torch.arange(1, count).double().sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    return nodes, vectors[0] ** 2
+
+
+def test_the_score_of_the_pictures_own_law_is_the_only_one_at_rest() -> None:
+    """The minimiser of the denoising loss is the law's velocity; any other Gaussian is pushed towards it."""
+    assert gradient_at(Score(0.4, 0.2), 0.4, 0.2).abs().max() < 1e-13
+    assert gradient_at(Score(0.3, 0.2), 0.4, 0.2)[0] < -1e-2 and gradient_at(Score(0.5, 0.2), 0.4, 0.2)[0] > 1e-2
+    assert gradient_at(Score(0.4, 0.15), 0.4, 0.2)[1] < -1e-3 and gradient_at(Score(0.4, 0.3), 0.4, 0.2)[1] > 1e-3
+
+
+def test_a_noise_of_the_wrong_sign_is_seen() -> None:
+    assert gradient_at(Score(0.4, 0.2), 0.4, 0.2, sign=-1.0).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_compared_in_float32(dtype: torch.dtype) -> None:
+    F, dxdt = torch.randn(2, 3), torch.randn(2, 3)
+    assert velocity_error(F.to(dtype), dxdt, SIGMA_DATA).dtype == torch.float32

@@ -1,0 +1,221 @@
+"""Critics: the fake score becomes the score of the student's pictures; the discriminator tells two laws apart."""
+
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gaussians import SIGMA_DATA, Law, Perfect, Score, batch_of, gaussian, nothing
+from torch import Tensor
+
+from stepfold.config import Config, load_config
+from stepfold.errors import NonFiniteError
+from stepfold.objectives import denoising
+from stepfold.objectives.adversarial import NAME, Discriminator, adversarial_loss
+from stepfold.objectives.contract import Networks
+from stepfold.prompts.reading import PromptFile, open_prompts
+from stepfold.spaces.records import Pairs
+from stepfold.teachers.sana import SanaTeacher
+from stepfold.training.accelerators import make_accelerator
+from stepfold.training.critics import FAKE, fake_loss, noised_times
+from stepfold.training.distill import distill
+from stepfold.training.runs import checkpoints, read_metrics
+from stepfold.training.states import collect
+
+Settings = Callable[..., Config]
+FAKE_ON = ("fake.updates=2", "fake.head_start=0", "fake.kind=whole", "rollout.steps=2")
+
+
+def trained_fake(steps: int = 1, updates: int = 400) -> Score:
+    """A fake score that starts as the teacher N(0, 0.5^2) and learns the law of a student N(0.7, 0.3^2)."""
+    config = load_config("default", [f"rollout.steps={steps}", "training.precision=no"])
+    fake, student = Score(0.0, 0.5), Perfect(0.7, 0.3)
+    networks: Any = Networks(student, Law(), {FAKE: fake})  # type: ignore[arg-type]
+    optimiser = torch.optim.Adam(fake.parameters(), lr=2e-2)
+    for update in range(updates):
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-2 * (1 - update / updates)
+        fake_loss(networks, batch_of(256, update), nothing(256), config, update).value.mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert student.mean.grad is None and student.log_std.grad is None
+    return fake
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_fake_becomes_the_score_of_the_students_pictures(steps: int) -> None:
+    fake = trained_fake(steps)
+    assert abs(fake.mean - 0.7) < 0.01 and abs(fake.log_std.exp() - 0.3) < 0.01
+    x, t = torch.randn(1000, 3).double(), torch.rand(1000).double() * 1.5
+    exact = gaussian(0.7, 0.3).velocity(x, t) / SIGMA_DATA
+    with torch.no_grad():
+        error = (fake(x / SIGMA_DATA, t, nothing(1000), torch.ones(1000)) - exact).norm() / exact.norm()
+    assert error < 0.02
+
+
+@pytest.mark.parametrize("mistake", ["sign", "teacher's law"])
+def test_a_wrong_fake_is_seen(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
+    if mistake == "sign":
+        right = denoising.interpolate_velocity
+        monkeypatch.setattr(denoising, "interpolate_velocity", lambda x0, z, t: -right(x0, z, t))
+        fake = trained_fake(updates=200)
+    else:
+        fake = Score(0.0, 0.5)
+    assert abs(fake.mean - 0.7) > 0.1 or abs(fake.log_std.exp() - 0.3) > 0.1
+
+
+def test_the_times_of_the_fake_are_even_levels_shifted_and_clamped() -> None:
+    uniform = (torch.arange(1000).double() + 0.5) / 1000
+    level = torch.tan(noised_times(uniform, 1.0, 0.02, 0.98)) / (1 + torch.tan(noised_times(uniform, 1.0, 0.02, 0.98)))
+    torch.testing.assert_close(level, uniform.clamp(0.02, 0.98))
+    shifted = torch.tan(noised_times(uniform, 3.0, 0.0, 1.0))
+    torch.testing.assert_close(shifted, 3 * uniform / (1 - uniform))  # shift multiplies the odds
+
+
+# The discriminator on two Gaussians: the student's pictures N(m, .) and the teacher's ends.
+
+
+def judged(student: Score, discriminator: Discriminator, number: int) -> Any:
+    config = load_config("default", ["space.filter_rule=off", "space.route_steps=12", "adversarial.weight=1"])
+    teacher: Any = Law(0.4, 0.1)
+    networks = Networks(student, teacher, {NAME: discriminator})
+    batch = batch_of(16, number)
+    pairs = collect(["generation"], batch, nothing(16), networks, config)["generation"]
+    assert isinstance(pairs, Pairs)
+    return adversarial_loss(networks, pairs, batch.draws, config, 0)
+
+
+class Mean(torch.nn.Module):
+    """A head that reads the state's mean alone: LayerNorm would take it away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = torch.nn.Linear(3, 8)
+        self.out = torch.nn.Linear(8, 1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.out(torch.relu(self.line(maps[0].float()))).flatten(1)
+
+
+def test_heads_learn_to_tell_the_students_pictures_from_the_teachers_ends() -> None:
+    """With the student frozen the heads' loss falls; with the heads frozen then, the student's own falls."""
+    torch.manual_seed(0)
+    student, heads = Perfect(-0.4, 0.1), Mean()
+    optimiser = torch.optim.Adam(heads.parameters(), lr=2e-2)
+    losses = []
+    for number in range(60):
+        loss = judged(student, heads, number).of_critic.mean()  # type: ignore[arg-type]
+        losses.append(loss.item())
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert losses[-1] < 1.2 < losses[0]
+    student.zero_grad()
+    before = student.mean.item()
+    own = torch.optim.Adam([student.mean], lr=2e-2)
+    fooled = []
+    for number in range(60, 100):
+        loss = judged(student, heads, number).value.mean()  # type: ignore[arg-type]
+        fooled.append(loss.item())
+        loss.backward()
+        own.step()
+        own.zero_grad()
+    assert fooled[-1] < fooled[0] - 0.2 and student.mean.item() > before + 0.2  # towards the teacher's law
+
+
+def test_pictures_are_judged_at_the_times_that_are_drawn_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student's and the teacher's pictures at one time each, and those times are logit-normal, not the pairs'."""
+    seen: list[Tensor] = []
+    features = Law.features
+    monkeypatch.setattr(Law, "features", lambda self, x, t, *rest: seen.append(t) or features(self, x, t, *rest))
+    judged(Perfect(0.4, 0.1), Mean(), 0)  # type: ignore[arg-type]
+    assert torch.equal(seen[0], seen[1])
+    level = torch.log(SIGMA_DATA * torch.tan(seen[0]))
+    assert abs(level.mean() + 0.6) < 0.25 and abs(level.std() - 1.0) < 0.25
+
+
+# In the loop, on the tiny teacher.
+
+
+@pytest.fixture
+def prompts(prompts_file: Path) -> PromptFile:
+    return open_prompts(prompts_file)
+
+
+def run(config: Config, folder: Path, teacher: SanaTeacher, prompts: PromptFile, **options: Any) -> dict[str, Tensor]:
+    """The student's weights at the end."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(config.seed)
+    student, black = teacher.new_student(), torch.zeros(teacher.latent_shape)
+    distill(config, folder, teacher, student, prompts, [black], make_accelerator("no"), **options)
+    return {name: value.clone() for name, value in student.state_dict().items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.mark.parametrize("kind", ["whole", "lora"])
+def test_a_fake_beside_the_student_changes_nothing_of_it_and_resumes_to_the_bit(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, tensors: Callable, kind: str
+) -> None:
+    plain = run(settings(), tmp_path / "plain", teacher, prompts)
+    config = settings(*FAKE_ON, f"fake.kind={kind}", "fake.rank=4")
+    ours = run(config, tmp_path / "run", teacher, prompts)
+    assert equal(ours, plain)
+    first, last = (tensors(path) for path in checkpoints(tmp_path / "run"))
+    moved = [name for name in last if name.startswith("fake.") and not torch.equal(last[name], first[name])]
+    assert moved and not any("variance_head" in name for name in moved)
+    assert kind == "whole" or all("lora_" in name for name in moved)
+    rows = read_metrics(tmp_path / "run")
+    assert all(row["fake/loss"] > 0 and row["grad_norm/fake"] > 0 for row in rows)
+    shutil.rmtree(checkpoints(tmp_path / "run")[-1])
+    assert equal(run(config, tmp_path / "run", teacher, prompts), ours)
+    assert equal(tensors(checkpoints(tmp_path / "run")[-1]), last) and read_metrics(tmp_path / "run") == rows
+
+
+def test_in_a_head_start_the_fake_learns_and_the_student_waits(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, tensors: Callable
+) -> None:
+    config = settings(*FAKE_ON, "fake.head_start=3", "training.checkpoint_every=1", "training.keep_checkpoints=9")
+    run(config, tmp_path / "run", teacher, prompts)
+    states = [tensors(path) for path in checkpoints(tmp_path / "run")]
+    moves = {
+        who: [
+            any(not torch.equal(a[n], b[n]) for n in a if n.startswith(f"{who}."))
+            for a, b in itertools.pairwise(states)
+        ]
+        for who in ("student", "fake")
+    }
+    assert moves == {"student": [False, False, True], "fake": [True, True, True]}
+    rows = read_metrics(tmp_path / "run")
+    assert [row.get("head_start") for row in rows] == [1, 1, 1, None] and ["lr" in row for row in rows] == [
+        False
+    ] * 3 + [True]
+
+
+def test_a_fake_that_is_not_finite_stops_the_run(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stepfold.training import critics
+
+    right, count = critics.denoising_error, itertools.count()
+    monkeypatch.setattr(critics, "denoising_error", lambda *a: right(*a) * (float("nan") if next(count) == 5 else 1))
+    with pytest.raises(NonFiniteError, match=r"step 2: loss of 2 of 4 pairs is not finite"):
+        run(settings(*FAKE_ON, "training.checkpoint_every=1"), tmp_path / "run", teacher, prompts)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["000001", "000002"]
+
+
+def test_micro_batches_of_a_critic_add_up(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, tensors: Callable
+) -> None:
+    found = []
+    for size in (0, 1):
+        config = settings(*FAKE_ON, "training.steps=1", "training.checkpoint_every=1", f"training.micro_batch={size}")
+        run(config, tmp_path / str(size), teacher, prompts)
+        found.append(read_metrics(tmp_path / str(size))[0])
+    for name in ("fake/loss", "grad_norm/fake"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4)
