@@ -286,7 +286,10 @@ class TrainingSettings(Section):
     )
     prompts_per_step: int = Field(default=1, ge=1, le=65536, description="trajectories per optimiser step")
     micro_batch: int = Field(
-        default=0, ge=0, description="pairs per backward pass, 0 for all at once; same gradient, less memory"
+        default=0,
+        ge=0,
+        description="pairs per backward pass, 0 for all at once; same gradient, less memory (about the same of the "
+        "discriminator: its spectral norm is estimated anew with each pass)",
     )
     encode_ahead: int = Field(
         default=1,

@@ -1,6 +1,7 @@
 """The random part of a batch: prompts, guidance scales, routes, noise. A function of (seed, batch number) alone."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from stepfold.config import Config, SpaceSettings
 from stepfold.errors import UserError
 from stepfold.maths.routes import (
-    half_pi,
+    at_most,
     logit_normal_route,
     logit_normal_times,
     random_route,
@@ -62,15 +63,16 @@ class Batch:
 
     def route(self, space: SpaceSettings) -> Tensor:
         """Times [B, N] that the teacher is walked down, from its start."""
-        draws = self.draws
-        routes = [draw_route(space, draws.seed, self.number, i, self.sigma_data) for i in draws.samples]
-        return send(torch.stack(routes).clamp(max=self.start_time), draws.device)
+        return self._of_samples(draw_route, space)
 
     def times(self, space: SpaceSettings) -> Tensor:
         """Times [B, M], falling, that latents are noised to."""
-        draws = self.draws
-        times = [draw_times(space, draws.seed, self.number, i, self.sigma_data) for i in draws.samples]
-        return send(torch.stack(times).clamp(max=self.start_time), draws.device)
+        return self._of_samples(draw_times, space)
+
+    def _of_samples(self, draw_one: Callable[..., Tensor], space: SpaceSettings) -> Tensor:
+        seed, samples = self.draws.seed, self.draws.samples
+        drawn = [draw_one(space, seed, self.number, i, self.sigma_data, self.start_time) for i in samples]
+        return send(torch.stack(drawn), self.draws.device)
 
 
 def draw(
@@ -130,27 +132,31 @@ def prompt_index(samples: Iterable[int], prompts: Prompts, seed: int) -> list[in
     return [shuffled_index(i, len(prompts), seed) for i in samples]
 
 
-def draw_route(space: SpaceSettings, seed: int, number: int, sample: int, sigma_data: float) -> Tensor:
-    """One route [N]; shared by the prompts of a batch unless `route_per` is `prompt`."""
+def draw_route(
+    space: SpaceSettings, seed: int, number: int, sample: int, sigma_data: float, start_time: float = math.pi / 2
+) -> Tensor:
+    """One route [N] from the teacher's start; shared by the prompts of a batch unless `route_per` is `prompt`."""
     key = ("route", number) if space.route_per == "step" else ("route of sample", sample)
     if space.route == "logit_normal":
         return logit_normal_route(
-            normal((1, space.route_steps), seed, *key), sigma_data, space.logit_mean, space.logit_std
+            normal((1, space.route_steps), seed, *key), sigma_data, space.logit_mean, space.logit_std, start_time
         )[0]
     numbers = uniform((1, space.route_steps), seed, *key)
     if space.route == "random":
-        return random_route(numbers)[0]
-    return reference_route(numbers, space.route_shift)[0]
+        return random_route(numbers, start_time)[0]
+    return reference_route(numbers, space.route_shift, start_time)[0]
 
 
-def draw_times(space: SpaceSettings, seed: int, number: int, sample: int, sigma_data: float) -> Tensor:
+def draw_times(
+    space: SpaceSettings, seed: int, number: int, sample: int, sigma_data: float, start_time: float = math.pi / 2
+) -> Tensor:
     """As many times [M], falling, as a walk would keep: one from each cell of the reference ladder, or independent."""
     count = pairs_per_prompt(space.route_steps, space.keep_first)
     if space.route == "reference":
-        return draw_route(space, seed, number, sample, sigma_data)[-count:]
+        return draw_route(space, seed, number, sample, sigma_data, start_time)[-count:]
     if space.route == "logit_normal":
         numbers = normal((count,), seed, "times of sample", sample)
-        times = logit_normal_times(numbers, sigma_data, space.logit_mean, space.logit_std)
+        times = logit_normal_times(numbers, sigma_data, space.logit_mean, space.logit_std, start_time)
     else:
-        times = random_times(uniform((count,), seed, "times of sample", sample))
-    return times.sort(descending=True).values.clamp(max=half_pi(times.dtype))
+        times = random_times(uniform((count,), seed, "times of sample", sample), start_time)
+    return times.sort(descending=True).values.clamp(max=at_most(start_time, times.dtype))

@@ -1,0 +1,44 @@
+"""What a batch draws, of a teacher that starts below pi/2."""
+
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from stepfold.config import TeacherSettings, load_config
+from stepfold.prompts.reading import open_prompts
+from stepfold.spaces.records import pairs_per_prompt
+from stepfold.teachers.loading import load_teacher
+from stepfold.training.draws import draw
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("route", ["reference", "logit_normal", "random"])
+@pytest.mark.parametrize("keep_first", [True, False])
+def test_no_state_of_a_walk_stands_where_another_does(tmp_path: Path, route: str, keep_first: bool) -> None:
+    """Stable Diffusion starts at 1.5025: routes begin there and fall, and none of their steps is of length 0."""
+    tiny.make_sd1().save_pretrained(tmp_path / "sd", safe_serialization=True)
+    (tmp_path / "prompts.txt").write_text("a fox\na cat\n")
+    teacher, prompts = (
+        load_teacher(TeacherSettings(source=str(tmp_path / "sd")), "cpu"),
+        open_prompts(tmp_path / "prompts.txt"),
+    )
+    assert teacher.start_time < math.pi / 2 - 0.05
+    changes = [f"space.route={route}", f"space.keep_first={str(keep_first).lower()}", "space.route_steps=16"]
+    config = load_config(
+        "default", changes, teacher__source=str(tmp_path / "sd"), prompts=str(tmp_path / "prompts.txt")
+    )
+    for number in range(20):
+        batch = draw(number, prompts, teacher, config, CPU)
+        times = batch.route(config.space)
+        assert (
+            times[:, 0].tolist() == pytest.approx([teacher.start_time], abs=1e-7)
+            and (times <= teacher.start_time).all()
+        )
+        assert (times.diff(dim=1) < 0).all()
+        noised = batch.times(config.space)
+        assert noised.shape == (1, pairs_per_prompt(16, keep_first)) and (noised <= teacher.start_time).all()
+        assert (noised.diff(dim=1) < 0).all()
