@@ -46,6 +46,7 @@ from stepfold.training.step_log import StepRecord, metrics_of, row_of
 from stepfold.training.terms import add_gradients, terms_of
 
 CPU = torch.device("cpu")
+FIXED_TANGENT = "training.tangent=two_pass"
 SPRINT = ("space.kind=endpoints", "adversarial.weight=0.5")
 Settings = Callable[..., Config]
 
@@ -69,7 +70,7 @@ def train(
         torch.manual_seed(config.seed)
         student = teacher.new_student()
     black = torch.zeros(teacher.latent_shape)
-    accelerator = make_accelerator("no")
+    accelerator = make_accelerator(config.training.precision)
     average = distill(config, folder, teacher, student, prompts, [black], accelerator, report=report)
     assert isinstance(average, SanaStudent)
     return student, average
@@ -285,6 +286,24 @@ def test_a_step_asks_the_device_for_nothing(
         assert asked.operations == [] and asked.wide == []
         row = row_of(record)
     assert asked.operations and row["loss"] == figures["loss"].mean().item()
+
+
+@pytest.mark.parametrize("objective", ["continuous", "discrete", "velocity"])
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("no", torch.float32)])
+def test_the_student_computes_in_the_runs_precision(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, objective: str, precision: str,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """In every pass of the loop; the teacher's walk has a precision of its own."""
+    student, seen = teacher.new_student(), dict[str, set[torch.dtype]](student=set(), teacher=set())
+    for name, network in (("student", student.transformer), ("teacher", teacher.transformer)):
+        layer = network.transformer_blocks[0].attn1.to_q
+        note = seen[name].add
+        layer.register_forward_hook(lambda module, args, output, note=note: note(output.dtype))
+    config = settings(f"training.precision={precision}", f"objective={objective}", "training.steps=1", FIXED_TANGENT)
+    train(config, tmp_path / "run", teacher, prompts, student)
+    teacher.transformer.transformer_blocks[0].attn1.to_q._forward_hooks.clear()
+    assert seen == {"student": {dtype}, "teacher": {torch.float32}}
 
 
 @pytest.mark.parametrize("change", ["training.tangent=block", "training.checkpointing=true", "objective=discrete"])
