@@ -94,10 +94,10 @@ class Launch:
             time.sleep(0.05)
 
 
-def difference(a: Path, b: Path, step: int = 6) -> float:
+def difference(a: Path, b: Path, step: int = 6, names: Sequence[str] = ("student", "average", "optimiser")) -> float:
     """Largest relative difference between the tensors of two runs' checkpoints."""
     found = []
-    for name in ("student", "average", "optimiser"):
+    for name in names:
         x, y = (load_file(folder / "checkpoints" / f"{step:06d}" / f"{name}.safetensors") for folder in (a, b))
         assert set(x) == set(y)
         found += [float((x[key] - y[key]).norm() / x[key].norm().clamp(min=1e-6)) for key in x]
@@ -287,6 +287,22 @@ def test_processes_draw_together_what_one_would(count: int, tiny_sana: Path, tex
     assert (torch.cdist(flat, flat) + 100 * torch.eye(len(flat))).min() > 1
 
 
+def test_a_fake_score_learns_on_two_processes_what_it_learns_on_one(
+    tiny_sana: Path, texts: Path, tmp_path: Path
+) -> None:
+    """Uneven shares, prompts that the filter drops (not for the fake), a head start, several updates a step."""
+    fake = ("fake.updates=2", "fake.kind=whole", "fake.head_start=2", "rollout.steps=2", "fake.lr_factor=1")
+    runs = {count: tmp_path / f"of {count}" for count in (1, 2)}
+    for launch in [Launch(count, tiny_sana, texts, out, *fake) for count, out in runs.items()]:
+        code, words = launch.finish()
+        assert code == 0, words
+    assert difference(runs[1], runs[2], names=("student", "fake", "optimiser")) < 2e-3
+    rows = [read_metrics(out) for out in runs.values()]
+    for one, two in zip(*rows, strict=True):
+        assert one.keys() == two.keys() and ("head_start" in one) == (one["step"] < 2)
+        assert one["fake/loss"] == pytest.approx(two["fake/loss"], rel=1e-3)
+
+
 def test_shares_differ_by_one_at_most() -> None:
     for count in range(1, 9):
         for total in range(count, 30):
@@ -310,6 +326,7 @@ def test_only_errors_of_the_network_are_told_as_such() -> None:
     [
         ("student.lora=4", "student.lora=0"),
         ("adversarial.weight=0.5", "adversarial.weight=0"),
+        ("fake.updates=1", "fake.updates=0"),
         ("optimiser.name=came", "optimiser.name=adamw"),
         ("training.compile=true", "training.compile=false"),
     ],

@@ -219,3 +219,28 @@ def test_micro_batches_of_a_critic_add_up(
         found.append(read_metrics(tmp_path / str(size))[0])
     for name in ("fake/loss", "grad_norm/fake"):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-4)
+
+
+def test_the_fakes_blocks_are_compiled_with_the_others(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import nullcontext
+
+    from stepfold.training import distill as loop
+
+    given: list[torch.nn.Module] = []
+    monkeypatch.setattr(loop, "compiled_blocks", lambda blocks, recompute: given.extend(blocks) or nullcontext())
+    run(settings(*FAKE_ON, "training.compile=true", "training.steps=1"), tmp_path / "run", teacher, prompts)
+    depth = len(teacher.transformer.transformer_blocks)
+    assert len(given) == len({id(block) for block in given}) == 3 * depth  # teacher, student, fake
+
+
+def test_the_memory_estimate_counts_a_critics_states(teacher: SanaTeacher, settings: Settings) -> None:
+    from stepfold.training.choices import memory_estimate
+
+    student, fake, condition = teacher.new_student(), teacher.new_student(), teacher.encode(["fox"])
+    shape = teacher.latent_shape
+    plain, _ = memory_estimate(settings(), student, condition, shape, 1)
+    with_fake, _ = memory_estimate(settings(), student, condition, shape, 1, [fake])
+    weights = sum(parameter.numel() * 4 for parameter in fake.parameters())
+    assert (with_fake - plain) * 2**30 == pytest.approx(4 * weights)  # itself, its gradient, AdamW's two; no average

@@ -4,7 +4,7 @@ import ctypes
 import math
 import platform
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +102,7 @@ def choose_tangent(
     condition: Condition,
     latent_shape: tuple[int, ...],
     num_prompts: int | None = None,
+    critics: Iterable[nn.Module] = (),
 ) -> TangentChoice:
     """The backend of `training.tangent`; `auto` follows this rule, in this order.
 
@@ -120,11 +121,13 @@ def choose_tangent(
         condition: one row.
         latent_shape: of one sample.
         num_prompts: trajectories that this process has in a step; None for all of `training.prompts_per_step`.
+        critics: networks that are trained beside the student.
     """
     training = config.training
     if config.objective not in WITHOUT_TANGENT and training.tangent != "auto":
         return TangentChoice(training.tangent, training.checkpointing or training.tangent == "block", "as set")
-    need, fits = memory_estimate(config, student, condition, latent_shape, num_prompts or training.prompts_per_step)
+    count = num_prompts or training.prompts_per_step
+    need, fits = memory_estimate(config, student, condition, latent_shape, count, critics)
     recompute = training.checkpointing or not fits
     if config.objective in WITHOUT_TANGENT:
         name, reason = "none", WITHOUT_TANGENT[config.objective]
@@ -195,7 +198,12 @@ def trial(
 
 
 def memory_estimate(
-    config: Config, student: Student, condition: Condition, latent_shape: tuple[int, ...], num_prompts: int
+    config: Config,
+    student: Student,
+    condition: Condition,
+    latent_shape: tuple[int, ...],
+    num_prompts: int,
+    critics: Iterable[nn.Module] = (),
 ) -> tuple[float, bool]:
     """(GiB that the student's part of a step needs with all activations kept, whether the device has them to spare).
 
@@ -216,7 +224,10 @@ def memory_estimate(
     except torch.OutOfMemoryError:
         return math.inf, False
     need = two + (three - two) * (min(config.training.micro_batch or pairs, pairs) - 2)
-    need += STATES_PER_WEIGHT[config.optimiser.name] * trained + frozen + held_besides(trained + frozen, device)
+    states = STATES_PER_WEIGHT[config.optimiser.name]
+    beside = sum(p.numel() * p.element_size() for critic in critics for p in critic.parameters() if p.requires_grad)
+    need += states * trained + frozen + (states - 1) * beside  # a critic has no average
+    need += held_besides(trained + frozen + beside, device)
     return need / 2**30, need <= MEMORY_SHARE * device_memory(device)
 
 

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -184,7 +184,7 @@ def set_up(
     training, phases = config.training, phases_of(config)
     sharded = training.shard != "none" and processes.count > 1
     critics = new_critics([each for _, each in phases], teacher, accelerator.device)
-    choices = choose_tangents([each for _, each in phases], teacher, student, condition, processes)
+    choices = choose_tangents([each for _, each in phases], teacher, student, condition, processes, critics.values())
     recompute = any(choice.recompute for choice in choices)
     note_tangent("; then ".join(dict.fromkeys(f"{choice.backend} ({choice.reason})" for choice in choices)))
     networks = [student, *(module for module in critics.values() if isinstance(module, Student))]
@@ -229,7 +229,12 @@ def set_up(
 
 
 def choose_tangents(
-    configs: Sequence[Config], teacher: Teacher, student: Student, condition: Condition, processes: Processes
+    configs: Sequence[Config],
+    teacher: Teacher,
+    student: Student,
+    condition: Condition,
+    processes: Processes,
+    critics: Iterable[nn.Module],
 ) -> list[TangentChoice]:
     """The tangent's backend in each phase; equal settings are tried once."""
     largest = max(teacher.latent_shapes, key=math.prod)
@@ -238,7 +243,7 @@ def choose_tangents(
     for key, config in zip(keys, configs, strict=True):
         if key not in found:
             share = processes.largest_share(config.training.prompts_per_step)
-            found[key] = choose_tangent(config, student, condition, largest, share)
+            found[key] = choose_tangent(config, student, condition, largest, share, critics)
     return [found[key] for key in keys]
 
 
