@@ -22,7 +22,8 @@ from models import SIZES, Place, make_place, open_teacher
 from stepfold.config import Config
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
-from stepfold.training.distill import Progress, distill
+from stepfold.training.distill import distill
+from stepfold.training.looks import Progress
 from stepfold.training.runs import open_run
 from stepfold.training.stages import BESIDE_STEPS, Stages
 

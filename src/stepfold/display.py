@@ -12,7 +12,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from stepfold.training.distill import Progress
+    from stepfold.training.looks import Progress
 
 WIDE = 160  # columns of a table that is piped or written to a file
 

@@ -22,7 +22,7 @@ from stepfold.maths.tangent import Tangent
 from stepfold.objectives import consistency
 from stepfold.prompts.cache import encode_prompts
 from stepfold.teachers.contract import Condition
-from stepfold.training import distill as loop
+from stepfold.training import looks as loop
 from stepfold.training import states
 from stepfold.training import step as steps
 from stepfold.training.runs import append_metrics, checkpoints, open_run, read_metrics, save_checkpoint, writing

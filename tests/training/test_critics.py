@@ -11,6 +11,7 @@ import torch
 from gaussians import SIGMA_DATA, Law, Perfect, Score, batch_of, gaussian, nothing
 from torch import Tensor
 
+from stepfold.commands.distill import make_fake
 from stepfold.config import Config, load_config
 from stepfold.errors import NonFiniteError
 from stepfold.objectives import denoising
@@ -150,6 +151,7 @@ def run(config: Config, folder: Path, teacher: SanaTeacher, prompts: PromptFile,
     folder.mkdir(exist_ok=True)
     torch.manual_seed(config.seed)
     student, black = teacher.new_student(), torch.zeros(teacher.latent_shape)
+    options |= {"make_fake": lambda: make_fake(teacher, config.fake)}
     distill(config, folder, teacher, student, prompts, [black], make_accelerator("no"), **options)
     return {name: value.clone() for name, value in student.state_dict().items()}
 
@@ -226,7 +228,7 @@ def test_the_fakes_blocks_are_compiled_with_the_others(
 ) -> None:
     from contextlib import nullcontext
 
-    from stepfold.training import distill as loop
+    from stepfold.training import set_up as loop
 
     given: list[torch.nn.Module] = []
     monkeypatch.setattr(loop, "compiled_blocks", lambda blocks, recompute: given.extend(blocks) or nullcontext())

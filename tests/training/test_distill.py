@@ -37,8 +37,9 @@ from stepfold.teachers.sana import SanaStudent, SanaTeacher
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
 from stepfold.training.critics import new_discriminator
-from stepfold.training.distill import Progress, distill
+from stepfold.training.distill import distill
 from stepfold.training.draws import Batch, draw
+from stepfold.training.looks import Progress
 from stepfold.training.precision import walk_precision
 from stepfold.training.runs import checkpoints, damage, read_metrics, saved_step
 from stepfold.training.states import collect

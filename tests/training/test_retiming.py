@@ -30,7 +30,7 @@ from stepfold.teachers.licences import in_words, licences_of
 from stepfold.teachers.loading import CARD, load_teacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training import doctor
-from stepfold.training.distill import Progress
+from stepfold.training.looks import Progress
 from stepfold.training.retiming import fit_time_embedder
 from stepfold.training.runs import checkpoints, read_metrics
 

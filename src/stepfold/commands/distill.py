@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
     from torch import Tensor
 
-    from stepfold.config import Config, StudentSettings
+    from stepfold.config import Config, FakeSettings, StudentSettings
     from stepfold.display import Display
     from stepfold.evaluation.protocol import Protocol
     from stepfold.images.reading import ImageFolder
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from stepfold.teachers.contract import Condition, Student
     from stepfold.teachers.pipeline import PipelineTeacher
     from stepfold.training.course import Course
-    from stepfold.training.distill import Progress
+    from stepfold.training.looks import Progress
     from stepfold.training.processes import Processes
 
 
@@ -221,6 +221,11 @@ def make_student(teacher: "PipelineTeacher", settings: "StudentSettings", displa
     return teacher.new_student(settings.depth)
 
 
+def make_fake(teacher: "PipelineTeacher", settings: "FakeSettings") -> "Student":
+    """The fake score of a run, as it starts: as the teacher."""
+    return teacher.lora_student(settings.rank) if settings.kind == "lora" else teacher.new_student()
+
+
 def open_folder(
     folder: Path, config: "Config", resume: bool, prompts: "PromptFile | ImageFolder", display: "Display"
 ) -> "BaseFileLock":
@@ -309,6 +314,7 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
             config, run.folder, run.teacher, student, run.prompts, run.blacks, run.accelerator,
             processes=run.processes, latents=run.latents, conditions=run.conditions if run.cached else None,
             stages=course.stages, note_tangent=note_tangent, report=report, preview=course.apart(preview),
+            make_fake=lambda: make_fake(run.teacher, config.fake),
         )  # fmt: skip
     course.note_memory()
     if tracker:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from stepfold.config import Config
+from stepfold.errors import UserError
 from stepfold.maths.formulations import trigflow_time
 from stepfold.objectives import adversarial
 from stepfold.objectives.adversarial import Discriminator
@@ -44,13 +44,21 @@ class Critic:
     loss: Own | None = None
 
 
-def new_critics(configs: Sequence[Config], teacher: Teacher, device: torch.device) -> dict[str, nn.Module]:
-    """The networks of the critics that the phases of a run ask for, by name."""
+def new_critics(
+    configs: Sequence[Config], teacher: Teacher, device: torch.device, make_fake: Callable[[], Student] | None
+) -> dict[str, nn.Module]:
+    """The networks of the critics that the phases of a run ask for, by name; what they start as depends on the seed.
+
+    Raises:
+        UserError: a fake score is asked for, and nobody can make one.
+    """
     found: dict[str, nn.Module] = {}
     if any(config.adversarial.weight for config in configs):
         found[adversarial.NAME] = new_discriminator(teacher, configs[0].seed).to(device)
     if any(config.fake.updates for config in configs):
-        found[FAKE] = new_fake(configs[0], teacher).to(device)
+        if make_fake is None:
+            raise UserError("fake.updates needs a teacher that is a pipeline; leave fake.updates at 0")
+        found[FAKE] = new_fake(make_fake, configs[0].seed).to(device)
     return found
 
 
@@ -76,16 +84,11 @@ def new_discriminator(teacher: Teacher, seed: int) -> Discriminator:
         return Discriminator(teacher.feature_widths)
 
 
-def new_fake(config: Config, teacher: Teacher) -> Student:
-    """A fake score that starts as the teacher; its first weights depend on the seed alone.
-
-    It learns at every scale that its pictures are made with, and keeps no weight of a consistency loss.
-    """
+def new_fake(make_fake: Callable[[], Student], seed: int) -> Student:
+    """A fake score; its first weights depend on the seed alone. It keeps no weight of a consistency loss."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        fake = (
-            cast(Any, teacher).lora_student(config.fake.rank) if config.fake.kind == "lora" else teacher.new_student()
-        )
+        torch.manual_seed(seed)
+        fake = make_fake()
     for name, parameter in fake.named_parameters():
         if name.startswith("variance_head."):
             parameter.requires_grad_(False)

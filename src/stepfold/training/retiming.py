@@ -24,8 +24,8 @@ from stepfold.spaces.records import Pairs
 from stepfold.teachers.contract import Condition, concatenate
 from stepfold.teachers.once import compute_afresh
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
-from stepfold.training.distill import Progress, stop_requests
 from stepfold.training.draws import Batch, draw
+from stepfold.training.looks import Progress
 from stepfold.training.optimisers import learning_rate, make_optimiser
 from stepfold.training.precision import walk_precision
 from stepfold.training.runs import (
@@ -37,6 +37,7 @@ from stepfold.training.runs import (
 )
 from stepfold.training.states import collect
 from stepfold.training.step_log import StepRecord, metrics_of, row_of
+from stepfold.training.stopping import stop_requests
 
 
 def retimed_network(
