@@ -94,6 +94,8 @@ FIXES = {
     "--protocol": "give what it takes",
     "student.lora": "as the message says",
     "adversarial.weight": "as the message says",
+    "fake.updates": "as the message says",
+    "in a phase": "as the message says",
     "optimiser.name=": "as the message says",
     "training.compile": "as the message says",
     "the checkpoint has": "a checkpoint of Sana or Sana-Sprint; `--base` of the same size",
