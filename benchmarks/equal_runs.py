@@ -27,6 +27,7 @@ class Place:
         self.environment = os.environ | {
             "PYTHONPATH": str(self.source / "src"), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets"),
+            "COLUMNS": "1000",  # a message in one line
         }  # fmt: skip
         (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
         (folder / "tiny.txt").write_text("\n".join(TINY_PROMPTS) + "\n")
