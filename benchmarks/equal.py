@@ -34,19 +34,25 @@ SHOWN = 3  # differences of a case
 
 
 def row_differences(older: list[dict[str, Any]], newer: list[dict[str, Any]], extra: set[str]) -> Iterator[str]:
-    """Each key of a step that differs, with both values."""
+    """Each key that differs somewhere: the first step where it does, with both values, and in how many it does."""
     if len(older) != len(newer):
         yield f"{len(older)} and {len(newer)} rows"
+    first: dict[str, str] = {}
+    steps = Counter[str]()
     for number, (ours, theirs) in enumerate(zip(older, newer, strict=False)):
         a = {SAME_KEYS.get(key, key): value for key, value in ours.items()}
         b = {SAME_KEYS.get(key, key): value for key, value in theirs.items()}
         for key in dict.fromkeys([*a, *b]):
-            if TIMES.search(key) or (key in extra and (key in a) != (key in b)):
+            one_sided = (key in a) != (key in b)
+            if TIMES.search(key) or (key in extra and one_sided) or (not one_sided and same(a[key], b[key])):
                 continue
-            if key not in a or key not in b:
-                yield f"step {number}: {key} is only in the {'older' if key in a else 'newer'} one"
-            elif not same(a[key], b[key]):
-                yield f"step {number}: {key} {a[key]!r} and {b[key]!r}"
+            what = (
+                f"is only in the {'older' if key in a else 'newer'} one" if one_sided else f"{a[key]!r} and {b[key]!r}"
+            )
+            first.setdefault(key, f"step {number}: {key} {what}")
+            steps[key] += 1
+    for key, line in first.items():
+        yield line + (f" (in {steps[key]} steps)" if steps[key] > 1 else "")
 
 
 def same(a: Any, b: Any) -> bool:
