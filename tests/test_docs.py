@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import typer.main
+from diffusers import AuraFlowPipeline
 from torch import nn
 from typer.testing import CliRunner
 
@@ -19,6 +21,7 @@ from stepfold.cli import app
 from stepfold.commands.distill import run_distill
 from stepfold.config import load_config, setting_names
 from stepfold.display import Display
+from stepfold.teachers import loading
 from stepfold.teachers.contract import Condition
 from stepfold.training import terms
 from stepfold.training.runs import read_metrics
@@ -127,6 +130,24 @@ def test_the_method_that_the_docs_add_is_the_packages_own(
         run_distill(config, tmp_path / name, resume=False, display=Display(quiet=True), command="test")
         rows.append(read_metrics(tmp_path / name))
     assert rows[0] == rows[1] and len(rows[0]) == 2
+
+
+def test_the_family_that_the_docs_add_is_a_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts_file: Path
+) -> None:
+    """Its blocks run on a tiny pipeline of the real classes, which is distilled; plain diffusers loads the student."""
+    tiny.make_auraflow().save_pretrained(tmp_path / "aura", safe_serialization=True)
+    monkeypatch.setattr(loading, "FAMILIES", dict(loading.FAMILIES))
+    names: dict[str, Any] = {"folder": str(tmp_path / "aura")}
+    for code in blocks(ROOT / "docs" / "add-a-family.md", "python"):
+        exec(code, names)
+    assert loading.FAMILIES["AuraFlowPipeline"] is names["AuraFlowTeacher"]
+    small = ("training.steps=2", "training.preview_every=9", "space.route_steps=3", "training.precision=no")
+    more = ("training.walk_precision=no", "space.filter_rule=off", "optimiser.name=adamw", "teacher.max_tokens=16")
+    config = load_config("default", [*small, *more], teacher__source=str(tmp_path / "aura"), prompts=str(prompts_file))
+    run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
+    pipe = AuraFlowPipeline.from_pretrained(tmp_path / "run" / "student", use_safetensors=True)
+    assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
 
 
 class Drift(nn.Module):

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLWan,
@@ -213,6 +215,23 @@ def make_sd3(num_layers: int = 2) -> StableDiffusion3Pipeline:
         tokenizer_3=t5_tokenizer(),
     )
     return StableDiffusion3Pipeline(**parts)
+
+
+def make_auraflow() -> AuraFlowPipeline:
+    """A family that the package does not have: docs/add-a-family.md adds it."""
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
+        attention_head_dim=8, num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32,
+        pos_embed_max_size=64,
+    )  # fmt: skip
+    parts: Any = dict(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+        vae=kl_autoencoder(4),
+        text_encoder=t5_encoder(32),
+        tokenizer=t5_tokenizer(),
+    )
+    return AuraFlowPipeline(**parts)
 
 
 def make_flux(guidance_embeds: bool = True, num_layers: int = 1) -> FluxPipeline:
