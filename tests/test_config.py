@@ -256,3 +256,11 @@ def test_a_setting_that_was_renamed(tmp_path: Path) -> None:
     for give in (lambda: load_config("demo", ["training.rollout_precision=no"]), lambda: load_config(str(path))):
         with pytest.raises(UserError, match=r"training\.rollout_precision.*called training\.walk_precision now"):
             give()
+
+
+def test_discrete_consistency_needs_more_than_one_time() -> None:
+    """One time a latent leaves one teacher step straight to t = 0, which teaches nothing of the trajectory."""
+    one = ("space.kind=endpoints", "space.route_steps=2")
+    with pytest.raises(UserError, match=r"one time a latent .* give space\.route_steps=16, or objective=continuous"):
+        load_config("demo", [*one, "space.keep_first=false", "objective=discrete"])
+    assert load_config("demo", [*one, "objective=continuous"]).objective == "continuous"

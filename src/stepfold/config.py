@@ -420,6 +420,17 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _more_than_one_time(self) -> "Config":
+        space = self.space
+        alone = space.route_steps - (not space.keep_first) == 1 and "generation" not in space.weights
+        if self.objective == "discrete" and alone:
+            raise ValueError(
+                "objective=discrete with one time a latent would be one teacher step straight to t = 0; give "
+                "space.route_steps=16, or objective=continuous"
+            )
+        return self
+
     @property
     def student_in_half(self) -> bool:
         """Whether the student computes in bfloat16 whatever its precision: a LoRA on weights that are stored so."""

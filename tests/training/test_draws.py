@@ -42,3 +42,24 @@ def test_no_state_of_a_walk_stands_where_another_does(tmp_path: Path, route: str
         noised = batch.times(config.space)
         assert noised.shape == (1, pairs_per_prompt(16, keep_first)) and (noised <= teacher.start_time).all()
         assert (noised.diff(dim=1) < 0).all()
+
+
+@pytest.mark.parametrize("route", ["reference", "logit_normal", "random"])
+def test_times_of_noised_latents_are_shared_by_a_step_or_are_the_prompts_own(
+    tiny_sana: Path, prompts_file: Path, route: str
+) -> None:
+    teacher, prompts = load_teacher(TeacherSettings(source=str(tiny_sana)), "cpu"), open_prompts(prompts_file)
+
+    def times(per: str, number: int = 0) -> torch.Tensor:
+        changes = ["space.kind=endpoints", f"space.route={route}", f"space.route_per={per}"]
+        config = load_config(
+            "default",
+            [*changes, "training.prompts_per_step=2"],
+            teacher__source=str(tiny_sana),
+            prompts=str(prompts_file),
+        )
+        return draw(number, prompts, teacher, config, CPU).times(config.space)
+
+    shared, own = times("step"), times("prompt")
+    assert torch.equal(shared[0], shared[1]) and not torch.equal(own[0], own[1])
+    assert not torch.equal(shared, times("step", 1))

@@ -150,13 +150,17 @@ def draw_route(
 def draw_times(
     space: SpaceSettings, seed: int, number: int, sample: int, sigma_data: float, start_time: float = math.pi / 2
 ) -> Tensor:
-    """As many times [M], falling, as a walk would keep: one from each cell of the reference ladder, or independent."""
+    """As many times [M], falling, as a walk would keep: one from each cell of the reference ladder, or independent.
+
+    They are shared by the prompts of a batch unless `route_per` is `prompt`.
+    """
     count = pairs_per_prompt(space.route_steps, space.keep_first)
     if space.route == "reference":
         return draw_route(space, seed, number, sample, sigma_data, start_time)[-count:]
+    key = ("times of step", number) if space.route_per == "step" else ("times of sample", sample)
     if space.route == "logit_normal":
-        numbers = normal((count,), seed, "times of sample", sample)
+        numbers = normal((count,), seed, *key)
         times = logit_normal_times(numbers, sigma_data, space.logit_mean, space.logit_std, start_time)
     else:
-        times = random_times(uniform((count,), seed, "times of sample", sample), start_time)
+        times = random_times(uniform((count,), seed, *key), start_time)
     return times.sort(descending=True).values.clamp(max=at_most(start_time, times.dtype))
