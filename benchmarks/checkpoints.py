@@ -19,6 +19,7 @@ from common import Run, make_parser, open_record, show, take_turns, training_dev
 from models import SIZES, Place, make_place, open_teacher
 
 from stepfold.config import Config
+from stepfold.students.whole import new_student
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill
@@ -42,7 +43,7 @@ def some_steps(place: Place, config: Config, accelerator: Accelerator, sizes: li
             folder = Path(name)
             open_run(folder, config, resume=False)
             distill(
-                config, folder, teacher, teacher.new_student(), place.prompts, [cache.black.to(device)], accelerator,
+                config, folder, teacher, new_student(teacher), place.prompts, [cache.black.to(device)], accelerator,
                 conditions=lambda index: cache.rows(index).to(device, teacher.dtype), stages=stages,
             )  # fmt: skip
             sizes.append(sum(file.stat().st_size for file in checkpoints(folder)[-1].iterdir()))

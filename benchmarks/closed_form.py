@@ -21,6 +21,7 @@ from stepfold.api import distill_module, draw
 from stepfold.maths.closed_form import MixtureTeacher
 from stepfold.maths.formulations import euler_step, interpolate
 from stepfold.randomness import normal
+from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.module import ModuleTeacher
 from stepfold.teachers.pipeline import SIGMA_DATA
@@ -128,11 +129,13 @@ def belongs(prompts: tuple[str, ...], seed: int, steps: int = 400) -> Tensor:
 def error(row: Sequence[str], steps: int, seed: int, begin: Small) -> float:
     """Root mean square distance of one-step samples to where they belong, in standard deviations of the data."""
     teacher = ModuleTeacher(Exact(), encode, (2,), "trigflow")
-    teacher.new_student = ModuleTeacher(begin, encode, (2,), "trigflow").new_student
+    student = new_student(ModuleTeacher(begin, encode, (2,), "trigflow"))
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "prompts.txt").write_text("\n".join(LABELS) + "\n")
         changes = [*settings(steps), *row, f"seed={seed}"]
-        student = distill_module(teacher, Path(folder) / "prompts.txt", Path(folder) / "run", changes, quiet=True)
+        student = distill_module(
+            teacher, Path(folder) / "prompts.txt", Path(folder) / "run", changes, student=student, quiet=True
+        )
     prompts = list(LABELS) * (PICTURES // len(LABELS))
     found = draw(teacher, student.eval(), prompts, seed=JUDGED)
     return (found.double() - belongs(tuple(prompts), JUDGED)).square().sum(1).mean().sqrt().item()

@@ -30,6 +30,7 @@ from stepfold.config import Config
 from stepfold.objectives.adversarial import NAME
 from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import open_prompts
+from stepfold.students.whole import new_student
 from stepfold.teachers import pipeline
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_teacher
@@ -100,7 +101,7 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
         if not from_images or config.space.cache_latents:
             teacher.release_decoder()
         with fake, counted:
-            student = teacher.new_student()
+            student = new_student(teacher)
             if training.checkpointing:
                 student.recompute_blocks()
             average = copy.deepcopy(student).requires_grad_(False)

@@ -28,6 +28,7 @@ from stepfold.images.reading import ImageFolder
 from stepfold.reproduction.experiments import IMAGES, load_experiments, make_run
 from stepfold.reproduction.figures import draw_memory
 from stepfold.spaces.records import pairs_per_prompt
+from stepfold.students.whole import new_student
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill
@@ -101,7 +102,7 @@ def method_memory(place: Place, config: Config, cached: bool) -> dict[str, float
             latents = image_latents(folder, teacher, pictures, config.space.cache_latents, Display(quiet=True))
         if latents is None or config.space.cache_latents:
             teacher.release_decoder()
-        student = teacher.new_student()
+        student = new_student(teacher)
         memory.start()
         distill(
             config, folder, teacher, student, prompts, blacks, accelerator, latents=latents,

@@ -18,6 +18,7 @@ from models import SIZES, make_place, open_teacher
 
 from stepfold.evaluation.measure import Sampler, student_sampler, teacher_sampler
 from stepfold.randomness import normal
+from stepfold.students.whole import new_student
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.precision import walk_precision
 
@@ -91,7 +92,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         teacher = open_teacher(place, with_encoders=True)
         teacher.black_latent(teacher.latent_shape)  # the autoencoder is on the device now
         torch.manual_seed(0)
-        student = teacher.new_student().eval()
+        student = new_student(teacher).eval()
         samplers = {
             f"student {k}": student_sampler(student, teacher.student_times(k), 0, teacher.sigma_data)
             for k in STUDENT_STEPS

@@ -20,6 +20,7 @@ from common import console, make_parser, open_record, show, training_device, wri
 from models import SIZES, Place, make_place, open_teacher
 
 from stepfold.config import Config
+from stepfold.students.whole import new_student
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill
@@ -66,7 +67,7 @@ def seconds_by_stage(place: Place, config: Config, cached: bool, accelerator: Ac
     with tempfile.TemporaryDirectory() as folder:
         open_run(Path(folder), config, resume=False)
         distill(
-            config, Path(folder), teacher, teacher.new_student(), place.prompts, [cache.black.to(device)], accelerator,
+            config, Path(folder), teacher, new_student(teacher), place.prompts, [cache.black.to(device)], accelerator,
             conditions=(lambda index: cache.rows(index).to(device, teacher.dtype)) if cached else None,
             stages=stages, report=report,
         )  # fmt: skip

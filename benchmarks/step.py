@@ -48,7 +48,9 @@ from stepfold.objectives.contract import Networks
 from stepfold.prompts.cache import ConditionCache
 from stepfold.prompts.reading import PromptFile
 from stepfold.spaces.records import Pairs, pairs_per_prompt
-from stepfold.teachers.sana import SanaStudent, SanaTeacher
+from stepfold.students.sana import SanaStudent
+from stepfold.students.whole import new_student
+from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.choices import choose_tangent, full_float32, has_bf16, keep_freed_memory
 from stepfold.training.draws import draw
 from stepfold.training.optimisers import make_optimiser
@@ -177,7 +179,7 @@ def open_bench(work: Work, sides: tuple[Side, ...]) -> Bench:
         )  # practice's filter needs it: the autoencoder has run and is on the device
         plain = without_shortcuts(copy.deepcopy(teacher.transformer) if "ours" in sides else teacher.transformer)
     torch.manual_seed(0)
-    student = teacher.new_student()
+    student = new_student(teacher)
     with torch.no_grad():
         for parameter in student.parameters():  # off the teacher, so that every parameter has a gradient
             parameter += 0.01 * torch.randn_like(parameter) * parameter.square().mean().sqrt().clamp(min=0.01)

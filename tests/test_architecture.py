@@ -17,7 +17,7 @@ FILES = sorted(p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*.py"))
 
 EXTERNAL = {
     "accelerate": ("training/", "commands/distill.py"),
-    "diffusers": ("teachers/", "export/converting.py", "display.py", "training/doctor.py", "evaluation/solvers.py"),
+    "diffusers": ("teachers/", "students/", "export/converting.py", "display.py", "training/doctor.py", "evaluation/"),
     "transformers": ("evaluation/judge.py", "evaluation/mjhq.py", "teachers/", "display.py"),
     "huggingface_hub": ("teachers/", "export/hub.py"),
     "torch_fidelity": ("evaluation/mjhq.py",),
@@ -27,7 +27,7 @@ EXTERNAL = {
     "yaml": ("config.py", "reproduction/experiments.py"),
     "datasets": ("images/reading.py",),
     "matplotlib": ("evaluation/report.py", "reproduction/figures.py"),
-    "peft": ("teachers/pipeline.py",),
+    "peft": ("students/lora.py",),
     "pyarrow": ("prompts/tables.py",),
     "py3langid": ("prompts/cleaning.py",),
     "rensa": ("prompts/cleaning.py",),
@@ -187,6 +187,7 @@ def test_weights_load_from_safetensors_only() -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_everything_public_says_what_it_is(file: str) -> None:
+    """A method that overrides one with a docstring may leave it at that."""
     assert ast.get_docstring(tree(file))
     nodes: list[ast.AST] = [tree(file)]
     while nodes:
@@ -194,6 +195,7 @@ def test_everything_public_says_what_it_is(file: str) -> None:
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith(
                 "_"
             ):
-                assert ast.get_docstring(node), f"{file}: {node.name}"
+                overrides = "override" in {ast.unparse(decorator) for decorator in node.decorator_list}
+                assert ast.get_docstring(node) or overrides, f"{file}: {node.name}"
                 if isinstance(node, ast.ClassDef):
                     nodes.append(node)

@@ -14,7 +14,8 @@ from stepfold.evaluation.judge import load_judge
 from stepfold.evaluation.measure import measure, student_sampler, teacher_sampler
 from stepfold.evaluation.protocol import EMOJI
 from stepfold.prompts.reading import open_prompts
-from stepfold.teachers.loading import load_student, load_teacher
+from stepfold.students.loading import load_student
+from stepfold.teachers.loading import load_teacher
 
 
 def test_under_32_mb_and_nothing_that_can_execute():

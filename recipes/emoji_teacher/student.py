@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepfold import assets
+from stepfold.students.saving import NETWORK_WEIGHTS
 from stepfold.teachers.loading import CARD, read_card
-from stepfold.teachers.pipeline import NETWORK_WEIGHTS
 
 
 def ship(student: Path, out: Path) -> None:

@@ -14,6 +14,7 @@ from stepfold.errors import UserError
 from stepfold.prompts.reading import open_prompts
 from stepfold.randomness import normal
 from stepfold.sampling.consistency import sample_consistency
+from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Student
 from stepfold.teachers.module import ModuleTeacher
 from stepfold.training.accelerators import make_accelerator
@@ -32,6 +33,7 @@ def distill_module(
     folder: str | Path,
     changes: Sequence[str] = (),
     *,
+    student: Student | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> Student:
@@ -42,6 +44,7 @@ def distill_module(
         prompts: a text file, one prompt a line; or a table, as `open_prompts` takes it.
         folder: of the run; new, or to be resumed. The student's weights are written into it, in safetensors.
         changes: settings as for `--set`, on top of the preset `default`, such as `objective=discrete`.
+        student: what is trained, in place; None for a student that starts as the teacher.
         resume: continue the run that the folder holds.
         quiet: show no progress.
 
@@ -65,7 +68,7 @@ def distill_module(
         raise UserError("a network of one's own trains all its weights; leave student.lora at 0")
     if config.teacher != TeacherSettings(source=source):
         raise UserError("settings of `teacher` are for pipelines; what there is to say is an argument of ModuleTeacher")
-    student = teacher.new_student(config.student.depth)
+    student = student or new_student(teacher, config.student.depth)
     blacks = [torch.zeros(teacher.latent_shape, device=accelerator.device)]
     teacher.network.to(accelerator.device)
     lock = open_run(folder, config, resume)
@@ -81,7 +84,7 @@ def distill_module(
 
 def load_module_student(teacher: ModuleTeacher, folder: str | Path) -> Student:
     """The student that `distill_module` left in a run folder."""
-    student = teacher.new_student()
+    student = new_student(teacher)
     student.load_state_dict(load_file(Path(folder) / WEIGHTS))
     return student.eval()
 

@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from stepfold.config import load_config
 from stepfold.export.pipeline import save_student
-from stepfold.teachers.loading import load_student, load_teacher
+from stepfold.students.loading import load_student
+from stepfold.students.lora import lora_student
+from stepfold.students.whole import new_student
+from stepfold.teachers.loading import load_teacher
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "sd3": tiny.make_sd3,
@@ -66,7 +69,7 @@ def finished(source: Path, folder: Path, lora: int, depth: float = 1.0) -> Path:
     sizes = ["teacher.height=32", "teacher.width=32", "teacher.max_tokens=24"]
     config = load_config("default", [*changes, *sizes])
     teacher = load_teacher(config.teacher, "cpu")
-    student = teacher.lora_student(lora) if lora else teacher.new_student(depth)
+    student = lora_student(teacher, lora) if lora else new_student(teacher, depth)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for parameter in student.parameters():

@@ -16,7 +16,8 @@ from stepfold.commands.sample import run_sample
 from stepfold.errors import UserError
 from stepfold.export.pipeline import model_card
 from stepfold.sampling.consistency import sample_consistency
-from stepfold.teachers.loading import CARD, load_merged, load_student, read_card
+from stepfold.students.loading import load_merged, load_student
+from stepfold.teachers.loading import CARD, read_card
 
 from .conftest import SMALLER, relative, start
 

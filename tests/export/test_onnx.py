@@ -14,7 +14,7 @@ from stepfold.commands.export import run_export
 from stepfold.errors import UserError
 from stepfold.export import onnx
 from stepfold.sampling.consistency import sample_consistency
-from stepfold.teachers.loading import load_merged
+from stepfold.students.loading import load_merged
 
 from .conftest import relative, run_alone
 

@@ -21,8 +21,11 @@ from stepfold.export.pipeline import model_card, save_student
 from stepfold.maths.routes import few_step_times
 from stepfold.randomness import normal
 from stepfold.sampling.consistency import sample_consistency
-from stepfold.teachers.loading import CARD, load_student
-from stepfold.teachers.sana import SanaStudent, SanaTeacher
+from stepfold.students.loading import load_student
+from stepfold.students.sana import SanaStudent
+from stepfold.students.whole import new_student
+from stepfold.teachers.loading import CARD
+from stepfold.teachers.sana import SanaTeacher
 
 PROMPTS = ["red heart", "dog on blue background", "pizza on a white plate"]
 MAX_TOKENS = 40
@@ -48,7 +51,7 @@ def teacher(tiny_sana: Path) -> SanaTeacher:
 @pytest.fixture(scope="module")
 def student(teacher: SanaTeacher) -> SanaStudent:
     """Not its teacher any more, and with a guidance embedding that matters."""
-    student = teacher.new_student()
+    student = new_student(teacher)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for parameter in student.parameters():

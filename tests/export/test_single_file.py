@@ -22,7 +22,7 @@ from stepfold.commands.export import run_export
 from stepfold.errors import UserError
 from stepfold.export.converting import convert
 from stepfold.export.single_file import original_state
-from stepfold.teachers.loading import load_merged
+from stepfold.students.loading import load_merged
 
 from .conftest import relative
 

@@ -23,8 +23,9 @@ from stepfold.evaluation.mjhq import open_mjhq
 from stepfold.prompts import tables
 from stepfold.prompts.cache import encode_prompts, open_conditions
 from stepfold.prompts.reading import open_prompts
+from stepfold.students.loading import load_student
 from stepfold.teachers.contract import Condition
-from stepfold.teachers.loading import load_any_pipeline, load_student, load_teacher
+from stepfold.teachers.loading import load_any_pipeline, load_teacher
 from stepfold.training.latents import cached_blacks
 from stepfold.training.runs import (
     CHECKSUMS,

@@ -44,8 +44,9 @@ from stepfold.errors import NonFiniteError, UserError
 from stepfold.evaluation.report import curves_from_rows
 from stepfold.prompts.cache import encode_prompts, open_conditions
 from stepfold.prompts.reading import open_prompts
+from stepfold.students.loading import load_student
 from stepfold.teachers.contract import Condition
-from stepfold.teachers.loading import load_student, load_teacher
+from stepfold.teachers.loading import load_teacher
 from stepfold.training.latents import cached_blacks
 from stepfold.training.memory import peak_memory_gib, reset_peak_memory
 from stepfold.training.runs import (

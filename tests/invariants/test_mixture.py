@@ -72,7 +72,7 @@ class SmallStudent(Student):
     def forward(self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
         return self.net(torch.cat([x_unit, t.cos()[:, None], t.sin()[:, None], condition.embeds[:, 0]], 1))
 
-    def log_variance(self, t: Tensor, guidance: Tensor) -> Tensor:
+    def log_variance(self, t: Tensor, guidance: Tensor, target: Tensor | None = None) -> Tensor:
         return self.variance(torch.stack([t.cos(), t.sin()], 1)).squeeze(1)
 
 

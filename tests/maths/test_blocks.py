@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from stepfold.maths.blocks import CompiledBlock, compiled_blocks
 from stepfold.maths.tangent import total_derivative
 from stepfold.maths.zeros import PRODUCTS, WithoutZeroProducts
+from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Student
 from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.sana import SanaTeacher
@@ -54,7 +55,7 @@ def step(teacher: Any, student: Student, backend: str = "one_pass") -> dict[str,
 
 
 def test_compiled_blocks_are_the_blocks(teacher: Any) -> None:
-    student = teacher.new_student()
+    student = new_student(teacher)
     plain, blocks = step(teacher, student), blocks_of(student)
     with compiled_blocks(blocks, backend=TRACED):
         assert all(isinstance(block.forward, CompiledBlock) for block in blocks)
@@ -66,7 +67,7 @@ def test_compiled_blocks_are_the_blocks(teacher: Any) -> None:
 
 
 def test_blocks_of_a_class_share_their_code(teacher: Any) -> None:
-    student = teacher.new_student()
+    student = new_student(teacher)
     blocks = blocks_of(student)
     with compiled_blocks([*blocks, *blocks], backend=TRACED):
         step(teacher, student)
@@ -92,7 +93,7 @@ def kept_bytes(student: Student, teacher: Any, recompute: bool) -> int:
 
 def test_recomputed_blocks_keep_less(tiny_sana: Path) -> None:
     teacher = SanaTeacher(tiny_sana, max_tokens=24)
-    student = teacher.new_student()
+    student = new_student(teacher)
     assert kept_bytes(student, teacher, recompute=True) < 0.5 * kept_bytes(student, teacher, recompute=False)
 
 

@@ -203,7 +203,7 @@ class Net(Student):
     def forward(self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
         return self.scale * x_unit
 
-    def log_variance(self, t: Tensor, guidance: Tensor) -> Tensor:
+    def log_variance(self, t: Tensor, guidance: Tensor, target: Tensor | None = None) -> Tensor:
         return torch.zeros_like(t)
 
 

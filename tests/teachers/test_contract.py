@@ -24,6 +24,8 @@ from stepfold.randomness import generator, normal
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.sampling.teacher import sample_teacher
 from stepfold.spaces.generation import pairs_from, walk
+from stepfold.students.saving import save_whole
+from stepfold.students.whole import as_student, new_student
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.flux import FluxTeacher
@@ -44,9 +46,9 @@ SMALL: dict[str, Any] = dict(height=16, width=32, max_tokens=MAX_TOKENS)
 def sprint_folder(source: Path, folder: Path) -> Path:
     """A SanaSprintPipeline whose guidance embedding matters."""
     teacher = SanaTeacher(source, max_tokens=MAX_TOKENS)
-    student = teacher.new_student()
+    student = new_student(teacher)
     nn.init.normal_(student.transformer.time_embed.guidance_embedder.linear_2.weight, std=0.2)
-    teacher.save_student(student, folder)
+    save_whole(teacher, student, folder)
     return folder
 
 
@@ -223,7 +225,7 @@ def student_velocity(teacher: Any, student: nn.Module, state: tuple[Tensor, Tens
 
 def test_a_new_student_is_its_teacher(teacher: Any, state: tuple[Tensor, Tensor]):
     """With guidance embedded at any scale; without, at the scale 1 that leaves classifier-free guidance out."""
-    condition, student = teacher.encode(PROMPTS), teacher.new_student().to(teacher.dtype)
+    condition, student = teacher.encode(PROMPTS), new_student(teacher).to(teacher.dtype)
     guidance = scales(teacher, 3, 4.5, 6)
     equal = guidance if teacher.guidance_kind == "embedded" else torch.ones_like(guidance)
     expected = teacher.velocity(*state, condition, equal)
@@ -238,7 +240,7 @@ def test_a_new_student_is_its_teacher(teacher: Any, state: tuple[Tensor, Tensor]
 def test_a_new_student_owns_its_weights_and_can_learn_all_of_them(teacher: Any, state: tuple[Tensor, Tensor]):
     """Every parameter gets a gradient but those that the family names: the guidance embedder's last layer does."""
     condition, guidance = teacher.encode(PROMPTS), scales(teacher, 3, 4.5, 6)
-    student = teacher.new_student().to(teacher.dtype)
+    student = new_student(teacher).to(teacher.dtype)
     taken = {p.data_ptr() for p in teacher.transformer.parameters()}
     assert all(p.requires_grad and p.data_ptr() not in taken for p in student.parameters())
     F = student(state[0] / teacher.sigma_data, state[1], condition, guidance)
@@ -251,7 +253,7 @@ def test_a_student_learns_guidance_in_twenty_steps(teacher: Any):
     """The real update: neutral at first, guidance changes the output after it."""
     if teacher.dtype != torch.float32 or not teacher.student_reads_guidance:
         pytest.skip("training is in float32, and its student reads guidance")
-    student = teacher.new_student()
+    student = new_student(teacher)
     config = validate(
         {
             "prompts": "prompts.txt",
@@ -286,7 +288,7 @@ def test_a_student_learns_guidance_in_twenty_steps(teacher: Any):
 @pytest.fixture(scope="module")
 def saved(teacher: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A student that is not its teacher any more, and its folder."""
-    student = teacher.new_student().to(teacher.dtype)
+    student = new_student(teacher).to(teacher.dtype)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for parameter in student.transformer.parameters():
@@ -295,7 +297,7 @@ def saved(teacher: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
             nn.init.normal_(student.transformer.time_embed.guidance_embedder.linear_2.weight, std=0.2)
     folder = tmp_path_factory.mktemp("saved") / "student"
     teacher.release_decoder()  # as during training; the folder must have the autoencoder all the same
-    teacher.save_student(student, folder)
+    save_whole(teacher, student, folder)
     return student, folder
 
 
@@ -308,9 +310,9 @@ def test_a_saved_student_is_read_back(teacher: Any, state: tuple[Tensor, Tensor]
     assert again.latent_shape == teacher.latent_shape
     guidance = scales(teacher, 3, 4.5, 6)
     expected = student_velocity(teacher, student, state, teacher.encode(PROMPTS), guidance)
-    ours = student_velocity(teacher, again.as_student(), state, again.encode(PROMPTS), guidance)
+    ours = student_velocity(teacher, as_student(again), state, again.encode(PROMPTS), guidance)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
-    untrained = teacher.new_student().to(teacher.dtype)
+    untrained = new_student(teacher).to(teacher.dtype)
     assert spread(expected, student_velocity(teacher, untrained, state, teacher.encode(PROMPTS), guidance)) > 0.01
     torch.testing.assert_close(
         again.black_latent(again.latent_shape), teacher.black_latent(teacher.latent_shape), rtol=0, atol=1e-6

@@ -28,8 +28,11 @@ from stepfold.maths.formulations import flow_time
 from stepfold.randomness import generator, normal
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.sampling.teacher import sample_teacher
-from stepfold.teachers.loading import CARD, choose_objective, load_any_pipeline, load_student, load_teacher
-from stepfold.teachers.pipeline import LORA_WEIGHTS
+from stepfold.students.loading import load_student
+from stepfold.students.lora import LORA_WEIGHTS, lora_student
+from stepfold.students.saving import save_whole
+from stepfold.students.whole import as_student, new_student
+from stepfold.teachers.loading import CARD, choose_objective, load_any_pipeline, load_teacher
 from stepfold.training import doctor
 from stepfold.training.runs import read_metrics
 
@@ -174,7 +177,7 @@ def test_a_lora_student_shares_its_teachers_weights(any_folder: Path, prompts_fi
     run = tmp_path / "run"
     run_distill(config, run, resume=False, display=Display(quiet=True), command="test")
     teacher = load_teacher(config.teacher, "cpu")
-    student = teacher.lora_student(4)
+    student = lora_student(teacher, 4)
     trained = [p for p in student.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) < 0.5 * sum(p.numel() for p in teacher.transformer.parameters())
     theirs = {p.data_ptr() for p in teacher.transformer.parameters()}
@@ -204,7 +207,7 @@ def test_a_lora_student_shares_its_teachers_weights(any_folder: Path, prompts_fi
     # Adapter off: the teacher, as it was.
     state = noise, torch.ones(1), again.encode(["red heart"]), torch.full((1,), card["guidance"])
     with torch.no_grad():
-        own, taught = teacher.as_student()(*state), read(*state)
+        own, taught = as_student(teacher)(*state), read(*state)
         read.transformer.disable_adapters()
         assert not torch.allclose(taught, own, atol=1e-4) and torch.equal(read(*state), own)
 
@@ -308,7 +311,7 @@ def test_a_lora_on_the_teacher_is_merged_into_it(any_folder: Path, tmp_path: Pat
             plain.latents_of(each, ["red heart"], [generator(0, "test", 0)], **plain.student_call(times, scale))
             for each in (plain.pipe, pipe)
         )
-        ours = sample_consistency(merged.as_student(), 0.5 * noise, condition, scales, times, torch.zeros_like, 0.5)
+        ours = sample_consistency(as_student(merged), 0.5 * noise, condition, scales, times, torch.zeros_like, 0.5)
     else:
         without = plain.pipeline_latents(["red heart"], [generator(0, "test", 0)], scale, 2)
         merged_pipe, merged.pipe = merged.pipe, pipe  # the same loop, around the pipeline that only loaded the LoRA
@@ -333,7 +336,7 @@ def test_a_teacher_in_bfloat16(any_folder: Path, prompts_file: Path, tmp_path: P
     exact = whole.velocity(x, t, condition, guidance)
     rough = half.velocity(x, t, half.encode(["red heart", "a cat"]), guidance)
     assert rough.dtype == torch.float32 and 0 < (rough - exact).norm() / exact.norm() < 0.2
-    student = half.lora_student(4) if lora else half.new_student()
+    student = lora_student(half, 4) if lora else new_student(half)
     assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
     run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
     assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run"))
@@ -359,7 +362,7 @@ def test_a_student_has_the_loras_of_all_text_encoders(family: str, encoders: lis
     tiny.save_text_lora(pipe, encoders, tmp_path / "lora")
     wanted = [getattr(pipe, name)(tokens)[0] for name in encoders]
     teacher = load_teacher(TeacherSettings(source=str(folder), lora=str(tmp_path / "lora")), "cpu")
-    teacher.save_student(teacher.new_student(), tmp_path / "student")
+    save_whole(teacher, new_student(teacher), tmp_path / "student")
     student = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     for name, plain, expected in zip(encoders, before, wanted, strict=True):
         assert not torch.allclose(plain, expected, atol=1e-2)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stepfold.api import distill_module, draw, load_module_student
 from stepfold.errors import UserError
+from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.module import ModuleTeacher
 from stepfold.training.runs import read_metrics
@@ -115,7 +116,7 @@ def test_it_is_distilled_and_its_student_comes_back(
     student = distill_module(teacher, prompts_file, tmp_path / "run", few, quiet=True)
     rows = read_metrics(tmp_path / "run")
     assert len(rows) == 3 and all(math.isfinite(row["loss"]) for row in rows)
-    before = dict(teacher.new_student().named_parameters())
+    before = dict(new_student(teacher).named_parameters())
     still = {name for name, value in student.named_parameters() if torch.equal(value, before[name])}
     assert still == (set() if objective == "continuous" else {n for n in before if n.startswith("variance_head.")})
     again = load_module_student(teacher, tmp_path / "run")
@@ -126,4 +127,4 @@ def test_it_is_distilled_and_its_student_comes_back(
 
 def test_what_only_pipelines_have_is_refused(teacher: Seen) -> None:
     with pytest.raises(UserError, match=r"leave student\.depth at 1"):
-        teacher.new_student(0.5)
+        new_student(teacher, 0.5)

@@ -16,8 +16,9 @@ from tiny import make_sd1
 
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
+from stepfold.students.loading import load_student
 from stepfold.teachers.folders import check_folder
-from stepfold.teachers.loading import load_any_pipeline, load_student, load_teacher
+from stepfold.teachers.loading import load_any_pipeline, load_teacher
 from stepfold.teachers.safety import check_files, is_class_of
 
 ROOT = Path(__file__).parents[2]

@@ -15,8 +15,11 @@ from torch import Tensor
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
 from stepfold.sampling.teacher import sample_teacher
+from stepfold.students.loading import load_student
+from stepfold.students.saving import save_whole
+from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition
-from stepfold.teachers.loading import CARD, load_student, load_teacher
+from stepfold.teachers.loading import CARD, load_teacher
 from stepfold.teachers.sana import SanaTeacher
 
 PROMPTS = ["red heart", "dog on blue background", "pizza on a white plate"]
@@ -143,8 +146,8 @@ def test_a_student_is_written_without_a_place_for_its_encoders_on_the_device(tin
     """What was not in memory during training is read to be written, and goes to no GPU."""
     whole = SanaTeacher(tiny_sana)
     teacher = SanaTeacher(tiny_sana, network_only=True, null=whole.null_condition)
-    student, teacher.device = teacher.new_student(), torch.device("meta")
-    teacher.save_student(student, tmp_path / "student")
+    student, teacher.device = new_student(teacher), torch.device("meta")
+    save_whole(teacher, student, tmp_path / "student")
     assert SanaTeacher(tmp_path / "student").decode(torch.zeros(1, *whole.latent_shape)).isfinite().all()
 
 
@@ -159,7 +162,7 @@ def test_guidance_moves_away_from_the_unconditional_velocity_in_proportion(tiny_
 
 
 def test_a_student_has_every_weight_of_its_teacher(teacher: SanaTeacher):
-    student = teacher.new_student()
+    student = new_student(teacher)
     ours, theirs = student.transformer.state_dict(), teacher.transformer.state_dict()
     for name, value in theirs.items():
         assert torch.equal(ours.pop(name.replace("time_embed.emb.timestep", "time_embed.timestep")), value), name
@@ -296,5 +299,5 @@ def test_checkpoints_older_than_guidance_embedding_can_be_distilled(tiny_sana: P
     for key in ("guidance_embeds", "guidance_embeds_scale", "qk_norm"):
         del values[key]
     config.write_text(json.dumps(values))
-    student = SanaTeacher(folder, max_tokens=16).new_student()
+    student = new_student(SanaTeacher(folder, max_tokens=16))
     assert student.transformer.config.guidance_embeds

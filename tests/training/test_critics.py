@@ -19,6 +19,7 @@ from stepfold.objectives.adversarial import NAME, Discriminator, adversarial_los
 from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.spaces.records import Pairs
+from stepfold.students.whole import new_student
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.critics import FAKE, fake_loss, noised_times
@@ -150,7 +151,7 @@ def run(config: Config, folder: Path, teacher: SanaTeacher, prompts: PromptFile,
     """The student's weights at the end."""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(config.seed)
-    student, black = teacher.new_student(), torch.zeros(teacher.latent_shape)
+    student, black = new_student(teacher), torch.zeros(teacher.latent_shape)
     options |= {"make_fake": lambda: make_fake(teacher, config.fake)}
     distill(config, folder, teacher, student, prompts, [black], make_accelerator("no"), **options)
     return {name: value.clone() for name, value in student.state_dict().items()}
@@ -240,7 +241,7 @@ def test_the_fakes_blocks_are_compiled_with_the_others(
 def test_the_memory_estimate_counts_a_critics_states(teacher: SanaTeacher, settings: Settings) -> None:
     from stepfold.training.choices import memory_estimate
 
-    student, fake, condition = teacher.new_student(), teacher.new_student(), teacher.encode(["fox"])
+    student, fake, condition = new_student(teacher), new_student(teacher), teacher.encode(["fox"])
     shape = teacher.latent_shape
     plain, _ = memory_estimate(settings(), student, condition, shape, 1)
     with_fake, _ = memory_estimate(settings(), student, condition, shape, 1, [fake])

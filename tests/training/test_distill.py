@@ -31,9 +31,11 @@ from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.randomness import Draws
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.spaces.records import Pairs
+from stepfold.students.loading import load_student
+from stepfold.students.sana import SanaStudent
+from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition
-from stepfold.teachers.loading import load_student
-from stepfold.teachers.sana import SanaStudent, SanaTeacher
+from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
 from stepfold.training.critics import new_discriminator
@@ -69,7 +71,7 @@ def train(
     folder.mkdir(exist_ok=True)
     if student is None:
         torch.manual_seed(config.seed)
-        student = teacher.new_student()
+        student = new_student(teacher)
     black = torch.zeros(teacher.latent_shape)
     accelerator = make_accelerator(config.training.precision)
     average = distill(config, folder, teacher, student, prompts, [black], accelerator, report=report)
@@ -94,7 +96,7 @@ def pairs_of(teacher: SanaTeacher, config: Config, prompts: PromptFile, keep: li
 
 def lively_student(teacher: SanaTeacher) -> SanaStudent:
     """Float64, with no zeroed layer, so that every parameter has a gradient."""
-    student = teacher.new_student().double()
+    student = new_student(teacher).double()
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -173,7 +175,7 @@ def test_a_step_without_kept_prompts_changes_nothing(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
 ) -> None:
     config = settings("space.filter_rule=hard", "space.filter_threshold=1e9")
-    student = teacher.new_student()
+    student = new_student(teacher)
     before = state(student)
     train(config, tmp_path / "run", teacher, prompts, student)
     assert all(torch.equal(value, before[name]) for name, value in state(student).items())
@@ -203,7 +205,7 @@ def test_endpoints_are_noised_to_the_times_that_a_walk_would_keep(
 def pairs_in(config: Config, teacher: SanaTeacher, prompts: PromptFile) -> Pairs:
     """The pairs of step 0 of a run."""
     batch = draw(0, prompts, teacher, config, CPU)
-    networks = Networks(teacher.new_student(), teacher)
+    networks = Networks(new_student(teacher), teacher)
     pairs = collect([config.space.first], batch, teacher.encode(batch.prompts), networks, config)[config.space.first]
     assert isinstance(pairs, Pairs)
     return pairs
@@ -225,7 +227,7 @@ def test_diffusion_space_draws_independent_times(teacher: SanaTeacher, settings:
 def test_other_spaces_and_objectives_train(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, change: str
 ) -> None:
-    student = teacher.new_student()
+    student = new_student(teacher)
     before = state(student)
     train(settings(change), tmp_path / "run", teacher, prompts, student)
     assert any(not torch.equal(value, before[name]) for name, value in state(student).items())
@@ -271,7 +273,7 @@ def test_a_step_asks_the_device_for_nothing(
     changes = {"discrete": ("objective=discrete",), "adversarial": SPRINT}.get(backend, ())
     config, student, accelerator = (
         settings("space.filter_rule=off", *changes),
-        teacher.new_student(),
+        new_student(teacher),
         make_accelerator("no"),
     )
     batch, condition = draw(0, prompts, teacher, config, CPU), teacher.encode(["fox", "pizza"])
@@ -296,7 +298,7 @@ def test_the_student_computes_in_the_runs_precision(
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """In every pass of the loop; the teacher's walk has a precision of its own."""
-    student, seen = teacher.new_student(), dict[str, set[torch.dtype]](student=set(), teacher=set())
+    student, seen = new_student(teacher), dict[str, set[torch.dtype]](student=set(), teacher=set())
     for name, network in (("student", student.transformer), ("teacher", teacher.transformer)):
         layer = network.transformer_blocks[0].attn1.to_q
         note = seen[name].add
@@ -420,7 +422,7 @@ def test_compiled_steps_are_the_same_steps(
     plain = state(train(settings(f"objective={objective}"), tmp_path / "plain", teacher, prompts)[0])
     config = settings("training.compile=true", "teacher.max_tokens=16", f"objective={objective}")
     whole = state(train(config, tmp_path / "run", teacher, prompts)[0])
-    start = state(teacher.new_student())
+    start = state(new_student(teacher))
     for name, value in whole.items():
         assert (value - plain[name]).norm() <= 1e-2 * (plain[name] - start[name]).norm() + 1e-6, name
     shutil.rmtree(checkpoints(tmp_path / "run")[-1])
@@ -486,7 +488,7 @@ def test_every_draw_depends_on_the_seed(teacher: SanaTeacher, settings: Settings
 def test_average_follows_its_formula(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
 ) -> None:
-    student = teacher.new_student()
+    student = new_student(teacher)
     history = [state(student)]
     config = settings("training.ema=0.15")
     _, average = train(
@@ -508,7 +510,7 @@ def test_every_trainable_tensor_moves(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
 ) -> None:
     for optimiser in ("adamw", "came"):
-        student = teacher.new_student()
+        student = new_student(teacher)
         before = state(student)
         train(
             settings(f"optimiser.name={optimiser}", "training.steps=3"), tmp_path / optimiser, teacher, prompts, student
@@ -548,7 +550,7 @@ def test_a_stop_request_at_the_very_end_is_heard(
 
     def go() -> Any:
         torch.manual_seed(0)
-        student, black = teacher.new_student(), torch.zeros(teacher.latent_shape)
+        student, black = new_student(teacher), torch.zeros(teacher.latent_shape)
         return distill(
             config, folder, teacher, student, prompts, [black], make_accelerator("no"), report=report, preview=show
         )
@@ -564,7 +566,7 @@ def test_nan_stops_the_run_and_says_where(
 ) -> None:
     folder, config = tmp_path / "run", settings("training.steps=6")
     torch.manual_seed(config.seed)
-    student = teacher.new_student()
+    student = new_student(teacher)
 
     def poison(progress: Progress) -> None:
         if progress.step == 3:
@@ -590,7 +592,7 @@ def test_nan_stops_the_run_and_says_where(
 def test_a_gradient_that_is_not_finite_stops_the_run_and_nothing_of_it_is_kept(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
 ) -> None:
-    student = teacher.new_student()
+    student = new_student(teacher)
     student.variance_head.bias.register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(NonFiniteError, match=r"^step 0: gradient is not finite \(gradient norm (inf|nan)\)"):
         train(settings("training.checkpoint_every=1"), tmp_path / "run", teacher, prompts, student)
@@ -607,14 +609,14 @@ def test_the_student_learns_to_read_its_guidance(
             low, high = (student(x, t, condition, torch.full_like(t, w)) for w in (1.0, 9.0))
         return float((high - low).norm() / low.norm())
 
-    student = teacher.new_student()
+    student = new_student(teacher)
     assert effect(student) == 0
     train(settings("training.steps=20", "space.guidance=[1.0, 9.0]"), tmp_path / "run", teacher, prompts, student)
     assert effect(student) > 1e-3
-    alone = teacher.new_student()
+    alone = new_student(teacher)
     train(settings("training.steps=5", "space.guidance=[3.0, 3.0]"), tmp_path / "one", teacher, prompts, alone)
     assert effect(alone) == 0  # one scale has nothing to teach: any that a sampler says is the right one
-    assert not torch.equal(alone.transformer.proj_out.weight, teacher.new_student().transformer.proj_out.weight)
+    assert not torch.equal(alone.transformer.proj_out.weight, new_student(teacher).transformer.proj_out.weight)
 
 
 def test_runs_repeat_to_the_bit(tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile) -> None:
@@ -721,7 +723,7 @@ def test_export_on_a_full_disk_keeps_the_old_student(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, full_disk: Callable, leftovers: Callable
 ) -> None:
     folder = tmp_path / "student"
-    student = teacher.new_student()
+    student = new_student(teacher)
     save_student(teacher, student, folder, settings(), [4.5], 4.5, "fox")
     before = student.transformer.proj_out.bias.detach().clone()
     with torch.no_grad():
@@ -817,7 +819,7 @@ def test_pictures_are_judged_from_noise_as_often_as_asked(
 ) -> None:
     config = settings("adversarial.weight=0.5", f"adversarial.max_time={share}")
     seen: list[Tensor] = []
-    student, pairs = teacher.new_student(), pairs_of(teacher, config, prompts)
+    student, pairs = new_student(teacher), pairs_of(teacher, config, prompts)
     student.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
     narrow = {name: getattr(pairs, name).float() for name in ("x", "t", "dxdt", "guidance")}
     pairs = replace(pairs, **narrow, condition=Condition(pairs.condition.embeds.float(), pairs.condition.mask))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stepfold.config import TeacherSettings
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.spaces.records import Pairs
+from stepfold.students.whole import new_student
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher, trigflow_network
 from stepfold.training import doctor
@@ -69,7 +70,7 @@ def test_a_step_that_does_not_fit_into_memory_is_not_tried(
     teacher: SanaTeacher, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "free_bytes", lambda device: 2**20)
-    (finding,) = doctor.one_step(teacher.new_student(), pairs, teacher)
+    (finding,) = doctor.one_step(new_student(teacher), pairs, teacher)
     assert finding.ok and "not run: all weights and AdamW need" in finding.number and "--lora" in finding.want
 
 
@@ -103,7 +104,7 @@ def test_a_wrapper_that_is_not_the_pipeline_is_flagged(
 
 
 def test_a_student_that_is_not_the_teacher_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:
-    student = teacher.new_student()
+    student = new_student(teacher)
     assert doctor.same_network(teacher, student, pairs).ok
     with torch.no_grad():
         student.transformer.proj_out.weight.mul_(1.001)
@@ -111,7 +112,7 @@ def test_a_student_that_is_not_the_teacher_is_flagged(teacher: SanaTeacher, pair
 
 
 def test_a_time_embedding_that_turns_too_fast_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:
-    student = teacher.new_student()
+    student = new_student(teacher)
     assert doctor.tangent_size(student, pairs).ok
     first = student.transformer.time_embed.timestep_embedder.linear_1
     with torch.no_grad():
@@ -122,7 +123,7 @@ def test_a_time_embedding_that_turns_too_fast_is_flagged(teacher: SanaTeacher, p
 
 
 def test_a_kink_between_the_tangent_backends_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:
-    student = teacher.new_student()
+    student = new_student(teacher)
     assert doctor.backends_agree(student, pairs).ok
 
     class Steps(nn.Module):
@@ -147,7 +148,7 @@ def test_a_kink_at_one_state_is_not_the_backends_fault(
         return found
 
     monkeypatch.setattr(doctor, "tangent", rounded)
-    assert doctor.backends_agree(teacher.new_student(), pairs).ok
+    assert doctor.backends_agree(new_student(teacher), pairs).ok
 
 
 def test_a_teacher_without_guidance_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:
@@ -164,7 +165,7 @@ def deaf(transformer: nn.Module) -> None:
 
 
 def test_a_parameter_that_nothing_trains_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:
-    student = teacher.new_student()
+    student = new_student(teacher)
     assert all(f.ok for f in doctor.one_step(copy.deepcopy(student), pairs, teacher))
     student.register_parameter("unused", nn.Parameter(torch.ones(3)))
     assert [f.check for f in doctor.one_step(student, pairs, teacher) if not f.ok] == ["one step changes the weights"]
@@ -177,11 +178,11 @@ def test_the_teacher_is_looked_at_where_it_is(
     real = doctor.make_accelerator("no")
     elsewhere = SimpleNamespace(device=torch.device("meta"), autocast=real.autocast, backward=real.backward)
     monkeypatch.setattr(doctor, "make_accelerator", lambda precision: elsewhere)
-    assert all(f.ok for f in doctor.one_step(teacher.new_student(), pairs, teacher))
+    assert all(f.ok for f in doctor.one_step(new_student(teacher), pairs, teacher))
 
 
 def test_a_loss_that_is_not_finite_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:
-    student = teacher.new_student()
+    student = new_student(teacher)
     with torch.no_grad():
         student.transformer.proj_out.bias.fill_(float("inf"))
     assert "loss is finite" in [f.check for f in doctor.one_step(student, pairs, teacher) if not f.ok]

@@ -14,6 +14,7 @@ from stepfold.errors import UserError
 from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.spaces.records import Pairs
+from stepfold.students.whole import new_student
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.distill import distill
@@ -36,7 +37,7 @@ def prompts(prompts_file: Path) -> PromptFile:
 def run(config: Config, folder: Path, teacher: SanaTeacher, prompts: PromptFile) -> None:
     folder.mkdir(exist_ok=True)
     torch.manual_seed(config.seed)
-    student, black = teacher.new_student(), torch.zeros(teacher.latent_shape)
+    student, black = new_student(teacher), torch.zeros(teacher.latent_shape)
     distill(config, folder, teacher, student, prompts, [black], make_accelerator("no"))
 
 
@@ -90,7 +91,7 @@ def test_a_phase_that_cannot_be_is_one_line(settings: Settings, phases: str, mes
 
 def states_of(teacher: SanaTeacher, config: Config, prompts: PromptFile):
     batch = draw(0, prompts, teacher, config, CPU)
-    networks = Networks(teacher.new_student(), teacher)
+    networks = Networks(new_student(teacher), teacher)
     spaces = [term.space for term in terms_of(config)]
     return batch, collect(spaces, batch, teacher.encode(batch.prompts), networks, config)
 
@@ -107,7 +108,7 @@ def test_the_gradient_of_two_spaces_is_the_weighted_sum_of_both(
     del teacher.velocity
     assert len(calls) == config.space.route_steps + 1  # one walk for both, and one call at all noised states
     torch.manual_seed(1)
-    student = teacher.new_student()
+    student = new_student(teacher)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
@@ -145,5 +146,5 @@ def test_velocity_on_couplings_learns_the_walks_own_line(
     batch, states = states_of(teacher, config, prompts)
     pairs = states["coupling"]
     assert isinstance(pairs, Pairs)
-    metrics = gradient_step(teacher.new_student(), pairs, config, teacher=teacher, draws=batch.draws)
+    metrics = gradient_step(new_student(teacher), pairs, config, teacher=teacher, draws=batch.draws)
     assert len(metrics["loss"]) == len(pairs)

@@ -16,6 +16,7 @@ from torch import nn
 
 from stepfold.config import Config, load_config
 from stepfold.errors import UserError
+from stepfold.students.whole import new_student
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.optimisers import make_optimiser
 from stepfold.training.runs import (
@@ -46,7 +47,7 @@ def push(student: nn.Module, optimiser: torch.optim.Optimizer, seed: int) -> Non
 
 
 def make(teacher: SanaTeacher, name: str) -> tuple[dict[str, nn.Module], torch.optim.Optimizer]:
-    student = teacher.new_student()
+    student = new_student(teacher)
     average = copy.deepcopy(student).requires_grad_(False)
     with torch.no_grad():
         for parameter in average.parameters():

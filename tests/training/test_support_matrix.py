@@ -28,9 +28,9 @@ from stepfold.errors import UserError
 from stepfold.maths.blocks import compiled_blocks
 from stepfold.maths.tangent import BACKENDS, total_derivative
 from stepfold.objectives.consistency import ConsistencyOptions, consistency_terms, tangent_direction
+from stepfold.students.sana import SanaStudent, student_transformer
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.pipeline import SIGMA_DATA
-from stepfold.teachers.sana import SanaStudent, student_transformer
 from stepfold.training.processes import SHARDS_SINCE, Processes, local, shard
 
 PAGE = Path(__file__).parents[2] / "docs" / "tangents.md"

@@ -211,19 +211,25 @@ def open_texts(config: "Config") -> "tuple[PromptFile | ImageFolder, ImageFolder
 
 def make_student(teacher: "PipelineTeacher", settings: "StudentSettings", display: "Display") -> "Student":
     """The student of a run, as it starts."""
+    from stepfold.students.lora import lora_student
+    from stepfold.students.whole import new_student
+
     if settings.lora:
-        return teacher.lora_student(settings.lora)
+        return lora_student(teacher, settings.lora)
     if settings.depth < 1:
         display.note(
             f"the student keeps {settings.depth:.0%} of the teacher's blocks: it starts far from the teacher, "
             "and needs many more steps than a whole one"
         )
-    return teacher.new_student(settings.depth)
+    return new_student(teacher, settings.depth)
 
 
 def make_fake(teacher: "PipelineTeacher", settings: "FakeSettings") -> "Student":
     """The fake score of a run, as it starts: as the teacher."""
-    return teacher.lora_student(settings.rank) if settings.kind == "lora" else teacher.new_student()
+    from stepfold.students.lora import lora_student
+    from stepfold.students.whole import new_student
+
+    return lora_student(teacher, settings.rank) if settings.kind == "lora" else new_student(teacher)
 
 
 def open_folder(

@@ -145,7 +145,8 @@ def run_evaluate(
     from stepfold.evaluation.pipelines import measure_pipeline
     from stepfold.evaluation.protocol import EMOJI, protocol_record, rows_by_steps
     from stepfold.evaluation.report import versions
-    from stepfold.teachers.loading import CARD, load_student, load_teacher, student_folder
+    from stepfold.students.loading import load_student
+    from stepfold.teachers.loading import CARD, load_teacher, student_folder
 
     students: dict[str, tuple[Student, dict[str, Any]]] = {}
     for folder in folders:

@@ -62,7 +62,8 @@ def run_sample(
     from stepfold.evaluation.measure import student_sampler
     from stepfold.evaluation.preview import to_image
     from stepfold.randomness import normal
-    from stepfold.teachers.loading import load_student, read_card
+    from stepfold.students.loading import load_student
+    from stepfold.teachers.loading import read_card
 
     taught = set(read_card(folder).get("taught") or ())
     if guidance is not None and len(taught) == 1 and guidance not in taught:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from stepfold.errors import UserError, first_line
+from stepfold.students.loading import load_merged
 from stepfold.teachers.contract import Condition, Student
-from stepfold.teachers.loading import CARD, load_merged
+from stepfold.teachers.loading import CARD
 from stepfold.teachers.once import compute_afresh
 from stepfold.training.runs import writing
 

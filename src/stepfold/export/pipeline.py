@@ -10,11 +10,14 @@ from stepfold import __version__
 from stepfold.config import Config
 from stepfold.errors import UserError
 from stepfold.evaluation.protocol import teachers_of
+from stepfold.students.loading import load_merged, load_student
+from stepfold.students.lora import LORA_WEIGHTS, save_lora
+from stepfold.students.saving import save_whole
 from stepfold.teachers.contract import Student
 from stepfold.teachers.folders import check_folder
 from stepfold.teachers.licences import in_words, is_hub_id, licences_of
-from stepfold.teachers.loading import CARD, load_merged, load_student, lora_rank, read_card
-from stepfold.teachers.pipeline import LORA_WEIGHTS, PipelineTeacher
+from stepfold.teachers.loading import CARD, lora_rank, read_card
+from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.runs import writing
 
 USE = """```python
@@ -87,7 +90,7 @@ def save_student(
         "config": config.model_dump(mode="json"),
     }
     with writing(folder) as part:
-        (teacher.save_lora if lora else teacher.save_student)(student, part)
+        (save_lora if lora else save_whole)(teacher, student, part)
         write_cards(part, card)
 
 

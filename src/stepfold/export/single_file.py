@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepfold.errors import UserError
-from stepfold.teachers.loading import load_merged
+from stepfold.students.loading import load_merged
 from stepfold.training.runs import writing
 
 Table = dict[str, str]

@@ -13,7 +13,8 @@ from stepfold.reproduction.experiments import Experiments, Run
 from stepfold.reproduction.records import SCORES
 from stepfold.reproduction.runs import shown_prompts
 from stepfold.spaces.generation import walk
-from stepfold.teachers.loading import load_student, load_teacher
+from stepfold.students.loading import load_student
+from stepfold.teachers.loading import load_teacher
 from stepfold.training.draws import draw_route
 
 NUM_SHOWN = 10

@@ -40,8 +40,9 @@ from stepfold.reproduction.experiments import (
 from stepfold.reproduction.figures import route_numbers, walk_numbers
 from stepfold.reproduction.records import SCORES, collect_scores, mean_sec_per_step
 from stepfold.spaces.records import pairs_per_prompt
+from stepfold.students.loading import load_student
 from stepfold.teachers.contract import Condition
-from stepfold.teachers.loading import load_student, load_teacher
+from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.runs import read_metrics, writing
 from stepfold.training.stages import BESIDE_STEPS

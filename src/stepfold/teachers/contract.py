@@ -4,7 +4,6 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 import torch
@@ -87,29 +86,48 @@ def concatenate(conditions: Sequence[Condition]) -> Condition:
 
 
 class Student(nn.Module):
-    """Abstract: a trainable consistency model f(x, t) = cos t x - sin t sigma_data F(x / sigma_data, t).
+    """Abstract: a trainable flow map X(x, t, s) = cos(t - s) x - sin(t - s) sigma_data F(x / sigma_data, t, s).
+
+    At s = 0 it is the consistency function f(x, t). A student told one time ignores s.
 
     Attributes:
         shared: names of parameters and buffers that are the teacher's own, not copies: frozen, and not saved.
+        reads_target: whether the student is told two times, t and the target time s.
+        can_recompute: whether its blocks are known, so that `recompute_blocks` works.
     """
 
     shared: frozenset[str] = frozenset()
+    reads_target: bool = False
+    can_recompute: bool = False
 
     @abstractmethod
-    def forward(self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
-        """x / sigma_data [B, ...], t [B], guidance scales [B] -> F [B, ...]."""
+    def forward(
+        self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor, target: Tensor | None = None
+    ) -> Tensor:
+        """F of a batch.
+
+        Args:
+            x_unit: x / sigma_data [B, ...].
+            t: [B], time of the state, in [0, pi/2].
+            condition: B rows.
+            guidance: scales [B].
+            target: s [B], time to jump to, in [0, t]; None for 0. A student told one time ignores it.
+
+        Returns:
+            F [B, ...].
+        """
         raise NotImplementedError
 
     @abstractmethod
-    def log_variance(self, t: Tensor, guidance: Tensor) -> Tensor:
-        """-w_phi: t [B], guidance scales [B] -> [B]."""
+    def log_variance(self, t: Tensor, guidance: Tensor, target: Tensor | None = None) -> Tensor:
+        """-w_phi [B] of the adaptive weight. Arguments as of `forward`."""
         raise NotImplementedError
 
     def freeze_guidance(self) -> None:
-        """From now on what reads the guidance scale stays as it is: a run with one scale has nothing to teach it."""
+        """Freezes what reads the guidance scale: a run with one scale has nothing to teach it."""
 
     def recompute_blocks(self) -> None:
-        """From now on the backward pass computes each block's forward again, whose activations are not kept.
+        """Switches activation checkpointing on: the backward pass computes each block's forward again.
 
         Raises:
             UserError: a student that does not say how.
@@ -191,12 +209,4 @@ class Teacher(Protocol):
 
     def release_decoder(self) -> None:
         """Takes the autoencoder out of memory; `decode` and `black_latent` load it again."""
-        ...
-
-    def new_student(self, depth: float = 1.0) -> Student:
-        """A trainable `Student` that starts as this teacher, or with the share `depth` of its blocks."""
-        ...
-
-    def save_student(self, student: Student, folder: Path) -> None:
-        """Writes a folder that plain diffusers loads."""
         ...

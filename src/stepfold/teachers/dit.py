@@ -1,9 +1,7 @@
 """DiT: noise prediction for a class instead of a text, classifier-free guidance with the class of nothing."""
 
 import difflib
-import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +9,7 @@ from diffusers import DiTPipeline
 from torch import Tensor, nn
 
 from stepfold.errors import UserError
-from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.contract import Condition
 from stepfold.teachers.vp import Raw, VPTeacher
 
 
@@ -129,9 +127,6 @@ class DiTTeacher(VPTeacher):
             handle.remove()
         return torch.cat(given) * pipe.vae.config.scaling_factor
 
-    def save_student(self, student: Student, folder: Path) -> None:
-        """See `Teacher`; with the names of the classes, which the pipeline itself forgets."""
-        super().save_student(student, folder)
-        index = folder / "model_index.json"
-        names = {"id2label": self.index.get("id2label")}
-        index.write_text(json.dumps(json.loads(index.read_text(encoding="utf-8")) | names, indent=2) + "\n")
+    def index_extras(self) -> dict[str, Any]:
+        """The names of the classes."""
+        return {"id2label": self.index.get("id2label")}

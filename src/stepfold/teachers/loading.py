@@ -12,10 +12,10 @@ from huggingface_hub import try_to_load_from_cache
 from stepfold import assets
 from stepfold.config import Config, TeacherSettings, renamed
 from stepfold.errors import NonFiniteError, UserError, first_line
-from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.flux import FluxTeacher
-from stepfold.teachers.folders import check_folder, load_index, load_networks, merge_lora, unloadable
+from stepfold.teachers.folders import check_folder, load_index, load_networks, unloadable
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
@@ -273,32 +273,3 @@ def student_folder(name: Path) -> Path:
 def lora_rank(card: dict[str, Any]) -> int:
     """The rank of a student that is a LoRA file; 0 for one that is a whole pipeline."""
     return 0 if card.get("merged") else card["config"].get("student", {}).get("lora", 0)
-
-
-def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeacher, Student, dict[str, Any]]:
-    """A student folder: its encoder and autoencoder (as a teacher), its network, its card.
-
-    Raises:
-        UserError: the folder is no student that stepfold wrote.
-    """
-    card = read_card(folder)
-    if rank := lora_rank(card):
-        teacher = load_teacher(teacher_settings(folder, card), device)
-        return teacher, teacher.load_lora(folder, rank), card
-    if card["network_only"]:
-        teacher = load_teacher(teacher_settings(folder, card), device)
-        return teacher, teacher.load_network(student_folder(folder)), card
-    check_folder(folder)
-    settings = {name: card[name] for name in ("height", "width", "frames", "max_tokens")}
-    pipeline = make_teacher(str(folder), device=device, **settings)
-    return pipeline, pipeline.as_student(), card
-
-
-def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeacher, Student, dict[str, Any]]:
-    """As `load_student`, but a LoRA student is merged into its teacher's network, in float32: both are one then."""
-    card = read_card(folder)
-    if not lora_rank(card):
-        return load_student(folder, device)
-    teacher = load_teacher(teacher_settings(folder, card), device, torch.float32)
-    merge_lora(teacher.pipe, str(folder), lambda: None)  # a student has no LoRA on text encoders
-    return teacher, teacher.as_student(), card

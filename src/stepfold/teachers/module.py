@@ -1,6 +1,5 @@
 """Your own network as a teacher: any torch module that predicts a flow-matching velocity, TrigFlow's F or EDM's x_0."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from stepfold.maths.formulations import (
 )
 from stepfold.maths.routes import few_step_times
 from stepfold.teachers.contract import Condition, GuidanceKind, concatenate
-from stepfold.teachers.pipeline import SIGMA_DATA, PipelineStudent, Predict
+from stepfold.teachers.pipeline import SIGMA_DATA, Predict
 
 
 def flow_network(network: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None) -> Tensor:
@@ -136,14 +135,3 @@ class ModuleTeacher:
 
     def clear_prompt_cache(self) -> None:
         """See `Teacher`; it keeps nothing."""
-
-    def new_student(self, depth: float = 1.0) -> PipelineStudent:
-        """A student that starts as the network.
-
-        Raises:
-            UserError: fewer blocks are asked for: what blocks it has is not known.
-        """
-        if depth != 1:
-            raise UserError("a network of one's own has no known blocks; leave student.depth at 1")
-        network = copy.deepcopy(self.network).requires_grad_(True)
-        return PipelineStudent(network, self.predict, -math.log(math.prod(self.latent_shape)))

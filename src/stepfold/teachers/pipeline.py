@@ -1,7 +1,7 @@
 """What families of diffusers pipelines share as teachers; a family adds how network and encoders are called."""
 
-import copy
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -11,20 +11,16 @@ from typing import Any, ClassVar, Literal
 import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stepfold.errors import UserError, first_line
 from stepfold.maths.formulations import flow_time, guide
 from stepfold.maths.routes import few_step_times
-from stepfold.teachers.contract import Condition, GuidanceKind, Student, concatenate, deepcopy_sharing
-from stepfold.teachers.depth import drop_blocks
+from stepfold.teachers.contract import Condition, GuidanceKind, concatenate
 from stepfold.teachers.folders import load_index, load_network, load_pipeline, merge_lora
-from stepfold.teachers.once import compute_afresh, compute_once, forget
+from stepfold.teachers.once import compute_once, forget
 
 SIGMA_DATA = 0.5
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-NETWORK_WEIGHTS = "diffusion_pytorch_model.safetensors"
 DECODED_AT_ONCE = 512 * 512  # pixels
 NUM_FEATURES = 5  # feature maps for discriminator heads
 
@@ -51,46 +47,6 @@ def _under_autocast(
 ) -> Tensor:
     with torch.autocast(x_unit.device.type, dtype):
         return predict(network, x_unit, t, condition, guidance)
-
-
-class TimeHead(nn.Module):
-    """The adaptive weight's own small network: -w_phi(t) from a few waves of t."""
-
-    WAVES = 8
-
-    def __init__(self, start: float) -> None:
-        super().__init__()
-        self.linear = nn.Linear(2 * self.WAVES, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.constant_(self.linear.bias, start)
-
-    def forward(self, t: Tensor) -> Tensor:
-        """t [B] -> [B]."""
-        angles = t[:, None] * torch.arange(1, self.WAVES + 1, dtype=t.dtype, device=t.device)
-        waves = torch.cat([angles.cos(), angles.sin()], 1)
-        return self.linear(waves.to(self.linear.weight.dtype)).squeeze(-1)
-
-
-class PipelineStudent(Student):
-    """A copy of the teacher's network, called as the teacher's is."""
-
-    def __init__(self, transformer: Any, predict: Predict, weight_start: float = 0.0) -> None:
-        """`predict` must be a plain function (or a partial of one): a student is copied whole."""
-        super().__init__()
-        self.transformer, self.predict = transformer, predict
-        self.variance_head = TimeHead(weight_start)
-
-    def forward(self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
-        """See `Student`; a network that embeds no guidance ignores it."""
-        return self.predict(self.transformer, x_unit, t, condition, guidance)
-
-    def log_variance(self, t: Tensor, guidance: Tensor) -> Tensor:
-        """See `Student`."""
-        return self.variance_head(t)
-
-    def recompute_blocks(self) -> None:
-        """See `Student`; diffusers' gradient checkpointing."""
-        self.transformer.enable_gradient_checkpointing()
 
 
 class PipelineTeacher:
@@ -570,72 +526,7 @@ class PipelineTeacher:
         finally:
             self.pipe.scheduler = old
 
-    # The student.
-
-    def _weight_start(self) -> float:
-        """Where w_phi settles for a tangent of unit norm.
-
-        Starting there, the weight's own gradient does not swamp the time embedding's while w_phi climbs.
-        """
-        return -math.log(math.prod(self.latent_shape))
-
-    def own_network(self, depth: float) -> Any:
-        """A copy of the network to be trained, with the share `depth` of its blocks."""
-        network = copy.deepcopy(self.transformer).to(self.work_dtype).requires_grad_(True)
-        compute_afresh(network.modules())
-        drop_blocks(network, self.block_stacks(), depth)
-        return network
-
-    def new_student(self, depth: float = 1.0) -> Student:
-        """See `Teacher`."""
-        network = self.own_network(depth)
-        return PipelineStudent(network, self.plain_predict, self._weight_start()).to(self.device)
-
-    def lora_student(self, rank: int) -> Student:
-        """A student that is the teacher's own network, its weights shared, with LoRA matrices that start at nothing.
-
-        Raises:
-            UserError: peft is not installed, or the pipeline would not load it.
-        """
-        if not self.loads_lora:
-            raise UserError(f"{type(self.pipe).__name__} loads no LoRA; train all weights (leave student.lora at 0)")
-        try:
-            from peft import LoraConfig
-        except ImportError:
-            raise UserError("student.lora needs peft; pip install peft") from None
-        network = deepcopy_sharing(self.transformer, [*self.transformer.parameters(), *self.transformer.buffers()])
-        compute_afresh(network.modules())
-        layers = [
-            name for name, module in network.named_modules()
-            if isinstance(module, nn.Linear) and any(part in name for part in self.lora_blocks)
-        ]  # fmt: skip
-        network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
-        student = PipelineStudent(network, self.predict, self._weight_start()).to(self.device)
-        for parameter in student.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(self.work_dtype)
-        taken = {tensor.data_ptr() for tensor in (*self.transformer.parameters(), *self.transformer.buffers())}
-        student.shared = frozenset(name for name, tensor in student.state_dict().items() if tensor.data_ptr() in taken)
-        return student
-
-    def load_lora(self, folder: Path, rank: int) -> Student:
-        """The LoRA student that `save_lora` wrote."""
-        from peft import set_peft_model_state_dict
-
-        student: Any = self.lora_student(rank)
-        weights = load_file(folder / LORA_WEIGHTS)
-        set_peft_model_state_dict(
-            student.transformer, {name.removeprefix(f"{self.network_part}."): value for name, value in weights.items()}
-        )
-        return student
-
-    def save_lora(self, student: Student, folder: Path) -> None:
-        """Writes a LoRA student in diffusers' own format, and its scheduler."""
-        from peft import get_peft_model_state_dict
-
-        layers = get_peft_model_state_dict(student.transformer)
-        self.pipe.save_lora_weights(folder, weight_name=LORA_WEIGHTS, **{f"{self.network_part}_lora_layers": layers})
-        self.lora_scheduler().save_config(folder / "scheduler")
+    # How its pipeline takes a student's steps, and how it is saved.
 
     def lora_scheduler(self) -> Any:
         """The scheduler that the teacher's own pipeline takes a LoRA student's steps with."""
@@ -644,16 +535,6 @@ class PipelineTeacher:
     def lora_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
         """Arguments with which the teacher's own pipeline takes a LoRA student's steps at the given times."""
         return self.student_call(times, guidance)
-
-    def load_network(self, folder: Path) -> Student:
-        """The student that a folder has the network of, in any precision; all else is this teacher's."""
-        student: Any = self.new_student()
-        student.transformer.load_state_dict(load_file(folder / self.network_part / NETWORK_WEIGHTS))
-        return student.eval().requires_grad_(False)
-
-    def as_student(self) -> Student:
-        """The network of this folder, which is a student's, as a student."""
-        return PipelineStudent(self.transformer, self.predict)
 
     @property
     def student_class(self) -> type:
@@ -676,16 +557,25 @@ class PipelineTeacher:
         length = {"max_sequence_length": self.max_tokens} if self.takes_length else {}
         return {"height": self.height, "width": self.width} | length | self.call_options()
 
-    def save_student(self, student: Student, folder: Path) -> None:
-        """See `Teacher`: with the teacher's own encoders and autoencoder, which stay where they are for that."""
-        self._save(self.student_class, lambda: self.student_parts() | {self.network_part: student.transformer}, folder)
-
     def save_retimed(self, network: Any, folder: Path) -> None:
         """Writes this teacher with a network that reads times of [0, 1] in the place of its own."""
-        self._save(type(self.pipe), lambda: self.pipe.components | self.retimed_parts(network), folder)
+        self.write_pipeline(type(self.pipe), lambda: self.pipe.components | self.retimed_parts(network), folder)
 
-    def _save(self, kind: Any, parts: Callable[[], dict[str, Any]], folder: Path) -> None:
-        """A pipeline of `parts`, asked for when encoders and autoencoder are there."""
+    def index_extras(self) -> dict[str, Any]:
+        """Entries of model_index.json that the pipeline's class reads but does not write."""
+        return {}
+
+    def write_pipeline(self, kind: Any, parts: Callable[[], dict[str, Any]], folder: Path) -> None:
+        """Writes a pipeline folder.
+
+        Args:
+            kind: the pipeline's class.
+            parts: called when text encoders and autoencoder have been read.
+            folder: made if it does not exist.
+        """
         self._read_vae()
         self._read_text_encoders()
         kind(**parts()).save_pretrained(folder, safe_serialization=True)
+        if extras := self.index_extras():
+            index = folder / "model_index.json"
+            index.write_text(json.dumps(json.loads(index.read_text(encoding="utf-8")) | extras, indent=2) + "\n")

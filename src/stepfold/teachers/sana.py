@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from diffusers import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+from diffusers import SanaPipeline, SanaSprintPipeline, SCMScheduler
 from torch import Tensor, nn
 
 from stepfold.maths.formulations import flow_input, flow_time, trigflow_output
-from stepfold.teachers.contract import Condition, GuidanceKind, Student
+from stepfold.teachers.contract import Condition, GuidanceKind
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
 
 
@@ -50,61 +50,6 @@ def trigflow_network(
         return_dict=False,
     )[0]
     return trigflow_output(x_flow, t_flow, velocity)
-
-
-class SanaStudent(Student):
-    """A SanaTransformer2DModel that embeds its guidance scale, with a head for the adaptive weight."""
-
-    def __init__(self, transformer: Any) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.variance_head = nn.Linear(
-            transformer.config.num_attention_heads * transformer.config.attention_head_dim, 1
-        )
-        nn.init.zeros_(self.variance_head.weight)
-        nn.init.zeros_(self.variance_head.bias)
-
-    def forward(self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
-        """See `Student`."""
-        return trigflow_network(self.transformer, x_unit, t, condition, guidance, 1.0)
-
-    def log_variance(self, t: Tensor, guidance: Tensor) -> Tensor:
-        """See `Student`; it reads the time and guidance embedding, and trains it."""
-        scale = self.transformer.config.guidance_embeds_scale
-        dtype = self.variance_head.weight.dtype
-        _, embedding = self.transformer.time_embed(flow_time(t), guidance=guidance * scale, hidden_dtype=dtype)
-        return self.variance_head(embedding).squeeze(-1)
-
-    def freeze_guidance(self) -> None:
-        """See `Student`; an embedder that starts neutral stays so: a sampler may then say any scale."""
-        self.transformer.time_embed.guidance_embedder.requires_grad_(False)
-
-    def recompute_blocks(self) -> None:
-        """See `Student`; diffusers' gradient checkpointing."""
-        self.transformer.enable_gradient_checkpointing()
-
-
-def student_transformer(teacher: Any) -> SanaTransformer2DModel:
-    """A copy of the teacher's transformer that embeds its guidance scale and starts as the teacher.
-
-    Only the last layer of the guidance embedder starts at zero: the output does not depend on guidance yet, but its
-    gradient does, so it learns.
-    """
-    config = {key: value for key, value in teacher.config.items() if key != "_use_default_values"}  # else they win
-    student: Any = SanaTransformer2DModel.from_config(config | {"guidance_embeds": True, "timestep_scale": 1.0})
-    weights = {
-        name.replace("time_embed.emb.timestep_embedder.", "time_embed.timestep_embedder."): value
-        for name, value in teacher.state_dict().items()
-    }
-    missing, unexpected = student.load_state_dict(weights, strict=False)
-    allowed = "time_embed.guidance_embedder."
-    if unexpected or any(not name.startswith(allowed) for name in missing):
-        raise AssertionError(f"student and teacher do not match: missing {missing}, unexpected {unexpected}")
-    if not teacher.config.guidance_embeds:
-        last = student.time_embed.guidance_embedder.linear_2
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-    return student
 
 
 class SanaTeacher(PipelineTeacher):
@@ -200,18 +145,6 @@ class SanaTeacher(PipelineTeacher):
     def call_options(self) -> dict[str, Any]:
         """See `PipelineTeacher`."""
         return {"use_resolution_binning": False}
-
-    def new_student(self, depth: float = 1.0) -> Student:
-        """See `Teacher`."""
-        if not self.student_is_sprint:
-            return super().new_student(depth)
-        student = SanaStudent(student_transformer(self.own_network(depth)))
-        nn.init.constant_(student.variance_head.bias, self._weight_start())
-        return student.to(self.device)
-
-    def as_student(self) -> Student:
-        """See `PipelineTeacher`."""
-        return SanaStudent(self.transformer) if self.is_sprint else super().as_student()
 
     @property
     def student_class(self) -> type:

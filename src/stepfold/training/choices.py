@@ -111,8 +111,8 @@ def choose_tangent(
        where that does not run either, `finite_difference`.
     3. Compiled, `one_pass` becomes `two_pass` where block and tangent cannot be one piece of code: torch does not
        compile the tangent of a group norm, and unfused attention of many queries would be in memory whole.
-    4. Where that step is estimated to need more than 80% of the device's memory, the blocks are recomputed: `one_pass`
-       becomes `block`. The estimate: what autograd keeps for the pairs of a backward pass, the weights as often as the
+    4. Where that step is estimated to need more than 80% of the device's memory, the blocks are recomputed, if the
+       student knows them: `one_pass` becomes `block`. The estimate: what autograd keeps for the pairs of a backward pass, the weights as often as the
        optimiser has them, and on a GPU what this run holds there besides: teacher, text encoder.
 
     Args:
@@ -128,7 +128,7 @@ def choose_tangent(
         return TangentChoice(training.tangent, training.checkpointing or training.tangent == "block", "as set")
     count = num_prompts or training.prompts_per_step
     need, fits = memory_estimate(config, student, condition, latent_shape, count, critics)
-    recompute = training.checkpointing or not fits
+    recompute = training.checkpointing or (not fits and student.can_recompute)
     if config.objective in WITHOUT_TANGENT:
         name, reason = "none", WITHOUT_TANGENT[config.objective]
     else:
@@ -140,6 +140,8 @@ def choose_tangent(
             raise UserError(f"{reason}, which needs float32; leave teacher.dtype out, or take objective=discrete")
     much = f"about {need:.2g} GiB" if math.isfinite(need) else "more than there is"
     memory = f"activations and states {much}" + (", blocks recomputed" if recompute else "")
+    if not fits and not recompute:
+        memory += ", which may be too much, and its blocks are not known; lower training.micro_batch"
     return TangentChoice("block" if name == "one_pass" and recompute else name, recompute, f"{reason}; {memory}")
 
 

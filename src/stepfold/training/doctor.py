@@ -19,6 +19,8 @@ from stepfold.randomness import Draws, generator, normal, uniform
 from stepfold.sampling.teacher import sample_teacher
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.spaces.records import Pairs
+from stepfold.students.lora import lora_student
+from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.pipeline import SIGMA_DATA, PipelineTeacher
@@ -61,7 +63,7 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
         UserError: the teacher does not load, or no student can be made of it.
     """
     teacher = load_teacher(settings, device)
-    student = teacher.lora_student(lora) if lora else teacher.new_student()
+    student = lora_student(teacher, lora) if lora else new_student(teacher)
     prompts = teacher.examples or PROMPTS
     condition = teacher.encode(prompts)
     count, n = len(prompts), 8

@@ -17,8 +17,9 @@ from stepfold.maths.formulations import data_prediction, equivalent_noise
 from stepfold.randomness import normal
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.sampling.teacher import Step, teacher_steps
+from stepfold.students.loading import load_student
 from stepfold.teachers.contract import Condition, Student
-from stepfold.teachers.loading import load_student, load_teacher, lora_rank
+from stepfold.teachers.loading import load_teacher, lora_rank
 from stepfold.teachers.pipeline import PipelineTeacher
 
 MAX_PROMPT, MAX_STEPS, MAX_PICTURES, MAX_GUIDANCE, MAX_SEED = 300, 8, 8, 8.0, 2**31 - 1

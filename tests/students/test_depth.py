@@ -12,8 +12,10 @@ from diffusers import SanaTransformer2DModel, SD3Transformer2DModel
 
 from stepfold.config import load_config
 from stepfold.errors import UserError
+from stepfold.students.depth import drop_blocks, kept_blocks
+from stepfold.students.saving import save_whole
+from stepfold.students.whole import as_student, new_student
 from stepfold.teachers.contract import Student
-from stepfold.teachers.depth import drop_blocks, kept_blocks
 from stepfold.teachers.loading import family_of
 
 
@@ -79,25 +81,25 @@ def num_parameters(student: Student) -> int:
 
 
 def test_a_smaller_student_is_saved_and_read_back(teacher: Any, tmp_path: Path):
-    student = teacher.new_student(0.6)
-    assert num_parameters(student) < 0.9 * num_parameters(teacher.new_student())
+    student = new_student(teacher, 0.6)
+    assert num_parameters(student) < 0.9 * num_parameters(new_student(teacher))
     for blocks in teacher.block_stacks():
         assert len(getattr(student.transformer, blocks)) <= len(getattr(teacher.transformer, blocks))
-    teacher.save_student(student, tmp_path / "student")
+    save_whole(teacher, student, tmp_path / "student")
     sizes = dict(height=32, width=32, max_tokens=24, frames=teacher.frames)
     again = family_of(str(tmp_path / "student"))(tmp_path / "student", **sizes)
     condition, guidance = teacher.encode((teacher.examples or ["red heart"])[:1]), torch.full((1,), 4.0)
     x, t = torch.randn(1, *teacher.latent_shape), torch.ones(1)
     with torch.no_grad():
         ours = student(x, t, condition, guidance)
-        torch.testing.assert_close(again.as_student()(x, t, condition, guidance), ours, rtol=0, atol=1e-5)
-        assert (ours - teacher.new_student()(x, t, condition, guidance)).norm() > 1e-3 * ours.norm()
+        torch.testing.assert_close(as_student(again)(x, t, condition, guidance), ours, rtol=0, atol=1e-5)
+        assert (ours - new_student(teacher)(x, t, condition, guidance)).norm() > 1e-3 * ours.norm()
 
 
 def test_what_cannot_lose_blocks_says_so(tmp_path: Path):
     folder = tiny.save(tiny.make_sd1, tmp_path / "pipeline")
     teacher = family_of(str(folder))(folder, height=32, width=32, max_tokens=24)
     with pytest.raises(UserError, match=r"UNet2DConditionModel cannot lose blocks; leave student\.depth at 1"):
-        teacher.new_student(0.5)
+        new_student(teacher, 0.5)
     with pytest.raises(UserError, match=r"leave student\.depth at 1"):
         load_config("default", ["student.lora=4", "student.depth=0.5"])

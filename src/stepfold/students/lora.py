@@ -1,0 +1,72 @@
+"""LoRA students: the teacher's own network, its weights shared, with small matrices beside its linear layers."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+from stepfold.errors import UserError
+from stepfold.students.networks import NetworkStudent
+from stepfold.students.whole import weight_start
+from stepfold.teachers.contract import Student, deepcopy_sharing
+from stepfold.teachers.once import compute_afresh
+from stepfold.teachers.pipeline import PipelineTeacher
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def lora_student(teacher: PipelineTeacher, rank: int) -> NetworkStudent:
+    """A student that shares the teacher's weights; its LoRA matrices start at nothing, so it starts as the teacher.
+
+    Args:
+        teacher: whose network is shared; stays as it is.
+        rank: of the matrices, on every linear layer of the teacher's `lora_blocks`.
+
+    Raises:
+        UserError: peft is not installed, or the teacher's pipeline loads no LoRA.
+    """
+    if not teacher.loads_lora:
+        raise UserError(f"{type(teacher.pipe).__name__} loads no LoRA; train all weights (leave student.lora at 0)")
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise UserError("student.lora needs peft; pip install peft") from None
+    shared = [*teacher.transformer.parameters(), *teacher.transformer.buffers()]
+    network = deepcopy_sharing(teacher.transformer, shared)
+    compute_afresh(network.modules())
+    layers = [
+        name for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and any(part in name for part in teacher.lora_blocks)
+    ]  # fmt: skip
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
+    student = NetworkStudent(network, teacher.predict, weight_start(teacher.latent_shape)).to(teacher.device)
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(teacher.work_dtype)
+    taken = {tensor.data_ptr() for tensor in shared}
+    student.shared = frozenset(name for name, tensor in student.state_dict().items() if tensor.data_ptr() in taken)
+    return student
+
+
+def save_lora(teacher: PipelineTeacher, student: Student, folder: Path) -> None:
+    """Writes a LoRA student in diffusers' own format, and its scheduler."""
+    from peft import get_peft_model_state_dict
+
+    network: Any = student.get_submodule("transformer")
+    layers = get_peft_model_state_dict(network)
+    options = {f"{teacher.network_part}_lora_layers": layers}
+    teacher.pipe.save_lora_weights(folder, weight_name=LORA_WEIGHTS, **options)
+    teacher.lora_scheduler().save_config(folder / "scheduler")
+
+
+def load_lora(teacher: PipelineTeacher, folder: Path, rank: int) -> NetworkStudent:
+    """The LoRA student that `save_lora` wrote."""
+    from peft import set_peft_model_state_dict
+
+    student = lora_student(teacher, rank)
+    weights, prefix = load_file(folder / LORA_WEIGHTS), f"{teacher.network_part}."
+    set_peft_model_state_dict(
+        student.transformer, {name.removeprefix(prefix): value for name, value in weights.items()}
+    )
+    return student

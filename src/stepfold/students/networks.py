@@ -1,0 +1,46 @@
+"""Students whose adaptive weight has a head of its own: of a diffusers network, and of any module."""
+
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import override
+
+from stepfold.students.heads import TimeHead
+from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.pipeline import Predict
+
+
+class ModuleStudent(Student):
+    """A copy of a module of one's own, called as its teacher calls it. Its blocks, if any, are not known."""
+
+    def __init__(self, transformer: Any, predict: Predict, weight_start: float = 0.0) -> None:
+        """Wraps a network.
+
+        Args:
+            transformer: the network, of whatever kind; weights on disk carry this name.
+            predict: a plain function or a partial of one, since a student is copied whole.
+            weight_start: initial -w_phi, the same at every time.
+        """
+        super().__init__()
+        self.transformer, self.predict = transformer, predict
+        self.variance_head = TimeHead(weight_start)
+
+    @override
+    def forward(
+        self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor, target: Tensor | None = None
+    ) -> Tensor:
+        return self.predict(self.transformer, x_unit, t, condition, guidance)
+
+    @override
+    def log_variance(self, t: Tensor, guidance: Tensor, target: Tensor | None = None) -> Tensor:
+        return self.variance_head(t)
+
+
+class NetworkStudent(ModuleStudent):
+    """A diffusers network, called as the teacher calls its own. One that embeds no guidance ignores the scale."""
+
+    can_recompute = True
+
+    @override
+    def recompute_blocks(self) -> None:
+        self.transformer.enable_gradient_checkpointing()

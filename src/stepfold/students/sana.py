@@ -1,0 +1,71 @@
+"""Students of Sana that embed their guidance scale, as SanaSprintPipeline's network does."""
+
+from typing import Any
+
+from diffusers import SanaTransformer2DModel
+from torch import Tensor, nn
+from typing_extensions import override
+
+from stepfold.maths.formulations import flow_time
+from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.sana import trigflow_network
+
+
+class SanaStudent(Student):
+    """A SanaTransformer2DModel that embeds its guidance scale; the adaptive weight reads the embedding too."""
+
+    can_recompute = True
+
+    def __init__(self, transformer: Any, weight_start: float = 0.0) -> None:
+        super().__init__()
+        self.transformer = transformer
+        config = transformer.config
+        self.variance_head = nn.Linear(config.num_attention_heads * config.attention_head_dim, 1)
+        nn.init.zeros_(self.variance_head.weight)
+        nn.init.constant_(self.variance_head.bias, weight_start)
+
+    @override
+    def forward(
+        self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor, target: Tensor | None = None
+    ) -> Tensor:
+        return trigflow_network(self.transformer, x_unit, t, condition, guidance, 1.0)
+
+    @override
+    def log_variance(self, t: Tensor, guidance: Tensor, target: Tensor | None = None) -> Tensor:
+        """Linear in the embedding of time and guidance, which it trains."""
+        scale = self.transformer.config.guidance_embeds_scale
+        dtype = self.variance_head.weight.dtype
+        _, embedding = self.transformer.time_embed(flow_time(t), guidance=guidance * scale, hidden_dtype=dtype)
+        return self.variance_head(embedding).squeeze(-1)
+
+    @override
+    def freeze_guidance(self) -> None:
+        """Freezes the guidance embedder. One that starts neutral stays so: a sampler may then give any scale."""
+        self.transformer.time_embed.guidance_embedder.requires_grad_(False)
+
+    @override
+    def recompute_blocks(self) -> None:
+        self.transformer.enable_gradient_checkpointing()
+
+
+def student_transformer(teacher: Any) -> SanaTransformer2DModel:
+    """A copy of the teacher's transformer that embeds its guidance scale and starts as the teacher.
+
+    Only the last layer of the guidance embedder starts at zero: the output does not depend on guidance yet, but its
+    gradient does, so it learns.
+    """
+    config = {key: value for key, value in teacher.config.items() if key != "_use_default_values"}  # else they win
+    student: Any = SanaTransformer2DModel.from_config(config | {"guidance_embeds": True, "timestep_scale": 1.0})
+    weights = {
+        name.replace("time_embed.emb.timestep_embedder.", "time_embed.timestep_embedder."): value
+        for name, value in teacher.state_dict().items()
+    }
+    missing, unexpected = student.load_state_dict(weights, strict=False)
+    allowed = "time_embed.guidance_embedder."
+    if unexpected or any(not name.startswith(allowed) for name in missing):
+        raise AssertionError(f"student and teacher do not match: missing {missing}, unexpected {unexpected}")
+    if not teacher.config.guidance_embeds:
+        last = student.time_embed.guidance_embedder.linear_2
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    return student
