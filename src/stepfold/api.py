@@ -14,6 +14,7 @@ from stepfold.errors import UserError
 from stepfold.prompts.reading import open_prompts
 from stepfold.randomness import normal
 from stepfold.sampling.consistency import sample_consistency
+from stepfold.students.two_times import EMBEDDER
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Student
 from stepfold.teachers.module import ModuleTeacher
@@ -68,7 +69,7 @@ def distill_module(
         raise UserError("a network of one's own trains all its weights; leave student.lora at 0")
     if config.teacher != TeacherSettings(source=source):
         raise UserError("settings of `teacher` are for pipelines; what there is to say is an argument of ModuleTeacher")
-    student = student or new_student(teacher, config.student.depth)
+    student = student or new_student(teacher, config.student.depth, two_times=config.student.times == "two")
     blacks = [torch.zeros(teacher.latent_shape, device=accelerator.device)]
     teacher.network.to(accelerator.device)
     lock = open_run(folder, config, resume)
@@ -84,8 +85,9 @@ def distill_module(
 
 def load_module_student(teacher: ModuleTeacher, folder: str | Path) -> Student:
     """The student that `distill_module` left in a run folder."""
-    student = new_student(teacher)
-    student.load_state_dict(load_file(Path(folder) / WEIGHTS))
+    weights = load_file(Path(folder) / WEIGHTS)
+    student = new_student(teacher, two_times=any(name.startswith(f"{EMBEDDER}.") for name in weights))
+    student.load_state_dict(weights)
     return student.eval()
 
 

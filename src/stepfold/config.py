@@ -103,6 +103,12 @@ class StudentSettings(Section):
         default=1.0, gt=0, le=1, description="share of the teacher's blocks that the student keeps, evenly chosen"
     )
 
+    times: Literal["one", "two"] = Field(
+        default="one",
+        description="what the student is told: `one`, the time of the state; `two`, the time to jump to as well (flow "
+        "maps), by a second embedder that is saved beside its network",
+    )
+
     @model_validator(mode="after")
     def _lora_has_all_blocks(self) -> "StudentSettings":
         if self.lora and self.depth < 1:

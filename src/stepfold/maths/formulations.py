@@ -5,6 +5,8 @@ Symbols: `x` is a TrigFlow state [B, ...] whose data and noise have standard dev
 Results follow torch's type promotion, except where a docstring says otherwise.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -182,6 +184,35 @@ def flow_velocity(x_flow: Tensor, t_flow: Tensor, F: Tensor) -> Tensor:
     """Inverse of `trigflow_output`: F -> the flow-matching velocity at (x_flow, t_flow)."""
     s = unsqueeze_like(t_flow, x_flow)
     return (_flow_scale(s) * F - (1 - 2 * s) * x_flow) / (1 - 2 * s + 2 * s**2)
+
+
+def flow_state(x_unit: Tensor, t: Tensor, *, clamp: bool = True) -> tuple[Tensor, Tensor]:
+    """TrigFlow state and time -> (x_flow [B, ...], t_flow [B]).
+
+    Args:
+        x_unit: x / sigma_data [B, ...].
+        t: [B], in [0, pi/2].
+        clamp: whether t_flow is held to 1; samplers in float32 start a hair above pi/2.
+    """
+    t_flow = flow_time(t)
+    return flow_input(x_unit, t, 1.0), t_flow.clamp(max=1.0) if clamp else t_flow
+
+
+def flow_prediction(
+    x_unit: Tensor, t: Tensor, velocity: Callable[[Tensor, Tensor], Tensor], *, clamp: bool = True
+) -> Tensor:
+    """F [B, ...] of a network that predicts flow matching's velocity.
+
+    Args:
+        x_unit: x / sigma_data [B, ...].
+        t: [B], in [0, pi/2].
+        velocity: calls the network: (x_flow [B, ...], t_flow [B]) -> n - x_0 [B, ...].
+        clamp: see `flow_state`.
+
+    Reference: arXiv:2511.20410, Eq. (5-7).
+    """
+    x_flow, t_flow = flow_state(x_unit, t, clamp=clamp)
+    return trigflow_output(x_flow, t_flow, velocity(x_flow, t_flow))
 
 
 # EDM: x_edm = x_0 + sigma n, the model predicts the denoised x_0

@@ -7,10 +7,12 @@ import torch
 
 from stepfold.students.lora import load_lora
 from stepfold.students.saving import load_network_only
+from stepfold.students.two_times import load_embedder
 from stepfold.students.whole import as_student
 from stepfold.teachers.contract import Student
 from stepfold.teachers.folders import check_folder, merge_lora
 from stepfold.teachers.loading import (
+    is_told_two_times,
     load_teacher,
     lora_rank,
     make_teacher,
@@ -28,16 +30,19 @@ def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeac
         UserError: the folder is no student that stepfold wrote.
     """
     card = read_card(folder)
+    two_times = is_told_two_times(card)
     if rank := lora_rank(card):
         teacher = load_teacher(teacher_settings(folder, card), device)
-        return teacher, load_lora(teacher, folder, rank), card
+        return teacher, load_lora(teacher, folder, rank, two_times=two_times), card
     if card["network_only"]:
         teacher = load_teacher(teacher_settings(folder, card), device)
-        return teacher, load_network_only(teacher, student_folder(folder)), card
+        return teacher, load_network_only(teacher, student_folder(folder), two_times=two_times), card
     check_folder(folder)
     settings = {name: card[name] for name in ("height", "width", "frames", "max_tokens")}
     pipeline = make_teacher(str(folder), device=device, **settings)
-    return pipeline, as_student(pipeline), card
+    student = as_student(pipeline, two_times=two_times)
+    load_embedder(student, folder)
+    return pipeline, student, card
 
 
 def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeacher, Student, dict[str, Any]]:
@@ -47,4 +52,6 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
         return load_student(folder, device)
     teacher = load_teacher(teacher_settings(folder, card), device, torch.float32)
     merge_lora(teacher.pipe, str(folder), lambda: None)  # a student has no LoRA on text encoders
-    return teacher, as_student(teacher), card
+    student = as_student(teacher, two_times=is_told_two_times(card))
+    load_embedder(student, folder)
+    return teacher, student, card

@@ -8,7 +8,8 @@ from torch import nn
 
 from stepfold.errors import UserError
 from stepfold.students.networks import NetworkStudent
-from stepfold.students.whole import weight_start
+from stepfold.students.two_times import load_embedder, save_embedder
+from stepfold.students.whole import time_part, weight_start
 from stepfold.teachers.contract import Student, deepcopy_sharing
 from stepfold.teachers.once import compute_afresh
 from stepfold.teachers.pipeline import PipelineTeacher
@@ -16,15 +17,17 @@ from stepfold.teachers.pipeline import PipelineTeacher
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
-def lora_student(teacher: PipelineTeacher, rank: int) -> NetworkStudent:
+def lora_student(teacher: PipelineTeacher, rank: int, *, two_times: bool = False) -> NetworkStudent:
     """A student that shares the teacher's weights; its LoRA matrices start at nothing, so it starts as the teacher.
 
     Args:
         teacher: whose network is shared; stays as it is.
         rank: of the matrices, on every linear layer of the teacher's `lora_blocks`.
+        two_times: whether the student is told its target time too; the second embedder is trained whole.
 
     Raises:
-        UserError: peft is not installed, or the teacher's pipeline loads no LoRA.
+        UserError: peft is not installed, the teacher's pipeline loads no LoRA, or its network has no place for a
+            second time.
     """
     if not teacher.loads_lora:
         raise UserError(f"{type(teacher.pipe).__name__} loads no LoRA; train all weights (leave student.lora at 0)")
@@ -40,7 +43,8 @@ def lora_student(teacher: PipelineTeacher, rank: int) -> NetworkStudent:
         if isinstance(module, nn.Linear) and any(part in name for part in teacher.lora_blocks)
     ]  # fmt: skip
     network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
-    student = NetworkStudent(network, teacher.predict, weight_start(teacher.latent_shape)).to(teacher.device)
+    part = time_part(teacher, network) if two_times else None
+    student = NetworkStudent(network, teacher.predict, weight_start(teacher.latent_shape), part).to(teacher.device)
     for parameter in student.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(teacher.work_dtype)
@@ -50,7 +54,7 @@ def lora_student(teacher: PipelineTeacher, rank: int) -> NetworkStudent:
 
 
 def save_lora(teacher: PipelineTeacher, student: Student, folder: Path) -> None:
-    """Writes a LoRA student in diffusers' own format, and its scheduler."""
+    """Writes a LoRA student in diffusers' own format, its second embedder if it has one, and its scheduler."""
     from peft import get_peft_model_state_dict
 
     network: Any = student.get_submodule("transformer")
@@ -58,13 +62,15 @@ def save_lora(teacher: PipelineTeacher, student: Student, folder: Path) -> None:
     options = {f"{teacher.network_part}_lora_layers": layers}
     teacher.pipe.save_lora_weights(folder, weight_name=LORA_WEIGHTS, **options)
     teacher.lora_scheduler().save_config(folder / "scheduler")
+    save_embedder(student, folder)
 
 
-def load_lora(teacher: PipelineTeacher, folder: Path, rank: int) -> NetworkStudent:
+def load_lora(teacher: PipelineTeacher, folder: Path, rank: int, *, two_times: bool = False) -> NetworkStudent:
     """The LoRA student that `save_lora` wrote."""
     from peft import set_peft_model_state_dict
 
-    student = lora_student(teacher, rank)
+    student = lora_student(teacher, rank, two_times=two_times)
+    load_embedder(student, folder)
     weights, prefix = load_file(folder / LORA_WEIGHTS), f"{teacher.network_part}."
     set_peft_model_state_dict(
         student.transformer, {name.removeprefix(prefix): value for name, value in weights.items()}

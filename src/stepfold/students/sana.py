@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.maths.formulations import flow_time
+from stepfold.students.two_times import TargetEmbedder, told
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.sana import trigflow_network
 
@@ -16,26 +17,31 @@ class SanaStudent(Student):
 
     can_recompute = True
 
-    def __init__(self, transformer: Any, weight_start: float = 0.0) -> None:
+    def __init__(self, transformer: Any, weight_start: float = 0.0, time_part: str | None = None) -> None:
+        """See `ModuleStudent`."""
         super().__init__()
         self.transformer = transformer
         config = transformer.config
         self.variance_head = nn.Linear(config.num_attention_heads * config.attention_head_dim, 1)
         nn.init.zeros_(self.variance_head.weight)
         nn.init.constant_(self.variance_head.bias, weight_start)
+        self.target_embedder = TargetEmbedder(transformer, time_part) if time_part is not None else None
+        self.reads_target = time_part is not None
 
     @override
     def forward(
         self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor, target: Tensor | None = None
     ) -> Tensor:
-        return trigflow_network(self.transformer, x_unit, t, condition, guidance, 1.0)
+        with told(self.transformer, self.target_embedder, target):
+            return trigflow_network(self.transformer, x_unit, t, condition, guidance, 1.0)
 
     @override
     def log_variance(self, t: Tensor, guidance: Tensor, target: Tensor | None = None) -> Tensor:
-        """Linear in the embedding of time and guidance, which it trains."""
+        """Linear in the embedding of times and guidance, which it trains."""
         scale = self.transformer.config.guidance_embeds_scale
         dtype = self.variance_head.weight.dtype
-        _, embedding = self.transformer.time_embed(flow_time(t), guidance=guidance * scale, hidden_dtype=dtype)
+        with told(self.transformer, self.target_embedder, target):
+            _, embedding = self.transformer.time_embed(flow_time(t), guidance=guidance * scale, hidden_dtype=dtype)
         return self.variance_head(embedding).squeeze(-1)
 
     @override

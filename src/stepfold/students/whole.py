@@ -4,6 +4,8 @@ import copy
 import math
 from typing import Any
 
+from torch import nn
+
 from stepfold.errors import UserError
 from stepfold.students.depth import drop_blocks
 from stepfold.students.networks import ModuleStudent, NetworkStudent
@@ -15,33 +17,62 @@ from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.sana import SanaTeacher
 
 
-def new_student(teacher: PipelineTeacher | ModuleTeacher, depth: float = 1.0) -> Student:
+def new_student(teacher: PipelineTeacher | ModuleTeacher, depth: float = 1.0, *, two_times: bool = False) -> Student:
     """A student with weights of its own that starts as its teacher.
 
     Args:
         teacher: what it is copied from; stays as it is.
         depth: share of the teacher's blocks that the student keeps, in (0, 1]. Below 1 it starts elsewhere.
+        two_times: whether the student is told its target time too. It starts as the teacher for all of them.
 
     Raises:
-        UserError: this network cannot lose blocks.
+        UserError: this network cannot lose blocks, or has no place for a second time.
     """
+    start = weight_start(teacher.latent_shape)
     if isinstance(teacher, ModuleTeacher):
         if depth != 1:
             raise UserError("a network of one's own has no known blocks; leave student.depth at 1")
         network = copy.deepcopy(teacher.network).requires_grad_(True)
-        return ModuleStudent(network, teacher.predict, weight_start(teacher.latent_shape))
-    start = weight_start(teacher.latent_shape)
+        return ModuleStudent(network, teacher.predict, start, time_part(teacher, network) if two_times else None)
     network = own_network(teacher, depth)
     if isinstance(teacher, SanaTeacher) and teacher.student_is_sprint:
-        return SanaStudent(student_transformer(network), start).to(teacher.device)
-    return NetworkStudent(network, teacher.plain_predict, start).to(teacher.device)
+        network = student_transformer(network)
+        student = SanaStudent(network, start, time_part(teacher, network) if two_times else None)
+    else:
+        part = time_part(teacher, network) if two_times else None
+        student = NetworkStudent(network, teacher.plain_predict, start, part)
+    return student.to(teacher.device)
 
 
-def as_student(teacher: PipelineTeacher) -> Student:
-    """The network of a pipeline folder that is a student's, as a student: the very weights, no copy."""
+def as_student(teacher: PipelineTeacher, *, two_times: bool = False) -> Student:
+    """The network of a pipeline folder that is a student's, as a student: the very weights, no copy.
+
+    With `two_times` its second embedder is new; see `two_times.load_embedder`.
+    """
+    network, part = teacher.transformer, time_part(teacher, teacher.transformer) if two_times else None
     if isinstance(teacher, SanaTeacher) and teacher.is_sprint:
-        return SanaStudent(teacher.transformer)
-    return NetworkStudent(teacher.transformer, teacher.predict)
+        return SanaStudent(network, time_part=part)
+    return NetworkStudent(network, teacher.predict, time_part=part)
+
+
+def time_part(teacher: PipelineTeacher | ModuleTeacher, network: nn.Module) -> str:
+    """Name of the part of a student's network to whose output an embedding of the target time is added.
+
+    Raises:
+        UserError: there is none.
+    """
+    part = teacher.time_part(network)
+    if part is not None:
+        return part
+    if isinstance(teacher, ModuleTeacher):
+        raise UserError(
+            "student.times=two needs the part of your network that embeds its time; give its name to ModuleTeacher as "
+            "time_part, or leave student.times at one"
+        )
+    raise UserError(
+        f"a {type(network).__name__} embeds its time in each of its blocks, so there is no one place for a second; "
+        "leave student.times at one"
+    )
 
 
 def own_network(teacher: PipelineTeacher, depth: float) -> Any:

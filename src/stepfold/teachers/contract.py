@@ -183,8 +183,35 @@ class Teacher(Protocol):
         """Float64 [num_steps + 1], falling to 0: the times of DDIM's steps, for teachers that sample with it."""
         ...
 
-    def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
-        """dx/dt [B, ...] at x [B, ...], t [B], guided by the scales [B]; no gradient."""
+    def velocity(
+        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, *, with_gradient: bool = False
+    ) -> Tensor:
+        """dx/dt under guidance.
+
+        Args:
+            x: [B, ...].
+            t: [B], in [0, pi/2].
+            condition: B rows.
+            guidance: scales [B].
+            with_gradient: whether the result has a graph to x and t; the teacher's weights never get a gradient.
+
+        Returns:
+            [B, ...], of x's dtype.
+        """
+        ...
+
+    def branches(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """dx/dt without and with the prompt, (v_u, v_c), both [B, ...], from one call of the network; no gradient.
+
+        v_u + w (v_c - v_u) is `velocity` at every scale w, but for families with a guidance rule of their own. A
+        teacher without guidance gives v_c twice. One with embedded guidance has no v_u: it is extrapolated, so that the
+        rule holds at w = 1 and at `default_guidance` (at 2 where that is 1 or less), and is an approximation elsewhere.
+        """
+        ...
+
+    @property
+    def exact_branches(self) -> bool:
+        """Whether v_u of `branches` is the network's own, not an extrapolation over embedded scales."""
         ...
 
     def clear_prompt_cache(self) -> None:

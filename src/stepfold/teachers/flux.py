@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from stepfold.maths.formulations import flow_input, flow_time, trigflow_output
+from stepfold.maths.formulations import flow_prediction
 from stepfold.teachers.contract import Condition, GuidanceKind
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
 
@@ -39,19 +39,22 @@ def flux_network(
 
     It multiplies what it is given by 1000 itself, like its guidance.
     """
-    t_flow, x_flow = flow_time(t).clamp(max=1.0), flow_input(x_unit, t, 1.0)  # samplers start a hair above pi/2
     height, width = x_unit.shape[-2:]
-    velocity = transformer(
-        hidden_states=pack(x_flow),
-        timestep=time_scale / 1000 * t_flow,
-        guidance=guidance if transformer.config.guidance_embeds else None,
-        encoder_hidden_states=condition.embeds,
-        pooled_projections=condition.pooled,
-        txt_ids=condition.embeds.new_zeros(condition.embeds.shape[1], 3),
-        img_ids=places(height, width, condition.embeds),
-        return_dict=False,
-    )[0]
-    return trigflow_output(x_flow, t_flow, unpack(velocity, height, width))
+
+    def velocity(x_flow: Tensor, t_flow: Tensor) -> Tensor:
+        tokens = transformer(
+            hidden_states=pack(x_flow),
+            timestep=time_scale / 1000 * t_flow,
+            guidance=guidance if transformer.config.guidance_embeds else None,
+            encoder_hidden_states=condition.embeds,
+            pooled_projections=condition.pooled,
+            txt_ids=condition.embeds.new_zeros(condition.embeds.shape[1], 3),
+            img_ids=places(height, width, condition.embeds),
+            return_dict=False,
+        )[0]
+        return unpack(tokens, height, width)
+
+    return flow_prediction(x_unit, t, velocity)
 
 
 def keep_precision(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -76,6 +79,10 @@ class FluxTeacher(PipelineTeacher):
     def time_embedder(self, network: Any) -> Any:
         """See `PipelineTeacher`."""
         return network.time_text_embed
+
+    def time_part(self, network: Any) -> str | None:
+        """See `PipelineTeacher`."""
+        return "time_text_embed.timestep_embedder"
 
     def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
         """See `PipelineTeacher`."""

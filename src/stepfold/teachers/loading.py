@@ -273,3 +273,8 @@ def student_folder(name: Path) -> Path:
 def lora_rank(card: dict[str, Any]) -> int:
     """The rank of a student that is a LoRA file; 0 for one that is a whole pipeline."""
     return 0 if card.get("merged") else card["config"].get("student", {}).get("lora", 0)
+
+
+def is_told_two_times(card: dict[str, Any]) -> bool:
+    """Whether a student is told its target time too."""
+    return card["config"].get("student", {}).get("times", "one") == "two"

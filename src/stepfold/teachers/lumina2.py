@@ -8,7 +8,7 @@ from diffusers import Lumina2Pipeline
 from torch import Tensor, nn
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import flow_input, flow_time, flow_velocity, guide, trigflow_output
+from stepfold.maths.formulations import flow_prediction, flow_state, flow_velocity, guide, trigflow_output
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
 
@@ -20,15 +20,17 @@ def lumina2_network(
 
     Its time runs from noise at 0 to data at 1, and its velocity with it.
     """
-    t_flow, x_flow = flow_time(t).clamp(max=1.0), flow_input(x_unit, t, 1.0)  # samplers start a hair above pi/2
-    velocity = transformer(
-        hidden_states=x_flow,
-        timestep=1 - t_flow,
-        encoder_hidden_states=condition.embeds,
-        encoder_attention_mask=condition.mask,
-        return_dict=False,
-    )[0]
-    return trigflow_output(x_flow, t_flow, -velocity)
+
+    def velocity(x_flow: Tensor, t_flow: Tensor) -> Tensor:
+        return -transformer(
+            hidden_states=x_flow,
+            timestep=1 - t_flow,
+            encoder_hidden_states=condition.embeds,
+            encoder_attention_mask=condition.mask,
+            return_dict=False,
+        )[0]
+
+    return flow_prediction(x_unit, t, velocity)
 
 
 class Lumina2Teacher(PipelineTeacher):
@@ -51,6 +53,10 @@ class Lumina2Teacher(PipelineTeacher):
         """See `PipelineTeacher`."""
         return lumina2_network
 
+    def time_part(self, network: Any) -> str | None:
+        """See `PipelineTeacher`."""
+        return "time_caption_embed.timestep_embedder"
+
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
         """See `PipelineTeacher`; the pipeline insists on multiples of 16."""
         config = self.transformer.config
@@ -59,7 +65,7 @@ class Lumina2Teacher(PipelineTeacher):
 
     def guided(self, x_unit: Tensor, t: Tensor, without: Tensor, with_prompt: Tensor, guidance: Tensor) -> Tensor:
         """See `PipelineTeacher`; each row of the flow velocity keeps the length that it has with the prompt."""
-        t_flow, x_flow = flow_time(t).clamp(max=1.0), flow_input(x_unit, t, 1.0)
+        x_flow, t_flow = flow_state(x_unit, t)
         prompted = flow_velocity(x_flow, t_flow, with_prompt)
         velocity = guide(flow_velocity(x_flow, t_flow, without), prompted, guidance)
         kept = prompted.norm(dim=-1, keepdim=True) / velocity.norm(dim=-1, keepdim=True)

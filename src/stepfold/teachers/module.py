@@ -12,10 +12,8 @@ from stepfold.maths.formulations import (
     dxdt_from_denoised,
     edm_input,
     edm_sigma,
-    flow_input,
-    flow_time,
-    trigflow_output,
-    unsqueeze_like,
+    flow_prediction,
+    guide,
 )
 from stepfold.maths.routes import few_step_times
 from stepfold.teachers.contract import Condition, GuidanceKind, concatenate
@@ -24,8 +22,7 @@ from stepfold.teachers.pipeline import SIGMA_DATA, Predict
 
 def flow_network(network: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None) -> Tensor:
     """F [B, ...] of a network (x_FM, t in [0, 1], condition) -> z - x_0, where x_FM = (1 - t) x_0 + t z."""
-    t_flow, x_flow = flow_time(t).clamp(max=1.0), flow_input(x_unit, t, 1.0)
-    return trigflow_output(x_flow, t_flow, network(x_flow, t_flow, condition))
+    return flow_prediction(x_unit, t, lambda x_flow, t_flow: network(x_flow, t_flow, condition))
 
 
 def own_trigflow_network(
@@ -64,6 +61,7 @@ class ModuleTeacher:
         sigma_max: float = math.inf,
         shift: float = 1.0,
         max_tokens: int = 1,
+        time_part: str | None = None,
     ) -> None:
         """Wraps a network; it is frozen, and its students are copies.
 
@@ -81,6 +79,8 @@ class ModuleTeacher:
                 is infinite: EDM's own is 80 over data of standard deviation 0.5, so 160.
             shift: of its own flow sampler.
             max_tokens: what `encode` pads to; compiled runs want equal shapes.
+            time_part: name of the network's part whose output is its time embedding [B, D], for students told two
+                times; such as "time_embedder" or "net.0".
 
         Raises:
             UserError: a guidance without the condition of nothing, or more than one row of that; a denoiser without
@@ -95,6 +95,7 @@ class ModuleTeacher:
         if nothing is not None and len(nothing) != 1:
             raise UserError(f"`nothing` has {len(nothing)} rows; give one, as `encode` makes it of one prompt")
         self.nothing, self.default_guidance = nothing, guidance
+        self._time_part = time_part
         self.guidance_kind: GuidanceKind = "none" if nothing is None else "classifier_free"
         self.network = network.eval().requires_grad_(False)
         self.encode_prompts, self.latent_shape, self.latent_shapes = encode, latent_shape, (latent_shape,)
@@ -110,19 +111,41 @@ class ModuleTeacher:
         parameter = next(self.network.parameters(), None)
         return condition if parameter is None else condition.to(parameter.device, condition.embeds.dtype)
 
-    @torch.no_grad()
-    def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+    def velocity(
+        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, *, with_gradient: bool = False
+    ) -> Tensor:
         """See `Teacher`; both branches of the guidance go through the network as one batch."""
-        x_unit = x / self.sigma_data
+        with torch.set_grad_enabled(with_gradient):
+            without, with_prompt = self._branches(x / self.sigma_data, t, condition)
+            F = with_prompt if self.nothing is None else guide(without, with_prompt, guidance)
+            return (self.sigma_data * F).to(x.dtype)
+
+    @torch.no_grad()
+    def branches(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """See `Teacher`."""
+        without, with_prompt = self._branches(x / self.sigma_data, t, condition)
+        return (self.sigma_data * without).to(x.dtype), (self.sigma_data * with_prompt).to(x.dtype)
+
+    def _branches(self, x_unit: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """F [B, ...] of either branch; of a network without guidance the same twice."""
         if self.nothing is None:
             F = self.predict(self.network, x_unit, t, condition, None)
-        else:
-            self.nothing = self._beside_network(self.nothing)
-            both = concatenate([self.nothing.expand(len(x)), condition])
-            F = self.predict(self.network, torch.cat([x_unit, x_unit]), torch.cat([t, t]), both, None)
-            without, with_prompt = F.chunk(2)
-            F = without + unsqueeze_like(guidance, F) * (with_prompt - without)
-        return (self.sigma_data * F).to(x.dtype)
+            return F, F
+        self.nothing = self._beside_network(self.nothing)
+        both = concatenate([self.nothing.expand(len(x_unit)), condition])
+        without, with_prompt = self.predict(
+            self.network, torch.cat([x_unit, x_unit]), torch.cat([t, t]), both, None
+        ).chunk(2)
+        return without, with_prompt
+
+    def time_part(self, network: nn.Module) -> str | None:
+        """The name that it was given."""
+        return self._time_part
+
+    @property
+    def exact_branches(self) -> bool:
+        """See `Teacher`."""
+        return True
 
     def student_times(self, num_steps: int) -> list[float]:
         """See `Teacher`."""

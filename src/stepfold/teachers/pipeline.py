@@ -181,6 +181,13 @@ class PipelineTeacher:
         """
         return None
 
+    def time_part(self, network: Any) -> str | None:
+        """Name of the part of a student's network whose output is its time embedding [B, D], made outside the blocks.
+
+        None where there is no such part.
+        """
+        return None
+
     def retimed_parts(self, network: Any) -> dict[str, Any]:
         """The parts of the pipeline that change when `network` reads times of [0, 1]."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config, num_train_timesteps=1)
@@ -412,20 +419,49 @@ class PipelineTeacher:
             return Condition(null.embeds, like.mask, null.pooled)
         return self._null_trimmed.expand(len(like))
 
-    @torch.no_grad()
-    def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+    def velocity(
+        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, *, with_gradient: bool = False
+    ) -> Tensor:
         """See `Teacher`. Both branches of classifier-free guidance go through the network as one batch."""
-        x_unit = x / self.sigma_data
-        if self.guidance_kind == "classifier_free":
-            if self._both is None or self._both[0] is not condition:
-                self._both = (condition, concatenate([self.null(condition), condition]))
-            F = self.predict(self.transformer, torch.cat([x_unit, x_unit]), torch.cat([t, t]), self._both[1], None)
-            without, with_prompt = F.chunk(2)
-            F = self.guided(x_unit, t, without, with_prompt, guidance)
-        else:
-            scales = guidance if self.guidance_kind == "embedded" else None
-            F = self.predict(self.transformer, x_unit, t, condition, scales)
-        return (self.sigma_data * F).to(x.dtype)
+        with torch.set_grad_enabled(with_gradient):
+            x_unit = x / self.sigma_data
+            if self.guidance_kind == "classifier_free":
+                F = self.guided(x_unit, t, *self._branches(x_unit, t, condition), guidance)
+            else:
+                F = self._unguided(x_unit, t, condition, guidance)
+            return (self.sigma_data * F).to(x.dtype)
+
+    @torch.no_grad()
+    def branches(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """See `Teacher`."""
+        without, with_prompt = self._branches(x / self.sigma_data, t, condition)
+        return (self.sigma_data * without).to(x.dtype), (self.sigma_data * with_prompt).to(x.dtype)
+
+    @property
+    def exact_branches(self) -> bool:
+        """See `Teacher`."""
+        return self.guidance_kind != "embedded"
+
+    def _unguided(self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        """F [B, ...] of one row a sample; a network that embeds guidance is told the scales [B]."""
+        scales = guidance if self.guidance_kind == "embedded" else None
+        return self.predict(self.transformer, x_unit, t, condition, scales)
+
+    def _branches(self, x_unit: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """F [B, ...] without and with the prompt, as `branches` says; two rows a sample, in one batch."""
+        if self.guidance_kind == "none":
+            F = self._unguided(x_unit, t, condition, t)
+            return F, F
+        if self._both is None or self._both[0] is not condition:
+            first = condition if self.guidance_kind == "embedded" else self.null(condition)
+            self._both = (condition, concatenate([first, condition]))
+        guided = self.default_guidance if self.default_guidance > 1 else 2.0
+        scales = torch.cat([torch.full_like(t, guided), torch.ones_like(t)])
+        F = self._unguided(torch.cat([x_unit, x_unit]), torch.cat([t, t]), self._both[1], scales)
+        first, with_prompt = F.chunk(2)
+        if self.guidance_kind == "embedded":
+            return with_prompt - (first - with_prompt) / (guided - 1), with_prompt
+        return first, with_prompt
 
     def features(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> list[Tensor]:
         """See `Teacher`. The outputs of evenly spaced blocks, without classifier-free guidance."""
@@ -437,8 +473,7 @@ class PipelineTeacher:
 
         handles = [block.register_forward_hook(keep) for block in self.feature_blocks]
         try:
-            scales = guidance if self.guidance_kind == "embedded" else None
-            self.predict(self.transformer, x / self.sigma_data, t, condition, scales)
+            self._unguided(x / self.sigma_data, t, condition, guidance)
         finally:
             for handle in handles:
                 handle.remove()

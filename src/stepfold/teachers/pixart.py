@@ -35,6 +35,10 @@ class PixArtTeacher(VPTeacher):
         """See `VPTeacher`."""
         return pixart_network
 
+    def time_part(self, network: Any) -> str | None:
+        """See `PipelineTeacher`."""
+        return "adaln_single.emb.timestep_embedder"
+
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
         """See `PipelineTeacher`."""
         config = self.transformer.config

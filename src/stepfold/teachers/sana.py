@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import SanaPipeline, SanaSprintPipeline, SCMScheduler
 from torch import Tensor, nn
 
-from stepfold.maths.formulations import flow_input, flow_time, trigflow_output
+from stepfold.maths.formulations import flow_prediction
 from stepfold.teachers.contract import Condition, GuidanceKind
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
 
@@ -35,21 +35,20 @@ def trigflow_network(
     Returns:
         F [B, C, H, W].
     """
-    t_flow = flow_time(t)
-    if time_scale != 1:
-        t_flow = t_flow.clamp(max=1.0)  # samplers start a hair above pi/2
-    x_flow = flow_input(x_unit, t, 1.0)
     embeds = guidance is not None and transformer.config.guidance_embeds
     embedded = guidance * transformer.config.guidance_embeds_scale if embeds else None
-    velocity = transformer(
-        x_flow,
-        encoder_hidden_states=condition.embeds,
-        encoder_attention_mask=condition.mask,
-        timestep=t_flow * time_scale,
-        guidance=embedded,
-        return_dict=False,
-    )[0]
-    return trigflow_output(x_flow, t_flow, velocity)
+
+    def velocity(x_flow: Tensor, t_flow: Tensor) -> Tensor:
+        return transformer(
+            x_flow,
+            encoder_hidden_states=condition.embeds,
+            encoder_attention_mask=condition.mask,
+            timestep=t_flow * time_scale,
+            guidance=embedded,
+            return_dict=False,
+        )[0]
+
+    return flow_prediction(x_unit, t, velocity, clamp=time_scale != 1)
 
 
 class SanaTeacher(PipelineTeacher):
@@ -86,6 +85,10 @@ class SanaTeacher(PipelineTeacher):
     def time_embedder(self, network: Any) -> Any:
         """See `PipelineTeacher`."""
         return None if network.config.guidance_embeds else network.time_embed.emb
+
+    def time_part(self, network: Any) -> str | None:
+        """See `PipelineTeacher`."""
+        return f"time_embed{'' if network.config.guidance_embeds else '.emb'}.timestep_embedder"
 
     def retimed_parts(self, network: Any) -> dict[str, Any]:
         """See `PipelineTeacher`; here the network's own config says it."""

@@ -8,7 +8,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import flow_input, flow_time, trigflow_output
+from stepfold.maths.formulations import flow_prediction
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
 
@@ -17,15 +17,17 @@ def sd3_network(
     transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, time_scale: float
 ) -> Tensor:
     """F [B, C, H, W] of an SD3Transformer2DModel, whose time counts to `time_scale`; it embeds no guidance."""
-    t_flow, x_flow = flow_time(t).clamp(max=1.0), flow_input(x_unit, t, 1.0)  # samplers start a hair above pi/2
-    velocity = transformer(
-        hidden_states=x_flow,
-        timestep=time_scale * t_flow,
-        encoder_hidden_states=condition.embeds,
-        pooled_projections=condition.pooled,
-        return_dict=False,
-    )[0]
-    return trigflow_output(x_flow, t_flow, velocity)
+
+    def velocity(x_flow: Tensor, t_flow: Tensor) -> Tensor:
+        return transformer(
+            hidden_states=x_flow,
+            timestep=time_scale * t_flow,
+            encoder_hidden_states=condition.embeds,
+            pooled_projections=condition.pooled,
+            return_dict=False,
+        )[0]
+
+    return flow_prediction(x_unit, t, velocity)
 
 
 class SD3Teacher(PipelineTeacher):
@@ -40,6 +42,10 @@ class SD3Teacher(PipelineTeacher):
     def time_embedder(self, network: Any) -> Any:
         """See `PipelineTeacher`."""
         return network.time_text_embed
+
+    def time_part(self, network: Any) -> str | None:
+        """See `PipelineTeacher`."""
+        return "time_text_embed.timestep_embedder"
 
     @property
     def even_ladder(self) -> bool:

@@ -42,6 +42,10 @@ class StableDiffusionTeacher(VPTeacher):
         """See `VPTeacher`."""
         return sd_network
 
+    def time_part(self, network: Any) -> str | None:
+        """See `PipelineTeacher`."""
+        return "time_embedding"
+
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
         """See `PipelineTeacher`."""
         config = self.transformer.config

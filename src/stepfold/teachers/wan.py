@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor, nn
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import flow_input, flow_time, trigflow_output, trigflow_time
+from stepfold.maths.formulations import flow_prediction, trigflow_time
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
 
@@ -26,15 +26,17 @@ def wan_network(
 
     It attends to padding, which is zero up to `tokens` positions.
     """
-    t_flow, x_flow = flow_time(t).clamp(max=1.0), flow_input(x_unit, t, 1.0)  # samplers start a hair above pi/2
     real = condition.embeds * condition.mask[..., None].to(condition.embeds.dtype)
-    velocity = transformer(
-        hidden_states=x_flow,
-        timestep=1000 * t_flow,
-        encoder_hidden_states=nn.functional.pad(real, (0, 0, 0, tokens - real.shape[1])),
-        return_dict=False,
-    )[0]
-    return trigflow_output(x_flow, t_flow, velocity)
+
+    def velocity(x_flow: Tensor, t_flow: Tensor) -> Tensor:
+        return transformer(
+            hidden_states=x_flow,
+            timestep=1000 * t_flow,
+            encoder_hidden_states=nn.functional.pad(real, (0, 0, 0, tokens - real.shape[1])),
+            return_dict=False,
+        )[0]
+
+    return flow_prediction(x_unit, t, velocity)
 
 
 def filmstrip(videos: Tensor) -> Tensor:
@@ -60,6 +62,10 @@ class WanTeacher(PipelineTeacher):
     def predictor(self) -> Predict:
         """See `PipelineTeacher`."""
         return partial(wan_network, tokens=self.max_tokens)
+
+    def time_part(self, network: Any) -> str | None:
+        """See `PipelineTeacher`."""
+        return "condition_embedder.time_embedder"
 
     def pixels_a_latent(self, vae: dict[str, Any]) -> int:
         """See `PipelineTeacher`."""

@@ -112,8 +112,9 @@ def choose_tangent(
     3. Compiled, `one_pass` becomes `two_pass` where block and tangent cannot be one piece of code: torch does not
        compile the tangent of a group norm, and unfused attention of many queries would be in memory whole.
     4. Where that step is estimated to need more than 80% of the device's memory, the blocks are recomputed, if the
-       student knows them: `one_pass` becomes `block`. The estimate: what autograd keeps for the pairs of a backward pass, the weights as often as the
-       optimiser has them, and on a GPU what this run holds there besides: teacher, text encoder.
+       student knows them: `one_pass` becomes `block`. The estimate: what autograd keeps for the pairs of a backward
+       pass, the weights as often as the optimiser has them, and on a GPU what this run holds there besides: teacher,
+       text encoder.
 
     Args:
         config: the settings.
