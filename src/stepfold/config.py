@@ -99,6 +99,10 @@ class StudentSettings(Section):
         description="rank of LoRA matrices on the linear layers of all blocks, beside the teacher's shared weights "
         "(extra lora); 0: all weights are the student's own",
     )
+    lora_convolutions: bool = Field(
+        default=False,
+        description="LoRA matrices on the 1 x 1 convolutions of the blocks too, which hold 47% of Sana's weights",
+    )
     depth: float = Field(
         default=1.0, gt=0, le=1, description="share of the teacher's blocks that the student keeps, evenly chosen"
     )
@@ -110,9 +114,11 @@ class StudentSettings(Section):
     )
 
     @model_validator(mode="after")
-    def _lora_has_all_blocks(self) -> "StudentSettings":
+    def _lora_fits(self) -> "StudentSettings":
         if self.lora and self.depth < 1:
             raise ValueError("student.lora shares all of the teacher's blocks; leave student.depth at 1")
+        if self.lora_convolutions and not self.lora:
+            raise ValueError("student.lora_convolutions is for LoRA students; set student.lora to a rank, such as 64")
         return self
 
 

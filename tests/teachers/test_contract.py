@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from stepfold.config import validate
 from stepfold.errors import UserError
+from stepfold.maths.formulations import guide
 from stepfold.randomness import generator, normal
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.sampling.teacher import sample_teacher
@@ -161,6 +162,62 @@ def test_one_network_call_a_velocity(teacher: Any, state: tuple[Tensor, Tensor])
     teacher.velocity(*state, condition, guidance)
     hook.remove()
     assert rows == ([6] if teacher.guidance_kind == "classifier_free" else [3])
+
+
+def some_states(teacher: Any) -> tuple[Tensor, Tensor]:
+    """Three states at different times."""
+    x = teacher.sigma_data * torch.randn(3, *teacher.latent_shape, dtype=teacher.dtype)
+    return x, torch.tensor([0.3, 0.8, 1.4], dtype=teacher.dtype)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, "usual", 7.0])
+def test_the_branches_make_the_velocity_at_every_scale(teacher: Any, scale: float | str):
+    """One call of the network gives both. Where they are not exact, at the scales that are promised."""
+    x, t = some_states(teacher)
+    condition, other = teacher.encode(PROMPTS), teacher.encode([*PROMPTS[1:], PROMPTS[0]])
+    rows, hook = count_rows(teacher)
+    without, with_prompt = teacher.branches(x, t, condition)
+    hook.remove()
+    assert rows == ([3] if teacher.guidance_kind == "none" else [6])
+    assert without.dtype == with_prompt.dtype == x.dtype and not without.requires_grad
+    if teacher.exact_branches and teacher.guidance_kind == "classifier_free":
+        assert spread(with_prompt, without) > 1e-3
+        if getattr(teacher, "null_mask", "own") == "own":
+            same(teacher.branches(x, t, other)[0], without)  # it knows no prompt
+    assert spread(with_prompt, teacher.branches(x, t, other)[1]) > 1e-3
+    value = teacher.default_guidance if scale == "usual" else float(scale)
+    if teacher.exact_branches or scale in (1.0, "usual"):
+        if isinstance(teacher, Lumina2Teacher):
+            sigma, w = teacher.sigma_data, scales(teacher, value, value, value)
+            guided = sigma * teacher.guided(x / sigma, t, without / sigma, with_prompt / sigma, w)
+        else:
+            guided = guide(without, with_prompt, value)
+        same(guided, teacher.velocity(x, t, condition, torch.full_like(t, value)))
+
+
+def test_a_velocity_lets_a_gradient_through(teacher: Any):
+    """To x alone, against a difference in float64; what is kept of the prompt stays right, and nothing changes."""
+    x, t = (values.double() for values in some_states(teacher))
+    network, was = teacher.transformer, next(teacher.transformer.parameters()).dtype
+    guidance, condition = torch.tensor([3.0, 4.5, 6.0], dtype=torch.float64), teacher.encode(PROMPTS)
+    condition = condition.to("cpu", torch.float64)
+    network.double()
+    try:
+        before = teacher.velocity(x, t, condition, guidance)
+        weights = torch.randn_like(x)
+        with torch.no_grad():  # whatever stands around it
+            v = teacher.velocity(x.requires_grad_(), t, condition, guidance, with_gradient=True)
+        (gradient,) = torch.autograd.grad((weights * v).sum(), x)
+        assert (gradient.flatten(1).norm(dim=1) > 1e-3).all()
+        x, steepest, h = x.detach(), gradient / gradient.norm(), 1e-3  # networks round some of it to float32
+        ahead, behind = (teacher.velocity(x + step * steepest, t, condition, guidance) for step in (h, -h))
+        torch.testing.assert_close((weights * (ahead - behind)).sum() / (2 * h), gradient.norm(), rtol=3e-3, atol=0)
+        torch.testing.assert_close(v.detach(), before, rtol=1e-6, atol=1e-6)
+        again = teacher.velocity(x, t, condition, guidance)
+        assert torch.equal(again, before) and not again.requires_grad
+        assert all(p.grad is None and not p.requires_grad for p in network.parameters())
+    finally:
+        network.to(was)
 
 
 def test_rows_do_not_know_of_each_other(teacher: Any, state: tuple[Tensor, Tensor]):

@@ -21,11 +21,13 @@ from .test_contract import (
     state,
     test_a_new_student_is_its_teacher,
     test_a_new_student_owns_its_weights_and_can_learn_all_of_them,
+    test_a_velocity_lets_a_gradient_through,
     test_everything_that_velocity_is_given_matters,
     test_guidance_in_float64_does_not_promote,
     test_one_network_call_a_velocity,
     test_rows_do_not_know_of_each_other,
     test_states_may_be_more_precise_than_the_network,
+    test_the_branches_make_the_velocity_at_every_scale,
     test_velocity_is_finite_deterministic_and_has_no_graph,
 )
 
@@ -33,11 +35,13 @@ __all__ = [
     "state",
     "test_a_new_student_is_its_teacher",
     "test_a_new_student_owns_its_weights_and_can_learn_all_of_them",
+    "test_a_velocity_lets_a_gradient_through",
     "test_everything_that_velocity_is_given_matters",
     "test_guidance_in_float64_does_not_promote",
     "test_one_network_call_a_velocity",
     "test_rows_do_not_know_of_each_other",
     "test_states_may_be_more_precise_than_the_network",
+    "test_the_branches_make_the_velocity_at_every_scale",
     "test_velocity_is_finite_deterministic_and_has_no_graph",
 ]
 

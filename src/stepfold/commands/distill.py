@@ -215,13 +215,15 @@ def make_student(teacher: "PipelineTeacher", settings: "StudentSettings", displa
     from stepfold.students.whole import new_student
 
     if settings.lora:
-        return lora_student(teacher, settings.lora)
+        return lora_student(
+            teacher, settings.lora, convolutions=settings.lora_convolutions, two_times=settings.times == "two"
+        )
     if settings.depth < 1:
         display.note(
             f"the student keeps {settings.depth:.0%} of the teacher's blocks: it starts far from the teacher, "
             "and needs many more steps than a whole one"
         )
-    return new_student(teacher, settings.depth)
+    return new_student(teacher, settings.depth, two_times=settings.times == "two")
 
 
 def make_fake(teacher: "PipelineTeacher", settings: "FakeSettings") -> "Student":
@@ -229,7 +231,9 @@ def make_fake(teacher: "PipelineTeacher", settings: "FakeSettings") -> "Student"
     from stepfold.students.lora import lora_student
     from stepfold.students.whole import new_student
 
-    return lora_student(teacher, settings.rank) if settings.kind == "lora" else new_student(teacher)
+    if settings.kind == "lora":
+        return lora_student(teacher, settings.rank, convolutions=True, for_export=False)
+    return new_student(teacher)
 
 
 def open_folder(

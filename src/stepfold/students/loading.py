@@ -33,7 +33,9 @@ def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeac
     two_times = is_told_two_times(card)
     if rank := lora_rank(card):
         teacher = load_teacher(teacher_settings(folder, card), device)
-        return teacher, load_lora(teacher, folder, rank, two_times=two_times), card
+        convolutions = card["config"]["student"].get("lora_convolutions", False)
+        student = load_lora(teacher, folder, rank, convolutions=convolutions, two_times=two_times)
+        return teacher, student, card
     if card["network_only"]:
         teacher = load_teacher(teacher_settings(folder, card), device)
         return teacher, load_network_only(teacher, student_folder(folder), two_times=two_times), card

@@ -1,4 +1,4 @@
-"""LoRA students: the teacher's own network, its weights shared, with small matrices beside its linear layers."""
+"""LoRA students: the teacher's own network, its weights shared, with small matrices beside its layers."""
 
 from pathlib import Path
 from typing import Any
@@ -17,32 +17,52 @@ from stepfold.teachers.pipeline import PipelineTeacher
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
-def lora_student(teacher: PipelineTeacher, rank: int, *, two_times: bool = False) -> NetworkStudent:
+def lora_student(
+    teacher: PipelineTeacher,
+    rank: int,
+    *,
+    convolutions: bool = False,
+    two_times: bool = False,
+    for_export: bool = True,
+) -> NetworkStudent:
     """A student that shares the teacher's weights; its LoRA matrices start at nothing, so it starts as the teacher.
 
     Args:
         teacher: whose network is shared; stays as it is.
         rank: of the matrices, on every linear layer of the teacher's `lora_blocks`.
+        convolutions: whether the 1 x 1 convolutions of those blocks get matrices too. They hold 47% of Sana's weights.
         two_times: whether the student is told its target time too; the second embedder is trained whole.
+        for_export: whether the teacher's pipeline must be able to load it; a critic's network is thrown away.
 
     Raises:
-        UserError: peft is not installed, the teacher's pipeline loads no LoRA, or its network has no place for a
+        UserError: peft is not installed, the teacher's pipeline loads no such LoRA, or its network has no place for a
             second time.
     """
-    if not teacher.loads_lora:
+    if for_export and not teacher.loads_lora:
         raise UserError(f"{type(teacher.pipe).__name__} loads no LoRA; train all weights (leave student.lora at 0)")
     try:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UserError("student.lora needs peft; pip install peft") from None
     shared = [*teacher.transformer.parameters(), *teacher.transformer.buffers()]
     network = deepcopy_sharing(teacher.transformer, shared)
     compute_afresh(network.modules())
-    layers = [
-        name for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and any(part in name for part in teacher.lora_blocks)
-    ]  # fmt: skip
-    network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
+    blocks = {
+        name: module
+        for name, module in network.named_modules()
+        if any(part in name for part in teacher.lora_blocks)
+    }  # fmt: skip
+    pointwise = {name for name, module in blocks.items() if is_pointwise(module)} if convolutions else set()
+    if for_export and convolutions and not pointwise:
+        raise UserError(
+            f"a {type(network).__name__} has no 1 x 1 convolutions in its blocks; leave student.lora_convolutions off"
+        )
+    layers = [name for name, module in blocks.items() if isinstance(module, nn.Linear) or name in pointwise]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
+    if teacher.loads_lora:
+        network.add_adapter(config)
+    else:  # diffusers gives networks whose pipelines load no LoRA no such method
+        inject_adapter_in_model(config, network)
     part = time_part(teacher, network) if two_times else None
     student = NetworkStudent(network, teacher.predict, weight_start(teacher.latent_shape), part).to(teacher.device)
     for parameter in student.parameters():
@@ -51,6 +71,11 @@ def lora_student(teacher: PipelineTeacher, rank: int, *, two_times: bool = False
     taken = {tensor.data_ptr() for tensor in shared}
     student.shared = frozenset(name for name, tensor in student.state_dict().items() if tensor.data_ptr() in taken)
     return student
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether it is a 1 x 1 convolution over all channels: a linear layer at every place of a picture."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
 
 
 def save_lora(teacher: PipelineTeacher, student: Student, folder: Path) -> None:
@@ -65,11 +90,13 @@ def save_lora(teacher: PipelineTeacher, student: Student, folder: Path) -> None:
     save_embedder(student, folder)
 
 
-def load_lora(teacher: PipelineTeacher, folder: Path, rank: int, *, two_times: bool = False) -> NetworkStudent:
-    """The LoRA student that `save_lora` wrote."""
+def load_lora(
+    teacher: PipelineTeacher, folder: Path, rank: int, *, convolutions: bool = False, two_times: bool = False
+) -> NetworkStudent:
+    """The LoRA student that `save_lora` wrote; arguments as of `lora_student`."""
     from peft import set_peft_model_state_dict
 
-    student = lora_student(teacher, rank, two_times=two_times)
+    student = lora_student(teacher, rank, convolutions=convolutions, two_times=two_times)
     load_embedder(student, folder)
     weights, prefix = load_file(folder / LORA_WEIGHTS), f"{teacher.network_part}."
     set_peft_model_state_dict(
