@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepfold.config import Config, Normalisation, PriorWeight
+from stepfold.config import Config
 from stepfold.maths.formulations import in_float32, unsqueeze_like
 from stepfold.maths.schedules import tangent_warmup
 from stepfold.maths.tangent import Network, total_derivative
 from stepfold.objectives.contract import Loss, Networks
 from stepfold.randomness import Draws
+from stepfold.settings import Normalisation, PriorWeight
 from stepfold.spaces.records import Pairs
 
 STEEPEST = 50.0

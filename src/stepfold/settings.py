@@ -1,0 +1,367 @@
+"""The sections of a run's settings: what may be set, in which ranges, and what it means."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from stepfold.maths.schedules import TangentSchedule
+
+LARGEST = 1e9
+Pixels = Annotated[int, Field(gt=0, le=65536)]
+PriorWeight = Literal["inverse_tangent", "none"]
+Normalisation = Literal["l2", "l2_per_element", "none"]
+SpaceName = Literal["generation", "endpoints", "images", "coupling"]
+ObjectiveName = Literal["continuous", "discrete", "velocity"]
+
+
+class Section(BaseModel):
+    """A part of the settings: unknown keys are errors, values cannot change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _within_reason(cls, value: Any, info: ValidationInfo) -> Any:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if info.field_name != "seed" and any(isinstance(n, int | float) and abs(n) > LARGEST for n in numbers):
+            raise ValueError(f"no setting is larger than {LARGEST:g}; give a smaller number")
+        return value
+
+
+class TeacherSettings(Section):
+    """Which teacher, and how it is called."""
+
+    source: str = Field(default="emoji", description="'emoji' (bundled), a diffusers pipeline folder, or a hub id")
+    revision: str | None = Field(
+        default=None, description="of a hub id: branch, tag or commit; default: its main branch"
+    )
+    variant: str | None = Field(
+        default=None,
+        description="of the weights' files, for example fp16 (model.fp16.safetensors); default: the plain ones",
+    )
+    lora: str | None = Field(
+        default=None, description="a LoRA for the teacher (safetensors file, folder or hub id), merged into its weights"
+    )
+    guidance: Literal["auto", "classifier_free", "embedded", "none"] = Field(
+        default="auto", description="how the teacher takes guidance; auto reads it from the network's config"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of the teacher's weights; bfloat16 halves them, and calls to them run under autocast (a student's "
+        "own weights stay in float32)",
+    )
+    null_mask: Literal["own", "prompt"] = Field(
+        default="own",
+        description="mask of the unconditional branch: its own (diffusers) or the prompt's (public training code)",
+    )
+    height: Pixels | None = Field(default=None, description="pixels; default: what the transformer was trained on")
+    width: Pixels | None = Field(default=None, description="pixels")
+    sizes: tuple[tuple[Pixels, Pixels], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="sizes to train at, [height, width] in pixels, one drawn per step; previews and samples are still "
+        "of height and width. Default: those alone",
+    )
+    frames: int | None = Field(
+        default=None, ge=1, le=65536, description="of a video; default: the pipeline's own; for pictures leave it out"
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=2, le=4096, description="longest prompt, in tokens; default: the pipeline's own"
+    )
+
+
+class StudentSettings(Section):
+    """What of the student is trained."""
+
+    lora: int = Field(
+        default=0,
+        ge=0,
+        description="rank of LoRA matrices on the linear layers of all blocks, beside the teacher's shared weights "
+        "(extra lora); 0: all weights are the student's own",
+    )
+    lora_convolutions: bool = Field(
+        default=False,
+        description="LoRA matrices on the 1 x 1 convolutions of the blocks too, which hold 47% of Sana's weights",
+    )
+    depth: float = Field(
+        default=1.0, gt=0, le=1, description="share of the teacher's blocks that the student keeps, evenly chosen"
+    )
+
+    times: Literal["one", "two"] = Field(
+        default="one",
+        description="what the student is told: `one`, the time of the state; `two`, the time to jump to as well (flow "
+        "maps), by a second embedder that is saved beside its network",
+    )
+
+    @model_validator(mode="after")
+    def _lora_fits(self) -> "StudentSettings":
+        if self.lora and self.depth < 1:
+            raise ValueError("student.lora shares all of the teacher's blocks; leave student.depth at 1")
+        if self.lora_convolutions and not self.lora:
+            raise ValueError("student.lora_convolutions is for LoRA students; set student.lora to a rank, such as 64")
+        return self
+
+
+Weight = Annotated[float, Field(ge=0, le=LARGEST)]
+
+
+class SpaceSettings(Section):
+    """Where the training pairs come from."""
+
+    kind: SpaceName | dict[SpaceName, Weight] = Field(
+        default="generation",
+        description="`generation`, the teacher's walk itself (TBCM); `endpoints`, its end noised afresh (image-free "
+        "sCM); `images`, noised (sCM); `coupling`, its end joined to its own noise (reflow). Each latent is noised to "
+        "as many times as a walk would keep, drawn as the route says. Several with weights: "
+        "`{generation: 1, endpoints: 0.5}`",
+    )
+    images: str | None = Field(
+        default=None, description="folder of pictures with a metadata.jsonl of file_name and text, for kind images"
+    )
+    cache_latents: bool = Field(
+        default=False, description="encode all images once, before training, instead of each when its turn comes"
+    )
+    route: Literal["reference", "logit_normal", "random"] = Field(
+        default="reference", description="how the times are drawn"
+    )
+    route_steps: int = Field(default=16, ge=2, le=256, description="N, teacher steps per trajectory")
+    route_shift: float = Field(default=2.5, gt=0, description="shift of the reference route's flow-Euler ladder")
+    route_per: Literal["step", "prompt"] = Field(
+        default="step", description="one route per training step, or one per prompt"
+    )
+    logit_mean: float = Field(default=0.2, description="P_mean of the logit-normal route")
+    logit_std: float = Field(default=1.6, gt=0, description="P_std of the logit-normal route")
+    keep_first: bool = Field(default=False, description="train on the state at t = pi/2 too")
+    reuse: int = Field(
+        default=1, ge=1, description="updates made of each step's pairs; 2 halves the teacher's share of the time"
+    )
+    guidance: tuple[float, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="guidance scales, one drawn per prompt; a single one is what the student stands for. Default: "
+        "the pipeline's own, and half a unit around it where the student can be told which",
+    )
+    filter_rule: Literal["random", "hard", "off"] = Field(default="random", description="brightness filter")
+    filter_threshold: float = Field(default=1.0, gt=0, description="mean squared distance to the black latent")
+    filter_denominator: Literal["kept", "all"] = Field(
+        default="kept",
+        description="mean over the kept pairs, or over all (public code; the filter then scales the gradient)",
+    )
+
+    @property
+    def weights(self) -> dict[SpaceName, float]:
+        """Space -> weight of the objective on it; those of weight 0 are left out."""
+        weights: dict[SpaceName, float] = {self.kind: 1.0} if isinstance(self.kind, str) else self.kind
+        return {name: weight for name, weight in weights.items() if weight}
+
+    @property
+    def first(self) -> SpaceName:
+        """The space that terms without one of their own take their states from."""
+        return next(iter(self.weights))
+
+    @field_validator("kind")
+    @classmethod
+    def _spaces_together(cls, kind: Any) -> Any:
+        if isinstance(kind, str):
+            return kind
+        if not any(kind.values()):
+            raise ValueError("no space has a weight above 0; give one, for example {generation: 1}")
+        if "images" in kind and len(kind) > 1:
+            raise ValueError("images go with no other space, whose latents are those of walks; give one kind")
+        return kind
+
+
+class ConsistencySettings(Section):
+    """Continuous-time consistency."""
+
+    prior_weight: PriorWeight = Field(default="inverse_tangent", description="1 / (sigma_data tan t), or none")
+    adaptive_weight: bool = Field(default=True, description="learn w_phi(t)")
+    normalise: Normalisation = Field(default="l2", description="tangent normalisation")
+    normalise_constant: float = Field(default=0.1, ge=0, description="c")
+    r_schedule: TangentSchedule = Field(default="warmup_cooldown", description="course of r")
+    r_final: float = Field(default=0.75, ge=0, le=1, description="where r ends")
+    r_warmup: int = Field(default=4000, ge=0, description="H, steps")
+    r_cooldown_start: int = Field(default=15000, ge=0, description="S_r, step")
+    r_cooldown_steps: int = Field(default=2000, ge=0, description="T_r, steps")
+
+
+class DiscreteSettings(Section):
+    """Discrete consistency."""
+
+    huber_constant: float = Field(
+        default=0.03, ge=0, description="of the pseudo-Huber distance, per square root of elements, in latent units"
+    )
+
+
+class AdversarialSettings(Section):
+    """Sana-Sprint's adversarial term: hinge loss of heads on the frozen teacher's features of re-noised latents."""
+
+    weight: float = Field(default=0.0, ge=0, description="lambda_adv, beside the consistency loss; 0 for none")
+    max_time: float = Field(
+        default=0.5, ge=0, le=1, description="share of the judged pictures that are made from pure noise, t = pi/2"
+    )
+    lr_factor: float = Field(default=1.0, gt=0, description="learning rate of the heads, in units of the student's")
+    logit_mean: float = Field(default=-0.6, description="of the times that pictures are re-noised to")
+    logit_std: float = Field(default=1.0, gt=0, description="of the times that pictures are re-noised to")
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class RolloutSettings(Section):
+    """The student's own steps, which some terms and critics learn from."""
+
+    steps: int = Field(default=4, ge=1, le=64, description="K, steps of the student; each is trained in its turn")
+
+
+class FakeSettings(Section):
+    """The fake score: a second network that learns the score of the student's own pictures."""
+
+    updates: int = Field(default=0, ge=0, le=1000, description="G, its updates for each of the student's; 0 for none")
+    kind: Literal["lora", "whole"] = Field(
+        default="lora", description="LoRA matrices beside the teacher's own weights (extra lora), or a whole network"
+    )
+    rank: int = Field(default=64, ge=1, description="of the LoRA; at least that of a LoRA student")
+    head_start: int = Field(default=100, ge=0, description="first steps, in which it learns and the student does not")
+    lr_factor: float = Field(default=10.0, gt=0, description="learning rate, in units of the student's")
+    betas: tuple[Beta, Beta] = Field(default=(0.0, 0.999), description="AdamW's")
+    lowest_level: float = Field(default=0.02, gt=0, lt=1, description="of the noise that its pictures get, in [0, 1]")
+    highest_level: float = Field(default=0.98, gt=0, le=1, description="of the noise that its pictures get, in [0, 1]")
+
+
+class OptimiserSettings(Section):
+    """The optimiser and its learning rate."""
+
+    name: Literal["adamw", "came"] = Field(default="came", description="CAME (arXiv:2307.02047) or AdamW")
+    lr: float = Field(default=1e-5, gt=0, description="learning rate; never rescaled behind your back")
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up of the learning rate")
+    decay: float = Field(
+        default=0.0, ge=0, le=1, description="last fraction of the run over which it falls linearly to 0"
+    )
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.99), description="AdamW's")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled, in units of the learning rate")
+    clip: float = Field(default=0.1, gt=0, description="largest gradient norm")
+
+
+Precision = Literal["no", "bf16", "auto"]
+
+
+PHASE_SETTINGS = ("objective", "space", "consistency", "discrete", "adversarial", "optimiser.lr", "optimiser.clip")
+PHASE_SETTINGS += ("training.micro_batch", "training.tangent", "fake.updates", "rollout")
+FIXED_IN_PHASES = ("space.reuse", "space.images", "space.cache_latents", "space.guidance")
+
+
+class Phase(Section):
+    """The first steps of a run, or those after the phase before, with some settings changed."""
+
+    steps: int = Field(ge=1, description="how many steps it takes")
+    set: dict[str, Any] = Field(default={}, description="dotted settings and their values, such as objective: discrete")
+
+    @field_validator("set")
+    @classmethod
+    def _changeable(cls, changes: dict[str, Any]) -> dict[str, Any]:
+        for key in changes:
+            parents = [key.rsplit(".", n)[0] for n in range(key.count(".") + 1)]
+            if key in FIXED_IN_PHASES or not set(parents) & {*PHASE_SETTINGS}:
+                raise ValueError(f"{key} stays the same in all phases; these may change: {', '.join(PHASE_SETTINGS)}")
+        return changes
+
+
+class TrainingSettings(Section):
+    """The loop."""
+
+    steps: int = Field(default=20000, ge=1, description="optimiser steps")
+    phases: tuple[Phase, ...] = Field(
+        default=(),
+        description="the run's first parts, each of so many steps with some settings changed; what is left of `steps` "
+        "has the run's own. Discrete first: `[{steps: 300, set: {objective: discrete}}]`",
+    )
+    prompts_per_step: int = Field(default=1, ge=1, le=65536, description="trajectories per optimiser step")
+    micro_batch: int = Field(
+        default=0,
+        ge=0,
+        description="pairs per backward pass, 0 for all at once; same gradient, less memory (about the same of the "
+        "discriminator: its spectral norm is estimated anew with each pass)",
+    )
+    encode_ahead: int = Field(
+        default=1,
+        ge=1,
+        description="steps whose prompts are encoded at once; above 1 the text encoder is off the GPU in between (with "
+        "`conditions` it is never there)",
+    )
+    tangent: Literal["auto", "two_pass", "one_pass", "block", "finite_difference"] = Field(
+        default="auto",
+        description="backend of the total derivative; auto: one_pass where this model allows it, block where memory is "
+        "short, two_pass where one_pass cannot follow it",
+    )
+    checkpointing: bool = Field(
+        default=False,
+        description="compute each block's forward again in the backward pass instead of keeping its activations; less "
+        "memory, a forward more time",
+    )
+    precision: Precision = Field(
+        default="no", description="autocast of the student; auto: bf16 where the device has instructions for it"
+    )
+    walk_precision: Precision = Field(default="no", description="autocast of the teacher's walks; auto as above")
+    compile: bool = Field(
+        default=False,
+        description="compile the blocks of teacher and student: a minute or so, then faster (CPU: needs a C++ "
+        "compiler); prompts are padded to teacher.max_tokens, so keep that small; with a filter, each number of kept "
+        "prompts is compiled for itself",
+    )
+    shard: Literal["none", "student", "all"] = Field(
+        default="none",
+        description="spread over the processes of a run the weights of the student, its average and the optimiser, or "
+        "`all`: the teacher's too; less memory each, more to send (FSDP2); none: every process has all of them",
+    )
+    ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the average that is exported")
+    checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints")
+    background_checkpoints: bool | None = Field(
+        default=None,
+        description="copy a checkpoint and write it beside the next steps; takes CPU memory for the copy; default: "
+        "where the student is on a GPU",
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="how many checkpoints stay, the newest ones")
+    preview_every: int = Field(default=200, ge=1, description="steps between preview pictures")
+    look_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="steps between two looks at the losses, which wait for the device; default: 1 "
+        "on a CPU, 10 elsewhere",
+    )
+    skip_nonfinite: int = Field(
+        default=0,
+        ge=0,
+        description="how many steps of a run may be left out because their gradient is not finite, each noted in the "
+        "metrics; 0: the first one stops the run. Above 0 every step waits for the device",
+    )
+    time_stages: bool = Field(
+        default=False, description="wait for the GPU after every stage of a step, so that the stages' times are true"
+    )
+
+    @model_validator(mode="after")
+    def _precise(self) -> "TrainingSettings":
+        if self.precision == "bf16" and self.tangent == "finite_difference":
+            raise ValueError(
+                "precision=bf16 does not go with tangent=finite_difference, since rounding swamps the difference; "
+                "leave tangent at auto, or precision at no"
+            )
+        return self
+
+
+class EvaluationSettings(Section):
+    """The table at the end, of runs with the bundled teacher, whose judge is bundled too."""
+
+    n: int = Field(
+        default=500, ge=0, description="pictures per row of the report's table, bundled teacher only; 0 for no table"
+    )
+    guidance: float | None = Field(
+        default=None, description="scale that the teacher is measured at; default: the pipeline's own"
+    )
+
+    @field_validator("n")
+    @classmethod
+    def _no_single_picture(cls, n: int) -> int:
+        if n == 1:
+            raise ValueError("diversity needs 2 or more; 0 for no table")
+        return n
