@@ -1,13 +1,17 @@
 """The plan is the run's own first steps, reckoned up."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stepfold.commands.distill import run_distill
 from stepfold.commands.plan import make_plan, plan_rows, reckon
 from stepfold.config import load_config
 from stepfold.display import Display
+from stepfold.teachers.pipeline import PipelineTeacher
+from stepfold.training.course import step_times
 
 
 def test_the_parts_add_up() -> None:
@@ -16,7 +20,7 @@ def test_the_parts_add_up() -> None:
     stages = {"load": 3.0, "first preview": 2.0, "preview": 1.5, "checkpoint": 0.5, "evaluation": 4.0, "teacher": 99.0}
     result: dict[str, Any] = {
         "stages_sec": stages,
-        "step_sec": {"first": 60.0, "median": 2.0},
+        "step_sec": {"first": 60.0, "again": 7.0, "median": 2.0, "mean": 9.0},
         "timed_steps": 12,
         "tangent": "one_pass (as set)",
         "peak_memory_gib": 1.25,
@@ -50,3 +54,44 @@ def test_a_plan_leaves_nothing_behind(n: int, tmp_path: Path, monkeypatch: pytes
     assert plan.total_sec >= 40 * plan.step_sec
     assert list(tmp_path.glob("stepfold*")) == []
     assert len(plan_rows(plan)) == 4 + len(plan.parts_sec)
+
+
+@pytest.mark.parametrize(
+    ("sec", "cycle", "again", "mean"),
+    [
+        ([9.0, 2.0, 2.0, 2.0], 1, 2.0, 2.0),
+        ([9.0, 1.0, 4.0, 1.0, 4.0], 2, 4.0, 2.5),  # every second step walks the teacher
+        ([9.0, 1.0, 4.0, 1.0], 2, 4.0, 2.5),  # a whole cycle, the last one
+        ([9.0, 1.0], 4, 1.0, 1.0),  # not a whole one
+        ([9.0], 1, 9.0, 9.0),
+    ],
+)
+def test_times_of_steps_that_differ(sec: list[float], cycle: int, again: float, mean: float) -> None:
+    times = step_times(sec, cycle)
+    assert (times["first"], times["again"], times["mean"]) == (9.0, again, mean)
+
+
+def test_a_plan_is_what_the_run_takes(
+    tiny_sana: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a walk in every second step only; the median is one kind of step, twice or none of the mean."""
+    velocity = PipelineTeacher.velocity
+
+    def slow_velocity(self: PipelineTeacher, *args: Any) -> Any:
+        time.sleep(0.25)
+        return velocity(self, *args)
+
+    monkeypatch.setattr(PipelineTeacher, "velocity", slow_velocity)
+    config = load_config(
+        "default",
+        [
+            "space.reuse=2", "space.route_steps=4", "training.steps=8", "training.prompts_per_step=1",
+            "objective=discrete", "training.precision=no", "training.walk_precision=no", "teacher.max_tokens=32",
+            "evaluation.n=0",
+        ],
+        teacher__source=str(tiny_sana), prompts=str(prompts_file),
+    )  # fmt: skip
+    plan = make_plan(config, 3, Display(quiet=True))
+    result = run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="")
+    assert plan.trial_steps == 3
+    assert plan.step_sec == pytest.approx(result["step_sec"]["mean"], rel=0.4)

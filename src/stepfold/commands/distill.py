@@ -128,7 +128,7 @@ def run_distill(config: "Config", folder: Path, *, resume: bool, display: "Displ
         NonFiniteError: the training diverged.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    from stepfold.training.course import Course
+    from stepfold.training.course import Course, cycle_of
     from stepfold.training.processes import lost_process
     from stepfold.training.stages import Stages
 
@@ -136,7 +136,7 @@ def run_distill(config: "Config", folder: Path, *, resume: bool, display: "Displ
         began = time.perf_counter()
         run, student = load(config, folder, resume, display)
         device = run.accelerator.device
-        course = Course(device, Stages(device if run.config.training.time_stages else None))
+        course = Course(device, Stages(device if run.config.training.time_stages else None), cycle_of(run.config))
         average = train(run, student, course, display, began)
         del student  # its memory is for what comes now
         run.processes.wait()  # nobody leaves while another one still sends
@@ -272,10 +272,14 @@ def kept_latents(
     display: "Display",
 ) -> "tuple[list[Tensor], Callable[[list[int]], Tensor] | None]":
     """Latents of the black pictures, and a function that gives those of the images, if there are any."""
+    import torch
+
     from stepfold.training.latents import cached_blacks, image_latents
 
     with accelerator.main_process_first():  # the first one makes the files, the others read them
-        if cache and not config.teacher.sizes:
+        if config.space.filter_rule == "off":  # nothing looks at them
+            blacks = [torch.zeros(shape, device=accelerator.device) for shape in teacher.latent_shapes]
+        elif cache and not config.teacher.sizes:
             blacks = [cache.black.to(accelerator.device)]
         else:
             blacks = cached_blacks(folder, teacher)

@@ -73,7 +73,7 @@ class Plan:
 
     Attributes:
         tangent: which backend, and why.
-        step_sec: of one optimiser step.
+        step_sec: of one optimiser step, on average over those that walk the teacher and those that do not.
         parts_sec: by part: start, steps, previews, checkpoints, evaluation.
         total_sec: their sum.
         peak_memory_gib: of this process while training; of the GPU where there is one.
@@ -95,14 +95,17 @@ def make_plan(config: "Config", steps: int, display: "Display") -> Plan:
 
     Args:
         config: the settings of the run.
-        steps: to time; the first one counts as start-up. 2 or more.
+        steps: to time; the first one counts as start-up. Whole cycles of `space.reuse` and `training.encode_ahead`
+            are timed, and so a few more where need be.
         display: where the trial shows its progress.
 
     Raises:
         UserError: as the run would.
     """
-    training = config.training
-    steps = min(max(steps, 2), training.steps)
+    from stepfold.training.course import cycle_of
+
+    training, cycle = config.training, cycle_of(config)
+    steps = min(1 + max(1, math.ceil((steps - 1) / cycle)) * cycle, training.steps)
     changes = {"steps": steps, "preview_every": steps, "checkpoint_every": steps, "look_every": 1}  # each step timed
     trial = config.model_copy(
         update={
@@ -116,22 +119,29 @@ def make_plan(config: "Config", steps: int, display: "Display") -> Plan:
 
 
 def reckon(config: "Config", trial: "Config", result: dict[str, Any]) -> Plan:
-    """From the trial's report.json to the plan."""
+    """From the trial's report.json to the plan.
+
+    Where steps differ, by reuse, by encoding ahead or by size, the mean counts; else the median, which no hiccup moves.
+    """
+    from stepfold.training.course import cycle_of
+
     training, stages, step = config.training, result["stages_sec"], result["step_sec"]
+    differ = cycle_of(config) > 1 or len(config.teacher.sizes or ()) > 1
+    step_sec, again = (step["mean"], step["again"]) if differ else (step["median"], step["median"])
     previews, checkpoints = (
         math.ceil(training.steps / every) for every in (training.preview_every, training.checkpoint_every)
     )
     pictures = config.evaluation.n / trial.evaluation.n if trial.evaluation.n else 0
     seconds = {
-        "start": stages["load"] + stages["first preview"] + max(step["first"] - step["median"], 0),
-        "steps": training.steps * step["median"],
+        "start": stages["load"] + stages["first preview"] + max(step["first"] - again, 0),
+        "steps": training.steps * step_sec,
         "previews": previews * stages["preview"],
         "checkpoints": checkpoints * stages["checkpoint"],
         "evaluation": pictures * stages.get("evaluation", 0),
     }
     return Plan(
         tangent=result["tangent"],
-        step_sec=step["median"],
+        step_sec=step_sec,
         parts_sec=seconds,
         total_sec=sum(seconds.values()),
         peak_memory_gib=result["peak_memory_gib"],

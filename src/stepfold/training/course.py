@@ -1,15 +1,44 @@
 """What a run notes on its way for its report: time, memory, the tangent's backend."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from stepfold.config import Config
 from stepfold.teachers.contract import Student
 from stepfold.training.memory import peak_memory_gib, reset_peak_memory
 from stepfold.training.stages import Stages
+
+
+def cycle_of(config: Config) -> int:
+    """The number of steps after which times repeat: a walk serves `space.reuse` steps, an encoding several walks."""
+    return config.space.reuse * config.training.encode_ahead
+
+
+def step_times(sec: Sequence[float], cycle: int) -> dict[str, float]:
+    """Typical seconds of a step.
+
+    Args:
+        sec: of each step, one or more.
+        cycle: number of steps after which times repeat.
+
+    Returns:
+        `first`: of the first step, which compiles.
+        `again`: the mean of later steps that do the same work as the first.
+        `median`: of all steps.
+        `mean`: of the last whole cycles after the first step; of fewer steps where there is no whole one.
+    """
+    later = sec[1:] or sec
+    whole = len(later) // cycle * cycle
+    return {
+        "first": sec[0],
+        "again": statistics.fmean(sec[cycle::cycle] or later),
+        "median": statistics.median(sec),
+        "mean": statistics.fmean(later[-whole:]),
+    }
 
 
 @dataclass
@@ -19,6 +48,7 @@ class Course:
     Attributes:
         device: whose memory is noted.
         stages: seconds of each stage.
+        cycle: steps after which times repeat, see `cycle_of`.
         tangent: the backend, and why.
         step_sec: seconds of each step.
         peak_steps_gib: peak memory of the steps.
@@ -27,6 +57,7 @@ class Course:
 
     device: torch.device
     stages: Stages
+    cycle: int = 1
     tangent: str = ""
     step_sec: list[float] = field(default_factory=list)
     peak_steps_gib: float = 0.0
@@ -50,11 +81,10 @@ class Course:
 
     def numbers(self) -> dict[str, Any]:
         """For report.json. Peak memory is that of training: neither of loading before nor of measuring after."""
-        sec = self.step_sec
         return {
             "stages_sec": dict(self.stages.seconds),
-            "timed_steps": len(sec),
-            "step_sec": {"first": sec[0], "median": statistics.median(sec)} if sec else None,
+            "timed_steps": len(self.step_sec),
+            "step_sec": step_times(self.step_sec, self.cycle) if self.step_sec else None,
             "tangent": self.tangent,
             "peak_memory_gib": max(self.peak_steps_gib, self.peak_previews_gib),
             "peak_memory_steps_gib": self.peak_steps_gib,
