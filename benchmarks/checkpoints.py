@@ -23,7 +23,8 @@ from stepfold.students.whole import new_student
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill
-from stepfold.training.runs import checkpoints, open_run
+from stepfold.training.opening import open_run
+from stepfold.training.runs import checkpoints
 from stepfold.training.stages import Stages
 
 ROWS = {

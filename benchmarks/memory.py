@@ -33,7 +33,7 @@ from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill
 from stepfold.training.latents import cached_blacks, image_latents
-from stepfold.training.runs import open_run
+from stepfold.training.opening import open_run
 
 TABLE = "T3"
 ENCODED = "TBCM, conditions from a cache"

@@ -25,7 +25,7 @@ from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill
 from stepfold.training.looks import Progress
-from stepfold.training.runs import open_run
+from stepfold.training.opening import open_run
 from stepfold.training.stages import BESIDE_STEPS, Stages
 
 WARM_UP = 2

@@ -22,8 +22,9 @@ from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill
 from stepfold.training.draws import guidance_scales
+from stepfold.training.opening import check_run, open_run, remember_prompts
 from stepfold.training.processes import gathered
-from stepfold.training.runs import check_run, open_run, remember_prompts, writing
+from stepfold.training.runs import writing
 
 WEIGHTS = "student.safetensors"
 

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from stepfold.cli import main
-from stepfold.training import runs
+from stepfold.training import opening
 
 if __name__ == "__main__":
-    check = runs.check_run
+    check = opening.check_run
 
     def check_late(folder: Path, *args: Any) -> None:
         """`check_run`, once the first process has made the folder."""
         until = time.monotonic() + 100
-        while not (folder / runs.CONFIG).exists() and time.monotonic() < until:
+        while not (folder / opening.CONFIG).exists() and time.monotonic() < until:
             time.sleep(0.05)
         check(folder, *args)
 
     if os.environ["RANK"] != "0":
-        runs.check_run = check_late
+        opening.check_run = check_late
     main()

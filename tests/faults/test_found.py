@@ -27,15 +27,13 @@ from stepfold.students.loading import load_student
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_any_pipeline, load_teacher
 from stepfold.training.latents import cached_blacks
+from stepfold.training.opening import is_running, open_run, remember_prompts
 from stepfold.training.runs import (
     CHECKSUMS,
     checkpoints,
     damage,
-    is_running,
     load_checkpoint,
-    open_run,
     read_metrics,
-    remember_prompts,
     rewind_metrics,
     save_checkpoint,
 )

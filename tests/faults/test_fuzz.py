@@ -49,16 +49,14 @@ from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_teacher
 from stepfold.training.latents import cached_blacks
 from stepfold.training.memory import peak_memory_gib, reset_peak_memory
+from stepfold.training.opening import check_run, open_run, remember_prompts
 from stepfold.training.runs import (
     CHECKSUMS,
     append_metrics,
-    check_run,
     checkpoints,
     checksum,
     load_checkpoint,
-    open_run,
     read_metrics,
-    remember_prompts,
     rewind_metrics,
     save_checkpoint,
     set_aside_damaged,

@@ -25,7 +25,8 @@ from stepfold.teachers.contract import Condition
 from stepfold.training import looks as loop
 from stepfold.training import states
 from stepfold.training import step as steps
-from stepfold.training.runs import append_metrics, checkpoints, open_run, read_metrics, save_checkpoint, writing
+from stepfold.training.opening import open_run
+from stepfold.training.runs import append_metrics, checkpoints, read_metrics, save_checkpoint, writing
 
 NAN = float("nan")
 

@@ -12,7 +12,8 @@ import pytest
 
 from stepfold.config import load_config
 from stepfold.errors import UserError
-from stepfold.training.runs import checkpoints, open_run, remove_old_checkpoints, writing
+from stepfold.training.opening import open_run
+from stepfold.training.runs import checkpoints, remove_old_checkpoints, writing
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 

@@ -20,7 +20,7 @@ from stepfold.prompts.reading import open_prompts
 from stepfold.teachers.contract import Condition, Student
 from stepfold.training import distill as loop
 from stepfold.training.accelerators import make_accelerator
-from stepfold.training.runs import open_run
+from stepfold.training.opening import open_run
 
 SIGMA_DATA = 0.5
 LABELS = ("left", "right")

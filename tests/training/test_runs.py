@@ -18,15 +18,13 @@ from stepfold.config import Config, load_config
 from stepfold.errors import UserError
 from stepfold.students.whole import new_student
 from stepfold.teachers.sana import SanaTeacher
+from stepfold.training.opening import check_run, is_running, open_run
 from stepfold.training.optimisers import make_optimiser
 from stepfold.training.runs import (
     BackgroundWrites,
     append_metrics,
-    check_run,
     checkpoints,
-    is_running,
     load_checkpoint,
-    open_run,
     read_metrics,
     rewind_metrics,
     save_checkpoint,
@@ -299,7 +297,7 @@ def test_a_second_process_is_refused_until_the_first_one_ends(tmp_path: Path) ->
         "import sys, time\n"
         "from pathlib import Path\n"
         "from stepfold.config import load_config\n"
-        "from stepfold.training.runs import open_run\n"
+        "from stepfold.training.opening import open_run\n"
         "lock = open_run(Path(sys.argv[1]), load_config('demo'), resume=True)\n"
         "print('open', flush=True)\n"
         "time.sleep(100)\n"

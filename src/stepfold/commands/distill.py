@@ -154,7 +154,7 @@ def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "t
     from stepfold.training.accelerators import make_accelerator, processes_of
     from stepfold.training.choices import choose_precision
     from stepfold.training.draws import guidance_scales
-    from stepfold.training.runs import check_run
+    from stepfold.training.opening import check_run
 
     if "images" in config.space.weights and config.space.images is None:
         raise UserError("space.kind=images needs a folder of images; add --set space.images=FOLDER")
@@ -244,13 +244,8 @@ def open_folder(
     Returns:
         The lock on it.
     """
-    from stepfold.training.runs import (
-        checkpoints,
-        open_run,
-        remember_prompts,
-        remove_old_checkpoints,
-        set_aside_damaged,
-    )
+    from stepfold.training.opening import open_run, remember_prompts
+    from stepfold.training.runs import checkpoints, remove_old_checkpoints, set_aside_damaged
 
     lock = open_run(folder, config, resume)
     remember_prompts(folder, prompts.source, len(prompts), prompts.sha256)

@@ -85,15 +85,9 @@ def run_retime(
     from stepfold.teachers.loading import load_teacher
     from stepfold.training.accelerators import make_accelerator
     from stepfold.training.choices import choose_precision
+    from stepfold.training.opening import check_run, open_run, remember_prompts
     from stepfold.training.retiming import retimed_network
-    from stepfold.training.runs import (
-        check_run,
-        open_run,
-        remember_prompts,
-        remove_old_checkpoints,
-        set_aside_damaged,
-        writing,
-    )
+    from stepfold.training.runs import remove_old_checkpoints, set_aside_damaged, writing
 
     config = load_config("default", [*SETTINGS, *changes], teacher__source=source, prompts=str(prompts))
     if config.teacher.dtype != "float32":

@@ -11,7 +11,8 @@ from typing import Any
 from stepfold.config import Config, from_yaml
 from stepfold.errors import UserError
 from stepfold.evaluation.report import curve_svgs, curves_from_rows
-from stepfold.training.runs import CONFIG, METRICS, differences, is_running, read_metrics
+from stepfold.training.opening import differences, is_running
+from stepfold.training.runs import CONFIG, METRICS, read_metrics
 
 DEPTH, MOST_RUNS = 3, 200
 LARGEST_METRICS, LARGEST_PICTURE, LARGEST_REPORT = 64 * 2**20, 8 * 2**20, 16 * 2**20  # bytes
