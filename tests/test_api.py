@@ -171,17 +171,51 @@ def test_tied_weights_are_kept_resumed_and_stay_tied(tmp_path: Path) -> None:
     assert (run / "student.safetensors").read_bytes() == before
 
 
-def test_a_damaged_checkpoint_is_not_resumed(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_set_aside_as_the_command_does(tmp_path: Path) -> None:
+    """It was resumed: one flipped bit changed the student without a word."""
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    few = ["training.steps=2", "training.prompts_per_step=2", "objective=discrete", "training.checkpoint_every=1"]
+    teacher, run = ModuleTeacher(Tied(), encode, (4,)), tmp_path / "run"
+    distill_module(teacher, tmp_path / "prompts.txt", run, few, quiet=True)
+    before = (run / "student.safetensors").read_bytes()
+    average = run / "checkpoints" / "000002" / "average.safetensors"
+    contents = bytearray(average.read_bytes())
+    contents[-1] ^= 1
+    average.write_bytes(contents)
+    distill_module(teacher, tmp_path / "prompts.txt", run, few, resume=True, quiet=True)
+    assert (run / "student.safetensors").read_bytes() == before
+    assert (run / "checkpoints" / "damaged_000002").is_dir()
+
+
+def test_a_run_knows_its_module(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     few = ["training.steps=1", "training.prompts_per_step=2", "objective=discrete"]
     teacher = ModuleTeacher(Tied(), encode, (4,))
     distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "run", few, quiet=True)
-    average = tmp_path / "run" / "checkpoints" / "000001" / "average.safetensors"
-    contents = bytearray(average.read_bytes())
-    contents[-1] ^= 1
-    average.write_bytes(contents)
-    with pytest.raises(UserError, match=r"000001 is damaged \(average\.safetensors is not as it was written\)"):
+    with torch.no_grad():
+        teacher.network.last.bias += 1e-3
+    with pytest.raises(UserError, match=r"the content of Tied \(teacher\) has changed since this run began"):
         distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "run", few, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("conditions=/nowhere", "leave `conditions` out"),
+        ("space.kind=images", "comes without an autoencoder; take space"),
+        ("space.filter_rule=hard", "leave space.filter_rule=off"),
+        ("adversarial.weight=0.5", "leave adversarial.weight at 0"),
+        ("training.phases=[{steps: 1, set: {adversarial.weight: 0.5}}]", "leave adversarial.weight at 0"),
+        ("student.lora=4", "leave student.lora at 0"),
+        ("teacher.height=64", "an argument of ModuleTeacher"),
+    ],
+)
+def test_what_a_module_lacks_is_refused_and_leaves_no_run(change: str, said: str, tmp_path: Path) -> None:
+    """Conditions and filters were ignored, images were walk ends, the discriminator was an AttributeError."""
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    with pytest.raises(UserError, match=said):
+        distill_module(ModuleTeacher(Tied(), encode, (4,)), tmp_path / "prompts.txt", tmp_path / "run", [change])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_student_is_kept_read_back_and_resumed(tmp_path: Path) -> None:

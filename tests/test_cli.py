@@ -326,7 +326,7 @@ def test_output_folder_mistakes(run: tuple[Path, Result], tiny_sana: Path, tmp_p
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     assert_one_line(distill(*args, "--out", out), "already holds a run", "add --resume", "choose another --out")
     assert_one_line(
-        distill(*args, "--out", out, "--resume", "--set", "training.steps=9"), "training.steps 1 there, 9 given"
+        distill(*args, "--out", out, "--resume", "--set", "training.ema=0.9"), "training.ema 0.999 there, 0.9 given"
     )
     file = tmp_path / "a file"
     file.write_text("mine")

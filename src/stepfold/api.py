@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepfold.config import TeacherSettings, load_config
+from stepfold.config import Config, TeacherSettings, load_config, phases_of
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.prompts.reading import open_prompts
@@ -17,12 +17,13 @@ from stepfold.sampling.consistency import sample_consistency
 from stepfold.students.two_times import EMBEDDER
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Student
+from stepfold.teachers.fingerprints import module_fingerprint
 from stepfold.teachers.module import ModuleTeacher
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill
 from stepfold.training.draws import guidance_scales
-from stepfold.training.opening import check_run, open_run, remember_prompts
+from stepfold.training.opening import Source, as_begun, check_run, prepare_run
 from stepfold.training.processes import gathered
 from stepfold.training.runs import writing
 
@@ -61,20 +62,21 @@ def distill_module(
     folder = Path(folder)
     changes = ["objective=continuous", "space.filter_rule=off", *changes]  # a filter needs a black picture
     source = type(teacher.network).__name__
-    config = choose_precision(load_config("default", changes, teacher__source=source, prompts=str(prompts)))
+    config = load_config("default", changes, teacher__source=source, prompts=str(prompts))
+    config = choose_precision(as_begun(folder, config) if resume else config)
     file, accelerator, display = open_prompts(prompts), make_accelerator(config.training.precision), Display(quiet)
+    refuse_what_modules_lack(config, source)
     check_run(folder, config, resume)
     wrapped: Any = teacher  # it has what the loop asks for, but no pictures
     guidance_scales(config, wrapped)  # before anything is written
-    if config.student.lora:
-        raise UserError("a network of one's own trains all its weights; leave student.lora at 0")
-    if config.teacher != TeacherSettings(source=source):
-        raise UserError("settings of `teacher` are for pipelines; what there is to say is an argument of ModuleTeacher")
     student = student or new_student(teacher, config.student.depth, two_times=config.student.times == "two")
     blacks = [torch.zeros(teacher.latent_shape, device=accelerator.device)]
     teacher.network.to(accelerator.device)
-    lock = open_run(folder, config, resume)
-    remember_prompts(folder, file.source, len(file), file.sha256)
+    sources = [
+        Source("prompts", str(file.source), file.sha256, len(file)),
+        Source("teacher", source, module_fingerprint(teacher.network)),
+    ]
+    lock = prepare_run(folder, config, resume, sources, display.note)
     student.to(accelerator.device)
     with display.training(config.training.steps):
         average = distill(config, folder, wrapped, student, file, blacks, accelerator, report=display.step)
@@ -82,6 +84,27 @@ def distill_module(
         save_file(gathered(average.state_dict(), keep=True), part)
     lock.release()
     return average
+
+
+def refuse_what_modules_lack(config: Config, source: str) -> None:
+    """Refuses settings that ask a network of one's own for what only a pipeline has.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    phases = [each for _, each in phases_of(config)]
+    if config.student.lora:
+        raise UserError("a network of one's own trains all its weights; leave student.lora at 0")
+    if config.teacher != TeacherSettings(source=source):
+        raise UserError("settings of `teacher` are for pipelines; what there is to say is an argument of ModuleTeacher")
+    if config.conditions:
+        raise UserError("conditions on disk are a pipeline's; leave `conditions` out: ModuleTeacher has its `encode`")
+    if config.space.images or any("images" in each.space.weights for each in phases):
+        raise UserError("a network of one's own comes without an autoencoder; take space.kind=generation or endpoints")
+    if any(each.space.filter_rule != "off" for each in phases):
+        raise UserError("a network of one's own has no black picture to filter by; leave space.filter_rule=off")
+    if any(each.adversarial.weight for each in phases):
+        raise UserError("the discriminator reads features of a pipeline's network; leave adversarial.weight at 0")
 
 
 def load_module_student(teacher: ModuleTeacher, folder: str | Path) -> Student:

@@ -27,7 +27,7 @@ from stepfold.students.loading import load_student
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_any_pipeline, load_teacher
 from stepfold.training.latents import cached_blacks
-from stepfold.training.opening import is_running, open_run, remember_prompts
+from stepfold.training.opening import Source, is_running, open_run, remember
 from stepfold.training.runs import (
     CHECKSUMS,
     checkpoints,
@@ -291,7 +291,7 @@ def test_a_note_of_prompts_that_is_damaged(tmp_path: Path, content: bytes) -> No
     """It was a JSONDecodeError."""
     (tmp_path / "prompts.json").write_bytes(content)
     with pytest.raises(UserError, match=r"prompts\.json is damaged|has changed since this run began"):
-        remember_prompts(tmp_path, Path("p.txt"), 3, "abc")
+        remember(tmp_path, Source("prompts", "p.txt", "abc", 3))
 
 
 @pytest.mark.parametrize(

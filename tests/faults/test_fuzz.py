@@ -49,7 +49,7 @@ from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_teacher
 from stepfold.training.latents import cached_blacks
 from stepfold.training.memory import peak_memory_gib, reset_peak_memory
-from stepfold.training.opening import check_run, open_run, remember_prompts
+from stepfold.training.opening import Source, check_run, open_run, remember
 from stepfold.training.runs import (
     CHECKSUMS,
     append_metrics,
@@ -656,7 +656,7 @@ def modules() -> tuple[dict[str, nn.Module], torch.optim.Optimizer]:
 
 def make_run(folder: Path) -> Path:
     open_run(folder, load_config("demo"), resume=False).release()
-    remember_prompts(folder, Path("prompts.txt"), 3, "abc")
+    remember(folder, Source("prompts", "prompts.txt", "abc", 3))
     for step in (1, 2):
         save_checkpoint(folder, step, *modules(), keep=2)
         append_metrics(folder, {"step": step - 1, "loss": 0.5, "kept": 1.0})
@@ -675,7 +675,7 @@ def resume(folder: Path) -> None:
     check_run(folder, config, resume=True)
     lock = open_run(folder, config, resume=True)
     try:
-        remember_prompts(folder, Path("prompts.txt"), 3, "abc")
+        remember(folder, Source("prompts", "prompts.txt", "abc", 3))
         set_aside_damaged(folder)
         cached_blacks(folder, SimpleNamespace(device="cpu", latent_shapes=[(4, 2, 2)]))  # type: ignore[arg-type]
         saved = checkpoints(folder)

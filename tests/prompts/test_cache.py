@@ -18,7 +18,8 @@ from stepfold.prompts import cache as module
 from stepfold.prompts.cache import open_conditions
 from stepfold.prompts.conditions import conditions_key
 from stepfold.prompts.reading import open_prompts
-from stepfold.teachers.loading import encoder_fingerprint, load_teacher
+from stepfold.teachers.fingerprints import encoder_fingerprint
+from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.runs import read_metrics
 

@@ -90,3 +90,16 @@ def test_a_preset_over_images_asks_for_the_folder(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"needs a folder of images; add --set space.images=FOLDER"):
             run_distill(load_config(preset), tmp_path / "run", resume=False, display=Display(quiet=True), command="")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_knows_its_pictures(tmp_path: Path, settings: Settings, folder: Path) -> None:
+    """Another picture under the same name and caption went unseen."""
+    config = over_images(settings, folder, "training.steps=1")
+    run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="")
+    (folder / "1.png").touch()
+    run_distill(config, tmp_path / "run", resume=True, display=Display(quiet=True), command="")
+    size = (folder / "1.png").stat().st_size
+    Image.new("RGB", (40, 30), (50, 10, 161)).save(folder / "1.png")
+    assert (folder / "1.png").stat().st_size == size
+    with pytest.raises(UserError, match=r"the content of .*images \(images\) has changed since this run began"):
+        run_distill(config, tmp_path / "run", resume=True, display=Display(quiet=True), command="")

@@ -3,22 +3,18 @@
 import copy
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from torch import nn
 
 from stepfold.config import Config, load_config
 from stepfold.errors import UserError
 from stepfold.students.whole import new_student
 from stepfold.teachers.sana import SanaTeacher
-from stepfold.training.opening import check_run, is_running, open_run
 from stepfold.training.optimisers import make_optimiser
 from stepfold.training.runs import (
     BackgroundWrites,
@@ -149,30 +145,6 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
     assert [path.name for path in checkpoints(tmp_path)] == ["999800", "1000000", "1000200"]
 
 
-@pytest.mark.parametrize("what", ["link", "pipe", "part", "metrics"])
-def test_a_run_folder_leads_nowhere_else(tmp_path: Path, what: str) -> None:
-    """Somebody else's run folder must not make a resumed run write, or delete, outside it."""
-    folder, other = tmp_path / "run", tmp_path / "other"
-    config = load_config("demo")
-    open_run(folder, config, resume=False).release()
-    (other / "000001").mkdir(parents=True)
-    if what == "link":
-        (folder / "checkpoints").symlink_to(other)
-    elif what == "pipe":
-        os.mkfifo(folder / "prompts.json")
-    elif what == "metrics":
-        (folder / "metrics.jsonl").mkdir()
-    else:
-        (folder / ".note.part").symlink_to(other / "stolen")
-        with writing(folder / "note") as part:
-            part.write_text("ours")
-        assert (folder / "note").read_text() == "ours" and not (other / "stolen").exists()
-        return
-    with pytest.raises(UserError, match=r"is a link, which|is neither a file nor a folder|is a folder and should be"):
-        open_run(folder, config, resume=True)
-    assert (other / "000001").is_dir()
-
-
 def test_full_disk_keeps_the_old_checkpoint(
     tmp_path: Path, teacher: SanaTeacher, leftovers: Callable, full_disk: Callable
 ) -> None:
@@ -280,78 +252,6 @@ def test_a_flipped_bit_is_never_loaded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"000002 is damaged \(student\.safetensors is not as it was written\); delete"):
         load_checkpoint(path, {"student": network}, optimiser)
     assert torch.equal(network.weight, before)
-
-
-def test_open_run_refuses_a_run_that_is_there(tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "run"
-    open_run(out, config_of(), resume=False)
-    with pytest.raises(UserError, match=r"already holds a run; add --resume"):
-        open_run(out, config_of(), resume=False)
-    open_run(out, config_of(), resume=True)
-
-
-def test_a_second_process_is_refused_until_the_first_one_ends(tmp_path: Path) -> None:
-    """Another process cannot open the folder, not even to resume; this one can, and a killed one locks nothing."""
-    out = tmp_path / "run"
-    script = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from stepfold.config import load_config\n"
-        "from stepfold.training.opening import open_run\n"
-        "lock = open_run(Path(sys.argv[1]), load_config('demo'), resume=True)\n"
-        "print('open', flush=True)\n"
-        "time.sleep(100)\n"
-    )
-    other = subprocess.Popen([sys.executable, "-c", script, str(out)], stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None and other.stdout.readline() == "open\n"
-    with pytest.raises(UserError, match=r"another process is running in .*run; wait for it or stop it"):
-        open_run(out, load_config("demo"), resume=True)
-    other.kill()
-    other.wait()
-    first, second = (open_run(out, load_config("demo"), resume=True) for _ in range(2))
-    assert first.is_locked and second.is_locked
-    first.release(force=True)
-
-
-def test_who_looks_whether_a_run_is_on_does_not_keep_it_from_starting(tmp_path: Path) -> None:
-    """`is_running` takes the lock for an instant; `stepfold runs` and the page call it again and again."""
-    open_run(tmp_path, config_of(), resume=False).release()
-    looking = FileLock(tmp_path / ".lock", thread_local=False)
-    looking.acquire()
-    threading.Timer(0.1, looking.release).start()
-    open_run(tmp_path, config_of(), resume=True).release()
-    assert not is_running(tmp_path)
-
-
-def test_open_run_names_the_settings_that_differ(tmp_path: Path) -> None:
-    open_run(tmp_path, config_of("training.steps=7", "seed=3"), resume=False)
-    with pytest.raises(UserError) as caught:
-        open_run(tmp_path, config_of("training.steps=8", "seed=3"), resume=True)
-    assert "training.steps 7 there, 8 given" in str(caught.value)
-    assert "seed" not in str(caught.value)
-
-
-def test_open_run_leaves_foreign_files_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("mine")
-    for resume in (False, True):
-        with pytest.raises(UserError, match="not empty and holds no run"):
-            open_run(tmp_path, config_of(), resume=resume)
-    assert os.listdir(tmp_path) == ["thesis.tex"]
-
-
-def test_open_run_refuses_a_file_and_a_folder_below_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "notes.txt"
-    file.write_text("mine")
-    with pytest.raises(UserError, match=r"notes\.txt is a file; choose another --out"):
-        open_run(file, config_of(), resume=False)
-    with pytest.raises(UserError, match=r"cannot make .*choose another --out"):
-        open_run(file / "run", config_of(), resume=False)
-    assert file.read_text() == "mine"
-
-
-def test_check_run_writes_nothing(tmp_path: Path) -> None:
-    check_run(tmp_path / "run", config_of(), resume=False)
-    assert os.listdir(tmp_path) == []
 
 
 def test_rewind_drops_later_rows_and_a_cut_last_line(tmp_path: Path) -> None:

@@ -149,16 +149,17 @@ def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "t
     import torch
 
     from stepfold.prompts.conditions import cache_of, conditions_from
+    from stepfold.teachers.fingerprints import teacher_fingerprint
     from stepfold.teachers.licences import in_words, licences_of
     from stepfold.teachers.loading import choose_objective, load_teacher
     from stepfold.training.accelerators import make_accelerator, processes_of
     from stepfold.training.choices import choose_precision
     from stepfold.training.draws import guidance_scales
-    from stepfold.training.opening import check_run
+    from stepfold.training.opening import Source, as_begun, check_run, prepare_run
 
     if "images" in config.space.weights and config.space.images is None:
         raise UserError("space.kind=images needs a folder of images; add --set space.images=FOLDER")
-    config = choose_objective(choose_precision(config))
+    config = choose_objective(choose_precision(as_begun(folder, config) if resume else config))
     accelerator = make_accelerator(config.training.precision, several=True)
     device, processes = accelerator.device, processes_of(accelerator)
     if config.training.prompts_per_step < processes.count:
@@ -186,7 +187,16 @@ def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "t
     student = make_student(teacher, config.student, display)
     scales = guidance_scales(config, teacher)
     usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
-    lock = open_folder(folder, config, resume, prompts, display) if processes.first else None
+    lock = None
+    if processes.first:  # only now: a teacher that does not load leaves no run behind
+        weights = teacher_fingerprint(config.teacher, network_only=cache is not None)
+        sources = [
+            Source("prompts", str(prompts.source), prompts.sha256, len(prompts)),
+            Source("teacher", config.teacher.source, weights),
+        ]
+        if images:
+            sources.append(Source("images", str(images.path), images.fingerprint()))
+        lock = prepare_run(folder, config, resume, sources, display.note)
     processes.wait()
     blacks, latents = kept_latents(folder, config, accelerator, teacher, cache, images, display)
     run = Run(
@@ -234,27 +244,6 @@ def make_fake(teacher: "PipelineTeacher", settings: "FakeSettings") -> "Student"
     if settings.kind == "lora":
         return lora_student(teacher, settings.rank, convolutions=True, for_export=False)
     return new_student(teacher)
-
-
-def open_folder(
-    folder: Path, config: "Config", resume: bool, prompts: "PromptFile | ImageFolder", display: "Display"
-) -> "BaseFileLock":
-    """The run folder, made or put in order; only now, so that a teacher that does not load leaves none behind.
-
-    Returns:
-        The lock on it.
-    """
-    from stepfold.training.opening import open_run, remember_prompts
-    from stepfold.training.runs import checkpoints, remove_old_checkpoints, set_aside_damaged
-
-    lock = open_run(folder, config, resume)
-    remember_prompts(folder, prompts.source, len(prompts), prompts.sha256)
-    for finding in set_aside_damaged(folder):
-        display.note(finding)
-    remove_old_checkpoints(folder, config.training.keep_checkpoints)  # a kill may have come before that
-    if resume and not checkpoints(folder):
-        display.note(f"{folder} holds no checkpoint yet: starting from the teacher")
-    return lock
 
 
 def kept_latents(

@@ -224,12 +224,12 @@ def run_geneval(
         UserError: the folder is no pipeline, or the prompts are not GenEval's.
     """
     from stepfold.evaluation.pipelines import claim, geneval_prompts, write_geneval
-    from stepfold.teachers.loading import files_fingerprint
+    from stepfold.fingerprints import listing_sha256
 
     rows = geneval_prompts(prompts)
     drawer = open_drawer(folder, device)
     count = steps or drawer.usual_steps[-1]
-    claim(out, {"pipeline": files_fingerprint(folder), "steps": count, "guidance": guidance})
+    claim(out, {"pipeline": listing_sha256(folder), "steps": count, "guidance": guidance})
     with display.measuring({"prompts": len(rows)}) as tick:
         write_geneval(drawer, rows, out, count, guidance, partial(tick, "prompts"))
 
@@ -255,7 +255,7 @@ def run_mjhq(
     from stepfold.evaluation import mjhq
     from stepfold.evaluation.pipelines import claim
     from stepfold.evaluation.report import versions
-    from stepfold.teachers.loading import files_fingerprint
+    from stepfold.fingerprints import listing_sha256
 
     data = mjhq.open_mjhq(images, n)
     features, scorer = mjhq.inception_features(inception, device), mjhq.load_clip(clip, device)
@@ -269,7 +269,7 @@ def run_mjhq(
     for folder in folders:
         drawer = open_drawer(folder, device)
         for k in steps or drawer.usual_steps:
-            made_by = {"pipeline": files_fingerprint(folder), "steps": k, "guidance": guidance, "prompts": meta}
+            made_by = {"pipeline": listing_sha256(folder), "steps": k, "guidance": guidance, "prompts": meta}
             key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
             with display.measuring(dict.fromkeys(("draw", "judge"), n)) as tick:
                 pictures = out / key

@@ -82,19 +82,20 @@ def run_retime(
     from stepfold.config import load_config
     from stepfold.prompts.conditions import cache_of, conditions_from
     from stepfold.prompts.reading import open_prompts
+    from stepfold.teachers.fingerprints import teacher_fingerprint
     from stepfold.teachers.loading import load_teacher
     from stepfold.training.accelerators import make_accelerator
     from stepfold.training.choices import choose_precision
-    from stepfold.training.opening import check_run, open_run, remember_prompts
+    from stepfold.training.opening import Source, as_begun, check_run, prepare_run
     from stepfold.training.retiming import retimed_network
-    from stepfold.training.runs import remove_old_checkpoints, set_aside_damaged, writing
+    from stepfold.training.runs import writing
 
     config = load_config("default", [*SETTINGS, *changes], teacher__source=source, prompts=str(prompts))
     if config.teacher.dtype != "float32":
         raise UserError(f"re-timing trains the network in float32, not {config.teacher.dtype}; leave teacher.dtype out")
     if config.training.skip_nonfinite:
         raise UserError("re-timing skips no step that is not finite; leave training.skip_nonfinite out")
-    config = choose_precision(config)
+    config = choose_precision(as_begun(folder, config) if resume else config)
     file, accelerator = open_prompts(prompts), make_accelerator(config.training.precision)
     check_run(folder, config, resume)
     cache, device = cache_of(config, file), accelerator.device
@@ -106,11 +107,11 @@ def run_retime(
             f"{source!r} is a {type(teacher.pipe).__name__}, but re-timing is for Sana without embedded guidance, SD3 "
             "and FLUX; distil it as it is, with objective=discrete"
         )
-    lock = open_run(folder, config, resume)
-    remember_prompts(folder, file.source, len(file), file.sha256)
-    for finding in set_aside_damaged(folder):
-        display.note(finding)
-    remove_old_checkpoints(folder, config.training.keep_checkpoints)
+    sources = [
+        Source("prompts", str(file.source), file.sha256, len(file)),
+        Source("teacher", source, teacher_fingerprint(config.teacher, network_only=cache is not None)),
+    ]
+    lock = prepare_run(folder, config, resume, sources, display.note)
     network, found = retimed_network(
         teacher, file, conditions_from(cache, teacher, file), config, folder, lambda: accelerator.autocast(), display
     )

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from stepfold.errors import UserError, first_line
+from stepfold.fingerprints import sampled_sha256
 
 CAPTION = "text"
 METADATA = "metadata.jsonl"
@@ -58,6 +59,11 @@ class ImageFolder:
             raise UserError(f"{self.path}: picture {index} cannot be read ({error}); replace it") from None
         fitted = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
+
+    def fingerprint(self) -> str:
+        """Changes with the names, the sizes and, as good as surely, the contents of the files; see `sampled_sha256`."""
+        files = (path for path in self.path.rglob("*") if path.is_file())
+        return sampled_sha256(files, self.path, num_blocks=2)
 
 
 def open_images(path: str | os.PathLike[str]) -> ImageFolder:

@@ -11,7 +11,8 @@ from stepfold.prompts.cache import ConditionCache, open_conditions
 from stepfold.prompts.reading import PromptFile, Prompts
 from stepfold.randomness import send
 from stepfold.teachers.contract import Condition
-from stepfold.teachers.loading import encoder_fingerprint, place_of
+from stepfold.teachers.fingerprints import encoder_fingerprint
+from stepfold.teachers.loading import place_of
 from stepfold.teachers.pipeline import PipelineTeacher
 
 

@@ -1,13 +1,11 @@
 """From the settings to a teacher; from a folder to a student."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from huggingface_hub import try_to_load_from_cache
 
 from stepfold import assets
 from stepfold.config import Config, TeacherSettings, renamed
@@ -170,36 +168,6 @@ def place_of(settings: TeacherSettings) -> str:
         raise UserError(
             f"teacher {source!r} cannot be fetched in {of} ({first_line(error)}); is there such a one?"
         ) from None
-
-
-def encoder_fingerprint(source: str) -> str:
-    """Tells text encoders (and VAEs) apart: by all that a folder's files hold, or by a hub id's revision.
-
-    Raises:
-        UserError: the hub id has not been fetched yet, so its revision is not known.
-    """
-    folder = Path(folder_of(source))
-    if not folder.is_dir():
-        cached = try_to_load_from_cache(source, "model_index.json")
-        if not isinstance(cached, str):
-            raise UserError(f"teacher {source!r} is neither a folder nor a hub id that has been fetched; load it once")
-        return f"hub {source} at {Path(cached).parent.name}"
-    digest = hashlib.sha256()
-    parts = (path.name for path in folder.iterdir() if path.name.startswith(("text_encoder", "tokenizer", "vae")))
-    for part in sorted(parts):
-        for path in sorted(p for p in (folder / part).rglob("*") if p.is_file()):
-            with path.open("rb") as file:
-                digest.update(
-                    f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
-                )
-    return digest.hexdigest()
-
-
-def files_fingerprint(folder: Path) -> str:
-    """Changes with any file of a folder: its names, sizes and times."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:

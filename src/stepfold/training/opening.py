@@ -3,14 +3,28 @@
 import json
 import os
 import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from stepfold.config import Config, from_yaml, to_yaml
+from stepfold.config import Config, from_yaml, phases_of, to_yaml
 from stepfold.errors import UserError
-from stepfold.training.runs import CONFIG, METRICS, clear_leftovers, holds_files, make_folder, writing
+from stepfold.training.optimisers import learning_rate
+from stepfold.training.runs import (
+    CONFIG,
+    METRICS,
+    checkpoints,
+    clear_leftovers,
+    holds_files,
+    make_folder,
+    remove_old_checkpoints,
+    saved_step,
+    set_aside_damaged,
+    writing,
+)
 
 LOCK = ".lock"
 LOCK_SEC = 1.0  # to wait for a run's lock: `is_running`, in another process, holds it for an instant
@@ -32,7 +46,7 @@ def refuse_ways_out(folder: Path) -> None:
                 raise UserError(f"{path} is a link, which a run does not follow; put there what it points to")
             if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
                 raise UserError(f"{path} is neither a file nor a folder; delete it")
-    for name in (CONFIG, METRICS, "prompts.json"):
+    for name in (CONFIG, METRICS, "prompts.json", "teacher.json", "images.json"):
         if (folder / name).is_dir():
             raise UserError(f"{folder / name} is a folder and should be a file; put the run's own back")
 
@@ -48,15 +62,52 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
         refuse_ways_out(folder)
         if not resume:
             raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --out")
-        if from_yaml(config_file) != config:
+        there = from_yaml(config_file)
+        if there != config and not can_be_longer(folder, there, config):
+            longer = with_steps(there, config.training.steps) == config and config.training.steps > there.training.steps
+            fix = "a run can be made longer only until its learning rate falls (optimiser.decay)" if longer else ""
             raise UserError(
-                f"{folder} holds a run with other settings ({_difference(from_yaml(config_file), config)}); "
-                "resume with the same ones or choose another --out"
+                f"{folder} holds a run with other settings ({_difference(there, config)}); "
+                f"{fix or 'resume with the same ones'} or choose another --out"
             )
     elif folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --out")
     elif folder.exists() and holds_files(folder):
         raise UserError(f"{folder} is not empty and holds no run; choose another --out")
+
+
+def with_steps(config: Config, steps: int) -> Config:
+    """The settings with another number of steps."""
+    return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
+
+
+def can_be_longer(folder: Path, there: Config, config: Config) -> bool:
+    """Whether a run may go on to more steps: no step that is done would have been another one in the longer run."""
+    old, new, done = there.training.steps, config.training.steps, saved_step(folder)
+    if new <= old or with_steps(there, new) != config:
+        return False
+    phases = phases_of(there)
+    ends = [*(first for first, _ in phases[1:]), old]
+    for (first, each), end in zip(phases, ends, strict=True):
+        last = min(end, done) - 1  # rates only rise before they fall
+        if first <= last and learning_rate(last, old, each.optimiser) != learning_rate(last, new, each.optimiser):
+            return False
+    return True
+
+
+def as_begun(folder: Path, config: Config) -> Config:
+    """The settings with the run's own values where they ask for `auto`, which may be another one on this machine."""
+    if not (folder / CONFIG).is_file():
+        return config
+    there, changes = from_yaml(folder / CONFIG), {}
+    if config.objective == "auto":
+        changes["objective"] = there.objective
+    training = {
+        name: getattr(there.training, name)
+        for name in ("precision", "walk_precision")
+        if getattr(config.training, name) == "auto"
+    }
+    return config.model_copy(update=changes | {"training": config.training.model_copy(update=training)})
 
 
 def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
@@ -85,6 +136,9 @@ def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from None
     clear_leftovers(folder)
+    if from_yaml(folder / CONFIG) != config:  # the run is made longer
+        with writing(folder / CONFIG) as part:
+            part.write_text(to_yaml(config), encoding="utf-8")
     return lock
 
 
@@ -103,25 +157,73 @@ def is_running(folder: Path) -> bool:
     return False
 
 
-def remember_prompts(folder: Path, file: Path, num_prompts: int, sha256: str) -> None:
-    """Notes which prompts a run uses, and refuses to go on with others.
+@dataclass(frozen=True)
+class Source:
+    """Something that a run is made from, and by what it is known again.
+
+    Attributes:
+        kind: `prompts`, `teacher` or `images`; the note in the run folder is called so.
+        place: the file, the folder or the hub id.
+        sha256: a fingerprint of the content.
+        count: of prompts.
+    """
+
+    kind: str
+    place: str
+    sha256: str
+    count: int | None = None
+
+
+def remember(folder: Path, source: Source) -> None:
+    """Notes what a run is made from, and refuses to go on with another one.
 
     Raises:
-        UserError: the file has changed since the run began.
+        UserError: it has changed since the run began, or the note is damaged.
     """
-    note = folder / "prompts.json"
+    note = folder / f"{source.kind}.json"
     if note.exists():
         try:
             noted = json.loads(note.read_text(encoding="utf-8"))["sha256"]
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{note} is damaged ({error}); start a new run with another --out") from None
-        if noted != sha256:
+        if noted != source.sha256:
+            what = source.place if source.kind == "prompts" else f"the content of {source.place} ({source.kind})"
             raise UserError(
-                f"{file} has changed since this run began; restore it or start a new run with another --out"
+                f"{what} has changed since this run began; restore it or start a new run with another --out"
             )
         return
+    record = {"file": source.place, "count": source.count, "sha256": source.sha256}
     with writing(note) as part:
-        part.write_text(json.dumps({"file": str(file), "count": num_prompts, "sha256": sha256}, indent=2) + "\n")
+        part.write_text(json.dumps({key: value for key, value in record.items() if value is not None}, indent=2) + "\n")
+
+
+def prepare_run(
+    folder: Path, config: Config, resume: bool, sources: Sequence[Source], note: Callable[[str], None]
+) -> FileLock:
+    """Makes the run folder, or puts the one there in order; whoever trains comes through here.
+
+    Args:
+        folder: of the run.
+        config: its settings.
+        resume: continue the run that is there.
+        sources: what it is made from.
+        note: shows a line.
+
+    Returns:
+        The lock on the folder, see `open_run`.
+
+    Raises:
+        UserError: as `open_run` and `remember`.
+    """
+    lock = open_run(folder, config, resume)
+    for source in sources:
+        remember(folder, source)
+    for finding in set_aside_damaged(folder):
+        note(finding)
+    remove_old_checkpoints(folder, config.training.keep_checkpoints)  # a kill may have come before that
+    if resume and not checkpoints(folder):
+        note(f"{folder} holds no checkpoint yet: starting from the teacher")
+    return lock
 
 
 def _difference(a: Config, b: Config) -> str:

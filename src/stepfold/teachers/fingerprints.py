@@ -1,0 +1,86 @@
+"""What tells one teacher from another that lies in the same place: its weights, its encoders."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+
+from stepfold.config import TeacherSettings
+from stepfold.errors import UserError
+from stepfold.fingerprints import sampled_sha256
+from stepfold.teachers.loading import family_of, folder_of, place_of
+
+ENCODERS = ("text_encoder", "tokenizer", "vae")
+"""How the names of parts begin that conditions and pictures are made with."""
+
+
+def encoder_fingerprint(source: str) -> str:
+    """Tells text encoders (and VAEs) apart: by all that a folder's files hold, or by a hub id's revision.
+
+    Raises:
+        UserError: the hub id has not been fetched yet, so its revision is not known.
+    """
+    folder = Path(folder_of(source))
+    if not folder.is_dir():
+        return revision_of(source)
+    digest = hashlib.sha256()
+    for path in files_of(folder, ENCODERS):
+        with path.open("rb") as file:
+            digest.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def teacher_fingerprint(settings: TeacherSettings, *, network_only: bool) -> str:
+    """Tells teachers apart by what a run takes from them: network, scheduler, LoRA, encoders.
+
+    A copy of the same files is the same teacher; see `sampled_sha256`. A hub id is known by its revision.
+
+    Args:
+        settings: which teacher.
+        network_only: without the encoders, of a run whose conditions come from disk.
+
+    Raises:
+        UserError: a hub id has not been fetched yet.
+    """
+    place = place_of(settings)
+    folder = Path(folder_of(place))
+    if folder.is_dir():
+        parts = (family_of(place).network_part, "scheduler", *(() if network_only else ENCODERS))
+        found = [sampled_sha256(files_of(folder, parts), folder)]
+    else:
+        found = [revision_of(place)]
+    if settings.lora:
+        lora = Path(settings.lora)
+        files = [path for path in lora.rglob("*") if path.is_file()] if lora.is_dir() else [lora]
+        found.append(sampled_sha256(files, lora.parent) if lora.exists() else f"hub {settings.lora}")
+    return " ".join(found)
+
+
+def module_fingerprint(network: nn.Module) -> str:
+    """Tells networks of one's own apart, by all their weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def files_of(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+    """The files of a pipeline's parts whose names begin so, in order."""
+    for part in sorted(path for path in folder.iterdir() if path.name.startswith(parts)):
+        yield from sorted(path for path in part.rglob("*") if path.is_file())
+
+
+def revision_of(source: str) -> str:
+    """A hub id and the commit that was fetched.
+
+    Raises:
+        UserError: none was.
+    """
+    cached = try_to_load_from_cache(source, "model_index.json")
+    if not isinstance(cached, str):
+        raise UserError(f"teacher {source!r} is neither a folder nor a hub id that has been fetched; load it once")
+    return f"hub {source} at {Path(cached).parent.name}"
