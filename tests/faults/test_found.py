@@ -345,6 +345,7 @@ def test_states_of_checkpoints_that_are_none(tmp_path: Path, state: Any) -> None
     whole = json.loads((path / "state.json").read_text())
     full = {"optimiser": whole["optimiser"]} | state if isinstance(state, dict) and state else state
     (path / "state.json").write_text(json.dumps(full))
+    (path / "checksums.json").unlink()  # whose file it is, if it is not damage
     if full == whole:
         assert load_checkpoint(path, *make()) == 1
         return
