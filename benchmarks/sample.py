@@ -18,6 +18,7 @@ from models import SIZES, make_place, open_teacher
 
 from stepfold.evaluation.measure import Sampler, student_sampler, teacher_sampler
 from stepfold.randomness import normal
+from stepfold.sampling.recipe import Recipe, times_of
 from stepfold.students.whole import new_student
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.precision import walk_precision
@@ -93,10 +94,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         teacher.black_latent(teacher.latent_shape)  # the autoencoder is on the device now
         torch.manual_seed(0)
         student = new_student(teacher).eval()
-        samplers = {
-            f"student {k}": student_sampler(student, teacher.student_times(k), 0, teacher.sigma_data)
-            for k in STUDENT_STEPS
-        }
+        recipe = Recipe(
+            sampler="consistency", times=times_of(teacher, "consistency"), taught=(1.0,), guidance=1.0,
+            sigma_data=teacher.sigma_data,
+        )  # fmt: skip
+        samplers = {f"student {k}": student_sampler(student, recipe, k, 0) for k in STUDENT_STEPS}
         samplers[TEACHER] = teacher_sampler(teacher, TEACHER_STEPS)
         for batch in args.batches:
             prompts = [place.prompts.prompt(i % len(place.prompts)) for i in range(batch)]

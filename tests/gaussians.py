@@ -77,7 +77,7 @@ class Law:
     def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
         return gaussian(self.mean, self.std).velocity(x, t)
 
-    def student_times(self, num_steps: int) -> list[float]:
+    def student_times(self, num_steps: int, sampler: str) -> list[float]:
         return torch.linspace(math.pi / 2, 0, num_steps + 1)[:-1].tolist()
 
     def clear_prompt_cache(self) -> None:

@@ -60,7 +60,9 @@ class Exact(nn.Module):
 def test_all_predictions_are_the_same_teacher(prediction: Any) -> None:
     sigma_max = 1e3 if prediction == "edm" else math.inf
     teacher = ModuleTeacher(Exact(prediction), encode, (2,), prediction, sigma_max=sigma_max)
-    assert math.tan(teacher.start_time) > 0.999e3 and teacher.student_times(1)[0] <= max(teacher.start_time, 1.5708)
+    assert math.tan(teacher.start_time) > 0.999e3 and teacher.student_times(1, "consistency")[0] <= max(
+        teacher.start_time, 1.5708
+    )
     times = [0.01, 0.3, 0.8, 1.2, 1.5, teacher.start_time]
     x, t = 0.5 * torch.randn(6, 2).double(), torch.tensor(times, dtype=torch.float64)
     exact = GaussianTeacher(torch.zeros(2, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64), 0.5)
@@ -234,3 +236,17 @@ def test_a_student_is_kept_read_back_and_resumed(tmp_path: Path) -> None:
         distill_module(teacher, prompts, tmp_path / "run", few, quiet=True)
     with pytest.raises(UserError, match=r"space\.guidance has 2 scales"):
         distill_module(teacher, prompts, tmp_path / "two", [*few, "space.guidance=[1.0, 2.0]"], quiet=True)
+
+
+def test_a_student_that_is_a_velocity_is_drawn_as_one(tmp_path: Path) -> None:
+    """Euler steps with the exact velocity end at the data's deviation; consistency steps would shrink it."""
+    teacher = ModuleTeacher(Exact("flow"), encode, (2,))
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    changes = ["objective=velocity", "training.steps=1", "optimiser.lr=1e-12"]
+    student = distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "run", changes, quiet=True)
+    again = load_module_student(teacher, tmp_path / "run")
+    assert student.sampler == again.sampler == "flow"
+    deviations = [draw(teacher, s, ["a"] * 4000, steps=64).std().item() for s in (student, again)]
+    assert deviations[0] == deviations[1] == pytest.approx(1.6, abs=0.1)
+    again.sampler = "consistency"
+    assert draw(teacher, again, ["a"] * 4000, steps=64).std().item() < 1.3

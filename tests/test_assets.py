@@ -64,8 +64,8 @@ def test_the_bundled_student_draws_what_it_is_asked_for():
 
 
 def test_the_bundled_student_is_as_good_as_its_card_says():
-    teacher, student, _ = load_student(Path("emoji-student"), "cpu")
-    sampler = student_sampler(student, teacher.student_times(1), 0, teacher.sigma_data)
+    teacher, student, card = load_student(Path("emoji-student"), "cpu")
+    sampler = student_sampler(student, card.recipe, 1, 0)
     judge = load_judge(assets.JUDGE, "cpu")
     protocol = replace(EMOJI, n=100, guidance=3.0)
     rows = measure(judge, protocol, teacher, {"1": sampler}, torch.device("cpu"))

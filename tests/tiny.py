@@ -57,6 +57,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from stepfold.sampling.recipe import Recipe, times_of
+from stepfold.teachers.contract import SamplerName
+
 PROMPTS = (
     "red heart",
     "a cat",
@@ -414,3 +417,12 @@ def save_text_lora(pipe: Any, encoders: list[str], folder: Path) -> None:
         inject_adapter_in_model(lora, encoder)  # transformers' add_adapter can want a PEFT newer than the newest
         layers[f"{name}_lora_layers"] = get_peft_model_state_dict(encoder)
     type(pipe).save_lora_weights(folder, **layers)
+
+
+def recipe(teacher: Any, sampler: SamplerName = "consistency", *taught: float) -> Recipe:
+    """How a student of a teacher is sampled; the first scale that it was taught is its usual one."""
+    scales = taught or (2.0,)
+    return Recipe(
+        sampler=sampler, times=times_of(teacher, sampler), taught=scales, guidance=scales[0],
+        sigma_data=teacher.sigma_data,
+    )  # fmt: skip

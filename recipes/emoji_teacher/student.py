@@ -4,7 +4,6 @@ stepfold distill --preset emoji-long --out runs/emoji-long
 python recipes/emoji_teacher/student.py runs/emoji-long/student
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepfold import assets
+from stepfold.students.card import read_card, write_card
 from stepfold.students.saving import NETWORK_WEIGHTS
-from stepfold.teachers.loading import CARD, read_card
 
 
 def ship(student: Path, out: Path) -> None:
@@ -24,7 +23,8 @@ def ship(student: Path, out: Path) -> None:
                for name, value in halves.items())  # fmt: skip
     (out / "transformer").mkdir(parents=True, exist_ok=True)
     save_file(halves, out / "transformer" / NETWORK_WEIGHTS, metadata={"format": "pt"})
-    (out / CARD).write_text(json.dumps(read_card(student) | {"network_only": True}, indent=2) + "\n")
+    alone = {"network_only": True, "pipeline": "", "scheduler": "", "calls": {}}  # no pipeline by itself
+    write_card(out, read_card(student).model_copy(update=alone))
     print(f"{out}: {len(halves)} tensors; float16 moves none by more than {lost:.1e} of its norm")
 
 

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepfold.config import Config, TeacherSettings, load_config, phases_of
+from stepfold.config import Config, TeacherSettings, from_yaml, load_config, phases_of
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.prompts.reading import open_prompts
 from stepfold.randomness import normal
-from stepfold.sampling.consistency import sample_consistency
+from stepfold.sampling.samplers import SAMPLERS, sampler_of
 from stepfold.students.two_times import EMBEDDER
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Student
@@ -25,7 +25,7 @@ from stepfold.training.distill import distill
 from stepfold.training.draws import guidance_scales
 from stepfold.training.opening import Source, as_begun, check_run, prepare_run
 from stepfold.training.processes import gathered
-from stepfold.training.runs import writing
+from stepfold.training.runs import CONFIG, writing
 
 WEIGHTS = "student.safetensors"
 
@@ -80,6 +80,7 @@ def distill_module(
     student.to(accelerator.device)
     with display.training(config.training.steps):
         average = distill(config, folder, wrapped, student, file, blacks, accelerator, report=display.step)
+    average.sampler = sampler_of(config)
     with writing(folder / WEIGHTS) as part:
         save_file(gathered(average.state_dict(), keep=True), part)
     lock.release()
@@ -112,11 +113,15 @@ def load_module_student(teacher: ModuleTeacher, folder: str | Path) -> Student:
     weights = load_file(Path(folder) / WEIGHTS)
     student = new_student(teacher, two_times=any(name.startswith(f"{EMBEDDER}.") for name in weights))
     student.load_state_dict(weights)
+    student.sampler = sampler_of(from_yaml(Path(folder) / CONFIG))
     return student.eval()
 
 
 def draw(teacher: ModuleTeacher, student: Student, prompts: Sequence[str], *, seed: int = 0, steps: int = 1) -> Tensor:
-    """The student's samples, one a prompt, of unit variance [B, ...]; equal seeds start from equal noise."""
+    """The student's samples, one a prompt, of unit variance [B, ...]; equal seeds start from equal noise.
+
+    They are drawn with the student's own sampler, and its teacher's times.
+    """
     device, sigma_data = next(student.parameters()).device, teacher.sigma_data
 
     def noise(step: int) -> Tensor:
@@ -124,6 +129,6 @@ def draw(teacher: ModuleTeacher, student: Student, prompts: Sequence[str], *, se
         return sigma_data * torch.stack(parts).to(device)
 
     guidance = torch.ones(len(prompts), device=device)
-    times, condition = teacher.student_times(steps), teacher.encode(prompts)
+    times, condition = teacher.student_times(steps, student.sampler), teacher.encode(prompts)
     condition = condition.to(device, condition.embeds.dtype)
-    return sample_consistency(student, noise(0), condition, guidance, times, noise, sigma_data) / sigma_data
+    return SAMPLERS[student.sampler](student, noise(0), condition, guidance, times, noise, sigma_data) / sigma_data

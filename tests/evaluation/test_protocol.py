@@ -16,6 +16,7 @@ from stepfold.evaluation.judge import Judge, image_features, text_features
 from stepfold.evaluation.measure import protocol_samplers
 from stepfold.evaluation.metrics import accuracy, clip_score, diversity, frechet_distance
 from stepfold.evaluation.protocol import EMOJI, Protocol, protocol_prompts, score_images
+from stepfold.sampling.recipe import Recipe
 
 SMALL = Protocol(name="small", version=1, n=20, seed=3, samples_per_prompt=2)
 
@@ -29,14 +30,23 @@ def test_hash_is_frozen_and_follows_every_field():
 
 def test_students_stand_beside_the_teacher_at_the_scale_they_were_taught():
     """The first of a group is what agreement is measured against."""
-    teacher: Any = SimpleNamespace(sigma_data=1.0, student_times=lambda num_steps: [1.5] * num_steps)
+    teacher: Any = SimpleNamespace()
     student: Any = None
-    groups = protocol_samplers(teacher, {"a": (student, 4.5), "b": (student, 3.0)}, EMOJI)
+    times = {steps: (1.5,) * steps for steps in (1, 2, 4)}
+    one, several = (
+        Recipe(sampler="consistency", times=times, taught=taught, guidance=taught[0], sigma_data=1.0)
+        for taught in ((3.0,), (4.5, 6.0))
+    )
+    groups = protocol_samplers(teacher, {"a": (student, several), "b": (student, one)}, EMOJI)
     usual = ["teacher 20", "teacher 4", "teacher 2", "teacher 1", "a 4", "a 2", "a 1"]
     assert {scale: list(group) for scale, group in groups.items()} == {
         4.5: usual,
         3.0: ["teacher at guidance 3 20", "b 4", "b 2", "b 1"],
     }
+    told = protocol_samplers(teacher, {"a": (student, several)}, EMOJI, guidance=6.0)
+    assert list(told[6.0]) == ["teacher at guidance 6 20", "a 4", "a 2", "a 1"]
+    with pytest.raises(UserError, match="taught at 3 alone"):  # the same pictures under another label
+        protocol_samplers(teacher, {"b": (student, one)}, EMOJI, guidance=6.0)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from stepfold.export.pipeline import save_student
 from stepfold.students.loading import load_student
 from stepfold.students.lora import lora_student
 from stepfold.students.whole import new_student
+from stepfold.teachers.contract import SamplerName
 from stepfold.teachers.loading import load_teacher
 
 FAMILIES: dict[str, Callable[[], Any]] = {
@@ -43,39 +44,46 @@ SMALLER: dict[str, Callable[..., Any]] = {
 
 @pytest.fixture(scope="session")
 def student_of(tiny_sana: Path, first_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """(family, LoRA rank, depth) -> a student folder, not its teacher any more."""
-    made: dict[tuple[str, int, float], Path] = {}
+    """(family, LoRA rank, depth, sampler) -> a student folder, not its teacher any more."""
+    made: dict[tuple[str, int, float, str], Path] = {}
     sanas = {"sana": tiny_sana, "first sana": first_sana}
 
-    def make(family: str, lora: int = 0, depth: float = 1.0) -> Path:
-        if (family, lora, depth) not in made:
+    def make(family: str, lora: int = 0, depth: float = 1.0, sampler: SamplerName = "consistency") -> Path:
+        key = family, lora, depth, sampler
+        if key not in made:
             folder = tmp_path_factory.mktemp("student")
             if depth != 1:
                 source = tiny.save(partial(SMALLER[family], num_layers=3), folder / "teacher")
             else:
                 source = sanas.get(family) or tiny.save(FAMILIES[family], folder / "teacher")
-            made[family, lora, depth] = finished(source, folder / "student", lora, depth)
-        return made[family, lora, depth]
+            made[key] = finished(source, folder / "student", lora, depth, sampler)
+        return made[key]
 
     return make
 
 
-def finished(source: Path, folder: Path, lora: int, depth: float = 1.0) -> Path:
+def finished(source: Path, folder: Path, lora: int, depth: float = 1.0, sampler: SamplerName = "consistency") -> Path:
     """A student as a run leaves it, with weights that moved."""
+    two_times = sampler == "flow_map"
     changes = [
         f"teacher.source={source}", f"student.lora={lora}", f"student.depth={depth}", "prompts=prompts.txt",
-        "objective=discrete",
+        f"student.times={'two' if two_times else 'one'}", "objective=discrete",
     ]  # fmt: skip
     sizes = ["teacher.height=32", "teacher.width=32", "teacher.max_tokens=24"]
     config = load_config("default", [*changes, *sizes])
     teacher = load_teacher(config.teacher, "cpu")
-    student = lora_student(teacher, lora) if lora else new_student(teacher, depth)
+    if lora:
+        student = lora_student(teacher, lora, two_times=two_times)
+    else:
+        student = new_student(teacher, depth, two_times=two_times)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for parameter in student.parameters():
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn_like(parameter)
-    save_student(teacher, student, folder, config, [2.0], 2.0, (teacher.examples or ["red heart"])[-1])
+    save_student(
+        teacher, student, folder, config, tiny.recipe(teacher, sampler), (teacher.examples or ["red heart"])[-1]
+    )
     return folder
 
 

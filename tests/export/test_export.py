@@ -16,8 +16,8 @@ from stepfold.commands.sample import run_sample
 from stepfold.errors import UserError
 from stepfold.export.pipeline import model_card
 from stepfold.sampling.consistency import sample_consistency
+from stepfold.students.card import CARD, read_card
 from stepfold.students.loading import load_merged, load_student
-from stepfold.teachers.loading import CARD, read_card
 
 from .conftest import SMALLER, relative, start
 
@@ -69,9 +69,9 @@ def test_a_student_of_every_family_draws_our_latents_in_plain_diffusers(student_
     drawn = fresh({name: (folder, PIPE) for name, folder in students.items()}, 1)
     for family, folder in students.items():
         teacher, student, card = load_student(folder, "cpu")
-        sigma_data, guidance = teacher.sigma_data, torch.tensor([float(card["guidance"])])
-        noise, condition = sigma_data * start((1, *teacher.latent_shape)), teacher.encode([card["example"]])
-        rest = card["times"]["1"], lambda step, noise=noise: noise, sigma_data
+        sigma_data, guidance = teacher.sigma_data, torch.tensor([card.recipe.guidance])
+        noise, condition = sigma_data * start((1, *teacher.latent_shape)), teacher.encode([card.example])
+        rest = card.recipe.times[1], lambda step, noise=noise: noise, sigma_data
         with torch.no_grad():
             x0 = sample_consistency(student, noise, condition, guidance, *rest)
         assert relative(teacher.unpack(drawn[family]), x0 / sigma_data) < 1e-4, family
@@ -147,8 +147,8 @@ def test_a_teacher_in_bfloat16_is_merged_in_float32(student_of: StudentOf, tmp_p
 
 def test_a_lora_students_readme_loads_the_very_teacher(student_of: StudentOf) -> None:
     card = read_card(student_of("sana", 4))
-    theirs = card["config"]["teacher"] | {"revision": "v2", "variant": "fp16"}
-    card = card | {"teacher": "you/teacher", "config": card["config"] | {"teacher": theirs}}
+    theirs = card.config["teacher"] | {"revision": "v2", "variant": "fp16"}
+    card = card.model_copy(update={"teacher": "you/teacher", "config": card.config | {"teacher": theirs}})
     assert 'from_pretrained("you/teacher", revision="v2", variant="fp16")' in model_card(card)
 
 
@@ -156,10 +156,10 @@ def test_a_lora_students_readme_merges_its_teachers_own_lora(student_of: Student
     """FLUX's text encoder, which `fuse_lora` leaves out unless told."""
     student = student_of("flux", 4)
     card, names = read_card(student), {}
-    pipe = FluxPipeline.from_pretrained(card["teacher"])
+    pipe = FluxPipeline.from_pretrained(card.teacher)
     tiny.save_text_lora(pipe, ["text_encoder"], tmp_path / "lora")
-    theirs = card["config"]["teacher"] | {"lora": str(tmp_path / "lora")}
-    readme = model_card(card | {"config": card["config"] | {"teacher": theirs}}, name=str(student))
+    theirs = card.config["teacher"] | {"lora": str(tmp_path / "lora")}
+    readme = model_card(card.model_copy(update={"config": card.config | {"teacher": theirs}}), name=str(student))
     loading = re.search(r"```python\n(.*?)^image = ", readme, re.DOTALL | re.MULTILINE)
     assert loading is not None
     exec(loading[1], names)
@@ -172,8 +172,8 @@ def test_a_lora_student_is_loaded_as_the_docs_say(student_of: StudentOf) -> None
     page = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text(encoding="utf-8")
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "load_lora_weights" in block)
     student = student_of("sdxl", 4)
-    teacher, names = read_card(student)["teacher"], {}
+    teacher, names = read_card(student).teacher, {}
     code = code.replace("stabilityai/stable-diffusion-xl-base-1.0", teacher).replace("runs/mine/student", str(student))
     exec(code, names)
     assert any("lora_" in name for name in names["pipe"].unet.state_dict())
-    assert type(names["pipe"].scheduler).__name__ == read_card(student)["scheduler"]
+    assert type(names["pipe"].scheduler).__name__ == read_card(student).scheduler

@@ -10,7 +10,7 @@ import pytest
 from stepfold.commands.export import run_export
 from stepfold.errors import UserError
 from stepfold.export.hub import hub_card, push, teacher_of_nobody_else
-from stepfold.teachers.loading import CARD, read_card
+from stepfold.students.card import CARD, read_card
 
 StudentOf = Callable[..., Path]
 
@@ -102,4 +102,4 @@ def test_a_connection_that_fails_is_one_line(student: Path) -> None:
 def test_a_teacher_that_nobody_else_has_is_pointed_out(student_of: Callable[..., Path]) -> None:
     whole, lora = student_of("sana"), student_of("sana", 4)
     assert teacher_of_nobody_else(whole) is None
-    assert teacher_of_nobody_else(lora) == read_card(lora)["teacher"]
+    assert teacher_of_nobody_else(lora) == read_card(lora).teacher

@@ -63,7 +63,7 @@ def test_onnxruntime_alone_gives_the_students_latents(
     condition = teacher.encode(teacher.examples[:3] or PROMPTS)
     noise, fresh = torch.randn(2, len(PROMPTS), *teacher.latent_shape)
     scale = torch.full((len(PROMPTS),), 3.0)
-    times = card["times"]["2"]
+    times = card.recipe.times[2]
     expected = sample_consistency(student, 0.5 * noise, condition, scale, times, lambda i: 0.5 * fresh, 0.5) / 0.5
 
     readme = (out / "README.md").read_text()

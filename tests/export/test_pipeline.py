@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from diffusers import SanaSprintPipeline
 from PIL import Image
@@ -21,10 +22,10 @@ from stepfold.export.pipeline import model_card, save_student
 from stepfold.maths.routes import few_step_times
 from stepfold.randomness import normal
 from stepfold.sampling.consistency import sample_consistency
+from stepfold.students.card import CARD, read_card
 from stepfold.students.loading import load_student
 from stepfold.students.sana import SanaStudent
 from stepfold.students.whole import new_student
-from stepfold.teachers.loading import CARD
 from stepfold.teachers.sana import SanaTeacher
 
 PROMPTS = ["red heart", "dog on blue background", "pizza on a white plate"]
@@ -66,7 +67,7 @@ def folder(
 ) -> Path:
     folder = tmp_path_factory.mktemp("run") / "student"
     teacher.release_decoder()  # as during training; the folder must have the autoencoder all the same
-    save_student(teacher, student, folder, config, [GUIDANCE], GUIDANCE, PROMPTS[0])
+    save_student(teacher, student, folder, config, tiny.recipe(teacher, "consistency", GUIDANCE), PROMPTS[0])
     return folder
 
 
@@ -117,7 +118,7 @@ def test_a_student_read_back_is_the_student(teacher: SanaTeacher, student: SanaS
     noise = torch.randn(3, *teacher.latent_shape)
     a, b = ours(teacher, student, noise, 2, GUIDANCE, 0), ours(again, network, noise, 2, GUIDANCE, 0)
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    assert card["guidance"] == GUIDANCE and card["times"]["2"] == few_step_times(2)
+    assert card.recipe.guidance == GUIDANCE and card.recipe.times[2] == tuple(few_step_times(2))
     torch.testing.assert_close(again.decode(a), teacher.decode(a), rtol=0, atol=1e-6)
 
 
@@ -169,14 +170,14 @@ def test_the_cards_code_runs_as_it_stands(folder: Path, pipe: Any):
 
 @pytest.mark.parametrize("prompt", ['say "hi"', "a\\", "{x} \\n {}", "”quotes“ 'n' ```", "tab\there", "ünï 🦊"])
 def test_any_prompt_can_stand_in_the_card(folder: Path, prompt: str):
-    card = json.loads((folder / CARD).read_text())
-    tree = ast.parse(code_block(model_card(card | {"example": prompt})))
+    card = read_card(folder).model_copy(update={"example": prompt})
+    tree = ast.parse(code_block(model_card(card)))
     strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     assert prompt in strings
 
 
 def test_the_card_shows_what_was_measured(folder: Path):
-    card = json.loads((folder / CARD).read_text())
+    card = read_card(folder)
     row = dict(accuracy=0.876543, clip_score=27.31, fd=0.01234, diversity=0.5)
     protocol = {"n": 480, "hash": "0123456789abcdef"}
     text = model_card(card, {"protocol": protocol, "teacher": {"20": row}, "student": {"1": row | {"accuracy": 0.5}}})
@@ -194,8 +195,8 @@ def test_a_student_is_replaced_whole_or_not_at_all(
     with monkeypatch.context() as patch:
         patch.setattr("stepfold.export.pipeline.model_card", lambda *_: 1 / 0)  # after the weights are written
         with pytest.raises(ZeroDivisionError):
-            save_student(teacher, student, folder, config, [GUIDANCE], GUIDANCE, "fox")
+            save_student(teacher, student, folder, config, tiny.recipe(teacher, "consistency", GUIDANCE), "fox")
     assert [path.name for path in tmp_path.rglob("*")] == ["student", "old.txt"]
-    save_student(teacher, student, folder, config, [GUIDANCE], GUIDANCE, "fox")
+    save_student(teacher, student, folder, config, tiny.recipe(teacher, "consistency", GUIDANCE), "fox")
     assert not (folder / "old.txt").exists() and (folder / "model_index.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["student"]

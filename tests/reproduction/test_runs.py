@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -442,12 +443,12 @@ def test_workers_load_models_one_after_the_other(tmp_path: Path, monkeypatch: py
     """Two at once took each other's defaults, and a teacher was left without numbers ("Cannot copy out of meta")."""
     loading, most = [0], [0]
 
-    def slow(*args: Any) -> tuple[None, None, dict[str, Any]]:
+    def slow(*args: Any) -> tuple[None, None, SimpleNamespace]:
         loading[0] += 1
         most[0] = max(most[0], loading[0])
         time.sleep(0.05)
         loading[0] -= 1
-        return None, None, {"config": {"prompts": "x"}}
+        return None, None, SimpleNamespace(teacher_settings=lambda: None)
 
     for name in ("load_student", "load_teacher", "load_judge"):
         monkeypatch.setattr(f"stepfold.reproduction.runs.{name}", slow)

@@ -12,6 +12,7 @@ from stepfold.maths.formulations import interpolate
 from stepfold.maths.routes import few_step_times
 from stepfold.sampling import consistency
 from stepfold.sampling.consistency import sample_consistency
+from stepfold.sampling.recipe import Recipe
 
 from .exact import HALF_PI, SIGMA_DATA, STD, Gaussian, at, law, start, wavy
 
@@ -73,7 +74,9 @@ def test_mistakes_change_the_law(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_sample_does_not_depend_on_its_batch():
     noise, condition, guidance = start(6)
-    sampler = student_sampler(wavy, few_step_times(4), 0, SIGMA_DATA)  # type: ignore[arg-type]
+    times = {4: tuple(few_step_times(4))}
+    recipe = Recipe(sampler="consistency", times=times, taught=(1.0,), guidance=1.0, sigma_data=SIGMA_DATA)
+    sampler = student_sampler(wavy, recipe, 4, 0)  # type: ignore[arg-type]
     together = sampler(noise, condition, guidance, range(10, 16))
     for i in range(6):
         row = slice(i, i + 1)

@@ -10,7 +10,8 @@ from stepfold.config import validate
 from stepfold.errors import UserError
 from stepfold.maths.routes import few_step_times
 from stepfold.sampling.recipe import NUM_STEPS, Recipe, make_recipe
-from stepfold.sampling.samplers import SAMPLERS, UNFIT, SamplerName, check_sampler, sampler_of
+from stepfold.sampling.samplers import SAMPLERS, TRAINED_FOR, UNFIT, SamplerName, check_sampler, sampler_of
+from stepfold.settings import ObjectiveName
 
 FIELDS: dict[str, Any] = {
     "sampler": "consistency",
@@ -24,7 +25,7 @@ FIELDS: dict[str, Any] = {
 class Times:
     sigma_data = 0.5
 
-    def student_times(self, num_steps: int) -> list[float]:
+    def student_times(self, num_steps: int, sampler: str) -> list[float]:
         return few_step_times(num_steps)
 
 
@@ -54,7 +55,7 @@ def test_a_recipe_is_read_back_as_it_was_written():
     "change",
     [
         {"sampler": "euler"},
-        {"times": {}},
+        {"times": {}, "sampler": "flow"},
         {"times": {"2": [1.5708]}},
         {"times": {"2": [1.3, 1.5]}},
         {"times": {"1": [0.0]}},
@@ -89,10 +90,24 @@ def test_a_student_of_one_scale_takes_no_other():
         one.scale_for(7.0)
 
 
+def test_a_runs_sampler_is_that_of_what_it_is_trained_on_last():
+    phases = [{"steps": 2, "set": {"objective": "velocity"}}]
+    for objective, steps, changes, sampler in (
+        ("continuous", 5, [], "consistency"),
+        ("discrete", 5, [], "consistency"),
+        ("velocity", 5, [], "flow"),
+        ("discrete", 5, phases, "consistency"),
+        ("discrete", 2, phases, "flow"),
+    ):
+        values = {"prompts": "x", "objective": objective, "training": {"steps": steps, "phases": changes}}
+        assert sampler_of(validate(values)) == sampler
+    assert set(TRAINED_FOR) == {"auto", *get_args(ObjectiveName)}
+
+
 def test_the_recipe_of_a_run():
     config, teacher = validate({"prompts": "prompts.txt"}), Times()
     several = make_recipe(config, teacher, (2.0, 3.0, 4.0), 3.5)  # type: ignore[arg-type]
     assert several.sampler == sampler_of(config) == "consistency" and several.sigma_data == 0.5
-    assert several.times == {n: tuple(few_step_times(n)) for n in NUM_STEPS}
+    assert several.times == {n: tuple(few_step_times(n)) for n in NUM_STEPS["consistency"]}
     assert several.taught == (2.0, 3.0, 4.0) and several.guidance == 3.5
     assert make_recipe(config, teacher, (2.0,), 3.5).guidance == 2  # type: ignore[arg-type]

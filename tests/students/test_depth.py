@@ -85,7 +85,7 @@ def test_a_smaller_student_is_saved_and_read_back(teacher: Any, tmp_path: Path):
     assert num_parameters(student) < 0.9 * num_parameters(new_student(teacher))
     for blocks in teacher.block_stacks():
         assert len(getattr(student.transformer, blocks)) <= len(getattr(teacher.transformer, blocks))
-    save_whole(teacher, student, tmp_path / "student")
+    save_whole(teacher, student, tmp_path / "student", tiny.recipe(teacher))
     sizes = dict(height=32, width=32, max_tokens=24, frames=teacher.frames)
     again = family_of(str(tmp_path / "student"))(tmp_path / "student", **sizes)
     condition, guidance = teacher.encode((teacher.examples or ["red heart"])[:1]), torch.full((1,), 4.0)

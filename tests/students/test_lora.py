@@ -56,7 +56,7 @@ def test_a_lora_on_convolutions_is_loaded_and_merged_by_plain_diffusers(family: 
                 parameter.normal_(std=0.1)
         expected = call(student, teacher)
         assert (expected - start).norm() > 1e-3 * start.norm()
-        save_lora(teacher, student, tmp_path / "lora")
+        save_lora(teacher, student, tmp_path / "lora", tiny.recipe(teacher))
         pipe: Any = getattr(diffusers, type(teacher.pipe).__name__).from_pretrained(tmp_path / "pipeline")
         pipe.load_lora_weights(tmp_path / "lora")
         teacher.transformer, own = getattr(pipe, teacher.network_part), teacher.transformer

@@ -245,7 +245,7 @@ def trained(student: Student) -> Student:
 def test_it_is_saved_and_read_back(teacher: Any, tmp_path: Path) -> None:
     """And plain diffusers' network, without the embedder, is the consistency function."""
     batch, student = batch_of(teacher), trained(new_student(teacher, two_times=True))
-    save_whole(teacher, student, tmp_path / "student")
+    save_whole(teacher, student, tmp_path / "student", tiny.recipe(teacher))
     pipeline = load(tmp_path / "student")
     again = as_student(pipeline, two_times=True)
     load_embedder(again, tmp_path / "student")
@@ -259,7 +259,7 @@ def test_a_lora_is_saved_and_read_back(teacher: Any, tmp_path: Path) -> None:
     if not teacher.loads_lora:
         pytest.skip("it has no LoRA students")
     batch, student = batch_of(teacher), trained(lora_student(teacher, 2, two_times=True))
-    save_lora(teacher, student, tmp_path)
+    save_lora(teacher, student, tmp_path, tiny.recipe(teacher))
     again = load_lora(teacher, tmp_path, 2, two_times=True)
     with torch.no_grad():
         torch.testing.assert_close(again(*batch, TARGETS), student(*batch, TARGETS), rtol=1e-5, atol=1e-5)

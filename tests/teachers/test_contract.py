@@ -23,6 +23,7 @@ from stepfold.errors import UserError
 from stepfold.maths.formulations import guide
 from stepfold.randomness import generator, normal
 from stepfold.sampling.consistency import sample_consistency
+from stepfold.sampling.flow import sample_flow
 from stepfold.sampling.teacher import sample_teacher
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.students.saving import save_whole
@@ -49,7 +50,7 @@ def sprint_folder(source: Path, folder: Path) -> Path:
     teacher = SanaTeacher(source, max_tokens=MAX_TOKENS)
     student = new_student(teacher)
     nn.init.normal_(student.transformer.time_embed.guidance_embedder.linear_2.weight, std=0.2)
-    save_whole(teacher, student, folder)
+    save_whole(teacher, student, folder, tiny.recipe(teacher))
     return folder
 
 
@@ -354,7 +355,7 @@ def saved(teacher: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
             nn.init.normal_(student.transformer.time_embed.guidance_embedder.linear_2.weight, std=0.2)
     folder = tmp_path_factory.mktemp("saved") / "student"
     teacher.release_decoder()  # as during training; the folder must have the autoencoder all the same
-    save_whole(teacher, student, folder)
+    save_whole(teacher, student, folder, tiny.recipe(teacher))
     return student, folder
 
 
@@ -385,12 +386,12 @@ def test_plain_diffusers_takes_the_students_steps(teacher: Any, saved: tuple[Any
     if teacher.dtype != torch.float32:
         pytest.skip("pipelines are loaded in float32")
     student, folder = saved
-    pipe: Any = teacher.student_class.from_pretrained(folder)  # type: ignore[attr-defined]
+    pipe: Any = teacher.student_class("consistency").from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    guidance, times = 4.0, teacher.student_times(steps)
+    guidance, times = 4.0, teacher.student_times(steps, "consistency")
     noise, draws = drawn(teacher)
     torch.manual_seed(5)  # not all pipelines hand a generator to their scheduler
-    theirs = teacher.latents_of(pipe, PROMPTS, draws, **teacher.student_call(times, guidance))
+    theirs = teacher.latents_of(pipe, PROMPTS, draws, **teacher.student_call(times, guidance, "consistency"))
 
     def fresh(i: int) -> Tensor:
         return teacher.sigma_data * teacher.unpack(torch.randn(teacher.pack(noise).shape))
@@ -401,6 +402,54 @@ def test_plain_diffusers_takes_the_students_steps(teacher: Any, saved: tuple[Any
         student, teacher.sigma_data * noise, teacher.encode(PROMPTS), scale, times, fresh, teacher.sigma_data
     )
     assert spread(theirs, x0 / teacher.sigma_data) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def saved_flow(teacher: Any, saved: tuple[Any, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same student, saved as one that is a velocity."""
+    folder = tmp_path_factory.mktemp("saved") / "flow"
+    save_whole(teacher, saved[0], folder, tiny.recipe(teacher, "flow", 4.0))
+    return folder
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_plain_diffusers_takes_a_flow_students_steps(
+    teacher: Any, saved: tuple[Any, Path], saved_flow: Path, steps: int
+):
+    """No fresh noise, at the noise levels that the card lists or the scheduler has."""
+    if teacher.dtype != torch.float32:
+        pytest.skip("pipelines are loaded in float32")
+    pipe: Any = teacher.student_class("flow").from_pretrained(saved_flow)
+    pipe.set_progress_bar_config(disable=True)
+    times = teacher.student_times(steps, "flow")
+    noise, draws = drawn(teacher)
+    torch.manual_seed(5)
+    theirs = teacher.latents_of(pipe, PROMPTS, draws, **teacher.student_call(times, 4.0, "flow"))
+    rest = teacher.sigma_data * noise, teacher.encode(PROMPTS), torch.full((3,), 4.0), times
+    x0 = sample_flow(saved[0], *rest, no_fresh_noise, teacher.sigma_data)
+    assert spread(theirs, x0 / teacher.sigma_data) < 1e-4
+    if steps == 4:  # a consistency sampler's pictures are others
+        fresh = torch.randn_like(noise)
+        other = sample_consistency(saved[0], *rest, lambda i: teacher.sigma_data * fresh, teacher.sigma_data)
+        assert spread(theirs, other / teacher.sigma_data) > 0.01
+
+
+def no_fresh_noise(i: int) -> Tensor:
+    raise AssertionError("a flow sampler is deterministic")
+
+
+def test_a_saved_flow_student_is_read_back(
+    teacher: Any, state: tuple[Tensor, Tensor], saved: tuple[Any, Path], saved_flow: Path
+):
+    """Of Sana's it is the network at its one guidance scale, which SanaPipeline is not told."""
+    again = family_of(str(saved_flow))(
+        saved_flow, dtype=teacher.dtype, height=teacher.height, width=teacher.width, frames=teacher.frames,
+        max_tokens=MAX_TOKENS,
+    )  # fmt: skip
+    guidance = scales(teacher, 4, 4, 4)
+    expected = student_velocity(teacher, saved[0], state, teacher.encode(PROMPTS), guidance)
+    ours = student_velocity(teacher, as_student(again), state, again.encode(PROMPTS), guidance)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 6.0])

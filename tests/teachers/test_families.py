@@ -28,11 +28,12 @@ from stepfold.maths.formulations import flow_time
 from stepfold.randomness import generator, normal
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.sampling.teacher import sample_teacher
+from stepfold.students.card import CARD
 from stepfold.students.loading import load_student
 from stepfold.students.lora import LORA_WEIGHTS, lora_student
 from stepfold.students.saving import save_whole
 from stepfold.students.whole import as_student, new_student
-from stepfold.teachers.loading import CARD, choose_objective, load_any_pipeline, load_teacher
+from stepfold.teachers.loading import choose_objective, load_any_pipeline, load_teacher
 from stepfold.training import doctor
 from stepfold.training.runs import read_metrics
 
@@ -197,15 +198,16 @@ def test_a_lora_student_shares_its_teachers_weights(any_folder: Path, prompts_fi
     drawn = teacher.latents_of(pipe, ["red heart"], [generator(0, "sample", 0)], **card["calls"]["1"])
     noise = torch.stack([normal(teacher.latent_shape, 0, "sample", 0)])
     assert (drawn - plain).abs().max() > 1e-4
-    again, read, _ = load_student(run / "student", "cpu")
+    again, read, read_back = load_student(run / "student", "cpu")
+    guidance = read_back.recipe.guidance
     x0 = sample_consistency(
-        read, 0.5 * noise, again.encode(["red heart"]), torch.full((1,), card["guidance"]), again.student_times(1),
-        torch.zeros_like, 0.5,
+        read, 0.5 * noise, again.encode(["red heart"]), torch.full((1,), guidance),
+        again.student_times(1, "consistency"), torch.zeros_like, 0.5,
     )  # fmt: skip
     torch.testing.assert_close(drawn, x0 / 0.5, rtol=1e-4, atol=1e-4)
 
     # Adapter off: the teacher, as it was.
-    state = noise, torch.ones(1), again.encode(["red heart"]), torch.full((1,), card["guidance"])
+    state = noise, torch.ones(1), again.encode(["red heart"]), torch.full((1,), guidance)
     with torch.no_grad():
         own, taught = as_student(teacher)(*state), read(*state)
         read.transformer.disable_adapters()
@@ -306,9 +308,11 @@ def test_a_lora_on_the_teacher_is_merged_into_it(any_folder: Path, tmp_path: Pat
     noise, scale = torch.stack([normal(plain.latent_shape, 0, "test", 0)]), plain.default_guidance
     condition, scales = merged.encode(["red heart"]), torch.full((1,), scale)
     if pipeline_of(any_folder) == "SanaSprintPipeline":  # it walks with SCMScheduler alone: one step of its own
-        times = merged.student_times(1)
+        times = merged.student_times(1, "consistency")
         without, theirs = (
-            plain.latents_of(each, ["red heart"], [generator(0, "test", 0)], **plain.student_call(times, scale))
+            plain.latents_of(
+                each, ["red heart"], [generator(0, "test", 0)], **plain.student_call(times, scale, "consistency")
+            )
             for each in (plain.pipe, pipe)
         )
         ours = sample_consistency(as_student(merged), 0.5 * noise, condition, scales, times, torch.zeros_like, 0.5)
@@ -362,7 +366,7 @@ def test_a_student_has_the_loras_of_all_text_encoders(family: str, encoders: lis
     tiny.save_text_lora(pipe, encoders, tmp_path / "lora")
     wanted = [getattr(pipe, name)(tokens)[0] for name in encoders]
     teacher = load_teacher(TeacherSettings(source=str(folder), lora=str(tmp_path / "lora")), "cpu")
-    save_whole(teacher, new_student(teacher), tmp_path / "student")
+    save_whole(teacher, new_student(teacher), tmp_path / "student", tiny.recipe(teacher))
     student = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     for name, plain, expected in zip(encoders, before, wanted, strict=True):
         assert not torch.allclose(plain, expected, atol=1e-2)
@@ -564,7 +568,7 @@ def test_a_students_levels_are_those_that_its_pipeline_takes_unasked(tmp_path: P
     """WanPipeline takes no noise levels: they fall by equal factors from 1 to 2/3."""
     teacher = load_teacher(TeacherSettings(source=str(tiny.save(tiny.make_wan, tmp_path / "pipeline"))), "cpu")
     for steps in (2, 3, 4):
-        levels = flow_time(torch.tensor(teacher.student_times(steps), dtype=torch.float64))
+        levels = flow_time(torch.tensor(teacher.student_times(steps, "consistency"), dtype=torch.float64))
         torch.testing.assert_close(
             levels, (2 / 3) ** torch.linspace(0, 1, steps, dtype=torch.float64), rtol=0, atol=1e-5
         )

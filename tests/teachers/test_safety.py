@@ -173,7 +173,7 @@ def test_a_hostile_folder_is_refused_and_nothing_of_it_is_run(folder: Path, kind
 
 
 def test_a_student_folder_is_checked_too(folder: Path) -> None:
-    card = {"teacher": "emoji", "height": 32, "width": 32, "max_tokens": 32, "config": {}}
+    card = {"teacher": "emoji", "height": 32, "width": 32, "max_tokens": 32, "guidance": 4.5, "config": {}}
     (folder / "stepfold.json").write_text(json.dumps(card))
     code_of_a_part(folder)
     with pytest.raises(UserError, match="holds code"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from diffusers import SanaPipeline
 from torch import Tensor
@@ -15,11 +16,12 @@ from torch import Tensor
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
 from stepfold.sampling.teacher import sample_teacher
+from stepfold.students.card import CARD
 from stepfold.students.loading import load_student
 from stepfold.students.saving import save_whole
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition
-from stepfold.teachers.loading import CARD, load_teacher
+from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher
 
 PROMPTS = ["red heart", "dog on blue background", "pizza on a white plate"]
@@ -147,7 +149,7 @@ def test_a_student_is_written_without_a_place_for_its_encoders_on_the_device(tin
     whole = SanaTeacher(tiny_sana)
     teacher = SanaTeacher(tiny_sana, network_only=True, null=whole.null_condition)
     student, teacher.device = new_student(teacher), torch.device("meta")
-    save_whole(teacher, student, tmp_path / "student")
+    save_whole(teacher, student, tmp_path / "student", tiny.recipe(teacher))
     assert SanaTeacher(tmp_path / "student").decode(torch.zeros(1, *whole.latent_shape)).isfinite().all()
 
 
@@ -204,7 +206,7 @@ def test_a_teacher_in_thousands_is_read_rightly_and_its_student_stays_a_sana_pip
     x0 = sample_teacher(thousands, 0.5 * noise, condition, guidance, num_steps=2)
     torch.testing.assert_close(x0 / 0.5, pipeline_latents(pipe, noise, 4.5, 2), rtol=0, atol=1e-3)
     assert (x0 - sample_teacher(teacher, 0.5 * noise, condition, guidance, num_steps=2)).abs().max() > 0.01
-    assert not thousands.student_reads_guidance and thousands.student_class is SanaPipeline
+    assert not thousands.student_reads_guidance and thousands.student_class("consistency") is SanaPipeline
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from passes import gradient_step
 from safetensors.torch import load_file
@@ -667,8 +668,8 @@ def test_what_is_exported_is_the_average(tmp_path: Path, settings: Settings, ten
         assert torch.equal(value, final[f"average.transformer.{name}"]), name
         differs += not torch.equal(value, final[f"student.transformer.{name}"])
     assert differs > len(weights) / 2
-    assert card["config"] == config.model_dump(mode="json") | {"objective": "continuous"}  # what auto became
-    assert json.loads((folder / "report.json").read_text())["config"] == card["config"]
+    assert card.config == config.model_dump(mode="json") | {"objective": "continuous"}  # what auto became
+    assert json.loads((folder / "report.json").read_text())["config"] == card.config
 
 
 @pytest.mark.slow
@@ -724,12 +725,12 @@ def test_export_on_a_full_disk_keeps_the_old_student(
 ) -> None:
     folder = tmp_path / "student"
     student = new_student(teacher)
-    save_student(teacher, student, folder, settings(), [4.5], 4.5, "fox")
+    save_student(teacher, student, folder, settings(), tiny.recipe(teacher, "consistency", 4.5), "fox")
     before = student.transformer.proj_out.bias.detach().clone()
     with torch.no_grad():
         student.transformer.proj_out.bias.add_(1)
     with full_disk(20_000), pytest.raises(UserError, match=r"cannot write .*student: "):
-        save_student(teacher, student, folder, settings(), [4.5], 4.5, "fox")
+        save_student(teacher, student, folder, settings(), tiny.recipe(teacher, "consistency", 4.5), "fox")
     assert leftovers(tmp_path) == []
     _, old, _ = load_student(folder, "cpu")
     assert torch.equal(old.transformer.proj_out.bias, before)

@@ -26,8 +26,9 @@ from stepfold.display import Display
 from stepfold.errors import NonFiniteError, UserError
 from stepfold.export.single_file import export_single_file
 from stepfold.randomness import generator
+from stepfold.students.card import CARD
 from stepfold.teachers.licences import in_words, licences_of
-from stepfold.teachers.loading import CARD, load_teacher
+from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training import doctor
 from stepfold.training.looks import Progress

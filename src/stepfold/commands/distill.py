@@ -1,6 +1,5 @@
 """`stepfold distill`: a teacher becomes a one-step student."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from stepfold.images.reading import ImageFolder
     from stepfold.prompts.cache import ConditionCache
     from stepfold.prompts.reading import PromptFile
+    from stepfold.sampling.recipe import Recipe
     from stepfold.teachers.contract import Condition, Student
     from stepfold.teachers.pipeline import PipelineTeacher
     from stepfold.training.course import Course
@@ -94,7 +94,8 @@ class Run:
         processes: that share every step.
         prompts: the training prompts; an image folder's captions.
         teacher: the network to distil.
-        scales: guidance scales of training; `usual` is the evaluation's, `taught` what the student is shown at.
+        usual: guidance scale that the teacher is measured at.
+        recipe: how the student is sampled.
         conditions: numbers of B prompts -> their conditions; `cached` where they come from disk.
         blacks: unit-variance latents of a black picture, one for each latent shape.
         latents: numbers of B images -> clean latents [B, ...]; None where no images are used.
@@ -107,9 +108,8 @@ class Run:
     processes: "Processes"
     prompts: "PromptFile | ImageFolder"
     teacher: "PipelineTeacher"
-    scales: tuple[float, ...]
     usual: float
-    taught: float
+    recipe: "Recipe"
     conditions: "Callable[[Sequence[int]], Condition]"
     cached: bool
     blacks: "list[Tensor]"
@@ -149,6 +149,8 @@ def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "t
     import torch
 
     from stepfold.prompts.conditions import cache_of, conditions_from
+    from stepfold.sampling.recipe import make_recipe
+    from stepfold.sampling.samplers import in_diffusers
     from stepfold.teachers.fingerprints import teacher_fingerprint
     from stepfold.teachers.licences import in_words, licences_of
     from stepfold.teachers.loading import choose_objective, load_teacher
@@ -185,8 +187,10 @@ def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "t
     licences = ", ".join(f"{part} {in_words(licence)}" for part, licence in licences_of(config.teacher.source).items())
     display.note(f"licences: {licences}")
     student = make_student(teacher, config.student, display)
-    scales = guidance_scales(config, teacher)
     usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
+    recipe = make_recipe(config, teacher, guidance_scales(config, teacher), usual)
+    if config.student.lora:
+        teacher.lora_scheduler(in_diffusers(recipe.sampler))  # refused now, not when the student is saved
     lock = None
     if processes.first:  # only now: a teacher that does not load leaves no run behind
         weights = teacher_fingerprint(config.teacher, network_only=cache is not None)
@@ -200,8 +204,7 @@ def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "t
     processes.wait()
     blacks, latents = kept_latents(folder, config, accelerator, teacher, cache, images, display)
     run = Run(
-        config, folder, accelerator, processes, prompts, teacher, scales, usual,
-        taught=usual if len(set(scales)) > 1 else scales[0],
+        config, folder, accelerator, processes, prompts, teacher, usual, recipe,
         conditions=conditions_from(cache, teacher, prompts), cached=cache is not None,
         blacks=blacks, latents=latents, lock=lock,
     )  # fmt: skip
@@ -289,7 +292,7 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
     if config.objective == "continuous" and first and counts_to_thousand(config):
         display.note(steepness(run.teacher, student, run.prompts, run.conditions, config, device))
     preview = make_preview(
-        run.folder, run.teacher, run.conditions, len(run.prompts), config.seed, run.taught, display.note, writes=first
+        run.folder, run.teacher, run.conditions, len(run.prompts), run.recipe, config.seed, display.note, writes=first
     )
     tracker = Tracker(run.folder) if first else None
     course.stages.seconds["load"] = time.perf_counter() - began
@@ -325,23 +328,22 @@ def finish(run: Run, average: "Student", course: "Course", display: "Display", c
     from stepfold.evaluation.protocol import EMOJI
     from stepfold.evaluation.report import write_report
     from stepfold.export.pipeline import model_card, save_student
-    from stepfold.teachers.loading import CARD, load_teacher
+    from stepfold.teachers.loading import load_teacher
     from stepfold.training.processes import is_sharded
     from stepfold.training.runs import writing
 
     config, teacher, student = run.config, run.teacher, run.folder / "student"
     if is_sharded(teacher.network):
         teacher = load_teacher(config.teacher, run.accelerator.device)  # whole again, to be measured
-    save_student(teacher, average, student, config, run.scales, run.taught, run.prompts.prompt(0))
+    card = save_student(teacher, average, student, config, run.recipe, run.prompts.prompt(0))
     protocol = replace(EMOJI, n=config.evaluation.n or 2, guidance=run.usual)
     scores: dict[str, Any] = {"teacher": {}, "student": {}}
     if config.evaluation.n and config.teacher.source == "emoji":
         with course.stages("evaluation"):
-            scores |= measure_student(protocol, teacher, average, run.taught, display)
+            scores |= measure_student(protocol, teacher, average, run.recipe, display)
         teacher.release_decoder()
     result = report_of(run, course, protocol, scores, command)
     write_report(run.folder, result)
-    card = json.loads((student / CARD).read_text(encoding="utf-8"))
     with writing(student / "README.md") as part:
         part.write_text(model_card(card, result), encoding="utf-8")
     if run.lock:
@@ -350,7 +352,7 @@ def finish(run: Run, average: "Student", course: "Course", display: "Display", c
 
 
 def measure_student(
-    protocol: "Protocol", teacher: "PipelineTeacher", student: "Student", taught: float, display: "Display"
+    protocol: "Protocol", teacher: "PipelineTeacher", student: "Student", recipe: "Recipe", display: "Display"
 ) -> dict[str, Any]:
     """Scores of teacher and student, as report.json has them."""
     from stepfold.evaluation.judge import load_judge
@@ -358,7 +360,7 @@ def measure_student(
     from stepfold.evaluation.protocol import rows_by_steps
 
     judge = load_judge(assets.JUDGE, teacher.device)
-    groups = protocol_samplers(teacher, {"student": (student, taught)}, protocol)
+    groups = protocol_samplers(teacher, {"student": (student, recipe)}, protocol)
     with display.measuring({name: protocol.n for group in groups.values() for name in group}) as tick:
         scores = measure_groups(judge, protocol, teacher, groups, teacher.device, tick)
     return {"reals": {"diversity": judge.diversity}} | rows_by_steps(scores)

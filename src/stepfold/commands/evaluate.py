@@ -17,6 +17,7 @@ from stepfold.errors import UserError
 if TYPE_CHECKING:
     from stepfold.display import Display
     from stepfold.evaluation.pipelines import Drawer
+    from stepfold.students.card import Card
     from stepfold.teachers.contract import Student
 
 
@@ -139,39 +140,37 @@ def run_evaluate(
     Raises:
         UserError: a folder is no pipeline; a student's teacher is not the bundled one, so there is no judge for it.
     """
-    from stepfold.config import TeacherSettings, load_config
+    from stepfold.config import load_config
     from stepfold.evaluation.judge import load_judge
     from stepfold.evaluation.measure import measure_groups, protocol_samplers
     from stepfold.evaluation.pipelines import measure_pipeline
     from stepfold.evaluation.protocol import EMOJI, protocol_record, rows_by_steps
     from stepfold.evaluation.report import versions
+    from stepfold.students.card import CARD, student_folder
     from stepfold.students.loading import load_student
-    from stepfold.teachers.loading import CARD, load_teacher, student_folder
+    from stepfold.teachers.loading import load_teacher
 
-    students: dict[str, tuple[Student, dict[str, Any]]] = {}
+    students: dict[str, tuple[Student, Card]] = {}
     for folder in folders:
         if (student_folder(folder) / CARD).is_file():
             _, student, card = load_student(folder, device)
-            if card["teacher"] != "emoji":
+            if card.teacher != "emoji":
                 raise UserError(
-                    f"{folder} is a student of {card['teacher']!r}, and the judge knows the bundled teacher's pictures "
+                    f"{folder} is a student of {card.teacher!r}, and the judge knows the bundled teacher's pictures "
                     "only; use --protocol mjhq30k"
                 )
             students[str(folder)] = student, card
     drawers = {str(folder): open_drawer(folder, device) for folder in folders if str(folder) not in students}
     first = next((card for _, card in students.values()), None)
-    settings = TeacherSettings.model_validate(first["config"]["teacher"]) if first else load_config("demo").teacher
+    settings = first.teacher_settings() if first else load_config("demo").teacher
     teacher = load_teacher(settings, device)
-    usual = first["config"]["evaluation"]["guidance"] if first else None
+    usual = first.config["evaluation"]["guidance"] if first else None
     scale = next(s for s in (guidance, usual, teacher.default_guidance) if s is not None)
     protocol = replace(EMOJI, n=n, student_steps=tuple(steps or EMOJI.student_steps), guidance=scale)
     judge = load_judge(assets.JUDGE, device)
 
-    told = {
-        name: (student, card["guidance"] if guidance is None else guidance)
-        for name, (student, card) in students.items()
-    }
-    groups = protocol_samplers(teacher, told, protocol)
+    sampled = {name: (student, card.recipe) for name, (student, card) in students.items()}
+    groups = protocol_samplers(teacher, sampled, protocol, guidance)
     with display.measuring({name: n for group in groups.values() for name in group}) as tick:
         scores = measure_groups(judge, protocol, teacher, groups, teacher.device, tick)
     jobs = {f"{name} {k}": (drawer, k) for name, drawer in drawers.items() for k in steps or drawer.usual_steps}
@@ -195,17 +194,19 @@ def open_drawer(folder: Path, device: str) -> "Drawer":
         UserError: the folder is no pipeline, or a student that is none by itself.
     """
     from stepfold.evaluation.pipelines import Drawer
-    from stepfold.teachers.loading import CARD, load_any_pipeline, lora_rank, read_card, student_folder
+    from stepfold.students.card import CARD, read_card, student_folder
+    from stepfold.teachers.loading import load_any_pipeline
 
     if not (student_folder(folder) / CARD).is_file():
         return Drawer(load_any_pipeline(folder, device))
     card = read_card(folder)
-    if lora_rank(card) or card["network_only"]:
+    if card.lora_rank or card.network_only:
         raise UserError(
             f"{folder} holds a student without the rest of its pipeline; make it whole first: "
             f"stepfold export {folder} --to pipeline"
         )
-    return Drawer(load_any_pipeline(folder, device), card["calls"])
+    card.check_calls()
+    return Drawer(load_any_pipeline(folder, device), card.calls)
 
 
 def run_geneval(

@@ -52,7 +52,7 @@ def run_export(student: Path, to: str, out: Path | None, *, force: bool) -> Path
     from stepfold.export.onnx import export_onnx
     from stepfold.export.pipeline import export_lora, export_pipeline
     from stepfold.export.single_file import export_single_file
-    from stepfold.teachers.loading import student_folder
+    from stepfold.students.card import student_folder
 
     writers: dict[str, tuple[Callable[[Path, Path], None], str]] = {
         "pipeline": (export_pipeline, "-pipeline"),
@@ -78,6 +78,6 @@ def run_export(student: Path, to: str, out: Path | None, *, force: bool) -> Path
 
 def replaceable(path: Path, to_file: bool) -> bool:
     """Whether `--force` may replace it: any file by a file, and a folder only where stepfold wrote it."""
-    from stepfold.teachers.loading import CARD
+    from stepfold.students.card import CARD
 
     return path.is_file() if to_file else (path / CARD).is_file()

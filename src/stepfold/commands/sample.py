@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 def sample(
     student: StudentArgument,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One picture each.", show_default=False)],
-    steps: Annotated[int, typer.Option(min=1, max=64, help="Network calls per picture.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Network calls per picture.")] = 1,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="consistency, flow or flow_map. Default: what it was trained for.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Noise. Equal seeds give equal pictures.")] = 0,
     guidance: Annotated[
         float | None, typer.Option(min=0, max=1000, help="Scale that the student was told. Default: the run's.")
@@ -38,7 +42,9 @@ def sample(
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out} is no PNG; give a name that ends in .png")
     quiet_libraries()
-    pictures = run_sample(student, prompts, steps=steps, seed=seed, guidance=guidance, device=usable_device(device))
+    pictures = run_sample(
+        student, prompts, steps=steps, seed=seed, guidance=guidance, sampler=sampler, device=usable_device(device)
+    )
     strip = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
     left = 0
     for picture in pictures:
@@ -50,35 +56,47 @@ def sample(
 
 
 def run_sample(
-    folder: Path, prompts: Sequence[str], *, steps: int, seed: int, guidance: float | None, device: str
+    folder: Path,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    seed: int,
+    guidance: float | None,
+    device: str,
+    sampler: str | None = None,
 ) -> "list[Image.Image]":
     """Pictures of a student, one a prompt; the same as its pipeline's with the same noise.
 
+    Args:
+        folder: of the student.
+        prompts: B strings.
+        steps: network calls per picture.
+        seed: of the noise.
+        guidance: scale that the student is told; None for its usual one.
+        device: of torch.
+        sampler: its name; None for the student's own.
+
     Raises:
-        UserError: the folder is no student, or it was taught one guidance scale and another one is asked for.
+        UserError: the folder is no student, or it was not trained for this scale, sampler or number of steps.
     """
     import torch
 
     from stepfold.evaluation.measure import student_sampler
     from stepfold.evaluation.preview import to_image
     from stepfold.randomness import normal
+    from stepfold.students.card import read_card
     from stepfold.students.loading import load_student
-    from stepfold.teachers.loading import read_card
 
-    taught = set(read_card(folder).get("taught") or ())
-    if guidance is not None and len(taught) == 1 and guidance not in taught:
-        raise UserError(
-            f"--guidance is {guidance:g}, but this student was taught at {taught.pop():g} alone and stands for that; "
-            "leave --guidance out"
-        )
+    scale = read_card(folder).recipe.sampled_by(sampler).scale_for(guidance)  # refused before anything is loaded
     pipeline, student, card = load_student(folder, device)
+    recipe = card.recipe.sampled_by(sampler)
     condition = pipeline.encode(prompts)
     shape = pipeline.latent_shape
     noise = torch.stack([normal(shape, seed, "sample", i) for i in range(len(prompts))])
-    x0 = student_sampler(student, pipeline.student_times(steps), seed, pipeline.sigma_data)(
+    x0 = student_sampler(student, recipe, steps, seed)(
         pipeline.sigma_data * noise.to(device),
         condition,
-        torch.full((len(prompts),), card["guidance"] if guidance is None else guidance, device=device),
+        torch.full((len(prompts),), scale, device=device),
         range(len(prompts)),
     )
     return [to_image(picture) for picture in pipeline.decode(x0)]

@@ -1,6 +1,6 @@
 """Samples teacher and student under one protocol, from the same prompts and the same noise, and scores them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,8 @@ from stepfold.evaluation.judge import Judge
 from stepfold.evaluation.metrics import latent_error
 from stepfold.evaluation.protocol import Protocol, Scores, protocol_prompts, score_images, teacher_at
 from stepfold.randomness import normal
-from stepfold.sampling.consistency import sample_consistency
+from stepfold.sampling.recipe import Recipe
+from stepfold.sampling.samplers import SAMPLERS
 from stepfold.sampling.teacher import sample_teacher
 from stepfold.teachers.contract import Condition, Student, Teacher, concatenate
 
@@ -27,15 +28,20 @@ def teacher_sampler(teacher: Teacher, num_steps: int) -> Sampler:
     )
 
 
-def student_sampler(student: Student, times: Sequence[float], seed: int, sigma_data: float) -> Sampler:
-    """The student's consistency steps at the given times, its fresh noise drawn per sample."""
+def student_sampler(student: Student, recipe: Recipe, num_steps: int, seed: int) -> Sampler:
+    """The student's steps as its recipe says, its fresh noise drawn per sample.
+
+    Raises:
+        UserError: the recipe lists no times for so many steps.
+    """
+    times, sigma_data = recipe.times_for(num_steps), recipe.sigma_data
 
     def sample(noise: Tensor, condition: Condition, guidance: Tensor, samples: range) -> Tensor:
         def fresh(i: int) -> Tensor:
             parts = [normal(tuple(noise.shape[1:]), seed, "evaluation fresh noise", i, s) for s in samples]
             return sigma_data * torch.stack(parts).to(noise)
 
-        return sample_consistency(student, noise, condition, guidance, times, fresh, sigma_data)
+        return SAMPLERS[recipe.sampler](student, noise, condition, guidance, times, fresh, sigma_data)
 
     return sample
 
@@ -103,24 +109,32 @@ def measure(
 
 
 def protocol_samplers(
-    teacher: Teacher, students: Mapping[str, tuple[Student, float]], protocol: Protocol
+    teacher: Teacher, students: Mapping[str, tuple[Student, Recipe]], protocol: Protocol, guidance: float | None = None
 ) -> dict[float, dict[str, Sampler]]:
-    """Guidance scale -> what is measured at it: the teacher first, then the students (network, scale) taught by it.
+    """Guidance scale -> what is measured at it: the teacher first, then the students that stand for it.
 
     At the protocol's own scale the teacher is measured at all its step counts, at others at its most.
+
+    Args:
+        teacher: of the protocol.
+        students: name -> network, and how it is sampled.
+        protocol: step counts and seed.
+        guidance: scale that the students are told; None for the usual one of each.
+
+    Raises:
+        UserError: a student was taught one scale, and another one is asked for; or it has no times for a step count.
     """
+    scales = {name: recipe.scale_for(guidance) for name, (_, recipe) in students.items()}
     groups: dict[float, dict[str, Sampler]] = {}
-    for scale in dict.fromkeys([protocol.guidance, *(scale for _, scale in students.values())]):
+    for scale in dict.fromkeys([protocol.guidance, *scales.values()]):
         if scale == protocol.guidance:
             group = {f"teacher {k}": teacher_sampler(teacher, k) for k in protocol.teacher_steps}
         else:
             most = protocol.teacher_steps[0]
             group = {f"{teacher_at(scale)} {most}": teacher_sampler(teacher, most)}
-        for name, (student, taught) in students.items():
-            for k in protocol.student_steps if taught == scale else ():
-                group[f"{name} {k}"] = student_sampler(
-                    student, teacher.student_times(k), protocol.seed, teacher.sigma_data
-                )
+        for name, (student, recipe) in students.items():
+            for k in protocol.student_steps if scales[name] == scale else ():
+                group[f"{name} {k}"] = student_sampler(student, recipe, k, protocol.seed)
         groups[scale] = group
     return groups
 

@@ -30,13 +30,13 @@ class Drawer:
     """
 
     pipe: Any
-    calls: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def usual_steps(self) -> list[int]:
         """The numbers of steps that a student's card knows, most first; else what the pipeline takes when not told."""
         own = inspect.signature(self.pipe.__call__).parameters["num_inference_steps"].default
-        return sorted(map(int, self.calls), reverse=True) or [int(own)]
+        return sorted(self.calls, reverse=True) or [int(own)]
 
     def options(self, steps: int, guidance: float | None) -> dict[str, Any]:
         """Arguments of a call.
@@ -54,12 +54,12 @@ class Drawer:
         if "num_frames" in accepted:
             raise UserError(f"{name} makes videos; give a pipeline that makes pictures")
         if self.calls:
-            if str(steps) not in self.calls:
+            if steps not in self.calls:
                 known = ", ".join(map(str, reversed(self.usual_steps)))
                 raise UserError(
                     f"this student ({name}) says how to take {known} steps, not {steps}; give --steps one of these"
                 )
-            options: dict[str, Any] = dict(self.calls[str(steps)])
+            options: dict[str, Any] = dict(self.calls[steps])
             if guidance is not None and options.get("guidance_scale") != 1:
                 options["guidance_scale"] = guidance
             return options

@@ -10,6 +10,7 @@ from torch import Tensor
 from stepfold.evaluation.measure import Sampler, student_sampler, teacher_sampler
 from stepfold.evaluation.protocol import counted
 from stepfold.randomness import normal
+from stepfold.sampling.recipe import Recipe
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.runs import writing
@@ -67,8 +68,8 @@ def make_preview(
     teacher: PipelineTeacher,
     conditions: Callable[[Sequence[int]], Condition],
     num_prompts: int,
+    recipe: Recipe,
     seed: int,
-    guidance: float,
     note: Callable[[str], None],
     *,
     writes: bool = True,
@@ -92,12 +93,9 @@ def make_preview(
             return
         if not reference:
             samplers: dict[str, Sampler] = {f"teacher {counted(k)}": teacher_sampler(teacher, k) for k in (20, 1)}
-            reference.update(sample_rows(samplers, noise, condition, guidance))
-        ours = {
-            f"student {counted(k)}": student_sampler(student, teacher.student_times(k), seed, teacher.sigma_data)
-            for k in (1, 2, 4)
-        }
-        latents = reference | sample_rows(ours, noise, condition, guidance)
+            reference.update(sample_rows(samplers, noise, condition, recipe.guidance))
+        ours = {f"student {counted(k)}": student_sampler(student, recipe, k, seed) for k in (1, 2, 4)}
+        latents = reference | sample_rows(ours, noise, condition, recipe.guidance)
         if not writes:
             return
         rows = {name: thinned(teacher.decode(x0), teacher.frames, NUM_FRAMES) for name, x0 in latents.items()}

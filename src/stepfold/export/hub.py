@@ -9,9 +9,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from stepfold.errors import UserError, first_line
 from stepfold.export.pipeline import metrics_beside, model_card
+from stepfold.students.card import read_card
 from stepfold.teachers.folders import check_folder
 from stepfold.teachers.licences import is_hub_id, licences_of
-from stepfold.teachers.loading import lora_rank, read_card
 from stepfold.training.runs import writing
 
 
@@ -28,15 +28,15 @@ def hub_card(folder: Path, repo: str) -> str:
     if "/" not in repo:
         raise UserError(f"{repo!r} names no owner; give OWNER/NAME, for example you/{repo}")
     card = read_card(folder)
-    if not lora_rank(card):
+    if not card.lora_rank:
         check_folder(folder)
-    return model_card(card | {"licences": licences_of(card["teacher"])}, metrics_beside(folder), repo)
+    return model_card(card.model_copy(update={"licences": licences_of(card.teacher)}), metrics_beside(folder), repo)
 
 
 def teacher_of_nobody_else(folder: Path) -> str | None:
     """The local folder that a LoRA student's card loads its teacher from, if it does."""
     card = read_card(folder)
-    return card["teacher"] if lora_rank(card) and not is_hub_id(card["teacher"]) else None
+    return card.teacher if card.lora_rank and not is_hub_id(card.teacher) else None
 
 
 def push(folder: Path, repo: str, *, private: bool, api: Any = None) -> str:

@@ -1,6 +1,5 @@
 """A student's network as an onnx graph, for onnxruntime."""
 
-import json
 import logging
 import warnings
 from importlib.util import find_spec
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from stepfold.errors import UserError, first_line
+from stepfold.sampling.samplers import in_diffusers
+from stepfold.students.card import CARD, write_card
 from stepfold.students.loading import load_merged
-from stepfold.teachers.contract import Condition, Student
-from stepfold.teachers.loading import CARD
+from stepfold.teachers.contract import Condition, SamplerName, Student
 from stepfold.teachers.once import compute_afresh
 from stepfold.training.runs import writing
 
@@ -30,7 +30,7 @@ B samples of L tokens:
 {inputs}
 
 Embeddings are those of the teacher's text encoders, with their mask and pooled vector where the graph asks for them.
-Its autoencoder decodes `latents`, which is the last line below. `times` in `{card}` has the times for 1, 2 and 4 steps.
+Its autoencoder decodes `latents`, which is the last line below. `{card}` has the times of each number of steps.
 Tested with onnxruntime 1.29 and newer.
 
 ```python
@@ -39,16 +39,26 @@ import numpy
 import onnxruntime
 
 network = onnxruntime.InferenceSession("FOLDER/{graph}")
-times = json.load(open("FOLDER/{card}"))["times"]["2"]
+times = json.load(open("FOLDER/{card}"))["recipe"]["times"]["{steps}"]
 x = noise  # {shape}, standard normal
 for t, after in zip(times, [*times[1:], 0.0]):
     F = network.run(None, {{"x": x, "t": numpy.full(len(x), t, numpy.float32), **others}})[0]
-    x0 = numpy.cos(t) * x - numpy.sin(t) * F
-    fresh = numpy.random.standard_normal(x.shape)
-    x = (numpy.cos(after) * x0 + numpy.sin(after) * fresh).astype(numpy.float32)
+{step}
 latents = x / {scale} + {offset}
 ```
 """
+
+
+STEPS: dict[SamplerName, tuple[int, str]] = {
+    "consistency": (
+        2,
+        """    x0 = numpy.cos(t) * x - numpy.sin(t) * F
+    fresh = numpy.random.standard_normal(x.shape)
+    x = (numpy.cos(after) * x0 + numpy.sin(after) * fresh).astype(numpy.float32)""",
+    ),
+    "flow": (8, "    x = (numpy.cos(t - after) * x - numpy.sin(t - after) * F).astype(numpy.float32)"),
+}
+"""Sampler of a graph that is told no target -> number of steps in the README's code, and how that takes a step."""
 
 
 class Graph(nn.Module):
@@ -108,14 +118,14 @@ def export_onnx(folder: Path, out: Path) -> None:
         raise UserError(f"--to onnx needs {' and '.join(missing)}; pip install onnx onnxscript onnxruntime")
     teacher, student, card = load_merged(folder, "cpu")
     compute_afresh(student.modules())
-    condition = teacher.encode((teacher.examples or (card["example"], "a cat"))[:2]).each(Tensor.contiguous)
+    condition = teacher.encode((teacher.examples or (card.example, "a cat"))[:2]).each(Tensor.contiguous)
     inputs: dict[str, Tensor | None] = {
         "x": torch.randn(2, *teacher.latent_shape),
         "t": torch.tensor([1.5, 0.7]),
         "embeds": condition.embeds,
         "mask": condition.mask,
         "pooled": condition.pooled,
-        "guidance": torch.full((2,), card["guidance"]),
+        "guidance": torch.full((2,), card.recipe.guidance),
     }
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
@@ -129,16 +139,19 @@ def export_onnx(folder: Path, out: Path) -> None:
             "use --to pipeline, or try newer releases: pip install -U onnx onnxscript"
         ) from None
     scale, offset = teacher.autoencoder_scale()
+    steps, step = STEPS[in_diffusers(card.recipe.sampler)]
     read = {each.name: inputs[each.name] for each in program.model.graph.inputs}
     with writing(out) as part:
         part.mkdir()
         program.save(str(part / GRAPH))
-        (part / CARD).write_text(json.dumps(card | {"merged": True}, indent=2) + "\n")
+        write_card(part, card.model_copy(update={"merged": True}))
         (part / "README.md").write_text(
             README.format(
-                teacher=card["teacher"],
+                teacher=card.teacher,
                 graph=GRAPH,
                 card=CARD,
+                steps=steps,
+                step=step,
                 inputs="\n".join(f"| {name} | {described(name, value)} |" for name, value in read.items()),
                 shape=described("x", inputs["x"]),
                 scale=in_numpy(scale),

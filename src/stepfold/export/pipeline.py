@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,16 @@ from stepfold import __version__
 from stepfold.config import Config
 from stepfold.errors import UserError
 from stepfold.evaluation.protocol import teachers_of
+from stepfold.sampling.recipe import Recipe, times_of
+from stepfold.sampling.samplers import in_diffusers
+from stepfold.students.card import CARD, Card, read_card, write_card
 from stepfold.students.loading import load_merged, load_student
 from stepfold.students.lora import LORA_WEIGHTS, save_lora
-from stepfold.students.saving import save_whole
-from stepfold.teachers.contract import Student
+from stepfold.students.saving import loses_guidance, save_whole
+from stepfold.students.two_times import save_embedder
+from stepfold.teachers.contract import SamplerName, Student
 from stepfold.teachers.folders import check_folder
 from stepfold.teachers.licences import in_words, is_hub_id, licences_of
-from stepfold.teachers.loading import CARD, lora_rank, read_card
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.runs import writing
 
@@ -31,6 +33,21 @@ from diffusers import {classes}
     generator=torch.Generator().manual_seed(0),
 ).{output}[0]
 ```"""
+
+MADE: dict[SamplerName, str] = {
+    "consistency": "with trajectory-backward consistency (arXiv:2511.20410)",
+    "flow": "as a velocity for Euler steps",
+    "flow_map": "as a flow map",
+}
+CALLED_STEPS: dict[SamplerName, tuple[int, ...]] = {"consistency": (1, 2, 4), "flow": (1, 2, 4, 8)}
+"""Sampler in plain diffusers -> numbers of steps that a card says the call of."""
+EXAMPLES: dict[SamplerName, tuple[int, int]] = {"consistency": (1, 2), "flow": (8, 4)}
+"""Sampler in plain diffusers -> numbers of steps of the README's example, and of the change to it."""
+JUMPS = """
+
+Plain diffusers tells the network one time, and so samples it as a consistency model. `stepfold sample` tells it where
+to jump to as well, which `target_embedder.safetensors` is for."""
+WORDS = {2: "two", 4: "four"}
 
 RESULTS = {"images": "image", "frames": "video"}
 """Where a pipeline's result has what it made -> what that is."""
@@ -48,14 +65,8 @@ pipe.unload_lora_weights()
 
 
 def save_student(
-    teacher: PipelineTeacher,
-    student: Student,
-    folder: Path,
-    config: Config,
-    scales: Sequence[float],
-    guidance: float,
-    example: str,
-) -> None:
+    teacher: PipelineTeacher, student: Student, folder: Path, config: Config, recipe: Recipe, example: str
+) -> Card:
     """Writes the student's pipeline and its cards, as a whole.
 
     Args:
@@ -63,40 +74,53 @@ def save_student(
         student: the network to export (the average).
         folder: replaced if it exists.
         config: the run's settings.
-        scales: guidance scales of its walks.
-        guidance: default scale to sample with.
+        recipe: how the student is sampled.
         example: a prompt for the model card.
+
+    Returns:
+        The card.
     """
-    times = {str(k): teacher.student_times(k) for k in (1, 2, 4)}
-    lora = config.student.lora > 0
-    call = teacher.lora_call if lora else teacher.student_call
-    card = {
-        "stepfold": __version__,
-        "teacher": config.teacher.source,
-        "height": teacher.height,
-        "width": teacher.width,
-        "frames": teacher.frames,
-        "max_tokens": teacher.max_tokens,
-        "guidance": guidance,
-        "taught": list(scales),
-        "sigma_data": teacher.sigma_data,
-        "times": times,
-        "output": teacher.output,
-        "pipeline": (type(teacher.pipe) if lora else teacher.student_class).__name__,
-        "scheduler": type(teacher.lora_scheduler() if lora else teacher.student_parts()["scheduler"]).__name__,
-        "calls": {k: call(t, guidance) for k, t in times.items()},
-        "example": teacher.in_call(example),
-        "licences": licences_of(config.teacher.source),
-        "config": config.model_dump(mode="json"),
-    }
+    if loses_guidance(student, recipe):
+        recipe = recipe.model_copy(update={"taught": (recipe.guidance,)})
+    card = Card(
+        stepfold=__version__,
+        teacher=config.teacher.source,
+        height=teacher.height,
+        width=teacher.width,
+        frames=teacher.frames,
+        max_tokens=teacher.max_tokens,
+        recipe=recipe,
+        output=teacher.output,
+        **use_of(teacher, recipe, lora=config.student.lora > 0),
+        example=teacher.in_call(example),
+        licences=licences_of(config.teacher.source),
+        config=config.model_dump(mode="json"),
+    )
     with writing(folder) as part:
-        (save_lora if lora else save_whole)(teacher, student, part)
+        if config.student.lora:
+            save_lora(teacher, student, part, recipe)
+        else:
+            save_whole(teacher, student, part, recipe)
         write_cards(part, card)
+    return card
 
 
-def write_cards(folder: Path, card: dict[str, Any], metrics: dict[str, Any] | None = None) -> None:
+def use_of(teacher: PipelineTeacher, recipe: Recipe, *, lora: bool) -> dict[str, Any]:
+    """The fields of a card that say how plain diffusers samples the student: its classes and their calls."""
+    sampler = in_diffusers(recipe.sampler)
+    times = recipe.times if sampler == recipe.sampler else times_of(teacher, sampler)
+    scheduler = teacher.lora_scheduler(sampler) if lora else teacher.student_scheduler(sampler)
+    call = teacher.lora_call if lora else teacher.student_call
+    return {
+        "pipeline": (type(teacher.pipe) if lora else teacher.student_class(sampler)).__name__,
+        "scheduler": type(scheduler).__name__,
+        "calls": {k: call(times[k], recipe.guidance, sampler) for k in CALLED_STEPS[sampler]},
+    }
+
+
+def write_cards(folder: Path, card: Card, metrics: dict[str, Any] | None = None) -> None:
     """A student folder's `stepfold.json` and README."""
-    (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
+    write_card(folder, card)
     (folder / "README.md").write_text(model_card(card, metrics), encoding="utf-8")
 
 
@@ -109,17 +133,18 @@ def metrics_beside(folder: Path) -> dict[str, Any] | None:
 def export_pipeline(folder: Path, out: Path) -> None:
     """A student as a whole pipeline folder for plain diffusers; a LoRA student is merged into its teacher's network."""
     card = read_card(folder)
-    if card["network_only"]:  # the bundled one, which has no second copy of its teacher's other parts
-        teacher, student, _ = load_student(folder, "cpu")
-        config, guidance = Config.model_validate(card["config"]), card["guidance"]
-        save_student(teacher, student, out, config, card.get("taught", [guidance]), guidance, card["example"])
+    if card.network_only or not (card.lora_rank or card.calls):
+        teacher, student, card = load_student(folder, "cpu")  # the bundled one, or one whose card does not say enough
+        save_student(teacher, student, out, Config.model_validate(card.config), card.recipe, card.example)
         return
     with writing(out) as part:
-        if lora_rank(card):
-            teacher, _, _ = load_merged(folder, "cpu")
-            teacher.pipe.scheduler = teacher.lora_scheduler()
+        if card.lora_rank:
+            teacher, student, card = load_merged(folder, "cpu")
+            teacher.pipe.scheduler = teacher.lora_scheduler(in_diffusers(card.recipe.sampler))
             teacher.pipe.save_pretrained(part, safe_serialization=True)
-            write_cards(part, card | {"merged": True}, metrics_beside(folder))
+            save_embedder(student, part)
+            use = {} if card.calls else use_of(teacher, card.recipe, lora=True)
+            write_cards(part, card.model_copy(update=use | {"merged": True}), metrics_beside(folder))
         else:
             check_folder(folder)
             shutil.copytree(folder, part)
@@ -131,7 +156,7 @@ def export_lora(folder: Path, out: Path) -> None:
     Raises:
         UserError: the student has all weights of its own.
     """
-    if not lora_rank(read_card(folder)):
+    if not read_card(folder).lora_rank:
         raise UserError(
             f"{folder} has all weights of its own and no LoRA; train with --set student.lora=64, or use --to pipeline"
         )
@@ -139,65 +164,37 @@ def export_lora(folder: Path, out: Path) -> None:
         shutil.copyfile(folder / LORA_WEIGHTS, part)
 
 
-def model_card(card: dict[str, Any], metrics: dict[str, Any] | None = None, name: str = "FOLDER") -> str:
+def model_card(card: Card, metrics: dict[str, Any] | None = None, name: str = "FOLDER") -> str:
     """The student's README: use, recipe, metrics, licences.
 
     Args:
         card: what `stepfold.json` says.
         metrics: the run's report.json.
         name: what loads the student: the folder, or a hub id.
+
+    Raises:
+        UserError: the card is of a version that did not say how plain diffusers calls a student.
     """
-    arguments = "\n".join(f"    {name}={value!r}," for name, value in card["calls"]["1"].items())
-    prompt = json.dumps(card["example"], ensure_ascii=False)
-    classes, loading = card["pipeline"], LOAD
-    if lora_rank(card):
-        classes, loading = f"{card['pipeline']}, {card['scheduler']}", LOAD_LORA
-    theirs = card["config"]["teacher"]
-    chosen = {name: theirs[name] for name in ("revision", "variant") if theirs.get(name)}
-    loading = loading.format(
-        pipeline=card["pipeline"], scheduler=card["scheduler"],
-        teacher=json.dumps("TEACHER" if card["teacher"] == "emoji" else card["teacher"]),
-        options="".join(f", {name}={json.dumps(value)}" for name, value in chosen.items()),
-        merge=MERGE.format(lora=json.dumps(theirs["lora"])) if theirs["lora"] else "",
-        name=json.dumps(name),
-    )  # fmt: skip
-    output = card["output"]
-    use = USE.format(
-        classes=classes, loading=loading, prompt=prompt, arguments=arguments, result=RESULTS[output], output=output
-    )
-    changed = {name: value for name, value in card["calls"]["2"].items() if value != card["calls"]["1"][name]}
-    two = ", ".join(f"`{name}={value!r}`" for name, value in changed.items())
-    training, space = card["config"]["training"], card["config"]["space"]
-    rows = ""
-    if metrics and metrics["student"]:
-        protocol = metrics["protocol"]
-        rows = f"\n## Measured\n\nProtocol {protocol['hash'][:12]}: {protocol['n']} pictures a row.\n\n"
-        rows += "| sampler | accuracy | CLIP score | FD | diversity |\n|---|---|---|---|---|\n"
-        for who in (*teachers_of(metrics), "student"):
-            for steps, s in metrics.get(who, {}).items():
-                cells = f"{s['accuracy']:.3f} | {s['clip_score']:.1f} | {s['fd']:.4f} | {s['diversity']:.3f}"
-                rows += f"| {who}, {steps} steps | {cells} |\n"
-    licences = "\n".join(f"| {part} | {in_words(licence)} |" for part, licence in card["licences"].items())
-    front = "".join(f"{field}: {json.dumps(value)}\n" for field, value in card["licences"]["teacher"].items())
-    front += f"base_model: {card['teacher']}\n" * is_hub_id(card["teacher"])
+    training, space = card.config["training"], card.config["space"]
+    licences = "\n".join(f"| {part} | {in_words(licence)} |" for part, licence in card.licences.items())
+    front = "".join(f"{field}: {json.dumps(value)}\n" for field, value in card.licences["teacher"].items())
+    front += f"base_model: {card.teacher}\n" * is_hub_id(card.teacher)
     return f"""---
 library_name: diffusers
-pipeline_tag: text-to-{RESULTS[output]}
+pipeline_tag: text-to-{RESULTS[card.output]}
 tags: [few-step, distillation, stepfold]
 {front}---
 
-# A few-step student of `{card["teacher"]}`
+# A few-step student of `{card.teacher}`
 
-Distilled from prompts alone by stepfold {card["stepfold"]}, with trajectory-backward consistency (arXiv:2511.20410):
+Distilled from prompts alone by stepfold {card.stepfold}, {MADE[card.recipe.sampler]}:
 {training["steps"]} optimiser steps of {training["prompts_per_step"]} trajectories, {space["route_steps"]} route steps,
-guidance {", ".join(f"{scale:g}" for scale in card["taught"])}. The whole recipe is in `{CARD}`.
+guidance {", ".join(f"{scale:g}" for scale in card.recipe.taught)}. The whole recipe is in `{CARD}`.
 
 ## Use
 
-{use}
-
-For two steps: {two}.
-{rows}
+{how_to_use(card, name)}
+{measured(metrics)}
 ## Licence
 
 A student is derived from its teacher: the licences of the teacher's network, text encoders and autoencoder apply.
@@ -206,3 +203,44 @@ A student is derived from its teacher: the licences of the teacher's network, te
 |---|---|
 {licences}
 """
+
+
+def how_to_use(card: Card, name: str) -> str:
+    """The README's code for plain diffusers, and what to change for another number of steps."""
+    card.check_calls()
+    usual, other = EXAMPLES[in_diffusers(card.recipe.sampler)]
+    call = card.calls[usual]
+    changed = {name: value for name, value in card.calls[other].items() if value != call[name]}
+    theirs = card.config["teacher"]
+    chosen = {name: theirs[name] for name in ("revision", "variant") if theirs.get(name)}
+    loading = (LOAD_LORA if card.lora_rank else LOAD).format(
+        pipeline=card.pipeline, scheduler=card.scheduler,
+        teacher=json.dumps("TEACHER" if card.teacher == "emoji" else card.teacher),
+        options="".join(f", {name}={json.dumps(value)}" for name, value in chosen.items()),
+        merge=MERGE.format(lora=json.dumps(theirs["lora"])) if theirs["lora"] else "",
+        name=json.dumps(name),
+    )  # fmt: skip
+    use = USE.format(
+        classes=f"{card.pipeline}, {card.scheduler}" if card.lora_rank else card.pipeline,
+        loading=loading,
+        prompt=json.dumps(card.example, ensure_ascii=False),
+        arguments="\n".join(f"    {name}={value!r}," for name, value in call.items()),
+        result=RESULTS[card.output],
+        output=card.output,
+    )
+    use += f"\n\nFor {WORDS[other]} steps: {', '.join(f'`{name}={value!r}`' for name, value in changed.items())}."
+    return use + JUMPS if card.recipe.sampler == "flow_map" else use
+
+
+def measured(metrics: dict[str, Any] | None) -> str:
+    """The README's table of scores; empty where nothing was measured."""
+    if not metrics or not metrics["student"]:
+        return ""
+    protocol = metrics["protocol"]
+    rows = f"\n## Measured\n\nProtocol {protocol['hash'][:12]}: {protocol['n']} pictures a row.\n\n"
+    rows += "| sampler | accuracy | CLIP score | FD | diversity |\n|---|---|---|---|---|\n"
+    for who in (*teachers_of(metrics), "student"):
+        for steps, s in metrics.get(who, {}).items():
+            cells = f"{s['accuracy']:.3f} | {s['clip_score']:.1f} | {s['fd']:.4f} | {s['diversity']:.3f}"
+            rows += f"| {who}, {steps} steps | {cells} |\n"
+    return rows

@@ -36,11 +36,10 @@ def draw_grids(experiments: Experiments, runs: list[Run], folder: Path, root: Pa
     condition = teacher.encode(shown_prompts(NUM_SHOWN))
     noise = evaluation_noise(0, range(NUM_SHOWN), teacher, teacher.device)
     reference: dict[str, Sampler] = {f"teacher, {LARGEST_STEPS} steps": teacher_sampler(teacher, LARGEST_STEPS)}
-    networks = {row: load_student(student, "cpu")[1] for row, student in students.items()}
+    loaded = {row: load_student(student, "cpu")[1:] for row, student in students.items()}
     for steps in (1, 2, 4):
         samplers = reference | {
-            row: student_sampler(network, teacher.student_times(steps), 0, teacher.sigma_data)
-            for row, network in networks.items()
+            row: student_sampler(network, card.recipe, steps, 0) for row, (network, card) in loaded.items()
         }
         latents = sample_rows(samplers, noise, condition, teacher.default_guidance)
         name = f"grid_methods_at_{steps}_step{'s' * (steps > 1)}.png"

@@ -162,8 +162,7 @@ def score(student_folder: Path, protocol: Protocol, root: Path) -> dict[str, Any
     """A student's rows; the agreement is with the teacher's pictures that `measure_teacher` kept in `root`."""
     with LOADING:
         _, student, card = load_student(student_folder, "cpu")
-        config = Config.model_validate(card["config"])
-        teacher = load_teacher(config.teacher, "cpu")
+        teacher = load_teacher(card.teacher_settings(), "cpu")
         judge = load_judge(assets.JUDGE, torch.device("cpu"))
     note = measure_teacher(teacher, judge, protocol, root)
     reference = load_file(note.with_suffix(".safetensors"))["x0"]
@@ -171,7 +170,7 @@ def score(student_folder: Path, protocol: Protocol, root: Path) -> dict[str, Any
         "teacher 0": lambda noise, condition, guidance, samples: reference[samples.start : samples.stop]
     }
     for k in protocol.student_steps:
-        samplers[f"student {k}"] = student_sampler(student, teacher.student_times(k), protocol.seed, teacher.sigma_data)
+        samplers[f"student {k}"] = student_sampler(student, card.recipe, k, protocol.seed)
     rows = rows_by_steps(measure(judge, protocol, teacher, samplers, teacher.device))["student"]
     return {
         "protocol": protocol_record(protocol),

@@ -3,16 +3,21 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from stepfold.config import Config, Section
+from stepfold.config import Config
 from stepfold.errors import UserError
 from stepfold.maths.routes import START
-from stepfold.sampling.samplers import SamplerName, sampler_of
-from stepfold.teachers.contract import Teacher
+from stepfold.sampling.samplers import check_sampler, sampler_of
+from stepfold.settings import Section
+from stepfold.teachers.contract import SamplerName, Teacher
 
-NUM_STEPS = range(1, 9)
-"""Numbers of steps that a card lists times for."""
+NUM_STEPS: dict[SamplerName, tuple[int, ...]] = {
+    "consistency": (1, 2, 3, 4, 5, 6, 7, 8),
+    "flow": (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 28, 50),
+    "flow_map": (1, 2, 3, 4, 5, 6, 7, 8),
+}
+"""Sampler -> numbers of steps that a card lists times for."""
 
 
 class Recipe(Section):
@@ -20,14 +25,15 @@ class Recipe(Section):
 
     Attributes:
         sampler: its name in `samplers.SAMPLERS`.
-        times: number of steps -> their times, falling from pi/2 or the teacher's start, without the final 0.
+        times: number of steps -> their times, falling from pi/2 or the teacher's start, without the final 0. Empty in
+            cards older than the recipe until their teacher, which knows them, is loaded.
         taught: guidance scales of the teacher's walks.
         guidance: scale that the student is told unless another one is asked for.
         sigma_data: standard deviation of its latents.
     """
 
     sampler: SamplerName
-    times: dict[int, tuple[float, ...]] = Field(min_length=1)
+    times: dict[int, tuple[float, ...]]
     taught: tuple[float, ...] = Field(min_length=1)
     guidance: float
     sigma_data: float = Field(gt=0)
@@ -42,6 +48,23 @@ class Recipe(Section):
                     f"times of {num_steps} steps are not as many falling numbers in (0, pi/2]; copy the folder again"
                 )
         return times
+
+    @model_validator(mode="after")
+    def _has_times(self) -> "Recipe":
+        if not self.times and self.sampler != "consistency":
+            raise ValueError(f"a {self.sampler} student's card lists its times; copy the folder again")
+        return self
+
+    def sampled_by(self, asked: str | None) -> "Recipe":
+        """This recipe with another sampler.
+
+        Args:
+            asked: its name; None for the student's own.
+
+        Raises:
+            UserError: there is no such sampler, or the student was not trained for it.
+        """
+        return self if asked is None else self.model_copy(update={"sampler": check_sampler(self.sampler, asked)})
 
     def times_for(self, num_steps: int) -> tuple[float, ...]:
         """The times of so many steps.
@@ -82,10 +105,16 @@ def make_recipe(config: Config, teacher: Teacher, taught: Sequence[float], usual
         taught: guidance scales of its walks.
         usual: scale that a student of several scales is told unless another one is asked for.
     """
+    sampler = sampler_of(config)
     return Recipe(
-        sampler=sampler_of(config),
-        times={num_steps: tuple(teacher.student_times(num_steps)) for num_steps in NUM_STEPS},
+        sampler=sampler,
+        times=times_of(teacher, sampler),
         taught=tuple(taught),
         guidance=usual if len(set(taught)) > 1 else taught[0],
         sigma_data=teacher.sigma_data,
     )
+
+
+def times_of(teacher: Teacher, sampler: SamplerName) -> dict[int, tuple[float, ...]]:
+    """Number of steps -> the times at which a student of the teacher takes them."""
+    return {num_steps: tuple(teacher.student_times(num_steps, sampler)) for num_steps in NUM_STEPS[sampler]}

@@ -1,27 +1,34 @@
 """The samplers of students, by name; which one a student is for, and why no other."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor
 
-from stepfold.config import Config
+from stepfold.config import Config, phases_of
 from stepfold.errors import UserError
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.sampling.flow import sample_flow
 from stepfold.sampling.flow_map import sample_flow_map
-from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.contract import Condition, SamplerName, Student
 
-SamplerName = Literal["consistency", "flow", "flow_map"]
-Sampler = Callable[[Student, Tensor, Condition, Tensor, Sequence[float], Callable[[int], Tensor], float], Tensor]
+StudentSampler = Callable[[Student, Tensor, Condition, Tensor, Sequence[float], Callable[[int], Tensor], float], Tensor]
 """(student, noise, condition, guidance, times, fresh_noise, sigma_data) -> x_0; see `sample_consistency`."""
 
-SAMPLERS: dict[SamplerName, Sampler] = {
+SAMPLERS: dict[SamplerName, StudentSampler] = {
     "consistency": sample_consistency,
     "flow": sample_flow,
     "flow_map": sample_flow_map,
 }
 """A new sampler is one file and its name here."""
+
+TRAINED_FOR: dict[str, SamplerName] = {
+    "auto": "consistency",  # continuous or discrete
+    "continuous": "consistency",
+    "discrete": "consistency",
+    "velocity": "flow",
+}
+"""Objective -> the sampler that its students are for. One that draws target times trains a flow map."""
 
 NO_TARGET = "it is told one time and does not know where to jump"
 UNFIT: dict[tuple[SamplerName, SamplerName], str] = {
@@ -57,5 +64,11 @@ def check_sampler(trained: SamplerName, asked: str) -> SamplerName:
 
 
 def sampler_of(config: Config) -> SamplerName:
-    """The sampler that a run's student is for, which follows from what it is trained on."""
-    return "consistency"
+    """The sampler that a run's student is for: that of the objective which it is trained on last."""
+    _, last = phases_of(config)[-1]
+    return TRAINED_FOR[last.objective]
+
+
+def in_diffusers(sampler: SamplerName) -> SamplerName:
+    """The sampler with which plain diffusers samples a student: it tells a network no target, so a map jumps to 0."""
+    return "consistency" if sampler == "flow_map" else sampler

@@ -1,59 +1,70 @@
 """From a student's folder to its network, and to what goes with it."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from stepfold.errors import UserError
+from stepfold.sampling.recipe import times_of
+from stepfold.students.card import CARD, Card, read_card, student_folder
 from stepfold.students.lora import load_lora
 from stepfold.students.saving import load_network_only
 from stepfold.students.two_times import load_embedder
 from stepfold.students.whole import as_student
 from stepfold.teachers.contract import Student
 from stepfold.teachers.folders import check_folder, merge_lora
-from stepfold.teachers.loading import (
-    is_told_two_times,
-    load_teacher,
-    lora_rank,
-    make_teacher,
-    read_card,
-    student_folder,
-    teacher_settings,
-)
+from stepfold.teachers.loading import load_teacher, make_teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 
 
-def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeacher, Student, dict[str, Any]]:
+def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeacher, Student, Card]:
     """A student folder: its encoder and autoencoder (as a teacher), its network, its card.
 
     Raises:
         UserError: the folder is no student that stepfold wrote.
     """
     card = read_card(folder)
-    two_times = is_told_two_times(card)
-    if rank := lora_rank(card):
-        teacher = load_teacher(teacher_settings(folder, card), device)
-        convolutions = card["config"]["student"].get("lora_convolutions", False)
-        student = load_lora(teacher, folder, rank, convolutions=convolutions, two_times=two_times)
-        return teacher, student, card
-    if card["network_only"]:
-        teacher = load_teacher(teacher_settings(folder, card), device)
-        return teacher, load_network_only(teacher, student_folder(folder), two_times=two_times), card
-    check_folder(folder)
-    settings = {name: card[name] for name in ("height", "width", "frames", "max_tokens")}
-    pipeline = make_teacher(str(folder), device=device, **settings)
-    student = as_student(pipeline, two_times=two_times)
-    load_embedder(student, folder)
-    return pipeline, student, card
+    if card.lora_rank:
+        teacher = load_teacher(card.teacher_settings(), device)
+        options = {"convolutions": card.lora_convolutions, "two_times": card.two_times}
+        student: Student = load_lora(teacher, folder, card.lora_rank, **options)
+    elif card.network_only:
+        teacher = load_teacher(card.teacher_settings(), device)
+        student = load_network_only(teacher, student_folder(folder), two_times=card.two_times)
+    else:
+        check_folder(folder)
+        sizes = {name: getattr(card, name) for name in ("height", "width", "frames", "max_tokens")}
+        teacher = make_teacher(str(folder), device=device, **sizes)
+        student = as_student(teacher, two_times=card.two_times)
+        load_embedder(student, folder)
+    return teacher, student, checked(card, teacher)
 
 
-def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeacher, Student, dict[str, Any]]:
+def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeacher, Student, Card]:
     """As `load_student`, but a LoRA student is merged into its teacher's network, in float32: both are one then."""
     card = read_card(folder)
-    if not lora_rank(card):
+    if not card.lora_rank:
         return load_student(folder, device)
-    teacher = load_teacher(teacher_settings(folder, card), device, torch.float32)
+    teacher = load_teacher(card.teacher_settings(), device, torch.float32)
     merge_lora(teacher.pipe, str(folder), lambda: None)  # a student has no LoRA on text encoders
-    student = as_student(teacher, two_times=is_told_two_times(card))
+    student = as_student(teacher, two_times=card.two_times)
     load_embedder(student, folder)
-    return teacher, student, card
+    return teacher, student, checked(card, teacher)
+
+
+def checked(card: Card, teacher: PipelineTeacher) -> Card:
+    """A card whose recipe fits the teacher; one of an earlier version gets the times of the teacher's class.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    recipe = card.recipe
+    if recipe.sigma_data != teacher.sigma_data:
+        raise UserError(
+            f"{CARD} says sigma_data {recipe.sigma_data:g}, but this version samples with {teacher.sigma_data:g}; copy "
+            "the student folder again, or use the version that wrote it"
+        )
+    if recipe.times:
+        return card
+    whole = recipe.model_copy(update={"times": times_of(teacher, recipe.sampler)})
+    return card.model_copy(update={"recipe": whole})

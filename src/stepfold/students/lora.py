@@ -7,6 +7,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stepfold.errors import UserError
+from stepfold.sampling.recipe import Recipe
+from stepfold.sampling.samplers import in_diffusers
 from stepfold.students.networks import NetworkStudent
 from stepfold.students.two_times import load_embedder, save_embedder
 from stepfold.students.whole import time_part, weight_start
@@ -78,7 +80,7 @@ def is_pointwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
 
 
-def save_lora(teacher: PipelineTeacher, student: Student, folder: Path) -> None:
+def save_lora(teacher: PipelineTeacher, student: Student, folder: Path, recipe: Recipe) -> None:
     """Writes a LoRA student in diffusers' own format, its second embedder if it has one, and its scheduler."""
     from peft import get_peft_model_state_dict
 
@@ -86,7 +88,7 @@ def save_lora(teacher: PipelineTeacher, student: Student, folder: Path) -> None:
     layers = get_peft_model_state_dict(network)
     options = {f"{teacher.network_part}_lora_layers": layers}
     teacher.pipe.save_lora_weights(folder, weight_name=LORA_WEIGHTS, **options)
-    teacher.lora_scheduler().save_config(folder / "scheduler")
+    teacher.lora_scheduler(in_diffusers(recipe.sampler)).save_config(folder / "scheduler")
     save_embedder(student, folder)
 
 

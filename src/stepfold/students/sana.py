@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 from typing_extensions import override
@@ -75,3 +76,32 @@ def student_transformer(teacher: Any) -> SanaTransformer2DModel:
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
     return student
+
+
+def plain_transformer(student: Any, guidance: float, timestep_scale: float) -> SanaTransformer2DModel:
+    """A copy of a student's transformer for SanaPipeline, which tells it no guidance scale.
+
+    The scale's embedding is added to the time's, so for one scale it is a bias of the time embedder's last layer.
+
+    Args:
+        student: embeds its guidance scale, and reads times in [0, 1].
+        guidance: the scale that the copy stands for.
+        timestep_scale: what takes the pipeline's timesteps to [0, 1].
+    """
+    config = {key: value for key, value in student.config.items() if key != "_use_default_values"}
+    plain: Any = SanaTransformer2DModel.from_config(
+        config | {"guidance_embeds": False, "timestep_scale": timestep_scale}
+    )
+    embedder = student.time_embed.guidance_embedder
+    dtype, device = embedder.linear_1.weight.dtype, embedder.linear_1.weight.device
+    scale = torch.tensor([guidance * student.config.guidance_embeds_scale], device=device)
+    with torch.no_grad():
+        embedding = embedder(student.time_embed.guidance_condition_proj(scale).to(dtype))[0]
+    weights = {
+        name.replace("time_embed.timestep_embedder.", "time_embed.emb.timestep_embedder."): value
+        for name, value in student.state_dict().items()
+        if not name.startswith("time_embed.guidance_embedder.")
+    }
+    bias = "time_embed.emb.timestep_embedder.linear_2.bias"
+    plain.load_state_dict(weights | {bias: weights[bias] + embedding})
+    return plain

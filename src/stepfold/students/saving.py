@@ -1,9 +1,13 @@
 """Whole students on disk: a pipeline folder of diffusers, and back."""
 
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
+from stepfold.sampling.recipe import Recipe
+from stepfold.sampling.samplers import in_diffusers
+from stepfold.students.sana import SanaStudent, plain_transformer
 from stepfold.students.two_times import load_embedder, save_embedder
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Student
@@ -12,19 +16,28 @@ from stepfold.teachers.pipeline import PipelineTeacher
 NETWORK_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def save_whole(teacher: PipelineTeacher, student: Student, folder: Path) -> None:
+def save_whole(teacher: PipelineTeacher, student: Student, folder: Path, recipe: Recipe) -> None:
     """Writes a folder that plain diffusers loads, and beside it the second embedder of a student told two times.
 
     Args:
         teacher: gives the text encoders and the autoencoder, which stay where they are for that.
         student: a whole one.
         folder: made if it does not exist.
+        recipe: how the student is sampled; decides the pipeline's class and scheduler.
     """
-    network = student.get_submodule("transformer")
+    network: Any = student.get_submodule("transformer")
+    if loses_guidance(student, recipe):
+        network = plain_transformer(network, recipe.guidance, 1 / teacher.num_train_timesteps)
+    sampler = in_diffusers(recipe.sampler)
     teacher.write_pipeline(
-        teacher.student_class, lambda: teacher.student_parts() | {teacher.network_part: network}, folder
+        teacher.student_class(sampler), lambda: teacher.student_parts(sampler) | {teacher.network_part: network}, folder
     )
     save_embedder(student, folder)
+
+
+def loses_guidance(student: Student, recipe: Recipe) -> bool:
+    """Whether the saved student stands for its usual guidance scale alone: no pipeline tells it another one."""
+    return isinstance(student, SanaStudent) and recipe.sampler == "flow"
 
 
 def load_network_only(teacher: PipelineTeacher, folder: Path, *, two_times: bool = False) -> Student:

@@ -13,6 +13,7 @@ from stepfold.errors import UserError
 
 Module = TypeVar("Module", bound=nn.Module)
 GuidanceKind = Literal["classifier_free", "embedded", "none"]
+SamplerName = Literal["consistency", "flow", "flow_map"]
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,13 @@ class Student(nn.Module):
     At s = 0 it is the consistency function f(x, t). A student told one time ignores s.
 
     Attributes:
+        sampler: what it is sampled with; a run sets it.
         shared: names of parameters and buffers that are the teacher's own, not copies: frozen, and not saved.
         reads_target: whether the student is told two times, t and the target time s.
         can_recompute: whether its blocks are known, so that `recompute_blocks` works.
     """
 
+    sampler: SamplerName = "consistency"
     shared: frozenset[str] = frozenset()
     reads_target: bool = False
     can_recompute: bool = False
@@ -175,7 +178,7 @@ class Teacher(Protocol):
         """Takes the text encoder off the device until `encode` needs it again."""
         ...
 
-    def student_times(self, num_steps: int) -> list[float]:
+    def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
         """The times of a student's steps without the final 0, as its pipeline takes them."""
         ...
 

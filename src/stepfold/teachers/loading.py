@@ -1,6 +1,5 @@
 """From the settings to a teacher; from a folder to a student."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import diffusers
 import torch
 
 from stepfold import assets
-from stepfold.config import Config, TeacherSettings, renamed
+from stepfold.config import Config, TeacherSettings
 from stepfold.errors import NonFiniteError, UserError, first_line
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
@@ -21,19 +20,6 @@ from stepfold.teachers.sana import SanaTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
 from stepfold.teachers.wan import WanTeacher
-
-CARD = "stepfold.json"
-BUNDLED_STUDENT = "emoji-student"
-OLDER = {
-    "network_only": False,
-    "frames": None,
-    "output": "images",
-    "example": "a photo of a cat",
-    "licences": {"teacher": {}},
-    "calls": {},
-}
-"""What the cards of students lack that were written before it was noted."""
-
 
 FAMILIES: dict[str, type[PipelineTeacher]] = {
     pipeline.__name__: family
@@ -192,57 +178,3 @@ def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:
         raise UserError(f"{folder} does not load: {first_line(error)}; save it again with save_pretrained") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
-
-
-def read_card(folder: Path) -> dict[str, Any]:
-    """What `stepfold.json` of a student folder says, with OLDER for what it does not.
-
-    Raises:
-        UserError: the folder is no student that stepfold wrote.
-    """
-    folder = student_folder(folder)
-    if not (folder / CARD).is_file():
-        raise UserError(f"{folder} is no student folder ({CARD} is missing); give OUT/student of a finished run")
-    try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        missing = [name for name in ("teacher", "height", "width", "max_tokens", "config") if name not in card]
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder / CARD} is damaged ({error}); copy the student folder again") from None
-    if missing:
-        raise UserError(f"{folder / CARD} is damaged (it lacks {missing[0]}); copy the student folder again")
-    kinds = {"teacher": str, "height": int, "width": int, "max_tokens": int, "config": dict, "guidance": (int, float)}
-    wrong = [name for name, kind in kinds.items() if name in card and not isinstance(card[name], kind)]
-    calls = card.get("calls", {})
-    if not isinstance(calls, dict) or not all(k.isdecimal() and isinstance(v, dict) for k, v in calls.items()):
-        wrong.append("calls")
-    if wrong or not isinstance(card["config"].get("student", {}), dict):
-        name = wrong[0] if wrong else "config"
-        raise UserError(f"{folder / CARD} is damaged (its {name} is no {name}); copy the student folder again")
-    return OLDER | card | {"config": renamed(card["config"])}
-
-
-def teacher_settings(folder: Path, card: dict[str, Any]) -> TeacherSettings:
-    """The settings of the teacher that a student's card names.
-
-    Raises:
-        UserError: it names none.
-    """
-    try:
-        return TeacherSettings.model_validate(card["config"]["teacher"])
-    except (LookupError, ValueError) as error:
-        raise UserError(f"{folder / CARD} is damaged ({first_line(error)}); copy the student folder again") from None
-
-
-def student_folder(name: Path) -> Path:
-    """The bundled student's folder for `emoji-student`, else the folder itself."""
-    return assets.STUDENT if str(name) == BUNDLED_STUDENT else name
-
-
-def lora_rank(card: dict[str, Any]) -> int:
-    """The rank of a student that is a LoRA file; 0 for one that is a whole pipeline."""
-    return 0 if card.get("merged") else card["config"].get("student", {}).get("lora", 0)
-
-
-def is_told_two_times(card: dict[str, Any]) -> bool:
-    """Whether a student is told its target time too."""
-    return card["config"].get("student", {}).get("times", "one") == "two"

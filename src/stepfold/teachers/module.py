@@ -15,8 +15,8 @@ from stepfold.maths.formulations import (
     flow_prediction,
     guide,
 )
-from stepfold.maths.routes import few_step_times
-from stepfold.teachers.contract import Condition, GuidanceKind, concatenate
+from stepfold.maths.routes import even_flow_times, few_step_times
+from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName, concatenate
 from stepfold.teachers.pipeline import SIGMA_DATA, Predict
 
 
@@ -147,11 +147,11 @@ class ModuleTeacher:
         """See `Teacher`."""
         return True
 
-    def student_times(self, num_steps: int) -> list[float]:
+    def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
         """See `Teacher`."""
-        return [
-            min(time, self.start_time) if self.start_time < math.pi / 2 else time for time in few_step_times(num_steps)
-        ]
+        consistency = sampler == "consistency"
+        times = few_step_times(num_steps) if consistency else even_flow_times(num_steps, self.shift)[:-1].tolist()
+        return [min(time, self.start_time) if self.start_time < math.pi / 2 else time for time in times]
 
     def park_text_encoder(self) -> None:
         """See `Teacher`; `encode` is the caller's."""

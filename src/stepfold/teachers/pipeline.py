@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from stepfold.errors import UserError, first_line
 from stepfold.maths.formulations import flow_time, guide
-from stepfold.maths.routes import few_step_times
-from stepfold.teachers.contract import Condition, GuidanceKind, concatenate
+from stepfold.maths.routes import even_flow_times, few_step_times
+from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName, concatenate
 from stepfold.teachers.folders import load_index, load_network, load_pipeline, merge_lora
 from stepfold.teachers.once import compute_once, forget
 
@@ -333,9 +333,11 @@ class PipelineTeacher:
         """See `Teacher`."""
         raise NotImplementedError
 
-    def student_times(self, num_steps: int) -> list[float]:
+    def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
         """See `Teacher`."""
-        return few_step_times(num_steps)
+        if sampler == "consistency":
+            return few_step_times(num_steps)
+        return even_flow_times(num_steps, self.shift)[:-1].tolist()
 
     # What they share.
 
@@ -563,26 +565,36 @@ class PipelineTeacher:
 
     # How its pipeline takes a student's steps, and how it is saved.
 
-    def lora_scheduler(self) -> Any:
-        """The scheduler that the teacher's own pipeline takes a LoRA student's steps with."""
-        return self.student_parts()["scheduler"]
+    def student_scheduler(self, sampler: SamplerName) -> Any:
+        """The scheduler with which the saved pipeline takes a student's steps.
 
-    def lora_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
+        It shifts the noise levels that it is given, so its own shift is 1, and the card's call lists shifted ones.
+        """
+        fresh = sampler == "consistency"
+        return FlowMatchEulerDiscreteScheduler(self.num_train_timesteps, shift=1.0, stochastic_sampling=fresh)
+
+    def lora_scheduler(self, sampler: SamplerName) -> Any:
+        """The scheduler with which the teacher's own pipeline takes a LoRA student's steps.
+
+        Raises:
+            UserError: that pipeline cannot sample so.
+        """
+        return self.student_scheduler(sampler)
+
+    def lora_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
         """Arguments with which the teacher's own pipeline takes a LoRA student's steps at the given times."""
-        return self.student_call(times, guidance)
+        return self.student_call(times, guidance, sampler)
 
-    @property
-    def student_class(self) -> type:
+    def student_class(self, sampler: SamplerName) -> type:
         """The pipeline class that a student is saved as."""
         return type(self.pipe)
 
-    def student_parts(self) -> dict[str, Any]:
-        """The parts of a student's pipeline besides its network; its sampler adds fresh noise at each step."""
-        scheduler = FlowMatchEulerDiscreteScheduler(self.num_train_timesteps, shift=1.0, stochastic_sampling=True)
-        return self.pipe.components | {"scheduler": scheduler}
+    def student_parts(self, sampler: SamplerName) -> dict[str, Any]:
+        """The parts of a student's pipeline besides its network."""
+        return self.pipe.components | {"scheduler": self.student_scheduler(sampler)}
 
-    def student_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
-        """Arguments with which the saved pipeline takes consistency steps at the given times."""
+    def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
+        """Arguments with which the saved pipeline takes a student's steps at the given times."""
         sigmas = flow_time(torch.tensor(times, dtype=torch.float64)).clamp(max=1.0).tolist()
         scale = guidance if self.guidance_kind == "embedded" else 1.0  # 1: one network call a step
         return self.usual_call() | {"sigmas": sigmas, "guidance_scale": scale}

@@ -9,8 +9,9 @@ from typing import Any
 from diffusers import SanaPipeline, SanaSprintPipeline, SCMScheduler
 from torch import Tensor, nn
 
+from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_prediction
-from stepfold.teachers.contract import Condition, GuidanceKind
+from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
 
 
@@ -149,30 +150,40 @@ class SanaTeacher(PipelineTeacher):
         """See `PipelineTeacher`."""
         return {"use_resolution_binning": False}
 
-    @property
-    def student_class(self) -> type:
-        """See `PipelineTeacher`."""
-        return SanaSprintPipeline if self.student_is_sprint else SanaPipeline
+    def student_class(self, sampler: SamplerName) -> type:
+        """SanaSprintPipeline only adds fresh noise at each step, so a flow student is a SanaPipeline."""
+        return SanaSprintPipeline if self.student_is_sprint and sampler == "consistency" else SanaPipeline
 
-    def student_parts(self) -> dict[str, Any]:
-        """See `PipelineTeacher`."""
-        if not self.student_is_sprint:
-            return super().student_parts()
+    def student_scheduler(self, sampler: SamplerName) -> Any:
+        """SanaSprintPipeline's own, or the usual one."""
+        if self.student_class(sampler) is SanaPipeline:
+            return super().student_scheduler(sampler)
+        return SCMScheduler(prediction_type="trigflow", sigma_data=self.sigma_data)
+
+    def student_parts(self, sampler: SamplerName) -> dict[str, Any]:
+        """Both pipelines have the same parts."""
         parts = {name: getattr(self.pipe, name) for name in ("tokenizer", "text_encoder", "vae")}
-        return parts | {"scheduler": SCMScheduler(prediction_type="trigflow", sigma_data=self.sigma_data)}
+        return parts | {"scheduler": self.student_scheduler(sampler)}
 
-    def lora_scheduler(self) -> Any:
-        """See `PipelineTeacher`; a SanaPipeline stays one."""
-        return (self if self.is_sprint else super()).student_parts()["scheduler"]
+    def lora_scheduler(self, sampler: SamplerName) -> Any:
+        """The pipeline's class stays: a SanaPipeline takes consistency steps with the usual scheduler."""
+        if not self.is_sprint:
+            return super().student_scheduler(sampler)
+        if sampler == "flow":
+            raise UserError(
+                "SanaSprintPipeline adds fresh noise at each step, so it cannot sample a LoRA that is a velocity; "
+                "train all weights (leave student.lora at 0)"
+            )
+        return self.student_scheduler(sampler)
 
-    def lora_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
-        """See `PipelineTeacher`; a SanaPipeline stays one."""
-        return (self if self.is_sprint else super()).student_call(times, guidance)
+    def lora_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
+        """The pipeline's class stays, as in `lora_scheduler`."""
+        return (self if self.is_sprint else super()).student_call(times, guidance, sampler)
 
-    def student_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
-        """See `PipelineTeacher`; SanaSprintPipeline has a time between only where there are two steps."""
-        if not self.student_is_sprint:
-            return super().student_call(times, guidance)
+    def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
+        """SanaSprintPipeline has a time between only where there are two steps."""
+        if self.student_class(sampler) is SanaPipeline:
+            return super().student_call(times, guidance, sampler) | {"guidance_scale": 1.0}
         return {
             "num_inference_steps": len(times),
             "intermediate_timesteps": times[1] if len(times) == 2 else None,

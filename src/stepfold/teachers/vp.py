@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepfold.errors import UserError
 from stepfold.maths.formulations import F_from_epsilon, F_from_v, vp_step, vp_times
-from stepfold.teachers.contract import Condition
+from stepfold.teachers.contract import Condition, SamplerName
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
 
 Raw = Callable[[Any, Tensor, Tensor, Condition], Tensor]
@@ -83,16 +83,18 @@ class VPTeacher(PipelineTeacher):
         scheduler.set_timesteps(num_steps)
         return torch.cat([self.times[scheduler.timesteps], self.times.new_zeros(1)])
 
-    def student_parts(self) -> dict[str, Any]:
-        """See `PipelineTeacher`."""
-        return self.pipe.components | {"scheduler": LCMScheduler.from_config(self.pipe.scheduler.config)}
+    def student_scheduler(self, sampler: SamplerName) -> Any:
+        """LCM's adds fresh noise at each step, DDIM's none."""
+        if sampler == "consistency":
+            return LCMScheduler.from_config(self.pipe.scheduler.config)
+        return self.plain_scheduler()
 
-    def student_times(self, num_steps: int) -> list[float]:
-        """See `Teacher`; LCMScheduler's."""
-        scheduler = self.student_parts()["scheduler"]
+    def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
+        """Those of the scheduler."""
+        scheduler = self.student_scheduler(sampler)
         scheduler.set_timesteps(num_steps)
         return self.times[scheduler.timesteps].tolist()
 
-    def student_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
-        """See `PipelineTeacher`."""
+    def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
+        """See `PipelineTeacher`; the scheduler knows the times."""
         return {"num_inference_steps": len(times), "guidance_scale": 1.0, **self.usual_call()}

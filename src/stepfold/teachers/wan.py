@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_prediction, trigflow_time
-from stepfold.teachers.contract import Condition
+from stepfold.teachers.contract import Condition, SamplerName
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
 
 LAST_LEVEL = 2 / 3
@@ -125,22 +125,23 @@ class WanTeacher(PipelineTeacher):
         """See `Teacher`; of filmstrips [B, 3, H, F W]."""
         return super().encode_pictures(pictures.unflatten(3, (self.frames, -1)).transpose(2, 3))
 
-    def student_parts(self) -> dict[str, Any]:
-        """See `PipelineTeacher`; this pipeline takes no noise levels, so they are the scheduler's own.
+    def student_scheduler(self, sampler: SamplerName) -> Any:
+        """This pipeline takes no noise levels, so they are the scheduler's own.
 
-        They fall from 1 to LAST_LEVEL by equal factors, for every number of steps. The scheduler's lowest level is 1 in
-        1000, and it shifts that twice.
+        A consistency student's fall from 1 to LAST_LEVEL by equal factors, for every number of steps; the scheduler's
+        lowest level is 1 in 1000, and it shifts that twice. Other students take the teacher's.
         """
+        if sampler != "consistency":
+            return self.plain_scheduler()
         shift = (999 * LAST_LEVEL / (1 - LAST_LEVEL)) ** 0.5
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_exponential_sigmas=True, stochastic_sampling=True)
-        return self.pipe.components | {"scheduler": scheduler}
+        return FlowMatchEulerDiscreteScheduler(shift=shift, use_exponential_sigmas=True, stochastic_sampling=True)
 
-    def student_times(self, num_steps: int) -> list[float]:
-        """See `Teacher`."""
-        scheduler = self.student_parts()["scheduler"]
+    def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
+        """Those of the scheduler."""
+        scheduler = self.student_scheduler(sampler)
         scheduler.set_timesteps(num_steps)
         return trigflow_time(scheduler.sigmas[:-1].double()).tolist()
 
-    def student_call(self, times: Sequence[float], guidance: float) -> dict[str, Any]:
-        """See `PipelineTeacher`."""
+    def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
+        """See `PipelineTeacher`; the scheduler knows the times."""
         return self.usual_call() | {"num_inference_steps": len(times), "guidance_scale": 1.0}

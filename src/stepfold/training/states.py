@@ -158,7 +158,7 @@ def rollout(batch: Batch, condition: Condition, networks: Networks, num_steps: i
         with networks.precision():
             return predict_data(student, x, t, condition, guidance, teacher.sigma_data)
 
-    times = [min(time, batch.start_time) for time in teacher.student_times(num_steps)]
+    times = [min(time, batch.start_time) for time in teacher.student_times(num_steps, "consistency")]
     return rolled_states(
         picture, batch.noise("rollout noise"), times, stop, lambda i: batch.noise(f"rollout noise of step {i}"),
         condition, batch.guidance,

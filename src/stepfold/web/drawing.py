@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
 from stepfold.evaluation.preview import thinned, to_image
 from stepfold.maths.formulations import data_prediction, equivalent_noise
 from stepfold.randomness import normal
-from stepfold.sampling.consistency import sample_consistency
+from stepfold.sampling.samplers import SAMPLERS
 from stepfold.sampling.teacher import Step, teacher_steps
+from stepfold.students.card import Card
 from stepfold.students.loading import load_student
 from stepfold.teachers.contract import Condition, Student
-from stepfold.teachers.loading import load_teacher, lora_rank
+from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 
 MAX_PROMPT, MAX_STEPS, MAX_PICTURES, MAX_GUIDANCE, MAX_SEED = 300, 8, 8, 8.0, 2**31 - 1
@@ -43,18 +43,18 @@ class Models:
         student: the network.
         pipeline: the student's encoder and autoencoder.
         teacher: may be `pipeline` itself.
-        card: what the student's `stepfold.json` says.
+        card: the student's.
     """
 
     student: Student
     pipeline: PipelineTeacher
     teacher: PipelineTeacher
-    card: dict[str, Any]
+    card: Card
 
     @property
     def examples(self) -> tuple[str, ...]:
         """Prompts to begin with."""
-        own = EMOJI_EXAMPLES if self.card["teacher"] == "emoji" else (self.card["example"],)
+        own = EMOJI_EXAMPLES if self.card.teacher == "emoji" else (self.card.example,)
         return self.teacher.examples[: len(EMOJI_EXAMPLES)] or own
 
     @property
@@ -63,20 +63,16 @@ class Models:
         return 2 if self.teacher.guidance_kind == "classifier_free" else 1
 
     @property
-    def taught(self) -> list[float]:
-        """The scales of guidance that the student was taught; where it is one, it ignores any other."""
-        return self.card.get("taught") or self.card["config"]["space"]["guidance"] or [self.card["guidance"]]
-
-    @property
     def guidance_label(self) -> str:
         """The name of the control, which is the teacher's alone where the student was taught one scale."""
-        return "Guidance" if len(set(self.taught)) > 1 else "Teacher's guidance"
+        return "Guidance" if len(set(self.card.recipe.taught)) > 1 else "Teacher's guidance"
 
     @property
     def fine_print(self) -> str:
         """What guidance, steps and milliseconds mean here."""
-        said = f"The student was taught at guidance {', '.join(f'{scale:g}' for scale in self.taught)}"
-        if len(set(self.taught)) == 1:
+        taught = self.card.recipe.taught
+        said = f"The student was taught at guidance {', '.join(f'{scale:g}' for scale in taught)}"
+        if len(set(taught)) == 1:
             said += " and ignores any other scale; the slider changes only the teacher"
         said += f". Steps are the student's; the teacher takes {TEACHER_STEPS}"
         said += ", each of which calls the network with and without the prompt, as one batch" * (self.branches > 1)
@@ -155,8 +151,8 @@ def load_models(student: Path, teacher: str | None, device: str) -> Models:
         UserError: either does not load, or they do not draw from the same noise.
     """
     pipeline, network, card = load_student(student, device)
-    settings = TeacherSettings.model_validate(card["config"]["teacher"])
-    if teacher is None and (lora_rank(card) or card["network_only"]):
+    settings = card.teacher_settings()
+    if teacher is None and (card.lora_rank or card.network_only):
         return Models(network, pipeline, pipeline, card)  # such a student's pipeline is its teacher's
     if teacher is not None:
         settings = settings.model_copy(update={"source": teacher, "lora": None})
@@ -171,7 +167,7 @@ def load_models(student: Path, teacher: str | None, device: str) -> Models:
 
 def warm_up(models: Models) -> None:
     """Draws once, so that the first measured time is not that of starting."""
-    request = Request(models.examples[0], guidance=models.card["guidance"], seed=FIRST_SEED)
+    request = Request(models.examples[0], guidance=models.card.recipe.guidance, seed=FIRST_SEED)
     draw_student(models, request)
     next(draw_teacher(models, request))
 
@@ -207,11 +203,12 @@ def draw_student(models: Models, request: Request) -> Drawing:
     """The student's pictures; that of each seed is the one that `stepfold sample --seed` draws."""
     pipeline = models.pipeline
     noise, condition, guidance = _start(pipeline, request)
-    times = pipeline.student_times(request.steps)
+    recipe = models.card.recipe
+    times = recipe.times_for(request.steps)
     began = _now(pipeline)
-    x0 = sample_consistency(
+    x0 = SAMPLERS[recipe.sampler](
         models.student, noise, condition, guidance, times,
-        lambda i: _noise(pipeline, request, "evaluation fresh noise", i, 0), pipeline.sigma_data,
+        lambda i: _noise(pipeline, request, "evaluation fresh noise", i, 0), recipe.sigma_data,
     )  # fmt: skip
     pictures = pipeline.decode(x0)
     return Drawing(_images(pipeline, pictures), len(times), len(times), 1, _now(pipeline) - began)

@@ -80,7 +80,7 @@ def build(models: Models, runs: Path) -> Any:
 
 
 def _draw_tab(page: Any, models: Models) -> None:
-    usual = min(MAX_GUIDANCE, max(1.0, float(models.card["guidance"])))
+    usual = min(MAX_GUIDANCE, max(1.0, models.card.recipe.guidance))
     prompt = gr.Textbox(models.examples[0], label="Prompt", max_lines=4, max_length=MAX_PROMPT, elem_id="prompt")
     with gr.Row(elem_id="examples"):
         for text in models.examples:

@@ -1,0 +1,158 @@
+"""A student's card, `stepfold.json`: where it comes from, how it is sampled, how plain diffusers calls it."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from stepfold import assets
+from stepfold.config import renamed
+from stepfold.errors import UserError, first_line
+from stepfold.sampling.recipe import Recipe
+from stepfold.settings import Section, TeacherSettings
+
+CARD = "stepfold.json"
+BUNDLED_STUDENT = "emoji-student"
+
+Count = Annotated[int, Field(strict=True, gt=0)]
+
+
+class Card(Section):
+    """The fields of a student's card. Defaults are for cards that an earlier version wrote.
+
+    Attributes:
+        stepfold: version that wrote it.
+        teacher: 'emoji', a folder or a hub id.
+        height, width: of its pictures, in pixels.
+        frames: of its videos.
+        max_tokens: of a prompt.
+        recipe: how the student is sampled.
+        output: where the pipeline's result has what it made.
+        pipeline, scheduler: their classes in diffusers; empty in the earliest cards.
+        calls: number of steps -> the arguments with which the pipeline takes them; empty in the earliest cards.
+        example: a prompt as the pipeline takes it.
+        licences: part of the teacher -> the licence fields of its model card.
+        config: the run's settings.
+        network_only: whether the folder holds the network alone, and the rest is the teacher's.
+        merged: whether a LoRA student was merged into its teacher's network.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    stepfold: str = "0.1.0"
+    teacher: str
+    height: Count
+    width: Count
+    frames: Count | None = None
+    max_tokens: Count
+    recipe: Recipe
+    output: Literal["images", "frames"] = "images"
+    pipeline: str = ""
+    scheduler: str = ""
+    calls: dict[int, dict[str, Any]] = Field(default_factory=dict)
+    example: Any = "a photo of a cat"
+    licences: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"teacher": {}})
+    config: dict[str, Any]
+    network_only: bool = False
+    merged: bool = False
+
+    @model_validator(mode="after")
+    def _has_a_rank(self) -> "Card":
+        student = self.config.get("student", {})
+        if not isinstance(student, dict) or not isinstance(student.get("lora", 0), int):
+            raise ValueError("config.student is no section of settings; copy the student folder again")
+        return self
+
+    @property
+    def lora_rank(self) -> int:
+        """The rank of a student that is a LoRA file; 0 for one that is a whole pipeline."""
+        return 0 if self.merged else self.config.get("student", {}).get("lora", 0)
+
+    @property
+    def lora_convolutions(self) -> bool:
+        """Whether a LoRA student has matrices on 1 x 1 convolutions too."""
+        return self.config.get("student", {}).get("lora_convolutions", False)
+
+    @property
+    def two_times(self) -> bool:
+        """Whether the student is told its target time too."""
+        return self.config.get("student", {}).get("times", "one") == "two"
+
+    def check_calls(self) -> None:
+        """Refuses a card that does not say how plain diffusers samples the student.
+
+        Raises:
+            UserError: the reason.
+        """
+        if not self.calls:
+            raise UserError(
+                f"{CARD} is of stepfold {self.stepfold} and does not say how plain diffusers calls the student; make a "
+                "whole one first: stepfold export STUDENT --to pipeline"
+            )
+
+    def teacher_settings(self) -> TeacherSettings:
+        """The settings of the teacher that the student was distilled from.
+
+        Raises:
+            UserError: the card has none.
+        """
+        try:
+            return TeacherSettings.model_validate(self.config["teacher"])
+        except (LookupError, ValidationError) as error:
+            raise UserError(f"{CARD} is damaged ({first_line(error)}); copy the student folder again") from None
+
+
+def read_card(folder: Path) -> Card:
+    """The card of a student folder, of this version or an earlier one.
+
+    Raises:
+        UserError: the folder is no student that stepfold wrote, or its card is damaged.
+    """
+    path = student_folder(folder) / CARD
+    if not path.is_file():
+        raise UserError(f"{path.parent} is no student folder ({CARD} is missing); give OUT/student of a finished run")
+    try:
+        return Card.model_validate(upgraded(json.loads(path.read_text(encoding="utf-8"))))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        what = ": ".join([*(str(part) for part in problem["loc"]), problem["msg"]])
+        raise UserError(f"{path} is damaged ({what}); copy the student folder again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); copy the student folder again") from None
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Writes a student folder's `stepfold.json`."""
+    (folder / CARD).write_text(json.dumps(card.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+
+
+def upgraded(values: Any) -> Any:
+    """A card's fields as this version has them; before there was a recipe, every student was a consistency model."""
+    if not isinstance(values, dict):
+        return values
+    config = renamed(values.get("config"))
+    if "recipe" in values:
+        return values | {"config": config}
+    recipe = {
+        "sampler": "consistency",
+        "times": {},  # those of the teacher's class, which is known when it is loaded
+        "taught": taught_before(values),
+        "guidance": values.get("guidance"),
+        "sigma_data": values.get("sigma_data", 0.5),
+    }
+    rest = {name: value for name, value in values.items() if name not in (*recipe, "config")}
+    return rest | {"recipe": recipe, "config": config}
+
+
+def taught_before(values: dict[str, Any]) -> Any:
+    """The guidance scales of a student whose card has no recipe: as it says, its settings say, or its usual one."""
+    config = values.get("config")
+    space = config.get("space") if isinstance(config, dict) else None
+    listed = space.get("guidance") if isinstance(space, dict) else None
+    return values.get("taught") or listed or [values.get("guidance")]
+
+
+def student_folder(name: Path) -> Path:
+    """The bundled student's folder for `emoji-student`, else the folder itself."""
+    return assets.STUDENT if str(name) == BUNDLED_STUDENT else name

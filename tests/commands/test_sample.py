@@ -1,0 +1,71 @@
+"""`stepfold sample`, and how a run decides what its student is sampled with."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from stepfold.cli import app
+from stepfold.commands.distill import run_distill
+from stepfold.commands.sample import run_sample
+from stepfold.config import Config, load_config
+from stepfold.display import Display
+from stepfold.errors import UserError
+from stepfold.randomness import generator
+from stepfold.students.card import read_card
+from stepfold.students.loading import load_student
+
+SETTINGS = (
+    "teacher.height=32", "teacher.width=32", "teacher.max_tokens=24", "space.route_steps=4", "space.filter_rule=off",
+    "training.steps=3", "training.prompts_per_step=2", "training.preview_every=3", "optimiser.name=adamw",
+    "optimiser.lr=1e-3", "training.precision=no", "training.walk_precision=no", "objective=velocity",
+)  # fmt: skip
+
+
+def settings(teacher: Path, prompts: Path, *changes: str) -> Config:
+    return load_config("default", [*SETTINGS, *changes], teacher__source=str(teacher), prompts=str(prompts))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of velocity matching."""
+    folder = tmp_path_factory.mktemp("velocity")
+    (folder / "prompts.txt").write_text("\n".join(tiny.PROMPTS))
+    config = settings(tiny_sana, folder / "prompts.txt", "space.guidance=[4.5]")
+    run_distill(config, folder / "run", resume=False, display=Display(quiet=True), command="test")
+    return folder / "run"
+
+
+def test_a_run_of_velocity_matching_leaves_a_flow_student(run: Path) -> None:
+    """`stepfold sample` and the saved pipeline, called as the card says, draw the same picture in four steps."""
+    card = read_card(run / "student")
+    assert card.recipe.sampler == "flow" and card.pipeline == "SanaPipeline"
+    assert card.scheduler == "FlowMatchEulerDiscreteScheduler"
+    assert sorted(path.name for path in (run / "previews").iterdir())[-1] == "step_000003.png"
+    (ours,) = run_sample(run / "student", ["red heart"], steps=4, seed=0, guidance=None, device="cpu")
+    teacher, _, _ = load_student(run / "student", "cpu")
+    pipe: Any = getattr(diffusers, card.pipeline).from_pretrained(run / "student")
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(**teacher.inputs(["red heart"], [generator(0, "sample", 0)]), **card.calls[4]).images[0]
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+
+
+def test_another_sampler_is_one_line(run: Path, tmp_path: Path) -> None:
+    command = ["sample", str(run / "student"), "red heart", "--out", str(tmp_path / "x.png")]
+    assert CliRunner().invoke(app, [*command, "--sampler", "flow"]).exit_code == 0
+    for sampler, reason in (("consistency", "points at the mean"), ("euler", "choose consistency, flow, flow_map")):
+        result = CliRunner().invoke(app, [*command, "--sampler", sampler])
+        assert isinstance(result.exception, UserError) and reason in str(result.exception)
+        assert "\n" not in str(result.exception)
+
+
+def test_a_lora_that_its_pipeline_cannot_sample_is_refused_before_the_run(tmp_path: Path, prompts_file: Path) -> None:
+    sprint = tiny.save(tiny.make_sprint, tmp_path / "sprint")
+    config = settings(sprint, prompts_file, "student.lora=4")
+    with pytest.raises(UserError, match="SanaSprintPipeline adds fresh noise at each step"):
+        run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
+    assert not (tmp_path / "run").exists()
