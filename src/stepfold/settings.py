@@ -93,6 +93,11 @@ class StudentSettings(Section):
         "maps), by a second embedder that is saved beside its network",
     )
 
+    init: str | None = Field(
+        default=None,
+        description="folder of an earlier student of the same teacher, to start from in place of the teacher",
+    )
+
     @model_validator(mode="after")
     def _lora_fits(self) -> "StudentSettings":
         if self.lora and self.depth < 1:

@@ -11,7 +11,6 @@ import torch
 from gaussians import SIGMA_DATA, Law, Perfect, Score, batch_of, gaussian, nothing
 from torch import Tensor
 
-from stepfold.commands.distill import make_fake
 from stepfold.config import Config, load_config
 from stepfold.errors import NonFiniteError
 from stepfold.objectives import denoising
@@ -19,6 +18,7 @@ from stepfold.objectives.adversarial import NAME, Discriminator, adversarial_los
 from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.spaces.records import Pairs
+from stepfold.students.starting import make_fake
 from stepfold.students.whole import new_student
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.accelerators import make_accelerator

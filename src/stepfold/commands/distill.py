@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
     from torch import Tensor
 
-    from stepfold.config import Config, FakeSettings, StudentSettings
+    from stepfold.config import Config
     from stepfold.display import Display
     from stepfold.evaluation.protocol import Protocol
     from stepfold.images.reading import ImageFolder
@@ -48,6 +48,13 @@ def distill(
     preset: PresetOption = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/PRESET.", show_default=False)] = None,
     changes: ChangesOption = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="An earlier student of the same teacher, to start from.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that --out holds.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")] = False,
     quiet: Quiet = False,
@@ -60,11 +67,15 @@ def distill(
         stepfold distill
 
         stepfold distill --teacher ./my-sana --prompts prompts.txt --out runs/mine --set training.steps=2000
+
+        stepfold distill --init runs/demo/student --out runs/more --set objective=continuous
     """
     from stepfold.config import load_config, to_yaml
 
     name = chosen_preset(preset, teacher)
-    config = load_config(name, changes or [], teacher__source=teacher, teacher__lora=teacher_lora, prompts=prompts)
+    config = load_config(
+        name, changes or [], teacher__source=teacher, teacher__lora=teacher_lora, prompts=prompts, student__init=init
+    )
     if dry_run:
         typer.echo(to_yaml(config), nl=False)
         return
@@ -151,6 +162,7 @@ def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "t
     from stepfold.prompts.conditions import cache_of, conditions_from
     from stepfold.sampling.recipe import make_recipe
     from stepfold.sampling.samplers import in_diffusers
+    from stepfold.students.starting import make_student
     from stepfold.teachers.fingerprints import teacher_fingerprint
     from stepfold.teachers.licences import in_words, licences_of
     from stepfold.teachers.loading import choose_objective, load_teacher
@@ -186,7 +198,12 @@ def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "t
         )
     licences = ", ".join(f"{part} {in_words(licence)}" for part, licence in licences_of(config.teacher.source).items())
     display.note(f"licences: {licences}")
-    student = make_student(teacher, config.student, display)
+    if config.student.depth < 1:
+        display.note(
+            f"the student keeps {config.student.depth:.0%} of the teacher's blocks: it starts far from the teacher, "
+            "and needs many more steps than a whole one"
+        )
+    student = make_student(teacher, config.student, config.teacher)
     usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
     recipe = make_recipe(config, teacher, guidance_scales(config, teacher), usual)
     if config.student.lora:
@@ -222,33 +239,6 @@ def open_texts(config: "Config") -> "tuple[PromptFile | ImageFolder, ImageFolder
     return open_prompts(config.prompts or assets.PROMPTS), None
 
 
-def make_student(teacher: "PipelineTeacher", settings: "StudentSettings", display: "Display") -> "Student":
-    """The student of a run, as it starts."""
-    from stepfold.students.lora import lora_student
-    from stepfold.students.whole import new_student
-
-    if settings.lora:
-        return lora_student(
-            teacher, settings.lora, convolutions=settings.lora_convolutions, two_times=settings.times == "two"
-        )
-    if settings.depth < 1:
-        display.note(
-            f"the student keeps {settings.depth:.0%} of the teacher's blocks: it starts far from the teacher, "
-            "and needs many more steps than a whole one"
-        )
-    return new_student(teacher, settings.depth, two_times=settings.times == "two")
-
-
-def make_fake(teacher: "PipelineTeacher", settings: "FakeSettings") -> "Student":
-    """The fake score of a run, as it starts: as the teacher."""
-    from stepfold.students.lora import lora_student
-    from stepfold.students.whole import new_student
-
-    if settings.kind == "lora":
-        return lora_student(teacher, settings.rank, convolutions=True, for_export=False)
-    return new_student(teacher)
-
-
 def kept_latents(
     folder: Path,
     config: "Config",
@@ -282,6 +272,7 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
     Loading `began` at this time of `time.perf_counter`.
     """
     from stepfold.evaluation.preview import make_preview
+    from stepfold.students.starting import make_fake
     from stepfold.teachers.loading import counts_to_thousand
     from stepfold.training.distill import distill as distil
     from stepfold.training.memory import reset_peak_memory
