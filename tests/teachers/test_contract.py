@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers import SanaSprintPipeline
+from diffusers import DDIMScheduler, SanaSprintPipeline
 from passes import gradient_step
 from torch import Tensor, nn
 
@@ -33,6 +33,7 @@ from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.loading import family_of
 from stepfold.teachers.lumina2 import Lumina2Teacher
+from stepfold.teachers.oracle import agreement
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.teachers.sd3 import SD3Teacher
@@ -62,6 +63,20 @@ def to_thousand(source: Path, folder: Path) -> Path:
     return folder
 
 
+def normalised(make: Callable[[], Any]) -> Any:
+    """A pipeline whose latents have a mean and a deviation for each channel."""
+    pipe = make()
+    pipe.vae.register_to_config(latents_mean=[-0.6, 0.9, -0.4, 0.5], latents_std=[1.5, 0.9, 1.2, 2.0])
+    return pipe
+
+
+def clipping(make: Callable[[], Any]) -> Any:
+    """A pipeline with a scheduler at DDIM's defaults, which clip, and with thresholding besides."""
+    pipe = make()
+    pipe.scheduler = DDIMScheduler(thresholding=True, num_train_timesteps=500)
+    return pipe
+
+
 # name -> (folder of the tiny SanaPipeline, empty folder) -> teacher
 TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "sana": lambda sana, _: SanaTeacher(sana, max_tokens=MAX_TOKENS),
@@ -80,8 +95,11 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "sd 2, zero terminal snr": lambda _, empty: StableDiffusionTeacher(
         tiny.save(tiny.make_sd2_zero, empty / "sd"), **SMALL
     ),
-    "sdxl, v": lambda _, empty: StableDiffusionXLTeacher(
-        tiny.save(partial(tiny.make_sdxl, prediction_type="v_prediction"), empty / "sdxl"), **SMALL
+    "sdxl, v, normalised latents": lambda _, empty: StableDiffusionXLTeacher(
+        tiny.save(partial(normalised, partial(tiny.make_sdxl, prediction_type="v_prediction")), empty / "sdxl"), **SMALL
+    ),
+    "pixart, clips": lambda _, empty: PixArtTeacher(
+        tiny.save(partial(clipping, tiny.make_pixart), empty / "pixart"), **SMALL
     ),
     "sdxl": lambda _, empty: StableDiffusionXLTeacher(tiny.save(tiny.make_sdxl, empty / "sdxl"), **SMALL),
     "flux dev": lambda _, empty: FluxTeacher(tiny.save(tiny.make_flux, empty / "flux"), **SMALL),
@@ -468,6 +486,29 @@ def test_the_wrapped_teacher_samples_what_its_pipeline_samples(teacher: Any, gui
         teacher, teacher.sigma_data * noise, teacher.encode(PROMPTS), scale, 4, even=teacher.even_ladder
     )
     assert spread(theirs, ours / teacher.sigma_data) < 1e-4 < spread(theirs, noise)
+
+
+def test_the_pipelines_own_loop_agrees(teacher: Any):
+    """Its own scheduler calls the network as the teacher does, and has the schedule that was read."""
+    if teacher.null_mask == "prompt":
+        pytest.skip("the public training code's mask, not the pipeline's")
+    guidance = 4.0 if teacher.guidance_kind != "none" or isinstance(teacher, FluxTeacher) else 1.0
+    found = agreement(teacher, PROMPTS, teacher.encode(PROMPTS), scales(teacher, *[guidance] * 3))
+    assert found.network < 1e-4 and found.schedule < 0.05 and found.end < 0.05
+    assert bool(found.left_out) == bool(teacher.pipe.scheduler.config.get("clip_sample"))
+
+
+def test_pictures_are_the_pipelines(teacher: Any):
+    """Decoded as the pipeline decodes its own latents."""
+    call = teacher.usual_call() | teacher.own_steps(2) | {"guidance_scale": 1.0}
+    torch.manual_seed(5)  # not all pipelines hand a generator to their scheduler
+    latents = teacher.latents_of(teacher.pipe, PROMPTS, drawn(teacher)[1], **call)
+    torch.manual_seed(5)
+    made = teacher.pipe(**teacher.inputs(PROMPTS, drawn(teacher)[1]), output_type="pt", **call)
+    theirs = getattr(made, teacher.output)
+    if teacher.output == "frames":  # side by side
+        theirs = theirs.permute(0, 2, 3, 1, 4).flatten(3)
+    torch.testing.assert_close(teacher.decode(teacher.sigma_data * latents), theirs.float(), rtol=0, atol=1e-5)
 
 
 def test_impossible_guidance_is_refused(teacher: Any):

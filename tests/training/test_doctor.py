@@ -11,7 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from stepfold.spaces.records import Pairs
 from stepfold.students.whole import new_student
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher, trigflow_network
+from stepfold.teachers.stable_diffusion import StableDiffusionXLTeacher
 from stepfold.training import doctor
 
 
@@ -42,7 +45,7 @@ def pairs(teacher: SanaTeacher) -> Pairs:
 def test_sound_teacher_passes_every_check(tiny_sana: Path) -> None:
     findings = doctor.examine(TeacherSettings(source=str(tiny_sana), max_tokens=64), "cpu")
     assert [f for f in findings if not f.ok] == []
-    assert len({f.check for f in findings}) == len(findings) == 9
+    assert len({f.check for f in findings}) == len(findings) == 10
     assert all(f.number and f.want for f in findings)
 
 
@@ -50,8 +53,8 @@ def test_sound_teacher_passes_every_check(tiny_sana: Path) -> None:
 def test_it_looks_at_a_teacher_as_it_will_be_trained(tiny_sana: Path, dtype: Any, lora: int) -> None:
     settings = TeacherSettings(source=str(tiny_sana), max_tokens=64, dtype=dtype)
     findings = {finding.check: finding for finding in doctor.examine(settings, "cpu", lora)}
-    assert [f for f in findings.values() if not f.ok] == [] and len(findings) == 9
-    steps = findings["wrapped teacher = pipeline's own sampler, 4 steps"]
+    assert [f for f in findings.values() if not f.ok] == [] and len(findings) == 10
+    steps = findings["network = the pipeline's own, 4 calls"]
     assert steps.want == ("<= 1e-04" if dtype == "float32" else "<= 3e-01")
     assert 0 < float(steps.number.split()[-1]) < (1e-4 if dtype == "float32" else 0.05)
     assert findings["tangent backend, training.tangent=auto"].number.startswith("one_pass: ")
@@ -76,7 +79,7 @@ def test_a_step_that_does_not_fit_into_memory_is_not_tried(
 
 def sampler_check(teacher: SanaTeacher) -> doctor.Finding:
     condition, guidance = teacher.encode(doctor.PROMPTS), torch.full((4,), 4.5)
-    return doctor.same_sampler(teacher, doctor.PROMPTS, condition, guidance)
+    return doctor.own_loop(teacher, doctor.PROMPTS, condition, guidance)[0]
 
 
 def wrong_time(teacher: SanaTeacher) -> None:
@@ -101,6 +104,19 @@ def test_a_wrapper_that_is_not_the_pipeline_is_flagged(
     mistake(teacher)
     assert not sampler_check(teacher).ok
     assert teacher.pipe.scheduler is scheduler
+
+
+def test_a_schedule_that_was_misread_is_flagged(tmp_path: Path) -> None:
+    """Both once passed: the pipeline was given a scheduler of our own reading first."""
+    teacher = StableDiffusionXLTeacher(tiny.save(tiny.make_sdxl, tmp_path / "pipeline"), height=16, width=32)
+    condition, guidance = teacher.encode(doctor.PROMPTS), torch.full((4,), 4.5)
+    findings = doctor.own_loop(teacher, doctor.PROMPTS, condition, guidance)
+    assert all(f.ok for f in findings) and findings[1].check == "schedule = that of EulerDiscreteScheduler"
+    teacher.pipe.scheduler = DDIMScheduler.from_config(teacher.pipe.scheduler.config, clip_sample=True)
+    (_, schedule) = doctor.own_loop(teacher, doctor.PROMPTS, condition, guidance)
+    assert schedule.ok and schedule.check == "schedule = that of DDIMScheduler without clip_sample"
+    teacher.pipe.scheduler = EulerDiscreteScheduler(beta_start=1e-4, beta_end=0.02)
+    assert not doctor.own_loop(teacher, doctor.PROMPTS, condition, guidance)[1].ok
 
 
 def test_a_student_that_is_not_the_teacher_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:

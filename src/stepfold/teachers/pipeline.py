@@ -19,6 +19,7 @@ from stepfold.maths.routes import even_flow_times, few_step_times
 from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName, concatenate
 from stepfold.teachers.folders import load_index, load_network, load_pipeline, merge_lora
 from stepfold.teachers.once import compute_once, forget
+from stepfold.teachers.schedules import Schedule, flow_shift, read_flow
 
 SIGMA_DATA = 0.5
 DECODED_AT_ONCE = 512 * 512  # pixels
@@ -130,7 +131,8 @@ class PipelineTeacher:
         self.frames, self.latent_frames = self.time_axis(frames, vae)
         self.latent_shape = self.shape_at(self.height, self.width)
         self.latent_shapes = tuple(self.shape_at(*size) for size in sizes or [(self.height, self.width)])
-        self.shift = self._shift()
+        self.schedule = self.read_schedule()
+        self.shift = flow_shift(self.pipe.scheduler, self.tokens_for_shift())
         self.plain_predict = self.predictor()
         self.predict = in_precision(self.plain_predict, dtype)
 
@@ -190,7 +192,11 @@ class PipelineTeacher:
 
     def retimed_parts(self, network: Any) -> dict[str, Any]:
         """The parts of the pipeline that change when `network` reads times of [0, 1]."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config, num_train_timesteps=1)
+        own = self.pipe.scheduler.config
+        changes: dict[str, Any] = {"num_train_timesteps": 1}
+        if not own.get("use_dynamic_shifting", False):
+            changes["shift"] = self.shift  # `flow_shift` in other classes
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(own, **changes)
         return {self.network_part: network, "scheduler": scheduler}
 
     def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
@@ -328,6 +334,14 @@ class PipelineTeacher:
         """What the pipeline takes for the number of tokens where its sampler's shift depends on that."""
         *_, height, width = self.latent_shape
         return (height // 2) * (width // 2)
+
+    def read_schedule(self) -> Schedule:
+        """What the pipeline's scheduler says of its network.
+
+        Raises:
+            UserError: it is none that is understood for this network.
+        """
+        return read_flow(self.pipe.scheduler)
 
     def ddim_times(self, num_steps: int) -> Tensor:
         """See `Teacher`."""
@@ -481,16 +495,6 @@ class PipelineTeacher:
                 handle.remove()
         return maps
 
-    def _shift(self) -> float:
-        """The shift of the pipeline's flow sampler, at this number of tokens where it depends on that."""
-        schedule = self.pipe.scheduler.config
-        if not schedule.get("use_dynamic_shifting", False):
-            return float(schedule.get("shift", schedule.get("flow_shift", 1.0)))
-        first, last = schedule["base_image_seq_len"], schedule["max_image_seq_len"]
-        share = (self.tokens_for_shift() - first) / (last - first)
-        mu = schedule["base_shift"] + share * (schedule["max_shift"] - schedule["base_shift"])
-        return math.exp(mu) if schedule.get("time_shift_type", "exponential") == "exponential" else mu
-
     def _vae_class(self) -> Any:
         return getattr(diffusers, self.index["vae"][1])
 
@@ -551,10 +555,15 @@ class PipelineTeacher:
         return self.unpack(made[0])
 
     def pipeline_latents(
-        self, prompts: Sequence[str], draws: Sequence[torch.Generator], guidance: float, num_steps: int
+        self,
+        prompts: Sequence[str],
+        draws: Sequence[torch.Generator],
+        guidance: float,
+        num_steps: int,
+        scheduler: Any = None,
     ) -> Tensor:
-        """`latents_of` the teacher's pipeline with `plain_scheduler`."""
-        old, self.pipe.scheduler = self.pipe.scheduler, self.plain_scheduler()
+        """`latents_of` the teacher's pipeline with a scheduler; `plain_scheduler` if None."""
+        old, self.pipe.scheduler = self.pipe.scheduler, scheduler or self.plain_scheduler()
         self._load_text_encoders()
         self._vae()
         try:

@@ -13,6 +13,7 @@ from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_prediction
 from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
+from stepfold.teachers.schedules import Schedule, read_flow, read_trigflow
 
 
 def trigflow_network(
@@ -78,6 +79,15 @@ class SanaTeacher(PipelineTeacher):
     def student_is_sprint(self) -> bool:
         """Whether a student of it, with weights of its own, is a SanaSprintPipeline."""
         return math.isclose(self.time_scale, 1.0)
+
+    def read_schedule(self) -> Schedule:
+        """See `PipelineTeacher`; a SanaSprintPipeline's is in TrigFlow."""
+        return read_trigflow(self.pipe.scheduler) if self.is_sprint else read_flow(self.pipe.scheduler)
+
+    def own_steps(self, num_steps: int) -> dict[str, Any]:
+        """See `PipelineTeacher`; SanaSprintPipeline's time between is for two steps."""
+        between = {"intermediate_timesteps": None} if self.is_sprint and num_steps != 2 else {}
+        return super().own_steps(num_steps) | between
 
     def predictor(self) -> Predict:
         """See `PipelineTeacher`."""

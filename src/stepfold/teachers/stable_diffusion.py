@@ -91,5 +91,15 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
         _, embeds, _, pooled = self._encode([""], True)
         return Condition.whole(embeds.to(self.work_dtype), pooled.to(self.work_dtype))
 
+    def latent_scale(self, vae: Any) -> tuple[Any, Any]:
+        """See `PipelineTeacher`; this pipeline reads a mean and a deviation for each channel, where both are there."""
+        scale, offset = super().latent_scale(vae)
+        if vae.get("latents_mean") is None or vae.get("latents_std") is None:
+            return scale, offset
+        mean, std = (
+            torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (vae.latents_mean, vae.latents_std)
+        )
+        return scale / std, mean
+
     def _encode(self, prompts: Sequence[str], unconditional: bool) -> Any:
         return self.pipe.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=unconditional)

@@ -5,13 +5,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
+from diffusers import DDIMScheduler, LCMScheduler
 from torch import Tensor
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import F_from_epsilon, F_from_v, vp_step, vp_times
+from stepfold.maths.formulations import F_from_epsilon, F_from_v, vp_step
 from stepfold.teachers.contract import Condition, SamplerName
 from stepfold.teachers.pipeline import PipelineTeacher, Predict
+from stepfold.teachers.schedules import VPSchedule, read_vp
+
+LCM_STEPS = 50  # of LCMScheduler's own ladder, `original_inference_steps`
 
 Raw = Callable[[Any, Tensor, Tensor, Condition], Tensor]
 """(network, x / sigma_data [B, C, ...], training step [B], condition) -> prediction [B, C or more, ...]."""
@@ -51,18 +54,29 @@ class VPTeacher(PipelineTeacher):
 
     ode = "trigflow"
 
+    schedule: VPSchedule
+
+    def read_schedule(self) -> VPSchedule:
+        """See `PipelineTeacher`."""
+        return read_vp(self.pipe.scheduler)
+
     def raw(self) -> Raw:
         """How the network is called: a plain function, or a partial of one."""
         raise NotImplementedError
 
     def predictor(self) -> Predict:
-        """See `PipelineTeacher`."""
-        schedule: Any = DDPMScheduler.from_config(self.pipe.scheduler.config)
-        prediction = schedule.config.prediction_type
-        if prediction not in ("epsilon", "v_prediction"):
-            raise UserError(f"this network predicts {prediction!r}; only 'epsilon' and 'v_prediction' are understood")
-        self.times = vp_times(schedule.alphas_cumprod)
+        """See `PipelineTeacher`.
+
+        Raises:
+            UserError: the student's sampler could not take this schedule, or it ends where noise says nothing.
+        """
+        prediction, self.times = self.schedule.prediction, self.schedule.times
         self.start_time = float(self.times[-1])
+        if len(self.times) % LCM_STEPS:
+            raise UserError(
+                f"this pipeline's schedule has {len(self.times)} steps, but its student's sampler, LCMScheduler, needs "
+                f"a multiple of {LCM_STEPS}; give a pipeline with num_train_timesteps=1000"
+            )
         if prediction == "epsilon" and self.times[-1].cos() < 1e-3:
             raise UserError(
                 "this schedule ends in pure noise (zero terminal signal-to-noise), where a noise prediction says "
@@ -71,10 +85,14 @@ class VPTeacher(PipelineTeacher):
         times = self.times.to(self.device, self.work_dtype)  # here once, not at every call
         return partial(vp_network, raw=self.raw(), times=times, prediction=prediction)
 
+    def latent_scale(self, vae: Any) -> tuple[Any, Any]:
+        """See `PipelineTeacher`; these pipelines read no shift."""
+        return vae.scaling_factor, 0.0
+
     def plain_scheduler(self) -> Any:
         """See `PipelineTeacher`."""
-        return DDIMScheduler.from_config(
-            self.pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+        return DDIMScheduler(
+            **self.schedule.options, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
         )
 
     def ddim_times(self, num_steps: int) -> Tensor:
@@ -86,7 +104,7 @@ class VPTeacher(PipelineTeacher):
     def student_scheduler(self, sampler: SamplerName) -> Any:
         """LCM's adds fresh noise at each step, DDIM's none."""
         if sampler == "consistency":
-            return LCMScheduler.from_config(self.pipe.scheduler.config)
+            return LCMScheduler(**self.schedule.options)
         return self.plain_scheduler()
 
     def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
