@@ -368,7 +368,7 @@ def test_doctor_says_ok_and_writes_its_findings(tiny_sana: Path, tmp_path: Path)
     result = Result("doctor", tiny_sana, "--json", path)
     assert result.code == 0, result.out
     findings = json.loads(path.read_text())
-    assert result.out.count(" ok") == len(findings) == 9
+    assert result.out.count(" ok") == len(findings) == 10
     assert all(f["ok"] is True and f["number"] for f in findings)
 
 
@@ -380,7 +380,7 @@ def test_reproduce_lists_its_runs_and_names_mistakes(tmp_path: Path) -> None:
     runs = Result("reproduce", "--table", "T4", "--dry-run", "--out", tmp_path)
     assert (runs.code, runs.err) == (0, "")
     lines = runs.out.splitlines()
-    assert len(lines) == 9 and lines[0] == "to do  T4 random: --preset reproduce space.route=random seed=0"
+    assert len(lines) == 10 and lines[0] == "to do  T4 random: --preset reproduce space.route=random seed=0"
     file = tmp_path / "runs.json"
     Result("reproduce", "--table", "T4", "--dry-run", "--out", tmp_path, "--json", file)
     rows = json.loads(file.read_text())

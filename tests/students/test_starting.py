@@ -67,6 +67,15 @@ def test_a_whole_student_starts_where_the_earlier_one_ended(whole: Path, setting
     assert not same_output(student, new_student(teacher), condition, 1e-3)
 
 
+def test_a_consistency_student_starts_where_a_flow_ended(settings: Callable[..., Config], tmp_path: Path) -> None:
+    """That of a Sana is saved as a network of one guidance scale, and this one embeds scales."""
+    flow = run(settings("objective=velocity", "space.kind=coupling"), tmp_path / "run")
+    student, condition = started(flow, settings("objective=continuous"))
+    earlier = load_student(flow, "cpu")[1]
+    assert type(student) is not type(earlier) and same_output(student, earlier, condition, 1e-5)
+    assert not same_output(student, new_student(load_teacher(settings().teacher, "cpu")), condition, 1e-3)
+
+
 def test_a_lora_student_starts_where_the_earlier_one_ended(lora: Path, settings: Callable[..., Config]) -> None:
     student, condition = started(lora, settings("student.lora=4"))
     assert same_output(student, load_student(lora, "cpu")[1], condition)

@@ -215,6 +215,7 @@ def pairs_in(config: Config, teacher: SanaTeacher, prompts: PromptFile) -> Pairs
 def test_diffusion_space_draws_independent_times(teacher: SanaTeacher, settings: Settings, prompts: PromptFile) -> None:
     """Logit-normal times of the given mean and spread, none replaced by pi/2, as a walk's first is."""
     changes = ("space.kind=endpoints", "space.route=logit_normal", "training.prompts_per_step=64")
+    changes += ("space.route_per=prompt",)
     nine, one = (settings(*changes, f"space.route_steps={count}") for count in (9, 2))
     times = torch.cat([draw(step, prompts, teacher, nine, CPU).times(nine.space) for step in range(8)])
     assert times.shape == (512, 8) and (times.diff(dim=1) <= 0).all()
@@ -319,8 +320,10 @@ def test_blocks_are_recomputed_in_bfloat16_too(
     wanted = state(train(settings(*plain, "training.tangent=one_pass"), tmp_path / "plain", teacher, prompts)[0])
     checkpointing = () if "block" in change else ("training.checkpointing=true",)
     found = state(train(settings(*same, *checkpointing), tmp_path / "run", teacher, prompts)[0])
-    for name, value in found.items():
-        torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=1e-3)
+    torch.manual_seed(0)
+    start = state(new_student(teacher))
+    for name, value in found.items():  # AdamW turns a gradient's rounding around zero into a whole step
+        assert (value - wanted[name]).norm() <= 0.15 * (wanted[name] - start[name]).norm() + 1e-4, name
 
 
 def test_looks_are_rare_and_lose_nothing(

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from stepfold.errors import UserError
 from stepfold.settings import FakeSettings, StudentSettings, TeacherSettings
 from stepfold.students.card import read_card, student_folder
 from stepfold.students.loading import load_merged, load_student
 from stepfold.students.lora import lora_student
+from stepfold.students.sana import SanaStudent, student_transformer
 from stepfold.students.two_times import EMBEDDER
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Student
@@ -89,6 +91,16 @@ def whole_from_lora(folder: Path, device: torch.device) -> Student:
     return whole
 
 
+def network_for(student: Student, earlier: Student) -> nn.Module:
+    """The earlier student's network, with a neutral guidance embedder where it stands for one scale and this for many.
+
+    A Sana that was trained as a velocity is such: see `sana.plain_transformer`.
+    """
+    network = earlier.get_submodule("transformer")
+    gains = isinstance(student, SanaStudent) and not isinstance(earlier, SanaStudent)
+    return student_transformer(network) if gains else network
+
+
 @torch.no_grad()
 def copy_weights(earlier: Student, student: Student, folder: Path) -> None:
     """Copies the network's weights, and the second embedder's where both students have one.
@@ -96,10 +108,12 @@ def copy_weights(earlier: Student, student: Student, folder: Path) -> None:
     Raises:
         UserError: the networks differ, in depth for example.
     """
-    parts = ["transformer", EMBEDDER] if earlier.reads_target and student.reads_target else ["transformer"]
-    for part in parts:
+    parts = {"transformer": network_for(student, earlier)}
+    if earlier.reads_target and student.reads_target:
+        parts[EMBEDDER] = earlier.get_submodule(EMBEDDER)
+    for part, weights in parts.items():
         try:
-            student.get_submodule(part).load_state_dict(earlier.get_submodule(part).state_dict())
+            student.get_submodule(part).load_state_dict(weights.state_dict())
         except RuntimeError:
             raise UserError(
                 f"student.init {folder} has another network than this run's student; give the same student.depth and "
