@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +36,7 @@ def jump(
 
     Reference: arXiv:2506.14603, where it is one flow-matching Euler step with the average velocity.
     """
-    two_times: Any = student
-    F = two_times(x / sigma_data, t, condition, guidance, target)
+    F = student(x / sigma_data, t, condition, guidance, target)
     return euler_step(x, t, target, sigma_data * F.to(x.dtype))
 
 
