@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from stepfold.api import distill_module, load_module_student
 from stepfold.config import load_config
 from stepfold.errors import UserError
+from stepfold.maths.blocks import compiled_blocks
 from stepfold.maths.formulations import euler_step
 from stepfold.maths.tangent import BACKENDS, total_derivative
-from stepfold.students import two_times
 from stepfold.students.lora import load_lora, lora_student, save_lora
 from stepfold.students.saving import save_whole
 from stepfold.students.two_times import load_embedder
@@ -24,6 +24,7 @@ from stepfold.students.whole import as_student, new_student
 from stepfold.teachers.contract import Condition, Student, deepcopy_sharing
 from stepfold.teachers.loading import family_of
 from stepfold.teachers.module import ModuleTeacher
+from stepfold.training.processes import blocks_of
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "sana": tiny.make_sana,
@@ -215,22 +216,41 @@ def test_a_target_read_late_or_not_at_all_is_noticed(sana: Any, monkeypatch: pyt
     batch, student = batch_of(sana), lively(new_student(sana, two_times=True))
     expected = gradients(student, batch, (TARGETS, 0.3 * TARGETS))
 
-    def late(network: nn.Module, embedder: Any, s: Tensor | None) -> Any:
+    class Late:
         """Reads the last target that was set, whenever a block is computed."""
-        late.target = s if s is not None else late.target
-        if not late.hooked:
-            for block in network.transformer_blocks:
-                block.register_forward_hook(lambda part, args, out: out + embedder(late.target)[:, None])
-            late.hooked = True
-        return two_times.told(network, None, s)
 
-    late.hooked, late.target = False, None
-    for told in (late, lambda network, embedder, s: two_times.told(network, None, s)):
+        target: Tensor | None = None
+
+        def __call__(self, network: Any, embedder: Any, s: Tensor | None, call: Callable[[], Any]) -> Any:
+            if self.target is None:
+                for block in network.transformer_blocks:
+                    block.register_forward_hook(lambda part, args, out: out + embedder(self.target)[:, None])
+            self.target = s
+            return call()
+
+    for told in (Late(), lambda network, embedder, s, call: call()):
         with monkeypatch.context() as patch:
             patch.setattr("stepfold.students.sana.told", told)
             found = gradients(copy.deepcopy(student), batch, (TARGETS, 0.3 * TARGETS))
         name = "transformer.transformer_blocks.0.attn1.to_q.weight"
         assert not torch.allclose(found[name], expected[name], rtol=1e-3, atol=0)
+
+
+def test_compiled_blocks_and_networks_follow_the_target(sana: Any) -> None:
+    """Compiled code is made at the first call, and must not keep its target."""
+    student, batch, targets = lively(new_student(sana, two_times=True)), batch_of(sana), (TARGETS, 0.3 * TARGETS)
+    expected = gradients(student, batch, targets)
+    with compiled_blocks(blocks_of(student), backend="aot_eager_decomp_partition"):
+        found = gradients(student, batch, targets)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+    own = lively(new_student(ModuleTeacher(Own(), encode, (2,), time_part="embed"), two_times=True))
+    small = torch.randn(3, 2), torch.tensor([1.5, 1.1, 0.6]), encode(PROMPTS), torch.ones(3)
+    plain = [own(*small, target) for target in (*targets, None)]
+    with compiled_blocks([own], backend="aot_eager_decomp_partition"):  # as a run does that finds no blocks in it
+        for _ in range(2):
+            for target, value in zip((*targets, None), plain, strict=True):
+                torch.testing.assert_close(own(*small, target), value, rtol=1e-5, atol=1e-6)
 
 
 def trained(student: Student) -> Student:

@@ -35,8 +35,8 @@ class ModuleStudent(Student):
     def forward(
         self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor, target: Tensor | None = None
     ) -> Tensor:
-        with told(self.transformer, self.target_embedder, target):
-            return self.predict(self.transformer, x_unit, t, condition, guidance)
+        network, embedder = self.transformer, self.target_embedder
+        return told(network, embedder, target, lambda: self.predict(network, x_unit, t, condition, guidance))
 
     @override
     def log_variance(self, t: Tensor, guidance: Tensor, target: Tensor | None = None) -> Tensor:

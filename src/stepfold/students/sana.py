@@ -33,16 +33,19 @@ class SanaStudent(Student):
     def forward(
         self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor, target: Tensor | None = None
     ) -> Tensor:
-        with told(self.transformer, self.target_embedder, target):
-            return trigflow_network(self.transformer, x_unit, t, condition, guidance, 1.0)
+        network, embedder = self.transformer, self.target_embedder
+        return told(network, embedder, target, lambda: trigflow_network(network, x_unit, t, condition, guidance, 1.0))
 
     @override
     def log_variance(self, t: Tensor, guidance: Tensor, target: Tensor | None = None) -> Tensor:
         """Linear in the embedding of times and guidance, which it trains."""
-        scale = self.transformer.config.guidance_embeds_scale
-        dtype = self.variance_head.weight.dtype
-        with told(self.transformer, self.target_embedder, target):
-            _, embedding = self.transformer.time_embed(flow_time(t), guidance=guidance * scale, hidden_dtype=dtype)
+        network, embedder = self.transformer, self.target_embedder
+        scale, dtype = network.config.guidance_embeds_scale, self.variance_head.weight.dtype
+
+        def embedded() -> tuple[Tensor, Tensor]:
+            return network.time_embed(flow_time(t), guidance=guidance * scale, hidden_dtype=dtype)
+
+        _, embedding = told(network, embedder, target, embedded)
         return self.variance_head(embedding).squeeze(-1)
 
     @override

@@ -1,9 +1,10 @@
 """Students told two times: the state's t, and the target time s that they jump to."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from stepfold.errors import UserError
 from stepfold.students.heads import NUM_WAVES, target_waves
 from stepfold.teachers.contract import Student
 
+Result = TypeVar("Result")
 EMBEDDER = "target_embedder"
 """Where a student has its `TargetEmbedder`, and the name of the file that holds it."""
 
@@ -65,9 +67,8 @@ def embedding_width(network: nn.Module, part: str) -> int:
     return layers[-1].out_features
 
 
-@contextmanager
-def told(network: nn.Module, embedder: TargetEmbedder | None, s: Tensor | None) -> Iterator[None]:
-    """Adds E(s) to the network's time embedding, in calls within it.
+def told(network: nn.Module, embedder: TargetEmbedder | None, s: Tensor | None, call: Callable[[], Result]) -> Result:
+    """What a call of a network gives while E(s) is added to its time embedding.
 
     The embedding is made outside the network's blocks and given to them, so blocks that the backward pass computes
     again get what they got before.
@@ -76,17 +77,19 @@ def told(network: nn.Module, embedder: TargetEmbedder | None, s: Tensor | None) 
         network: the student's.
         embedder: None for a student told one time.
         s: target times [B], as many as the network is given states; None for 0.
+        call: calls the network.
     """
-    if embedder is None or s is None:
-        yield
-        return
+    return call() if embedder is None or s is None else _told(network, embedder, s, call)
 
+
+@torch.compiler.disable  # compiled code would go on with the first call's s; blocks compiled one by one are not in here
+def _told(network: nn.Module, embedder: TargetEmbedder, s: Tensor, call: Callable[[], Result]) -> Result:
     def add(part: nn.Module, args: tuple[Tensor, ...], embedding: Tensor) -> Tensor:
         return embedding + embedder(s).to(embedding.dtype)
 
     handle = network.get_submodule(embedder.part).register_forward_hook(add)
     try:
-        yield
+        return call()
     finally:
         handle.remove()
 
