@@ -82,7 +82,7 @@ def told(network: nn.Module, embedder: TargetEmbedder | None, s: Tensor | None, 
     return call() if embedder is None or s is None else _told(network, embedder, s, call)
 
 
-@torch.compiler.disable()  # compiled code would go on with the first call's s; blocks compiled one by one are not in here
+@torch.compiler.disable()  # compiled code would go on with the first call's s; blocks are compiled apart
 def _told(network: nn.Module, embedder: TargetEmbedder, s: Tensor, call: Callable[[], Result]) -> Result:
     def add(part: nn.Module, args: tuple[Tensor, ...], embedding: Tensor) -> Tensor:
         return embedding + embedder(s).to(embedding.dtype)
