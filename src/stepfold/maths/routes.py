@@ -141,7 +141,8 @@ def reference_route(uniform: Tensor, shift: float = 2.5, start_time: float = mat
 
     Args:
         uniform: draws of U[0, 1) [B, num_steps]; the first column is not used.
-        shift, start_time: of `reference_times`.
+        shift: of `reference_times`.
+        start_time: of `reference_times`.
 
     Returns:
         [B, num_steps].
