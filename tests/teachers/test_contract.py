@@ -35,7 +35,7 @@ from stepfold.teachers.loading import family_of
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.teachers.pixart import PixArtTeacher
-from stepfold.teachers.sana import SanaTeacher
+from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
 from stepfold.teachers.wan import WanTeacher
@@ -84,7 +84,7 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "sana, no guidance": lambda sana, _: SanaTeacher(sana, max_tokens=MAX_TOKENS, guidance_kind="none"),
     "sana, to 1000": lambda sana, empty: SanaTeacher(to_thousand(sana, empty / "sana"), max_tokens=MAX_TOKENS),
     "sana, float64": lambda sana, _: SanaTeacher(sana, max_tokens=MAX_TOKENS, dtype=torch.float64),
-    "sprint": lambda sana, empty: SanaTeacher(sprint_folder(sana, empty / "sprint"), max_tokens=MAX_TOKENS),
+    "sprint": lambda sana, empty: SprintTeacher(sprint_folder(sana, empty / "sprint"), max_tokens=MAX_TOKENS),
     "sd3": lambda _, empty: SD3Teacher(tiny.save(tiny.make_sd3, empty / "sd3"), **SMALL),
     "sd3, no guidance": lambda _, empty: SD3Teacher(
         tiny.save(tiny.make_sd3, empty / "sd3"), **SMALL, guidance_kind="none"

@@ -22,7 +22,7 @@ from stepfold.students.saving import save_whole
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_teacher
-from stepfold.teachers.sana import SanaTeacher
+from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 
 PROMPTS = ["red heart", "dog on blue background", "pizza on a white plate"]
 
@@ -150,7 +150,7 @@ def test_a_student_is_written_without_a_place_for_its_encoders_on_the_device(tin
     teacher = SanaTeacher(tiny_sana, network_only=True, null=whole.null_condition)
     student, teacher.device = new_student(teacher), torch.device("meta")
     save_whole(teacher, student, tmp_path / "student", tiny.recipe(teacher))
-    assert SanaTeacher(tmp_path / "student").decode(torch.zeros(1, *whole.latent_shape)).isfinite().all()
+    assert SprintTeacher(tmp_path / "student").decode(torch.zeros(1, *whole.latent_shape)).isfinite().all()
 
 
 def test_guidance_moves_away_from_the_unconditional_velocity_in_proportion(tiny_sana: Path, teacher: SanaTeacher):

@@ -8,7 +8,7 @@ from typing_extensions import override
 from stepfold.students.heads import TimeHead
 from stepfold.students.two_times import TargetEmbedder, told
 from stepfold.teachers.contract import Condition, Student
-from stepfold.teachers.pipeline import Predict
+from stepfold.teachers.family import Predict
 
 
 class ModuleStudent(Student):

@@ -14,7 +14,7 @@ from stepfold.teachers.contract import Student
 from stepfold.teachers.module import ModuleTeacher
 from stepfold.teachers.once import compute_afresh
 from stepfold.teachers.pipeline import PipelineTeacher
-from stepfold.teachers.sana import SanaTeacher
+from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 
 
 def new_student(teacher: PipelineTeacher | ModuleTeacher, depth: float = 1.0, *, two_times: bool = False) -> Student:
@@ -50,7 +50,7 @@ def as_student(teacher: PipelineTeacher, *, two_times: bool = False) -> Student:
     With `two_times` its second embedder is new; see `two_times.load_embedder`.
     """
     network, part = teacher.transformer, time_part(teacher, teacher.transformer) if two_times else None
-    if isinstance(teacher, SanaTeacher) and teacher.is_sprint:
+    if isinstance(teacher, SprintTeacher):
         return SanaStudent(network, time_part=part)
     return NetworkStudent(network, teacher.predict, time_part=part)
 

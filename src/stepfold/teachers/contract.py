@@ -163,28 +163,28 @@ class Teacher(Protocol):
     @property
     def network(self) -> nn.Module:
         """What `velocity` calls."""
-        ...
+        raise NotImplementedError
 
     @property
     def student_reads_guidance(self) -> bool:
         """Whether a student of it can be told which scale it stands for."""
-        ...
+        raise NotImplementedError
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Prompts -> condition, one row a prompt."""
-        ...
+        raise NotImplementedError
 
     def park_text_encoder(self) -> None:
         """Takes the text encoder off the device until `encode` needs it again."""
-        ...
+        raise NotImplementedError
 
     def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
         """The times of a student's steps without the final 0, as its pipeline takes them."""
-        ...
+        raise NotImplementedError
 
     def ddim_times(self, num_steps: int) -> Tensor:
         """Float64 [num_steps + 1], falling to 0: the times of DDIM's steps, for teachers that sample with it."""
-        ...
+        raise NotImplementedError
 
     def velocity(
         self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, *, with_gradient: bool = False
@@ -201,7 +201,7 @@ class Teacher(Protocol):
         Returns:
             [B, ...], of x's dtype.
         """
-        ...
+        raise NotImplementedError
 
     def branches(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """dx/dt without and with the prompt, (v_u, v_c), both [B, ...], from one call of the network; no gradient.
@@ -210,33 +210,33 @@ class Teacher(Protocol):
         teacher without guidance gives v_c twice. One with embedded guidance has no v_u: it is extrapolated, so that the
         rule holds at w = 1 and at `default_guidance` (at 2 where that is 1 or less), and is an approximation elsewhere.
         """
-        ...
+        raise NotImplementedError
 
     @property
     def exact_branches(self) -> bool:
         """Whether v_u of `branches` is the network's own, not an extrapolation over embedded scales."""
-        ...
+        raise NotImplementedError
 
     def clear_prompt_cache(self) -> None:
         """Lets go of what `velocity` kept of its last prompts for the next call; nothing else depends on it."""
-        ...
+        raise NotImplementedError
 
     def features(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> list[Tensor]:
         """What the network sees inside at x [B, ...], t [B]: maps [B, tokens, width], with a gradient to x."""
-        ...
+        raise NotImplementedError
 
     def decode(self, x0: Tensor) -> Tensor:
         """Clean latents (of standard deviation sigma_data) [B, ...] -> pictures [B, 3, H, W] in [0, 1]."""
-        ...
+        raise NotImplementedError
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] -> clean latents (of standard deviation sigma_data) [B, ...]."""
-        ...
+        raise NotImplementedError
 
     def black_latent(self, shape: tuple[int, ...]) -> Tensor:
         """z_black: the unit-variance latent of an all-black picture, of one of its latent shapes."""
-        ...
+        raise NotImplementedError
 
     def release_decoder(self) -> None:
         """Takes the autoencoder out of memory; `decode` and `black_latent` load it again."""
-        ...
+        raise NotImplementedError

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import DiTPipeline
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stepfold.errors import UserError
 from stepfold.teachers.contract import Condition
@@ -36,8 +37,9 @@ class DiTTeacher(VPTeacher):
     pipelines = (DiTPipeline,)
     loads_lora = False
 
+    @override
     def raw(self) -> Raw:
-        """See `VPTeacher`; the network draws at one size.
+        """Checks that pictures are of the one size that the network draws.
 
         Raises:
             UserError: another size is asked for.
@@ -52,14 +54,14 @@ class DiTTeacher(VPTeacher):
             )
         return dit_network
 
+    @override
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
-        """See `PipelineTeacher`."""
         side = self.transformer.config.sample_size * factor
         return self.transformer.config.in_channels, factor, side, side
 
     @property
+    @override
     def examples(self) -> tuple[str, ...]:
-        """See `PipelineTeacher`."""
         return tuple(map(str, range(min(8, self.num_classes))))
 
     @property
@@ -67,8 +69,8 @@ class DiTTeacher(VPTeacher):
         """Without the class of nothing."""
         return self.transformer.config.num_embeds_ada_norm
 
+    @override
     def usual_tokens(self) -> int:
-        """See `PipelineTeacher`."""
         return 1
 
     def class_of(self, prompt: str) -> int:
@@ -87,37 +89,40 @@ class DiTTeacher(VPTeacher):
             )
         return found
 
+    @override
     def check_prompts(self, prompts: Iterable[str]) -> None:
-        """See `PipelineTeacher`."""
         for prompt in prompts:
             self.class_of(prompt)
 
+    @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
-        """See `PipelineTeacher`."""
         return self._one_hot([self.class_of(prompt) for prompt in prompts])
 
+    @override
     def encode_nothing(self) -> Condition:
-        """See `PipelineTeacher`."""
         return self._one_hot([self.num_classes])
 
     def _one_hot(self, classes: list[int]) -> Condition:
         numbers = torch.tensor(classes, device=self.device)[:, None]
         return Condition.whole(nn.functional.one_hot(numbers, self.num_classes + 1).to(self.work_dtype))
 
+    @override
     def usual_call(self) -> dict[str, Any]:
-        """See `PipelineTeacher`; it takes no sizes."""
+        """This pipeline takes no sizes."""
         return {}
 
+    @override
     def in_call(self, prompt: str) -> Any:
-        """See `PipelineTeacher`."""
         return [self.class_of(prompt)]
 
+    @override
     def inputs(self, prompts: Sequence[str], draws: Sequence[torch.Generator]) -> dict[str, Any]:
-        """See `PipelineTeacher`; this pipeline draws its noise itself."""
+        """This pipeline draws its noise itself."""
         return {"class_labels": [self.class_of(prompt) for prompt in prompts], "generator": list(draws)}
 
+    @override
     def latents_of(self, pipe: Any, prompts: Sequence[str], draws: Sequence[torch.Generator], **call: Any) -> Tensor:
-        """See `PipelineTeacher`; this pipeline gives pictures only, so its autoencoder is watched for the latents."""
+        """This pipeline gives pictures only, so its autoencoder is watched for the latents."""
         given: list[Tensor] = []
         first: nn.Module = pipe.vae.decoder if pipe.vae.post_quant_conv is None else pipe.vae.post_quant_conv
         handle = first.register_forward_pre_hook(lambda module, args: given.append(args[0]))

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stepfold.maths.formulations import flow_prediction
 from stepfold.teachers.contract import Condition, GuidanceKind
-from stepfold.teachers.pipeline import PipelineTeacher, Predict
+from stepfold.teachers.family import Predict
+from stepfold.teachers.pipeline import PipelineTeacher
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -71,43 +73,44 @@ class FluxTeacher(PipelineTeacher):
     pipelines = (FluxPipeline,)
     even_ladder = True
 
+    @override
     def predictor(self) -> Predict:
-        """See `PipelineTeacher`."""
         self.transformer.x_embedder.register_forward_hook(keep_precision)  # a student's copy has it too
         return partial(flux_network, time_scale=self.time_scale)
 
+    @override
     def time_embedder(self, network: Any) -> Any:
-        """See `PipelineTeacher`."""
         return network.time_text_embed
 
+    @override
     def time_part(self, network: Any) -> str | None:
-        """See `PipelineTeacher`."""
         return "time_text_embed.timestep_embedder"
 
+    @override
     def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
-        """See `PipelineTeacher`."""
         return ("embedded",) if self.transformer.config.guidance_embeds else ("none",)
 
+    @override
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
-        """See `PipelineTeacher`."""
         side = self.pipe.default_sample_size * factor
         return self.transformer.config.in_channels // 4, 2 * factor, side, side
 
+    @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
-        """See `PipelineTeacher`; both text encoders read the same prompt, and padding is attended to as in use."""
+        """Both text encoders read the same prompt, and padding is attended to as in use."""
         embeds, pooled, _ = self.pipe.encode_prompt(
             list(prompts), device=self.device, max_sequence_length=self.max_tokens
         )
         return Condition.whole(embeds.to(self.work_dtype), pooled.to(self.work_dtype))
 
+    @override
     def block_stacks(self) -> dict[str, str]:
-        """See `PipelineTeacher`."""
         return super().block_stacks() | {"single_transformer_blocks": "num_single_layers"}
 
+    @override
     def pack(self, latents: Tensor) -> Tensor:
-        """See `PipelineTeacher`."""
         return pack(latents)
 
+    @override
     def unpack(self, latents: Tensor) -> Tensor:
-        """See `PipelineTeacher`."""
         return unpack(latents, *self.latent_shape[1:])

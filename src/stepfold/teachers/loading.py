@@ -16,7 +16,7 @@ from stepfold.teachers.folders import check_folder, load_index, load_networks, u
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
-from stepfold.teachers.sana import SanaTeacher
+from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
 from stepfold.teachers.wan import WanTeacher
@@ -25,6 +25,7 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
     pipeline.__name__: family
     for family in (
         SanaTeacher,
+        SprintTeacher,
         SD3Teacher,
         FluxTeacher,
         PixArtTeacher,
@@ -123,7 +124,7 @@ def counts_to_thousand(config: Config) -> bool:
             network.load_config(source, subfolder=family.network_part),
             scheduler.load_config(source, subfolder="scheduler"),
         )
-        return family.time_scale_of(index["_class_name"], *configs) >= 10
+        return family.time_scale_of(*configs) >= 10
     except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise unloadable(source, error) from None
 

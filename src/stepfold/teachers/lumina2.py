@@ -6,11 +6,13 @@ from typing import Any
 
 from diffusers import Lumina2Pipeline
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_prediction, flow_state, flow_velocity, guide, trigflow_output
 from stepfold.teachers.contract import Condition
-from stepfold.teachers.pipeline import PipelineTeacher, Predict
+from stepfold.teachers.family import Predict
+from stepfold.teachers.pipeline import PipelineTeacher
 
 
 def lumina2_network(
@@ -41,42 +43,46 @@ class Lumina2Teacher(PipelineTeacher):
     lora_blocks = ("layers.", "refiner.")
 
     @classmethod
-    def time_scale_of(cls, pipeline: str, network: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:
-        """See `PipelineTeacher`."""
+    @override
+    def time_scale_of(cls, network: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:
         return 1.0
 
+    @override
     def block_stacks(self) -> dict[str, str]:
-        """See `PipelineTeacher`."""
         return {"layers": "num_layers"}
 
+    @override
     def predictor(self) -> Predict:
-        """See `PipelineTeacher`."""
         return lumina2_network
 
+    @override
     def time_part(self, network: Any) -> str | None:
-        """See `PipelineTeacher`."""
         return "time_caption_embed.timestep_embedder"
 
+    @override
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
-        """See `PipelineTeacher`; the pipeline insists on multiples of 16."""
+        """The pipeline insists on multiples of 16."""
         config = self.transformer.config
         side = config.sample_size * factor
         return config.in_channels, math.lcm(factor * config.patch_size, 16), side, side
 
+    @override
     def guided(self, x_unit: Tensor, t: Tensor, without: Tensor, with_prompt: Tensor, guidance: Tensor) -> Tensor:
-        """See `PipelineTeacher`; each row of the flow velocity keeps the length that it has with the prompt."""
+        """Each row of the flow velocity keeps the length that it has with the prompt."""
         x_flow, t_flow = flow_state(x_unit, t)
         prompted = flow_velocity(x_flow, t_flow, with_prompt)
         velocity = guide(flow_velocity(x_flow, t_flow, without), prompted, guidance)
         kept = prompted.norm(dim=-1, keepdim=True) / velocity.norm(dim=-1, keepdim=True)
         return trigflow_output(x_flow, t_flow, kept * velocity)
 
+    @override
     def tokens_for_shift(self) -> int:
-        """See `PipelineTeacher`; it takes the channels for them."""
+        """Number of channels, which this pipeline takes for the number of tokens."""
         return self.latent_shape[0]
 
+    @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
-        """See `PipelineTeacher`; behind the pipeline's system prompt, which counts as part of the prompt's length."""
+        """Encodes behind the pipeline's system prompt, which counts towards the prompt's length."""
         before = len(self.pipe.tokenizer(f"{self.pipe.system_prompt} <Prompt Start> ").input_ids)
         longest = self.transformer.config.axes_lens[0]
         if not before < self.max_tokens < longest:
@@ -89,11 +95,13 @@ class Lumina2Teacher(PipelineTeacher):
         )
         return Condition(embeds.to(self.work_dtype), mask)
 
+    @override
     def encode_nothing(self) -> Condition:
-        """See `PipelineTeacher`; without the system prompt."""
+        """Encodes the empty prompt, without the system prompt."""
         *_, embeds, mask = self.pipe.encode_prompt([""], True, device=self.device, max_sequence_length=self.max_tokens)
         return Condition(embeds.to(self.work_dtype), mask)
 
+    @override
     def feature_parts(self) -> list[tuple[nn.Module, int]]:
-        """See `PipelineTeacher`; the prompt's tokens are among them."""
+        """Blocks of the main stack; their outputs hold the prompt's tokens too."""
         return [(block, self.transformer.config.hidden_size) for block in self.transformer.layers]

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stepfold.errors import UserError
 from stepfold.maths.formulations import (
@@ -16,8 +17,9 @@ from stepfold.maths.formulations import (
     guide,
 )
 from stepfold.maths.routes import even_flow_times, few_step_times
-from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName, concatenate
-from stepfold.teachers.pipeline import SIGMA_DATA, Predict
+from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName, Teacher, concatenate
+from stepfold.teachers.family import Predict
+from stepfold.teachers.pipeline import SIGMA_DATA
 
 
 def flow_network(network: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None) -> Tensor:
@@ -41,11 +43,10 @@ Prediction = Literal["flow", "trigflow", "edm"]
 PREDICTIONS: dict[Prediction, Predict] = {"flow": flow_network, "trigflow": own_trigflow_network, "edm": edm_network}
 
 
-class ModuleTeacher:
+class ModuleTeacher(Teacher):
     """A `contract.Teacher` around a module; data of unit variance, noise z of unit variance."""
 
     sigma_data = SIGMA_DATA
-    student_reads_guidance = False
     ode: Literal["flow", "trigflow"] = "flow"
     feature_widths: tuple[int, ...] = ()
 
@@ -97,32 +98,44 @@ class ModuleTeacher:
         self.nothing, self.default_guidance = nothing, guidance
         self._time_part = time_part
         self.guidance_kind: GuidanceKind = "none" if nothing is None else "classifier_free"
-        self.network = network.eval().requires_grad_(False)
+        self._network = network.eval().requires_grad_(False)
         self.encode_prompts, self.latent_shape, self.latent_shapes = encode, latent_shape, (latent_shape,)
         self.predict, self.start_time = PREDICTIONS[prediction], math.atan(sigma_max)
         self.shift, self.max_tokens = shift, max_tokens
 
+    @property
+    @override
+    def network(self) -> nn.Module:
+        return self._network
+
+    @property
+    @override
+    def student_reads_guidance(self) -> bool:
+        return False
+
     @torch.no_grad()
+    @override
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """See `Teacher`; on the network's device."""
+        """Encodes on the network's device."""
         return self._beside_network(self.encode_prompts(prompts))
 
     def _beside_network(self, condition: Condition) -> Condition:
         parameter = next(self.network.parameters(), None)
         return condition if parameter is None else condition.to(parameter.device, condition.embeds.dtype)
 
+    @override
     def velocity(
         self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, *, with_gradient: bool = False
     ) -> Tensor:
-        """See `Teacher`; both branches of the guidance go through the network as one batch."""
+        """Both branches of the guidance go through the network as one batch."""
         with torch.set_grad_enabled(with_gradient):
             without, with_prompt = self._branches(x / self.sigma_data, t, condition)
             F = with_prompt if self.nothing is None else guide(without, with_prompt, guidance)
             return (self.sigma_data * F).to(x.dtype)
 
     @torch.no_grad()
+    @override
     def branches(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """See `Teacher`."""
         without, with_prompt = self._branches(x / self.sigma_data, t, condition)
         return (self.sigma_data * without).to(x.dtype), (self.sigma_data * with_prompt).to(x.dtype)
 
@@ -143,18 +156,20 @@ class ModuleTeacher:
         return self._time_part
 
     @property
+    @override
     def exact_branches(self) -> bool:
-        """See `Teacher`."""
         return True
 
+    @override
     def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
-        """See `Teacher`."""
         consistency = sampler == "consistency"
         times = few_step_times(num_steps) if consistency else even_flow_times(num_steps, self.shift)[:-1].tolist()
         return [min(time, self.start_time) if self.start_time < math.pi / 2 else time for time in times]
 
+    @override
     def park_text_encoder(self) -> None:
-        """See `Teacher`; `encode` is the caller's."""
+        """Does nothing: the encoder is the caller's."""
 
+    @override
     def clear_prompt_cache(self) -> None:
-        """See `Teacher`; it keeps nothing."""
+        """Does nothing: there is no cache."""

@@ -2,31 +2,26 @@
 
 import inspect
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stepfold.errors import UserError, first_line
-from stepfold.maths.formulations import flow_time, guide
-from stepfold.maths.routes import even_flow_times, few_step_times
-from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName, concatenate
+from stepfold.teachers.contract import Condition, GuidanceKind, concatenate
+from stepfold.teachers.family import Family, Predict
 from stepfold.teachers.folders import load_index, load_network, load_pipeline, merge_lora
 from stepfold.teachers.once import compute_once, forget
-from stepfold.teachers.schedules import Schedule, flow_shift, read_flow
+from stepfold.teachers.schedules import flow_shift
 
 SIGMA_DATA = 0.5
 DECODED_AT_ONCE = 512 * 512  # pixels
 NUM_FEATURES = 5  # feature maps for discriminator heads
-
-Predict = Callable[[Any, Tensor, Tensor, Condition, Tensor | None], Tensor]
-"""(network, x / sigma_data [B, ...], t [B], condition, guidance scales [B] for a network that embeds them) -> F."""
 
 
 def in_precision(predict: Predict, dtype: torch.dtype) -> Predict:
@@ -50,30 +45,8 @@ def _under_autocast(
         return predict(network, x_unit, t, condition, guidance)
 
 
-class PipelineTeacher:
-    """A diffusers pipeline, from a folder or a hub id, as a TrigFlow teacher. See `contract.Teacher`.
-
-    A family sets the first two and says the rest in its methods.
-
-    Attributes:
-        pipelines: classes that the family can load.
-        network_part: name of the network's part in the pipeline.
-        even_ladder: the pipeline's own sampler walks noise levels 1, 1 - 1/n, ..., 1/n.
-        output: where the pipeline's result has what it made.
-        loads_lora: whether the pipeline loads LoRAs.
-        lora_blocks: parts of the names of the blocks that a LoRA is for.
-        frames: of a video; 1 where the pipeline makes pictures.
-        transformer: the network: a transformer, or a UNet.
-    """
-
-    pipelines: ClassVar[tuple[type, ...]] = ()
-    network_part: ClassVar[str] = "transformer"
-    even_ladder: bool = False
-    output: ClassVar[Literal["images", "frames"]] = "images"
-    loads_lora: ClassVar[bool] = True
-    lora_blocks: ClassVar[tuple[str, ...]] = ("block",)
-    ode: Literal["flow", "trigflow"] = "flow"
-    start_time: float = math.pi / 2
+class PipelineTeacher(Family):
+    """A diffusers pipeline, from a folder or a hub id, as a TrigFlow teacher: what all families share."""
 
     def __init__(
         self,
@@ -147,214 +120,6 @@ class PipelineTeacher:
             self._null = null.to(self.device, self.work_dtype) if null else self._encode_null()
             self._null_trimmed = self._null.trimmed()
 
-    # What a family says.
-
-    @classmethod
-    def time_scale_of(cls, pipeline: str, network: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:
-        """What the network's own time counts to: 1 or 1000.
-
-        Args:
-            pipeline: the name of the pipeline's class.
-            network: the network's config.
-            schedule: the scheduler's.
-        """
-        return float(schedule.get("num_train_timesteps", 1000))
-
-    @property
-    def time_scale(self) -> float:
-        """What this network's own time counts to."""
-        return self.time_scale_of(type(self.pipe).__name__, self.transformer.config, self.pipe.scheduler.config)
-
-    def check_index(self) -> None:
-        """Refuses, before it is loaded, a pipeline whose model_index.json says that the family does not understand it.
-
-        Raises:
-            UserError: what it is, and what would do.
-        """
-
-    def predictor(self) -> Predict:
-        """How the network is called: a plain function, or a partial of one."""
-        raise NotImplementedError
-
-    def time_embedder(self, network: Any) -> Any:
-        """Of a network like the teacher's, the part with `time_proj` and `timestep_embedder`, for `stepfold retime`.
-
-        None where it cannot be re-timed; where it can, `predictor` is a partial with `time_scale`.
-        """
-        return None
-
-    def time_part(self, network: Any) -> str | None:
-        """Name of the part of a student's network whose output is its time embedding [B, D], made outside the blocks.
-
-        None where there is no such part.
-        """
-        return None
-
-    def retimed_parts(self, network: Any) -> dict[str, Any]:
-        """The parts of the pipeline that change when `network` reads times of [0, 1]."""
-        own = self.pipe.scheduler.config
-        changes: dict[str, Any] = {"num_train_timesteps": 1}
-        if not own.get("use_dynamic_shifting", False):
-            changes["shift"] = self.shift  # `flow_shift` in other classes
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(own, **changes)
-        return {self.network_part: network, "scheduler": scheduler}
-
-    def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
-        """What this network can do about guidance, the usual one first."""
-        return ("classifier_free", "none")
-
-    @property
-    def num_train_timesteps(self) -> int:
-        """What the pipeline's scheduler counts to: 1 of a re-timed network whose own time it is."""
-        return self.pipe.scheduler.config.num_train_timesteps
-
-    @property
-    def network(self) -> nn.Module:
-        """See `Teacher`."""
-        return self.transformer
-
-    @property
-    def student_reads_guidance(self) -> bool:
-        """See `Teacher`."""
-        return self.guidance_kind == "embedded"
-
-    def pixels_a_latent(self, vae: dict[str, Any]) -> int:
-        """Along each side of a picture; `vae` is the autoencoder's config."""
-        return 2 ** (len(vae.get("encoder_block_out_channels") or vae["block_out_channels"]) - 1)
-
-    def geometry(self, factor: int) -> tuple[int, int, int, int]:
-        """Latent channels, what a picture's sides must be multiples of, its usual height and width in pixels.
-
-        Args:
-            factor: pixels a latent, along each side.
-        """
-        raise NotImplementedError
-
-    def time_axis(self, frames: int | None, vae: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
-        """Frames of a video, and the latents' extra dimension that stands for them: of pictures 1, and none.
-
-        Args:
-            frames: as asked for; None for the usual number.
-            vae: the autoencoder's config.
-        """
-        if frames not in (None, 1):
-            raise UserError(f"teacher.frames is {frames}, but {type(self.pipe).__name__} makes pictures; leave it out")
-        return 1, ()
-
-    def encode_texts(self, prompts: Sequence[str]) -> Condition:
-        """Prompts as in use -> condition; text encoders are loaded."""
-        raise NotImplementedError
-
-    def encode_nothing(self) -> Condition:
-        """The condition of the unconditional branch, one row."""
-        return self.encode_texts([""])
-
-    @property
-    def examples(self) -> tuple[str, ...]:
-        """Prompts to try the teacher with; none where it takes any text."""
-        return ()
-
-    def check_prompts(self, prompts: Iterable[str]) -> None:
-        """Refuses prompts that it cannot encode, before a run begins.
-
-        Raises:
-            UserError: the first of them, and what is allowed.
-        """
-
-    def usual_tokens(self) -> int:
-        """How long a prompt may be unless the settings say."""
-        if not self.takes_length:
-            return int(self.pipe.tokenizer.model_max_length)
-        return int(inspect.signature(self.pipe.__call__).parameters["max_sequence_length"].default)
-
-    def in_call(self, prompt: str) -> Any:
-        """A prompt as the first argument of the pipeline's call."""
-        return prompt
-
-    def idle_parameters(self) -> tuple[str, ...]:
-        """Parts of the names of a student's parameters that the first step cannot move."""
-        return ()
-
-    def of_the_prompt_alone(self) -> list[nn.Module]:
-        """The network's parts whose one input is the prompt's: no time and no latent. See `once.compute_once`."""
-        return []
-
-    def block_stacks(self) -> dict[str, str]:
-        """The network's lists of blocks, fewer in a smaller student -> what its config calls their lengths."""
-        return {"transformer_blocks": "num_layers"}
-
-    def call_options(self) -> dict[str, Any]:
-        """Arguments that each call of the pipeline needs besides the usual ones."""
-        return {}
-
-    def feature_parts(self) -> list[tuple[nn.Module, int]]:
-        """The network's blocks in order, each with the width of its output, which may serve as `features`."""
-        config = self.transformer.config
-        width = config.num_attention_heads * config.attention_head_dim
-        return [(block, width) for block in self.transformer.transformer_blocks]
-
-    def latent_scale(self, vae: Any) -> tuple[Any, Any]:
-        """What the network's unit latents are the autoencoder's times and minus: numbers or [C, 1, ...].
-
-        Args:
-            vae: the autoencoder's config.
-
-        Returns:
-            scale, offset: unit latents are (latents - offset) * scale.
-        """
-        return vae.scaling_factor, vae.get("shift_factor") or 0.0
-
-    def guided(self, x_unit: Tensor, t: Tensor, without: Tensor, with_prompt: Tensor, guidance: Tensor) -> Tensor:
-        """F of the two branches of classifier-free guidance -> F under guidance, as the pipeline does it by default.
-
-        Args:
-            x_unit, t: as of `Predict`.
-            without, with_prompt: F of either branch [B, ...].
-            guidance: scales [B].
-        """
-        return guide(without, with_prompt, guidance)
-
-    def pack(self, latents: Tensor) -> Tensor:
-        """Latents [B, ...] as the pipeline's own sampler has them."""
-        return latents
-
-    def unpack(self, latents: Tensor) -> Tensor:
-        """The inverse of `pack`."""
-        return latents
-
-    def plain_scheduler(self) -> Any:
-        """The scheduler of first-order steps, which `sample_teacher` repeats."""
-        return FlowMatchEulerDiscreteScheduler(self.num_train_timesteps, shift=self.shift)
-
-    def own_steps(self, num_steps: int) -> dict[str, Any]:
-        """Arguments with which the pipeline takes so many steps of its own ladder."""
-        return {"num_inference_steps": num_steps}
-
-    def tokens_for_shift(self) -> int:
-        """What the pipeline takes for the number of tokens where its sampler's shift depends on that."""
-        *_, height, width = self.latent_shape
-        return (height // 2) * (width // 2)
-
-    def read_schedule(self) -> Schedule:
-        """What the pipeline's scheduler says of its network.
-
-        Raises:
-            UserError: it is none that is understood for this network.
-        """
-        return read_flow(self.pipe.scheduler)
-
-    def ddim_times(self, num_steps: int) -> Tensor:
-        """See `Teacher`."""
-        raise NotImplementedError
-
-    def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
-        """See `Teacher`."""
-        if sampler == "consistency":
-            return few_step_times(num_steps)
-        return even_flow_times(num_steps, self.shift)[:-1].tolist()
-
-    # What they share.
-
     def shape_at(self, height: int, width: int) -> tuple[int, ...]:
         """The latent shape of pictures of a size in pixels.
 
@@ -369,8 +134,9 @@ class PipelineTeacher:
         return (channels, *self.latent_frames, height // self.factor, width // self.factor)
 
     @torch.no_grad()
+    @override
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """See `Teacher`. Prompts are treated as the pipeline treats them by default.
+        """Prompts are treated as the pipeline treats them by default.
 
         Raises:
             UserError: the tokenizer or a text encoder breaks on them, as damaged ones do.
@@ -412,14 +178,14 @@ class PipelineTeacher:
         """The unconditional branch's condition, one row, untrimmed; None for teachers without such a branch."""
         return self._null
 
+    @override
     def park_text_encoder(self) -> None:
-        """See `Teacher`."""
         for name in self._text_encoders():
             if (encoder := getattr(self.pipe, name)) is not None:
                 encoder.to("cpu")
 
+    @override
     def clear_prompt_cache(self) -> None:
-        """See `Teacher`."""
         self._both = None
         forget(self.of_the_prompt_alone())
 
@@ -435,10 +201,11 @@ class PipelineTeacher:
             return Condition(null.embeds, like.mask, null.pooled)
         return self._null_trimmed.expand(len(like))
 
+    @override
     def velocity(
         self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, *, with_gradient: bool = False
     ) -> Tensor:
-        """See `Teacher`. Both branches of classifier-free guidance go through the network as one batch."""
+        """Both branches of classifier-free guidance go through the network as one batch."""
         with torch.set_grad_enabled(with_gradient):
             x_unit = x / self.sigma_data
             if self.guidance_kind == "classifier_free":
@@ -448,14 +215,14 @@ class PipelineTeacher:
             return (self.sigma_data * F).to(x.dtype)
 
     @torch.no_grad()
+    @override
     def branches(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """See `Teacher`."""
         without, with_prompt = self._branches(x / self.sigma_data, t, condition)
         return (self.sigma_data * without).to(x.dtype), (self.sigma_data * with_prompt).to(x.dtype)
 
     @property
+    @override
     def exact_branches(self) -> bool:
-        """See `Teacher`."""
         return self.guidance_kind != "embedded"
 
     def _unguided(self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
@@ -479,8 +246,9 @@ class PipelineTeacher:
             return with_prompt - (first - with_prompt) / (guided - 1), with_prompt
         return first, with_prompt
 
+    @override
     def features(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> list[Tensor]:
-        """See `Teacher`. The outputs of evenly spaced blocks, without classifier-free guidance."""
+        """The outputs of evenly spaced blocks, without classifier-free guidance."""
         maps: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -510,13 +278,14 @@ class PipelineTeacher:
         """`latent_scale` of the pipeline's own autoencoder."""
         return self.latent_scale(self._read_vae().config)
 
+    @override
     def release_decoder(self) -> None:
-        """See `Teacher`."""
         self.pipe.vae = None
 
     @torch.no_grad()
+    @override
     def decode(self, x0: Tensor, batch: int | None = None) -> Tensor:
-        """See `Teacher`; so many at once as have the pixels of one picture of 512 x 512, or `batch`."""
+        """Decodes `batch` at once; by default as many as have the pixels of one picture of 512 x 512."""
         vae, batch = self._vae(), batch or max(1, DECODED_AT_ONCE // (self.height * self.width))
         scale, offset = self.autoencoder_scale()
         parts = (
@@ -526,33 +295,19 @@ class PipelineTeacher:
         return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
 
     @torch.no_grad()
+    @override
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """See `Teacher`. The mean, where the autoencoder gives a distribution."""
+        """Takes the mean where the autoencoder gives a distribution."""
         vae = self._vae()
         encoded = vae.encode((2 * pictures - 1).to(self.device, vae.dtype), return_dict=False)[0]
         latents = encoded if isinstance(encoded, Tensor) else encoded.mode()
         scale, offset = self.autoencoder_scale()
         return self.sigma_data * ((latents - offset) * scale).float()
 
+    @override
     def black_latent(self, shape: tuple[int, ...]) -> Tensor:
-        """See `Teacher`."""
         height, width = (self.factor * side for side in shape[-2:])
         return self.encode_pictures(torch.zeros(1, 3, height, self.frames * width))[0] / self.sigma_data
-
-    def inputs(self, prompts: Sequence[str], draws: Sequence[torch.Generator]) -> dict[str, Any]:
-        """The arguments that tell a pipeline of this family its prompts and its noise.
-
-        Args:
-            prompts: B strings.
-            draws: B generators on the CPU; each draws its prompt's unit noise.
-        """
-        noise = torch.stack([torch.randn(self.latent_shape, generator=draw) for draw in draws])
-        return {"prompt": list(prompts), "latents": self.pack(noise.to(self.device, self.dtype))}
-
-    def latents_of(self, pipe: Any, prompts: Sequence[str], draws: Sequence[torch.Generator], **call: Any) -> Tensor:
-        """Unit latents [B, ...] that a pipeline of this family makes in its own loop; for arguments see `inputs`."""
-        made = pipe(**self.inputs(prompts, draws), output_type="latent", return_dict=False, **call)
-        return self.unpack(made[0])
 
     def pipeline_latents(
         self,
@@ -572,54 +327,9 @@ class PipelineTeacher:
         finally:
             self.pipe.scheduler = old
 
-    # How its pipeline takes a student's steps, and how it is saved.
-
-    def student_scheduler(self, sampler: SamplerName) -> Any:
-        """The scheduler with which the saved pipeline takes a student's steps.
-
-        It shifts the noise levels that it is given, so its own shift is 1, and the card's call lists shifted ones.
-        """
-        fresh = sampler == "consistency"
-        return FlowMatchEulerDiscreteScheduler(self.num_train_timesteps, shift=1.0, stochastic_sampling=fresh)
-
-    def lora_scheduler(self, sampler: SamplerName) -> Any:
-        """The scheduler with which the teacher's own pipeline takes a LoRA student's steps.
-
-        Raises:
-            UserError: that pipeline cannot sample so.
-        """
-        return self.student_scheduler(sampler)
-
-    def lora_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
-        """Arguments with which the teacher's own pipeline takes a LoRA student's steps at the given times."""
-        return self.student_call(times, guidance, sampler)
-
-    def student_class(self, sampler: SamplerName) -> type:
-        """The pipeline class that a student is saved as."""
-        return type(self.pipe)
-
-    def student_parts(self, sampler: SamplerName) -> dict[str, Any]:
-        """The parts of a student's pipeline besides its network."""
-        return self.pipe.components | {"scheduler": self.student_scheduler(sampler)}
-
-    def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
-        """Arguments with which the saved pipeline takes a student's steps at the given times."""
-        sigmas = flow_time(torch.tensor(times, dtype=torch.float64)).clamp(max=1.0).tolist()
-        scale = guidance if self.guidance_kind == "embedded" else 1.0  # 1: one network call a step
-        return self.usual_call() | {"sigmas": sigmas, "guidance_scale": scale}
-
-    def usual_call(self) -> dict[str, Any]:
-        """Arguments that each call of the pipeline is given: sizes, and what the family needs."""
-        length = {"max_sequence_length": self.max_tokens} if self.takes_length else {}
-        return {"height": self.height, "width": self.width} | length | self.call_options()
-
     def save_retimed(self, network: Any, folder: Path) -> None:
         """Writes this teacher with a network that reads times of [0, 1] in the place of its own."""
         self.write_pipeline(type(self.pipe), lambda: self.pipe.components | self.retimed_parts(network), folder)
-
-    def index_extras(self) -> dict[str, Any]:
-        """Entries of model_index.json that the pipeline's class reads but does not write."""
-        return {}
 
     def write_pipeline(self, kind: Any, parts: Callable[[], dict[str, Any]], folder: Path) -> None:
         """Writes a pipeline folder.

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers import PixArtSigmaPipeline
 from torch import Tensor
+from typing_extensions import override
 
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.vp import Raw, VPTeacher
@@ -31,28 +32,29 @@ class PixArtTeacher(VPTeacher):
     pipelines = (PixArtSigmaPipeline,)
     loads_lora = False
 
+    @override
     def raw(self) -> Raw:
-        """See `VPTeacher`."""
         return pixart_network
 
+    @override
     def time_part(self, network: Any) -> str | None:
-        """See `PipelineTeacher`."""
         return "adaln_single.emb.timestep_embedder"
 
+    @override
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
-        """See `PipelineTeacher`."""
         config = self.transformer.config
         side = config.sample_size * factor
         return config.in_channels, factor * config.patch_size, side, side
 
+    @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
-        """See `PipelineTeacher`; captions are cleaned as the pipeline does by default."""
+        """Captions are cleaned as the pipeline does by default."""
         embeds, mask, *_ = self.pipe.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, device=self.device, max_sequence_length=self.max_tokens,
             clean_caption=inspect.signature(self.pipe.__call__).parameters["clean_caption"].default,
         )  # fmt: skip
         return Condition(embeds.to(self.work_dtype), mask)
 
+    @override
     def call_options(self) -> dict[str, Any]:
-        """See `PipelineTeacher`."""
         return {"use_resolution_binning": False}

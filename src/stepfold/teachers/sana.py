@@ -4,16 +4,18 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import SanaPipeline, SanaSprintPipeline, SCMScheduler
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_prediction
 from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName
-from stepfold.teachers.pipeline import PipelineTeacher, Predict
-from stepfold.teachers.schedules import Schedule, read_flow, read_trigflow
+from stepfold.teachers.family import Predict
+from stepfold.teachers.pipeline import PipelineTeacher
+from stepfold.teachers.schedules import Schedule, read_trigflow
 
 
 def trigflow_network(
@@ -54,142 +56,131 @@ def trigflow_network(
 
 
 class SanaTeacher(PipelineTeacher):
-    """SanaPipeline and SanaSprintPipeline.
+    """SanaPipeline.
 
     A student is a SanaSprintPipeline where the network reads time on [0, 1], as that pipeline passes it. The student of
     a network that counts to 1000 is a SanaPipeline, which has no place for embedded guidance.
     """
 
-    pipelines = (SanaPipeline, SanaSprintPipeline)
+    pipelines = (SanaPipeline,)
+    text_options: ClassVar[dict[str, Any]] = {"do_classifier_free_guidance": False}
 
     @classmethod
-    def time_scale_of(cls, pipeline: str, network: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:
-        """See `PipelineTeacher`.
-
-        SanaPipeline multiplies the scheduler's 0..1000 by timestep_scale; SanaSprintPipeline passes 0..1 as it is.
-        """
-        return 1.0 if pipeline == SanaSprintPipeline.__name__ else 1000.0 * network.get("timestep_scale", 1.0)
-
-    @property
-    def is_sprint(self) -> bool:
-        """Whether it is a SanaSprintPipeline itself."""
-        return isinstance(self.pipe, SanaSprintPipeline)
+    @override
+    def time_scale_of(cls, network: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:
+        """The pipeline multiplies 0 to 1000 by timestep_scale."""
+        return 1000.0 * network.get("timestep_scale", 1.0)
 
     @property
     def student_is_sprint(self) -> bool:
         """Whether a student of it, with weights of its own, is a SanaSprintPipeline."""
         return math.isclose(self.time_scale, 1.0)
 
-    def read_schedule(self) -> Schedule:
-        """See `PipelineTeacher`; a SanaSprintPipeline's is in TrigFlow."""
-        return read_trigflow(self.pipe.scheduler) if self.is_sprint else read_flow(self.pipe.scheduler)
-
-    def own_steps(self, num_steps: int) -> dict[str, Any]:
-        """See `PipelineTeacher`; SanaSprintPipeline's time between is for two steps."""
-        between = {"intermediate_timesteps": None} if self.is_sprint and num_steps != 2 else {}
-        return super().own_steps(num_steps) | between
-
+    @override
     def predictor(self) -> Predict:
-        """See `PipelineTeacher`."""
         return partial(trigflow_network, time_scale=self.time_scale)
 
+    @override
     def time_embedder(self, network: Any) -> Any:
-        """See `PipelineTeacher`."""
         return None if network.config.guidance_embeds else network.time_embed.emb
 
+    @override
     def time_part(self, network: Any) -> str | None:
-        """See `PipelineTeacher`."""
         return f"time_embed{'' if network.config.guidance_embeds else '.emb'}.timestep_embedder"
 
+    @override
     def retimed_parts(self, network: Any) -> dict[str, Any]:
-        """See `PipelineTeacher`; here the network's own config says it."""
+        """The network's own config says what its time counts to."""
         network.register_to_config(timestep_scale=self.transformer.config.timestep_scale / self.time_scale)
         return {self.network_part: network}
 
+    @override
     def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
-        """See `PipelineTeacher`."""
         return ("embedded",) if self.transformer.config.guidance_embeds else ("classifier_free", "none")
 
     @property
+    @override
     def student_reads_guidance(self) -> bool:
-        """See `Teacher`; a SanaSprintPipeline's embedder starts neutral."""
+        """A SanaSprintPipeline's embedder starts neutral."""
         return self.student_is_sprint
 
+    @override
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
-        """See `PipelineTeacher`; the pipelines themselves insist on multiples of 32."""
+        """The pipelines themselves insist on multiples of 32."""
         config = self.transformer.config
         side = config.sample_size * factor
         return config.in_channels, math.lcm(factor, 32), side, side
 
+    @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
-        """See `PipelineTeacher`; with the pipeline's default instruction."""
+        """Encodes behind the pipeline's default instruction."""
         return self._encode(
             prompts, inspect.signature(self.pipe.__call__).parameters["complex_human_instruction"].default
         )
 
+    @override
     def encode_nothing(self) -> Condition:
-        """See `PipelineTeacher`; without an instruction."""
+        """Encodes the empty prompt, without an instruction."""
         return self._encode([""], None)
 
     def _encode(self, prompts: Sequence[str], instruction: list[str] | None) -> Condition:
-        options = {} if self.is_sprint else {"do_classifier_free_guidance": False}
         encode_prompt: Any = self.pipe.encode_prompt
         embeds, mask, *_ = encode_prompt(
             list(prompts),
             device=self.device,
             max_sequence_length=self.max_tokens,
             complex_human_instruction=instruction,
-            **options,
+            **self.text_options,
         )
         return Condition(embeds.to(self.work_dtype), mask)
 
+    @override
     def idle_parameters(self) -> tuple[str, ...]:
-        """See `PipelineTeacher`; behind a zeroed layer there is a gradient from the second step on."""
+        """Behind a zeroed layer there is a gradient from the second step on."""
         starts_neutral = self.student_is_sprint and not self.transformer.config.guidance_embeds
         return (".guidance_embedder.linear_1.",) if starts_neutral else ()
 
+    @override
     def of_the_prompt_alone(self) -> list[nn.Module]:
-        """See `PipelineTeacher`."""
         parts = [self.transformer.caption_projection, self.transformer.caption_norm]
         for block in self.transformer.transformer_blocks:
             attention = block.attn2
             parts += [part for part in (attention.to_k, attention.to_v, attention.norm_k) if part is not None]
         return parts
 
+    @override
     def call_options(self) -> dict[str, Any]:
-        """See `PipelineTeacher`."""
         return {"use_resolution_binning": False}
 
+    @override
     def student_class(self, sampler: SamplerName) -> type:
         """SanaSprintPipeline only adds fresh noise at each step, so a flow student is a SanaPipeline."""
         return SanaSprintPipeline if self.student_is_sprint and sampler == "consistency" else SanaPipeline
 
+    @override
     def student_scheduler(self, sampler: SamplerName) -> Any:
         """SanaSprintPipeline's own, or the usual one."""
         if self.student_class(sampler) is SanaPipeline:
             return super().student_scheduler(sampler)
         return SCMScheduler(prediction_type="trigflow", sigma_data=self.sigma_data)
 
+    @override
     def student_parts(self, sampler: SamplerName) -> dict[str, Any]:
         """Both pipelines have the same parts."""
         parts = {name: getattr(self.pipe, name) for name in ("tokenizer", "text_encoder", "vae")}
         return parts | {"scheduler": self.student_scheduler(sampler)}
 
+    @override
     def lora_scheduler(self, sampler: SamplerName) -> Any:
-        """The pipeline's class stays: a SanaPipeline takes consistency steps with the usual scheduler."""
-        if not self.is_sprint:
-            return super().student_scheduler(sampler)
-        if sampler == "flow":
-            raise UserError(
-                "SanaSprintPipeline adds fresh noise at each step, so it cannot sample a LoRA that is a velocity; "
-                "train all weights (leave student.lora at 0)"
-            )
-        return self.student_scheduler(sampler)
+        """The usual one: the pipeline's class stays."""
+        return super().student_scheduler(sampler)
 
+    @override
     def lora_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
-        """The pipeline's class stays, as in `lora_scheduler`."""
-        return (self if self.is_sprint else super()).student_call(times, guidance, sampler)
+        """The usual one: the pipeline's class stays."""
+        return super().student_call(times, guidance, sampler)
 
+    @override
     def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
         """SanaSprintPipeline has a time between only where there are two steps."""
         if self.student_class(sampler) is SanaPipeline:
@@ -200,3 +191,39 @@ class SanaTeacher(PipelineTeacher):
             "guidance_scale": guidance,
             **self.usual_call(),
         }
+
+
+class SprintTeacher(SanaTeacher):
+    """SanaSprintPipeline: TrigFlow, time on [0, 1], guidance embedded; the student is one too."""
+
+    pipelines = (SanaSprintPipeline,)
+    text_options: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    @override
+    def time_scale_of(cls, network: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:
+        """The pipeline passes 0 to 1 as it is."""
+        return 1.0
+
+    @override
+    def read_schedule(self) -> Schedule:
+        return read_trigflow(self.pipe.scheduler)
+
+    @override
+    def own_steps(self, num_steps: int) -> dict[str, Any]:
+        """The pipeline's time between is for two steps."""
+        between = {} if num_steps == 2 else {"intermediate_timesteps": None}
+        return super().own_steps(num_steps) | between
+
+    @override
+    def lora_scheduler(self, sampler: SamplerName) -> Any:
+        if sampler == "flow":
+            raise UserError(
+                "SanaSprintPipeline adds fresh noise at each step, so it cannot sample a LoRA that is a velocity; "
+                "train all weights (leave student.lora at 0)"
+            )
+        return self.student_scheduler(sampler)
+
+    @override
+    def lora_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
+        return self.student_call(times, guidance, sampler)

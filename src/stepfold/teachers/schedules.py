@@ -121,17 +121,17 @@ class FlowSchedule:
     num_train_timesteps: int
 
     def state(self, scheduler: Any, sample: Tensor, timestep: Tensor | float) -> tuple[Tensor, Tensor]:
-        """See `VPSchedule`."""
+        """As of `VPSchedule`."""
         t_flow = torch.as_tensor(timestep).to(sample) / self.num_train_timesteps
         t_flow = t_flow.expand(len(sample))
         return trigflow_input(sample, t_flow, 1.0), trigflow_time(t_flow)
 
     def sample(self, scheduler: Any, x_unit: Tensor, t: Tensor, timestep: Tensor | float) -> Tensor:
-        """See `VPSchedule`."""
+        """As of `VPSchedule`."""
         return flow_input(x_unit, t, 1.0)
 
     def output(self, x_unit: Tensor, t: Tensor, F: Tensor) -> Tensor:
-        """See `VPSchedule`."""
+        """As of `VPSchedule`."""
         return flow_velocity(flow_input(x_unit, t, 1.0), flow_time(t), F)
 
 
@@ -142,15 +142,15 @@ class TrigFlowSchedule:
     sigma_data: float
 
     def state(self, scheduler: Any, sample: Tensor, timestep: Tensor | float) -> tuple[Tensor, Tensor]:
-        """See `VPSchedule`."""
+        """As of `VPSchedule`."""
         return sample / self.sigma_data, torch.as_tensor(timestep).to(sample).expand(len(sample))
 
     def sample(self, scheduler: Any, x_unit: Tensor, t: Tensor, timestep: Tensor | float) -> Tensor:
-        """See `VPSchedule`."""
+        """As of `VPSchedule`."""
         return self.sigma_data * x_unit
 
     def output(self, x_unit: Tensor, t: Tensor, F: Tensor) -> Tensor:
-        """See `VPSchedule`."""
+        """As of `VPSchedule`."""
         return self.sigma_data * F
 
 

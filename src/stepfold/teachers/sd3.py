@@ -6,11 +6,13 @@ from typing import Any
 
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
+from typing_extensions import override
 
 from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_prediction
 from stepfold.teachers.contract import Condition
-from stepfold.teachers.pipeline import PipelineTeacher, Predict
+from stepfold.teachers.family import Predict
+from stepfold.teachers.pipeline import PipelineTeacher
 
 
 def sd3_network(
@@ -35,41 +37,44 @@ class SD3Teacher(PipelineTeacher):
 
     pipelines = (StableDiffusion3Pipeline,)
 
+    @override
     def predictor(self) -> Predict:
-        """See `PipelineTeacher`."""
         return partial(sd3_network, time_scale=self.time_scale)
 
+    @override
     def time_embedder(self, network: Any) -> Any:
-        """See `PipelineTeacher`."""
         return network.time_text_embed
 
+    @override
     def time_part(self, network: Any) -> str | None:
-        """See `PipelineTeacher`."""
         return "time_text_embed.timestep_embedder"
 
     @property
+    @override
     def even_ladder(self) -> bool:
-        """See `PipelineTeacher`; the scheduler of a re-timed network has no ladder of its own."""
+        """The scheduler of a re-timed network has no ladder of its own."""
         return self.num_train_timesteps == 1
 
+    @override
     def own_steps(self, num_steps: int) -> dict[str, Any]:
-        """See `PipelineTeacher`."""
         levels = {"sigmas": [1 - i / num_steps for i in range(num_steps)]} if self.even_ladder else {}
         return super().own_steps(num_steps) | levels
 
+    @override
     def idle_parameters(self) -> tuple[str, ...]:
-        """See `PipelineTeacher`; the last block asks nothing on behalf of the text, whose stream ends there."""
+        """The last block asks nothing on behalf of the text, whose stream ends there."""
         last = f".transformer_blocks.{self.transformer.config.num_layers - 1}.attn."
         return (f"{last}add_q_proj.", f"{last}norm_added_q.")
 
+    @override
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
-        """See `PipelineTeacher`."""
         config = self.transformer.config
         side = config.sample_size * factor
         return config.in_channels, factor * config.patch_size, side, side
 
+    @override
     def shape_at(self, height: int, width: int) -> tuple[int, ...]:
-        """See `PipelineTeacher`; the network has a table of positions."""
+        """The network has a table of positions."""
         patch, most = self.transformer.config.patch_size, self.transformer.config.pos_embed_max_size
         if max(height, width) > (side := most * patch * self.factor):
             raise UserError(
@@ -78,8 +83,9 @@ class SD3Teacher(PipelineTeacher):
             )
         return super().shape_at(height, width)
 
+    @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
-        """See `PipelineTeacher`; every text encoder reads the same prompt, and padding is attended to as in use."""
+        """Every text encoder reads the same prompt, and padding is attended to as in use."""
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             list(prompts), None, None, device=self.device, do_classifier_free_guidance=False,
             max_sequence_length=self.max_tokens,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stepfold.errors import UserError
 from stepfold.teachers.contract import Condition
@@ -38,16 +39,16 @@ class StableDiffusionTeacher(VPTeacher):
     pipelines = (StableDiffusionPipeline,)
     network_part = "unet"
 
+    @override
     def raw(self) -> Raw:
-        """See `VPTeacher`."""
         return sd_network
 
+    @override
     def time_part(self, network: Any) -> str | None:
-        """See `PipelineTeacher`."""
         return "time_embedding"
 
+    @override
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
-        """See `PipelineTeacher`."""
         config = self.transformer.config
         if config.in_channels != config.out_channels:
             raise UserError(
@@ -57,17 +58,19 @@ class StableDiffusionTeacher(VPTeacher):
         side = config.sample_size * factor
         return config.in_channels, math.lcm(factor, 8), side, side
 
+    @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
-        """See `PipelineTeacher`."""
         embeds, _ = self.pipe.encode_prompt(list(prompts), self.device, 1, False)
         return Condition.whole(embeds.to(self.work_dtype))
 
+    @override
     def block_stacks(self) -> dict[str, str]:
-        """See `PipelineTeacher`; a UNet's blocks differ."""
+        """None: a UNet's blocks differ."""
         return {}
 
+    @override
     def feature_parts(self) -> list[tuple[nn.Module, int]]:
-        """See `PipelineTeacher`; the way up."""
+        """Blocks of the way up."""
         widths = reversed(self.transformer.config.block_out_channels)
         return list(zip(self.transformer.up_blocks, widths, strict=True))
 
@@ -77,22 +80,25 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
 
     pipelines = (StableDiffusionXLPipeline,)
 
+    @override
     def raw(self) -> Raw:
-        """See `VPTeacher`."""
         return partial(sdxl_network, factor=self.factor)
 
+    @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
-        """See `PipelineTeacher`; both text encoders read the same prompt."""
+        """Both text encoders read the same prompt."""
         embeds, _, pooled, _ = self._encode(prompts, False)
         return Condition.whole(embeds.to(self.work_dtype), pooled.to(self.work_dtype))
 
+    @override
     def encode_nothing(self) -> Condition:
-        """See `PipelineTeacher`; zeros, where the pipeline's config says so."""
+        """Encodes the empty prompt; as zeros where the pipeline's config says so."""
         _, embeds, _, pooled = self._encode([""], True)
         return Condition.whole(embeds.to(self.work_dtype), pooled.to(self.work_dtype))
 
+    @override
     def latent_scale(self, vae: Any) -> tuple[Any, Any]:
-        """See `PipelineTeacher`; this pipeline reads a mean and a deviation for each channel, where both are there."""
+        """This pipeline reads a mean and a deviation for each channel, where both are there."""
         scale, offset = super().latent_scale(vae)
         if vae.get("latents_mean") is None or vae.get("latents_std") is None:
             return scale, offset

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
 from torch import Tensor
+from typing_extensions import override
 
 from stepfold.errors import UserError
 from stepfold.maths.formulations import F_from_epsilon, F_from_v, vp_step
 from stepfold.teachers.contract import Condition, SamplerName
-from stepfold.teachers.pipeline import PipelineTeacher, Predict
+from stepfold.teachers.family import Predict
+from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.schedules import VPSchedule, read_vp
 
 LCM_STEPS = 50  # of LCMScheduler's own ladder, `original_inference_steps`
@@ -56,20 +58,17 @@ class VPTeacher(PipelineTeacher):
 
     schedule: VPSchedule
 
+    @override
     def read_schedule(self) -> VPSchedule:
-        """See `PipelineTeacher`."""
         return read_vp(self.pipe.scheduler)
 
     def raw(self) -> Raw:
         """How the network is called: a plain function, or a partial of one."""
         raise NotImplementedError
 
+    @override
     def predictor(self) -> Predict:
-        """See `PipelineTeacher`.
-
-        Raises:
-            UserError: the student's sampler could not take this schedule, or it ends where noise says nothing.
-        """
+        """Refuses a schedule that the student's sampler cannot take, or that ends where noise says nothing."""
         prediction, self.times = self.schedule.prediction, self.schedule.times
         self.start_time = float(self.times[-1])
         if len(self.times) % LCM_STEPS:
@@ -85,34 +84,39 @@ class VPTeacher(PipelineTeacher):
         times = self.times.to(self.device, self.work_dtype)  # here once, not at every call
         return partial(vp_network, raw=self.raw(), times=times, prediction=prediction)
 
+    @override
     def latent_scale(self, vae: Any) -> tuple[Any, Any]:
-        """See `PipelineTeacher`; these pipelines read no shift."""
+        """These pipelines read no shift."""
         return vae.scaling_factor, 0.0
 
+    @override
     def plain_scheduler(self) -> Any:
-        """See `PipelineTeacher`."""
         return DDIMScheduler(
             **self.schedule.options, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
         )
 
+    @override
     def ddim_times(self, num_steps: int) -> Tensor:
-        """See `Teacher`; the last step ends at 0."""
+        """The last step ends at 0."""
         scheduler = self.plain_scheduler()
         scheduler.set_timesteps(num_steps)
         return torch.cat([self.times[scheduler.timesteps], self.times.new_zeros(1)])
 
+    @override
     def student_scheduler(self, sampler: SamplerName) -> Any:
         """LCM's adds fresh noise at each step, DDIM's none."""
         if sampler == "consistency":
             return LCMScheduler(**self.schedule.options)
         return self.plain_scheduler()
 
+    @override
     def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
         """Those of the scheduler."""
         scheduler = self.student_scheduler(sampler)
         scheduler.set_timesteps(num_steps)
         return self.times[scheduler.timesteps].tolist()
 
+    @override
     def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
-        """See `PipelineTeacher`; the scheduler knows the times."""
+        """Leaves the times to the scheduler, which knows them."""
         return {"num_inference_steps": len(times), "guidance_scale": 1.0, **self.usual_call()}

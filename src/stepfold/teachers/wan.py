@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_prediction, trigflow_time
 from stepfold.teachers.contract import Condition, SamplerName
-from stepfold.teachers.pipeline import PipelineTeacher, Predict
+from stepfold.teachers.family import Predict
+from stepfold.teachers.pipeline import PipelineTeacher
 
 LAST_LEVEL = 2 / 3
 """Noise level of a student's last step, of two or more."""
@@ -50,8 +52,9 @@ class WanTeacher(PipelineTeacher):
     pipelines = (WanPipeline,)
     output = "frames"
 
+    @override
     def check_index(self) -> None:
-        """See `PipelineTeacher`; Wan 2.2 has a second network, or a time for each token."""
+        """Refuses Wan 2.2, which has a second network, or a time for each token."""
         second, _ = self.index.get("transformer_2") or (None, None)
         if second or self.index.get("boundary_ratio") is not None or self.index.get("expand_timesteps"):
             raise UserError(
@@ -59,26 +62,27 @@ class WanTeacher(PipelineTeacher):
                 "give a Wan 2.1 text-to-video pipeline, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
             )
 
+    @override
     def predictor(self) -> Predict:
-        """See `PipelineTeacher`."""
         return partial(wan_network, tokens=self.max_tokens)
 
+    @override
     def time_part(self, network: Any) -> str | None:
-        """See `PipelineTeacher`."""
         return "condition_embedder.time_embedder"
 
+    @override
     def pixels_a_latent(self, vae: dict[str, Any]) -> int:
-        """See `PipelineTeacher`."""
         return vae.get("scale_factor_spatial", 8)
 
+    @override
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
-        """See `PipelineTeacher`; the pipeline insists on multiples of 16, and its call has a default size."""
+        """The pipeline insists on multiples of 16, and its call has a default size."""
         config, call = self.transformer.config, inspect.signature(self.pipe.__call__).parameters
         multiple = math.lcm(factor * config.patch_size[1], 16)
         return config.in_channels, multiple, call["height"].default, call["width"].default
 
+    @override
     def time_axis(self, frames: int | None, vae: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
-        """See `PipelineTeacher`."""
         frames = frames or inspect.signature(self.pipe.__call__).parameters["num_frames"].default
         assert frames is not None
         each = vae.get("scale_factor_temporal", 4)
@@ -89,42 +93,46 @@ class WanTeacher(PipelineTeacher):
             )
         return frames, ((frames - 1) // each + 1,)
 
+    @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
-        """See `PipelineTeacher`; past a prompt's end there are zeros, so only its own tokens are kept."""
+        """Keeps a prompt's own tokens; past its end there are zeros."""
         embeds, _ = self.pipe.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, device=self.device, max_sequence_length=self.max_tokens
         )
         return Condition(embeds.to(self.work_dtype), embeds.abs().amax(-1).gt(0).long())
 
+    @override
     def call_options(self) -> dict[str, Any]:
-        """See `PipelineTeacher`."""
         return {"num_frames": self.frames}
 
+    @override
     def block_stacks(self) -> dict[str, str]:
-        """See `PipelineTeacher`."""
         return {"blocks": "num_layers"}
 
+    @override
     def feature_parts(self) -> list[tuple[nn.Module, int]]:
-        """See `PipelineTeacher`."""
         config = self.transformer.config
         width = config.num_attention_heads * config.attention_head_dim
         return [(block, width) for block in self.transformer.blocks]
 
+    @override
     def latent_scale(self, vae: Any) -> tuple[Any, Any]:
-        """See `PipelineTeacher`."""
         mean, std = (
             torch.tensor(values, device=self.device).view(-1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std)
         )
         return 1 / std, mean
 
+    @override
     def decode(self, x0: Tensor, batch: int = 1) -> Tensor:
-        """See `Teacher`; filmstrips [B, 3, H, F W]."""
+        """Returns filmstrips [B, 3, H, F W]."""
         return filmstrip(super().decode(x0, batch))
 
+    @override
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """See `Teacher`; of filmstrips [B, 3, H, F W]."""
+        """Takes filmstrips [B, 3, H, F W]."""
         return super().encode_pictures(pictures.unflatten(3, (self.frames, -1)).transpose(2, 3))
 
+    @override
     def student_scheduler(self, sampler: SamplerName) -> Any:
         """This pipeline takes no noise levels, so they are the scheduler's own.
 
@@ -136,12 +144,14 @@ class WanTeacher(PipelineTeacher):
         shift = (999 * LAST_LEVEL / (1 - LAST_LEVEL)) ** 0.5
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_exponential_sigmas=True, stochastic_sampling=True)
 
+    @override
     def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
         """Those of the scheduler."""
         scheduler = self.student_scheduler(sampler)
         scheduler.set_timesteps(num_steps)
         return trigflow_time(scheduler.sigmas[:-1].double()).tolist()
 
+    @override
     def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
-        """See `PipelineTeacher`; the scheduler knows the times."""
+        """Leaves the times to the scheduler, which knows them."""
         return self.usual_call() | {"num_inference_steps": len(times), "guidance_scale": 1.0}

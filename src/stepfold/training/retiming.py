@@ -22,8 +22,9 @@ from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import PromptFile
 from stepfold.spaces.records import Pairs
 from stepfold.teachers.contract import Condition, concatenate
+from stepfold.teachers.family import Predict
 from stepfold.teachers.once import compute_afresh
-from stepfold.teachers.pipeline import PipelineTeacher, Predict
+from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.draws import Batch, draw
 from stepfold.training.looks import Progress
 from stepfold.training.optimisers import learning_rate, make_optimiser

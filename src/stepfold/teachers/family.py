@@ -1,0 +1,333 @@
+"""What a family of diffusers pipelines says about itself: network, texts, latents, and how a student is sampled."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+from typing_extensions import override
+
+from stepfold.errors import UserError
+from stepfold.maths.formulations import flow_time, guide
+from stepfold.maths.routes import even_flow_times, few_step_times
+from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName, Teacher
+from stepfold.teachers.schedules import Schedule, read_flow
+
+Predict = Callable[[Any, Tensor, Tensor, Condition, Tensor | None], Tensor]
+"""(network, x / sigma_data [B, ...], t [B], condition, guidance scales [B] for a network that embeds them) -> F."""
+
+
+class Family(Teacher):
+    """Abstract: the answers in which families differ, most with a usual one; `PipelineTeacher` asks for them.
+
+    A family sets the first two and says the rest in its methods.
+
+    Attributes:
+        pipelines: classes that the family can load.
+        network_part: name of the network's part in the pipeline.
+        even_ladder: the pipeline's own sampler walks noise levels 1, 1 - 1/n, ..., 1/n.
+        output: where the pipeline's result has what it made.
+        loads_lora: whether the pipeline loads LoRAs.
+        lora_blocks: parts of the names of the blocks that a LoRA is for.
+        source: folder or hub id.
+        index: the pipeline's model_index.json.
+        pipe: the pipeline.
+        transformer: the network: a transformer, or a UNet.
+        device: where it is.
+        dtype: of its weights.
+        work_dtype: of conditions, and of weights that are trained.
+        height, width: of pictures, in pixels.
+        frames: of a video; 1 where the pipeline makes pictures.
+        factor: pixels a latent, along each side.
+        takes_length: whether the pipeline's call has a `max_sequence_length`.
+        schedule: the pipeline's noise schedule.
+    """
+
+    pipelines: ClassVar[tuple[type, ...]] = ()
+    network_part: ClassVar[str] = "transformer"
+    even_ladder: bool = False
+    output: ClassVar[Literal["images", "frames"]] = "images"
+    loads_lora: ClassVar[bool] = True
+    lora_blocks: ClassVar[tuple[str, ...]] = ("block",)
+    ode: Literal["flow", "trigflow"] = "flow"
+    start_time: float = math.pi / 2
+
+    source: str
+    index: dict[str, Any]
+    pipe: Any
+    transformer: Any
+    device: torch.device
+    dtype: torch.dtype
+    work_dtype: torch.dtype
+    height: int
+    width: int
+    frames: int
+    factor: int
+    takes_length: bool
+    schedule: Schedule
+
+    @classmethod
+    def time_scale_of(cls, network: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:
+        """What the network's own time counts to: 1 or 1000.
+
+        Args:
+            network: the network's config.
+            schedule: the scheduler's.
+        """
+        return float(schedule.get("num_train_timesteps", 1000))
+
+    @property
+    def time_scale(self) -> float:
+        """What this network's own time counts to."""
+        return self.time_scale_of(self.transformer.config, self.pipe.scheduler.config)
+
+    def check_index(self) -> None:
+        """Refuses, before it is loaded, a pipeline whose model_index.json says that the family does not understand it.
+
+        Raises:
+            UserError: what it is, and what would do.
+        """
+
+    def predictor(self) -> Predict:
+        """How the network is called: a plain function, or a partial of one."""
+        raise NotImplementedError
+
+    def time_embedder(self, network: Any) -> Any:
+        """Of a network like the teacher's, the part with `time_proj` and `timestep_embedder`, for `stepfold retime`.
+
+        None where it cannot be re-timed; where it can, `predictor` is a partial with `time_scale`.
+        """
+        return None
+
+    def time_part(self, network: Any) -> str | None:
+        """Name of the part of a student's network whose output is its time embedding [B, D], made outside the blocks.
+
+        None where there is no such part.
+        """
+        return None
+
+    def retimed_parts(self, network: Any) -> dict[str, Any]:
+        """The parts of the pipeline that change when `network` reads times of [0, 1]."""
+        own = self.pipe.scheduler.config
+        changes: dict[str, Any] = {"num_train_timesteps": 1}
+        if not own.get("use_dynamic_shifting", False):
+            changes["shift"] = self.shift  # `flow_shift` in other classes
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(own, **changes)
+        return {self.network_part: network, "scheduler": scheduler}
+
+    def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
+        """What this network can do about guidance, the usual one first."""
+        return ("classifier_free", "none")
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """What the pipeline's scheduler counts to: 1 of a re-timed network whose own time it is."""
+        return self.pipe.scheduler.config.num_train_timesteps
+
+    @property
+    @override
+    def network(self) -> nn.Module:
+        return self.transformer
+
+    @property
+    @override
+    def student_reads_guidance(self) -> bool:
+        return self.guidance_kind == "embedded"
+
+    def pixels_a_latent(self, vae: dict[str, Any]) -> int:
+        """Along each side of a picture; `vae` is the autoencoder's config."""
+        return 2 ** (len(vae.get("encoder_block_out_channels") or vae["block_out_channels"]) - 1)
+
+    def geometry(self, factor: int) -> tuple[int, int, int, int]:
+        """Latent channels, what a picture's sides must be multiples of, its usual height and width in pixels.
+
+        Args:
+            factor: pixels a latent, along each side.
+        """
+        raise NotImplementedError
+
+    def time_axis(self, frames: int | None, vae: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
+        """Frames of a video, and the latents' extra dimension that stands for them: of pictures 1, and none.
+
+        Args:
+            frames: as asked for; None for the usual number.
+            vae: the autoencoder's config.
+        """
+        if frames not in (None, 1):
+            raise UserError(f"teacher.frames is {frames}, but {type(self.pipe).__name__} makes pictures; leave it out")
+        return 1, ()
+
+    def encode_texts(self, prompts: Sequence[str]) -> Condition:
+        """Prompts as in use -> condition; text encoders are loaded."""
+        raise NotImplementedError
+
+    def encode_nothing(self) -> Condition:
+        """The condition of the unconditional branch, one row."""
+        return self.encode_texts([""])
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """Prompts to try the teacher with; none where it takes any text."""
+        return ()
+
+    def check_prompts(self, prompts: Iterable[str]) -> None:
+        """Refuses prompts that it cannot encode, before a run begins.
+
+        Raises:
+            UserError: the first of them, and what is allowed.
+        """
+
+    def usual_tokens(self) -> int:
+        """How long a prompt may be unless the settings say."""
+        if not self.takes_length:
+            return int(self.pipe.tokenizer.model_max_length)
+        return int(inspect.signature(self.pipe.__call__).parameters["max_sequence_length"].default)
+
+    def in_call(self, prompt: str) -> Any:
+        """A prompt as the first argument of the pipeline's call."""
+        return prompt
+
+    def idle_parameters(self) -> tuple[str, ...]:
+        """Parts of the names of a student's parameters that the first step cannot move."""
+        return ()
+
+    def of_the_prompt_alone(self) -> list[nn.Module]:
+        """The network's parts whose one input is the prompt's: no time and no latent. See `once.compute_once`."""
+        return []
+
+    def block_stacks(self) -> dict[str, str]:
+        """The network's lists of blocks, fewer in a smaller student -> what its config calls their lengths."""
+        return {"transformer_blocks": "num_layers"}
+
+    def call_options(self) -> dict[str, Any]:
+        """Arguments that each call of the pipeline needs besides the usual ones."""
+        return {}
+
+    def feature_parts(self) -> list[tuple[nn.Module, int]]:
+        """The network's blocks in order, each with the width of its output, which may serve as `features`."""
+        config = self.transformer.config
+        width = config.num_attention_heads * config.attention_head_dim
+        return [(block, width) for block in self.transformer.transformer_blocks]
+
+    def latent_scale(self, vae: Any) -> tuple[Any, Any]:
+        """What the network's unit latents are the autoencoder's times and minus: numbers or [C, 1, ...].
+
+        Args:
+            vae: the autoencoder's config.
+
+        Returns:
+            scale, offset: unit latents are (latents - offset) * scale.
+        """
+        return vae.scaling_factor, vae.get("shift_factor") or 0.0
+
+    def guided(self, x_unit: Tensor, t: Tensor, without: Tensor, with_prompt: Tensor, guidance: Tensor) -> Tensor:
+        """F of the two branches of classifier-free guidance -> F under guidance, as the pipeline does it by default.
+
+        Args:
+            x_unit, t: as of `Predict`.
+            without, with_prompt: F of either branch [B, ...].
+            guidance: scales [B].
+        """
+        return guide(without, with_prompt, guidance)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents [B, ...] as the pipeline's own sampler has them."""
+        return latents
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        """The inverse of `pack`."""
+        return latents
+
+    def plain_scheduler(self) -> Any:
+        """The scheduler of first-order steps, which `sample_teacher` repeats."""
+        return FlowMatchEulerDiscreteScheduler(self.num_train_timesteps, shift=self.shift)
+
+    def own_steps(self, num_steps: int) -> dict[str, Any]:
+        """Arguments with which the pipeline takes so many steps of its own ladder."""
+        return {"num_inference_steps": num_steps}
+
+    def tokens_for_shift(self) -> int:
+        """What the pipeline takes for the number of tokens where its sampler's shift depends on that."""
+        *_, height, width = self.latent_shape
+        return (height // 2) * (width // 2)
+
+    def read_schedule(self) -> Schedule:
+        """What the pipeline's scheduler says of its network.
+
+        Raises:
+            UserError: it is none that is understood for this network.
+        """
+        return read_flow(self.pipe.scheduler)
+
+    @override
+    def ddim_times(self, num_steps: int) -> Tensor:
+        raise NotImplementedError
+
+    @override
+    def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
+        if sampler == "consistency":
+            return few_step_times(num_steps)
+        return even_flow_times(num_steps, self.shift)[:-1].tolist()
+
+    def inputs(self, prompts: Sequence[str], draws: Sequence[torch.Generator]) -> dict[str, Any]:
+        """The arguments that tell a pipeline of this family its prompts and its noise.
+
+        Args:
+            prompts: B strings.
+            draws: B generators on the CPU; each draws its prompt's unit noise.
+        """
+        noise = torch.stack([torch.randn(self.latent_shape, generator=draw) for draw in draws])
+        return {"prompt": list(prompts), "latents": self.pack(noise.to(self.device, self.dtype))}
+
+    def latents_of(self, pipe: Any, prompts: Sequence[str], draws: Sequence[torch.Generator], **call: Any) -> Tensor:
+        """Unit latents [B, ...] that a pipeline of this family makes in its own loop; for arguments see `inputs`."""
+        made = pipe(**self.inputs(prompts, draws), output_type="latent", return_dict=False, **call)
+        return self.unpack(made[0])
+
+    # How its pipeline takes a student's steps.
+
+    def student_scheduler(self, sampler: SamplerName) -> Any:
+        """The scheduler with which the saved pipeline takes a student's steps.
+
+        It shifts the noise levels that it is given, so its own shift is 1, and the card's call lists shifted ones.
+        """
+        fresh = sampler == "consistency"
+        return FlowMatchEulerDiscreteScheduler(self.num_train_timesteps, shift=1.0, stochastic_sampling=fresh)
+
+    def lora_scheduler(self, sampler: SamplerName) -> Any:
+        """The scheduler with which the teacher's own pipeline takes a LoRA student's steps.
+
+        Raises:
+            UserError: that pipeline cannot sample so.
+        """
+        return self.student_scheduler(sampler)
+
+    def lora_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
+        """Arguments with which the teacher's own pipeline takes a LoRA student's steps at the given times."""
+        return self.student_call(times, guidance, sampler)
+
+    def student_class(self, sampler: SamplerName) -> type:
+        """The pipeline class that a student is saved as."""
+        return type(self.pipe)
+
+    def student_parts(self, sampler: SamplerName) -> dict[str, Any]:
+        """The parts of a student's pipeline besides its network."""
+        return self.pipe.components | {"scheduler": self.student_scheduler(sampler)}
+
+    def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
+        """Arguments with which the saved pipeline takes a student's steps at the given times."""
+        sigmas = flow_time(torch.tensor(times, dtype=torch.float64)).clamp(max=1.0).tolist()
+        scale = guidance if self.guidance_kind == "embedded" else 1.0  # 1: one network call a step
+        return self.usual_call() | {"sigmas": sigmas, "guidance_scale": scale}
+
+    def usual_call(self) -> dict[str, Any]:
+        """Arguments that each call of the pipeline is given: sizes, and what the family needs."""
+        length = {"max_sequence_length": self.max_tokens} if self.takes_length else {}
+        return {"height": self.height, "width": self.width} | length | self.call_options()
+
+    def index_extras(self) -> dict[str, Any]:
+        """Entries of model_index.json that the pipeline's class reads but does not write."""
+        return {}
