@@ -1,5 +1,6 @@
 """The device, the precision and the processes of a run, as accelerate finds them."""
 
+import os
 from datetime import timedelta
 
 import torch
@@ -8,6 +9,8 @@ from accelerate.state import AcceleratorState
 
 from stepfold.errors import UserError
 from stepfold.training.processes import Processes
+
+ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
 def make_accelerator(precision: str, *, several: bool = False) -> Accelerator:
@@ -18,7 +21,8 @@ def make_accelerator(precision: str, *, several: bool = False) -> Accelerator:
         several: whether the caller can share its work between processes.
 
     Raises:
-        UserError: launched with several processes though the caller cannot, or with the launcher's own sharding.
+        UserError: launched with several processes though the caller cannot, or with the launcher's own sharding; or the
+            environment asks for accumulated gradients.
     """
     waits = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the first one may encode a folder of images
     forget_other_precision(precision)
@@ -26,6 +30,11 @@ def make_accelerator(precision: str, *, several: bool = False) -> Accelerator:
     accelerator = Accelerator(
         cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[waits], gradient_accumulation_steps=1
     )
+    if accelerator.gradient_accumulation_steps != 1:  # the environment wins over the argument
+        raise UserError(
+            f"the environment has {ACCUMULATION}={os.environ[ACCUMULATION]}, by which every gradient would be divided; "
+            f"unset {ACCUMULATION}, and split a step with training.micro_batch"
+        )
     if accelerator.num_processes > 1 and not several:
         raise UserError(
             f"started on {accelerator.num_processes} processes, but this command works in one; "
