@@ -234,7 +234,7 @@ def test_a_student_is_kept_read_back_and_resumed(tmp_path: Path) -> None:
     assert not torch.equal(ours, draw(teacher, new_student(teacher), ["small ring"] * 3, seed=4, steps=2))
     with pytest.raises(UserError, match="resume"):
         distill_module(teacher, prompts, tmp_path / "run", few, quiet=True)
-    with pytest.raises(UserError, match=r"space\.guidance has 2 scales"):
+    with pytest.raises(UserError, match=r"space\.guidance is \[1\.0, 2\.0\], but this teacher has no guidance"):
         distill_module(teacher, prompts, tmp_path / "two", [*few, "space.guidance=[1.0, 2.0]"], quiet=True)
 
 

@@ -25,6 +25,8 @@ from stepfold.config import TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_time
+from stepfold.prompts.conditions import cache_of, conditions_from
+from stepfold.prompts.reading import open_prompts
 from stepfold.randomness import generator, normal
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.sampling.teacher import sample_teacher
@@ -33,6 +35,7 @@ from stepfold.students.loading import load_student
 from stepfold.students.lora import LORA_WEIGHTS, lora_student
 from stepfold.students.saving import save_whole
 from stepfold.students.whole import as_student, new_student
+from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import choose_objective, load_any_pipeline, load_teacher
 from stepfold.training import doctor
 from stepfold.training.runs import read_metrics
@@ -139,6 +142,12 @@ def test_a_teacher_is_distilled_and_its_student_drawn(
     assert np.abs(pixels(ours) - theirs).max() <= 1
 
 
+def contents(condition: Condition) -> torch.Tensor:
+    """All that a network may read of one condition, in one vector."""
+    pooled = () if condition.pooled is None else (condition.pooled.flatten(),)
+    return torch.cat([condition.embeds[condition.mask.bool()].flatten(), *pooled])
+
+
 def test_conditions_from_disk_are_those_of_the_encoders(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = settings(folder, prompts_file)
     run_encode(config.teacher, prompts_file, tmp_path / "cache", batch=5, display=Display(quiet=True), device="cpu")
@@ -148,6 +157,16 @@ def test_conditions_from_disk_are_those_of_the_encoders(folder: Path, prompts_fi
         run_distill(each, tmp_path / name, resume=False, display=Display(quiet=True), command="test")
         losses.append([row["loss"] for row in read_metrics(tmp_path / name)])
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.05)  # the cache is in bfloat16
+
+    teacher, prompts = load_teacher(config.teacher, "cpu"), open_prompts(prompts_file)
+    numbers = list(range(len(prompts)))
+    from_disk = conditions_from(cache_of(cached, prompts), teacher, prompts)(numbers)
+    encoded = teacher.encode([prompts.prompt(i) for i in numbers])
+    rows = [(contents(from_disk.rows(slice(i, i + 1))), contents(encoded.rows(slice(i, i + 1)))) for i in numbers]
+    for i, (found, wanted) in enumerate(rows):
+        of_the_next = rows[i - 1][1]
+        assert found.shape == wanted.shape and (found - wanted).norm() < 0.01 * wanted.norm()
+        assert found.shape != of_the_next.shape or (found - of_the_next).norm() > 0.03 * wanted.norm()
 
 
 def still(teacher: Any, name: str) -> bool:
@@ -485,12 +504,61 @@ def test_a_lora_that_does_not_fit_is_one_line(tiny_sana: Path, tmp_path: Path) -
 
 def test_several_scales_need_a_network_that_can_be_told(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = settings(folder, prompts_file, "space.guidance=[3.0, 5.0]")
-    if load_teacher(config.teacher, "cpu").student_reads_guidance:
+    teacher = load_teacher(config.teacher, "cpu")
+    if teacher.guidance_kind == "none":
+        with pytest.raises(UserError, match=r"space\.guidance is \[3\.0, 5\.0\], but this teacher has no guidance"):
+            run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
+        assert not (tmp_path / "run").exists()
+    elif teacher.student_reads_guidance:
         run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
     else:
         with pytest.raises(UserError, match=r"has 2 scales, but this student's network takes none.*give one, for"):
             run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", ["flux schnell", "sd 1"])
+def test_a_student_of_a_teacher_without_guidance_says_no_scale(family: str, prompts_file: Path, tmp_path: Path) -> None:
+    """FLUX schnell has none, others may be told to go without: no scale is taught, and none is on the card."""
+    folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
+    config = settings(folder, prompts_file, "teacher.guidance=none", "training.steps=1")
+    scaled = config.model_copy(update={"space": config.space.model_copy(update={"guidance": (7.0,)})})
+    with pytest.raises(UserError, match=r"space\.guidance is \[7\.0\], but this teacher has no guidance .*=null\)"):
+        run_distill(scaled, tmp_path / "refused", resume=False, display=Display(quiet=True), command="test")
+    run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
+    recipe = json.loads((tmp_path / "run" / "student" / CARD).read_text())["recipe"]
+    assert recipe["taught"] == [1.0] and recipe["guidance"] == 1.0
+
+
+@pytest.mark.parametrize("family", ["sd 1", "sdxl"])
+def test_a_prompt_is_no_longer_than_the_pipeline_reads(family: str, tmp_path: Path) -> None:
+    """More was ignored, but for conditions that compiled runs pad to it, and the padding was attended to."""
+    folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
+    with pytest.raises(UserError, match=r"max_tokens is 100, but this pipeline reads 77 tokens of a prompt; leave it"):
+        load_teacher(TeacherSettings(source=str(folder), max_tokens=100), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("no module named 'sentencepiece'"), "sentencepiece'; install what it names"),
+        (OSError("no file named model.safetensors"), r"copy the whole folder again, or, .*set teacher\.variant=fp16"),
+        (KeyError("in_channels"), "in_channels'; save it again with save_pretrained"),
+        (torch.AcceleratorError("CUDA error: an illegal memory access"), None),
+    ],
+)
+def test_advice_fits_what_went_wrong(
+    error: Exception, said: str | None, tiny_sana: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saving a folder again mends no missing package, no missing file and no GPU."""
+
+    def fails(*args: object, **settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr(diffusers.SanaPipeline, "from_pretrained", fails)
+    expected = pytest.raises(UserError, match=said) if said else pytest.raises(torch.AcceleratorError)
+    with expected:
+        load_teacher(TeacherSettings(source=str(tiny_sana)), "cpu")
 
 
 def test_a_walk_at_another_size_is_that_of_a_teacher_made_for_it(folder: Path, prompts_file: Path) -> None:

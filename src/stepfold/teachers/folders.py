@@ -13,6 +13,9 @@ from torch import Tensor
 from stepfold.errors import UserError, first_line
 from stepfold.teachers.safety import OWNERS, PICKLES, check_files, check_index, is_part, read_json
 
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+"""Errors of a GPU, which no folder is to blame for."""
+
 
 def load_index(source: str) -> dict[str, Any]:
     """A pipeline's model_index.json, from a folder or a hub id.
@@ -60,7 +63,7 @@ def load_pipeline(
             check_files(Path(folder))
         networks = load_networks(folder, index, dtype, variant, absent)
         return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, variant=variant, **absent, **networks)
-    except UserError:
+    except (UserError, *DEVICE_ERRORS):
         raise
     except Exception as error:  # what a config can be wrong in is without end, and so are the libraries' errors
         raise unloadable(source, error) from error
@@ -113,7 +116,16 @@ def variant_in(source: str, part: str, variant: str | None) -> str | None:
 
 def unloadable(source: str, error: Exception) -> UserError:
     """What is said of a teacher that diffusers does not load."""
-    return UserError(f"teacher {source!r} does not load: {first_line(error)}; save it again with save_pretrained")
+    return UserError(f"teacher {source!r} does not load: {first_line(error)}; {fix_for(error)}")
+
+
+def fix_for(error: Exception) -> str:
+    """The usual fix for an error that a library raises while it reads a folder."""
+    if isinstance(error, ImportError):
+        return "install what it names"
+    if isinstance(error, OSError):
+        return "copy the whole folder again, or, if its weights are *.fp16.safetensors, set teacher.variant=fp16"
+    return "save it again with save_pretrained"
 
 
 def merge_lora(pipe: Any, source: str, read_text_encoders: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from stepfold.errors import NonFiniteError, UserError, first_line
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.flux import FluxTeacher
-from stepfold.teachers.folders import check_folder, load_index, load_networks, unloadable
+from stepfold.teachers.folders import DEVICE_ERRORS, check_folder, fix_for, load_index, load_networks, unloadable
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
@@ -90,7 +90,7 @@ def make_teacher(source: str, **options: Any) -> PipelineTeacher:
     """
     try:
         return family_of(source)(source, **options)
-    except (UserError, NonFiniteError, torch.OutOfMemoryError):
+    except (UserError, NonFiniteError, *DEVICE_ERRORS):
         raise
     except Exception as error:  # configs are read in many places here, and each of their numbers may be anything
         raise unloadable(source, error) from error
@@ -176,6 +176,6 @@ def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:
     except UserError:
         raise
     except Exception as error:  # as in folders.load_pipeline
-        raise UserError(f"{folder} does not load: {first_line(error)}; save it again with save_pretrained") from error
+        raise UserError(f"{folder} does not load: {first_line(error)}; {fix_for(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

@@ -15,7 +15,7 @@ from typing_extensions import override
 from stepfold.errors import UserError, first_line
 from stepfold.teachers.contract import Condition, GuidanceKind, concatenate
 from stepfold.teachers.family import Family, Predict
-from stepfold.teachers.folders import load_index, load_network, load_pipeline, merge_lora
+from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_network, load_pipeline, merge_lora
 from stepfold.teachers.once import compute_once, forget
 from stepfold.teachers.schedules import flow_shift
 
@@ -144,7 +144,7 @@ class PipelineTeacher(Family):
         self._load_text_encoders()
         try:
             return self.encode_texts(list(prompts)).trimmed()
-        except (UserError, torch.OutOfMemoryError):
+        except (UserError, *DEVICE_ERRORS):
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(

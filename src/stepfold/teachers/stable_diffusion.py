@@ -55,6 +55,10 @@ class StableDiffusionTeacher(VPTeacher):
                 f"this UNet takes {config.in_channels} channels and gives {config.out_channels}: a model for editing, "
                 "whose other inputs are not known here; use a text-to-image model"
             )
+        if self.max_tokens > (usual := self.usual_tokens()):
+            raise UserError(
+                f"max_tokens is {self.max_tokens}, but this pipeline reads {usual} tokens of a prompt; leave it out"
+            )
         side = config.sample_size * factor
         return config.in_channels, math.lcm(factor, 8), side, side
 

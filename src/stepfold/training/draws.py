@@ -103,12 +103,20 @@ def draw(
 
 
 def guidance_scales(config: Config, teacher: Teacher) -> tuple[float, ...]:
-    """The guidance scales of a run's walks.
+    """The guidance scales of a run's walks; (1,) for a teacher without guidance.
 
     Raises:
-        UserError: several, for a student that cannot be told which one it stands for.
+        UserError: several, for a student that cannot be told which one it stands for; or any but 1 for a teacher
+            without guidance.
     """
     usual = teacher.default_guidance
+    if teacher.guidance_kind == "none":
+        if config.space.guidance is not None and set(config.space.guidance) != {1.0}:
+            raise UserError(
+                f"space.guidance is {list(config.space.guidance)}, but this teacher has no guidance that could be "
+                "scaled; leave it out (--set space.guidance=null), or teacher.guidance where that is 'none'"
+            )
+        return (1.0,)
     reads = teacher.guidance_kind == "embedded" if config.student.lora else teacher.student_reads_guidance
     if config.space.guidance is None:
         return (usual - 0.5, usual, usual + 0.5) if reads else (usual,)
