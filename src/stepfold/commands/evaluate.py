@@ -15,8 +15,12 @@ from stepfold.commands.options import JsonOption, Quiet, usable_device, write_js
 from stepfold.errors import UserError
 
 if TYPE_CHECKING:
+    from stepfold.config import TeacherSettings
     from stepfold.display import Display
+    from stepfold.evaluation.judge import Judge
     from stepfold.evaluation.pipelines import Drawer
+    from stepfold.evaluation.protocol import Protocol
+    from stepfold.sampling.recipe import Recipe
     from stepfold.students.card import Card
     from stepfold.teachers.contract import Student
 
@@ -134,57 +138,121 @@ def run_evaluate(
 ) -> dict[str, Any]:
     """Students and any other diffusers pipelines under the bundled teacher's protocol, beside that teacher.
 
-    Students of the bundled teacher start from its noise, and so have an agreement with it. `steps` are 1, 2 and 4 for
-    them if None, and the pipeline's own default for others.
+    Students start from the noise of their teacher, and so have an agreement with it; those whose teacher has other
+    settings (a size, a LoRA) stand beside that one. `steps` are 1, 2 and 4 for them if None, and the pipeline's own
+    default for others.
 
     Raises:
         UserError: a folder is no pipeline; a student's teacher is not the bundled one, so there is no judge for it.
     """
     from stepfold.config import load_config
     from stepfold.evaluation.judge import load_judge
-    from stepfold.evaluation.measure import measure_groups, protocol_samplers
     from stepfold.evaluation.pipelines import measure_pipeline
-    from stepfold.evaluation.protocol import EMOJI, protocol_record, rows_by_steps
+    from stepfold.evaluation.protocol import protocol_record, teacher_of
     from stepfold.evaluation.report import versions
+
+    names = list(dict.fromkeys(map(str, folders)))
+    students = open_students(names, device)
+    drawers = {name: open_drawer(Path(name), device) for name in names if name not in students}
+    judge = load_judge(assets.JUDGE, device)
+    protocols: dict[str, Protocol] = {}
+    teachers: dict[str, dict[str, Any]] = {}
+    pipelines: dict[str, dict[str, Any]] = {}
+    for settings, usual, group in by_teacher(students) or [(load_config("demo").teacher, None, {})]:
+        whose = teacher_of(next(iter(group))) if protocols else "teacher"
+        protocols[whose], found = measure_students(
+            judge, settings, usual if guidance is None else guidance, guidance, group,
+            steps=steps, n=n, display=display, device=device,
+        )  # fmt: skip
+        pipelines |= {name: found.pop(f"student {name}") for name in group}
+        teachers |= {who.replace("teacher", whose, 1): row for who, row in found.items() if row}
+    protocol = protocols["teacher"]
+    jobs = [(name, drawer, k) for name, drawer in drawers.items() for k in steps or drawer.usual_steps]
+    with display.measuring({f"{name} {k}": n for name, _, k in jobs}) as tick:
+        for name, drawer, k in jobs:
+            scores = measure_pipeline(judge, protocol, drawer, k, guidance, partial(tick, f"{name} {k}"))
+            pipelines.setdefault(name, {})[str(k)] = scores.to_json()
+    result = {"versions": versions(), "protocol": protocol_record(protocol), "reals": {"diversity": judge.diversity}}
+    if len(protocols) > 1:
+        result["protocols"] = {who: protocol_record(other) for who, other in protocols.items()}
+    if len(names) == 1 and students:
+        return result | {"student_folder": names[0]} | teachers | {"student": pipelines[names[0]]}
+    return result | teachers | {"pipelines": {name: pipelines[name] for name in names}}
+
+
+def open_students(names: Sequence[str], device: str) -> "dict[str, tuple[Student, Card]]":
+    """The students among folders, with their cards.
+
+    Raises:
+        UserError: one has another teacher than the bundled one.
+    """
     from stepfold.students.card import CARD, student_folder
     from stepfold.students.loading import load_student
-    from stepfold.teachers.loading import load_teacher
 
     students: dict[str, tuple[Student, Card]] = {}
-    for folder in folders:
-        if (student_folder(folder) / CARD).is_file():
-            _, student, card = load_student(folder, device)
+    for name in names:
+        if (student_folder(Path(name)) / CARD).is_file():
+            _, student, card = load_student(Path(name), device)
             if card.teacher != "emoji":
                 raise UserError(
-                    f"{folder} is a student of {card.teacher!r}, and the judge knows the bundled teacher's pictures "
+                    f"{name} is a student of {card.teacher!r}, and the judge knows the bundled teacher's pictures "
                     "only; use --protocol mjhq30k"
                 )
-            students[str(folder)] = student, card
-    drawers = {str(folder): open_drawer(folder, device) for folder in folders if str(folder) not in students}
-    first = next((card for _, card in students.values()), None)
-    settings = first.teacher_settings() if first else load_config("demo").teacher
-    teacher = load_teacher(settings, device)
-    usual = first.config["evaluation"]["guidance"] if first else None
-    scale = next(s for s in (guidance, usual, teacher.default_guidance) if s is not None)
-    protocol = replace(EMOJI, n=n, student_steps=tuple(steps or EMOJI.student_steps), guidance=scale)
-    judge = load_judge(assets.JUDGE, device)
+            students[name] = student, card
+    return students
 
-    sampled = {name: (student, card.recipe) for name, (student, card) in students.items()}
-    groups = protocol_samplers(teacher, sampled, protocol, guidance)
+
+def by_teacher(
+    students: "dict[str, tuple[Student, Card]]",
+) -> "list[tuple[TeacherSettings, float | None, dict[str, tuple[Student, Recipe]]]]":
+    """Students in groups, each of one teacher: its settings, the scale of their runs' evaluation, the students."""
+    groups: dict[str, tuple[TeacherSettings, float | None, dict[str, tuple[Student, Recipe]]]] = {}
+    for name, (student, card) in students.items():
+        settings, usual = card.teacher_settings(), card.config["evaluation"]["guidance"]
+        group = groups.setdefault(f"{settings.model_dump_json()} {usual}", (settings, usual, {}))
+        group[2][name] = student, card.recipe
+    return list(groups.values())
+
+
+def measure_students(
+    judge: "Judge",
+    settings: "TeacherSettings",
+    scale: float | None,
+    told: float | None,
+    students: "dict[str, tuple[Student, Recipe]]",
+    *,
+    steps: Sequence[int] | None,
+    n: int,
+    display: "Display",
+    device: str,
+) -> "tuple[Protocol, dict[str, dict[str, Any]]]":
+    """Students of one teacher beside it.
+
+    Args:
+        judge: scores the pictures.
+        settings: of the teacher.
+        scale: guidance scale of the teacher; None for its own.
+        told: scale that the students are told; None for the usual one of each.
+        students: name -> network, and how it is sampled.
+        steps: of the students; None for the protocol's.
+        n: pictures a row.
+        display: shows how far it is.
+        device: torch device.
+
+    Returns:
+        The protocol, and who (`teacher`, `student NAME`) -> steps -> scores.
+    """
+    from stepfold.evaluation.measure import measure_groups, protocol_samplers
+    from stepfold.evaluation.protocol import EMOJI, rows_by_steps
+    from stepfold.teachers.loading import load_teacher
+
+    teacher = load_teacher(settings, device)
+    scale = teacher.default_guidance if scale is None else scale
+    protocol = replace(EMOJI, n=n, student_steps=tuple(steps or EMOJI.student_steps), guidance=scale)
+    named = {f"student {name}": student for name, student in students.items()}
+    groups = protocol_samplers(teacher, named, protocol, told)
     with display.measuring({name: n for group in groups.values() for name in group}) as tick:
-        scores = measure_groups(judge, protocol, teacher, groups, teacher.device, tick)
-    jobs = {f"{name} {k}": (drawer, k) for name, drawer in drawers.items() for k in steps or drawer.usual_steps}
-    if jobs:
-        with display.measuring(dict.fromkeys(jobs, n)) as tick:
-            for name, (drawer, k) in jobs.items():
-                scores[name] = measure_pipeline(judge, protocol, drawer, k, guidance, partial(tick, name))
-    rows = rows_by_steps(scores)
-    result = {"versions": versions(), "protocol": protocol_record(protocol), "reals": {"diversity": judge.diversity}}
-    if len(folders) == 1 and students:
-        rows["student"] = rows.pop(str(folders[0]))
-        return result | {"student_folder": str(folders[0])} | rows
-    named = {str(folder): rows.pop(str(folder)) for folder in folders}
-    return result | {who: row for who, row in rows.items() if row} | {"pipelines": named}
+        return protocol, rows_by_steps(measure_groups(judge, protocol, teacher, groups, teacher.device, tick))
 
 
 def open_drawer(folder: Path, device: str) -> "Drawer":

@@ -59,7 +59,7 @@ def fields_hash(record: Any) -> str:
     return hashlib.sha256(json.dumps(asdict(record), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-TEACHER_AT = "teacher at guidance "
+TEACHER_AT, TEACHER_OF = "teacher at guidance ", "teacher of "
 
 
 def teacher_at(guidance: float) -> str:
@@ -67,9 +67,14 @@ def teacher_at(guidance: float) -> str:
     return f"{TEACHER_AT}{guidance:g}"
 
 
+def teacher_of(name: str) -> str:
+    """The name of a teacher's results that has other settings than the first student's: that of the student `name`."""
+    return f"{TEACHER_OF}{name}"
+
+
 def teachers_of(result: Mapping[str, Any]) -> list[str]:
-    """Which keys of a report are results of the teacher: the protocol's scale first."""
-    return [who for who in result if who == "teacher" or who.startswith(TEACHER_AT)]
+    """Which keys of a report are results of a teacher: the protocol's scale first."""
+    return [who for who in result if who == "teacher" or who.startswith((TEACHER_AT, TEACHER_OF))]
 
 
 EMOJI = Protocol(name="emoji", version=1, n=500, seed=0, samples_per_prompt=2)

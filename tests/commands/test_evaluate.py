@@ -1,0 +1,55 @@
+"""Students under the protocol, each beside its own teacher."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stepfold import assets
+from stepfold.commands.evaluate import run_evaluate
+from stepfold.display import Display, results_table
+from stepfold.evaluation import measure
+
+
+def evaluate(*folders: Path) -> dict[str, Any]:
+    return run_evaluate(folders, steps=[1], n=2, guidance=None, display=Display(quiet=True), device="cpu")
+
+
+def test_a_folder_twice_and_a_folder_called_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first was a KeyError; the second's scores stood in the teacher's row."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(assets.STUDENT, "teacher")
+    result = evaluate(Path("teacher"), Path("teacher"))
+    assert result["student_folder"] == "teacher" and set(result["teacher"]) == {"20", "4", "2", "1"}
+    assert result["student"]["1"]["agreement"] != result["teacher"]["1"]["agreement"]
+
+
+def test_students_of_two_sizes_stand_each_beside_its_own_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both were given the noise of the first one's size, and measured against its teacher."""
+    small = tmp_path / "small"
+    shutil.copytree(assets.STUDENT, small)
+    card = json.loads((small / "stepfold.json").read_text())
+    card |= {"height": 32, "width": 32}
+    card["config"]["teacher"] |= {"height": 32, "width": 32}
+    (small / "stepfold.json").write_text(json.dumps(card))
+    drawn, evaluation_noise = [], measure.evaluation_noise
+
+    def noted(*args: Any) -> torch.Tensor:
+        drawn.append(evaluation_noise(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(measure, "evaluation_noise", noted)
+    names = ["emoji-student", str(small)]
+    result = evaluate(*map(Path, names))
+    sides = [noise.shape[-1] for noise in drawn]
+    assert len(set(sides)) == 2 and sides == [sides[0]] * 5 + [sides[0] // 2] * 5
+    mine = f"teacher of {small}"
+    assert {who for who in result if who.startswith("teacher")} == {"teacher", mine} == set(result["protocols"])
+    assert list(result["pipelines"]) == names
+    assert all(result["pipelines"][name]["1"]["agreement"] > 0 for name in names)
+    assert len(results_table(result).rows) == 2 * 4 + 2
