@@ -1,8 +1,9 @@
 # Each target works as the first command on a machine that has Python >= 3.11 and make: it makes .venv and installs what it needs.
 #
-#   make demo    distil the bundled teacher into a one-step student      make test    the tests
-#   make check   what a change must pass: lint, types, docs, tests,      make docs    the documentation, into site/
-#                no known vulnerability
+#   make demo    distil the bundled teacher into a one-step student      make test        the tests, minutes on two cores
+#   make check   what a change must pass: lint, types, docs, tests       make test-long   those that take longer: kills, real
+#                with the long ones, no known vulnerability                               compilers, every case of a matrix
+#                                                                        make docs        the documentation, into site/
 #   make audit   known vulnerabilities of what is installed; fails too if one package could not be looked up
 #
 # TORCH says what is given to pip for torch; the default is the version in constraints.txt. Another build, for example:
@@ -22,17 +23,23 @@ VENV := .venv$(VERSIONS:%=-%)
 BIN := $(VENV)/bin
 AUDIT = $(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off --timeout 10 -r $(VENV)/audit.txt
 
-.PHONY: demo test check lint types format audit audit-if-online docs clean $(VENV)/audit.txt
+.PHONY: demo test test-long check lint types format audit audit-if-online docs clean $(VENV)/audit.txt
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/stepfold distill --preset demo --out runs/demo
 
-# A file at a time to each process, one process a core; more than four would share too little memory.
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
+# One process a core; more than four would share too little memory. Each begins with a run of whole files, and who is done
+# first takes over tests of the others.
+PYTEST = $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal
 
-check: lint types docs test audit-if-online
+test: $(VENV)/.installed
+	$(PYTEST) -m 'not long'
+
+test-long: $(VENV)/.installed
+	$(PYTEST) -m long
+
+check: lint types docs test test-long audit-if-online
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

@@ -1,7 +1,9 @@
 """Tiny saved pipelines and a file of prompts, for all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,26 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_ends() -> Iterator[None]:
+    """Runs here end in previews of two pictures, the teacher's in two steps, and one curve: the rest took two thirds
+    of a run of three steps. Tests of previews and reports call them themselves, and processes do all of it."""
+    from stepfold.commands import distill
+    from stepfold.evaluation import preview
+
+    of_teacher, report_of = preview.teacher_sampler, distill.report_of
+
+    def with_one_curve(*args: Any) -> dict[str, Any]:
+        report = report_of(*args)
+        return report | {"curves": dict(list(report["curves"].items())[:1])}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preview, "NUM_PREVIEWS", 2)
+        patch.setattr(preview, "teacher_sampler", lambda teacher, steps: of_teacher(teacher, min(steps, 2)))
+        patch.setattr(distill, "report_of", with_one_curve)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def example() -> Any:
     return module
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_example_runs_and_its_student_finds_the_rings(tmp_path: Path) -> None:
     assert example().main(tmp_path) < 0.2
 

@@ -95,7 +95,6 @@ def test_a_wrong_option_would_be_found() -> None:
         parse("stepfold distill --set training.stepz=2")
 
 
-@pytest.mark.slow
 def test_the_student_loads_as_the_first_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = blocks(ROOT / "docs" / "index.md", "python")
     monkeypatch.chdir(tmp_path)
@@ -194,7 +193,7 @@ def test_sit_as_the_docs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {207, 360, 1000} >= names["sit"].seen > {1000}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_runs_and_its_student_finds_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "agg")
     import matplotlib as mpl

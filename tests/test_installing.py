@@ -53,7 +53,7 @@ def test_sdist_and_wheel_hold_every_file_of_the_package(unpacked: Path, wheel: P
     assert (unpacked / "LICENSE").exists() and (unpacked / "Makefile").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_installed_wheel_distils_and_samples(wheel: Path, tmp_path: Path) -> None:
     site, work = tmp_path / "site", tmp_path / "work"
     work.mkdir()

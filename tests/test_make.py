@@ -43,6 +43,13 @@ def test_each_end_of_the_ranges_has_an_environment(versions: str, environment: s
     assert f"{environment}bin/python -m pytest" in done.stdout
 
 
+def test_every_test_is_of_one_of_the_two_sets_and_a_change_must_pass_both() -> None:
+    for target, sets in (("test", ["'not long'"]), ("test-long", ["long"]), ("check", ["'not long'", "long"])):
+        commands = [line for line in make("-n", target).stdout.splitlines() if "-m pytest" in line]
+        assert [command.partition(" -m pytest ")[2].partition(" -m ")[2] for command in commands] == sets, target
+    assert {"make test", "make test-long"} <= set((ROOT / ".ci" / "run").read_text().splitlines())
+
+
 def test_other_ends_are_refused() -> None:
     done = make("-n", "test", "VERSIONS=oldest")
     assert done.returncode and "VERSIONS=oldest is not known; give lowest or newest" in done.stderr

@@ -183,7 +183,7 @@ def test_soak_tells_growth_from_noise() -> None:
     assert soak.step_times(rows) == [(0.5, pytest.approx(3.0))]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_soak_watches_a_run(tmp_path: Path) -> None:
     path = tmp_path / "soak.json"
     options = ["--minutes", "0.7", "--every", "0.5", "--out", str(path)]

@@ -44,7 +44,7 @@ def test_videos_are_not_measured() -> None:
         draw(Drawer(tiny.make_wan()), ["a cat"], [0], 2, 4.5, seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pipelines_stand_side_by_side_and_the_better_one_scores_better(tiny_sana: Path) -> None:
     folders = [tiny_sana, Path(str(assets.TEACHER))]
     result = run_evaluate(folders, steps=[12], n=40, guidance=None, display=Display(quiet=True), device="cpu")

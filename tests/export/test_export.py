@@ -24,6 +24,10 @@ from .conftest import SMALLER, relative, start
 StudentOf = Callable[..., Path]
 Fresh = Callable[..., dict[str, torch.Tensor]]
 KINDS = ("lora", "pipeline", "teacher")
+WITH_LORA = ("sana", "sd3", "flux", "sd1", "sdxl", "lumina", "wan")
+FEWER = ", fewer blocks"
+DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "sd1", "sdxl", "pixart", "lumina", "wan")
+DRAWN += tuple(f"{family}{FEWER}" for family in SMALLER)
 
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
 TEACHER = """
@@ -34,11 +38,13 @@ pipe.scheduler = getattr(diffusers, card["scheduler"]).from_pretrained(folder, s
 LORA = TEACHER + "pipe.load_lora_weights({weights!r})"
 
 
-@pytest.mark.slow
-def test_a_lora_student_merged_and_as_a_file(student_of: StudentOf, fresh: Fresh, tmp_path: Path) -> None:
+@pytest.mark.parametrize("families", [("sd1",), pytest.param(WITH_LORA, marks=pytest.mark.long)], ids=["one", "all"])
+def test_a_lora_student_merged_and_as_a_file(
+    student_of: StudentOf, fresh: Fresh, tmp_path: Path, families: tuple[str, ...]
+) -> None:
     """Both give the latents of the student's own folder, which are not the teacher's."""
     pipes, whole = {}, {}
-    for family in ("sana", "sd3", "flux", "sd1", "sdxl", "lumina", "wan"):
+    for family in families:
         student = student_of(family, 4)
         file = run_export(student, "lora", tmp_path / f"{family}.safetensors", force=False)
         whole[family] = run_export(student, "pipeline", tmp_path / family, force=False)
@@ -60,12 +66,14 @@ def test_a_lora_student_merged_and_as_a_file(student_of: StudentOf, fresh: Fresh
         assert f'.from_pretrained("FOLDER")\n{what}' in (whole[family] / "README.md").read_text()
 
 
-@pytest.mark.slow
-def test_a_student_of_every_family_draws_our_latents_in_plain_diffusers(student_of: StudentOf, fresh: Fresh) -> None:
+@pytest.mark.parametrize(
+    "names", [("sana", "sd1", f"sana{FEWER}"), pytest.param(DRAWN, marks=pytest.mark.long)], ids=["few", "all"]
+)
+def test_a_student_of_every_family_draws_our_latents_in_plain_diffusers(
+    student_of: StudentOf, fresh: Fresh, names: tuple[str, ...]
+) -> None:
     """One step from the same noise. DiT's pipeline takes no noise; its sampler is compared in one process."""
-    families = ("sana", "first sana", "sprint", "sd3", "flux", "sd1", "sdxl", "pixart", "lumina", "wan")
-    students = {family: student_of(family) for family in families}
-    students |= {f"{family}, fewer blocks": student_of(family, depth=0.5) for family in SMALLER}
+    students = {name: student_of(name.removesuffix(FEWER), depth=0.5 if FEWER in name else 1.0) for name in names}
     drawn = fresh({name: (folder, PIPE) for name, folder in students.items()}, 1)
     for family, folder in students.items():
         teacher, student, card = load_student(folder, "cpu")

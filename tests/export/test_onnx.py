@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forms import cases
 from torch import Tensor
 
 from stepfold.commands.export import run_export
@@ -34,6 +35,7 @@ READS = {
     "wan": {"x", "t", "embeds", "mask"},
     "dit": {"x", "t", "embeds"},
 }
+CASES = [*((family, 0) for family in READS), ("sd1", 4)]
 
 SETUP = """
 import sys
@@ -52,8 +54,7 @@ def pictures_of(teacher: Any, x0: Tensor) -> Tensor:
 
 
 @needs_newer_torch
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "lora"), [*((family, 0) for family in READS), ("sd1", 4)])
+@pytest.mark.parametrize(("family", "lora"), cases(CASES, short=[("sana", 0)]))
 def test_onnxruntime_alone_gives_the_students_latents(
     student_of: StudentOf, tmp_path: Path, family: str, lora: int
 ) -> None:

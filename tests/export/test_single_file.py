@@ -34,6 +34,7 @@ SDXL: dict[str, Any] = dict(
     attention_head_dim=[5, 10, 20],
 )  # fmt: skip
 SD35: dict[str, Any] = dict(qk_norm="rms_norm", dual_attention_layers=tuple(range(13)), num_layers=24)
+READ = ("sd1", "sdxl", "sd3", "first sana", "wan")
 WAN_SMALL: dict[str, Any] = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 
 
@@ -120,13 +121,16 @@ def test_pixart_has_the_names_of_its_authors() -> None:
         assert joined[f"blocks.5.{original}.weight"].tolist() == order
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("families", [("sd1",), pytest.param(READ, marks=pytest.mark.long)], ids=["one", "all"])
 def test_a_fresh_process_draws_the_students_latents(
-    student_of: Callable[..., Path], fresh: Callable[..., dict[str, Tensor]], tmp_path: Path
+    student_of: Callable[..., Path],
+    fresh: Callable[..., dict[str, Tensor]],
+    tmp_path: Path,
+    families: tuple[str, ...],
 ) -> None:
     """FLUX and Lumina are not here: diffusers' loaders know their published widths only."""
     pipes = {}
-    for family in ("sd1", "sdxl", "sd3", "first sana", "wan"):
+    for family in families:
         student = student_of(family)
         file = run_export(student, "single-file", tmp_path / f"{family}.safetensors", force=False)
         pipes[family] = student, PIPE

@@ -11,7 +11,7 @@ import pytest
 KILLS = Path(__file__).parents[2] / "benchmarks" / "kills.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_what_is_killed_and_resumed_ends_as_what_was_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "kills.json"

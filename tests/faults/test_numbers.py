@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import PROMPTS
 from torch import Tensor, nn
 
 from stepfold.commands.distill import run_distill
@@ -31,18 +32,30 @@ from stepfold.training.runs import append_metrics, checkpoints, read_metrics, sa
 NAN = float("nan")
 
 
+FAST = (
+    "training.steps=6", "training.checkpoint_every=2", "training.preview_every=100", "space.filter_rule=off",
+    "training.prompts_per_step=2", "space.route_steps=3", "teacher.max_tokens=32", "optimiser.name=adamw",
+    "training.precision=no", "training.walk_precision=no", "evaluation.n=0", "objective=continuous",
+    "training.tangent=two_pass",
+)  # fmt: skip
+
+
 @pytest.fixture
 def config(tiny_sana: Path, prompts_file: Path) -> Callable[..., Config]:
     def make(*changes: str) -> Config:
-        fast = (
-            "training.steps=6", "training.checkpoint_every=2", "training.preview_every=100", "space.filter_rule=off",
-            "training.prompts_per_step=2", "space.route_steps=3", "teacher.max_tokens=32", "optimiser.name=adamw",
-            "training.precision=no", "training.walk_precision=no", "evaluation.n=0", "objective=continuous",
-            "training.tangent=two_pass",
-        )  # fmt: skip
-        return load_config("default", [*fast, *changes], teacher__source=str(tiny_sana), prompts=str(prompts_file))
+        return load_config("default", [*FAST, *changes], teacher__source=str(tiny_sana), prompts=str(prompts_file))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing disturbs, on the same prompts. Shared: copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("straight")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    settings = load_config("default", FAST, teacher__source=str(tiny_sana), prompts=str(folder / "prompts.txt"))
+    run(settings, folder / "run")
+    return folder / "run"
 
 
 def run(config: Config, folder: Path, resume: bool = False) -> dict[str, Any]:
@@ -118,11 +131,9 @@ PLACES: dict[str, tuple[Callable[..., None], str]] = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_it_stops_names_the_place_and_keeps_the_last_checkpoint(
-    tmp_path: Path, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, place: str
+    tmp_path: Path, config: Callable[..., Config], straight: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     spoil, message = PLACES[place]
-    straight = tmp_path / "straight"
-    run(config(), straight)
     with monkeypatch.context() as patch:
         spoil(patch, 4)
         with pytest.raises(NonFiniteError, match=rf"^step 3: {message} .*is not finite .*last checkpoint is intact"):
@@ -169,17 +180,15 @@ def test_steps_are_skipped_where_that_is_asked_for(
             run(config("training.skip_nonfinite=2"), tmp_path / "lost", resume=True)
 
 
-def test_what_is_skipped_changes_nothing_else(tmp_path: Path, config: Callable[..., Config]) -> None:
-    run(config(), tmp_path / "stops")
+def test_what_is_skipped_changes_nothing_else(tmp_path: Path, config: Callable[..., Config], straight: Path) -> None:
     run(config("training.skip_nonfinite=3"), tmp_path / "skips")
-    assert (tmp_path / "stops" / "metrics.jsonl").read_bytes() == (tmp_path / "skips" / "metrics.jsonl").read_bytes()
+    assert (straight / "metrics.jsonl").read_bytes() == (tmp_path / "skips" / "metrics.jsonl").read_bytes()
 
 
 def test_clocks_that_go_backwards(
-    tmp_path: Path, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, config: Callable[..., Config], straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Time is for people: no number of a run, and not which checkpoint is the newest, depends on it."""
-    run(config(), tmp_path / "straight")
     now = [4e9]
 
     def backwards() -> float:
@@ -197,7 +206,7 @@ def test_clocks_that_go_backwards(
     result = run(config(), tmp_path / "run", resume=True)
     assert result["timed_steps"] == 0  # nothing was left to do
     for file in ("metrics.jsonl", "checkpoints/000006/student.safetensors", "checkpoints/000006/average.safetensors"):
-        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
+        assert (tmp_path / "run" / file).read_bytes() == (straight / file).read_bytes()
 
 
 @contextmanager
@@ -270,10 +279,10 @@ def test_a_folder_that_is_read_only(what: str) -> None:
 
 @pytest.mark.parametrize("change", ["shorter", "longer", "other words", "gone"])
 def test_prompts_that_change_during_the_run(
-    tmp_path: Path, config: Callable[..., Config], prompts_file: Path, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
+    tmp_path: Path, config: Callable[..., Config], prompts_file: Path, straight: Path,
+    monkeypatch: pytest.MonkeyPatch, change: str,
+) -> None:  # fmt: skip
     """Noticed at the next step, whatever line that reads; put back, the run goes on as if nothing had been."""
-    run(config(), tmp_path / "straight")
     old = prompts_file.read_bytes()
     new = {"shorter": old[:20], "longer": old + b"one more\n", "other words": old.replace(b"red", b"tan")}
     original = loop.append_metrics
@@ -294,7 +303,7 @@ def test_prompts_that_change_during_the_run(
         run(config(), tmp_path / "run", resume=True)
     prompts_file.write_bytes(old)
     run(config(), tmp_path / "run", resume=True)
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "straight" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
 def test_a_kill_before_the_last_preview_does_not_cost_it(tmp_path: Path, config: Callable[..., Config]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from forms import cases
 from safetensors.torch import load_file
 from tiny import PROMPTS
 from torch.torch_version import TorchVersion
@@ -121,6 +122,17 @@ def alone(tiny_sana: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
+@pytest.fixture(scope="module")
+def of_two(tiny_sana: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in two processes, its student sharded, with previews on the way; beside it what each one wrote."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    changes = (f"training.shard={STUDENT}", "training.preview_every=3")
+    code, words = Launch(2, tiny_sana, texts, folder, *changes, program=[str(LISTENING), str(folder.parent)]).finish()
+    assert code == 0, words
+    return folder
+
+
+@pytest.mark.long
 def test_eight_prompts_a_step_on_one_two_and_four_processes(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
     """By both launchers."""
     changes = ("training.steps=10", "training.prompts_per_step=8", "training.checkpoint_every=10")
@@ -137,6 +149,7 @@ def test_eight_prompts_a_step_on_one_two_and_four_processes(tiny_sana: Path, tex
             assert row == {name: pytest.approx(value, rel=1e-4) for name, value in wanted.items()}
 
 
+@pytest.mark.long
 def test_a_process_that_comes_late_does_not_take_its_own_run_for_another_one(
     tiny_sana: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -148,25 +161,32 @@ def test_a_process_that_comes_late_does_not_take_its_own_run_for_another_one(
     assert code != 0 and "already holds a run; add --resume" in words and "process 1: error: " in words
 
 
-@pytest.mark.parametrize(("count", "changes"), [(2, (f"training.shard={STUDENT}",)), (3, (f"training.shard={ALL}",))])
-def test_any_number_of_processes_trains_the_same_student(
-    count: int, changes: tuple[str, ...], tiny_sana: Path, texts: Path, tmp_path: Path, alone: Path
-) -> None:
-    code, words = Launch(count, tiny_sana, texts, tmp_path / "run", *changes).finish()
+def test_two_processes_train_the_same_student(alone: Path, of_two: Path) -> None:
+    check_same(alone, of_two, 2)
+
+
+@pytest.mark.long
+def test_three_processes_train_the_same_student(tiny_sana: Path, texts: Path, tmp_path: Path, alone: Path) -> None:
+    """Teacher and student sharded."""
+    code, words = Launch(3, tiny_sana, texts, tmp_path / "run", f"training.shard={ALL}").finish()
     assert code == 0, words
-    assert difference(alone, tmp_path / "run") < 1e-3
-    ours, theirs = read_metrics(tmp_path / "run"), read_metrics(alone)
+    check_same(alone, tmp_path / "run", 3)
+
+
+def check_same(alone: Path, folder: Path, count: int) -> None:
+    """Weights, metrics and the student of a run of `count` processes are those of the run in one."""
+    assert difference(alone, folder) < 1e-3
+    ours, theirs = read_metrics(folder), read_metrics(alone)
     for row, wanted in zip(ours, theirs, strict=True):
         assert row == {name: pytest.approx(value, rel=1e-4) for name, value in wanted.items()}
     assert {row["kept"] for row in theirs} == {0.4, 0.6}  # of five prompts: some processes are left with none
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text())
     assert report["processes"] == count
-    one, other = (
-        load_file(next((run / "student" / "transformer").glob("*.safetensors"))) for run in (alone, tmp_path / "run")
-    )
+    one, other = (load_file(next((run / "student" / "transformer").glob("*.safetensors"))) for run in (alone, folder))
     assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-5) for name in one)
 
 
+@pytest.mark.long
 def test_two_nodes_train_what_one_does(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
     """Each with a launcher of its own, and one process."""
     with socket.socket() as free:
@@ -183,28 +203,42 @@ def test_two_nodes_train_what_one_does(tiny_sana: Path, texts: Path, tmp_path: P
     assert (one / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
 
 
-def test_only_the_first_process_writes(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
-    """A new run with previews, checkpoints and a student, its weights sharded; and one that goes on."""
-    folder = tmp_path / "run"
+WRITTEN = {
+    "open hello_0", "open run/metrics.jsonl", "open run/.report.json.part", "os.rename run/report.html",
+    "save_file run/checkpoints/.000006.part/student.safetensors", "os.rename run/checkpoints/000006",
+    "open run/previews/.step_000006.png.part", "os.mkdir run/.student.part",
+}  # fmt: skip
+
+
+def written(folder: Path) -> set[str]:
+    """What the first process wrote; the other one wrote nothing."""
+    first, other = (set((folder / f"heard_{rank}").read_text().splitlines()) for rank in (0, 1))
+    assert other == {"open hello_1"}  # so it was heard
+    assert any(line.startswith("open run/tensorboard/events") for line in first)
+    return first
+
+
+def test_only_the_first_process_writes(of_two: Path) -> None:
+    """A new run with previews, checkpoints and a student, its weights sharded."""
+    new = {"open run/.config.yaml.part", "open run/.lock", "save_file run/.blacks.safetensors.part"}
+    assert WRITTEN | new <= written(of_two.parent)
+
+
+@pytest.mark.long
+def test_only_the_first_process_writes_in_a_run_that_goes_on(
+    tiny_sana: Path, texts: Path, tmp_path: Path, of_two: Path
+) -> None:
+    folder = shutil.copytree(of_two, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "000006")
+    (folder / "previews" / "step_000006.png").unlink()
     changes = (f"training.shard={STUDENT}", "training.preview_every=3")
-    for resume in (False, True):
-        launch = Launch(2, tiny_sana, texts, folder, *changes, resume=resume, program=[str(LISTENING), str(tmp_path)])
-        code, words = launch.finish()
-        assert code == 0, words
-        first, other = (set((tmp_path / f"heard_{rank}").read_text().splitlines()) for rank in (0, 1))
-        assert other == {"open hello_1"}  # so it was heard
-        new = {"open run/.config.yaml.part", "open run/.lock", "save_file run/.blacks.safetensors.part"}
-        assert new <= first or resume
-        assert {
-            "open hello_0", "open run/metrics.jsonl", "open run/.report.json.part", "os.rename run/report.html",
-            "save_file run/checkpoints/.000006.part/student.safetensors", "os.rename run/checkpoints/000006",
-            "open run/previews/.step_000006.png.part", "os.mkdir run/.student.part",
-        } <= first  # fmt: skip
-        assert any(line.startswith("open run/tensorboard/events") for line in first)
-        shutil.rmtree(folder / "checkpoints" / "000006")
-        (folder / "previews" / "step_000006.png").unlink()
+    program = [str(LISTENING), str(tmp_path)]
+    code, words = Launch(2, tiny_sana, texts, folder, *changes, resume=True, program=program).finish()
+    assert code == 0, words
+    assert written(tmp_path) >= WRITTEN
 
 
+@pytest.mark.long
 def test_another_number_of_processes_goes_on(tiny_sana: Path, texts: Path, tmp_path: Path, alone: Path) -> None:
     """From what one process left to three; and from what three left to one."""
     folder = tmp_path / "run"
@@ -217,7 +251,7 @@ def test_another_number_of_processes_goes_on(tiny_sana: Path, texts: Path, tmp_p
         assert difference(alone, folder) < 1e-3
 
 
-@pytest.mark.parametrize(("lost", "shard"), [(1, "none"), (0, STUDENT)])
+@pytest.mark.parametrize(("lost", "shard"), cases([(1, "none"), (0, STUDENT)], short=[(0, STUDENT)]))
 def test_a_lost_process_ends_the_others_within_a_minute(
     lost: int, shard: str, tiny_sana: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -248,6 +282,7 @@ def test_a_terminated_run_saves_in_all_processes(tiny_sana: Path, texts: Path, t
     assert words.count("stopped; the state is saved") == 1
 
 
+@pytest.mark.long
 def test_a_signal_to_every_process_of_a_job_saves_too(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
     """As some SLURM set-ups and systemd end one; the launcher hands its own on, so that workers get two."""
     run = Launch(2, tiny_sana, texts, tmp_path / "run", "training.steps=100000", "training.checkpoint_every=1000")
@@ -261,6 +296,7 @@ def test_a_signal_to_every_process_of_a_job_saves_too(tiny_sana: Path, texts: Pa
     assert words.count("stopped; the state is saved") == 1
 
 
+@pytest.mark.long
 def test_fewer_prompts_than_processes_are_refused(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
     code, words = Launch(2, tiny_sana, texts, tmp_path / "run", "training.prompts_per_step=1").finish()
     assert code != 0 and "training.prompts_per_step is 1, but there are 2 processes" in words
@@ -287,6 +323,7 @@ def test_processes_draw_together_what_one_would(count: int, tiny_sana: Path, tex
     assert (torch.cdist(flat, flat) + 100 * torch.eye(len(flat))).min() > 1
 
 
+@pytest.mark.long
 def test_a_fake_score_learns_on_two_processes_what_it_learns_on_one(
     tiny_sana: Path, texts: Path, tmp_path: Path
 ) -> None:

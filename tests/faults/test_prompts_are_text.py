@@ -45,7 +45,7 @@ def dom(page: Path, profile: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_report_of_hostile_words_shows_them_as_text(tmp_path: Path) -> None:
     """Also that the browser would run a script: the same words unescaped change the title."""
     bare = tmp_path / "bare.html"
@@ -72,7 +72,6 @@ def test_a_report_of_hostile_words_shows_them_as_text(tmp_path: Path) -> None:
     assert "1337" not in page and "{{ 7 * 191 }}" in page  # not taken for a template
 
 
-@pytest.mark.slow
 def test_a_run_on_hostile_prompts(tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No prompt becomes part of a file's name, nothing is run, and the report shows as text whatever it quotes."""
     monkeypatch.chdir(tmp_path)

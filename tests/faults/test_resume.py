@@ -72,7 +72,7 @@ def interrupted(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> tuple[Pa
     return straight, broken, steps
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_run_equals_the_straight_one(
     interrupted: tuple[Path, Path, list[tuple[int, str]]],
 ) -> None:

@@ -302,7 +302,7 @@ def test_a_claim_is_judged_at_equal_pairs_and_at_equal_time() -> None:
     assert "| at equal pairs: reproduced; at equal time: not reproduced |" in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_table_runs_resumes_and_makes_a_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     toy: Any = {
         "preset": "reproduce",
@@ -372,7 +372,7 @@ def test_a_table_runs_resumes_and_makes_a_page(tmp_path: Path, capfd: pytest.Cap
     assert recall(tmp_path / "page" / "paper.json", tmp_path / "runs") == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workers_share_the_runs_and_times_are_taken_alone(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from forms import cases
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -61,18 +63,24 @@ SANAS = ("SanaPipeline", "SanaSprintPipeline")
 TIME_TO_ONE = ("Lumina2Pipeline", *SANAS)
 
 
-@pytest.fixture(scope="module", params=["sana", *FAMILIES])
+NAMES = ("sana", *FAMILIES)
+WITH_LORA = tuple(name for name in NAMES if name not in WITHOUT_LORA)
+
+
+@pytest.fixture(scope="module")
 def folder(request: pytest.FixtureRequest, tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved pipeline of the family that the test is parametrised with. Shared: copy it before changing anything."""
     if request.param == "sana":
         return tiny_sana
     return tiny.save(FAMILIES[request.param], tmp_path_factory.mktemp("family") / "pipeline")
 
 
-@pytest.fixture(scope="module", params=["sana", *(name for name in FAMILIES if name not in WITHOUT_LORA)])
-def any_folder(request: pytest.FixtureRequest, tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if request.param == "sana":
-        return tiny_sana
-    return tiny.save(FAMILIES[request.param], tmp_path_factory.mktemp("family") / "pipeline")
+every_family = pytest.mark.parametrize("folder", NAMES, indirect=True)
+
+
+def families(*short: str, of: tuple[str, ...] = NAMES) -> pytest.MarkDecorator:
+    """All these families; `make test` has the `short` ones."""
+    return pytest.mark.parametrize("folder", cases(of, short), indirect=True)
 
 
 def network_of(folder: Path) -> str:
@@ -118,7 +126,14 @@ def pixels(made: Any) -> np.ndarray:
     return np.asarray(made).astype(int) if isinstance(made, Image.Image) else np.hstack(255 * made).round().astype(int)
 
 
-@pytest.mark.parametrize("objective", ["discrete", "continuous"])
+@pytest.mark.parametrize(
+    ("folder", "objective"),
+    cases(
+        product(NAMES, ("discrete", "continuous")),
+        short=[*((name, "discrete") for name in NAMES), ("sana", "continuous"), ("sd3", "continuous")],
+    ),
+    indirect=["folder"],
+)
 def test_a_teacher_is_distilled_and_its_student_drawn(
     folder: Path, prompts_file: Path, tmp_path: Path, objective: str
 ) -> None:
@@ -148,6 +163,7 @@ def contents(condition: Condition) -> torch.Tensor:
     return torch.cat([condition.embeds[condition.mask.bool()].flatten(), *pooled])
 
 
+@families("sana", "sdxl")
 def test_conditions_from_disk_are_those_of_the_encoders(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = settings(folder, prompts_file)
     run_encode(config.teacher, prompts_file, tmp_path / "cache", batch=5, display=Display(quiet=True), device="cpu")
@@ -174,6 +190,7 @@ def still(teacher: Any, name: str) -> bool:
     return any(part.rstrip(".") in f".{name}" for part in idle(teacher))
 
 
+@every_family
 def test_doctor_understands_it(folder: Path) -> None:
     height, width = (None, None) if pipeline_of(folder) == "DiTPipeline" else low(folder, 32)
     size = {"height": height, "width": width}
@@ -191,8 +208,9 @@ def test_doctor_understands_it(folder: Path) -> None:
     assert moved and wanted and int(wanted[1]) <= int(moved[1]) <= int(moved[2])
 
 
-def test_a_lora_student_shares_its_teachers_weights(any_folder: Path, prompts_file: Path, tmp_path: Path) -> None:
-    config = settings(any_folder, prompts_file, "student.lora=4", "training.steps=4", "training.checkpoint_every=2")
+@families("sana", "sd 1", of=WITH_LORA)
+def test_a_lora_student_shares_its_teachers_weights(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
+    config = settings(folder, prompts_file, "student.lora=4", "training.steps=4", "training.checkpoint_every=2")
     run = tmp_path / "run"
     run_distill(config, run, resume=False, display=Display(quiet=True), command="test")
     teacher = load_teacher(config.teacher, "cpu")
@@ -208,7 +226,7 @@ def test_a_lora_student_shares_its_teachers_weights(any_folder: Path, prompts_fi
 
     # Plain diffusers: the teacher's own pipeline, the LoRA, the scheduler.
     card = json.loads((run / "student" / CARD).read_text())
-    pipe: Any = getattr(diffusers, card["pipeline"]).from_pretrained(any_folder)
+    pipe: Any = getattr(diffusers, card["pipeline"]).from_pretrained(folder)
     pipe.scheduler = getattr(diffusers, card["scheduler"]).from_pretrained(run / "student" / "scheduler")
     pipe.set_progress_bar_config(disable=True)
     plain = teacher.latents_of(pipe, ["red heart"], [generator(0, "sample", 0)], **card["calls"]["1"])
@@ -321,25 +339,26 @@ def test_weights_under_older_names_are_all_there(tmp_path: Path) -> None:
     assert torch.equal(pictures(), before)
 
 
-def test_a_lora_on_the_teacher_is_merged_into_it(any_folder: Path, tmp_path: Path) -> None:
+@families("sana", "sd 1", of=WITH_LORA)
+def test_a_lora_on_the_teacher_is_merged_into_it(folder: Path, tmp_path: Path) -> None:
     """The merged teacher's samples are those of its pipeline with the LoRA loaded."""
-    kind = getattr(diffusers, pipeline_of(any_folder))
-    pipe: Any = kind.from_pretrained(any_folder)
-    network = getattr(pipe, network_of(any_folder))
+    kind = getattr(diffusers, pipeline_of(folder))
+    pipe: Any = kind.from_pretrained(folder)
+    network = getattr(pipe, network_of(folder))
     layers = [
         n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear) and ("block" in n or "layers." in n)
     ]
     network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=layers, init_lora_weights=False))
-    matrices = {f"{network_of(any_folder)}_lora_layers": get_peft_model_state_dict(network)}
+    matrices = {f"{network_of(folder)}_lora_layers": get_peft_model_state_dict(network)}
     kind.save_lora_weights(tmp_path, **matrices)
 
     source = TeacherSettings(
-        source=str(any_folder), height=32, width=32, frames=frames_of(any_folder), max_tokens=24
+        source=str(folder), height=32, width=32, frames=frames_of(folder), max_tokens=24
     )  # fmt: skip
     plain, merged = (load_teacher(source.model_copy(update={"lora": lora}), "cpu") for lora in (None, str(tmp_path)))
     noise, scale = torch.stack([normal(plain.latent_shape, 0, "test", 0)]), plain.default_guidance
     condition, scales = merged.encode(["red heart"]), torch.full((1,), scale)
-    if pipeline_of(any_folder) == "SanaSprintPipeline":  # it walks with SCMScheduler alone: one step of its own
+    if pipeline_of(folder) == "SanaSprintPipeline":  # it walks with SCMScheduler alone: one step of its own
         times = merged.student_times(1, "consistency")
         without, theirs = (
             plain.latents_of(
@@ -357,10 +376,12 @@ def test_a_lora_on_the_teacher_is_merged_into_it(any_folder: Path, tmp_path: Pat
     assert (ours / 0.5 - theirs).norm() / theirs.norm() < 1e-4 < (without - theirs).norm() / theirs.norm()
 
 
-@pytest.mark.parametrize("lora", [0, 4])
-def test_a_teacher_in_bfloat16(any_folder: Path, prompts_file: Path, tmp_path: Path, lora: int) -> None:
+@pytest.mark.parametrize(
+    ("folder", "lora"), cases(product(WITH_LORA, (0, 4)), short=[("sana", 0), ("sd 1", 4)]), indirect=["folder"]
+)
+def test_a_teacher_in_bfloat16(folder: Path, prompts_file: Path, tmp_path: Path, lora: int) -> None:
     """Its weights take half the memory; it walks about as before, and its student learns in float32."""
-    config = settings(any_folder, prompts_file, "teacher.dtype=bfloat16", f"student.lora={lora}")
+    config = settings(folder, prompts_file, "teacher.dtype=bfloat16", f"student.lora={lora}")
     whole = load_teacher(config.teacher.model_copy(update={"dtype": "float32"}), "cpu")
     half = load_teacher(config.teacher, "cpu")
     kept = half.transformer._keep_in_fp32_modules or ()  # by diffusers, as the class says
@@ -382,12 +403,15 @@ def test_a_teacher_in_bfloat16(any_folder: Path, prompts_file: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("family", "encoders"),
-    [
-        ("sd 1", ["text_encoder"]),
-        ("sdxl", ["text_encoder", "text_encoder_2"]),
-        ("sd3", ["text_encoder", "text_encoder_2"]),
-        ("flux dev", ["text_encoder"]),
-    ],
+    cases(
+        [
+            ("sd 1", ["text_encoder"]),
+            ("sdxl", ["text_encoder", "text_encoder_2"]),
+            ("sd3", ["text_encoder", "text_encoder_2"]),
+            ("flux dev", ["text_encoder"]),
+        ],
+        short=[("sdxl", ["text_encoder", "text_encoder_2"])],
+    ),
 )
 def test_a_student_has_the_loras_of_all_text_encoders(family: str, encoders: list[str], tmp_path: Path) -> None:
     """Plain diffusers loads the student with text encoders that answer as the teacher's with its LoRA."""
@@ -415,8 +439,13 @@ def test_a_lora_of_which_nothing_is_taken_is_refused(tiny_sana: Path, tmp_path: 
         load_teacher(TeacherSettings(source=str(tiny_sana), lora=str(tmp_path / "lora")), "cpu")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize(
+    ("part", "dtype"),
+    cases(
+        product(("unet", "text_encoder"), ("float32", "bfloat16")),
+        short=[("unet", "float32"), ("text_encoder", "bfloat16")],
+    ),
+)
 def test_a_lora_of_which_some_is_not_taken_is_refused(part: str, dtype: Any, tmp_path: Path) -> None:
     """diffusers warns and goes on without those weights. The file is as kohya's scripts write it, in half precision."""
     folder = tiny.save(tiny.make_sd1, tmp_path / "pipeline")
@@ -502,6 +531,7 @@ def test_a_lora_that_does_not_fit_is_one_line(tiny_sana: Path, tmp_path: Path) -
         assert "\n" not in str(caught.value)
 
 
+@every_family
 def test_several_scales_need_a_network_that_can_be_told(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = settings(folder, prompts_file, "space.guidance=[3.0, 5.0]")
     teacher = load_teacher(config.teacher, "cpu")
@@ -561,6 +591,7 @@ def test_advice_fits_what_went_wrong(
         load_teacher(TeacherSettings(source=str(tiny_sana)), "cpu")
 
 
+@every_family
 def test_a_walk_at_another_size_is_that_of_a_teacher_made_for_it(folder: Path, prompts_file: Path) -> None:
     """Nothing that the size decides is fixed when the teacher is made: positions, sizes that the network is told."""
     base = settings(folder, prompts_file).teacher
@@ -580,6 +611,7 @@ def test_a_walk_at_another_size_is_that_of_a_teacher_made_for_it(folder: Path, p
         load_teacher(base.model_copy(update={"sizes": ((32, 17),)}), "cpu")
 
 
+@families("sana", "sdxl")
 def test_a_run_at_several_sizes(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     """One is drawn for every step, walks are filtered by the black picture of their size, and the student is saved."""
     if pipeline_of(folder) == "DiTPipeline":
@@ -596,6 +628,7 @@ def test_a_run_at_several_sizes(folder: Path, prompts_file: Path, tmp_path: Path
     assert picture.size == (32 * (frames_of(folder) or 1), 32)
 
 
+@every_family
 def test_the_objective_follows_the_networks_time(folder: Path, tiny_sana: Path, prompts_file: Path) -> None:
     """Left to itself a run has no tangent where dF/dt explodes; what is asked for is done."""
     fast = pipeline_of(folder) not in TIME_TO_ONE

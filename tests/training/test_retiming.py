@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import typer
+from forms import cases
 from safetensors.torch import load_file
 
 from stepfold import assets
@@ -71,7 +72,7 @@ def wrong_of(settings: TeacherSettings) -> list[str]:
     return [finding.check for finding in doctor.examine(settings, "cpu") if not finding.ok]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_bundled_teacher_comes_back(thousands: Path, prompts_file: Path, tmp_path: Path) -> None:
     found = run_retime(
         str(thousands), prompts_file, tmp_path / "run", [*FEW, "training.steps=6"], resume=False,
@@ -93,7 +94,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", cases(FAMILIES, short=["sd3"]))
 def test_other_families_are_retimed_too(
     name: str, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

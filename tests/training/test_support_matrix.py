@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from diffusers import SanaTransformer2DModel
+from forms import cases
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -41,6 +43,10 @@ MATRIX = {
     "block": ("yes", "yes", "yes", "yes", "yes", "yes"),
     "finite_difference": ("yes", "yes", "refused", "yes", "yes", "yes"),
 }
+SOON = "one_pass"
+"""The backend of two processes in `make test`."""
+COMPILED = tuple((backend, "torch.compile") for backend in ("two_pass", "one_pass", "block"))
+"""Tracing takes them 10 to 20 seconds each; test_blocks.py has a smaller student traced."""
 CELLS = {(backend, column): cell for backend in MATRIX for column, cell in zip(COLUMNS, MATRIX[backend], strict=True)}
 
 REFUSALS = {
@@ -179,7 +185,7 @@ def share_held(teacher: Path, rank: int) -> Tensor:
     return torch.tensor([held[0] / count, held[1] / (2 * count)])
 
 
-def process(rank: int, teacher: Path, folder: Path) -> None:
+def process(rank: int, teacher: Path, folder: Path, backends: list[str]) -> None:
     """One of two processes, with half of the batch each."""
     dist.init_process_group(
         "gloo", f"file://{folder}/meet", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
@@ -188,7 +194,7 @@ def process(rank: int, teacher: Path, folder: Path) -> None:
     found = {
         f"{backend} {column}: {name}": value.contiguous().clone()
         for column, run in DISTRIBUTED.items()
-        for backend in MATRIX
+        for backend in backends
         for name, value in run(teacher, backend, half).items()
     }
     if "FSDP2" in DISTRIBUTED:
@@ -198,14 +204,20 @@ def process(rank: int, teacher: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def halves(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """What the two processes found; one that hangs or fails fails the test with both their last words."""
-    folder = tmp_path_factory.mktemp("processes")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def halves_of(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Tensor]]]:
+    """What two processes found with a backend: two have the one of `make test`, two more have the others."""
+    found = cache(lambda backends: in_processes(tiny_sana, tmp_path_factory.mktemp("processes"), backends))
+    others = tuple(backend for backend in MATRIX if backend != SOON)
+    return lambda backend: found((SOON,) if backend == SOON else others)
+
+
+def in_processes(teacher: Path, folder: Path, backends: tuple[str, ...]) -> list[dict[str, Tensor]]:
+    """Runs both; one that hangs or fails fails the test with both their last words."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     processes = []
     for rank in (0, 1):
         with open(folder / f"{rank}.txt", "w") as log:
-            command = [sys.executable, __file__, str(rank), str(tiny_sana), str(folder)]
+            command = [sys.executable, __file__, str(rank), str(teacher), str(folder), *backends]
             processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
     try:
         with suppress(subprocess.TimeoutExpired):
@@ -241,7 +253,13 @@ def check(found: dict[str, Tensor], wanted: dict[str, Tensor], backend: str, col
     assert all(value <= limit for value, limit in zip(result, limits, strict=True)), (result, limits)
 
 
-@pytest.mark.parametrize(("backend", "column"), [cell for cell in CELLS if cell[1] in SINGLE and CELLS[cell] == "yes"])
+@pytest.mark.parametrize(
+    ("backend", "column"),
+    cases(
+        [cell for cell in CELLS if cell[1] in SINGLE and CELLS[cell] == "yes"],
+        short=[cell for cell in CELLS if cell[1] in SINGLE and CELLS[cell] == "yes" and cell not in COMPILED],
+    ),
+)
 def test_in_one_process(backend: str, column: str, tiny_sana: Path, reference: dict[str, Tensor]) -> None:
     if column == "LoRA":
         reference = step(with_lora(tiny_sana, "two_pass"), "two_pass")
@@ -249,12 +267,15 @@ def test_in_one_process(backend: str, column: str, tiny_sana: Path, reference: d
     check(SINGLE[column](tiny_sana, backend), reference, backend, column)
 
 
-@pytest.mark.parametrize(("backend", "column"), [cell for cell in CELLS if cell[1] in DISTRIBUTED])
+@pytest.mark.parametrize(
+    ("backend", "column"),
+    cases([cell for cell in CELLS if cell[1] in DISTRIBUTED], short=[(SOON, column) for column in DISTRIBUTED]),
+)
 def test_in_two_processes(
-    backend: str, column: str, halves: list[dict[str, Tensor]], reference: dict[str, Tensor]
+    backend: str, column: str, halves_of: Callable[[str], list[dict[str, Tensor]]], reference: dict[str, Tensor]
 ) -> None:
     """Either process has half of the tangents and of the losses, and the whole batch's gradient."""
-    mark = f"{backend} {column}: "
+    mark, halves = f"{backend} {column}: ", halves_of(backend)
     own = [{key.removeprefix(mark): value for key, value in half.items() if key.startswith(mark)} for half in halves]
     for found in own:
         rows = {name: torch.cat([half[name] for half in own]) for name in ("tangent", "loss")}
@@ -262,8 +283,8 @@ def test_in_two_processes(
 
 
 @pytest.mark.skipif("FSDP2" not in DISTRIBUTED, reason=f"sharding needs torch {SHARDS_SINCE}")
-def test_a_sharded_student_is_held_in_halves(halves: list[dict[str, Tensor]]) -> None:
-    for half in halves:
+def test_a_sharded_student_is_held_in_halves(halves_of: Callable[[str], list[dict[str, Tensor]]]) -> None:
+    for half in halves_of(SOON):
         assert half["held"].sub(0.5).abs().max() < 0.05
 
 
@@ -289,4 +310,4 @@ def test_the_page_shows_the_matrix() -> None:
 
 
 if __name__ == "__main__":
-    process(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    process(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

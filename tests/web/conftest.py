@@ -17,6 +17,14 @@ CHANGES = (
 )  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a browser is for `make test-long`."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(scope="session")
 def runs(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two finished runs of three steps, `first` and `deeper/second`, and beside them what is broken or not ours."""

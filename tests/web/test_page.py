@@ -18,7 +18,6 @@ from browser import find_browser
 from stepfold.errors import UserError
 from stepfold.web.drawing import draw_student, draw_teacher, load_models
 
-pytestmark = pytest.mark.slow
 PATIENCE = 20_000  # milliseconds; two busy cores are slow
 
 
