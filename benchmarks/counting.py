@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
 from models import DC_AE_F32C32, DC_AE_TINY, GEMMA_2B, GEMMA_TINY, MAX_TOKENS, TRANSFORMERS, Size
-from step import Precision
+from step_rows import Precision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

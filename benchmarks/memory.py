@@ -77,7 +77,8 @@ def settings(place: Place, method: str, prompts: int, steps: int, changes: Seque
     parts = [f"training.micro_batch={PART}"] if method == IN_PARTS else []
     config = config_of(METHODS[method], f"training.prompts_per_step={count}", f"training.steps={steps}", *parts)
     teacher = place.teacher.model_copy(update={"dtype": config.teacher.dtype})
-    return choose_precision(config.model_copy(update={"teacher": teacher}))
+    texts = None if config.space.images else str(place.folder / "prompts.txt")
+    return choose_precision(config.model_copy(update={"teacher": teacher, "prompts": texts}))
 
 
 def per_prompt(config: Config) -> int:

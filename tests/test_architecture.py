@@ -199,3 +199,24 @@ def test_everything_public_says_what_it_is(file: str) -> None:
                 assert ast.get_docstring(node) or overrides, f"{file}: {node.name}"
                 if isinstance(node, ast.ClassDef):
                     nodes.append(node)
+
+
+LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 80
+ROOT = Path(__file__).parents[1]
+OURS = sorted(p for folder in ("src", "benchmarks", "recipes", "examples") for p in (ROOT / folder).rglob("*.py"))
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """The lines of a function; of a command, those below its options."""
+    declares_options = "typer.Option" in ast.unparse(function.args)
+    first = function.body[0].lineno if declares_options else function.lineno
+    assert function.end_lineno
+    return function.end_lineno - first + 1
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_files_and_functions_are_read_in_one_go(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= LINES_OF_A_FILE
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert {node.name: lines_of(node) for node in functions if lines_of(node) > LINES_OF_A_FUNCTION} == {}

@@ -380,7 +380,7 @@ def test_reproduce_lists_its_runs_and_names_mistakes(tmp_path: Path) -> None:
     runs = Result("reproduce", "--table", "T4", "--dry-run", "--out", tmp_path)
     assert (runs.code, runs.err) == (0, "")
     lines = runs.out.splitlines()
-    assert len(lines) == 10 and lines[0] == "to do  T4 random: --preset reproduce space.route=random seed=0"
+    assert len(lines) == 9 and lines[0] == "to do  T4 random: --preset reproduce space.route=random seed=0"
     file = tmp_path / "runs.json"
     Result("reproduce", "--table", "T4", "--dry-run", "--out", tmp_path, "--json", file)
     rows = json.loads(file.read_text())
