@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from torch import Tensor
 
 from stepfold.errors import UserError, first_line
@@ -15,6 +16,8 @@ from stepfold.teachers.safety import OWNERS, PICKLES, check_files, check_index, 
 
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """Errors of a GPU, which no folder is to blame for."""
+VARIANT = re.compile(r"\.([a-z]\w*)(-\d+-of-\d+)?\.safetensors$")
+"""The name of a variant, at the end of a file's: model.fp16.safetensors."""
 
 
 def load_index(source: str) -> dict[str, Any]:
@@ -116,16 +119,19 @@ def variant_in(source: str, part: str, variant: str | None) -> str | None:
 
 def unloadable(source: str, error: Exception) -> UserError:
     """What is said of a teacher that diffusers does not load."""
-    return UserError(f"teacher {source!r} does not load: {first_line(error)}; {fix_for(error)}")
+    return UserError(f"teacher {source!r} does not load: {first_line(error)}; {fix_for(error, Path(source))}")
 
 
-def fix_for(error: Exception) -> str:
+def fix_for(error: Exception, folder: Path) -> str:
     """The usual fix for an error that a library raises while it reads a folder."""
     if isinstance(error, ImportError):
         return "install what it names"
-    if isinstance(error, OSError):
-        return "copy the whole folder again, or, if its weights are *.fp16.safetensors, set teacher.variant=fp16"
-    return "save it again with save_pretrained"
+    if isinstance(error, OSError | SafetensorError):
+        variants = {path.parent: VARIANT.search(path.name) for path in sorted(folder.glob("*/*.safetensors"))}
+        if found := [match[1] for match in variants.values() if match]:
+            return f"its weights are of a variant; set teacher.variant={found[0]}"
+        return "a file is damaged or not there; copy the whole folder again"
+    return "what its configs say does not fit its files or the library; copy the folder again from where it was made"
 
 
 def merge_lora(pipe: Any, source: str, read_text_encoders: Callable[[], None]) -> None:

@@ -176,6 +176,6 @@ def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:
     except UserError:
         raise
     except Exception as error:  # as in folders.load_pipeline
-        raise UserError(f"{folder} does not load: {first_line(error)}; {fix_for(error)}") from error
+        raise UserError(f"{folder} does not load: {first_line(error)}; {fix_for(error, folder)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
