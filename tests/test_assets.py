@@ -78,7 +78,7 @@ def scores() -> dict[str, float]:
     teacher = load_teacher(TeacherSettings(source="emoji", max_tokens=32), "cpu")
     samplers = {str(k): teacher_sampler(teacher, k) for k in (20, 1)}
     judge = load_judge(assets.JUDGE, "cpu")
-    rows = measure(judge, replace(EMOJI, n=100), teacher, samplers, torch.device("cpu"))
+    rows = measure(judge, replace(EMOJI, n=40), teacher, samplers, torch.device("cpu"))
     return {name: row.accuracy for name, row in rows.items()}
 
 

@@ -122,6 +122,7 @@ def test_bytes_are_counted_while_they_are_there() -> None:
     assert (counted.now, counted.peak) == (0, 12000)
 
 
+@pytest.mark.long
 def test_memory_by_count(tmp_path: Path) -> None:
     names = ["sCM with its VAE", "TBCM, conditions from a cache", "TBCM, conditions from a cache, in parts"]
     recomputed = ["--set", "training.checkpointing=true"]

@@ -36,7 +36,7 @@ def test_the_parts_add_up() -> None:
     assert plan.total_sec == sum(plan.parts_sec.values()) and plan.peak_memory_gib == 1.25
 
 
-@pytest.mark.parametrize("n", [0, 40])
+@pytest.mark.parametrize("n", [0, 4])
 def test_a_plan_leaves_nothing_behind(n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -38,13 +38,11 @@ pipe.scheduler = getattr(diffusers, card["scheduler"]).from_pretrained(folder, s
 LORA = TEACHER + "pipe.load_lora_weights({weights!r})"
 
 
-@pytest.mark.parametrize("families", [("sd1",), pytest.param(WITH_LORA, marks=pytest.mark.long)], ids=["one", "all"])
-def test_a_lora_student_merged_and_as_a_file(
-    student_of: StudentOf, fresh: Fresh, tmp_path: Path, families: tuple[str, ...]
-) -> None:
+@pytest.mark.long
+def test_a_lora_student_merged_and_as_a_file(student_of: StudentOf, fresh: Fresh, tmp_path: Path) -> None:
     """Both give the latents of the student's own folder, which are not the teacher's."""
     pipes, whole = {}, {}
-    for family in families:
+    for family in WITH_LORA:
         student = student_of(family, 4)
         file = run_export(student, "lora", tmp_path / f"{family}.safetensors", force=False)
         whole[family] = run_export(student, "pipeline", tmp_path / family, force=False)

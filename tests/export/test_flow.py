@@ -34,12 +34,12 @@ def unused(i: int) -> Tensor:
     raise AssertionError("the sampler is deterministic")
 
 
-@pytest.mark.parametrize("families", [("sana",), pytest.param(FAMILIES, marks=pytest.mark.long)], ids=["one", "all"])
+@pytest.mark.long
 def test_a_flow_student_of_every_family_draws_our_latents_in_plain_diffusers(
-    student_of: StudentOf, fresh: Callable, tmp_path: Path, families: tuple[str, ...]
+    student_of: StudentOf, fresh: Callable, tmp_path: Path
 ) -> None:
     """Called as the card says; the schedulers of SD3 (shift 3) and FLUX (by size) would shift the levels again."""
-    students = {family: student_of(family, sampler="flow") for family in families}
+    students = {family: student_of(family, sampler="flow") for family in FAMILIES}
     students["sd3 lora"] = run_export(student_of("sd3", 4, sampler="flow"), "pipeline", tmp_path / "sd3", force=False)
     drawn = fresh({name: (folder, PIPE) for name, folder in students.items()}, 4)
     for name, folder in students.items():

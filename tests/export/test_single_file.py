@@ -121,16 +121,15 @@ def test_pixart_has_the_names_of_its_authors() -> None:
         assert joined[f"blocks.5.{original}.weight"].tolist() == order
 
 
-@pytest.mark.parametrize("families", [("sd1",), pytest.param(READ, marks=pytest.mark.long)], ids=["one", "all"])
+@pytest.mark.long
 def test_a_fresh_process_draws_the_students_latents(
     student_of: Callable[..., Path],
     fresh: Callable[..., dict[str, Tensor]],
     tmp_path: Path,
-    families: tuple[str, ...],
 ) -> None:
     """FLUX and Lumina are not here: diffusers' loaders know their published widths only."""
     pipes = {}
-    for family in families:
+    for family in READ:
         student = student_of(family)
         file = run_export(student, "single-file", tmp_path / f"{family}.safetensors", force=False)
         pipes[family] = student, PIPE

@@ -473,6 +473,7 @@ CONTENTS = st.one_of(
 )
 
 
+@pytest.mark.long
 @fuzz(60)
 @given(data=st.data())
 def test_files_of_prompts(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:

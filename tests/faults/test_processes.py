@@ -269,6 +269,7 @@ def test_a_lost_process_ends_the_others_within_a_minute(
     assert (tmp_path / "run" / "checkpoints" / "000003").is_dir()
 
 
+@pytest.mark.long
 def test_a_terminated_run_saves_in_all_processes(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
     """As SLURM ends one: SIGTERM to the launcher, which hands it on."""
     run = Launch(2, tiny_sana, texts, tmp_path / "run", "training.steps=100000", "training.checkpoint_every=1000")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forms import cases
 from torch import Tensor, nn
 
 from stepfold.config import validate
@@ -151,6 +152,7 @@ def test_the_loop_distils_the_one_step_map(tmp_path: Path, untrained: SmallStude
     assert one_step_error(distilled(tmp_path / "run", copy.deepcopy(untrained), seed=0)) < BAR
 
 
+@pytest.mark.long
 def test_the_discrete_objective_distils_it_too(tmp_path: Path, untrained: SmallStudent):
     student = distilled(tmp_path / "run", copy.deepcopy(untrained), seed=0, objective="discrete")
     assert one_step_error(student) < BAR
@@ -170,7 +172,10 @@ def _time_only(network: Network, x: Tensor, t: Tensor, dx: Tensor, *rest: Any) -
     return total_derivative(network, x, t, torch.zeros_like(dx), *rest)
 
 
-@pytest.mark.parametrize(("broken", "at_least"), [(_flipped, 2 * BAR), (_dropped, 2 * BAR), (_time_only, BAR)])
+@pytest.mark.parametrize(
+    ("broken", "at_least"),
+    cases([(_flipped, 2 * BAR), (_dropped, 2 * BAR), (_time_only, BAR)], short=[(_dropped, 2 * BAR)]),
+)
 def test_a_broken_derivative_misses_the_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: SmallStudent, broken: Any, at_least: float
 ):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from forms import cases
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -37,7 +38,7 @@ def _no_code_of_other_tests() -> None:
     torch.compiler.reset()
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=cases(FAMILIES, short=["sana"]))
 def teacher(request: pytest.FixtureRequest, tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return FAMILIES[request.param](tiny_sana, tmp_path_factory.mktemp("teacher"))
 
@@ -54,26 +55,19 @@ def step(teacher: Any, student: Student, backend: str = "one_pass") -> dict[str,
     return {"F": found.F.detach(), "dF": found.dF} | gradients
 
 
-def test_compiled_blocks_are_the_blocks(teacher: Any) -> None:
+def test_compiled_blocks_are_the_blocks_and_are_compiled_once(teacher: Any) -> None:
     student = new_student(teacher)
     plain, blocks = step(teacher, student), blocks_of(student)
     with compiled_blocks(blocks, backend=TRACED):
         assert all(isinstance(block.forward, CompiledBlock) for block in blocks)
         found = step(teacher, student)
+        torch._dynamo.utils.counters.clear()
+        step(teacher, student)
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert not any("forward" in vars(block) for block in blocks)
     assert found.keys() == plain.keys()
     for name, value in plain.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max() + 1e-3), msg=name)
-
-
-def test_blocks_of_a_class_share_their_code(teacher: Any) -> None:
-    student = new_student(teacher)
-    blocks = blocks_of(student)
-    with compiled_blocks([*blocks, *blocks], backend=TRACED):
-        step(teacher, student)
-        torch._dynamo.utils.counters.clear()
-        step(teacher, student)
-    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def kept_bytes(student: Student, teacher: Any, recompute: bool) -> int:

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from forms import cases
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -49,7 +50,9 @@ def test_sound_teacher_passes_every_check(tiny_sana: Path) -> None:
     assert all(f.number and f.want for f in findings)
 
 
-@pytest.mark.parametrize(("dtype", "lora"), [("float32", 4), ("bfloat16", 0), ("bfloat16", 4)])
+@pytest.mark.parametrize(
+    ("dtype", "lora"), cases([("float32", 4), ("bfloat16", 0), ("bfloat16", 4)], short=[("float32", 4), ("bfloat16", 4)])
+)
 def test_it_looks_at_a_teacher_as_it_will_be_trained(tiny_sana: Path, dtype: Any, lora: int) -> None:
     settings = TeacherSettings(source=str(tiny_sana), max_tokens=64, dtype=dtype)
     findings = {finding.check: finding for finding in doctor.examine(settings, "cpu", lora)}
