@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, ModelCardData
@@ -28,6 +29,36 @@ def test_the_front_matter_is_read_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / "README.md").write_text(text)
         assert stated_licence(str(tmp_path)) == {}
     assert in_words({}) == "unknown: see the teacher's page" and in_words({"license": "mit"}) == "mit"
+
+
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        (b"---\r\nlicense:\r\n- apache-2.0\r\n- other\r\nlicense_name: mine\r\n---\r\n# model\r\n",
+         {"license": ["apache-2.0", "other"], "license_name": "mine"}),
+        (b"---\nlicense: [mit, gemma]\n---\n", {"license": ["mit", "gemma"]}),
+        ("---\nlicense: caf\u00e9\n---\n".encode("latin-1"), {}),
+        (b"---\nlicense: [mit\n---\n", {}),
+        (b"---\nlicense: !!python/object/apply:os.system [ls]\n---\n", {}),
+        (b"---\n- mit\n---\n", {}),
+        (b"---\nlicense: mit\nmodel-index: 3\n---\n", {}),
+    ],
+    ids=["a list, CRLF", "two", "another encoding", "no yaml", "code", "no mapping", "odd results"],
+)  # fmt: skip
+def test_no_card_ends_a_run(card: bytes, found: dict[str, Any], tmp_path: Path) -> None:
+    """What is only shown is unknown where it cannot be read."""
+    (tmp_path / "README.md").write_bytes(card)
+    told = stated_licence(str(tmp_path))
+    assert told == found or (not found and set(told) <= {"license"})
+    assert "[" not in in_words(told)
+
+
+@pytest.mark.parametrize("name", ["./text_encoder", "me--you/clip", "a/b/c", "..", 3, ["a/b"], {"a": 1}])
+def test_any_origin_of_a_text_encoder_ends_no_run(name: Any, tmp_path: Path) -> None:
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text(json.dumps({"_name_or_path": name}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"text_encoder": ["transformers", "Encoder"]}))
+    assert licences_of(str(tmp_path)) == {"teacher": {}, "text_encoder": {}}
 
 
 def test_the_bundled_teacher_says_its_own() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from stepfold.errors import UserError
-from stepfold.training.accelerators import make_accelerator
+from stepfold.training.accelerators import LAUNCHED, check_launch, make_accelerator
 
 
 def test_runs_of_one_process_have_each_its_own_precision() -> None:
@@ -24,3 +24,24 @@ def test_gradients_that_the_environment_would_divide_are_refused(monkeypatch: py
         make_accelerator("no")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     make_accelerator("no")
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, r"has WORLD_SIZE=2 but no RANK, LOCAL_RANK, .* which is no launch; unset WORLD_SIZE, or"),
+        ({"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "2"}, r"RANK=3.* but no LOCAL_RANK"),
+        ({"LOCAL_RANK": "0"}, r"LOCAL_RANK=0 but no RANK"),
+        (dict.fromkeys(LAUNCHED, "two"), r"RANK=two, .* is no launch"),
+    ],
+)
+def test_what_a_launcher_left_is_named(left: dict[str, str], said: str) -> None:
+    """A scheduler leaves WORLD_SIZE: the run waited for the other processes, or ended in a traceback."""
+    with pytest.raises(UserError, match=said):
+        check_launch(left)
+
+
+def test_a_launch_and_what_means_one_process_are_let_through() -> None:
+    launch = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for environment in (launch, {}, {"MASTER_ADDR": "localhost"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"WORLD_SIZE": ""}):
+        check_launch(environment)

@@ -34,7 +34,8 @@ def stopped(folder: Path) -> str:
 
 def other_process() -> int:
     """This process's number among those of a launcher, as torchrun and accelerate say it; 0 is the one that shows."""
-    return int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def leave() -> None:

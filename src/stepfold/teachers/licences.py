@@ -1,23 +1,29 @@
 """Licences, as the model cards of a teacher and of its text encoders state them. Nothing is refused for one."""
 
 import json
-import re
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from stepfold import assets
 from stepfold.teachers.folders import load_index
 from stepfold.teachers.loading import folder_of
 
-Licence = dict[str, str]
-"""The fields `license`, `license_name` and `license_link` of a model card, as far as it has them."""
+FIELDS = ("license", "license_name", "license_link")
+Licence = dict[str, Any]
+"""The `FIELDS` of a model card, as far as it has them: texts, or a list of several licences."""
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether this is OWNER/NAME, and no folder here."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not Path(source).exists()
+    """Whether this is OWNER/NAME as the hub allows it, and no folder here."""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return source.count("/") == 1 and not Path(source).exists()
 
 
 def file_of(source: str, name: str) -> Path | None:
@@ -30,17 +36,16 @@ def file_of(source: str, name: str) -> Path | None:
 
 
 def stated_licence(source: str) -> Licence:
-    """What the model card of a folder or a hub id says; empty if it states none or cannot be reached."""
-    if card := file_of(source, "README.md"):
-        front = re.match(r"---\n(.*?)^---", card.read_text(encoding="utf-8-sig"), re.DOTALL | re.MULTILINE)
-        lines = re.findall(r"^(license(?:_name|_link)?):\s*(\S.*?)\s*$", front[1] if front else "", re.MULTILINE)
-        return {name: value.strip("'\"") for name, value in lines}
+    """What the model card of a folder or a hub id says; empty if it states none, or cannot be reached or read."""
     try:
-        told = HfApi().model_info(source, timeout=3).card_data if is_hub_id(source) else None
-    except (OSError, HTTPError):
+        if card := file_of(source, "README.md"):
+            told = ModelCard(card.read_text(encoding="utf-8-sig")).data
+        else:
+            told = HfApi().model_info(source, timeout=3).card_data if is_hub_id(source) else None
+        fields = told.to_dict() if told else {}
+    except Exception:  # a licence is only shown: whatever is wrong with a card, it ends no run
         return {}
-    fields = told.to_dict() if told else {}
-    return {name: str(fields[name]) for name in ("license", "license_name", "license_link") if fields.get(name)}
+    return {name: fields[name] for name in FIELDS if fields.get(name)}
 
 
 def licences_of(source: str) -> dict[str, Licence]:
@@ -53,13 +58,22 @@ def licences_of(source: str) -> dict[str, Licence]:
     found, bundled = {"teacher": stated_licence(source)}, source == str(assets.TEACHER)
     for part, spec in load_index(source).items():
         if part.startswith("text_encoder") and spec[0] is not None:
-            config = file_of(source, f"{part}/config.json")
-            origin = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path", "") if config else ""
-            found[part] = found["teacher"] if bundled else stated_licence(origin) if is_hub_id(origin) else {}
+            found[part] = found["teacher"] if bundled else stated_licence(origin_of(source, part))
     return found
+
+
+def origin_of(source: str, part: str) -> str:
+    """The hub id that a part's config names as its origin; empty if it names none."""
+    try:
+        config = file_of(source, f"{part}/config.json")
+        name = json.loads(config.read_text(encoding="utf-8"))["_name_or_path"] if config else ""
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+    return name if isinstance(name, str) and is_hub_id(name) else ""
 
 
 def in_words(licence: Licence) -> str:
     """`apache-2.0`; the name and the link of one that is the model's own; or that it is unknown."""
     name = licence.get("license_name") or licence.get("license") or "unknown: see the teacher's page"
+    name = ", ".join(map(str, name)) if isinstance(name, list) else name
     return f"{name} ({licence['license_link']})" if "license_link" in licence else name

@@ -1,6 +1,7 @@
 """The device, the precision and the processes of a run, as accelerate finds them."""
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
@@ -10,6 +11,10 @@ from accelerate.state import AcceleratorState
 from stepfold.errors import UserError
 from stepfold.training.processes import Processes
 
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun and accelerate say to each process, all of it."""
+ALONE = {"RANK": "0", "WORLD_SIZE": "1"}
+"""What they say to a process without others."""
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
@@ -22,8 +27,9 @@ def make_accelerator(precision: str, *, several: bool = False) -> Accelerator:
 
     Raises:
         UserError: launched with several processes though the caller cannot, or with the launcher's own sharding; or the
-            environment asks for accumulated gradients.
+            environment holds a part of a launch, or asks for accumulated gradients.
     """
+    check_launch(os.environ)
     waits = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the first one may encode a folder of images
     forget_other_precision(precision)
     on_cpu = not torch.accelerator.is_available()  # has to be said, or several processes do not find each other there
@@ -46,6 +52,24 @@ def make_accelerator(precision: str, *, several: bool = False) -> Accelerator:
             "with --set training.shard=student (or all: the teacher's too)"
         )
     return accelerator
+
+
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Refuses variables that a launcher or a scheduler has left and that make no launch.
+
+    Raises:
+        UserError: with them this process would wait for others, or take itself for one of several.
+    """
+    there = {name: environment[name] for name in LAUNCHED if environment.get(name)}
+    asks = "LOCAL_RANK" in there or any(there.get(name, alone) != alone for name, alone in ALONE.items())
+    numbers = all(there.get(name, "0").isdecimal() for name in LAUNCHED[:3])
+    if asks and not (numbers and len(there) == len(LAUNCHED)):
+        lacks = [name for name in LAUNCHED if name not in there]
+        raise UserError(
+            f"the environment has {', '.join(f'{name}={value}' for name, value in there.items())}"
+            + (f" but no {', '.join(lacks)}" if lacks else "")
+            + f", which is no launch; unset {' '.join(there)}, or start this with torchrun or accelerate launch"
+        )
 
 
 def processes_of(accelerator: Accelerator) -> Processes:
