@@ -165,12 +165,18 @@ def test_two_processes_train_the_same_student(alone: Path, of_two: Path) -> None
     check_same(alone, of_two, 2)
 
 
-@pytest.mark.long
-def test_three_processes_train_the_same_student(tiny_sana: Path, texts: Path, tmp_path: Path, alone: Path) -> None:
-    """Teacher and student sharded."""
-    code, words = Launch(3, tiny_sana, texts, tmp_path / "run", f"training.shard={ALL}").finish()
+@pytest.fixture(scope="module")
+def of_three(tiny_sana: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in three processes, teacher and student sharded."""
+    folder = tmp_path_factory.mktemp("three") / "run"
+    code, words = Launch(3, tiny_sana, texts, folder, f"training.shard={ALL}").finish()
     assert code == 0, words
-    check_same(alone, tmp_path / "run", 3)
+    return folder
+
+
+@pytest.mark.long
+def test_three_processes_train_the_same_student(alone: Path, of_three: Path) -> None:
+    check_same(alone, of_three, 3)
 
 
 def check_same(alone: Path, folder: Path, count: int) -> None:
@@ -239,14 +245,17 @@ def test_only_the_first_process_writes_in_a_run_that_goes_on(
 
 
 @pytest.mark.long
-def test_another_number_of_processes_goes_on(tiny_sana: Path, texts: Path, tmp_path: Path, alone: Path) -> None:
+def test_another_number_of_processes_goes_on(
+    tiny_sana: Path, texts: Path, tmp_path: Path, alone: Path, of_three: Path
+) -> None:
     """From what one process left to three; and from what three left to one."""
-    folder = tmp_path / "run"
-    shutil.copytree(alone, folder)
-    for count, gone in ((3, ("000006",)), (3, ("000003", "000006")), (1, ("000006",))):
-        for step in gone:
-            shutil.rmtree(folder / "checkpoints" / step)
-        code, words = Launch(count, tiny_sana, texts, folder, f"training.shard={ALL}", resume=True).finish()
+    started = {}
+    for count, left in ((3, alone), (1, of_three)):
+        folder = shutil.copytree(left, tmp_path / f"{count}" / "run")
+        shutil.rmtree(folder / "checkpoints" / "000006")
+        started[folder] = Launch(count, tiny_sana, texts, folder, f"training.shard={ALL}", resume=True)
+    for folder, launch in started.items():
+        code, words = launch.finish()
         assert code == 0, words
         assert difference(alone, folder) < 1e-3
 

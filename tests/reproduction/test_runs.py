@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from stepfold.cli import app
+from stepfold.cli import app, main
 from stepfold.config import Config
 from stepfold.display import Display
 from stepfold.errors import UserError
@@ -302,8 +302,21 @@ def test_a_claim_is_judged_at_equal_pairs_and_at_equal_time() -> None:
     assert "| at equal pairs: reproduced; at equal time: not reproduced |" in text
 
 
+def in_this_process(command: list[str], **rest: Any) -> subprocess.CompletedProcess[bytes]:
+    """As `subprocess.run` of a stepfold command, without loading all libraries again."""
+    argv = ["stepfold", *command[command.index("stepfold") + 1 :]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", argv)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return subprocess.CompletedProcess(command, int(ended.value.code or 0))
+
+
 @pytest.mark.long
-def test_a_table_runs_resumes_and_makes_a_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_table_runs_resumes_and_makes_a_page(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepfold.reproduction.runs.subprocess.run", in_this_process)
     toy: Any = {
         "preset": "reproduce",
         "pictures": 4,
