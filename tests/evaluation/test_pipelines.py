@@ -47,7 +47,7 @@ def test_videos_are_not_measured() -> None:
 @pytest.mark.long
 def test_pipelines_stand_side_by_side_and_the_better_one_scores_better(tiny_sana: Path) -> None:
     folders = [tiny_sana, Path(str(assets.TEACHER))]
-    result = run_evaluate(folders, steps=[12], n=40, guidance=None, display=Display(quiet=True), device="cpu")
+    result = run_evaluate(folders, steps=[12], n=24, guidance=None, display=Display(quiet=True), device="cpu")
     poor, good = (result["pipelines"][str(folder)]["12"] for folder in folders)
     assert good["accuracy"] > 0.7 > 0.2 > poor["accuracy"] and good["fd"] < poor["fd"] / 2
     assert abs(good["accuracy"] - result["teacher"]["20"]["accuracy"]) < 0.2  # it is the same network
