@@ -75,6 +75,7 @@ PROMPTS = (
     "a fish, please",
 )
 CHARACTERS = string.ascii_lowercase + string.digits + ",.'-:"
+T5_PIECES = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in CHARACTERS)]
 
 
 DIT_CLASSES = (
@@ -108,8 +109,7 @@ def clip_encoder(kind: type, width: int) -> Any:
 
 
 def t5_tokenizer() -> T5Tokenizer:
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in CHARACTERS)]
-    return T5Tokenizer(vocab=pieces, extra_ids=0)
+    return T5Tokenizer(vocab=T5_PIECES, extra_ids=0)
 
 
 def t5_encoder(width: int) -> T5EncoderModel:

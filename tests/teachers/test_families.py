@@ -19,6 +19,7 @@ from forms import cases
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2
 
 from stepfold.commands.distill import run_distill
 from stepfold.commands.prompts import run_encode
@@ -566,6 +567,30 @@ def test_a_prompt_is_no_longer_than_the_pipeline_reads(family: str, tmp_path: Pa
     folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
     with pytest.raises(UserError, match=r"max_tokens is 100, but this pipeline reads 77 tokens of a prompt; leave it"):
         load_teacher(TeacherSettings(source=str(folder), max_tokens=100), "cpu")
+
+
+def test_a_tokenizer_of_sentencepiece_alone_is_read(tmp_path: Path) -> None:
+    """As PixArt's folders are published: spiece.model, and no tokenizer.json."""
+    folder = tiny.save(tiny.make_pixart, tmp_path / "pipeline")
+    wanted = load_teacher(SMALL.model_copy(update={"source": str(folder)}), "cpu").encode(["a red door, 3 cats"])
+    model = sentencepiece_model_pb2.ModelProto()
+    for i, (piece, score) in enumerate(tiny.T5_PIECES):
+        model.pieces.add(piece=piece, score=score, type=(3, 3, 2)[i] if i < 3 else 1)  # control, control, unknown, usual
+    trainer = model.trainer_spec
+    trainer.model_type, trainer.pad_id, trainer.eos_id, trainer.unk_id, trainer.bos_id = 1, 0, 1, 2, -1
+    model.normalizer_spec.name = "identity"
+    (folder / "tokenizer" / "spiece.model").write_bytes(model.SerializeToString())
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    found = load_teacher(SMALL.model_copy(update={"source": str(folder)}), "cpu").encode(["a red door, 3 cats"])
+    assert torch.equal(found.embeds, wanted.embeds) and torch.equal(found.mask, wanted.mask)
+
+
+def test_captions_of_pixart_are_cleaned_wherever_it_runs(tmp_path: Path) -> None:
+    """Its pipeline cleans them where two packages are there, and only warns where they are not."""
+    folder = tiny.save(tiny.make_pixart, tmp_path / "pipeline")
+    teacher = load_teacher(SMALL.model_copy(update={"source": str(folder)}), "cpu")
+    plain, marked = (teacher.encode([text]) for text in ("a fox cat", "a <b>fox</b> &amp; cat"))
+    assert torch.equal(plain.embeds, marked.embeds)
 
 
 @pytest.mark.parametrize(
