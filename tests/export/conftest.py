@@ -25,6 +25,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "flux": tiny.make_flux,
     "sd1": tiny.make_sd1,
     "sdxl": tiny.make_sdxl,
+    "v sdxl": partial(tiny.make_sdxl, prediction_type="v_prediction"),
+    "v sdxl from noise": partial(
+        tiny.make_sdxl, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    ),
     "pixart": tiny.make_pixart,
     "dit": tiny.make_dit,
     "lumina": tiny.make_lumina2,

@@ -16,6 +16,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stepfold.commands.export import run_export
@@ -142,6 +143,18 @@ def test_a_fresh_process_draws_the_students_latents(
         if not name.endswith(" file"):
             assert relative(drawn[f"{name} file"], drawn[name]) < 1e-4, name
     assert relative(drawn["lora"], drawn["sd1"]) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("family", "marks"), [("sdxl", set()), ("v sdxl", {"v_pred"}), ("v sdxl from noise", {"v_pred", "ztsnr"})]
+)
+def test_a_file_says_what_its_network_predicts(
+    family: str, marks: set[str], student_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """By the empty tensors that ComfyUI and the web UIs look for; without them the pictures are noise there."""
+    state = load_file(run_export(student_of(family), "single-file", tmp_path / "student.safetensors", force=False))
+    assert {name for name in state if not name.startswith("model.diffusion_model.")} == marks
+    assert all(state[name].numel() == 0 for name in marks)
 
 
 def test_what_diffusers_cannot_read_our_own_converter_can(

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -320,6 +320,19 @@ def original_state(network: Any) -> dict[str, Tensor]:
     return state
 
 
+def marks_of(network: Any, schedule: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Empty tensors by whose names ComfyUI and the web UIs know a UNet that predicts v, and one that starts in noise.
+
+    Args:
+        network: the student's.
+        schedule: config of the teacher's scheduler.
+    """
+    if type(network).__name__ != "UNet2DConditionModel" or schedule.get("prediction_type") != "v_prediction":
+        return {}
+    names = ["v_pred", *(["ztsnr"] if schedule.get("rescale_betas_zero_snr") else [])]
+    return {name: torch.empty(0) for name in names}
+
+
 def export_single_file(folder: Path, out: Path) -> None:
     """A student's network in one file; text encoders and autoencoder are the teacher's and not in it.
 
@@ -332,6 +345,6 @@ def export_single_file(folder: Path, out: Path) -> None:
             "this network was re-timed to read [0, 1], and nothing in a single file says so, so that others would give "
             "it times up to 1000; use --to pipeline"
         )
-    state = original_state(teacher.transformer)
+    state = original_state(teacher.transformer) | marks_of(teacher.transformer, teacher.pipe.scheduler.config)
     with writing(out) as part:
         save_file(state, part, {"format": "pt"})
