@@ -577,7 +577,7 @@ def test_a_tokenizer_of_sentencepiece_alone_is_read(tmp_path: Path) -> None:
     for i, (piece, score) in enumerate(tiny.T5_PIECES):
         model.pieces.add(
             piece=piece, score=score, type=(3, 3, 2)[i] if i < 3 else 1
-        )  # control, control, unknown, usual
+        )  # two of control, unknown
     trainer = model.trainer_spec
     trainer.model_type, trainer.pad_id, trainer.eos_id, trainer.unk_id, trainer.bos_id = 1, 0, 1, 2, -1
     model.normalizer_spec.name = "identity"
