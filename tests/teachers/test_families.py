@@ -561,6 +561,12 @@ def test_a_student_of_a_teacher_without_guidance_says_no_scale(family: str, prom
     assert recipe["taught"] == [1.0] and recipe["guidance"] == 1.0
 
 
+@pytest.mark.parametrize(("family", "tokens"), [("flux dev", 512), ("flux schnell", 256)])
+def test_flux_reads_as_many_tokens_as_its_authors_do(family: str, tokens: int, tmp_path: Path) -> None:
+    folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
+    assert load_teacher(TeacherSettings(source=str(folder)), "cpu").max_tokens == tokens
+
+
 @pytest.mark.parametrize("family", ["sd 1", "sdxl"])
 def test_a_prompt_is_no_longer_than_the_pipeline_reads(family: str, tmp_path: Path) -> None:
     """More was ignored, but for conditions that compiled runs pad to it, and the padding was attended to."""
@@ -575,9 +581,7 @@ def test_a_tokenizer_of_sentencepiece_alone_is_read(tmp_path: Path) -> None:
     wanted = load_teacher(SMALL.model_copy(update={"source": str(folder)}), "cpu").encode(["a red door, 3 cats"])
     model = sentencepiece_model_pb2.ModelProto()
     for i, (piece, score) in enumerate(tiny.T5_PIECES):
-        model.pieces.add(
-            piece=piece, score=score, type=(3, 3, 2)[i] if i < 3 else 1
-        )  # two of control, unknown
+        model.pieces.add(piece=piece, score=score, type=(3, 3, 2)[i] if i < 3 else 1)  # two of control, unknown
     trainer = model.trainer_spec
     trainer.model_type, trainer.pad_id, trainer.eos_id, trainer.unk_id, trainer.bos_id = 1, 0, 1, 2, -1
     model.normalizer_spec.name = "identity"

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from stepfold.commands.prompts import run_encode
 from stepfold.config import TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.teachers.folders import hub_is_away
 from stepfold.teachers.loading import load_teacher
 
 
@@ -39,6 +41,27 @@ def test_a_revision_is_that_of_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
         scale_of(source="some/where", revision="v2")
     with pytest.raises(UserError, match=r"teacher\.revision is for hub ids"):
         scale_of(source=str(tmp_path / "new"), revision="v1")
+
+
+def test_without_a_network_nothing_is_asked_for_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The libraries tried each file six times, half a minute long."""
+    asked = []
+
+    def away(*args: Any, **options: Any) -> None:
+        asked.append(args)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("stepfold.teachers.folders.get_session", lambda: SimpleNamespace(head=away))
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits to try again"))
+    hub_is_away.cache_clear()
+    for settings in ({"source": "some/where"}, {"source": "some/where", "revision": "v1"}):
+        with pytest.raises(UserError, match="some/where"):
+            load_teacher(TeacherSettings(**settings), "cpu")
+    with pytest.raises(UserError, match="the hub does not answer, and its cache here has none"):
+        load_teacher(TeacherSettings(source="some/where"), "cpu")
+    assert len(asked) == 1
+    hub_is_away.cache_clear()
 
 
 @pytest.mark.parametrize("of_hub", [False, True])

@@ -91,6 +91,11 @@ class FluxTeacher(PipelineTeacher):
         return ("embedded",) if self.transformer.config.guidance_embeds else ("none",)
 
     @override
+    def usual_tokens(self) -> int:
+        """512, as its call says; schnell was distilled with 256."""
+        return super().usual_tokens() if self.transformer.config.guidance_embeds else 256
+
+    @override
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
         side = self.pipe.default_sample_size * factor
         return self.transformer.config.in_channels // 4, 2 * factor, side, side

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -29,15 +31,31 @@ def load_index(source: str) -> dict[str, Any]:
     folder = Path(source)
     if folder.exists():
         return check_folder(folder)
+    away = hub_is_away()
     try:
         config: Any = DiffusionPipeline.load_config(source)  # type: ignore[arg-type]
     except (OSError, ValueError) as error:
+        reason = "the hub does not answer, and its cache here has none" if away else first_line(error)
         raise UserError(
-            f"teacher {source!r} is neither a pipeline folder nor a hub id that can be reached "
-            f"({first_line(error)}); is it spelt right?"
+            f"teacher {source!r} is neither a pipeline folder nor a hub id that can be reached ({reason}); is it spelt "
+            "right?"
         ) from None
     check_index(source, config)
     return dict(config)
+
+
+@cache
+def hub_is_away() -> bool:
+    """Whether the hub does not answer; asked once. The libraries then read their cache alone.
+
+    By themselves they ask six times for each file, half a minute long.
+    """
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # no network, a proxy's refusal, offline mode: each has errors of its own
+        constants.HF_HUB_OFFLINE = True
+        return True
+    return False
 
 
 def load_pipeline(

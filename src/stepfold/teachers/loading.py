@@ -12,7 +12,15 @@ from stepfold.errors import NonFiniteError, UserError, first_line
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.flux import FluxTeacher
-from stepfold.teachers.folders import DEVICE_ERRORS, check_folder, fix_for, load_index, load_networks, unloadable
+from stepfold.teachers.folders import (
+    DEVICE_ERRORS,
+    check_folder,
+    fix_for,
+    hub_is_away,
+    load_index,
+    load_networks,
+    unloadable,
+)
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
@@ -146,6 +154,7 @@ def place_of(settings: TeacherSettings) -> str:
         raise UserError(f"teacher.revision is for hub ids, but {source!r} is a folder; leave it out")
     if local or not (settings.revision or settings.variant):
         return source
+    hub_is_away()
     try:
         return diffusers.DiffusionPipeline.download(  # type: ignore[arg-type]
             source, revision=settings.revision, variant=settings.variant, use_safetensors=True
