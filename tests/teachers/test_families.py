@@ -40,6 +40,7 @@ from stepfold.students.saving import save_whole
 from stepfold.students.whole import as_student, new_student
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import choose_objective, load_any_pipeline, load_teacher
+from stepfold.teachers.oracle import agreement
 from stepfold.training import doctor
 from stepfold.training.runs import read_metrics
 
@@ -559,6 +560,22 @@ def test_a_student_of_a_teacher_without_guidance_says_no_scale(family: str, prom
     run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
     recipe = json.loads((tmp_path / "run" / "student" / CARD).read_text())["recipe"]
     assert recipe["taught"] == [1.0] and recipe["guidance"] == 1.0
+
+
+@pytest.mark.parametrize("family", ["flux dev", "flux schnell"])
+def test_a_flux_that_was_tuned_back_has_classifier_free_guidance(
+    family: str, prompts_file: Path, tmp_path: Path
+) -> None:
+    """Beside the pipeline's own; a student of one scale, that plain diffusers calls with none."""
+    folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
+    config = settings(folder, prompts_file, "teacher.guidance=classifier_free", "space.guidance=[2.5]")
+    teacher = load_teacher(config.teacher, "cpu")
+    prompts = ["red heart", "a cat"]
+    found = agreement(teacher, prompts, teacher.encode(prompts), torch.full((2,), 2.5), num_steps=4)
+    assert found.network < 1e-4
+    run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
+    card = json.loads((tmp_path / "run" / "student" / CARD).read_text())
+    assert card["recipe"]["taught"] == [2.5] and card["calls"]["1"]["guidance_scale"] == 1
 
 
 @pytest.mark.parametrize(("family", "tokens"), [("flux dev", 512), ("flux schnell", 256)])

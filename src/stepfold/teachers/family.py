@@ -328,6 +328,10 @@ class Family(Teacher):
         length = {"max_sequence_length": self.max_tokens} if self.takes_length else {}
         return {"height": self.height, "width": self.width} | length | self.call_options()
 
+    def own_guidance(self, guidance: float) -> dict[str, Any]:
+        """Arguments with which the pipeline takes steps of its own at a scale."""
+        return {"guidance_scale": guidance}
+
     def index_extras(self) -> dict[str, Any]:
         """Entries of model_index.json that the pipeline's class reads but does not write."""
         return {}

@@ -39,15 +39,16 @@ def flux_network(
 ) -> Tensor:
     """F [B, C, H, W] of a FluxTransformer2DModel, whose time counts to `time_scale`.
 
-    It multiplies what it is given by 1000 itself, like its guidance.
+    It multiplies what it is given by 1000 itself, like its guidance, which is 1 where there is none.
     """
     height, width = x_unit.shape[-2:]
+    scales = torch.ones_like(t) if guidance is None else guidance
 
     def velocity(x_flow: Tensor, t_flow: Tensor) -> Tensor:
         tokens = transformer(
             hidden_states=pack(x_flow),
             timestep=time_scale / 1000 * t_flow,
-            guidance=guidance if transformer.config.guidance_embeds else None,
+            guidance=scales if transformer.config.guidance_embeds else None,
             encoder_hidden_states=condition.embeds,
             pooled_projections=condition.pooled,
             txt_ids=condition.embeds.new_zeros(condition.embeds.shape[1], 3),
@@ -88,7 +89,14 @@ class FluxTeacher(PipelineTeacher):
 
     @override
     def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
-        return ("embedded",) if self.transformer.config.guidance_embeds else ("none",)
+        """Classifier-free guidance is for networks that were tuned back to it; they are told 1 where they embed it."""
+        return ("embedded" if self.transformer.config.guidance_embeds else "none", "classifier_free")
+
+    @override
+    def own_guidance(self, guidance: float) -> dict[str, Any]:
+        if self.guidance_kind == "classifier_free":
+            return {"guidance_scale": 1.0, "true_cfg_scale": guidance, "negative_prompt": ""}
+        return super().own_guidance(guidance)
 
     @override
     def usual_tokens(self) -> int:

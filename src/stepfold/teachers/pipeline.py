@@ -322,7 +322,7 @@ class PipelineTeacher(Family):
         self._load_text_encoders()
         self._vae()
         try:
-            call = self.usual_call() | self.own_steps(num_steps) | {"guidance_scale": guidance}
+            call = self.usual_call() | self.own_steps(num_steps) | self.own_guidance(guidance)
             return self.latents_of(self.pipe, prompts, draws, **call)
         finally:
             self.pipe.scheduler = old
