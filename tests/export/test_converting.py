@@ -1,19 +1,23 @@
 """Checkpoints under their original names become pipelines; what is in a pickle besides tensors is not run."""
 
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from diffusers import SanaPipeline, SanaSprintPipeline
+from diffusers import SanaPipeline, SanaSprintPipeline, StableDiffusionPipeline
 from safetensors.torch import save_file
 from tiny import enliven, make_sana, sana_transformer
 from torch import Tensor
 
 from stepfold.errors import UserError
-from stepfold.export.converting import convert
+from stepfold.export.converting import NETWORK, convert
 from stepfold.export.single_file import original_state
+from stepfold.teachers.folders import load_index
 
 PARTS = {
     "attn1.norm_q.weight": "attn.q_norm.weight",
@@ -86,6 +90,128 @@ def test_what_does_not_fit_is_named(tiny_sana: Path, tmp_path: Path) -> None:
         convert(tmp_path / "none.pth", str(tiny_sana), tmp_path / "out", 1000)
 
 
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "sd1": tiny.make_sd1, "sdxl": tiny.make_sdxl, "sd3": tiny.make_sd3, "flux": tiny.make_flux,
+    "lumina": tiny.make_lumina2, "pixart": tiny.make_pixart, "wan": tiny.make_wan,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_network_of_any_family_is_read_to_the_bit(family: str, prefix: bool, tmp_path: Path) -> None:
+    """As trainers and model sites save it, alone; a trainer's wrappers are taken off its names."""
+    base = tiny.save(FAMILIES[family], tmp_path / "base")
+    pipe = FAMILIES[family]()
+    part = "unet" if "unet" in pipe.components else "transformer"
+    network = getattr(pipe, part)
+    enliven(network)
+    bare = {name.removeprefix(NETWORK): value.contiguous() for name, value in original_state(network).items()}
+    named = {f"{NETWORK if prefix else '_orig_mod.'}{name}": value.clone() for name, value in bare.items()}
+    save_file(named, tmp_path / "model.safetensors")
+    kind = convert(tmp_path / "model.safetensors", str(base), tmp_path / "out")
+    assert kind == type(pipe).__name__
+    made: Any = type(pipe).from_pretrained(tmp_path / "out")
+    theirs, ours = network.state_dict(), getattr(made, part).state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    gone = sorted(named)[0]
+    for state, match in (
+        ({name: value for name, value in named.items() if name != gone}, "the checkpoint has no "),
+        (named | {f"{gone[: gone.index('.') + 1]}more.weight": torch.zeros(1)}, "more.weight, and 0 more"),
+        (named | {f"{gone}.scale_weight": torch.zeros(1)}, "scaled fp8: give the file in bf16"),
+    ):
+        save_file(state, tmp_path / "other.safetensors")
+        with pytest.raises(UserError, match=match):
+            convert(tmp_path / "other.safetensors", str(base), tmp_path / "refused")
+
+
+def whole_sd1(pipe: Any) -> dict[str, Tensor]:
+    """A Stable Diffusion 1 as one file: the autoencoder and the text encoder under their authors' names too."""
+    state = dict(original_state(pipe.unet))
+    for name, value in pipe.text_encoder.state_dict().items():
+        state[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+    levels = len(pipe.vae.config.block_out_channels)
+    for name, value in pipe.vae.state_dict().items():
+        theirs = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+        theirs = theirs.replace("mid_block.attentions.0.group_norm", "mid.attn_1.norm")
+        for ours, other in {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
+            if f"mid_block.attentions.0.{ours}." in theirs:
+                theirs = theirs.replace(f"mid_block.attentions.0.{ours}", f"mid.attn_1.{other}")
+                value = value[..., None, None] if value.ndim == 2 else value
+        theirs = re.sub(r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2", theirs)
+        theirs = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", theirs)
+        up = r"up_blocks\.(\d)\."
+        theirs = re.sub(up + r"resnets\.(\d)", lambda m: f"up.{levels - 1 - int(m[1])}.block.{m[2]}", theirs)
+        theirs = re.sub(up + r"upsamplers\.0", lambda m: f"up.{levels - 1 - int(m[1])}.upsample", theirs)
+        theirs = theirs.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+        state[f"first_stage_model.{theirs}"] = value
+    return {name: value.contiguous().clone() for name, value in state.items()}
+
+
+def test_a_whole_model_is_read_with_its_autoencoder_and_its_text_encoder(tmp_path: Path) -> None:
+    """People's fine-tunes change the text encoder too; the base's would be another model, silently."""
+    base = tiny.save(tiny.make_sd1, tmp_path / "base")
+    pipe = tiny.make_sd1()
+    torch.manual_seed(5)
+    for network in (pipe.unet, pipe.vae, pipe.text_encoder):
+        enliven(network)
+    state = whole_sd1(pipe) | {"model_ema.decay": torch.ones(()), "alphas_cumprod": torch.ones(1000)}
+    save_file(state, tmp_path / "whole.safetensors")
+    kept: Any = StableDiffusionPipeline.from_pretrained(base)
+    for network_only in (False, True):
+        out = tmp_path / f"out {network_only}"
+        convert(tmp_path / "whole.safetensors", str(base), out, network_only=network_only)
+        made: Any = StableDiffusionPipeline.from_pretrained(out)
+        source = {"unet": pipe, "vae": kept if network_only else pipe, "text_encoder": kept if network_only else pipe}
+        for part, wanted in source.items():
+            theirs, ours = getattr(wanted, part).state_dict(), getattr(made, part).state_dict()
+            assert ours.keys() == theirs.keys(), part
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), part
+
+
+def test_what_a_file_says_of_itself_is_heard(tmp_path: Path) -> None:
+    base = tiny.save(tiny.make_sdxl, tmp_path / "base")
+    pipe = tiny.make_sdxl()
+    state = {name: value.contiguous() for name, value in original_state(pipe.unet).items()}
+    save_file(state | {"v_pred": torch.empty(0)}, tmp_path / "v.safetensors")
+    with pytest.raises(UserError, match="says that it predicts v, but the base's network predicts 'epsilon'"):
+        convert(tmp_path / "v.safetensors", str(base), tmp_path / "out")
+    save_file(state | {"odd.weight": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match=r"has odd\.weight, and 0 more, that belong to no part that is known"):
+        convert(tmp_path / "odd.safetensors", str(base), tmp_path / "out")
+    with pytest.raises(UserError, match=r"--base is missing: .* such as [\w-]+/[\w.-]+$"):
+        convert(tmp_path / "odd.safetensors", None, tmp_path / "out")
+    flux = tiny.make_flux()
+    encoders = {"text_encoders.t5xxl.shared.weight": torch.zeros(2)}
+    whole = {f"{NETWORK}{name}": value.contiguous() for name, value in original_state(flux.transformer).items()}
+    save_file(whole | encoders, tmp_path / "flux.safetensors")
+    flux_base = str(tiny.save(tiny.make_flux, tmp_path / "flux"))
+    with pytest.raises(
+        UserError, match="the text encoders in a FluxPipeline's file are not read here; add --network-only"
+    ):
+        convert(tmp_path / "flux.safetensors", flux_base, tmp_path / "out")
+    assert convert(tmp_path / "flux.safetensors", flux_base, tmp_path / "out", network_only=True) == "FluxPipeline"
+
+
+def test_the_average_is_asked_about(tiny_sana: Path, tmp_path: Path) -> None:
+    network: Any = sana_transformer(qk_norm=None)
+    state = original(network, qk_norm=False, guidance=False)
+    average = {name: value + 1 for name, value in state.items()}
+    file = tmp_path / "sana.pth"
+    torch.save(
+        {"state_dict": {f"module.{n}": v for n, v in state.items()}, "state_dict_ema": average, "epoch": 3}, file
+    )
+    with pytest.raises(UserError, match="holds its last weights and their average; choose with --weights last or ema"):
+        convert(file, str(tiny_sana), tmp_path / "out", 1000)
+    for weights, more in (("last", 0), ("ema", 1)):
+        out = tmp_path / weights
+        convert(file, str(tiny_sana), out, 1000, weights)  # type: ignore[arg-type]
+        made = SanaPipeline.from_pretrained(out).transformer.state_dict()
+        assert torch.equal(made["proj_out.bias"], network.state_dict()["proj_out.bias"] + more)
+    torch.save({"state_dict": state}, file)
+    with pytest.raises(UserError, match="the checkpoint has no such weights; it has last: --weights last"):
+        convert(file, str(tiny_sana), tmp_path / "none", 1000, "ema")
+
+
 class Trap:
     """Makes a folder when it is unpickled."""
 
@@ -101,3 +227,10 @@ def test_nothing_in_a_checkpoint_is_run(tiny_sana: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="no checkpoint that can be read safely"):
         convert(tmp_path / "sana.pth", str(tiny_sana), tmp_path / "out", 1000)
     assert not (tmp_path / "trapped").exists()
+
+
+def test_a_file_in_the_place_of_a_folder_is_told_how_to_become_one(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(UserError, match=r"is one file, .*stepfold convert \S*/model\.safetensors --base PIPELINE"):
+            load_index(str(source))

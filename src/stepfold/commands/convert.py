@@ -1,7 +1,7 @@
-"""`stepfold convert`: a Sana checkpoint under its original names becomes a pipeline folder."""
+"""`stepfold convert`: a checkpoint under its original names, one file, becomes a pipeline folder."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,21 +10,33 @@ from stepfold.errors import UserError
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="A .pth or .safetensors under original names.", show_default=False)],
-    base: Annotated[
-        str, typer.Option(help="Sana pipeline of the same size (folder or hub id), for all else.", show_default=False)
+    file: Annotated[
+        Path,
+        typer.Argument(help="A .safetensors or .pth under original names, as model sites have it.", show_default=False),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Pipeline of the same kind (folder or hub id), for what the file lacks.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="last or ema, where the file has both.", show_default=False)
+    ] = None,
+    network_only: Annotated[
+        bool, typer.Option("--network-only", help="Autoencoder and text encoders of the base, whatever the file has.")
+    ] = False,
     time_scale: Annotated[
-        int, typer.Option(help="What its time counts to: 1000 (Sana), 1 (Sana-Sprint and its teacher).")
+        int, typer.Option(help="What a Sana's time counts to: 1000 (Sana), 1 (Sana-Sprint and its teacher).")
     ] = 1000,
     force: Annotated[bool, typer.Option("--force", help="Replace a pipeline folder that is there.")] = False,
 ) -> None:
-    """Make a pipeline folder of a Sana checkpoint under its original names; nothing in the file is run.
+    """Make a pipeline folder of one file: Stable Diffusion 1, 2, XL, 3, FLUX, Lumina 2, PixArt, Sana, Wan.
+
+    Nothing in the file is run.
+
+    stepfold convert my-sdxl.safetensors --base stabilityai/stable-diffusion-xl-base-1.0 --out my-sdxl
 
     stepfold convert Sana_600M_512px.pth --base Efficient-Large-Model/Sana_600M_512px_diffusers --out my-sana
-
-    stepfold convert sprint_teacher.pth --base ./sana-1600m --out teacher --time-scale 1
     """
     from stepfold.display import quiet_libraries
     from stepfold.export.converting import convert as converted
@@ -35,4 +47,7 @@ def convert(
         raise UserError(f"{out} is no pipeline folder, so --force does not replace it; choose another --out")
     if time_scale not in (1, 1000):
         raise UserError(f"--time-scale is {time_scale}; give 1000 (Sana) or 1 (Sana-Sprint and its teacher)")
-    typer.echo(f"{converted(file, base, out, time_scale)}: {out}")
+    if weights not in (None, "last", "ema"):
+        raise UserError(f"--weights is {weights!r}; give last or ema")
+    chosen: Any = weights
+    typer.echo(f"{converted(file, base, out, time_scale, chosen, network_only)}: {out}")

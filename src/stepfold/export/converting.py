@@ -1,33 +1,51 @@
-"""`stepfold convert`: a Sana or Sana-Sprint checkpoint under its original names becomes a pipeline folder."""
+"""`stepfold convert`: a checkpoint under its original names, one file, becomes a pipeline folder."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 from diffusers import SanaPipeline, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm, fetch_diffusers_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from stepfold.errors import UserError, first_line
-from stepfold.export.single_file import SANA, from_table, pieces_of
+from stepfold.export.single_file import SANA, from_table, layout, pieces_of
 from stepfold.teachers.folders import load_index, load_pipeline
-from stepfold.teachers.loading import folder_of
+from stepfold.teachers.loading import FAMILIES, folder_of
 from stepfold.teachers.pipeline import SIGMA_DATA
 from stepfold.training.runs import writing
 
+Weights = Literal["last", "ema"]
+SANAS = (SanaPipeline, SanaSprintPipeline)
+NETWORK, AVERAGE, AUTOENCODER, ENCODERS = (
+    "model.diffusion_model.", "model_ema.", ("first_stage_model.", "vae."),
+    ("cond_stage_model.", "conditioner.", "text_encoders."),
+)  # fmt: skip
+"""What the names of a whole model's parts begin with."""
+WRAPPERS = ("module.", "_orig_mod.")
+"""What trainers put before every name: DistributedDataParallel, and torch.compile."""
+SCHEDULE = ("alphas_cumprod", "betas", "sqrt_alphas_cumprod", "log_one_minus_alphas_cumprod", "posterior_", "sqrt_")
+"""Tables that the base's scheduler computes; old checkpoints have them beside the weights."""
+MARKS = ("v_pred", "ztsnr")
 UNUSED = ("pos_embed", "y_embedder.y_embedding", "logvar_linear.")
 """What a network in use has no need of: fixed positions, the empty prompt of training, the adaptive weight's head."""
 
 
-def read_original(file: Path) -> dict[str, Tensor]:
+def read_original(file: Path, weights: Weights | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint; of a pickle nothing but tensors is read, and nothing in it is run.
 
+    Args:
+        file: what a trainer saved.
+        weights: which ones, where it holds the last ones and their average (ema).
+
     Raises:
-        UserError: there is no such file, or it holds something else.
+        UserError: there is no such file, it holds something else, or two sets of weights and nobody said which.
     """
     try:
         if file.suffix == ".safetensors":
@@ -39,10 +57,35 @@ def read_original(file: Path) -> dict[str, Tensor]:
             f"{file} is no checkpoint that can be read safely ({first_line(error)}); give a .pth or .safetensors file "
             "of tensors"
         ) from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    state = chosen(state, weights) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{file} holds something else than named tensors; give the checkpoint of a Sana network")
+        raise UserError(f"{file} holds something else than named tensors; give the checkpoint of a network")
+    for wrapper in WRAPPERS:
+        if state and all(name.startswith(wrapper) for name in state):
+            state = {name.removeprefix(wrapper): value for name, value in state.items()}
     return state
+
+
+def chosen(state: Mapping[str, Any], weights: Weights | None) -> Any:
+    """One of the sets of weights that a checkpoint holds.
+
+    Raises:
+        UserError: it holds two, and nobody said which; or not the one that was asked for.
+    """
+    sets = {"last": "state_dict", "ema": next((name for name in ("state_dict_ema", "ema") if name in state), "")}
+    there = [name for name, key in sets.items() if isinstance(state.get(key), Mapping)]
+    if not there:
+        return state if weights != "ema" else refuse_weights(["last"])
+    if weights is None and len(there) == 2:
+        raise UserError("the checkpoint holds its last weights and their average; choose with --weights last or ema")
+    if weights is not None and weights not in there:
+        refuse_weights(there)
+    return state[sets[weights or there[0]]]
+
+
+def refuse_weights(there: list[str]) -> None:
+    """Says which weights a checkpoint has."""
+    raise UserError(f"the checkpoint has no such weights; it has {' and '.join(there)}: --weights {there[0]}")
 
 
 def network_of(state: Mapping[str, Tensor], config: Mapping[str, Any], time_scale: float) -> SanaTransformer2DModel:
@@ -66,29 +109,51 @@ def network_of(state: Mapping[str, Tensor], config: Mapping[str, Any], time_scal
             "timestep_scale": time_scale / 1000,
         }
     )
-    wanted: dict[str, dict[int, str]] = defaultdict(dict)
-    ours = network.state_dict()
-    for name in ours:
-        original, (place,) = pieces_of(from_table(name, SANA) or name)
-        wanted[original][place] = name
-    found: dict[str, Tensor] = {}
-    for original, pieces in wanted.items():
-        names = [pieces[place] for place in sorted(pieces)]
-        rows = [len(ours[name]) for name in names]
+    fill(network, state, partial(from_table, names=SANA), UNUSED)
+    return network
+
+
+def fill(
+    network: Any, state: Mapping[str, Tensor], name_of: Callable[[str], str | None], unused: tuple[str, ...] = ()
+) -> None:
+    """Gives a network the tensors of an original checkpoint; the inverse of `single_file.original_state`.
+
+    Args:
+        network: of diffusers.
+        state: original name -> tensor.
+        name_of: the original name of a tensor, as `single_file.layout` has them.
+        unused: beginnings of names that may be left over.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor, has one too many, or one of another shape.
+    """
+    kind, ours = type(network).__name__, network.state_dict()
+    rows: dict[str, dict[int, int]] = defaultdict(dict)
+    places_of = {name: pieces_of(name_of(name) or name) for name in ours}
+    for name, (original, places) in places_of.items():
+        rows[original].update((place, len(ours[name]) // len(places)) for place in places)
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for original, sizes in rows.items():
         if original not in state:
-            raise UserError(f"the checkpoint has no {original}; is it a Sana network?")
-        if len(state[original]) != sum(rows):
+            raise UserError(f"the checkpoint has no {original}; is it that of a {kind}?")
+        if len(state[original]) != sum(sizes.values()):
             raise UserError(
-                f"{original} has {len(state[original])} rows, but the base's network would have {sum(rows)}; "
-                "give a --base of the same size"
+                f"{original} has {len(state[original])} rows, but the base's network would have "
+                f"{sum(sizes.values())}; give a --base of the same size"
             )
-        found |= dict(zip(names, state[original].split(rows), strict=True))
-    more = sorted(name for name in state if name not in wanted and not name.startswith(UNUSED))
+        order = sorted(sizes)
+        split = state[original].split([sizes[place] for place in order])
+        pieces[original] = dict(zip(order, split, strict=True))
+    more = sorted(name for name in state if name not in rows and not name.startswith(unused))
     if more:
+        scaled = " (scaled fp8: give the file in bf16 or fp16)" if "scale_weight" in more[0] else ""
         raise UserError(
-            f"the checkpoint has {more[0]}, and {len(more) - 1} more, that a Sana network has no place for; "
-            "is it a Sana checkpoint?"
+            f"the checkpoint has {more[0]}, and {len(more) - 1} more, that the base's {kind} has no place for{scaled}; "
+            "give a --base of the same kind"
         )
+    found = {
+        name: torch.cat([pieces[original][place] for place in places]) for name, (original, places) in places_of.items()
+    }
     try:
         network.load_state_dict(found)
     except RuntimeError as error:
@@ -96,34 +161,122 @@ def network_of(state: Mapping[str, Tensor], config: Mapping[str, Any], time_scal
         raise UserError(
             f"the checkpoint does not fit the base's network ({reason}); name a --base of the same size"
         ) from None
-    return network
 
 
-def convert(file: Path, base: str, out: Path, time_scale: Literal[1, 1000]) -> str:
-    """Writes a pipeline folder: the checkpoint's network, all else from `base`; returns the pipeline's class.
+def part_of(state: Mapping[str, Tensor], *beginnings: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so."""
+    return {name: value for name, value in state.items() if name.startswith(beginnings)}
+
+
+def of_other_family(state: dict[str, Tensor], pipe: Any, source: str, network_only: bool) -> Any:
+    """A pipeline with the checkpoint's network, its autoencoder and text encoders where it has them, else the base's.
+
+    Args:
+        state: original name -> tensor.
+        pipe: the base, loaded.
+        source: its folder or hub id.
+        network_only: whether all but the network is the base's, whatever the checkpoint has.
+
+    Raises:
+        UserError: it does not fit, or has text encoders that cannot be read.
+    """
+    part = FAMILIES[type(pipe).__name__].network_part
+    network = getattr(pipe, part)
+    inner = part_of(state, NETWORK)
+    whole = part_of(state, AVERAGE, *AUTOENCODER, *ENCODERS, *SCHEDULE, *MARKS)
+    prefix = NETWORK if inner else ""
+    name_of = layout(network)
+    bare = inner or {name: value for name, value in state.items() if name not in whole}
+    if inner and (more := sorted(set(state) - {*inner, *whole})):
+        raise UserError(f"the checkpoint has {more[0]}, and {len(more) - 1} more, that belong to no part that is known")
+    said = "v_prediction" if "v_pred" in state else None
+    if said and (own := pipe.scheduler.config.get("prediction_type")) != said:
+        raise UserError(
+            f"the checkpoint says that it predicts v, but the base's network predicts {own!r}; give another --base"
+        )
+    fill(network, {name.removeprefix(prefix): value for name, value in bare.items()}, name_of)
+    changed: dict[str, Any] = {part: network}
+    if not network_only:
+        if part_of(state, *AUTOENCODER):
+            vae: Any = type(pipe.vae)
+            changed["vae"] = vae.from_single_file(dict(state), config=source, subfolder="vae")
+        if part_of(state, *ENCODERS):
+            changed |= text_encoders(state, pipe, source)
+    return type(pipe)(**(pipe.components | changed))
+
+
+def text_encoders(state: dict[str, Tensor], pipe: Any, source: str) -> dict[str, Any]:
+    """The text encoders of a whole checkpoint of Stable Diffusion 1, 2 or XL.
+
+    Raises:
+        UserError: it is of another family, or they do not fit those of the base.
+    """
+    if "UNet" not in type(getattr(pipe, "unet", None)).__name__:
+        raise UserError(
+            f"the text encoders in a {type(pipe).__name__}'s file are not read here; add --network-only to take the "
+            "base's, if they are the same"
+        )
+    names = [name for name in ("text_encoder", "text_encoder_2") if getattr(pipe, name, None) is not None]
+    try:
+        return {
+            name: create_diffusers_clip_model_from_ldm(
+                type(getattr(pipe, name)), dict(state), subfolder=name, config=source
+            )
+            for name in names
+        }
+    except (ValueError, RuntimeError, LookupError) as error:
+        raise UserError(f"the checkpoint's text encoders are not those of the base ({first_line(error)})") from None
+
+
+def usual_base(state: dict[str, Tensor]) -> str:
+    """A hub id of a pipeline of a checkpoint's kind, as diffusers guesses it."""
+    return fetch_diffusers_config(dict(state))["pretrained_model_name_or_path"]
+
+
+def convert(
+    file: Path,
+    base: str | None,
+    out: Path,
+    time_scale: Literal[1, 1000] = 1000,
+    weights: Weights | None = None,
+    network_only: bool = False,
+) -> str:
+    """Writes a pipeline folder: what the checkpoint has, all else from `base`; returns the pipeline's class.
 
     Args:
         file: a .pth (tensors only) or .safetensors under original names.
-        base: a Sana pipeline of the same size, as a folder or a hub id.
+        base: a pipeline of the same kind and size, as a folder or a hub id.
         out: the folder.
-        time_scale: what the network's own time counts to: 1000 of Sana, 1 of Sana-Sprint and of its teacher.
+        time_scale: what a Sana's own time counts to: 1000 of Sana, 1 of Sana-Sprint and of its teacher.
+        weights: which ones, where it holds the last ones and their average.
+        network_only: whether autoencoder and text encoders are the base's, whatever the checkpoint has.
 
     Raises:
         UserError: one of them is not what it should be.
     """
+    state = read_original(file, weights)
+    if base is None:
+        raise UserError(f"--base is missing: a pipeline of the same kind, for all else; such as {usual_base(state)}")
     source = folder_of(base)
-    classes = (SanaPipeline, SanaSprintPipeline)
+    classes = [kind for family in FAMILIES.values() for kind in family.pipelines]
     pipe: Any = load_pipeline(source, load_index(source), classes, torch.float32, network_only=False)
-    network = network_of(read_original(file), pipe.transformer.config, time_scale)
+    if isinstance(pipe, SANAS):
+        made = sana_pipeline(state, pipe, base, time_scale)
+    else:
+        made = of_other_family(state, pipe, source, network_only)
+    with writing(out) as part:
+        made.save_pretrained(part, safe_serialization=True)
+    return type(made).__name__
+
+
+def sana_pipeline(state: dict[str, Tensor], pipe: Any, base: str, time_scale: Literal[1, 1000]) -> Any:
+    """A Sana or a Sana-Sprint with the checkpoint's network; see `convert`."""
+    network = network_of(state, pipe.transformer.config, time_scale)
     parts: dict[str, Any] = {name: pipe.components[name] for name in ("tokenizer", "text_encoder", "vae")}
     parts["transformer"] = network
     if network.config["guidance_embeds"]:
         scheduler: Any = SCMScheduler(prediction_type="trigflow", sigma_data=SIGMA_DATA)
-        made: Any = SanaSprintPipeline(**parts, scheduler=scheduler)
-    elif isinstance(pipe, SanaSprintPipeline):
+        return SanaSprintPipeline(**parts, scheduler=scheduler)
+    if isinstance(pipe, SanaSprintPipeline):
         raise UserError(f"{base!r} is a SanaSprintPipeline, but the checkpoint embeds no guidance; give a SanaPipeline")
-    else:
-        made = SanaPipeline(**parts, scheduler=pipe.scheduler)
-    with writing(out) as part:
-        made.save_pretrained(part, safe_serialization=True)
-    return type(made).__name__
+    return SanaPipeline(**parts, scheduler=pipe.scheduler)

@@ -227,6 +227,12 @@ def check_folder(folder: Path) -> dict[str, Any]:
         UserError: naming what is missing or not allowed.
     """
     index = folder / "model_index.json"
+    single = folder if folder.is_file() else next(iter(sorted(folder.glob("*.safetensors"))), None)
+    if not index.is_file() and single:
+        raise UserError(
+            f"teacher {str(folder)!r} is one file, and a pipeline folder is needed; make one: "
+            f"stepfold convert {single} --base PIPELINE --out FOLDER"
+        )
     if not index.is_file():
         raise UserError(
             f"teacher folder {str(folder)!r} has no model_index.json; give a folder written by save_pretrained"
