@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from stepfold.library_notes import LibraryNotes
+
 if TYPE_CHECKING:
     from stepfold.training.looks import Progress
 
@@ -18,13 +20,17 @@ WIDE = 160  # columns of a table that is piped or written to a file
 
 
 def quiet_libraries() -> None:
-    """No progress bars and warnings of the model libraries between our own lines."""
+    """No progress bars of the model libraries between our lines, and of their warnings those that tell something."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_warning()
+        library.disable_progress_bar()
+        root = library.get_logger(library.__name__.split(".")[0])
+        if not any(isinstance(handler, LibraryNotes) for handler in root.handlers):
+            library.disable_default_handler()
+            library.add_handler(LibraryNotes())
 
 
 PLAIN_EVERY = 25  # steps between lines when the output is no terminal

@@ -85,6 +85,7 @@ def kept_bytes(student: Student, teacher: Any, recompute: bool) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.long
 def test_recomputed_blocks_keep_less(tiny_sana: Path) -> None:
     teacher = SanaTeacher(tiny_sana, max_tokens=24)
     student = new_student(teacher)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from forms import cases
 from torch import Tensor, nn
 
 from stepfold.api import distill_module, load_module_student
@@ -48,7 +49,7 @@ def load(folder: Path) -> Any:
     return family_of(str(folder))(folder, height=32, width=32, max_tokens=24, frames=frames)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=cases(FAMILIES, short=["sana", "sd3", "flux dev", "wan", "sd 1"]))
 def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load(tiny.save(FAMILIES[request.param], tmp_path_factory.mktemp("family") / "pipeline"))
 
