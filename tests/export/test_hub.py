@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from stepfold.commands.export import run_export
 from stepfold.errors import UserError
@@ -43,6 +44,15 @@ def student(student_of: StudentOf, tmp_path: Path) -> Path:
     report = {"protocol": {"n": 480, "hash": "0123456789abcdef"}, "teacher": {"20": row}, "student": {"1": row}}
     (tmp_path / "run" / "report.json").write_text(json.dumps(report))
     return folder
+
+
+@pytest.mark.parametrize("licence", ["license:\n- apache-2.0\n- other\n", "license: openrail++\n", ""])
+def test_the_front_matter_is_what_the_hub_reads(licence: str, student: Path, tmp_path: Path) -> None:
+    """A list of licences was one licence called "- apache-2.0"."""
+    (tmp_path / "teacher" / "README.md").write_text(f"---\n{licence}---\n")
+    told = ModelCard(hub_card(student, "you/mine")).data
+    assert told.license == ModelCard(f"---\n{licence}library_name: x\n---\n").data.license
+    assert (told.library_name, told.pipeline_tag) == ("diffusers", "text-to-image") and "few-step" in told.tags
 
 
 def test_the_card_goes_first_and_says_it_all(student: Path) -> None:
