@@ -7,13 +7,14 @@ import torch
 from stepfold.errors import UserError
 from stepfold.sampling.recipe import times_of
 from stepfold.students.card import CARD, Card, read_card, student_folder
-from stepfold.students.lora import load_lora
+from stepfold.students.lora import LORA_WEIGHTS, load_lora
 from stepfold.students.saving import load_network_only
 from stepfold.students.two_times import load_embedder
 from stepfold.students.whole import as_student
 from stepfold.teachers.contract import Student
-from stepfold.teachers.folders import check_folder, merge_lora
+from stepfold.teachers.folders import check_folder
 from stepfold.teachers.loading import load_teacher, make_teacher
+from stepfold.teachers.lora_merging import merge_lora
 from stepfold.teachers.pipeline import PipelineTeacher
 
 
@@ -46,7 +47,7 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     if not card.lora_rank:
         return load_student(folder, device)
     teacher = load_teacher(card.teacher_settings(), device, torch.float32)
-    merge_lora(teacher.pipe, str(folder), lambda: None)  # a student has no LoRA on text encoders
+    merge_lora(teacher.pipe, str(student_folder(folder) / LORA_WEIGHTS), 1.0, lambda: None)  # a student has no LoRA on text encoders
     student = as_student(teacher, two_times=card.two_times)
     load_embedder(student, folder)
     return teacher, student, checked(card, teacher)

@@ -1,9 +1,8 @@
 """A pipeline folder or a hub id: what its index says, and how it is loaded; safetensors only, nothing of it is run."""
 
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import cache
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
-from torch import Tensor
 
 from stepfold.errors import UserError, first_line
-from stepfold.teachers.safety import OWNERS, PICKLES, check_files, check_index, is_part, read_json
+from stepfold.teachers.safety import OWNERS, check_files, check_index, is_part, read_json
 
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """Errors of a GPU, which no folder is to blame for."""
@@ -150,74 +148,6 @@ def fix_for(error: Exception, folder: Path) -> str:
             return f"its weights are of a variant; set teacher.variant={found[0]}"
         return "a file is damaged or not there; copy the whole folder again"
     return "what its configs say does not fit its files or the library; copy the folder again from where it was made"
-
-
-def merge_lora(pipe: Any, source: str, read_text_encoders: Callable[[], None]) -> None:
-    """Merges a LoRA in diffusers' format into a pipeline's weights; safetensors only.
-
-    Args:
-        pipe: the pipeline.
-        source: file, folder or hub id.
-        read_text_encoders: called where the LoRA changes them; the pipeline may have been loaded without.
-
-    Raises:
-        UserError: it does not load, or does not fit.
-    """
-    place = Path(source)
-    for file in [place, *(place.iterdir() if place.is_dir() else ())]:
-        if file.suffix.lower() in PICKLES:
-            raise UserError(
-                f"LoRA {source!r} is or holds a pickle, {file.name}, which could run code; save it as safetensors with "
-                "save_lora_weights(..., safe_serialization=True) where you trust it"
-            )
-    try:
-        found = pipe.lora_state_dict(source, use_safetensors=True)
-        state: dict[str, Tensor] = found[0] if isinstance(found, tuple) else found
-        named = {name.split(".")[0] for name in state}
-        if any(part.startswith("text_encoder") for part in named):
-            read_text_encoders()
-        pipe.load_lora_weights(source, use_safetensors=True)
-        taken = list(pipe.get_list_adapters())
-        lost = {part for part in named if re.fullmatch(r"unet|transformer|text_encoder\w*", part)} - {*taken}
-        if lost or not taken:
-            of = f" for {' and '.join(sorted(lost))}" if lost else ""
-            raise UserError(
-                f"LoRA {source!r} does not load: {type(pipe).__name__} takes none of its weights{of}; "
-                f"give one that was made for this teacher{', or a copy without those' if lost else ''}"
-            )
-        matrices = {name: value for name, value in state.items() if "lora" in name and not name.endswith("alpha")}
-        nowhere = not_among(
-            matrices, (p for part in taken for n, p in getattr(pipe, part).named_parameters() if "lora_" in n)
-        )
-        if nowhere:
-            raise UserError(
-                f"LoRA {source!r} does not fit: {type(pipe).__name__} has no place for {len(nowhere)} of its "
-                f"{len(matrices)} weights, such as {nowhere[0]}; give one that was made for this teacher, or a copy "
-                "without those"
-            )
-        pipe.fuse_lora(components=taken)  # by itself it would leave out FLUX's text encoder
-        pipe.unload_lora_weights()
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # the hub's client, peft and safetensors have kinds of their own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"LoRA {source!r} does not load ({reason}); give a safetensors file that "
-            f"{type(pipe).__name__}.load_lora_weights reads (it needs peft: pip install peft)"
-        ) from None
-
-
-def not_among(given: Mapping[str, Tensor], placed: Iterable[Tensor]) -> list[str]:
-    """Names of the tensors that equal none of those placed, in the dtype of these; names change on the way there."""
-
-    def contents(value: Tensor) -> tuple[torch.Size, bytes]:
-        return value.shape, blake2b(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).digest()
-
-    found, dtypes = set(), set()
-    for value in placed:
-        found.add(contents(value))
-        dtypes.add(value.dtype)
-    return [name for name, value in given.items() if found.isdisjoint(contents(value.to(dtype)) for dtype in dtypes)]
 
 
 def check_folder(folder: Path) -> dict[str, Any]:

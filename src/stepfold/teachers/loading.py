@@ -86,7 +86,7 @@ def load_teacher(
         guidance_kind=settings.guidance,
         network_only=network_only,
         null=null,
-        lora=settings.lora,
+        loras=[(lora.source, lora.scale) for lora in settings.lora],
     )
 
 

@@ -15,7 +15,8 @@ from typing_extensions import override
 from stepfold.errors import UserError, first_line
 from stepfold.teachers.contract import Condition, GuidanceKind, concatenate
 from stepfold.teachers.family import Family, Predict
-from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_network, load_pipeline, merge_lora
+from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_network, load_pipeline
+from stepfold.teachers.lora_merging import merge_lora
 from stepfold.teachers.once import compute_once, forget
 from stepfold.teachers.schedules import flow_shift
 
@@ -63,10 +64,11 @@ class PipelineTeacher(Family):
         guidance_kind: GuidanceKind | Literal["auto"] = "auto",
         network_only: bool = False,
         null: Condition | None = None,
-        lora: str | None = None,
+        loras: Sequence[tuple[str, float]] = (),
         variant: str | None = None,
     ) -> None:
         """`network_only` leaves text encoders and VAE for when they are needed; it takes the unconditional `null`.
+        `loras` are files, folders or hub ids, each with its scale, merged one after the other.
 
         Raises:
             UserError: the folder is not whole, or the network cannot do what is asked for.
@@ -77,10 +79,10 @@ class PipelineTeacher(Family):
         self.index = load_index(self.source)
         self.check_index()
         self.pipe: Any = load_pipeline(self.source, self.index, self.pipelines, dtype, network_only, variant)
-        if lora and not self.loads_lora:
+        if loras and not self.loads_lora:
             raise UserError(f"{type(self.pipe).__name__} loads no LoRA; give a teacher with it merged, as a folder")
-        if lora:
-            merge_lora(self.pipe, lora, self._read_text_encoders)
+        for lora, scale in loras:
+            merge_lora(self.pipe, lora, scale, self._read_text_encoders)
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer: Any = getattr(self.pipe, self.network_part).to(self.device).eval().requires_grad_(False)
         compute_once(self.of_the_prompt_alone())
