@@ -23,7 +23,7 @@ EXTERNAL = {
     "torch_fidelity": ("evaluation/mjhq.py",),
     "typer": ("cli.py", "commands/"),
     "rich": ("commands/", "display.py"),
-    "pydantic": ("settings.py", "config.py", "reproduction/experiments.py", "sampling/recipe.py", "students/card.py"),
+    "pydantic": ("sections.py", "settings.py", "config.py", "reproduction/experiments.py", "sampling/recipe.py", "students/card.py"),
     "yaml": ("config.py", "reproduction/experiments.py"),
     "datasets": ("images/reading.py",),
     "matplotlib": ("evaluation/report.py", "reproduction/figures.py"),

@@ -15,6 +15,7 @@ from stepfold.commands.doctor import doctor
 from stepfold.commands.evaluate import evaluate
 from stepfold.commands.export import export
 from stepfold.commands.launching import other_process
+from stepfold.commands.options import Command
 from stepfold.commands.plan import plan
 from stepfold.commands.presets import presets
 from stepfold.commands.prompts import app as prompts
@@ -49,6 +50,8 @@ GROUPS = {
 for group, commands in GROUPS.items():
     for command in commands:
         app.command(rich_help_panel=group)(command)
+for command in (*app.registered_commands, *prompts.registered_commands):
+    command.cls = Command
 app.add_typer(prompts, name="prompts", rich_help_panel="Prepare")
 
 

@@ -2,30 +2,16 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stepfold.maths.schedules import TangentSchedule
+from stepfold.sections import LARGEST, LoraSettings, Section, lora_of
 
-LARGEST = 1e9
 Pixels = Annotated[int, Field(gt=0, le=65536)]
 PriorWeight = Literal["inverse_tangent", "none"]
 Normalisation = Literal["l2", "l2_per_element", "none"]
 SpaceName = Literal["generation", "endpoints", "images", "coupling"]
 ObjectiveName = Literal["continuous", "discrete", "velocity"]
-
-
-class Section(BaseModel):
-    """A part of the settings: unknown keys are errors, values cannot change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _within_reason(cls, value: Any, info: ValidationInfo) -> Any:
-        numbers = value if isinstance(value, tuple) else (value,)
-        if info.field_name != "seed" and any(isinstance(n, int | float) and abs(n) > LARGEST for n in numbers):
-            raise ValueError(f"no setting is larger than {LARGEST:g}; give a smaller number")
-        return value
 
 
 class TeacherSettings(Section):
@@ -39,8 +25,10 @@ class TeacherSettings(Section):
         default=None,
         description="of the weights' files, for example fp16 (model.fp16.safetensors); default: the plain ones",
     )
-    lora: str | None = Field(
-        default=None, description="a LoRA for the teacher (safetensors file, folder or hub id), merged into its weights"
+    lora: tuple[LoraSettings, ...] = Field(
+        default=(),
+        description="LoRAs merged into the teacher's weights, one after the other: safetensors files, folders or hub "
+        "ids, each with a scale where it is not 1: `[style.safetensors:0.8, OWNER/NAME]`",
     )
     guidance: Literal["auto", "classifier_free", "embedded", "none"] = Field(
         default="auto", description="how the teacher takes guidance; auto reads it from the network's config"
@@ -68,6 +56,13 @@ class TeacherSettings(Section):
     max_tokens: int | None = Field(
         default=None, ge=2, le=4096, description="longest prompt, in tokens; default: the pipeline's own"
     )
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: Any) -> Any:
+        """Takes one, as settings of earlier versions have it, and none."""
+        several = given if isinstance(given, list | tuple) else [] if given is None else [given]
+        return [lora_of(each) for each in several]
 
 
 class StudentSettings(Section):

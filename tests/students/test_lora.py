@@ -15,8 +15,8 @@ from stepfold.errors import UserError
 from stepfold.students.lora import is_pointwise, lora_student, save_lora
 from stepfold.students.whole import as_student, new_student
 from stepfold.teachers.contract import Student
-from stepfold.teachers.folders import merge_lora
 from stepfold.teachers.loading import family_of
+from stepfold.teachers.lora_merging import merge_lora
 
 WITH_CONVOLUTIONS: dict[str, Callable[[], Any]] = {
     "sana": tiny.make_sana,
@@ -62,7 +62,7 @@ def test_a_lora_on_convolutions_is_loaded_and_merged_by_plain_diffusers(family: 
         teacher.transformer, own = getattr(pipe, teacher.network_part), teacher.transformer
         torch.testing.assert_close(call(as_student(teacher), teacher), expected, rtol=1e-4, atol=1e-5)
         teacher.transformer = own
-        merge_lora(teacher.pipe, str(tmp_path / "lora"), lambda: None)
+        merge_lora(teacher.pipe, str(tmp_path / "lora"), 1.0, lambda: None)
         torch.testing.assert_close(call(as_student(teacher), teacher), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -12,6 +12,7 @@ from stepfold.commands.options import (
     TeacherLoraOption,
     VariantOption,
     WidthOption,
+    teacher_settings,
     usable_device,
     write_json,
 )
@@ -42,12 +43,11 @@ def doctor(
     """
     from rich.table import Table
 
-    from stepfold.config import TeacherSettings
     from stepfold.display import quiet_libraries, show_table
     from stepfold.training.doctor import examine
 
     quiet_libraries()
-    settings = TeacherSettings(
+    settings = teacher_settings(
         source=teacher,
         revision=revision,
         variant=variant,

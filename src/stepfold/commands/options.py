@@ -2,11 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+from typing_extensions import override
 
 from stepfold.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from stepfold.config import TeacherSettings
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
 StudentArgument = Annotated[
@@ -17,8 +22,12 @@ TeacherOption = Annotated[
     typer.Option(help="`emoji` (bundled), a diffusers pipeline folder, or a hub id.", show_default=False),
 ]
 TeacherLoraOption = Annotated[
-    str | None,
-    typer.Option(help="A LoRA to merge into the teacher: safetensors file, folder or hub id.", show_default=False),
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[:SCALE]",
+        help="A LoRA to merge into the teacher: safetensors file, folder or hub id. Once for each.",
+        show_default=False,
+    ),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit.", show_default=False)]
 VariantOption = Annotated[str | None, typer.Option(help="Of the weights' files, for example fp16.", show_default=False)]
@@ -46,6 +55,38 @@ JsonOption = Annotated[
 ChangesOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. training.steps=100.")
 ]
+
+
+class Command(TyperCommand):
+    """A command that refuses an option that is given twice and has one value: the last would win without a word."""
+
+    @override
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As the library's, after a look at which options there are.
+
+        Raises:
+            UserError: naming the option.
+        """
+        *_, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in given:
+            switch = getattr(option, "is_flag", False) and not option.secondary_opts
+            if option.param_type_name == "option" and not (option.multiple or switch) and given.count(option) > 1:
+                raise UserError(
+                    f"{option.opts[0]} is given {given.count(option)} times and has one value; give it once"
+                )
+        return super().parse_args(ctx, args)
+
+
+def teacher_settings(**given: Any) -> "TeacherSettings":
+    """A command's options as settings of its teacher; None leaves a default.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    from stepfold.config import validate
+
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return validate({"prompts": "", "teacher": chosen}).teacher
 
 
 def chosen_preset(preset: str | None, teacher: str | None) -> str:

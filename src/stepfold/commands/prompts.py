@@ -17,6 +17,7 @@ from stepfold.commands.options import (
     VariantOption,
     WidthOption,
     refuse_existing,
+    teacher_settings,
     usable_device,
     write_json,
 )
@@ -190,13 +191,12 @@ def encode(
 
     stepfold prompts encode prompts.txt --teacher ./my-sana --device cuda --out my-conditions
     """
-    from stepfold.config import TeacherSettings
     from stepfold.display import Display, quiet_libraries
 
     if teacher != "emoji" and prompts is None:
         raise UserError("give a file of prompts; only the bundled teacher has prompts of its own")
     quiet_libraries()
-    settings = TeacherSettings(
+    settings = teacher_settings(
         source=teacher,
         revision=revision,
         variant=variant,

@@ -58,8 +58,12 @@ LOAD_LORA = """pipe = {pipeline}.from_pretrained({teacher}{options})
 {merge}pipe.scheduler = {scheduler}.from_pretrained({name}, subfolder="scheduler")
 pipe.load_lora_weights({name})"""
 
+WHOLE = """# Plain diffusers merges the teacher's own LoRA otherwise than its file says, so make a whole pipeline first:
+# stepfold export {name} --to pipeline --out WHOLE
+pipe = {pipeline}.from_pretrained("WHOLE")"""
+
 MERGE = """pipe.load_lora_weights({lora})
-pipe.fuse_lora(components=[*pipe.get_list_adapters()])  # by itself it leaves some text encoders out
+pipe.fuse_lora(components=[*pipe.get_list_adapters()]{scale})  # by itself it leaves some text encoders out
 pipe.unload_lora_weights()
 """
 
@@ -95,6 +99,7 @@ def save_student(
         example=teacher.in_call(example),
         licences=licences_of(config.teacher.source),
         config=config.model_dump(mode="json"),
+        loras_in_diffusers=teacher.loras_in_diffusers,
     )
     with writing(folder) as part:
         if config.student.lora:
@@ -213,11 +218,16 @@ def how_to_use(card: Card, name: str) -> str:
     changed = {name: value for name, value in card.calls[other].items() if value != call[name]}
     theirs = card.config["teacher"]
     chosen = {name: theirs[name] for name in ("revision", "variant") if theirs.get(name)}
-    loading = (LOAD_LORA if card.lora_rank else LOAD).format(
+    merging = "".join(
+        MERGE.format(lora=json.dumps(lora.source), scale="" if lora.scale == 1 else f", lora_scale={lora.scale!r}")
+        for lora in card.teacher_settings().lora
+    )
+    beside = LOAD_LORA if card.loras_in_diffusers else WHOLE
+    loading = (beside if card.lora_rank else LOAD).format(
         pipeline=card.pipeline, scheduler=card.scheduler,
         teacher=json.dumps("TEACHER" if card.teacher == "emoji" else card.teacher),
         options="".join(f", {name}={json.dumps(value)}" for name, value in chosen.items()),
-        merge=MERGE.format(lora=json.dumps(theirs["lora"])) if theirs["lora"] else "",
+        merge=merging,
         name=json.dumps(name),
     )  # fmt: skip
     use = USE.format(

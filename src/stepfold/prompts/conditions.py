@@ -44,7 +44,7 @@ def conditions_key(settings: TeacherSettings, prompts_sha256: str) -> dict[str, 
     """What encoded prompts depend on."""
     return {
         "teacher": settings.source,
-        "lora": settings.lora,
+        "lora": ", ".join(map(str, settings.lora)) or None,
         "encoder": encoder_fingerprint(place_of(settings)),
         "max_tokens": settings.max_tokens,
         "height": settings.height,  # of the black picture

@@ -36,6 +36,7 @@ class Card(Section):
         config: the run's settings.
         network_only: whether the folder holds the network alone, and the rest is the teacher's.
         merged: whether a LoRA student was merged into its teacher's network.
+        loras_in_diffusers: whether plain diffusers merges the teacher's own LoRAs as their files say.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -56,6 +57,7 @@ class Card(Section):
     config: dict[str, Any]
     network_only: bool = False
     merged: bool = False
+    loras_in_diffusers: bool = True
 
     @model_validator(mode="after")
     def _has_a_rank(self) -> "Card":

@@ -47,7 +47,9 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     if not card.lora_rank:
         return load_student(folder, device)
     teacher = load_teacher(card.teacher_settings(), device, torch.float32)
-    merge_lora(teacher.pipe, str(student_folder(folder) / LORA_WEIGHTS), 1.0, lambda: None)  # a student has no LoRA on text encoders
+    merge_lora(
+        teacher.pipe, str(student_folder(folder) / LORA_WEIGHTS), 1.0, lambda: None
+    )  # a student has no LoRA on text encoders
     student = as_student(teacher, two_times=card.two_times)
     load_embedder(student, folder)
     return teacher, student, checked(card, teacher)

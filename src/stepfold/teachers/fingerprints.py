@@ -52,10 +52,11 @@ def teacher_fingerprint(settings: TeacherSettings, *, network_only: bool) -> str
         found = [sampled_sha256(files_of(folder, parts), folder)]
     else:
         found = [revision_of(place)]
-    if settings.lora:
-        lora = Path(settings.lora)
-        files = [path for path in lora.rglob("*") if path.is_file()] if lora.is_dir() else [lora]
-        found.append(sampled_sha256(files, lora.parent) if lora.exists() else f"hub {settings.lora}")
+    for lora in settings.lora:
+        where = Path(lora.source)
+        files = [path for path in where.rglob("*") if path.is_file()] if where.is_dir() else [where]
+        found.append(sampled_sha256(files, where.parent) if where.exists() else f"hub {lora.source}")
+        found += [f"scale {lora.scale!r}"] * (lora.scale != 1)
     return " ".join(found)
 
 

@@ -18,6 +18,19 @@ DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """Errors of a GPU, which no folder is to blame for."""
 VARIANT = re.compile(r"\.([a-z]\w*)(-\d+-of-\d+)?\.safetensors$")
 """The name of a variant, at the end of a file's: model.fp16.safetensors."""
+HARMLESS = {
+    "diffusers": {r"^pos_embed\.pos_embed$": "computed from the config, where the class does not take it"},
+    "transformers": {
+        r"(^|\.)position_ids$": "0, 1, 2, ..., which old versions saved",
+        r"rotary_emb\.inv_freq$": "computed from the config",
+        r"^(model\.)?(encoder\.)?embed_tokens\.weight$|^shared\.weight$": "one table of tokens, under its two names",
+        r"^lm_head\.": "a language model's last layer, which an encoder does not have",
+        r"^decoder\.": "T5's second half, which an encoder does not have",
+        r"^(text_projection\.weight|logit_scale)$": "CLIP's projection, which CLIPTextModel does not have",
+        r"^(vision_model|visual_projection)\.": "CLIP's other half, which a text encoder does not have",
+    },
+}
+"""Library of a part -> weights that its files may hold although no layer takes them, and why."""
 
 
 def load_index(source: str) -> dict[str, Any]:
@@ -109,7 +122,8 @@ def load_network(source: str, part: str, spec: Sequence[str], dtype: torch.dtype
     """A network of a pipeline, from its folder or hub id; safetensors only.
 
     Raises:
-        UserError: its files lack some of its weights. The libraries only warn, and go on with random ones.
+        UserError: its files lack some of its weights, or hold others. The libraries only warn, and go on with random
+            ones, or without.
     """
     library, kind = spec
     network, found = getattr(OWNERS[library], kind).from_pretrained(
@@ -124,6 +138,13 @@ def load_network(source: str, part: str, spec: Sequence[str], dtype: torch.dtype
         raise UserError(
             f"pipeline {source!r}: the files of its part {part!r} lack {len(missing)} of the weights of a {kind}, such "
             f"as {missing[0]}; copy the folder again, or save the pipeline again with save_pretrained"
+        )
+    harmless = re.compile("|".join(HARMLESS[library]))
+    if surplus := sorted(name for name in found["unexpected_keys"] if not harmless.search(name)):
+        raise UserError(
+            f"pipeline {source!r}: the files of its part {part!r} hold {len(surplus)} weights that no layer of this "
+            f"{kind} takes, such as {surplus[0]}; is its config.json that of these files? If they are left over, save "
+            "the pipeline again with save_pretrained"
         )
     return network
 

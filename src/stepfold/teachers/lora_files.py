@@ -1,4 +1,4 @@
-"""A LoRA's file, in any of the layouts that trainers write, as the change of each layer's weights that it stands for."""
+"""A LoRA's file, in any of the layouts that trainers write, as the change of each layer that it stands for."""
 
 import json
 import re
@@ -104,10 +104,20 @@ class LoraFile:
     Attributes:
         layers: in the file's order.
         said: of the header and of adapter_config.json, what bears on alpha: dotted name -> value.
+        peft: whether something is said that diffusers does not read, as it is of PEFT's own folders.
     """
 
     layers: list[Layer]
     said: Mapping[str, Any]
+    peft: bool = False
+
+    @property
+    def in_diffusers(self) -> bool:
+        """Whether plain diffusers merges it as the file says: matrices alone, all with an alpha or none."""
+        with_alpha = sum("alpha" in layer.tensors for layer in self.layers)
+        plain = all(layer.tensors.keys() <= {"down", "up", "alpha"} for layer in self.layers)
+        own = any(layer.name.startswith(("base_model.", "lycoris_")) for layer in self.layers)
+        return plain and with_alpha in (0, len(self.layers)) and not own and not self.peft
 
     def scaling(self, layer: Layer, part: str, module: str) -> float:
         """Alpha / rank of a layer; alpha stands beside its matrices, or in the file's metadata, or is the rank.
@@ -144,7 +154,10 @@ class LoraFile:
     def check_alphas(self, layer: Layer) -> None:
         """Refuses an alpha under a name that is not understood, of a layer that has none of its own."""
         for name, value in self.said.items():
-            understood = name.endswith((".lora_alpha", ".alpha_pattern")) and name.split(".")[0] in (*NETWORK, *ENCODERS)
+            understood = name.endswith((".lora_alpha", ".alpha_pattern")) and name.split(".")[0] in (
+                *NETWORK,
+                *ENCODERS,
+            )
             if understood or "alpha" not in name or isinstance(value, dict):
                 continue
             if number(value) not in (None, float(layer.rank)):
@@ -169,11 +182,12 @@ def read_lora(source: str) -> LoraFile:
         raise unreadable(source, error) from None
     config = path.with_name("adapter_config.json")
     said = dict(of_metadata(metadata))
+    peft = bool(said) and "lora_adapter_metadata" not in metadata
     if config.is_file() and path.name.startswith("adapter_model"):
-        values = read_json(config, str(config))
+        values, peft = read_json(config, str(config)), True
         said |= dict(flat(values)) if isinstance(values, dict) else {}
     check_method(source, state, said)
-    return LoraFile(layers_of(source, state), said)
+    return LoraFile(layers_of(source, state), said, peft)
 
 
 def unreadable(source: str, error: Exception) -> UserError:
@@ -319,5 +333,3 @@ def layers_of(source: str, state: Mapping[str, Tensor]) -> list[Layer]:
             raise UserError(f"LoRA {source!r} lacks a part of {name}: it has {there} alone; copy the whole file")
         layers.append(Layer(name, keys[name], parts))
     return layers
-
-

@@ -50,7 +50,7 @@ class Place:
 
 
 @torch.no_grad()
-def merge_lora(pipe: Any, source: str, scale: float, read_text_encoders: Callable[[], None]) -> None:
+def merge_lora(pipe: Any, source: str, scale: float, read_text_encoders: Callable[[], None]) -> bool:
     """Merges a LoRA into a pipeline's weights: W + scale x (what the file makes of W - W).
 
     Which is scale x alpha / rank x up x down, unless the file has magnitudes (DoRA, arXiv:2402.09353, Eq. (5)): then
@@ -61,6 +61,9 @@ def merge_lora(pipe: Any, source: str, scale: float, read_text_encoders: Callabl
         source: file, folder or hub id.
         scale: 1 for the file's own strength.
         read_text_encoders: called where the LoRA changes them; the pipeline may have been loaded without.
+
+    Returns:
+        Whether plain diffusers merges it to the same, `LoraFile.in_diffusers`.
 
     Raises:
         UserError: it does not load, or does not fit.
@@ -84,6 +87,7 @@ def merge_lora(pipe: Any, source: str, scale: float, read_text_encoders: Callabl
             except (ValueError, RuntimeError) as error:
                 fix = "" if isinstance(error, ValueError) else f"; {OTHER}"
                 raise UserError(f"LoRA {source!r}, layer {layer.name}: {first_line(error)}{fix}") from None
+    return lora.in_diffusers
 
 
 def add(parameter: Tensor, place: Place, scale: float, merged: Callable[[Tensor], Tensor]) -> None:

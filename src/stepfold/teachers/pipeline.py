@@ -68,6 +68,7 @@ class PipelineTeacher(Family):
         variant: str | None = None,
     ) -> None:
         """`network_only` leaves text encoders and VAE for when they are needed; it takes the unconditional `null`.
+
         `loras` are files, folders or hub ids, each with its scale, merged one after the other.
 
         Raises:
@@ -81,8 +82,8 @@ class PipelineTeacher(Family):
         self.pipe: Any = load_pipeline(self.source, self.index, self.pipelines, dtype, network_only, variant)
         if loras and not self.loads_lora:
             raise UserError(f"{type(self.pipe).__name__} loads no LoRA; give a teacher with it merged, as a folder")
-        for lora, scale in loras:
-            merge_lora(self.pipe, lora, scale, self._read_text_encoders)
+        plain = [merge_lora(self.pipe, lora, scale, self._read_text_encoders) for lora, scale in loras]
+        self.loras_in_diffusers = all(plain)
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer: Any = getattr(self.pipe, self.network_part).to(self.device).eval().requires_grad_(False)
         compute_once(self.of_the_prompt_alone())

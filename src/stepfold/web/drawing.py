@@ -155,7 +155,7 @@ def load_models(student: Path, teacher: str | None, device: str) -> Models:
     if teacher is None and (card.lora_rank or card.network_only):
         return Models(network, pipeline, pipeline, card)  # such a student's pipeline is its teacher's
     if teacher is not None:
-        settings = settings.model_copy(update={"source": teacher, "lora": None})
+        settings = settings.model_copy(update={"source": teacher, "lora": ()})
     other = load_teacher(settings, device)
     if (other.latent_shape, other.sigma_data) != (pipeline.latent_shape, pipeline.sigma_data):
         raise UserError(
