@@ -453,6 +453,30 @@ def test_what_the_command_line_does_not_know_is_one_line(tmp_path: Path) -> None
     assert_one_line(Result("sample", "emoji-student", "x", "--out", away), f"make the folder {away.parent} first")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("distill", "--teacher", "a", "--prompts", "x", "--teacher", "b"),
+        ("distill", "--out=a", "--out", "b"),
+        ("plan", "--preset", "demo", "--preset", "default"),
+        ("sample", "student", "a cat", "--steps", "1", "--steps", "1"),
+        ("doctor", "emoji", "--height", "32", "--height", "64"),
+        ("prompts", "encode", "--batch", "1", "--batch", "2"),
+    ],
+)
+def test_an_option_of_one_value_is_given_once(words: tuple[str, ...]) -> None:
+    """The last one would win, and nothing would say so."""
+    repeated = next(word for word in reversed(words) if word.startswith("--"))
+    assert_one_line(Result(*words), f"{repeated} is given 2 times and has one value; give it once")
+
+
+def test_lists_and_switches_may_be_repeated() -> None:
+    lists = ("--set", "training.steps=3", "--set", "seed=2", "--teacher-lora", "a:0.5", "--teacher-lora", "b")
+    result = Result("distill", *lists, "--dry-run", "--dry-run")
+    assert (result.code, result.err) == (0, "")
+    assert "- source: a\n    scale: 0.5\n  - source: b\n    scale: 1.0\n" in result.out
+
+
 def test_a_path_that_no_file_can_have_and_a_full_output_are_one_line(tmp_path: Path) -> None:
     for option in ("--out", "--prompts"):
         assert_one_line(Result("distill", option, "a" * 300), "File name too long")

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -264,3 +265,37 @@ def test_discrete_consistency_needs_more_than_one_time() -> None:
     with pytest.raises(UserError, match=r"one time a latent .* give space\.route_steps=16, or objective=continuous"):
         load_config("demo", [*one, "space.keep_first=false", "objective=discrete"])
     assert load_config("demo", [*one, "objective=continuous"]).objective == "continuous"
+
+
+def test_loras_have_scales_where_a_number_ends_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of earlier versions is a word, or nothing; hub ids, drives and files keep their colons."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine:2").touch()
+    given: dict[Any, list[tuple[str, float]]] = {
+        None: [],
+        "a.safetensors": [("a.safetensors", 1.0)],
+        "a.safetensors:0.8": [("a.safetensors", 0.8)],
+        "you/it:-1e-1": [("you/it", -0.1)],
+        "C:\\loras\\a.safetensors": [("C:\\loras\\a.safetensors", 1.0)],
+        "C:\\loras\\a:.5": [("C:\\loras\\a", 0.5)],
+        "a:b": [("a:b", 1.0)],
+        "mine:2": [("mine:2", 1.0)],
+        "mine:2:0.5": [("mine:2", 0.5)],
+        ("a:0.5", "b"): [("a", 0.5), ("b", 1.0)],
+    }
+    for lora, expected in given.items():
+        config = validate({"teacher": {"lora": list(lora) if isinstance(lora, tuple) else lora}})
+        assert [(each.source, each.scale) for each in config.teacher.lora] == expected
+        (tmp_path / "config.yaml").write_text(to_yaml(config))
+        assert from_yaml(tmp_path / "config.yaml") == config
+    assert load_config("demo", ["teacher.lora=[a:0.5, b]"]) == load_config("demo", teacher__lora=["a:0.5", "b"])
+    for wrong in ("a:0", "a:1e12", ""):
+        with pytest.raises(UserError, match=r"setting teacher\.lora\.0\.s"):
+            load_config("demo", teacher__lora=[wrong])
+
+
+def test_settings_of_one_lora_or_none_are_read_as_an_earlier_version_wrote_them(tmp_path: Path) -> None:
+    values = yaml.safe_load(to_yaml(load_config("demo")))
+    for lora in (None, "a.safetensors"):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(values | {"teacher": values["teacher"] | {"lora": lora}}))
+        assert from_yaml(tmp_path / "config.yaml") == load_config("demo", teacher__lora=lora)

@@ -174,6 +174,17 @@ def test_a_lora_students_readme_merges_its_teachers_own_lora(student_of: Student
     assert any("lora_" in name for name in names["pipe"].transformer.state_dict())
 
 
+def test_a_readme_says_when_plain_diffusers_merges_the_teachers_lora_otherwise(student_of: StudentOf) -> None:
+    card = read_card(student_of("flux", 4))
+    theirs = card.config["teacher"] | {"lora": ["a", {"source": "b", "scale": 0.8}]}
+    card = card.model_copy(update={"config": card.config | {"teacher": theirs}})
+    readme = model_card(card)
+    assert 'load_lora_weights("a")' in readme and 'load_lora_weights("b")' in readme
+    assert readme.count("lora_scale=0.8") == 1
+    readme = model_card(card.model_copy(update={"loras_in_diffusers": False}))
+    assert "load_lora_weights" not in readme and "stepfold export" in readme and 'from_pretrained("WHOLE")' in readme
+
+
 def test_a_lora_student_is_loaded_as_the_docs_say(student_of: StudentOf) -> None:
     page = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text(encoding="utf-8")
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "load_lora_weights" in block)

@@ -12,10 +12,14 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from offline import cached, offline_hub
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
+from stepfold.prompts.conditions import conditions_key
+from stepfold.teachers.fingerprints import teacher_fingerprint
 from stepfold.teachers.lora_merging import merge_lora
 
 State = dict[str, Tensor]
@@ -450,6 +454,37 @@ def test_a_folder_of_several_epochs_is_asked_about(pipes: dict[str, Any], tmp_pa
         UserError, match=r"holds 2 files: mine-000001\.safetensors, mine-000002\.\S+; name one, \S+/FILE"
     ):
         gains(pipes["sd1"], (tmp_path, 1.0))
+
+
+def test_loras_of_the_hub(pipes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was fetched before needs no network; one of several files is named."""
+    hub = offline_hub(tmp_path / "hub", monkeypatch)
+    state, expected = of_kohya(pipes["sd1"], "attn1.to_q")
+    (tmp_path / "repository").mkdir()
+    write(tmp_path / "repository", state, name="one")
+    snapshot = cached(tmp_path / "repository", hub)
+    assert_gains(gains(pipes["sd1"], (Path("some/where"), 1.0)), expected)
+    write(snapshot, state, name="two")
+    with pytest.raises(
+        UserError, match=r"holds 2 files: one\S+ two\.safetensors; name one, some/where/FILE"
+    ):
+        gains(pipes["sd1"], (Path("some/where"), 1.0))
+    assert_gains(gains(pipes["sd1"], (Path("some/where/two.safetensors"), 1.0)), expected)
+    with pytest.raises(UserError, match=r"LoRA 'some/thing' does not load \("):
+        gains(pipes["sd1"], (Path("some/thing"), 1.0))
+
+
+def test_scales_count_where_a_teacher_is_known_again(tmp_path: Path) -> None:
+    """One LoRA at full strength is what it was in earlier versions."""
+
+    def keys(lora: Any) -> tuple[Any, str]:
+        settings = TeacherSettings.model_validate({"lora": lora})
+        return conditions_key(settings, "")["lora"], teacher_fingerprint(settings, network_only=True)
+
+    file = str(write(tmp_path, {"a": torch.ones(1)}))
+    assert keys(None)[0] is None and keys(file)[0] == file and keys(f"{file}:1") == keys(file)
+    several = [keys(lora) for lora in (None, file, f"{file}:0.8", [file, file], [file, f"{file}:0.8"])]
+    assert len({key for key, _ in several}) == len({print_ for _, print_ in several}) == len(several)
 
 
 one_pipe = cache(tiny.make_sd1)

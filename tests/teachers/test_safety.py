@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from offline import cached, offline_hub
+from safetensors.torch import load_file, save_file
 from tiny import make_sd1
 
 from stepfold.config import TeacherSettings
@@ -178,6 +180,29 @@ def test_a_student_folder_is_checked_too(folder: Path) -> None:
     code_of_a_part(folder)
     with pytest.raises(UserError, match="holds code"):
         load_student(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "refused"),
+    [
+        ("transformer", "guidance_embedder.weight", True),
+        ("vae", "quant_conv.weight", True),
+        ("vae", "decoder.more.weight", True),
+        ("text_encoder", "layers.9.mlp.up_proj.weight", True),
+        ("text_encoder", "lm_head.weight", False),
+        ("text_encoder", "embeddings.position_ids", False),
+    ],
+)
+def test_weights_that_no_layer_takes_are_refused(part: str, name: str, refused: bool, folder: Path) -> None:
+    """A config that is not that of the files leaves them out, and the libraries only warn; a few do not matter."""
+    (file,) = (folder / part).glob("*.safetensors")
+    save_file(load_file(file) | {name: torch.ones(2)}, file, {"format": "pt"})
+    teacher = TeacherSettings(source=str(folder), max_tokens=8)
+    if refused:
+        with pytest.raises(UserError, match=rf"its part '{part}' hold 1 weights that no layer .*, such as {name}; is"):
+            load_teacher(teacher, "cpu").decode(torch.zeros(1, 4, 8, 8))
+    else:
+        load_teacher(teacher, "cpu")
 
 
 def test_a_lora_that_is_a_pickle_is_refused(folder: Path) -> None:
