@@ -235,6 +235,23 @@ def fused_with_magnitudes(pipe: Any) -> Case:
     return state, expected, {}
 
 
+def with_text_encoder(make: Callable[[Any], Case], prefix: str = "lora_te1", part: str = "text_encoder") -> Any:
+    """Beside layers of a network that go by other names."""
+
+    def made(pipe: Any) -> Case:
+        state, expected, said = make(pipe)
+        for layer, module in getattr(pipe, part).named_modules():
+            if layer.endswith("q_proj"):
+                down, up = pair(module.weight.detach(), 2)
+                name = f"{prefix}_text_model_{layer.removeprefix('text_model.').replace('.', '_')}"
+                state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+                state[f"{name}.alpha"] = torch.tensor(1.0)
+                expected[f"{part}.{layer}.weight"] = 0.5 * up @ down
+        return state, expected, said
+
+    return made
+
+
 def ai_toolkit(pipe: Any, alpha: float | None = None) -> Case:
     ends = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.proj_mlp")
     state, expected = of_peft(pipe, "transformer.", *ends, scaling=alpha / 4 if alpha else 1)
@@ -292,6 +309,8 @@ LAYOUTS: dict[str, tuple[str, Callable[[Any], Case]]] = {
     "bfloat16": ("sd1", half),
     "FLUX, kohya": ("flux", fused),
     "FLUX, kohya, DoRA": ("flux", fused_with_magnitudes),
+    "FLUX, kohya, text encoder": ("flux", with_text_encoder(fused)),
+    "SGM, text encoder": ("sdxl", with_text_encoder(sgm, "lora_te2", "text_encoder_2")),
     "FLUX, ai-toolkit": ("flux", ai_toolkit),
     "FLUX, alpha": ("flux", lambda pipe: ai_toolkit(pipe, 8.0)),
     "Wan": ("wan", wan),
@@ -399,6 +418,16 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Case], str]] = {
         changed(usual, lambda s: s.update({first(s): torch.ones(3, 32)})),
         r"up \[32, 8\] does not go with down \[3, 32\]",
     ),
+    "nothing but zeros": (
+        "sd1",
+        lambda _: ({"lora_unet_x.diff": torch.zeros(3)}, {}, {}),
+        "changes nothing: .*; leave it",
+    ),
+    "no rows": (
+        "sd1",
+        changed(usual, lambda s: s.update({first(s): torch.ones(0, 32)})),
+        "is damaged: lora_unet_.* has a matrix without rows",
+    ),
     "not finite": (
         "sd1",
         changed(usual, lambda s: s[first(s)].mul_(float("nan"))),
@@ -465,9 +494,7 @@ def test_loras_of_the_hub(pipes: dict[str, Any], tmp_path: Path, monkeypatch: py
     snapshot = cached(tmp_path / "repository", hub)
     assert_gains(gains(pipes["sd1"], (Path("some/where"), 1.0)), expected)
     write(snapshot, state, name="two")
-    with pytest.raises(
-        UserError, match=r"holds 2 files: one\S+ two\.safetensors; name one, some/where/FILE"
-    ):
+    with pytest.raises(UserError, match=r"holds 2 files: one\S+ two\.safetensors; name one, some/where/FILE"):
         gains(pipes["sd1"], (Path("some/where"), 1.0))
     assert_gains(gains(pipes["sd1"], (Path("some/where/two.safetensors"), 1.0)), expected)
     with pytest.raises(UserError, match=r"LoRA 'some/thing' does not load \("):

@@ -40,7 +40,7 @@ STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """PEFT's `init_lora_weights` that leave the weights under the LoRA as they are."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """What a file says of one layer.
 
@@ -244,15 +244,22 @@ def fetched(source: str) -> Path:
     if inside:
         file = "/".join(inside)
     else:
-        try:
-            names = HfApi().list_repo_files(repository)
-        except OSError:  # no network: connection errors are such
-            kept = Path(snapshot_download(repository, local_files_only=True))
-            names = [path.name for path in kept.iterdir()]
+        names = names_in(repository)
         file = the_one(source, sorted(n for n in names if n.endswith(".safetensors") and "/" not in n))
         if file.startswith("adapter_model") and "adapter_config.json" in names:
             hf_hub_download(repository, "adapter_config.json")
     return Path(hf_hub_download(repository, file))
+
+
+def names_in(repository: str) -> list[str]:
+    """The files of a repository of the hub; without a network, those that were fetched before."""
+    try:
+        return HfApi().list_repo_files(repository)
+    except Exception as error:  # the client's own kinds, and those of its own client
+        try:
+            return [path.name for path in Path(snapshot_download(repository, local_files_only=True)).iterdir()]
+        except Exception:  # what went wrong at first says more
+            raise error from None
 
 
 def of_metadata(metadata: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
@@ -318,11 +325,11 @@ def layers_of(source: str, state: Mapping[str, Tensor]) -> list[Layer]:
         name = key[: match.start()]
         if kind in tensors.setdefault(name, {}):
             raise UserError(f"LoRA {source!r} holds {name} twice, as {keys[name].get(kind, kind)} and {key}; keep one")
-        if not value.is_floating_point():
+        if not value.is_floating_point() or value.dtype.itemsize == 1:
             value = value.float()
         if not value.float().isfinite().all():
             raise UserError(f"LoRA {source!r} is damaged: {key} is not finite; copy it again")
-        tensors[name][kind] = value
+        tensors[name][kind] = value if value.ndim or kind == "alpha" else value[None]
         keys.setdefault(name, {})[kind] = key
     if not tensors:
         raise UserError(f"LoRA {source!r} holds no weights; give another file")
@@ -331,5 +338,8 @@ def layers_of(source: str, state: Mapping[str, Tensor]) -> list[Layer]:
         if ("down" in parts) != ("up" in parts) or not parts.keys() & {"down", "diff", "diff_b"}:
             there = ", ".join(keys[name].values())
             raise UserError(f"LoRA {source!r} lacks a part of {name}: it has {there} alone; copy the whole file")
+        matrices = [parts[kind] for kind in ("down", "up", "mid") if kind in parts]
+        if any(value.ndim < 2 or not value.numel() for value in matrices) or not all(v.numel() for v in parts.values()):
+            raise UserError(f"LoRA {source!r} is damaged: {name} has a matrix without rows or columns; copy it again")
         layers.append(Layer(name, keys[name], parts))
     return layers

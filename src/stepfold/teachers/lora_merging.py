@@ -70,10 +70,14 @@ def merge_lora(pipe: Any, source: str, scale: float, read_text_encoders: Callabl
     """
     lora = read_lora(source)
     layers = [layer for layer in lora.layers if not layer.idle]
+    if not layers:
+        raise UserError(f"LoRA {source!r} changes nothing: all that it holds is zero; leave it out")
     if any("text_encoder" in layer.name or layer.name.startswith("lora_te") for layer in layers):
         read_text_encoders()
     parts = {name: part for name in (*NETWORK, *ENCODERS) if isinstance(part := getattr(pipe, name, None), nn.Module)}
-    places = direct_places(layers, parts) or places_in_diffusers(pipe, source, layers, parts)
+    places = direct_places(layers, parts)
+    if strange := [layer for layer in layers if layer.name not in places]:
+        places |= places_in_diffusers(pipe, source, strange, parts)
     check_places(type(pipe).__name__, source, layers, places, parts)
     for layer in layers:
         for place in places[layer.name]:
@@ -85,8 +89,8 @@ def merge_lora(pipe: Any, source: str, scale: float, read_text_encoders: Callabl
                     shift = layer.tensors["diff_b"][place.of_layer, None]
                     add(module.bias, place, scale, lambda rows, by=shift: rows + by.to(rows))
             except (ValueError, RuntimeError) as error:
-                fix = "" if isinstance(error, ValueError) else f"; {OTHER}"
-                raise UserError(f"LoRA {source!r}, layer {layer.name}: {first_line(error)}{fix}") from None
+                reason, _, fix = first_line(error).partition("; ")
+                raise UserError(f"LoRA {source!r}, layer {layer.name}: {reason}; {fix or OTHER}") from None
     return lora.in_diffusers
 
 
@@ -159,19 +163,20 @@ def modules_of(network: nn.Module) -> dict[str, str | None]:
 
 
 def direct_places(layers: list[Layer], parts: Mapping[str, nn.Module]) -> dict[str, list[Place]]:
-    """Layer -> its place, where all go by the teacher's own names; else empty: they may be of another making.
+    """Layer -> its place, for parts of which all layers go by the teacher's own names.
 
-    Some names mean two things: the third norm of a block of Wan in its authors' code is the second in diffusers'.
+    Of another part none has a place here, since some names mean two things: the third norm of a block of Wan in its
+    authors' code is the second in diffusers'.
     """
     known = {part: modules_of(network) for part, network in parts.items()}
-    found = {}
-    for layer in layers:
-        part, name = part_of(layer.name, parts)
-        module = known.get(part, {}).get(name)
-        if module is None:
-            return {}
-        found[layer.name] = [Place(part, module, torch.arange(layer.out), torch.arange(layer.out))]
-    return found
+    found = {layer: part_of(layer.name, parts) for layer in layers}
+    modules = {layer: (part, known.get(part, {}).get(name)) for layer, (part, name) in found.items()}
+    strange = {part for part, module in modules.values() if module is None}
+    return {
+        layer.name: [Place(part, module, torch.arange(layer.out), torch.arange(layer.out))]
+        for layer, (part, module) in modules.items()
+        if module is not None and part not in strange
+    }
 
 
 def places_in_diffusers(
