@@ -12,6 +12,7 @@ from stepfold.config import Config, TeacherSettings, from_yaml, load_config, pha
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.prompts.reading import open_prompts
+from stepfold.prompts.syntax import notes_of
 from stepfold.randomness import normal
 from stepfold.sampling.samplers import SAMPLERS, sampler_of
 from stepfold.students.two_times import EMBEDDER
@@ -76,6 +77,8 @@ def distill_module(
         Source("prompts", str(file.source), file.sha256, len(file)),
         Source("teacher", source, module_fingerprint(teacher.network)),
     ]
+    for note in notes_of(file.foreign):
+        display.note(note)
     lock = prepare_run(folder, config, resume, sources, display.note)
     student.to(accelerator.device)
     with display.training(config.training.steps):

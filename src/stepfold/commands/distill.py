@@ -159,7 +159,7 @@ def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "t
     """Checks what was given, then loads the networks, and opens the run folder only when all of it is right."""
     import torch
 
-    from stepfold.prompts.conditions import cache_of, conditions_from
+    from stepfold.prompts.conditions import cache_of, conditions_from, notes_on
     from stepfold.sampling.recipe import make_recipe
     from stepfold.sampling.samplers import in_diffusers
     from stepfold.students.starting import make_student
@@ -191,6 +191,9 @@ def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "t
     cache = cache_of(config, prompts)
     teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=cache.null if cache else None)
     teacher.check_prompts(prompts.prompt(i) for i in range(len(prompts)))
+    if processes.first:
+        for note in notes_on(prompts, teacher):
+            display.note(note)
     if images and teacher.frames > 1:
         raise UserError(
             f"space.kind=images takes pictures, but this teacher makes {teacher.frames} frames; "

@@ -41,7 +41,8 @@ FramesOption = Annotated[
 PromptsOption = Annotated[
     str | None,
     typer.Option(
-        help="txt (one prompt a line), jsonl, csv, tsv or parquet; .gz too. Default: the bundled teacher's.",
+        help="txt (one prompt a line), json, jsonl, csv, tsv or parquet; .gz too; or a folder. "
+        "Default: the bundled teacher's.",
         show_default=False,
     ),
 ]

@@ -1,8 +1,9 @@
 """`stepfold prompts`: files of prompts looked at, cleaned, split and encoded."""
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,20 +27,34 @@ from stepfold.errors import UserError
 if TYPE_CHECKING:
     from stepfold.config import TeacherSettings
     from stepfold.display import Display
+    from stepfold.prompts.lengths import Tokens
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Look at files of prompts, clean, split and encode them: txt, jsonl, csv, tsv or parquet, gzipped too."
+    help="Look at files of prompts, clean, split and encode them: txt, json, jsonl, csv, tsv or parquet, gzipped too;"
+    " a folder or a quoted pattern of them, or of captions beside pictures."
     "\n\n    stepfold prompts clean PartiPrompts.tsv --out prompts.txt"
     "\n\n    stepfold prompts encode prompts.txt --teacher ./my-sana --out my-conditions",
 )
 
 PromptTable = Annotated[
-    Path, typer.Argument(help="txt (one prompt a line), jsonl, csv, tsv or parquet; .gz too.", show_default=False)
+    Path,
+    typer.Argument(
+        help="txt (one prompt a line), json, jsonl, csv, tsv or parquet; .gz too; or a folder.", show_default=False
+    ),
 ]
 Column = Annotated[
     str | None,
     typer.Option(help="Column of the prompts. Default: prompt, text or caption.", show_default=False),
+]
+
+CountingTeacher = Annotated[
+    str | None,
+    typer.Option(
+        "--teacher",
+        help="Count tokens with this teacher's tokenizer: `emoji`, a folder or a hub id. Default: words and marks.",
+        show_default=False,
+    ),
 ]
 
 
@@ -47,24 +62,59 @@ Column = Annotated[
 def stats(
     file: PromptTable,
     column: Column = None,
+    longest: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="TOKENS",
+            help="Say which prompts are longer. Default: what the teacher reads, or 77, as Stable Diffusion.",
+            show_default=False,
+        ),
+    ] = None,
+    teacher: CountingTeacher = None,
     languages: Annotated[bool, typer.Option(help="Guess the languages (extra prompts).")] = True,
     json_file: JsonOption = None,
 ) -> None:
-    """How many prompts, how long, how many repeated, in which languages.
+    """How many prompts, how long, how many repeated, in which languages; what in them is no plain text.
 
     stepfold prompts stats prompts.txt
 
     stepfold prompts stats PartiPrompts.tsv --column Prompt --json stats.json
     """
-    from stepfold.prompts.cleaning import statistics
+    from stepfold.prompts.cleaning import Findings, statistics
     from stepfold.prompts.tables import read_texts
 
-    numbers = statistics(read_texts(file, column), languages)
+    findings = Findings(tokens_of(teacher, longest))
+    numbers = statistics(read_texts(file, column), languages, findings)
     for name, value in numbers.items():
         many = isinstance(value, dict)
         text = ", ".join(f"{key} {number:.4g}" for key, number in value.items()) if many else f"{value:,}"
         typer.echo(f"{name:28} {text or '-'}")
-    write_json(json_file, numbers)
+    write_json(json_file, numbers | {"notes": said(findings.notes())})
+
+
+def tokens_of(teacher: str | None, most: int | None) -> "Tokens":
+    """How tokens are counted: with a teacher's tokenizer, or by words."""
+    from stepfold.prompts.lengths import Tokens, estimated
+
+    if teacher is None:
+        return estimated(most)
+    from stepfold.config import TeacherSettings
+    from stepfold.display import quiet_libraries
+    from stepfold.teachers.loading import load_text_reader
+
+    quiet_libraries()
+    if (reader := load_text_reader(TeacherSettings(source=teacher))) is None:
+        raise UserError(f"the prompts of teacher {teacher!r} are classes, not texts; leave --teacher out")
+    return Tokens(reader.count, most or reader.most, f"counted with the tokenizer of {teacher}")
+
+
+def said(notes: Iterable[str]) -> list[str]:
+    """Notes, shown a line each."""
+    there = list(notes)
+    for note in there:
+        typer.echo(f"note: {note}")
+    return there
 
 
 @app.command("clean")
@@ -74,6 +124,17 @@ def clean(
     column: Column = None,
     min_words: Annotated[int, typer.Option(min=1, help="Drop shorter prompts.")] = 1,
     max_words: Annotated[int | None, typer.Option(min=1, help="Drop longer prompts.", show_default=False)] = None,
+    longest: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="TOKENS", help="Drop prompts of more tokens, e.g. 77.", show_default=False),
+    ] = None,
+    teacher: CountingTeacher = None,
+    wildcards: Annotated[
+        Literal["expand", "keep", "drop"],
+        typer.Option(
+            help="Of {a|b}: every combination, 64 a prompt at most; the text as it is; or no such prompt (nor __a__)."
+        ),
+    ] = "keep",
     languages: Annotated[
         str | None,
         typer.Option(
@@ -89,13 +150,18 @@ def clean(
 ) -> None:
     """Make a clean text file of prompts: blank, overlong and repeated ones go; line breaks become spaces.
 
+    Invisible marks go too, and characters are written in NFC. What is no plain text, and what a text encoder would cut,
+    is said.
+
     stepfold prompts clean DiffusionDB.parquet --column prompt --out prompts.txt --near 0.8 --languages en
 
     stepfold prompts clean mine.txt --out prompts.txt --min-words 3
+
+    stepfold prompts clean mine.txt --longest 77 --teacher ./my-sdxl --wildcards expand
     """
     from collections import Counter
 
-    from stepfold.prompts.cleaning import Rules
+    from stepfold.prompts.cleaning import Findings, Rules
     from stepfold.prompts.cleaning import clean as cleaned
     from stepfold.prompts.tables import read_texts
     from stepfold.training.runs import writing
@@ -103,14 +169,18 @@ def clean(
     refuse_existing(out, force)
     counts: Counter[str] = Counter()
     chosen = tuple(code.strip().lower() for code in (languages or "").split(",") if code.strip())
+    rules = Rules(min_words, max_words, chosen, longest, near, wildcards)
+    findings = Findings(tokens_of(teacher, longest))
     with writing(out) as part, part.open("w", encoding="utf-8") as target:
-        for prompt in cleaned(read_texts(file, column), Rules(min_words, max_words, chosen, near), counts):
+        for prompt in cleaned(read_texts(file, column), rules, counts, findings):
             target.write(prompt + "\n")
         if not counts["kept"]:
             raise UserError(f"no prompt of {file} is left; {dict(counts)}")
     numbers = {name: counts[name] for name in ("read", *(n for n in counts if n not in ("read", "kept")), "kept")}
+    numbers = {name: count for name, count in numbers.items() if count}
     for name, count in numbers.items():
         typer.echo(f"{name:32} {count:,}")
+    said(findings.notes())
     typer.echo(f"prompts: {out}")
     write_json(json_file, numbers)
 
@@ -160,7 +230,8 @@ def encode(
     prompts: Annotated[
         Path | None,
         typer.Argument(
-            help="txt (one prompt a line), jsonl, csv, tsv or parquet; .gz too. Default: the bundled teacher's.",
+            help="txt (one prompt a line), json, jsonl, csv, tsv or parquet; .gz too; or a folder. "
+            "Default: the bundled teacher's.",
             show_default=False,
         ),
     ] = None,
@@ -225,12 +296,14 @@ def run_encode(
         UserError: see `encode_prompts`.
     """
     from stepfold.prompts.cache import encode_prompts
-    from stepfold.prompts.conditions import conditions_key
+    from stepfold.prompts.conditions import conditions_key, notes_on
     from stepfold.prompts.reading import open_prompts
     from stepfold.teachers.loading import load_teacher
 
     file = open_prompts(prompts or assets.PROMPTS)
     teacher = load_teacher(settings, device)
+    for note in notes_on(file, teacher):
+        display.note(note)
     key = conditions_key(settings, file.sha256)
     black = teacher.black_latent(teacher.latent_shape)
     with display.measuring({"prompts": len(file)}) as tick:

@@ -80,7 +80,7 @@ def run_retime(
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     from stepfold.config import load_config
-    from stepfold.prompts.conditions import cache_of, conditions_from
+    from stepfold.prompts.conditions import cache_of, conditions_from, notes_on
     from stepfold.prompts.reading import open_prompts
     from stepfold.teachers.fingerprints import teacher_fingerprint
     from stepfold.teachers.loading import load_teacher
@@ -107,6 +107,8 @@ def run_retime(
             f"{source!r} is a {type(teacher.pipe).__name__}, but re-timing is for Sana without embedded guidance, SD3 "
             "and FLUX; distil it as it is, with objective=discrete"
         )
+    for note in notes_on(file, teacher):
+        display.note(note)
     sources = [
         Source("prompts", str(file.source), file.sha256, len(file)),
         Source("teacher", source, teacher_fingerprint(config.teacher, network_only=cache is not None)),

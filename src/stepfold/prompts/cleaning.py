@@ -5,10 +5,22 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from stepfold.errors import UserError
+from stepfold.prompts.lengths import Cut, Tokens, estimated, with_tokens
 from stepfold.prompts.reading import MAX_CHARACTERS
+from stepfold.prompts.syntax import (
+    MOST_CHOICES,
+    as_seen,
+    count_foreign,
+    count_hidden,
+    expanded,
+    has_wildcards,
+    is_blank,
+    notes_of,
+    visible,
+)
 from stepfold.prompts.tables import one_line
 
 NUM_HASHES, NUM_BANDS, HASH_SEED = 20, 5, 42  # more hashes are surer and take more memory
@@ -18,58 +30,104 @@ MAX_SAMPLE = 20_000  # prompts whose language `stats` looks at
 
 @dataclass(frozen=True)
 class Rules:
-    """What `clean` drops, in this order.
+    """What `clean` makes of wildcards and drops, in this order.
 
     Attributes:
+        wildcards: `expand` makes every combination of {a|b}, `drop` drops prompts with {a|b} or __a__.
         min_words, max_words: shorter and longer prompts; None for no limit.
         languages: codes such as "en"; prompts in another; empty for any. Of a few words it is a guess.
+        longest: prompts of more tokens; None for no limit.
         near: prompts that share at least this part of their three-letter pieces with an earlier one; None for none.
     """
 
     min_words: int = 1
     max_words: int | None = None
     languages: tuple[str, ...] = ()
+    longest: int | None = None
     near: float | None = None
+    wildcards: Literal["expand", "keep", "drop"] = "keep"
 
 
-def clean(texts: Iterable[str], rules: Rules, counts: Counter[str]) -> Iterator[str]:
+class Findings:
+    """What is said of prompts once all of them are read: foreign syntax, hidden marks, those that are cut."""
+
+    def __init__(self, tokens: Tokens | None = None) -> None:
+        """`tokens` says how a prompt's are counted."""
+        self.tokens, self.cut, self.foreign = tokens or estimated(), Cut(), Counter[str]()
+
+    def notes(self) -> Iterator[str]:
+        """A line each."""
+        yield from notes_of(self.foreign)
+        yield from self.cut.note(self.tokens)
+
+
+def clean(texts: Iterable[str], rules: Rules, counts: Counter[str], findings: Findings | None = None) -> Iterator[str]:
     """The prompts that stay, on one line each, in their order.
 
-    Line breaks become spaces. What the loop could not read (blank, longer than MAX_CHARACTERS) and exact repetitions
-    always go.
+    Line breaks become spaces, and invisible marks go. What the loop could not read (blank, longer than MAX_CHARACTERS)
+    and repetitions always go, also those that differ only in what cannot be seen.
 
     Args:
         texts: prompts as they come.
         rules: what else goes.
-        counts: gets the numbers: "read", "kept", and one for every reason of dropping.
+        counts: gets the numbers: "read", "kept", one for every reason of dropping, and "added by wildcards".
+        findings: gets what stays and is to be said.
     """
-    language = language_of() if rules.languages else None
+    language, findings = language_of() if rules.languages else None, findings or Findings()
     seen: set[int] = set()
 
     def first_time() -> Iterator[str]:
         for text in texts:
             counts["read"] += 1
-            prompt = one_line(text)
-            if reason := unfit(prompt, rules, language):
-                counts[reason] += 1
-                continue
-            mark = number_of(prompt)
-            if mark in seen:
-                counts["repeated"] += 1
-                continue
-            seen.add(mark)
-            yield prompt
+            line = one_line(visible(text))
+            prompts, hidden = combined(line, counts) if rules.wildcards == "expand" else [line], False
+            for prompt in prompts:
+                if reason := unfit(prompt, rules, language):
+                    counts[reason] += 1
+                    continue
+                mark = number_of(as_seen(prompt))
+                if mark in seen:
+                    counts["repeated"] += 1
+                    continue
+                seen.add(mark)
+                if not hidden:
+                    count_hidden(text, findings.foreign)
+                    hidden = True
+                yield prompt
 
-    kept = first_time() if rules.near is None else without_near(first_time(), rules.near, counts)
-    for prompt in kept:
+    short = first_time() if rules.longest is None else within(first_time(), findings.tokens, rules.longest, counts)
+    kept = short if rules.near is None else without_near(short, rules.near, counts)
+    for prompt, length in with_tokens(kept, findings.tokens):
         counts["kept"] += 1
+        count_foreign(prompt, findings.foreign)
+        if length > findings.tokens.most:
+            findings.cut.add(prompt, length)
         yield prompt
+
+
+def combined(prompt: str, counts: Counter[str]) -> list[str]:
+    """Every combination of a prompt's {a|b}, MOST_CHOICES at most."""
+    if "\0" in prompt:
+        return [prompt]
+    prompts, total = expanded(prompt)
+    counts["added by wildcards"] += len(prompts) - 1
+    counts[f"with more than {MOST_CHOICES} combinations, of which so many stay"] += total > len(prompts)
+    return [one_line(each) for each in prompts]
+
+
+def within(prompts: Iterable[str], tokens: Tokens, longest: int, counts: Counter[str]) -> Iterator[str]:
+    """Those of `longest` tokens or fewer."""
+    for prompt, length in with_tokens(prompts, tokens):
+        if length > longest:
+            counts[f"longer than {longest} tokens"] += 1
+        else:
+            yield prompt
 
 
 def unfit(prompt: str, rules: Rules, language: Callable[[str], str] | None) -> str | None:
     """Why a prompt is dropped, or None."""
     words = len(prompt.split())
-    if not words:
+    if is_blank(prompt):
         return "blank"
     if len(prompt) > MAX_CHARACTERS:
         return f"longer than {MAX_CHARACTERS} characters"
@@ -79,6 +137,8 @@ def unfit(prompt: str, rules: Rules, language: Callable[[str], str] | None) -> s
         return f"shorter than {rules.min_words} words"
     if rules.max_words is not None and words > rules.max_words:
         return f"longer than {rules.max_words} words"
+    if rules.wildcards == "drop" and has_wildcards(prompt):
+        return "with wildcards"
     if language is not None and language(prompt) not in rules.languages:
         return "in another language"
     return None
@@ -152,8 +212,13 @@ def _shared(signature: array, signatures: array, number: int) -> float:
     return sum(a == b for a, b in zip(signature, other, strict=True)) / NUM_HASHES
 
 
-def statistics(texts: Iterable[str], with_languages: bool = True) -> dict[str, Any]:
-    """Numbers of a file: prompts, blank, repeated, too long; words and characters; languages of the first MAX_SAMPLE.
+def statistics(texts: Iterable[str], with_languages: bool = True, findings: Findings | None = None) -> dict[str, Any]:
+    """Numbers of a file: prompts, blank, repeated, too long; words, tokens, characters; languages of MAX_SAMPLE.
+
+    Args:
+        texts: prompts as they come.
+        with_languages: whether to guess those of the first MAX_SAMPLE.
+        findings: gets what is to be said.
 
     Raises:
         UserError: there is no prompt in it.
@@ -163,15 +228,25 @@ def statistics(texts: Iterable[str], with_languages: bool = True) -> dict[str, A
     languages: Counter[str] = Counter()
     seen: set[int] = set()
     num: Counter[str] = Counter()
-    language = language_of() if with_languages else None
-    for text in texts:
-        prompt = one_line(text)
-        if not prompt:
-            num["blank"] += 1
-            continue
+    language, findings = language_of() if with_languages else None, findings or Findings()
+    tokens: Counter[int] = Counter()
+
+    def lines() -> Iterator[str]:
+        for text in texts:
+            if is_blank(prompt := one_line(text)):
+                num["blank"] += 1
+            else:
+                count_foreign(prompt, findings.foreign)
+                count_hidden(text, findings.foreign)
+                yield prompt
+
+    for prompt, length in with_tokens(lines(), findings.tokens):
         num["prompts"] += 1
         num["too long"] += len(prompt) > MAX_CHARACTERS
-        mark = number_of(prompt)
+        tokens[length] += 1
+        if length > findings.tokens.most:
+            findings.cut.add(prompt, length)
+        mark = number_of(as_seen(prompt))
         num["repeated"] += mark in seen
         seen.add(mark)
         words[len(prompt.split())] += 1
@@ -186,7 +261,9 @@ def statistics(texts: Iterable[str], with_languages: bool = True) -> dict[str, A
         "blank": num["blank"],
         "repeated": num["repeated"],
         f"longer than {MAX_CHARACTERS} characters": num["too long"],
+        f"longer than {findings.tokens.most} tokens": findings.cut.num,
         "words": spread(words),
+        "tokens": spread(tokens),
         "characters": spread(characters),
         "languages": dict(languages.most_common(8)),
     }
@@ -206,4 +283,4 @@ def spread(counted: Counter[int]) -> dict[str, float]:
 
 def side(prompt: str, share: float, seed: int) -> bool:
     """Whether a prompt belongs to the part that gets `share` of all; equal prompts always fall on the same side."""
-    return number_of(prompt, f"split {seed}") < share * 2**64
+    return number_of(as_seen(prompt), f"split {seed}") < share * 2**64

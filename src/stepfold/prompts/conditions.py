@@ -1,6 +1,6 @@
 """The conditions of a run: encoded by its teacher, or read from a folder where they were encoded before."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,16 @@ from typing import Any
 from stepfold.config import Config, TeacherSettings
 from stepfold.images.reading import ImageFolder
 from stepfold.prompts.cache import ConditionCache, open_conditions
+from stepfold.prompts.lengths import Tokens, cut_by
 from stepfold.prompts.reading import PromptFile, Prompts
+from stepfold.prompts.syntax import notes_of
 from stepfold.randomness import send
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.fingerprints import encoder_fingerprint
 from stepfold.teachers.loading import place_of
 from stepfold.teachers.pipeline import PipelineTeacher
+
+MOST_COUNTED = 100_000
 
 
 def cache_of(config: Config, prompts: PromptFile | ImageFolder) -> ConditionCache | None:
@@ -38,6 +42,21 @@ def conditions_from(
         return teacher.encode([prompts.prompt(i) for i in index])
 
     return conditions
+
+
+def notes_on(prompts: Prompts, teacher: PipelineTeacher | None) -> Iterator[str]:
+    """What a run says of its prompts before it begins, a line each: foreign syntax, and what its teacher cuts off.
+
+    Of very many prompts, the first MOST_COUNTED are counted in tokens.
+    """
+    some = min(len(prompts), MOST_COUNTED)
+    if isinstance(prompts, PromptFile):
+        yield from notes_of(prompts.foreign)
+    reader = teacher.text_reader() if teacher else None
+    if reader:
+        of = "" if some == len(prompts) else f", of the first {some:,} prompts"
+        tokens = Tokens(reader.count, reader.most, f"stepfold prompts clean --longest leaves them out{of}")
+        yield from cut_by((prompts.prompt(i) for i in range(some)), tokens).note(tokens)
 
 
 def conditions_key(settings: TeacherSettings, prompts_sha256: str) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """A file of prompts of any size: checked once from start to end, then read by seeking; tables are made text first."""
 
+import gzip
 import hashlib
 import os
 import shlex
 import tempfile
 import weakref
+import zlib
 from array import array
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -13,7 +17,10 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from stepfold.errors import UserError
-from stepfold.prompts.tables import TABLES, one_line, read_texts
+from stepfold.prompts.files import parts_of
+from stepfold.prompts.formats import WhichColumn, encoding_fix, form_of
+from stepfold.prompts.syntax import count_foreign, count_hidden, is_blank
+from stepfold.prompts.tables import one_line, read_texts
 
 MAX_CHARACTERS = 2_000
 # UTF-8 takes at most 4 bytes a character; the rest is for a BOM, CRLF and spaces around the prompt.
@@ -37,12 +44,13 @@ class PromptFile:
     """Where every prompt of a file lies; the strings themselves stay on disk.
 
     Attributes:
-        path: the text file, which may be a copy of a table's column.
-        source: the file that was given.
+        path: the text file, which may be a copy of a table's column, or of several files.
+        source: the file, folder or pattern that was given.
         offsets: int64 [P], first byte of every kept line (after leading spaces and the BOM).
         lengths: int32 [P], bytes of every kept line (without trailing spaces and line end).
-        num_blank: blank lines dropped.
+        num_blank: lines dropped in which nothing is to be seen.
         num_duplicate: lines dropped because the same line came before.
+        foreign: how many lines hold each kind of foreign syntax or hidden mark, see `syntax.notes_of`.
         sha256: of the whole file, in hexadecimal.
         state: size in bytes and time of change in ns that the file had when its content was last known to be this.
     """
@@ -53,6 +61,7 @@ class PromptFile:
     lengths: np.ndarray
     num_blank: int
     num_duplicate: int
+    foreign: Mapping[str, int]
     sha256: str
     state: list[tuple[int, int]]
 
@@ -95,31 +104,35 @@ def open_prompts(path: str | os.PathLike[str]) -> PromptFile:
     that any two are taken for duplicates is 3e-6.
 
     Args:
-        path: a UTF-8 text file with one prompt a line, or a table (jsonl, csv, tsv, parquet) with a column `prompt`,
-            `text` or `caption`; either gzipped or not. At most MAX_CHARACTERS characters a prompt.
+        path: a text file with one prompt a line, or a table or JSON (jsonl, json, csv, tsv, parquet) with a column
+            `prompt`, `text` or `caption`, gzipped or not; or a folder or pattern of such files, or of captions beside
+            pictures, see `parts_of`. UTF-8, or UTF-16 with its mark. At most MAX_CHARACTERS characters a prompt.
 
     Raises:
         UserError: no such file, not a regular file, unreadable, no prompts in it, no such column, or a line (named by
             its number) that is binary, is not UTF-8, is too long or holds a carriage return.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give a file: text, one prompt a line, or jsonl, csv, tsv or parquet")
-    if not path.exists():
-        raise UserError(f"{path}: no such file of prompts; give text, one prompt a line, or jsonl, csv, tsv or parquet")
-    if not path.is_file():
-        raise UserError(f"{path}: is not a regular file (pipes cannot be shuffled); save the prompts to a file")
-    if path.suffix.lower() in (".gz", *TABLES):
-        return _from_table(path)
     try:
-        with path.open("rb") as file:
-            return _scan(path, file)
+        parts = parts_of(path)
+        if len(parts) == 1 and not parts[0].is_caption and _is_plain(parts[0].path):
+            with parts[0].path.open("rb") as file:
+                return replace(_scan(parts[0].path, file), source=path)
+        return _from_table(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
+def _is_plain(path: Path) -> bool:
+    """Whether a file is text of one prompt a line, in UTF-8 and not gzipped."""
+    try:
+        return form_of(path).is_plain
+    except (EOFError, zlib.error, gzip.BadGzipFile):  # whoever reads it says so
+        return False
+
+
 def _from_table(path: Path) -> PromptFile:
-    """Of a table or a gzipped file, by way of text with a line for every row, which is deleted when the result is."""
+    """Of what is not plain text, by way of text with a line for every prompt, which is deleted when the result is."""
     text = opened = None
     try:
         handle, name = tempfile.mkstemp(prefix="stepfold-", suffix=".txt")
@@ -130,9 +143,9 @@ def _from_table(path: Path) -> PromptFile:
             opened = replace(_scan(path, lines), path=text)
         weakref.finalize(opened, text.unlink, missing_ok=True)
         return opened
-    except UserError as error:
-        command = f"stepfold prompts clean {shlex.quote(str(path))} --out prompts.txt"
-        raise UserError(f"{error}; {command} writes those that can be used, of any --column") from None
+    except WhichColumn as error:
+        command = f"stepfold prompts clean {shlex.quote(str(path))} --column NAME --out prompts.txt"
+        raise UserError(f"{error}; {command} makes text of one") from None
     except OSError as error:
         fix = "make room, or name another folder in TMPDIR"
         raise UserError(f"{path}: its text cannot be kept in the temporary folder ({error.strerror}); {fix}") from error
@@ -152,13 +165,16 @@ def _scan(path: Path, file: BinaryIO) -> PromptFile:
     digest, state = hashlib.sha256(), _state(file)
     offsets, lengths, hashes = array("q"), array("i"), array("Q")
     position = line = num_blank = 0
+    foreign: Counter[str] = Counter()
     while raw := file.readline(_MAX_LINE_BYTES):
         line += 1
         digest.update(raw)
         skipped = len(_BOM) if line == 1 and raw.startswith(_BOM) else 0
         text = _checked(raw[skipped:], path, line)
-        prompt = text.strip().encode()
-        if prompt:
+        if not is_blank(text):
+            prompt = text.strip().encode()
+            count_foreign(text, foreign)
+            count_hidden(text, foreign)
             skipped += len(text[: len(text) - len(text.lstrip())].encode())
             offsets.append(position + skipped)
             lengths.append(len(prompt))
@@ -177,6 +193,7 @@ def _scan(path: Path, file: BinaryIO) -> PromptFile:
         lengths=_frozen(np.frombuffer(lengths, np.int32)[first]),
         num_blank=num_blank,
         num_duplicate=len(offsets) - len(first),
+        foreign=foreign,
         sha256=digest.hexdigest(),
         state=[state],
     )
@@ -186,14 +203,17 @@ def _checked(raw: bytes, path: Path, line: int) -> str:
     """One line as text, or the error that says what is wrong with it."""
     where = f"{path}, line {line}"
     if b"\0" in raw:
-        raise UserError(f"{where}: binary data (a NUL byte); give plain text saved as UTF-8 (UTF-16 is not read)")
-    too_long = UserError(f"{where}: longer than {MAX_CHARACTERS:,} characters; shorten it or put one prompt a line")
+        raise UserError(f"{where}: binary data (a NUL byte); give plain text, saved as UTF-8")
+    too_long = UserError(
+        f"{where}: longer than {MAX_CHARACTERS:,} characters; shorten it or put one prompt a line; "
+        f"stepfold prompts clean {shlex.quote(str(path))} --out prompts.txt leaves such lines out"
+    )
     if len(raw) >= _MAX_LINE_BYTES - len(_BOM) and not raw.endswith(b"\n"):
         raise too_long
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from error
+        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1} of the line); {encoding_fix(path)}") from error
     if len(text.strip()) > MAX_CHARACTERS:
         raise too_long
     if "\r" in text.strip():

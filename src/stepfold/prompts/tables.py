@@ -1,65 +1,59 @@
-"""Prompts out of any usual file: text, jsonl, csv, tsv or parquet, gzipped or not; one at a time."""
+"""Prompts out of any usual file: text, json, jsonl, csv, tsv or parquet, gzipped or not; one at a time."""
 
 import csv
-import gzip
-import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from stepfold.errors import UserError
+from stepfold.prompts.files import Part, parts_of
+from stepfold.prompts.formats import LONGEST_LINE, Form, chosen, encoding_fix, form_of, lines_of, opened
+from stepfold.prompts.jsons import json_texts
 
-USUAL = ("prompt", "text", "caption")
-"""Columns that are taken without being named, whatever their case."""
-TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 LARGEST_BLOWN_UP, LARGEST_RATIO = 2**28, 1000
 """Bytes of one column of a row group of parquet that is so many times as large as it is in the file."""
-LONGEST_LINE = 2**24
-"""Characters; a file of a single endless line, gzipped or not, does not fill the memory."""
 LONGEST_TEXT = 2**16
 """Characters of a text that are looked at: a prompt has 2,000, and a longer one's words take many times its room."""
+HEADLESS = "; if these are prompts and no names, write prompt in a line above them, or call the file .txt"
 csv.field_size_limit(LONGEST_LINE)
 
 
-def kind_of(path: Path) -> str:
-    """The suffix that says what a file is: `.csv` for `prompts.csv.gz`; `.txt` for any other."""
-    name = path.name.removesuffix(".gz")
-    suffix = Path(name).suffix.lower()
-    return suffix if suffix in TABLES else ".txt"
-
-
 def read_texts(path: Path, column: str | None = None) -> Iterator[str]:
-    """Every prompt of a file, in its order, as it stands there, of a longer one the first LONGEST_TEXT characters.
+    """Every prompt of a path, in its order, as it stands there, of a longer one the first LONGEST_TEXT characters.
 
     Args:
-        path: of the file; a text file has one prompt a line.
-        column: of a table; one of USUAL if None.
+        path: of a file, a folder or a pattern, see `parts_of`. What a file is, its content says; a text file has one
+            prompt a line.
+        column: of a table; a usual one if None.
 
     Raises:
         UserError: no such file or column, or a line that cannot be read, named by its number.
     """
-    return (text[:LONGEST_TEXT] for text in _texts(path, column))
+    return (text[:LONGEST_TEXT] for part in parts_of(path) for text in _texts(part, column))
 
 
-def _texts(path: Path, column: str | None) -> Iterator[str]:
-    """See `read_texts`."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a file of prompts (txt, jsonl, csv, tsv or parquet)")
-    kind = kind_of(path)
+def _texts(part: Part, column: str | None) -> Iterator[str]:
+    """Those of one file."""
+    path = part.path
     try:
-        if kind == ".parquet":
+        form = form_of(path, column)
+        if part.is_caption:
+            with opened(path, Form("text", form.encoding)) as file:
+                yield one_line(" ".join(lines_of(path, file))[:LONGEST_TEXT])
+            return
+        if form.kind == "parquet":
             yield from _parquet(path, column)
             return
-        with _open(path) as file:
-            if kind == ".txt":
-                yield from (line.rstrip("\r\n") for line in _lines(path, file))
-            elif kind in (".csv", ".tsv"):
-                yield from _delimited(path, file, "," if kind == ".csv" else "\t", column)
+        with opened(path, form) as file:
+            if form.kind == "text":
+                yield from (line.rstrip("\r\n") for line in lines_of(path, file))
+            elif form.kind == "table":
+                yield from _delimited(path, form, column)
             else:
-                yield from _json_lines(path, file, column)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+                yield from json_texts(path, file, form.kind, column)
+    except UnicodeError as error:
+        raise UserError(f"{path}: not the text that it says it is ({error}); {encoding_fix(path)}") from None
     except (OSError, EOFError, csv.Error, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); is it whole?") from None
 
@@ -69,38 +63,54 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _open(path: Path) -> TextIO:
-    opened: Any = gzip.open if path.suffix == ".gz" else open
-    return opened(path, "rt", encoding="utf-8-sig", newline="")
+def _rows(path: Path, form: Form, quoted: bool) -> Iterator[tuple[int, list[str], str]]:
+    """Of a table: the line on which a row begins, its cells, and the row as it stands there."""
+    raw: list[str] = []
+
+    def noted() -> Iterator[str]:
+        for line in lines:
+            raw.append(line)
+            yield line
+
+    with opened(path, form) as file:
+        lines, number = lines_of(path, file), 1
+        for _ in range(form.skip):
+            next(lines, "")
+            number += 1
+        quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+        for cells in csv.reader(noted(), delimiter=form.delimiter, strict=True, quoting=quoting):
+            yield number, cells, "".join(raw).rstrip("\r\n")
+            number += len(raw)
+            raw.clear()
 
 
-def _lines(path: Path, file: TextIO) -> Iterator[str]:
-    """The lines of a file, each of bounded length."""
-    while line := file.readline(LONGEST_LINE):
-        if len(line) == LONGEST_LINE and not line.endswith(("\n", "\r")):
-            raise UserError(f"{path}: a line of more than {LONGEST_LINE:,} characters; put one prompt a line")
-        yield line
+def _delimited(path: Path, form: Form, column: str | None) -> Iterator[str]:
+    """The prompts of a table whose first row names its columns.
 
-
-def _chosen(path: Path, columns: Sequence[str], column: str | None) -> str:
-    """The column to read."""
-    if column is not None:
-        if column not in columns:
-            raise UserError(f"{path} has no column {column!r}; it has {', '.join(columns)}")
-        return column
-    found = [name for usual in USUAL for name in columns if name.lower() == usual]
-    if not found:
-        raise UserError(f"{path}: which column holds the prompts? Give --column; it has {', '.join(columns)}")
-    return found[0]
-
-
-def _delimited(path: Path, file: TextIO, delimiter: str, column: str | None) -> Iterator[str]:
-    rows = csv.DictReader(_lines(path, file), delimiter=delimiter, strict=True)
-    name, line = _chosen(path, rows.fieldnames or [], column), 1
+    Raises:
+        UserError: a row has more cells than the first, or ends before its prompt, or a quote is not closed.
+    """
+    quoted = form.delimiter != "\t" or _quotes_enclose(path, form)
+    rows = ((line, cells, raw) for line, cells, raw in _rows(path, form, quoted) if cells)
+    line, columns, _ = next(rows, (1, list[str](), ""))
+    name = chosen(path, columns, column, HEADLESS)
+    index, width = columns.index(name), len(columns)
+    named = {"\t": "tab"}.get(form.delimiter, repr(form.delimiter))
     try:
-        for row in rows:
-            line = rows.line_num
-            yield row[name] or ""
+        for line, cells, raw in rows:
+            if any(cell.strip() for cell in cells[width:]):
+                if width > 1 or form.delimiter.join(cells) != raw:
+                    raise UserError(
+                        f"{path}, line {line}: has {len(cells)} columns, but the first line names {width}; put a text "
+                        f"with a {named} in it in double quotes, or put one prompt a line in a .txt file"
+                    )
+                yield raw  # one column, in which nobody quotes
+            elif index >= len(cells):
+                raise UserError(
+                    f"{path}, line {line}: has {len(cells)} of {width} columns and none for {name!r}; fill the row up"
+                )
+            else:
+                yield cells[index]
     except csv.Error as error:
         if "expected" not in str(error):  # neither a delimiter that is, nor an end that is not
             raise
@@ -110,45 +120,54 @@ def _delimited(path: Path, file: TextIO, delimiter: str, column: str | None) -> 
         ) from None
 
 
-def _json_lines(path: Path, file: TextIO, column: str | None) -> Iterator[str]:
-    name = column
-    for number, line in enumerate(_lines(path, file), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); write one object a line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: not an object; each line needs one, with the prompt under a key")
-        name = name or _chosen(path, list(row), None)
-        if name not in row:
-            raise UserError(f"{path}, line {number}: has no {name!r}; it has {', '.join(row)}")
-        yield _whole(str(row[name] or ""))
+def _quotes_enclose(path: Path, form: Form) -> bool:
+    """Whether the quotes in a tsv enclose its cells, as programs write it; else they are text, as people write it.
 
-
-def _whole(text: str) -> str:
-    """Halves of characters, which json can say and no file can hold, become U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    Raises:
+        UserError: either may be.
+    """
+    plain, width, fits, begin = 0, 0, True, False
+    for _, cells, _ in _rows(path, form, quoted=False):
+        if cells:
+            plain, width = plain + 1, width or len(cells)
+            fits &= len(cells) == width
+            begin |= any(cell.startswith('"') for cell in cells)
+    if not begin:
+        return False
+    enclosed, over = 0, 0
+    try:
+        for line, cells, raw in _rows(path, form, quoted=True):
+            enclosed += bool(cells)
+            over = over or (line if "\n" in raw or "\r" in raw else 0)
+    except csv.Error as error:
+        return "expected after" not in str(error)  # a text goes on after its quote
+    if fits and enclosed != plain:
+        raise UserError(
+            f"{path}, line {over}: a quote opens a text that ends on a later line, or is part of a text; "
+            "save the file as csv or jsonl"
+        )
+    return True
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[str]:
     try:
-        from pyarrow import ArrowException, parquet, types
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise UserError("parquet needs pyarrow: pip install pyarrow") from None
     try:
         schema = parquet.read_schema(path)
-        name = _chosen(path, schema.names, column)
+        name = chosen(path, schema.names, column)
         kind = schema.field(name).type
-        if types.is_nested(kind):  # of which a few hundred bytes become gigabytes
-            raise UserError(f"{path}: the column {name!r} holds {kind}, not texts; give one of texts with --column")
         words = [name] if str(kind) in ("string", "large_string", "binary", "large_binary") else None
+        if not words and "<values=string" not in str(kind) and str(kind) != "string_view":
+            # numbers, and nested columns, of which a few hundred bytes become gigabytes
+            raise UserError(f"{path}: the column {name!r} holds {kind}, not texts; give one of texts with --column")
         file = parquet.ParquetFile(path, read_dictionary=words)  # a word that is repeated stays one
         _check_size(path, file, name)
         for batch in file.iter_batches(columns=[name], batch_size=8192):
             for value in batch.column(0):
-                yield str(value.as_py() or "")
+                text = value.as_py() or ""
+                yield text.decode() if isinstance(text, bytes) else text
     except (ArrowException, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, UserError | UnicodeDecodeError):
             raise

@@ -35,6 +35,7 @@ class DiTTeacher(VPTeacher):
     """
 
     pipelines = (DiTPipeline,)
+    readers = ()
     loads_lora = False
 
     @override

@@ -1,6 +1,5 @@
 """What a family of diffusers pipelines says about itself: network, texts, latents, and how a student is sampled."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -15,6 +14,7 @@ from stepfold.maths.formulations import flow_time, guide
 from stepfold.maths.routes import even_flow_times, few_step_times
 from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName, Teacher
 from stepfold.teachers.schedules import Schedule, read_flow
+from stepfold.teachers.tokens import TextReader, text_reader, usual_tokens
 
 Predict = Callable[[Any, Tensor, Tensor, Condition, Tensor | None], Tensor]
 """(network, x / sigma_data [B, ...], t [B], condition, guidance scales [B] for a network that embeds them) -> F."""
@@ -32,6 +32,8 @@ class Family(Teacher):
         output: where the pipeline's result has what it made.
         loads_lora: whether the pipeline loads LoRAs.
         lora_blocks: parts of the names of the blocks that a LoRA is for.
+        readers: the pipeline's tokenizers that its prompts' length depends on; the first one that is there counts.
+        lowers: whether the pipeline reads prompts in small letters.
         source: folder or hub id.
         index: the pipeline's model_index.json.
         pipe: the pipeline.
@@ -52,6 +54,8 @@ class Family(Teacher):
     output: ClassVar[Literal["images", "frames"]] = "images"
     loads_lora: ClassVar[bool] = True
     lora_blocks: ClassVar[tuple[str, ...]] = ("block",)
+    readers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    lowers: ClassVar[bool] = False
     ode: Literal["flow", "trigflow"] = "flow"
     start_time: float = math.pi / 2
 
@@ -182,9 +186,16 @@ class Family(Teacher):
 
     def usual_tokens(self) -> int:
         """How long a prompt may be unless the settings say."""
-        if not self.takes_length:
-            return int(self.pipe.tokenizer.model_max_length)
-        return int(inspect.signature(self.pipe.__call__).parameters["max_sequence_length"].default)
+        return usual_tokens(self.pipe)
+
+    @classmethod
+    def before_prompts(cls, pipe: Any) -> tuple[str, int]:
+        """What the pipeline puts before each prompt, and how many of its tokens do not count to a prompt's length."""
+        return "", 0
+
+    def text_reader(self) -> TextReader | None:
+        """What reads the prompts, and cuts those that are too long; None where they are classes."""
+        return text_reader(type(self), self.pipe, self.max_tokens)
 
     def in_call(self, prompt: str) -> Any:
         """A prompt as the first argument of the pipeline's call."""

@@ -72,6 +72,7 @@ class FluxTeacher(PipelineTeacher):
     """FluxPipeline; the student is one too, with guidance embedded as in its teacher."""
 
     pipelines = (FluxPipeline,)
+    readers = ("tokenizer_2",)
     even_ladder = True
 
     @override

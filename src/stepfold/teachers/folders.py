@@ -76,8 +76,12 @@ def load_pipeline(
     dtype: torch.dtype,
     network_only: bool,
     variant: str | None = None,
+    *,
+    tokenizers_only: bool = False,
 ) -> Any:
     """Loads a pipeline, all or without text encoders and VAE; safetensors only, of a variant where there is one.
+
+    `tokenizers_only` leaves out all its networks.
 
     Raises:
         UserError: it is of another class, or does not load.
@@ -89,6 +93,8 @@ def load_pipeline(
     later = [part for part in index if part.startswith("text_encoder") or part == "vae"]
     kind: Any = names[name]
     folder, absent = source, dict[str, Any](dict.fromkeys(later) if network_only else {})
+    if tokenizers_only:
+        absent = {part: None for part, spec in index.items() if is_part(spec) and is_network(spec)}
     try:
         if not Path(source).exists():  # of a hub id all files come first, so that they are looked at before any is read
             folder = kind.download(source, use_safetensors=True, **absent)

@@ -19,6 +19,7 @@ from stepfold.teachers.folders import (
     hub_is_away,
     load_index,
     load_networks,
+    load_pipeline,
     unloadable,
 )
 from stepfold.teachers.lumina2 import Lumina2Teacher
@@ -27,6 +28,7 @@ from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
+from stepfold.teachers.tokens import TextReader, text_reader, usual_tokens
 from stepfold.teachers.wan import WanTeacher
 
 FAMILIES: dict[str, type[PipelineTeacher]] = {
@@ -88,6 +90,18 @@ def load_teacher(
         null=null,
         loras=[(lora.source, lora.scale) for lora in settings.lora],
     )
+
+
+def load_text_reader(settings: TeacherSettings) -> TextReader | None:
+    """What reads the prompts of a teacher, without loading its networks; None where they are classes.
+
+    Raises:
+        UserError: as `load_teacher`.
+    """
+    source = place_of(settings)
+    family, index = family_of(source), load_index(source)
+    pipe = load_pipeline(source, index, family.pipelines, torch.float32, False, tokenizers_only=True)
+    return text_reader(family, pipe, settings.max_tokens or usual_tokens(pipe)) if family.readers else None
 
 
 def make_teacher(source: str, **options: Any) -> PipelineTeacher:

@@ -80,10 +80,15 @@ class Lumina2Teacher(PipelineTeacher):
         """Number of channels, which this pipeline takes for the number of tokens."""
         return self.latent_shape[0]
 
+    @classmethod
+    @override
+    def before_prompts(cls, pipe: Any) -> tuple[str, int]:
+        return f"{pipe.system_prompt} <Prompt Start> ", 0
+
     @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """Encodes behind the pipeline's system prompt, which counts towards the prompt's length."""
-        before = len(self.pipe.tokenizer(f"{self.pipe.system_prompt} <Prompt Start> ").input_ids)
+        before = len(self.pipe.tokenizer(self.before_prompts(self.pipe)[0]).input_ids)
         longest = self.transformer.config.axes_lens[0]
         if not before < self.max_tokens < longest:
             raise UserError(

@@ -31,6 +31,7 @@ class PixArtTeacher(VPTeacher):
 
     pipelines = (PixArtSigmaPipeline,)
     loads_lora = False
+    lowers = True
 
     @override
     def raw(self) -> Raw:

@@ -63,6 +63,7 @@ class SanaTeacher(PipelineTeacher):
     """
 
     pipelines = (SanaPipeline,)
+    lowers = True
     text_options: ClassVar[dict[str, Any]] = {"do_classifier_free_guidance": False}
 
     @classmethod
@@ -117,6 +118,14 @@ class SanaTeacher(PipelineTeacher):
         return self._encode(
             prompts, inspect.signature(self.pipe.__call__).parameters["complex_human_instruction"].default
         )
+
+    @classmethod
+    @override
+    def before_prompts(cls, pipe: Any) -> tuple[str, int]:
+        """The instruction; but for two of its tokens it does not count."""
+        lines = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
+        before = "\n".join(lines)
+        return before, len(pipe.tokenizer.encode(before)) - 2
 
     @override
     def encode_nothing(self) -> Condition:
