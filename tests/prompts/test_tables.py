@@ -70,14 +70,28 @@ def test_the_column_is_found_named_or_asked_for(tmp_path: Path, kind: str) -> No
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"prompt": "x"}\nnot json\n', "line 2: not JSON"),
-        ("a.jsonl", b'["prompt"]\n', "line 1: not an object"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', "line 2: 'prompt' is 3, which is no text"),
+        ("a.jsonl", b'{"prompt": ["x", null]}\n', "line 1: 'prompt' holds null, which is no text"),
+        ("a.jsonl", b'{"prompt": {"en": "x"}}\n', "line 1: 'prompt' is an object of en, which is no text"),
+        ("a.json", b'["x",\n [["y"]]]\n', "line 2: the value holds a list, which is no text"),
+        ("a.json", b'["x",\n\n "y" "z"]\n', "line 3: not JSON .expected , or \\]"),
+        ("a.json", b'["x",\n "y', "line 2: not JSON .Unterminated string"),
+        ("a.json", b'[\n"a \xe9"]', "line 2: not UTF-8"),
+        ("a.json", b'["x"] y', "line 1: not JSON .expected \\["),
         ("a.jsonl", b'{"prompt": "x"}\n{"other": "y"}\n', "line 2: has no 'prompt'; it has other"),
         ("a.parquet", b"no parquet at all", "no parquet file"),
         ("a.txt.gz", b"no gzip", "cannot be read"),
         ("a.csv", b"prompt\n\xff\xfe\n", "not UTF-8"),
         ("a.csv", b"", "which column"),
         ("a.tsv", b'prompt\nfox\n"cat\nowl\n', "after line 2: a quote opens a field and is not closed"),
-        ("a.tsv", b'prompt\n"red" fox\ncat\n', "after line 1: a quote opens a field and is not closed at its end"),
+        ("a.csv", b'prompt\n"red" fox\ncat\n', "after line 1: a quote opens a field and is not closed at its end"),
+        ("a.tsv", b'prompt\tn\n"cat\t1\nowl\t2\nfox"\t3\n', "line 2: a quote opens a text that ends on a later line"),
+        ("a.csv", b"prompt,n\ncat,1\nred, owl,2\n", "line 3: has 3 columns, but the first line names 2; put a text"),
+        ("a.csv", b"n,prompt\n1,cat\nowl\n", "line 3: has 1 of 2 columns and none for 'prompt'"),
+        ("a.csv", b'prompt\n"red, owl", fox\n', "line 2: has 2 columns, but the first line names 1"),
+        ("a.tsv", b'prompt\tn\n"red" owl\t1\ncat\tand\tdog\n', "line 3: has 3 columns, .* with a tab in it"),
+        ("a.csv", b"prompt,prompt\nx,y\n", "which column holds the prompts, prompt or prompt. Name each column once"),
+        ("a.csv", b"text,caption\nx,y\n", "which column holds the prompts, text or caption. Give --column"),
         ("a.csv", b'prompt,n\n"a cat,1\nthe "owl",2\n', "after line 1: a quote opens a field"),
         ("a.csv", b"prompt\n" + b"x" * (2**24 + 9) + b"\n", "a line of more than"),
         ("a.csv", b'prompt\n"' + b"x\n" * 2**23 + b'x"\n', "field larger than field limit"),
@@ -123,21 +137,30 @@ def test_training_reads_tables_as_it_reads_text(tmp_path: Path, kind: str, gzipp
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "words\nfox\n", "which column holds the prompts"),
-        ("a.csv", "prompt\n", "no prompts in it"),
-        ("a b.csv", f"prompt\nfox\n{'x' * 2001}\n", "line 2: longer than 2,000 characters"),
+        (
+            "a.csv",
+            "words\nfox\n",
+            "which column holds the prompts.* call the file .txt; stepfold prompts clean PATH --column",
+        ),
+        ("a.csv", "prompt\n", "no prompts in it .empty.; write one prompt a line$"),
+        (
+            "a b.csv",
+            f"prompt\nfox\n{'x' * 2001}\n",
+            "line 2: longer than 2,000 characters.*stepfold prompts clean PATH",
+        ),
+        ("a.txt", f"{'x' * 2001}\n", "line 1: longer than 2,000 characters.*stepfold prompts clean PATH --out"),
         ("a.jsonl", "{", "line 1: not JSON"),
         ("a.txt.gz", "no gzip", "cannot be read"),
     ],
 )
-def test_a_table_that_cannot_be_trained_on_says_how_to_make_one(
-    tmp_path: Path, name: str, content: str, message: str
-) -> None:
+def test_what_cannot_be_trained_on_names_its_own_fix(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / name))}.*{message}") as caught:
+    place = re.escape(shlex.quote(str(tmp_path / name)))
+    with pytest.raises(
+        UserError, match=f"^{re.escape(str(tmp_path / name))}.*{message.replace('PATH', place)}"
+    ) as caught:
         open_prompts(tmp_path / name)
-    assert f"stepfold prompts clean {shlex.quote(str(tmp_path / name))} --out prompts.txt" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and ("prompts clean" in str(caught.value)) == ("prompts clean" in message)
 
 
 def test_no_room_for_the_text_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

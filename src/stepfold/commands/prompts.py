@@ -176,8 +176,8 @@ def clean(
             target.write(prompt + "\n")
         if not counts["kept"]:
             raise UserError(f"no prompt of {file} is left; {dict(counts)}")
-    numbers = {name: counts[name] for name in ("read", *(n for n in counts if n not in ("read", "kept")), "kept")}
-    numbers = {name: count for name, count in numbers.items() if count}
+    names = ("read", *(name for name in counts if name not in ("read", "kept")), "kept")
+    numbers = {name: counts[name] for name in names if counts[name]}
     for name, count in numbers.items():
         typer.echo(f"{name:32} {count:,}")
     said(findings.notes())

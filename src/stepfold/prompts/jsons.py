@@ -36,15 +36,16 @@ def json_texts(path: Path, file: TextIO, kind: Kind, column: str | None) -> Iter
 
 
 def _texts(value: Any, what: str) -> list[str]:
-    """The prompts of a value."""
-    values = value if isinstance(value, list) and value else [value or ""] if value in (None, []) else [value]
-    for each in values:
+    """The prompts of a value; a blank one where it is nothing."""
+    several = isinstance(value, list)
+    texts: list[Any] = (value or [""]) if several else ["" if value is None else value]
+    for each in texts:
         if not isinstance(each, str):
             raise UserError(
-                f"{what} {'holds' if isinstance(value, list) else 'is'} {_in_words(each)}, which is no text; "
-                "give a text in quotes, or a list of texts, each of which is one prompt"
+                f"{what} {'holds' if several else 'is'} {_in_words(each)}, which is no text; give a text in quotes, or "
+                "a list of texts, each of which is one prompt"
             )
-    return [_whole(each) for each in values]
+    return [_whole(each) for each in texts]
 
 
 def _in_words(value: Any) -> str:
@@ -126,7 +127,7 @@ def _elements(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
                         place = error.pos if isinstance(error, json.JSONDecodeError) else at
                         raise _not_json(path, line + text.count("\n", at, place), error) from None
                     continue
-                if end < len(text) or not more():  # a number may go on
+                if text[end : end + 1] in (*",] \t\r\n",) or not more():  # else a number may go on
                     break
             begun = line
             advance(end)

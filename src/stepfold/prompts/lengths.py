@@ -50,8 +50,8 @@ class Cut:
         if self.num:
             what = "1 prompt is" if self.num == 1 else f"{self.num:,} prompts are"
             yield (
-                f"{what} longer than the {tokens.most} tokens that the text encoder reads, and what is beyond is cut off; "
-                f"the first, of {self.tokens}: {shortened(self.first)} ({tokens.how})"
+                f"{what} longer than the {tokens.most} tokens that the text encoder reads, and the rest of each is cut "
+                f"off; the first, of {self.tokens}: {shortened(self.first)} ({tokens.how})"
             )
 
 

@@ -1,0 +1,54 @@
+"""How long a prompt is to a pipeline: what is counted as beyond its end changes nothing that the network sees."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from stepfold.config import TeacherSettings
+from stepfold.teachers.loading import load_teacher, load_text_reader
+
+MAKERS: dict[str, Any] = {
+    "sana": tiny.make_sana,
+    "sprint": tiny.make_sprint,
+    "sd 1": tiny.make_sd1,
+    "sdxl": tiny.make_sdxl,
+    "sd3": tiny.make_sd3,
+    "flux": tiny.make_flux,
+    "pixart": tiny.make_pixart,
+    "lumina 2": tiny.make_lumina2,
+    "wan": tiny.make_wan,
+}
+TOKENS = {"sd 1": None, "sdxl": None, "sd3": 200, "lumina 2": 200}  # of SD3, CLIP reads 77 by itself
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_what_is_counted_as_cut_is_cut(family: str, tmp_path: Path) -> None:
+    settings = TeacherSettings(
+        source=str(tiny.save(MAKERS[family], tmp_path / "pipeline")), max_tokens=TOKENS.get(family, 24),
+        height=32, width=32, frames=5 if family == "wan" else None,
+    )  # fmt: skip
+    teacher = load_teacher(settings, "cpu")
+    reader, alone = teacher.text_reader(), load_text_reader(settings)
+    assert reader is not None and alone is not None and reader.most == alone.most
+    words = [" ".join("abcdefgh"[i % 8] for i in range(count)) for count in range(1, 110)]
+    counted = reader.count(words)
+    assert counted == alone.count(words) == sorted(counted)
+    first = next(i for i, count in enumerate(counted) if count >= reader.most)
+    assert first > 2
+    for i in range(first - 2, first + 2):
+        here, longer = (teacher.encode([text]).embeds for text in (words[i], f"{words[i]} z z z"))
+        same = here.shape == longer.shape and torch.equal(here, longer)
+        assert same == (counted[i] >= reader.most), (i, counted[i], reader.most)
+
+
+def test_classes_are_not_read(tmp_path: Path) -> None:
+    settings = TeacherSettings(source=str(tiny.save(tiny.make_dit, tmp_path / "pipeline")))
+    assert load_text_reader(settings) is load_teacher(settings, "cpu").text_reader() is None
+
+
+def test_the_bundled_teacher_reads_its_own_prompts() -> None:
+    reader = load_text_reader(TeacherSettings())
+    assert reader is not None and reader.most == 300 and max(reader.count(list(tiny.PROMPTS))) < 30
