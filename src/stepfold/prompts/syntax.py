@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import count
 
 MOST_CHOICES = 64
 """Prompts that are made of one with wildcards."""
@@ -110,7 +111,7 @@ def expanded(prompt: str, most: int = MOST_CHOICES) -> tuple[list[str], int]:
 
     Args:
         prompt: without NUL. Weights of choices (`{0.5::a|b}`) are left out; `{2$$a|b}` and `__a__` stay as they are.
-        most: of more combinations so many, evenly spaced.
+        most: of more combinations so many, spread over all.
 
     Returns:
         The prompts, and how many combinations there are.
@@ -143,6 +144,7 @@ def expanded(prompt: str, most: int = MOST_CHOICES) -> tuple[list[str], int]:
 
     while (held := _CHOICE.sub(hold, prompt)) != prompt:
         prompt = held
-    total = size(prompt)
-    count = min(total, most)
-    return [combination(prompt, i * total // count) for i in range(count)], total
+    total, stride = size(prompt), 1
+    if total > most:  # steps of the golden section, which pass by none of the choices
+        stride = next(step for step in count(int(0.618 * total)) if math.gcd(step, total) == 1)
+    return [combination(prompt, i * stride % total) for i in range(min(total, most))], total
