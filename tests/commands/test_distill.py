@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 
-from stepfold.commands.distill import run_distill
-from stepfold.config import Config, load_config
+from stepfold.commands.distill import load, run_distill
+from stepfold.commands.prompts import run_encode
+from stepfold.commands.retime import run_retime
+from stepfold.config import Config, TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.teachers.pipeline import PipelineTeacher
+from stepfold.training import retiming
 
 
 def settings(teacher: Path, prompts: Path, *changes: str) -> Config:
@@ -35,3 +38,42 @@ def test_the_black_picture_is_encoded_for_a_filter_alone(
     config = settings(tiny_sana, prompts_file, f"space.filter_rule={rule}", "space.filter_threshold=1e-9")
     run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="")
     assert len(encoded) == (rule != "off") == (tmp_path / "run" / "blacks.safetensors").exists()
+
+
+class Noted(Display):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize("command", ["distill", "encode", "retime"])
+def test_what_is_wrong_with_the_prompts_is_said_before_it_begins(
+    command: str, first_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, display = tmp_path / "prompts.csv", Noted()
+    prompts.write_text(f"prompt\na cat\na (red:1.3) door\n{'a cat, ' * 40}\n")
+    if command == "distill":
+        load(settings(first_sana, prompts, "objective=discrete"), tmp_path / "run", False, display)
+    elif command == "encode":
+        teacher = TeacherSettings(source=str(first_sana), max_tokens=32)
+        run_encode(teacher, prompts, tmp_path / "cache", batch=4, display=display, device="cpu")
+    else:
+        monkeypatch.setattr(retiming, "retimed_network", lambda *_: pytest.exit("it began"))
+        with pytest.raises(pytest.exit.Exception):
+            run_retime(
+                str(first_sana), prompts, tmp_path / "run", ["teacher.max_tokens=32"], resume=False, display=display
+            )
+    foreign, cut = (next(line for line in display.lines if word in line) for word in ("syntax of other", "tokens that"))
+    assert foreign == (
+        "1 prompt holds syntax of other programs, which is read as plain text: "
+        "weights or brackets such as (a:1.3), [a], {a} 1"
+    )
+    assert cut.startswith(
+        "1 prompt is longer than the 32 tokens that the text encoder reads, and the rest of each is cut"
+    )
+    assert "'a cat, a cat, a cat, " in cut and "stepfold prompts clean --longest" in cut

@@ -1,5 +1,6 @@
 """The conditions of a run: encoded by its teacher, or read from a folder where they were encoded before."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from stepfold.images.reading import ImageFolder
 from stepfold.prompts.cache import ConditionCache, open_conditions
 from stepfold.prompts.lengths import Tokens, cut_by
 from stepfold.prompts.reading import PromptFile, Prompts
-from stepfold.prompts.syntax import notes_of
+from stepfold.prompts.syntax import count_foreign, count_hidden, notes_of
 from stepfold.randomness import send
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.fingerprints import encoder_fingerprint
@@ -44,17 +45,22 @@ def conditions_from(
     return conditions
 
 
-def notes_on(prompts: Prompts, teacher: PipelineTeacher | None) -> Iterator[str]:
+def notes_on(prompts: Prompts, teacher: PipelineTeacher) -> Iterator[str]:
     """What a run says of its prompts before it begins, a line each: foreign syntax, and what its teacher cuts off.
 
-    Of very many prompts, the first MOST_COUNTED are counted in tokens.
+    Of very many prompts, the first MOST_COUNTED are counted in tokens, and so are captions of pictures.
     """
     some = min(len(prompts), MOST_COUNTED)
+    of = "" if some == len(prompts) else f", of the first {some:,} prompts"
+    reader, foreign = teacher.text_reader(), Counter[str]()
     if isinstance(prompts, PromptFile):
-        yield from notes_of(prompts.foreign)
-    reader = teacher.text_reader() if teacher else None
+        foreign.update(prompts.foreign)  # found when it was opened
+    else:
+        for i in range(some):
+            count_foreign(prompts.prompt(i), foreign)
+            count_hidden(prompts.prompt(i), foreign)
+    yield from notes_of(foreign)
     if reader:
-        of = "" if some == len(prompts) else f", of the first {some:,} prompts"
         tokens = Tokens(reader.count, reader.most, f"stepfold prompts clean --longest leaves them out{of}")
         yield from cut_by((prompts.prompt(i) for i in range(some)), tokens).note(tokens)
 

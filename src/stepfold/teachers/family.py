@@ -14,7 +14,7 @@ from stepfold.maths.formulations import flow_time, guide
 from stepfold.maths.routes import even_flow_times, few_step_times
 from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName, Teacher
 from stepfold.teachers.schedules import Schedule, read_flow
-from stepfold.teachers.tokens import TextReader, text_reader, usual_tokens
+from stepfold.teachers.tokens import TextReader, usual_tokens
 
 Predict = Callable[[Any, Tensor, Tensor, Condition, Tensor | None], Tensor]
 """(network, x / sigma_data [B, ...], t [B], condition, guidance scales [B] for a network that embeds them) -> F."""
@@ -193,9 +193,25 @@ class Family(Teacher):
         """What the pipeline puts before each prompt, and how many of its tokens do not count to a prompt's length."""
         return "", 0
 
+    @classmethod
+    def reader_in(cls, pipe: Any, max_tokens: int | None = None) -> TextReader | None:
+        """What reads the prompts in a pipeline, and cuts those that are too long; None where they are classes.
+
+        Args:
+            pipe: the pipeline; its networks are not needed.
+            max_tokens: what it is told to read, where it can be told; None for the usual number.
+        """
+        there = [part for part in cls.readers if getattr(pipe, part) is not None]
+        if not there:
+            return None
+        tokenizer: Any = getattr(pipe, there[0])
+        told = "max_sequence_length" in inspect.signature(pipe.__call__).parameters and there[0] == cls.readers[0]
+        most = (max_tokens or usual_tokens(pipe)) if told else tokenizer.model_max_length
+        return TextReader(tokenizer, most, *cls.before_prompts(pipe), lowers=cls.lowers)
+
     def text_reader(self) -> TextReader | None:
-        """What reads the prompts, and cuts those that are too long; None where they are classes."""
-        return text_reader(type(self), self.pipe, self.max_tokens)
+        """What reads the prompts of this teacher."""
+        return self.reader_in(self.pipe, self.max_tokens)
 
     def in_call(self, prompt: str) -> Any:
         """A prompt as the first argument of the pipeline's call."""

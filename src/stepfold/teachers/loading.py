@@ -28,7 +28,7 @@ from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
-from stepfold.teachers.tokens import TextReader, text_reader, usual_tokens
+from stepfold.teachers.tokens import TextReader
 from stepfold.teachers.wan import WanTeacher
 
 FAMILIES: dict[str, type[PipelineTeacher]] = {
@@ -101,7 +101,7 @@ def load_text_reader(settings: TeacherSettings) -> TextReader | None:
     source = place_of(settings)
     family, index = family_of(source), load_index(source)
     pipe = load_pipeline(source, index, family.pipelines, torch.float32, False, tokenizers_only=True)
-    return text_reader(family, pipe, settings.max_tokens or usual_tokens(pipe)) if family.readers else None
+    return family.reader_in(pipe, settings.max_tokens)
 
 
 def make_teacher(source: str, **options: Any) -> PipelineTeacher:
