@@ -1,5 +1,6 @@
 """What a family of diffusers pipelines says about itself: network, texts, latents, and how a student is sampled."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
