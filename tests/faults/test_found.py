@@ -20,7 +20,7 @@ from stepfold.commands import prompts as prompt_commands
 from stepfold.config import TeacherSettings, from_yaml, load_config
 from stepfold.errors import LONGEST, UserError
 from stepfold.evaluation.mjhq import open_mjhq
-from stepfold.prompts import tables
+from stepfold.prompts import formats, tables
 from stepfold.prompts.cache import encode_prompts, open_conditions
 from stepfold.prompts.reading import open_prompts
 from stepfold.students.loading import load_student
@@ -69,7 +69,7 @@ def test_halves_of_characters(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
 def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
     """A few kilobytes of gzip became as much memory as they say."""
-    monkeypatch.setattr(tables, "LONGEST_LINE", 10_000)
+    monkeypatch.setattr(formats, "LONGEST_LINE", 10_000)
     refused(
         tmp_path / f"p{suffix}.gz",
         gzip.compress((b"prompt\n" if suffix != ".jsonl" else b"") + b"x" * 10_001),

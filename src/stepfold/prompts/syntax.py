@@ -54,10 +54,10 @@ HIDDEN = {
 _PATTERNS = {name: re.compile(pattern) for name, pattern in FOREIGN.items()}
 _HIDDEN = {name: re.compile(pattern) for name, (pattern, _) in HIDDEN.items()}
 _ANY = "foreign syntax"
-_PERHAPS = re.compile(
-    f"[()\\[\\]{{}}<>|\\\\_#*•:;/\"'“—\t\x0b\x0c\x1c-\x1e\x85\u2028\u2029Ãâ\ufffd{_MARKS}]|--|AND|BREAK|ADD"
-    r"|^\s*-\s|^\s*\d+[.)]\s"
-)
+_SIGN = re.compile(r"[()\[\]{}<>|\\_#*•:;/—]")
+_BEGINNING = re.compile(r"\s*(?:[-\"'“]|\d+[.)])")
+_WORDS = ("--", "AND", "BREAK", "ADD")
+_ODD = re.compile(f"[\t\x0b\x0c\x1c-\x1e\x85\u2028\u2029Ãâ\ufffd{_MARKS}]")
 
 
 def is_blank(text: str) -> bool:
@@ -76,14 +76,15 @@ def as_seen(text: str) -> str:
 
 
 def count_foreign(prompt: str, counts: Counter[str]) -> None:
-    """Adds 1 for each kind of foreign syntax that a prompt holds."""
-    if _PERHAPS.search(prompt) and (found := [name for name, pattern in _PATTERNS.items() if pattern.search(prompt)]):
-        counts.update([*found, _ANY])
+    """Adds 1 for each kind of foreign syntax that a prompt holds; plain prose is known at once."""
+    if _SIGN.search(prompt) or _BEGINNING.match(prompt) or any(word in prompt for word in _WORDS):
+        found = [name for name, pattern in _PATTERNS.items() if pattern.search(prompt)]
+        counts.update([*found, _ANY] if found else [])
 
 
 def count_hidden(line: str, counts: Counter[str]) -> None:
     """Adds 1 for each kind of hidden mark in a line, as it was read."""
-    if _PERHAPS.search(line):
+    if _ODD.search(line):
         counts.update(name for name, pattern in _HIDDEN.items() if pattern.search(line))
 
 
