@@ -68,7 +68,8 @@ def assert_one_line(result: Result, *wanted: str, code: int = 2) -> None:
 
 def distill(*args: str | Path, fast: bool = True) -> Result:
     settings = [part for change in FAST if fast for part in ("--set", change)]
-    return Result("distill", "--preset", "default", "--quiet", *settings, *args)
+    preset = () if "--preset" in args else ("--preset", "default")
+    return Result("distill", *preset, "--quiet", *settings, *args)
 
 
 MESSY = "\ufeffred heart\r\n\r\n  a cat  \r\nred heart\r\n   \r\nrocket\r\na cat\r\n"
