@@ -193,10 +193,10 @@ def test_evaluate_mistakes(run: tuple[Path, Result]) -> None:
         (b"\n  \n\n", ["no prompts in it (3 blank lines)"]),
         (b"ok\n\x89PNG\0\0\n", ["line 2", "binary", "UTF-8"]),
         (b"ok\nfine\ncaf\xe9\n", ["line 3", "not UTF-8", "save the file as UTF-8"]),
-        ("fox\n".encode("utf-16"), ["line 1", "UTF-8"]),
+        ("fox\n".encode("utf-16")[:-1], ["not the text that it says it is", "save the file as UTF-8"]),
         (b"ok\n" + b"x" * 2001 + b"\n", ["line 2", "longer than 2,000 characters", "shorten it"]),
         (b"x" * 100_000, ["line 1", "longer than 2,000 characters"]),
-        ("folder", ["is a folder", "one prompt a line"]),
+        ("folder", ["is a folder without files of prompts", "give one with"]),
     ],
     ids=["missing", "empty", "blank", "binary", "latin-1", "utf-16", "long", "endless", "folder"],
 )

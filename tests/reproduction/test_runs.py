@@ -448,7 +448,7 @@ def test_a_page_of_what_is_known_runs_nothing(tmp_path: Path, monkeypatch: pytes
     kept = json.loads((tmp_path / "paper.json").read_text())
     assert set(kept["runs"]) == {run.name for run in known} and kept["tables"]["T4"]["random"] == [known[0].name]
     assert kept["tables"]["T6"]["r_final = 0.75"] == [known[2].name]
-    listed = CliRunner().invoke(app, [*command[:1], *command[2:], "--out", str(tmp_path / "elsewhere"), "--dry-run"])
+    listed = CliRunner().invoke(app, [*command[:1], *command[4:], "--out", str(tmp_path / "elsewhere"), "--dry-run"])
     assert listed.output.count("done   ") == 8  # T4's three, and the reference route in five more tables
 
 

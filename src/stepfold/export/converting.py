@@ -188,7 +188,10 @@ def of_other_family(state: dict[str, Tensor], pipe: Any, source: str, network_on
     name_of = layout(network)
     bare = inner or {name: value for name, value in state.items() if name not in whole}
     if inner and (more := sorted(set(state) - {*inner, *whole})):
-        raise UserError(f"the checkpoint has {more[0]}, and {len(more) - 1} more, that belong to no part that is known")
+        raise UserError(
+            f"the checkpoint has {more[0]}, and {len(more) - 1} more, that belong to no part that is known; give the "
+            "file of a whole model, or of its network alone"
+        )
     said = "v_prediction" if "v_pred" in state else None
     if said and (own := pipe.scheduler.config.get("prediction_type")) != said:
         raise UserError(
@@ -225,7 +228,10 @@ def text_encoders(state: dict[str, Tensor], pipe: Any, source: str) -> dict[str,
             for name in names
         }
     except (ValueError, RuntimeError, LookupError) as error:
-        raise UserError(f"the checkpoint's text encoders are not those of the base ({first_line(error)})") from None
+        raise UserError(
+            f"the checkpoint's text encoders are not those of the base ({first_line(error)}); give a --base of the "
+            "same kind"
+        ) from None
 
 
 def usual_base(state: dict[str, Tensor]) -> str:

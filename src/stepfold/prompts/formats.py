@@ -158,9 +158,10 @@ def _refuse(path: Path, suffix: str, head: bytes) -> None:
     if head[257:262] == b"ustar":
         raise UserError(f"{path}: a tar archive; unpack it (tar -xf) into a folder, and give the folder")
     beginning = head.lstrip()[:64]
-    for start, fix in NO_PROMPTS.items():
+    for start, said in NO_PROMPTS.items():
         if head.startswith(start) or (start.startswith(b"<") and beginning.lower().startswith(start)):
-            raise UserError(f"{path}: is {fix}")
+            what, _, fix = said.partition("; ")
+            raise UserError(f"{path}: is {what}; {fix}")
     if suffix in (".yaml", ".yml", ".toml", ".xlsx", ".xls", ".docx"):
         raise UserError(f"{path}: a {suffix} file is not read; save it as text, one prompt a line, or as json or csv")
 

@@ -110,7 +110,8 @@ def _elements(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
 
     def taken(wanted: str) -> str:
         if (found := character()) not in wanted or not found:
-            raise _not_json(path, line, ValueError(f"expected {' or '.join(wanted)}"))
+            missing = f"expected {' or '.join(wanted)}"
+            raise _not_json(path, line, ValueError(missing))
         advance(at + 1)
         return found
 

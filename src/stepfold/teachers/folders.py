@@ -184,7 +184,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
         UserError: naming what is missing or not allowed.
     """
     index = folder / "model_index.json"
-    single = folder if folder.is_file() else next(iter(sorted(folder.glob("*.safetensors"))), None)
+    inside = [] if (folder / "config.yaml").exists() else sorted(folder.glob("*.safetensors"))  # a run has one, too
+    single = folder if folder.is_file() else next(iter(inside), None)
     if not index.is_file() and single:
         raise UserError(
             f"teacher {str(folder)!r} is one file, and a pipeline folder is needed; make one: "
