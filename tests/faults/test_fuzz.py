@@ -497,8 +497,8 @@ def test_files_of_prompts(tmp_path_factory: pytest.TempPathFactory, data: Any) -
         prompt_commands.split(file, out=out / "split", test=0.5)
     text = folder / "text.txt"
     text.write_bytes(content)
-    with watched(out, "prompts, open"):
-        opened = open_prompts(text)
+    with watched(out, "prompts, open"), patch.object(tempfile, "tempdir", str(out)):
+        opened = open_prompts(text)  # a table, where its content says so
         assert all(isinstance(opened.prompt(i), str) for i in range(len(opened)))
     with watched(out, "prompts, open a table"), patch.object(tempfile, "tempdir", str(out)):
         opened = open_prompts(file)

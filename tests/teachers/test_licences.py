@@ -41,16 +41,19 @@ def test_the_front_matter_is_read_and_nothing_else(tmp_path: Path) -> None:
         (b"---\nlicense: [mit\n---\n", {}),
         (b"---\nlicense: !!python/object/apply:os.system [ls]\n---\n", {}),
         (b"---\n- mit\n---\n", {}),
+        (b"# A model\n", {}),
         (b"---\nlicense: mit\nmodel-index: 3\n---\n", {}),
     ],
-    ids=["a list, CRLF", "two", "another encoding", "no yaml", "code", "no mapping", "odd results"],
+    ids=["a list, CRLF", "two", "another encoding", "no yaml", "code", "no mapping", "no front matter", "odd results"],
 )  # fmt: skip
-def test_no_card_ends_a_run(card: bytes, found: dict[str, Any], tmp_path: Path) -> None:
+def test_no_card_ends_a_run(
+    card: bytes, found: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """What is only shown is unknown where it cannot be read."""
     (tmp_path / "README.md").write_bytes(card)
     told = stated_licence(str(tmp_path))
     assert told == found or (not found and set(told) <= {"license"})
-    assert "[" not in in_words(told)
+    assert "[" not in in_words(told) and not caplog.records
 
 
 @pytest.mark.parametrize("name", ["./text_encoder", "me--you/clip", "a/b/c", "..", 3, ["a/b"], {"a": 1}])

@@ -159,7 +159,7 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
         name = chosen(path, schema.names, column)
         kind = schema.field(name).type
         words = [name] if str(kind) in ("string", "large_string", "binary", "large_binary") else None
-        if not words and "<values=string" not in str(kind) and str(kind) != "string_view":
+        if not words and not str(kind).startswith("dictionary<values=string") and str(kind) != "string_view":
             # numbers, and nested columns, of which a few hundred bytes become gigabytes
             raise UserError(f"{path}: the column {name!r} holds {kind}, not texts; give one of texts with --column")
         file = parquet.ParquetFile(path, read_dictionary=words)  # a word that is repeated stays one

@@ -39,7 +39,8 @@ def stated_licence(source: str) -> Licence:
     """What the model card of a folder or a hub id says; empty if it states none, or cannot be reached or read."""
     try:
         if card := file_of(source, "README.md"):
-            told = ModelCard(card.read_text(encoding="utf-8-sig")).data
+            text = card.read_text(encoding="utf-8-sig")
+            told = ModelCard(text).data if text.startswith("---") else None  # it warns where there is no front matter
         else:
             told = HfApi().model_info(source, timeout=3).card_data if is_hub_id(source) else None
         fields = told.to_dict() if told else {}
