@@ -29,15 +29,15 @@ AUDIT = $(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off
 demo: $(VENV)/.installed
 	$(BIN)/stepfold distill --preset demo --out runs/demo
 
-# One process a core; more than four would share too little memory. Each begins with a run of whole files, and who is done
-# first takes over tests of the others.
-PYTEST = $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal
+# One process a core; more than four would share too little memory. Who is done first takes over tests of the others; but
+# of the long ones whole files, since what their tests share takes minutes to make.
+PYTEST = $(BIN)/python -m pytest -q -n logical --maxprocesses 4
 
 test: $(VENV)/.installed
-	$(PYTEST) -m 'not long'
+	$(PYTEST) --dist worksteal -m 'not long'
 
 test-long: $(VENV)/.installed
-	$(PYTEST) -m long
+	$(PYTEST) --dist loadfile -m long
 
 check: lint types docs test test-long audit-if-online
 

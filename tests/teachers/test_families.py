@@ -386,7 +386,7 @@ def test_a_lora_on_the_teacher_is_merged_into_it(folder: Path, tmp_path: Path) -
 )
 def test_a_teacher_in_bfloat16(folder: Path, prompts_file: Path, tmp_path: Path, lora: int) -> None:
     """Its weights take half the memory; it walks about as before, and its student learns in float32."""
-    config = settings(folder, prompts_file, "teacher.dtype=bfloat16", f"student.lora={lora}")
+    config = settings(folder, prompts_file, "teacher.dtype=bfloat16", f"student.lora={lora}", "training.steps=2")
     whole = load_teacher(config.teacher.model_copy(update={"dtype": "float32"}), "cpu")
     half = load_teacher(config.teacher, "cpu")
     kept = half.transformer._keep_in_fp32_modules or ()  # by diffusers, as the class says
