@@ -82,15 +82,15 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	sed '/^torch==/d' $(CONSTRAINTS) /dev/null > $(VENV)/constraints.txt
-	$(BIN)/pip install -c $(VENV)/constraints.txt $(TORCH)
+	$(BIN)/pip install --no-compile -c $(VENV)/constraints.txt $(TORCH)
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $(VENV)/constraints.txt
-	$(BIN)/pip install -c $(VENV)/constraints.txt -e '.[dev]'
+	$(BIN)/pip install --no-compile -c $(VENV)/constraints.txt -e '.[dev]'
 	touch $@
 
 $(VENV)/.installed-audit: $(VENV)/.installed
-	$(BIN)/pip install -c $(VENV)/constraints.txt -e '.[audit]'
+	$(BIN)/pip install --no-compile -c $(VENV)/constraints.txt -e '.[audit]'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/pip install -c $(VENV)/constraints.txt -e '.[docs]'
+	$(BIN)/pip install --no-compile -c $(VENV)/constraints.txt -e '.[docs]'
 	touch $@

@@ -82,6 +82,7 @@ def scores() -> dict[str, float]:
     return {name: row.accuracy for name, row in rows.items()}
 
 
+@pytest.mark.long
 def test_the_teacher_draws_what_it_is_asked_for_and_one_step_is_visibly_worse(scores: dict[str, float]):
     assert scores["20"] >= 0.7  # the card has the figure for n = 2000
     assert scores["1"] <= scores["20"] - 0.2

@@ -38,6 +38,7 @@ def run(name: str, out: Path, *options: str) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.long
 def test_step_compares_equal_gradients(tmp_path: Path) -> None:
     record = run("step", tmp_path, "--rounds", "1", "--states", "3", "--best", "none")
     assert record["work"]["pairs"] == 2
@@ -139,6 +140,7 @@ def test_memory_by_count(tmp_path: Path) -> None:
     assert parts[0] < 0.7 * whole[0] and whole[1] < images[1] and whole[0] < images[0]
 
 
+@pytest.mark.long
 def test_a_run_takes_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real one with numbers, at its peak and between two steps, when nothing but the states may be left."""
     memory, counting = importlib.import_module("memory"), importlib.import_module("counting")

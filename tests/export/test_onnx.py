@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forms import cases
 from torch import Tensor
 
 from stepfold.commands.export import run_export
@@ -54,7 +53,8 @@ def pictures_of(teacher: Any, x0: Tensor) -> Tensor:
 
 
 @needs_newer_torch
-@pytest.mark.parametrize(("family", "lora"), cases(CASES, short=[("sana", 0)]))
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "lora"), CASES)
 def test_onnxruntime_alone_gives_the_students_latents(
     student_of: StudentOf, tmp_path: Path, family: str, lora: int
 ) -> None:

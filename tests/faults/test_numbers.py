@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forms import cases
 from tiny import PROMPTS
 from torch import Tensor, nn
 
@@ -147,7 +148,7 @@ def test_it_stops_names_the_place_and_keeps_the_last_checkpoint(
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", cases(PLACES, short=["teacher", "gradient"]))
 def test_steps_are_skipped_where_that_is_asked_for(
     tmp_path: Path, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

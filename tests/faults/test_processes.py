@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from forms import cases
 from safetensors.torch import load_file
 from tiny import PROMPTS
 from torch.torch_version import TorchVersion
@@ -260,7 +259,8 @@ def test_another_number_of_processes_goes_on(
         assert difference(alone, folder) < 1e-3
 
 
-@pytest.mark.parametrize(("lost", "shard"), cases([(1, "none"), (0, STUDENT)], short=[(0, STUDENT)]))
+@pytest.mark.long
+@pytest.mark.parametrize(("lost", "shard"), [(1, "none"), (0, STUDENT)])
 def test_a_lost_process_ends_the_others_within_a_minute(
     lost: int, shard: str, tiny_sana: Path, texts: Path, tmp_path: Path
 ) -> None:

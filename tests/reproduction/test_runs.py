@@ -410,6 +410,7 @@ def test_workers_share_the_runs_and_times_are_taken_alone(
     assert all(len(rows) == 1 and "student" in rows[0] for rows in found["T4"].values())
 
 
+@pytest.mark.long
 def test_a_run_that_fails_stops_the_others_and_is_named(tmp_path: Path) -> None:
     runs = plan(EXPERIMENTS, ["T4"], [])[:3]
     (tmp_path / runs[0].name).write_text("in the way")

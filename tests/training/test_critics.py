@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forms import cases
 from gaussians import SIGMA_DATA, Law, Perfect, Score, batch_of, gaussian, nothing
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def trained_fake(steps: int = 1, updates: int = 400) -> Score:
     return fake
 
 
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps", cases([1, 4], short=[1]))
 def test_the_fake_becomes_the_score_of_the_students_pictures(steps: int) -> None:
     fake = trained_fake(steps)
     assert abs(fake.mean - 0.7) < 0.01 and abs(fake.log_std.exp() - 0.3) < 0.01

@@ -14,7 +14,6 @@ import pytest
 import tiny
 import torch
 import typer
-from forms import cases
 from safetensors.torch import load_file
 
 from stepfold import assets
@@ -94,7 +93,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", cases(FAMILIES, short=["sd3"]))
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAMILIES)
 def test_other_families_are_retimed_too(
     name: str, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,8 +44,8 @@ MATRIX = {
     "finite_difference": ("yes", "yes", "refused", "yes", "yes", "yes"),
 }
 SOON = "one_pass"
-"""The backend of two processes in `make test`."""
-COMPILED = tuple((backend, "torch.compile") for backend in ("two_pass", "one_pass", "block"))
+"""The backend whose two processes are looked at more closely."""
+COMPILED = tuple((backend, "torch.compile") for backend in ("two_pass", "one_pass", "block", "finite_difference"))
 """Tracing takes them 10 to 20 seconds each; test_blocks.py has a smaller student traced."""
 CELLS = {(backend, column): cell for backend in MATRIX for column, cell in zip(COLUMNS, MATRIX[backend], strict=True)}
 
@@ -267,10 +267,8 @@ def test_in_one_process(backend: str, column: str, tiny_sana: Path, reference: d
     check(SINGLE[column](tiny_sana, backend), reference, backend, column)
 
 
-@pytest.mark.parametrize(
-    ("backend", "column"),
-    cases([cell for cell in CELLS if cell[1] in DISTRIBUTED], short=[(SOON, column) for column in DISTRIBUTED]),
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("backend", "column"), [cell for cell in CELLS if cell[1] in DISTRIBUTED])
 def test_in_two_processes(
     backend: str, column: str, halves_of: Callable[[str], list[dict[str, Tensor]]], reference: dict[str, Tensor]
 ) -> None:
@@ -283,6 +281,7 @@ def test_in_two_processes(
 
 
 @pytest.mark.skipif("FSDP2" not in DISTRIBUTED, reason=f"sharding needs torch {SHARDS_SINCE}")
+@pytest.mark.long
 def test_a_sharded_student_is_held_in_halves(halves_of: Callable[[str], list[dict[str, Tensor]]]) -> None:
     for half in halves_of(SOON):
         assert half["held"].sub(0.5).abs().max() < 0.05
