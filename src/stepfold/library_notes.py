@@ -11,6 +11,7 @@ HARMLESS = {
     "Expected types for id2label": "a DiT's index has the classes' names as texts, and they are read as such",
     "part of your input was truncated": "prompts that are cut are counted at the start of a run",
     "An error occurred while trying to fetch": "an error of ours follows, with its fix",
+    "Some weights of the model checkpoint": "weights that no layer takes are refused by name",
     "No LoRA keys associated to": "a LoRA is refused where a part that it names takes none of it",
 }
 """Pattern of a message -> why it is not shown."""
