@@ -280,8 +280,7 @@ class TrainingSettings(Section):
     micro_batch: int = Field(
         default=0,
         ge=0,
-        description="pairs per backward pass, 0 for all at once; same gradient, less memory (about the same of the "
-        "discriminator: its spectral norm is estimated anew with each pass)",
+        description="pairs per backward pass, 0 for all at once; same gradient, less memory",
     )
     encode_ahead: int = Field(
         default=1,

@@ -7,10 +7,10 @@ from functools import reduce
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepfold.config import Config
-from stepfold.objectives.adversarial import adversarial_loss
+from stepfold.objectives.adversarial import NAME, adversarial_loss
 from stepfold.objectives.consistency import continuous_loss
 from stepfold.objectives.contract import Loss, Networks, Objective
 from stepfold.objectives.discrete import discrete_loss
@@ -108,7 +108,14 @@ def add_gradients(
         own = [term for term in terms if term.space == space]
         share = shares[space] if shares else alone(states[space], config)
         metrics = defaultdict(list)
+        heads = networks.critics.get(NAME, nn.Module())
+        began = [(buffer, buffer.clone()) for buffer in heads.buffers()]
         for part, counts in micro_batches(states[space], own[0].micro_batch, share.most):
+            for (
+                buffer,
+                value,
+            ) in began:  # each call moves the estimate of a spectral norm: every part begins as the first
+                buffer.copy_(value)
             losses = [(term, _loss(term, networks, part, draws, config, step, stages)) for term in own]
             value = total(losses)
             with stages("student backward"), student_attention(config.training.precision, part.x.device):
