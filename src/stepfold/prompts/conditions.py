@@ -18,7 +18,7 @@ from stepfold.teachers.fingerprints import encoder_fingerprint
 from stepfold.teachers.loading import place_of
 from stepfold.teachers.pipeline import PipelineTeacher
 
-MOST_COUNTED = 100_000
+MOST_COUNTED = 20_000
 
 
 def cache_of(config: Config, prompts: PromptFile | ImageFolder) -> ConditionCache | None:
