@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiTPipeline
@@ -37,6 +37,8 @@ class DiTTeacher(VPTeacher):
     pipelines = (DiTPipeline,)
     readers = ()
     loads_lora = False
+    outputs = (1, 2)
+    fields: ClassVar[Any] = {"num_embeds_ada_norm": ((1000,), "DiTPipeline takes class 1000 for no class")}
 
     @override
     def raw(self) -> Raw:

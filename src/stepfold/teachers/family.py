@@ -35,6 +35,8 @@ class Family(Teacher):
         lora_blocks: parts of the names of the blocks that a LoRA is for.
         readers: the pipeline's tokenizers that its prompts' length depends on; the first one that is there counts.
         lowers: whether the pipeline reads prompts in small letters.
+        fields: field of the network's config -> the values that are understood, and what any other means.
+        outputs: channels out for each channel in; with a learned variance 2.
         source: folder or hub id.
         index: the pipeline's model_index.json.
         pipe: the pipeline.
@@ -57,6 +59,8 @@ class Family(Teacher):
     lora_blocks: ClassVar[tuple[str, ...]] = ("block",)
     readers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     lowers: ClassVar[bool] = False
+    fields: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+    outputs: ClassVar[tuple[int, ...]] = (1,)
     ode: Literal["flow", "trigflow"] = "flow"
     start_time: float = math.pi / 2
 
@@ -141,6 +145,31 @@ class Family(Teacher):
     @override
     def student_reads_guidance(self) -> bool:
         return self.guidance_kind == "embedded"
+
+    def check_network(self, latent_channels: int) -> None:
+        """Checks the network's config: what it reads, and how many channels.
+
+        Args:
+            latent_channels: of the autoencoder.
+
+        Raises:
+            UserError: it wants more than a text, or does not fit the autoencoder.
+        """
+        config, name = self.transformer.config, type(self.transformer).__name__
+        for field, (understood, what) in self.fields.items():
+            if (value := config.get(field)) not in understood:
+                raise UserError(f"this {name}'s config has {field}={value!r}: {what}; use a plain text-to-image model")
+        taken, given = config.in_channels, config.get("out_channels") or config.in_channels
+        if given not in [taken * each for each in self.outputs]:
+            raise UserError(
+                f"this {name} takes {taken} channels and gives {given}: it is for editing, or predicts something "
+                "else beside; use a plain text-to-image model"
+            )
+        if (channels := self.geometry(self.factor)[0]) != latent_channels:
+            raise UserError(
+                f"this {name} draws latents of {channels} channels, but the autoencoder beside it decodes "
+                f"{latent_channels}; use the autoencoder that the network was trained with"
+            )
 
     def pixels_a_latent(self, vae: dict[str, Any]) -> int:
         """Along each side of a picture; `vae` is the autoencoder's config."""

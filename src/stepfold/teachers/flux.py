@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxPipeline
@@ -74,6 +74,7 @@ class FluxTeacher(PipelineTeacher):
     pipelines = (FluxPipeline,)
     readers = ("tokenizer_2",)
     even_ladder = True
+    fields: ClassVar[Any] = {"patch_size": ((1,), "the pipeline packs four latents into a token itself")}
 
     @override
     def predictor(self) -> Predict:

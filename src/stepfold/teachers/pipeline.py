@@ -102,6 +102,7 @@ class PipelineTeacher(Family):
 
         vae: Any = self._vae_class().load_config(self.source, subfolder="vae")
         self.factor = self.pixels_a_latent(vae)
+        self.check_network(vae.get("z_dim") or vae["latent_channels"])
         usual_height, usual_width = self.geometry(self.factor)[2:]
         self.height, self.width = height or usual_height, width or usual_width
         self.frames, self.latent_frames = self.time_axis(frames, vae)
@@ -117,6 +118,7 @@ class PipelineTeacher(Family):
         chosen = [parts[(i + 1) * len(parts) // count - 1] for i in range(count)]
         self.feature_blocks, self.feature_widths = [part for part, _ in chosen], tuple(width for _, width in chosen)
 
+        self._answered = False
         self._null = self._null_trimmed = None
         self._both: tuple[Condition, Condition] | None = None  # a condition, and it with the unconditional one before
         if self.guidance_kind == "classifier_free":
@@ -229,9 +231,25 @@ class PipelineTeacher(Family):
         return self.guidance_kind != "embedded"
 
     def _unguided(self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
-        """F [B, ...] of one row a sample; a network that embeds guidance is told the scales [B]."""
+        """F [B, ...] of one row a sample; a network that embeds guidance is told the scales [B].
+
+        Raises:
+            UserError: the network breaks at its first call, as one does whose text encoder is another model's.
+        """
         scales = guidance if self.guidance_kind == "embedded" else None
-        return self.predict(self.transformer, x_unit, t, condition, scales)
+        try:
+            F = self.predict(self.transformer, x_unit, t, condition, scales)
+        except (UserError, *DEVICE_ERRORS):
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if self._answered:
+                raise
+            raise UserError(
+                f"the network of teacher {self.source!r} cannot be called with what its text encoders give "
+                f"({first_line(error)}); the folder's parts do not belong together, or a config was changed by hand"
+            ) from error
+        self._answered = True
+        return F
 
     def _branches(self, x_unit: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """F [B, ...] without and with the prompt, as `branches` says; two rows a sample, in one batch."""

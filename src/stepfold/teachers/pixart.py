@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import PixArtSigmaPipeline
 from torch import Tensor
@@ -32,6 +32,10 @@ class PixArtTeacher(VPTeacher):
     pipelines = (PixArtSigmaPipeline,)
     loads_lora = False
     lowers = True
+    outputs = (1, 2)
+    fields: ClassVar[Any] = {
+        "use_additional_conditions": ((False,), "it reads the picture's size beside the text, as PixArt-Alpha does")
+    }
 
     @override
     def raw(self) -> Raw:

@@ -64,6 +64,7 @@ class SanaTeacher(PipelineTeacher):
 
     pipelines = (SanaPipeline,)
     lowers = True
+    fields: ClassVar[Any] = {"guidance_embeds": ((False, None), "SanaPipeline does not tell it the guidance")}
     text_options: ClassVar[dict[str, Any]] = {"do_classifier_free_guidance": False}
 
     @classmethod
@@ -206,6 +207,7 @@ class SprintTeacher(SanaTeacher):
     """SanaSprintPipeline: TrigFlow, time on [0, 1], guidance embedded; the student is one too."""
 
     pipelines = (SanaSprintPipeline,)
+    fields: ClassVar[Any] = {"guidance_embeds": ((True,), "SanaSprintPipeline tells it the guidance")}
     text_options: ClassVar[dict[str, Any]] = {}
 
     @classmethod

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -33,25 +33,24 @@ def sdxl_network(unet: Any, x_unit: Tensor, step: Tensor, condition: Condition, 
     return unet(x_unit, step, encoder_hidden_states=condition.embeds, added_cond_kwargs=added, return_dict=False)[0]
 
 
-UNREAD = {
-    "time_cond_proj_dim": (None, "it embeds guidance, as latent consistency models do, which are few-step already"),
-    "class_embed_type": (None, "it reads classes beside the text"),
-    "encoder_hid_dim_type": (None, "it reads something else than the text encoder's states"),
+FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "time_cond_proj_dim": ((None,), "it embeds guidance, as latent consistency models do, which are few-step already"),
+    "class_embed_type": ((None,), "it reads classes beside the text"),
+    "num_class_embeds": ((None,), "it reads classes beside the text"),
+    "class_embeddings_concat": ((False, None), "it reads classes beside the text"),
+    "encoder_hid_dim_type": ((None,), "it reads something else than the text encoder's states"),
+    "dual_cross_attention": ((False, None), "it reads two texts"),
+    "addition_embed_type": ((None,), "it reads more than the text encoder's states"),
 }
-"""Field of a UNet's config -> the value that is understood, and what others mean."""
+"""`Family.fields` of a UNet."""
 
 
 class StableDiffusionTeacher(VPTeacher):
-    """StableDiffusionPipeline, of Stable Diffusion 1 and 2; the student is one too.
-
-    Attributes:
-        added: the `addition_embed_type` of the family's UNets, and what others mean.
-    """
-
-    added: ClassVar[tuple[str | None, str]] = (None, "it reads more than the text encoder's states")
+    """StableDiffusionPipeline, of Stable Diffusion 1 and 2; the student is one too."""
 
     pipelines = (StableDiffusionPipeline,)
     network_part = "unet"
+    fields = FIELDS
 
     @override
     def raw(self) -> Raw:
@@ -64,14 +63,6 @@ class StableDiffusionTeacher(VPTeacher):
     @override
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
         config = self.transformer.config
-        for field, (allowed, what) in (UNREAD | {"addition_embed_type": self.added}).items():
-            if (value := config.get(field)) != allowed:
-                raise UserError(f"this UNet's config has {field}={value!r}: {what}; use a plain text-to-image model")
-        if config.in_channels != config.out_channels:
-            raise UserError(
-                f"this UNet takes {config.in_channels} channels and gives {config.out_channels}: a model for editing, "
-                "whose other inputs are not known here; use a text-to-image model"
-            )
         if self.max_tokens > (usual := self.usual_tokens()):
             raise UserError(
                 f"max_tokens is {self.max_tokens}, but this pipeline reads {usual} tokens of a prompt; leave it out"
@@ -100,7 +91,12 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
     """StableDiffusionXLPipeline; the student is one too."""
 
     pipelines = (StableDiffusionXLPipeline,)
-    added = ("text_time", "SDXL's reads a pooled text and sizes, and no other kind is known here")
+    fields = FIELDS | {
+        "addition_embed_type": (
+            ("text_time",),
+            "SDXL's reads a pooled text and sizes, and no other kind is known here",
+        )
+    }
 
     @override
     def raw(self) -> Raw:

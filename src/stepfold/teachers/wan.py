@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
@@ -51,6 +51,10 @@ class WanTeacher(PipelineTeacher):
 
     pipelines = (WanPipeline,)
     output = "frames"
+    fields: ClassVar[Any] = {
+        "image_dim": ((None,), "it reads an image beside the text"),
+        "added_kv_proj_dim": ((None,), "it reads an image beside the text"),
+    }
 
     @override
     def check_index(self) -> None:
