@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from stepfold.config import load_config
@@ -19,6 +20,13 @@ from stepfold.students.lora import lora_student
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import SamplerName
 from stepfold.teachers.loading import load_teacher
+
+
+def retimed(pipe: Any) -> Any:
+    """A pipeline whose network reads times in [0, 1], as `stepfold retime` leaves one."""
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(1, shift=3.0)
+    return pipe
+
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "sd3": tiny.make_sd3,
@@ -34,6 +42,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
     "sprint": tiny.make_sprint,
+    "retimed sd3": lambda: retimed(tiny.make_sd3()),
+    "retimed flux": lambda: retimed(tiny.make_flux()),
 }
 SMALLER: dict[str, Callable[..., Any]] = {
     "sana": tiny.make_sana,

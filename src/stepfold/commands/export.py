@@ -1,6 +1,7 @@
 """`stepfold export`: a student becomes something else."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,12 @@ def export(
             help="File or folder to write. Default: beside the student, e.g. student-onnx.", show_default=False
         ),
     ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of a flow map: fold it for exactly so many steps (pipeline, lora).", show_default=False
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write a student as a pipeline, a LoRA file, a single file for ComfyUI, or an onnx graph.
@@ -34,21 +41,26 @@ def export(
     stepfold export runs/mine/student --to pipeline
 
     stepfold export runs/mine/student --to single-file --out models/diffusion_models/mine.safetensors
+
+    stepfold export runs/map/student --to pipeline --steps 4
     """
     from stepfold.display import quiet_libraries
 
     quiet_libraries()
-    typer.echo(f"{to}: {run_export(student, to, out, force=force)}")
+    typer.echo(f"{to}: {run_export(student, to, out, force=force, steps=steps)}")
     if to in ("lora", "single-file"):
         typer.echo(f"the file has no scheduler and no times in it: {student / 'README.md'} says how to sample with it")
 
 
-def run_export(student: Path, to: str, out: Path | None, *, force: bool) -> Path:
+def run_export(student: Path, to: str, out: Path | None, *, force: bool, steps: int | None = None) -> Path:
     """Writes a student as something else; returns where: `out`, or beside the student.
+
+    `steps` folds a flow map for that many steps alone.
 
     Raises:
         UserError: the student cannot become that, or the place is taken.
     """
+    from stepfold.export.folded import export_folded, export_folded_lora
     from stepfold.export.onnx import export_onnx
     from stepfold.export.pipeline import export_lora, export_pipeline
     from stepfold.export.single_file import export_single_file
@@ -63,6 +75,13 @@ def run_export(student: Path, to: str, out: Path | None, *, force: bool) -> Path
     if to not in writers:
         raise UserError(f"--to is {to!r}; a student becomes {', '.join(writers)}")
     write, ending = writers[to]
+    if steps is not None:
+        folded: dict[str, Callable[[Path, Path, int], None]] = {"pipeline": export_folded, "lora": export_folded_lora}
+        if to not in folded:
+            raise UserError(
+                f"--steps folds a flow map with --to pipeline or lora; export the folder it makes --to {to}"
+            )
+        write, ending = partial(folded[to], num_steps=steps), f"-{steps}step{ending.removeprefix('-pipeline')}"
     target = out or student.with_name(student.name + ending)  # of the bundled student: here
     student = student_folder(student).resolve()
     suffix = Path(ending).suffix

@@ -47,6 +47,9 @@ JUMPS = """
 
 Plain diffusers tells the network one time, and so samples it as a consistency model. `stepfold sample` tells it where
 to jump to as well, which `target_embedder.safetensors` is for."""
+FOLDED = """
+
+The network is for these steps alone: other noise levels, or another number of steps, make wrong images."""
 WORDS = {2: "two", 4: "four"}
 
 RESULTS = {"images": "image", "frames": "video"}
@@ -119,7 +122,8 @@ def use_of(teacher: PipelineTeacher, recipe: Recipe, *, lora: bool) -> dict[str,
     return {
         "pipeline": (type(teacher.pipe) if lora else teacher.student_class(sampler)).__name__,
         "scheduler": type(scheduler).__name__,
-        "calls": {k: call(times[k], recipe.guidance, sampler) for k in CALLED_STEPS[sampler]},
+        "calls": {k: call(times[k], recipe.guidance, sampler) for k in CALLED_STEPS[sampler] if k in times}
+        or {k: call(times[k], recipe.guidance, sampler) for k in times},
     }
 
 
@@ -192,7 +196,7 @@ tags: [few-step, distillation, stepfold]
 
 # A few-step student of `{card.teacher}`
 
-Distilled from prompts alone by stepfold {card.stepfold}, {MADE[card.recipe.sampler]}:
+Distilled from prompts alone by stepfold {card.stepfold}, {made(card)}:
 {training["steps"]} optimiser steps of {training["prompts_per_step"]} trajectories, {space["route_steps"]} route steps,
 guidance {", ".join(f"{scale:g}" for scale in card.recipe.taught)}. The whole recipe is in `{CARD}`.
 
@@ -210,10 +214,15 @@ A student is derived from its teacher: the licences of the teacher's network, te
 """
 
 
+def made(card: Card) -> str:
+    """The method in the README's first sentence."""
+    return f"as a flow map for exactly {card.folded_steps} steps" if card.folded_steps else MADE[card.recipe.sampler]
+
+
 def how_to_use(card: Card, name: str) -> str:
     """The README's code for plain diffusers, and what to change for another number of steps."""
     card.check_calls()
-    usual, other = EXAMPLES[in_diffusers(card.recipe.sampler)]
+    usual, other = EXAMPLES[in_diffusers(card.recipe.sampler)] if not card.folded_steps else (card.folded_steps,) * 2
     call = card.calls[usual]
     changed = {name: value for name, value in card.calls[other].items() if value != call[name]}
     theirs = card.config["teacher"]
@@ -238,6 +247,8 @@ def how_to_use(card: Card, name: str) -> str:
         result=RESULTS[card.output],
         output=card.output,
     )
+    if card.folded_steps:
+        return use + FOLDED
     use += f"\n\nFor {WORDS[other]} steps: {', '.join(f'`{name}={value!r}`' for name, value in changed.items())}."
     return use + JUMPS if card.recipe.sampler == "flow_map" else use
 

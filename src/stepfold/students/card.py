@@ -36,6 +36,7 @@ class Card(Section):
         config: the run's settings.
         network_only: whether the folder holds the network alone, and the rest is the teacher's.
         merged: whether a LoRA student was merged into its teacher's network.
+        folded_steps: the one number of steps that a flow map was folded for; 0 for other students.
         loras_in_diffusers: whether plain diffusers merges the teacher's own LoRAs as their files say.
     """
 
@@ -57,6 +58,7 @@ class Card(Section):
     config: dict[str, Any]
     network_only: bool = False
     merged: bool = False
+    folded_steps: int = 0
     loras_in_diffusers: bool = True
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """Students of Sana that embed their guidance scale, as SanaSprintPipeline's network does."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ class SanaStudent(Student):
     """A SanaTransformer2DModel that embeds its guidance scale; the adaptive weight reads the embedding too."""
 
     can_recompute = True
+    predict = staticmethod(partial(trigflow_network, time_scale=1.0))
 
     def __init__(self, transformer: Any, weight_start: float = 0.0, time_part: str | None = None) -> None:
         """See `ModuleStudent`."""
@@ -34,7 +36,7 @@ class SanaStudent(Student):
         self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor, target: Tensor | None = None
     ) -> Tensor:
         network, embedder = self.transformer, self.target_embedder
-        return told(network, embedder, target, lambda: trigflow_network(network, x_unit, t, condition, guidance, 1.0))
+        return told(network, embedder, target, lambda: self.predict(network, x_unit, t, condition, guidance))
 
     @override
     def log_variance(self, t: Tensor, guidance: Tensor, target: Tensor | None = None) -> Tensor:

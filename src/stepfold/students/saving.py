@@ -16,7 +16,9 @@ from stepfold.teachers.pipeline import PipelineTeacher
 NETWORK_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def save_whole(teacher: PipelineTeacher, student: Student, folder: Path, recipe: Recipe) -> None:
+def save_whole(
+    teacher: PipelineTeacher, student: Student, folder: Path, recipe: Recipe, time_scale: float = 1.0
+) -> None:
     """Writes a folder that plain diffusers loads, and beside it the second embedder of a student told two times.
 
     Args:
@@ -24,10 +26,11 @@ def save_whole(teacher: PipelineTeacher, student: Student, folder: Path, recipe:
         student: a whole one.
         folder: made if it does not exist.
         recipe: how the student is sampled; decides the pipeline's class and scheduler.
+        time_scale: what the network of a `SanaStudent` counts its time to.
     """
     network: Any = student.get_submodule("transformer")
     if loses_guidance(student, recipe):
-        network = plain_transformer(network, recipe.guidance, 1 / teacher.num_train_timesteps)
+        network = plain_transformer(network, recipe.guidance, time_scale / teacher.num_train_timesteps)
     sampler = in_diffusers(recipe.sampler)
     teacher.write_pipeline(
         teacher.student_class(sampler), lambda: teacher.student_parts(sampler) | {teacher.network_part: network}, folder

@@ -1,0 +1,169 @@
+"""A flow map folded for one number of steps draws our latents in plain diffusers, told one time."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from forms import cases
+from safetensors.torch import load_file
+
+from stepfold.commands.export import run_export
+from stepfold.commands.sample import run_sample
+from stepfold.errors import UserError
+from stepfold.export.folded import matrices
+from stepfold.export.pipeline import model_card
+from stepfold.sampling.flow_map import sample_flow_map
+from stepfold.students.card import read_card
+from stepfold.students.folding import least_change
+from stepfold.students.loading import load_student
+
+from .conftest import relative, start
+
+StudentOf = Callable[..., Path]
+FAMILIES = ("sana", "first sana", "sprint", "sd3", "flux", "sd1", "sdxl", "pixart", "retimed sd3", "retimed flux")
+STEPS = (1, 2, 4, 8)
+PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
+
+
+def unused(i: int) -> torch.Tensor:
+    raise AssertionError("the sampler is deterministic")
+
+
+def latents_of(folder: Path, steps: int, told: bool = True) -> torch.Tensor:
+    """Ours, by the student told two times; or one that is not told them after all."""
+    teacher, found, card = load_student(folder, "cpu")
+    student: Any = found
+    if not told:
+        student.target_embedder = None
+    noise = 0.5 * start((1, *teacher.latent_shape))
+    rest = teacher.encode([card.example]), torch.tensor([card.recipe.guidance]), card.recipe.times_for(steps)
+    return sample_flow_map(student, noise, *rest, unused, 0.5) / 0.5
+
+
+def in_diffusers(folder: Path, steps: int) -> torch.Tensor:
+    """As the card calls the folder's pipeline."""
+    teacher, student, card = load_student(folder, "cpu")
+    assert not student.reads_target and not (folder / "target_embedder.safetensors").exists()
+    assert card.recipe.sampler == "flow" and list(card.calls) == list(card.recipe.times) == [steps]
+    pipe: Any = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    noise = teacher.pack(start((1, *teacher.latent_shape)))
+    made = pipe(card.example, latents=noise, output_type="latent", return_dict=False, **card.calls[steps])[0]
+    return teacher.unpack(made)
+
+
+@pytest.mark.parametrize("family", cases(FAMILIES, short=["sd3"]))
+def test_a_folded_student_draws_our_latents_in_diffusers(student_of: StudentOf, tmp_path: Path, family: str) -> None:
+    """At 1, 2, 4 and 8 steps, as the card calls it; a map that is not told its targets draws others.
+
+    The network of a re-timed teacher counts to 1000 again, so that its scheduler is the usual one.
+    """
+    folder = student_of(family, sampler="flow_map")
+    for steps in STEPS:
+        out = run_export(folder, "pipeline", tmp_path / f"{steps}", force=False, steps=steps)
+        assert relative(in_diffusers(out, steps), latents_of(folder, steps)) < 1e-4, steps
+    assert relative(latents_of(folder, 4, told=False), latents_of(folder, 4)) > 1e-3
+
+
+@pytest.mark.long
+def test_folded_students_draw_our_latents_where_stepfold_is_not(
+    student_of: StudentOf, fresh: Callable, tmp_path: Path
+) -> None:
+    maps = {family: student_of(family, sampler="flow_map") for family in FAMILIES}
+    folded = {
+        family: run_export(folder, "pipeline", tmp_path / family, force=False, steps=4)
+        for family, folder in maps.items()
+    }
+    drawn = fresh({family: (folder, PIPE) for family, folder in folded.items()}, 4)
+    for family, folder in maps.items():
+        teacher, _, _ = load_student(folder, "cpu")
+        assert relative(teacher.unpack(drawn[family]), latents_of(folder, 4)) < 1e-4, family
+
+
+@pytest.mark.parametrize("family", cases(("sd3", "flux", "sd1", "wan", "first sana"), short=[]))
+def test_a_lora_for_so_many_steps_draws_our_latents_in_the_teachers_pipeline(
+    student_of: StudentOf, tmp_path: Path, family: str
+) -> None:
+    folder = student_of(family, 8, sampler="flow_map")
+    teacher, _, card = load_student(folder, "cpu")
+    out = run_export(folder, "lora", tmp_path / "4.safetensors", force=False, steps=4)
+    before = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert len(load_file(out)) == len(before) + 2
+    pipe: Any = DiffusionPipeline.from_pretrained(card.teacher)
+    pipe.load_lora_weights(out.parent, weight_name=out.name)
+    pipe.scheduler = teacher.lora_scheduler("flow")
+    call = teacher.lora_call(card.recipe.times_for(4), card.recipe.guidance, "flow")
+    pipe.set_progress_bar_config(disable=True)
+    noise = teacher.pack(start((1, *teacher.latent_shape)))
+    theirs = pipe(card.example, latents=noise, output_type="latent", return_dict=False, **call)[0]
+    assert relative(teacher.unpack(theirs), latents_of(folder, 4)) < 1e-4
+
+
+def test_a_single_file_of_a_folded_student_is_its_network(student_of: StudentOf, tmp_path: Path) -> None:
+    folded = run_export(student_of("sd3", sampler="flow_map"), "pipeline", tmp_path / "4", force=False, steps=4)
+    file = run_export(folded, "single-file", tmp_path / "4.safetensors", force=False)
+    network = load_student(folded, "cpu")[1].get_submodule("transformer")
+    weight: Any = network.get_submodule("time_text_embed.timestep_embedder.linear_2").weight
+    assert any(value.shape == weight.shape and torch.equal(value, weight) for value in load_file(file).values())
+
+
+def test_another_grid_is_refused(student_of: StudentOf, tmp_path: Path) -> None:
+    folder = student_of("sd3", sampler="flow_map")
+    out = run_export(folder, "pipeline", tmp_path / "4", force=False, steps=4)
+    options = dict(seed=0, guidance=None, device="cpu")
+    assert run_sample(out, ["a cat"], steps=4, **options)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="has times for 4 steps, not for 2"):
+        run_sample(out, ["a cat"], steps=2, **options)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"--sampler is flow_map, but this student was trained for flow"):
+        run_sample(out, ["a cat"], steps=4, sampler="flow_map", **options)  # type: ignore[arg-type]
+    text = model_card(read_card(out))
+    assert "as a flow map for exactly 4 steps" in text and "for these steps alone" in text
+
+
+@pytest.mark.long
+def test_times_that_the_embedder_cannot_tell_apart_are_refused(student_of: StudentOf, tmp_path: Path) -> None:
+    """Lumina reads times in [0, 1], and its config has no place to say otherwise."""
+    folder = student_of("lumina", sampler="flow_map")
+    run_export(folder, "pipeline", tmp_path / "2", force=False, steps=2)
+    with pytest.raises(UserError, match=r"hardly tells the 8 times .* reads times in \[0, 1\]; export for fewer steps"):
+        run_export(folder, "pipeline", tmp_path / "8", force=False, steps=8)
+    with pytest.raises(UserError, match=r"WanPipeline takes no noise levels, and its scheduler's own are not this"):
+        run_export(student_of("wan", sampler="flow_map"), "pipeline", tmp_path / "w", force=False, steps=4)
+
+
+def test_what_cannot_be_folded_is_refused(student_of: StudentOf, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--steps is for flow maps, and this student is for consistency"):
+        run_export(student_of("sd3"), "pipeline", tmp_path / "x", force=False, steps=4)
+    folder = student_of("sd3", sampler="flow_map")
+    with pytest.raises(UserError, match="has times for 1, 2, 3, 4, 5, 6, 7, 8 steps, not for 50"):
+        run_export(folder, "pipeline", tmp_path / "x", force=False, steps=50)
+    with pytest.raises(UserError, match=r"--steps folds a flow map with --to pipeline or lora"):
+        run_export(folder, "onnx", tmp_path / "x", force=False, steps=4)
+    with pytest.raises(UserError, match=r"has all weights of its own and no LoRA; use --to pipeline --steps 4"):
+        run_export(folder, "lora", tmp_path / "x.safetensors", force=False, steps=4)
+    lora = student_of("sd3", 4, sampler="flow_map")
+    with pytest.raises(UserError, match=r"8 steps need a LoRA of rank 7 or more, and this one has 4"):
+        run_export(lora, "lora", tmp_path / "x.safetensors", force=False, steps=8)
+
+
+def test_the_least_change_that_gives_each_output() -> None:
+    """Against the closed form of one condition, dW = (e - W h) h / |h|^2; any other change that does it is larger."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        h, e, weight = (torch.randn(n, m, dtype=torch.float64) for n, m in ((4, 16), (4, 8), (8, 16)))
+        away = torch.randn(8, 16, dtype=torch.float64)
+    change = least_change(weight, h, e)
+    torch.testing.assert_close(h @ (weight + change).T, e, rtol=1e-12, atol=1e-12)
+    one = least_change(weight, h[:1], e[:1])
+    torch.testing.assert_close(one, torch.outer(e[0] - weight @ h[0], h[0]) / h[0].square().sum())
+    away -= away @ torch.linalg.pinv(h) @ h
+    torch.testing.assert_close(h @ (weight + change + away).T, e, rtol=1e-10, atol=1e-10)
+    assert (change + away).norm() > change.norm()
+    down, up = matrices(change, 6)
+    assert down.shape == (6, 16) and up.shape == (8, 6)
+    torch.testing.assert_close((up @ down).double(), change, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="hardly tells the 2 times of the steps apart"):
+        least_change(weight, torch.stack([h[0], h[0] + 1e-7]), e[:2])
