@@ -23,7 +23,7 @@ VENV := .venv$(VERSIONS:%=-%)
 BIN := $(VENV)/bin
 AUDIT = $(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off --timeout 10 -r $(VENV)/audit.txt
 
-.PHONY: demo test test-long check lint types format audit audit-if-online docs clean $(VENV)/audit.txt
+.PHONY: demo test test-long check lint types format audit audit-if-online docs reference clean $(VENV)/audit.txt
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -66,6 +66,10 @@ audit-if-online: $(VENV)/audit.txt
 
 $(VENV)/audit.txt: $(VENV)/.installed-audit
 	@$(BIN)/pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > $@
+
+# The pages that are written from the code: commands, settings, messages, API.
+reference: $(VENV)/.installed
+	$(BIN)/python docs/reference/make.py
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,7 +1,10 @@
-"""What the documentation takes from the code: settings, error messages, commands; mkdocs calls `on_page_markdown`."""
+"""Writes the reference pages beside it from the code: commands, settings, messages, API (`make reference`)."""
 
 import ast
+import importlib
+import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,32 +18,51 @@ from stepfold.cli import app
 from stepfold.config import Config
 from stepfold.reproduction.experiments import load_experiments
 
-SOURCE = Path(__file__).parents[2] / "src" / "stepfold"
+HERE = Path(__file__).parent
+SOURCE = HERE.parents[1] / "src" / "stepfold"
 ERRORS = {"UserError", "NonFiniteError"}
+NOTE = "<!-- Written by `make reference` from the code. Change the code, not this page. -->"
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Puts what was generated in place of its marker, such as `<!-- settings -->`."""
-    makers = {"settings": lambda: settings(page=markdown), "errors": errors, "commands": commands}
-    for name, make in makers.items():
-        marker = f"<!-- {name} -->"
-        if marker in markdown:
-            markdown = markdown.replace(marker, make())
-    return markdown
+def pages() -> dict[str, str]:
+    """Name of each page -> its text."""
+    guide = (HERE.parent / "settings.md").read_text(encoding="utf-8")
+    made = {
+        "commands.md": ("Commands", "Every command with its options, from `--help`.", commands()),
+        "settings.md": (
+            "All settings",
+            "Every setting, its default, and where its effect was measured. "
+            "[Choosing settings](../settings.md) says what to change first.",
+            settings(page=guide),
+        ),
+        "messages.md": (
+            "All messages",
+            "Every error message, file by file, and what to do. `{...}` stands for what the message fills in. "
+            "[Troubleshooting](../errors.md) starts from what you see.",
+            errors(),
+        ),
+        "api.md": (
+            "API",
+            "The public functions and classes, from their docstrings. The commands are built on them. "
+            "[Your own network](../teachers.md) shows how to use `stepfold.api`.",
+            api(),
+        ),
+    }
+    return {name: f"{NOTE}\n\n# {title}\n\n{lead}\n\n{text.strip()}\n" for name, (title, lead, text) in made.items()}
 
 
 NOT_MEASURED = "not measured"
 ELSEWHERE = {
-    "teacher.max_tokens": "[log](lab-log.md)",
+    "teacher.max_tokens": "[log](../lab-log.md)",
     "consistency.r_warmup": NOT_MEASURED,
-    "training.shard": "same student: [log](lab-log.md); speed and memory not measured",
-    "training.background_checkpoints": "[Speed](speed.md#checkpoints)",
-    "training.ema": "[log](lab-log.md)",
-    "optimiser.warmup": "[log](lab-log.md)",
-    "discrete.huber_constant": "[log](lab-log.md)",
-    "evaluation.n": "[log](lab-log.md)",
-    "adversarial.weight": "[the paper, run again](results/paper.md): T2",
-    "space.kind": "[the paper, run again](results/paper.md): T2",
+    "training.shard": "same student: [log](../lab-log.md); speed and memory not measured",
+    "training.background_checkpoints": "[Speed](../speed.md#checkpoints)",
+    "training.ema": "[log](../lab-log.md)",
+    "optimiser.warmup": "[log](../lab-log.md)",
+    "discrete.huber_constant": "[log](../lab-log.md)",
+    "evaluation.n": "[log](../lab-log.md)",
+    "adversarial.weight": "[the paper, run again](../results/paper.md): T2",
+    "space.kind": "[the paper, run again](../results/paper.md): T2",
 }
 """Where a setting was measured, if that is not seen from the page's own tables and the rows of `stepfold reproduce`."""
 NO_MATTER = re.compile(
@@ -53,7 +75,7 @@ NO_MATTER = re.compile(
 def settings(section: type[BaseModel] = Config, prefix: str = "", page: str = "") -> str:
     """A table of the section's settings, then those of the sections in it; `page` is what stands above them."""
     title = (section.__doc__ or "").strip().splitlines()[0]
-    lines = [f"### `{prefix.removesuffix('.')}`" if prefix else "### Top level", "", title, ""]
+    lines = [f"## `{prefix.removesuffix('.')}`" if prefix else "## Top level", "", title, ""]
     lines += ["| setting | default | what it is | measured |", "|---|---|---|---|"]
     below = []
     for name, field in section.model_fields.items():
@@ -70,9 +92,9 @@ def measured(name: str, page: str) -> str:
     if name in ELSEWHERE:
         return ELSEWHERE[name]
     if f"`{name}`" in page:
-        return "above"
+        return "[Choosing settings](../settings.md)"
     if table := tables_of_settings().get(name):
-        return f"[the paper, run again](results/paper.md): {table}"
+        return f"[the paper, run again](../results/paper.md): {table}"
     return "" if NO_MATTER.fullmatch(name) else NOT_MEASURED
 
 
@@ -88,8 +110,8 @@ def tables_of_settings() -> dict[str, str]:
 
 
 FIXES = {
-    "unknown setting": "the name that it proposes; [all settings](settings.md#all-of-them)",
-    "setting {key}": "as the message says; [all settings](settings.md#all-of-them)",
+    "unknown setting": "the name that it proposes; [all settings](settings.md)",
+    "setting {key}": "as the message says; [all settings](settings.md)",
     "training.prompts_per_step": "a prompt for each process, or fewer processes",
     "--protocol": "give what it takes",
     "student.lora": "as the message says",
@@ -121,7 +143,7 @@ def errors() -> str:
             title = (ast.get_docstring(tree) or "").splitlines()[0]
             rows = [f"| {cell(what)} | {fix} |" for what, fix in (what_and_fix(text, name) for text in found)]
             parts.append(
-                "\n".join([f"### `{name}`", "", cell(title), "", "| message | what to do |", "|---|---|", *rows])
+                "\n".join([f"## `{name}`", "", cell(title), "", "| message | what to do |", "|---|---|", *rows])
             )
     return "\n\n".join(parts)
 
@@ -165,9 +187,81 @@ def commands() -> str:
     command = typer.main.get_command(app)
     with command.make_context("stepfold", [], resilient_parsing=True) as context:
         text = get_docs_for_click(obj=command, ctx=context, name="stepfold")
-    return re.sub(r"^#", "##", text, flags=re.MULTILINE)
+    return re.sub(r"^# .*\n", "", text)
+
+
+API = {
+    "Distil a network of your own": ("api", "teachers.module", "teachers.contract"),
+    "Students": ("students.whole", "students.lora", "students.two_times"),
+    "Mathematics": (
+        "maths.formulations", "maths.routes", "maths.tangent", "maths.schedules", "maths.filters", "maths.closed_form",
+    ),
+    "Spaces": ("spaces.records", "spaces.generation", "spaces.diffusion"),
+    "Objectives": ("objectives.consistency", "objectives.discrete", "objectives.velocity", "objectives.adversarial"),
+    "Sampling": ("sampling.samplers", "sampling.recipe", "sampling.consistency", "sampling.flow", "sampling.flow_map"),
+    "Settings": ("config",),
+}  # fmt: skip
+"""Chapters of the API page, and the modules of each."""
+SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields|Example|Examples):")
+
+
+def api() -> str:
+    """The public functions and classes of the modules in `API`."""
+    parts = []
+    for chapter, modules in API.items():
+        parts.append(f"## {chapter}")
+        for name in modules:
+            module = importlib.import_module(f"stepfold.{name}")
+            parts += [f"### `stepfold.{name}`", described(inspect.getdoc(module) or "")]
+            for each, value in vars(module).items():
+                own = getattr(value, "__module__", None) == module.__name__ and not each.startswith("_")
+                if own and (inspect.isfunction(value) or inspect.isclass(value)) and inspect.getdoc(value):
+                    parts += [f"#### `{each}`", signature(each, value), described(inspect.getdoc(value) or "")]
+    return "\n\n".join(part for part in parts if part)
+
+
+def signature(name: str, value: Any) -> str:
+    """The signature as a block of code; of a class, that of making one. Empty for settings and protocols."""
+    if inspect.isclass(value) and (issubclass(value, BaseModel) or getattr(value, "_is_protocol", False)):
+        return ""
+    text = str(inspect.signature(value)).replace("'", "")
+    text = re.sub(r"\b(?:stepfold|torch|collections|typing|diffusers|pathlib)(?:\.\w+)*\.(\w+)", r"\1", text)
+    text = re.sub(r"<factory>|<(?:function|object|class)[^>]*>", "...", text)
+    return f"```python\n{name}{text}\n```"
+
+
+def described(docstring: str) -> str:
+    """A docstring in Google style as Markdown: its sections become lists."""
+    lines, section = [], ""
+    for line in docstring.splitlines():
+        heading, depth = SECTION.fullmatch(line.strip()), len(line) - len(line.lstrip())
+        if heading and depth == 0:
+            section = heading[1]
+            lines += [f"**{section}**", ""]
+        elif section.startswith("Example") or line.strip().startswith(">>>"):
+            lines.append(f"    {line.strip()}" if line.strip() else "")
+        elif section and depth == 4 and line.strip():
+            name, colon, rest = line.strip().partition(": ")
+            named = colon and section not in ("Returns", "Yields")
+            lines.append(f"- `{name}`: {rest}" if named else f"- {line.strip()}")
+        elif section and line.strip():
+            lines.append(f"  {line.strip()}")
+        else:
+            section = section if line.strip() == "" else ""
+            lines.append(line)
+    return textwrap.dedent("\n".join(lines)).strip()
 
 
 def cell(text: str) -> str:
     """A text that neither markdown nor a table takes apart."""
     return re.sub(r"([|<>*_\[\]])", r"\\\1", text.replace("\n", " "))
+
+
+def main() -> None:
+    """Writes all pages."""
+    for name, text in pages().items():
+        (HERE / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
