@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import stepfold
 from stepfold.cli import main
 from stepfold.config import from_yaml, load_config, preset_names, to_yaml
 
@@ -300,6 +301,17 @@ def test_teacher_that_is_nowhere_is_one_line(
     assert_one_line_at_the_end(result, "neither a pipeline folder nor a hub id that can be reached")
 
 
+def test_a_teacher_in_one_file_gets_the_way_to_a_folder(prompts_file: Path, tmp_path: Path) -> None:
+    """One that is not there was looked for on the hub."""
+    file = tmp_path / "mine.safetensors"
+    args = ("--teacher", file, "--prompts", prompts_file, "--out", tmp_path / "run")
+    assert_one_line(distill(*args), f"there is no file '{file}'", "a pipeline folder or a hub id")
+    file.write_bytes(b"")
+    made = f"stepfold convert {file} --base PIPELINE --out FOLDER"
+    assert_one_line(distill(*args), "is one file, and a pipeline folder is needed", made)
+    assert_one_line(Result("doctor", file), made)
+
+
 def test_odd_sizes_are_one_line(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
     args = ("--teacher", tiny_sana, "--prompts", prompts_file, "--out", tmp_path / "run")
     assert_one_line(distill(*args, "--set", "teacher.height=33"), "height is 33", "multiple of ")
@@ -393,6 +405,11 @@ def test_reproduce_lists_its_runs_and_names_mistakes(tmp_path: Path) -> None:
     assert_one_line(Result("reproduce", "--table", "T4", "--out", tmp_path, "--json", file), "goes with --dry-run")
     assert_one_line(Result("reproduce", "--table", "T9", "--out", tmp_path), "no table 'T9'")
     assert_one_line(Result("reproduce", "--set", "training.step=1", "--out", tmp_path), "did you mean 'training.steps'")
+
+
+def test_the_version_is_shown() -> None:
+    result = Result("--version")
+    assert (result.code, result.out, result.err) == (0, f"stepfold {stepfold.__version__}\n", "")
 
 
 def test_presets_are_listed(tmp_path: Path) -> None:

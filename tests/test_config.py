@@ -55,6 +55,19 @@ def test_unknown_setting_names_the_nearest(key: str, nearest: str) -> None:
         load_config("demo", [f"{key}=1"])
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("lora", "'teacher.lora' or 'student.lora'"),
+        ("guidance", "'teacher.guidance' or 'space.guidance' or 'evaluation.guidance'"),
+    ],
+)
+def test_a_name_that_several_sections_have_is_asked_about(key: str, said: str) -> None:
+    """`lora=64` was sent to the teacher's alone."""
+    with pytest.raises(UserError, match=re.escape(f"unknown setting '{key}'; did you mean {said}?")):
+        load_config("demo", [f"{key}=64"])
+
+
 def test_unknown_setting_in_a_file_names_the_nearest(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("training: {stpes: 3}\n")

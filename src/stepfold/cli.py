@@ -4,10 +4,11 @@ import os
 import sys
 import warnings
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from stepfold import __version__
 from stepfold.commands.convert import convert
 from stepfold.commands.demo import demo
 from stepfold.commands.distill import distill
@@ -39,6 +40,23 @@ app = typer.Typer(
     stepfold demo runs/demo/student
     """,
 )
+
+
+def show_version(asked: bool) -> None:
+    """Prints the version, and ends."""
+    if asked:
+        typer.echo(f"stepfold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What `stepfold` takes before a command."""
+
 
 GROUPS = {
     "Distil": (distill, plan),

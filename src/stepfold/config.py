@@ -299,6 +299,8 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 def _nearest(given: str, known: list[str]) -> str:
     if given in RENAMED:
         return f"; it is called {RENAMED[given]} now"
+    if same := [repr(name) for name in known if name.rsplit(".", 1)[-1] == given]:
+        return f"; did you mean {' or '.join(same)}?"
     close = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
     last = {name.rsplit(".", 1)[-1]: name for name in known}
     close = close or [last[n] for n in difflib.get_close_matches(given.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.4)]

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from stepfold.errors import UserError, first_line
 from stepfold.teachers.safety import OWNERS, check_files, check_index, is_part, read_json
 
+FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+"""Endings of one file's name, which no hub id has."""
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """Errors of a GPU, which no folder is to blame for."""
 VARIANT = re.compile(r"\.([a-z]\w*)(-\d+-of-\d+)?\.safetensors$")
@@ -42,6 +44,8 @@ def load_index(source: str) -> dict[str, Any]:
     folder = Path(source)
     if folder.exists():
         return check_folder(folder)
+    if folder.suffix in FILES:
+        raise UserError(f"there is no file {source!r}; give one that is there, a pipeline folder or a hub id")
     away = hub_is_away()
     try:
         config: Any = DiffusionPipeline.load_config(source)  # type: ignore[arg-type]
