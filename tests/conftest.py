@@ -34,10 +34,10 @@ def _as_in_a_new_process() -> None:
 def _short_ends() -> Iterator[None]:
     """Runs here end in previews of two pictures, the teacher's in two steps, and one curve: the rest took two thirds
     of a run of three steps. Tests of previews and reports call them themselves, and processes do all of it."""
-    from stepfold.commands import distill
+    from stepfold.commands import finishing
     from stepfold.evaluation import preview
 
-    of_teacher, report_of = preview.teacher_sampler, distill.report_of
+    of_teacher, report_of = preview.teacher_sampler, finishing.report_of
 
     def with_one_curve(*args: Any) -> dict[str, Any]:
         report = report_of(*args)
@@ -46,7 +46,7 @@ def _short_ends() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preview, "NUM_PREVIEWS", 2)
         patch.setattr(preview, "teacher_sampler", lambda teacher, steps: of_teacher(teacher, min(steps, 2)))
-        patch.setattr(distill, "report_of", with_one_curve)
+        patch.setattr(finishing, "report_of", with_one_curve)
         yield
 
 

@@ -461,7 +461,7 @@ def test_the_core_loads_little(core: str, without: str) -> None:
 
 
 def test_what_the_command_line_does_not_know_is_one_line(tmp_path: Path) -> None:
-    assert_one_line(Result("distill", "--steps", 3), "No such option", "--steps", "stepfold distill --help")
+    assert_one_line(Result("distill", "--stpes", 3), "No such option", "--stpes", "stepfold distill --help")
     assert_one_line(Result("sample"), "Missing argument", "stepfold sample --help")
     assert_one_line(Result("dstill"), "No such command 'dstill'. Did you mean 'distill'?", "stepfold --help")
     assert_one_line(Result("sample", "x", "y", "--steps", 0), "'--steps'", "1")
@@ -486,6 +486,64 @@ def test_an_option_of_one_value_is_given_once(words: tuple[str, ...]) -> None:
     """The last one would win, and nothing would say so."""
     repeated = next(word for word in reversed(words) if word.startswith("--"))
     assert_one_line(Result(*words), f"{repeated} is given 2 times and has one value; give it once")
+
+
+@pytest.mark.parametrize("command", ["distill", "plan", "retime"])
+def test_steps_are_those_of_sampling(command: str) -> None:
+    """One word, one meaning: of commands that train, the option says which steps it means."""
+    for given in (("--steps", "500"), ("--steps=500",)):
+        assert_one_line(Result(command, *given), "--steps counts sampling steps, of sample", "are --train-steps")
+    shown = Result(command, "--help").out
+    assert "--train-steps" in shown and "training.steps" in shown
+    for other in ("sample", "evaluate"):
+        assert "--train-steps" not in (shown := Result(other, "--help").out) and "--steps" in shown
+
+
+SHORT_FORMS = (
+    ("--train-steps", "300", "training.steps"),
+    ("--lora", "64", "student.lora"),
+    ("--dtype", "bfloat16", "teacher.dtype"),
+    ("--lr", "3e-4", "optimiser.lr"),
+    ("--size", "96", "teacher.height"),
+    ("--teacher", "x/y", "teacher.source"),
+)
+
+
+@pytest.mark.parametrize(("option", "value", "name"), SHORT_FORMS)
+def test_short_forms_are_settings(option: str, value: str, name: str) -> None:
+    prompts = ("--prompts", "p.txt")
+    short = Result("distill", "--preset", "demo", *prompts, option, value, "--dry-run")
+    more = [f"{name}={value}", *(["teacher.width=96"] if option == "--size" else [])]
+    assert short.out == to_yaml(load_config("demo", more, prompts="p.txt")), short.err
+    for command in ("distill", "plan"):
+        both = Result(command, option, value, "--set", f"{name}={value}", *prompts)
+        assert_one_line(both, f"{option} and --set {name} are one setting; give one of them")
+        shown = re.sub(r"[│`\s]+", " ", Result(command, "--help").out)
+        assert option in shown and (name in shown or option == "--teacher")
+
+
+def test_a_size_is_width_by_height() -> None:
+    result = Result("distill", "--size", "1216x832", "--dry-run")
+    assert "  height: 832\n  width: 1216\n" in result.out
+    assert_one_line(Result("distill", "--size", "big"), "--size big is no size", "1024", "1216x832")
+
+
+def test_the_device_is_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stepfold.commands.options import usable_device
+
+    for there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert usable_device("auto") == device
+    for command in ("distill", "plan", "retime", "sample", "demo", "evaluate", "doctor", "prompts encode"):
+        shown = re.sub(r"[│\s]+", " ", Result(*command.split(), "--help").out)
+        assert "auto: cuda if there is one, else cpu. [default: auto]" in shown, command
+
+
+def test_a_device_that_is_not_here_is_one_line(prompts_file: Path, tmp_path: Path) -> None:
+    train = ("--teacher", "x/y", "--prompts", prompts_file, "--device", "abacus")
+    for command in (("distill", *train), ("plan", *train), ("retime", "x/y", *train[2:], "--out", tmp_path / "run")):
+        assert_one_line(Result(*command), "--device abacus cannot be used here", "cpu always can")
+    assert not (tmp_path / "run").exists()
 
 
 def test_lists_and_switches_may_be_repeated() -> None:

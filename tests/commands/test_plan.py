@@ -24,6 +24,7 @@ def test_the_parts_add_up() -> None:
         "timed_steps": 12,
         "tangent": "one_pass (as set)",
         "peak_memory_gib": 1.25,
+        "device": "NVIDIA H200",
     }
     plan = reckon(config, trial, result)
     assert plan.parts_sec == {
@@ -34,6 +35,17 @@ def test_the_parts_add_up() -> None:
         "evaluation": 10 * 4.0,
     }
     assert plan.total_sec == sum(plan.parts_sec.values()) and plan.peak_memory_gib == 1.25
+    assert {name: how for name, _, how in plan_rows(plan)} == {
+        "tangent": "",
+        "one step": "measured on NVIDIA H200, 12 steps",
+        "start": "measured on NVIDIA H200",
+        "250 steps": "counted",
+        "previews": "counted",
+        "checkpoints": "counted",
+        "evaluation": "counted",
+        "in all": "counted",
+        "peak memory": "measured on NVIDIA H200",
+    }
 
 
 @pytest.mark.parametrize("n", [0, 4])
@@ -49,7 +61,7 @@ def test_a_plan_leaves_nothing_behind(n: int, tmp_path: Path, monkeypatch: pytes
         ],
     )  # fmt: skip
     plan = make_plan(config, 3, Display(quiet=True))
-    assert plan.trial_steps == 3 and plan.step_sec > 0 and plan.tangent.startswith("one_pass")
+    assert plan.trial_steps == 3 and plan.step_sec > 0 and plan.device == "cpu" and plan.tangent.startswith("one_pass")
     assert (plan.parts_sec["evaluation"] > 0) == bool(n)
     assert plan.total_sec >= 40 * plan.step_sec
     assert list(tmp_path.glob("stepfold*")) == []

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from stepfold.errors import UserError
@@ -15,6 +16,20 @@ def test_runs_of_one_process_have_each_its_own_precision() -> None:
         accelerator = make_accelerator(precision)
         with accelerator.autocast():
             assert layer.to(accelerator.device)(torch.ones(1, 2, device=accelerator.device)).dtype == dtype
+
+
+def test_the_device_is_the_one_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first run's device was that of all; a number is of one process."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(PartialState, "default_device", torch.device("meta"))
+    set_to: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", set_to.append)
+    kinds = [make_accelerator("no", device=name).device.type for name in ("auto", "cpu", "cuda:1", "cpu")]
+    assert (kinds, set_to) == (["meta", "cpu", "meta", "cpu"], [1])
+    for name, value in zip(LAUNCHED, ("0", "0", "2", "localhost", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"--device cuda:1 is one device for several processes; leave its number out"):
+        make_accelerator("no", device="cuda:1")
 
 
 def test_gradients_that_the_environment_would_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stepfold.commands.options import usable_device
+from stepfold.commands.options import DeviceOption, usable_device
 
 
 def demo(
@@ -23,7 +23,7 @@ def demo(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Default: 7860, or the next free one.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+    device: DeviceOption = "auto",
 ) -> None:
     """Play with a student beside its teacher, and look at runs, in the browser (extra web).
 

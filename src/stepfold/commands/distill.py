@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +13,20 @@ from stepfold import assets
 from stepfold.commands.launching import continued_by, leave, other_process
 from stepfold.commands.options import (
     ChangesOption,
+    DeviceOption,
+    DtypeOption,
+    LearningRateOption,
+    LoraOption,
     PresetOption,
     PromptsOption,
     Quiet,
+    SizeOption,
     TeacherLoraOption,
     TeacherOption,
+    TrainStepsOption,
     chosen_preset,
+    config_of,
+    usable_device,
 )
 from stepfold.errors import UserError
 
@@ -29,7 +37,6 @@ if TYPE_CHECKING:
 
     from stepfold.config import Config
     from stepfold.display import Display
-    from stepfold.evaluation.protocol import Protocol
     from stepfold.images.reading import ImageFolder
     from stepfold.prompts.cache import ConditionCache
     from stepfold.prompts.reading import PromptFile
@@ -47,6 +54,11 @@ def distill(
     prompts: PromptsOption = None,
     preset: PresetOption = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/PRESET.", show_default=False)] = None,
+    train_steps: TrainStepsOption = None,
+    lora: LoraOption = None,
+    size: SizeOption = None,
+    dtype: DtypeOption = None,
+    lr: LearningRateOption = None,
     changes: ChangesOption = None,
     init: Annotated[
         str | None,
@@ -56,6 +68,7 @@ def distill(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that --out holds.")] = False,
+    device: DeviceOption = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -66,26 +79,30 @@ def distill(
 
         stepfold distill
 
-        stepfold distill --teacher ./my-sana --prompts prompts.txt --out runs/mine --set training.steps=2000
+        stepfold distill --teacher ./my-sana --prompts prompts.txt --out runs/mine --train-steps 2000
+
+        stepfold distill --preset sdxl-lora-4step --teacher ./my-sdxl --prompts prompts.txt --out runs/sdxl
 
         stepfold distill --init runs/demo/student --out runs/more --set objective=continuous
     """
-    from stepfold.config import load_config, to_yaml
+    from stepfold.config import to_yaml
 
-    name = chosen_preset(preset, teacher)
-    config = load_config(
-        name, changes or [], teacher__source=teacher, teacher__lora=teacher_lora, prompts=prompts, student__init=init
-    )
+    config = config_of(
+        preset, changes, teacher=teacher, teacher_lora=teacher_lora, prompts=prompts, init=init,
+        train_steps=train_steps, lora=lora, size=size, dtype=dtype, lr=lr,
+    )  # fmt: skip
     if dry_run:
         typer.echo(to_yaml(config), nl=False)
         return
     from stepfold.display import Display, quiet_libraries, results_table, show_table
 
     quiet_libraries()
-    folder = out or Path("runs") / Path(name).stem
+    if device != "auto":
+        usable_device(device)
+    folder = out or Path("runs") / Path(chosen_preset(preset, teacher)).stem
     display = Display(quiet or bool(other_process()))
     with continued_by(folder, resume, display.note) as command:
-        result = run_distill(config, folder, resume=resume, display=display, command=command)
+        result = run_distill(config, folder, resume=resume, display=display, command=command, device=device)
     if not other_process():
         if result["teacher"]:
             show_table(results_table(result))
@@ -128,8 +145,18 @@ class Run:
     lock: "BaseFileLock | None"
 
 
-def run_distill(config: "Config", folder: Path, *, resume: bool, display: "Display", command: str) -> dict[str, Any]:
+def run_distill(
+    config: "Config", folder: Path, *, resume: bool, display: "Display", command: str, device: str = "auto"
+) -> dict[str, Any]:
     """Distils, exports, measures and reports.
+
+    Args:
+        config: the settings.
+        folder: of the run.
+        resume: continue the run that is there.
+        display: where progress is shown.
+        command: that the report says made it.
+        device: cpu, cuda, cuda:1 or auto; see `make_accelerator`. A run may go on on another one.
 
     Returns:
         What is in report.json; nothing in all processes but the first.
@@ -139,15 +166,16 @@ def run_distill(config: "Config", folder: Path, *, resume: bool, display: "Displ
         NonFiniteError: the training diverged.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
+    from stepfold.commands.finishing import finish
     from stepfold.training.course import Course, cycle_of
     from stepfold.training.processes import lost_process
     from stepfold.training.stages import Stages
 
     with lost_process():
         began = time.perf_counter()
-        run, student = load(config, folder, resume, display)
-        device = run.accelerator.device
-        course = Course(device, Stages(device if run.config.training.time_stages else None), cycle_of(run.config))
+        run, student = load(config, folder, resume, display, device)
+        there = run.accelerator.device
+        course = Course(there, Stages(there if run.config.training.time_stages else None), cycle_of(run.config))
         average = train(run, student, course, display, began)
         del student  # its memory is for what comes now
         run.processes.wait()  # nobody leaves while another one still sends
@@ -155,7 +183,9 @@ def run_distill(config: "Config", folder: Path, *, resume: bool, display: "Displ
         return finish(run, average, course, display, command) if run.processes.first else {}
 
 
-def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "tuple[Run, Student]":
+def load(
+    config: "Config", folder: Path, resume: bool, display: "Display", device_name: str = "auto"
+) -> "tuple[Run, Student]":
     """Checks what was given, then loads the networks, and opens the run folder only when all of it is right."""
     import torch
 
@@ -173,8 +203,9 @@ def load(config: "Config", folder: Path, resume: bool, display: "Display") -> "t
 
     if "images" in config.space.weights and config.space.images is None:
         raise UserError("space.kind=images needs a folder of images; add --set space.images=FOLDER")
-    config = choose_objective(choose_precision(as_begun(folder, config) if resume else config))
-    accelerator = make_accelerator(config.training.precision, several=True)
+    config = as_begun(folder, config) if resume else config
+    config = choose_objective(choose_precision(config, device_name))
+    accelerator = make_accelerator(config.training.precision, several=True, device=device_name)
     device, processes = accelerator.device, processes_of(accelerator)
     if config.training.prompts_per_step < processes.count:
         raise UserError(
@@ -315,81 +346,3 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
     if tracker:
         tracker.close()
     return average
-
-
-def finish(run: Run, average: "Student", course: "Course", display: "Display", command: str) -> dict[str, Any]:
-    """Writes the student, its scores, the report and the card; returns what is in report.json."""
-    from stepfold.evaluation.protocol import EMOJI
-    from stepfold.evaluation.report import write_report
-    from stepfold.export.pipeline import model_card, save_student
-    from stepfold.teachers.loading import load_teacher
-    from stepfold.training.processes import is_sharded
-    from stepfold.training.runs import writing
-
-    config, teacher, student = run.config, run.teacher, run.folder / "student"
-    if is_sharded(teacher.network):
-        teacher = load_teacher(config.teacher, run.accelerator.device)  # whole again, to be measured
-    card = save_student(teacher, average, student, config, run.recipe, run.prompts.prompt(0))
-    protocol = replace(EMOJI, n=config.evaluation.n or 2, guidance=run.usual)
-    scores: dict[str, Any] = {"teacher": {}, "student": {}}
-    if config.evaluation.n and config.teacher.source == "emoji":
-        with course.stages("evaluation"):
-            scores |= measure_student(protocol, teacher, average, run.recipe, display)
-        teacher.release_decoder()
-    result = report_of(run, course, protocol, scores, command)
-    write_report(run.folder, result)
-    with writing(student / "README.md") as part:
-        part.write_text(model_card(card, result), encoding="utf-8")
-    if run.lock:
-        run.lock.release()
-    return result
-
-
-def measure_student(
-    protocol: "Protocol", teacher: "PipelineTeacher", student: "Student", recipe: "Recipe", display: "Display"
-) -> dict[str, Any]:
-    """Scores of teacher and student, as report.json has them."""
-    from stepfold.evaluation.judge import load_judge
-    from stepfold.evaluation.measure import measure_groups, protocol_samplers
-    from stepfold.evaluation.protocol import rows_by_steps
-
-    judge = load_judge(assets.JUDGE, teacher.device)
-    groups = protocol_samplers(teacher, {"student": (student, recipe)}, protocol)
-    with display.measuring({name: protocol.n for group in groups.values() for name in group}) as tick:
-        scores = measure_groups(judge, protocol, teacher, groups, teacher.device, tick)
-    return {"reals": {"diversity": judge.diversity}} | rows_by_steps(scores)
-
-
-def report_of(run: Run, course: "Course", protocol: "Protocol", scores: dict[str, Any], command: str) -> dict[str, Any]:
-    """What report.json holds."""
-    from stepfold.evaluation.protocol import protocol_record
-    from stepfold.evaluation.report import curves_from_rows, versions
-    from stepfold.training.runs import read_metrics
-
-    config = run.config
-    return {
-        "title": f"{run.folder.name}: one-step student of {config.teacher.source}",
-        "command": command,
-        "versions": versions(),
-        "config": config.model_dump(mode="json"),
-        "protocol": protocol_record(protocol),
-        **scores,
-        "prompts": {
-            "file": config.space.images or config.prompts or "bundled",
-            "count": len(run.prompts),
-            "sha256": run.prompts.sha256,
-        },
-        **course.numbers(),
-        "processes": run.processes.count,
-        "skipped_steps": sum("skipped" in row for row in read_metrics(run.folder)),
-        "curves": curves_from_rows(read_metrics(run.folder)),
-        "images": {
-            p.stem.replace("_", " "): str(p.relative_to(run.folder))
-            for p in first_and_last(sorted((run.folder / "previews").glob("*.png")))
-        },
-    }
-
-
-def first_and_last(paths: list[Path]) -> list[Path]:
-    """Both ends of a list, or all of a shorter one."""
-    return paths[:1] + paths[1:][-1:]

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from stepfold.commands.options import (
+    DeviceOption,
     FramesOption,
     HeightOption,
     JsonOption,
@@ -29,7 +30,7 @@ def doctor(
     frames: FramesOption = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the teacher's weights.")] = "float32",
     lora: Annotated[int, typer.Option(min=0, help="Of the student: rank of a LoRA; 0 for all weights.")] = 0,
-    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+    device: DeviceOption = "auto",
 ) -> None:
     """Check that a teacher is understood before a run: each finding with a number and a verdict.
 
@@ -37,7 +38,7 @@ def doctor(
 
     stepfold doctor emoji
 
-    stepfold doctor black-forest-labs/FLUX.1-dev --dtype bfloat16 --lora 64 --device cuda
+    stepfold doctor black-forest-labs/FLUX.1-dev --dtype bfloat16 --lora 64
 
     stepfold doctor ./my-flux --height 256 --width 256 --json findings.json
     """

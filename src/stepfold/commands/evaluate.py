@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepfold import assets
-from stepfold.commands.options import JsonOption, Quiet, usable_device, write_json
+from stepfold.commands.options import DeviceOption, JsonOption, Quiet, usable_device, write_json
 from stepfold.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder for the pictures. Default: runs/PROTOCOL.", show_default=False)
     ] = None,
     json_file: JsonOption = None,
-    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+    device: DeviceOption = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Measure students and other pipelines side by side, the bundled teacher beside them: same prompts, same judge.
@@ -86,7 +86,7 @@ def evaluate(
 
     stepfold evaluate runs/a/student runs/b/student ./my-sana --steps 1,2 --n 500 --json scores.json
 
-    stepfold evaluate runs/mine/student ./my-sana --protocol mjhq30k --images MJHQ-30K --steps 1 --device cuda
+    stepfold evaluate runs/mine/student ./my-sana --protocol mjhq30k --images MJHQ-30K --steps 1
 
     stepfold evaluate ./my-sana --protocol geneval --prompts evaluation_metadata.jsonl
     """

@@ -1,8 +1,10 @@
 """Options that several commands have, and what becomes of them."""
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -11,7 +13,7 @@ from typing_extensions import override
 from stepfold.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from stepfold.config import TeacherSettings
+    from stepfold.config import Config, TeacherSettings
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
 StudentArgument = Annotated[
@@ -58,8 +60,101 @@ ChangesOption = Annotated[
 ]
 
 
+TrainStepsOption = Annotated[
+    int | None,
+    typer.Option("--train-steps", min=1, help="Optimiser steps: `training.steps`.", show_default=False),
+]
+LoraOption = Annotated[
+    int | None,
+    typer.Option("--lora", min=0, help="Rank of a LoRA student; 0: all weights. `student.lora`.", show_default=False),
+]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--size",
+        metavar="PIXELS|WIDTHxHEIGHT",
+        help="Size of the images: `teacher.width` and `teacher.height`.",
+        show_default=False,
+    ),
+]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16"] | None,
+    typer.Option("--dtype", help="Of the teacher's weights: `teacher.dtype`.", show_default=False),
+]
+LearningRateOption = Annotated[
+    float | None, typer.Option("--lr", help="Learning rate: `optimiser.lr`.", show_default=False)
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="cpu, cuda or cuda:1. auto: cuda if there is one, else cpu.")
+]
+
+SETTINGS = {
+    "teacher": ("teacher.source",),
+    "teacher_lora": ("teacher.lora",),
+    "prompts": ("prompts",),
+    "init": ("student.init",),
+    "train_steps": ("training.steps",),
+    "lora": ("student.lora",),
+    "size": ("teacher.height", "teacher.width"),
+    "dtype": ("teacher.dtype",),
+    "lr": ("optimiser.lr",),
+}
+"""Options that are short forms -> the settings that they stand for."""
+
+
+def config_of(preset: str | None, changes: Sequence[str] | None, **given: Any) -> "Config":
+    """The settings of a distillation: the preset's, changed by `--set` and by short forms.
+
+    Args:
+        preset: as `chosen_preset`.
+        changes: of `--set`, key=value.
+        **given: short forms, by their names in SETTINGS; None for one that is not given.
+
+    Raises:
+        UserError: a short form and `--set` give one setting, or a setting is wrong.
+    """
+    from stepfold.config import load_config
+
+    top = {name.replace(".", "__"): value for name, value in short_forms(changes, **given).items()}
+    return load_config(chosen_preset(preset, given.get("teacher")), changes or [], **top)
+
+
+def short_forms(changes: Sequence[str] | None, **given: Any) -> dict[str, Any]:
+    """The settings that short forms stand for; of those that are None, none.
+
+    Raises:
+        UserError: `--set` gives one of them as well.
+    """
+    keys = {change.partition("=")[0].strip() for change in changes or []}
+    found: dict[str, Any] = {}
+    for option, value in given.items():
+        if value is None:
+            continue
+        if both := [name for name in SETTINGS[option] if name in keys]:
+            raise UserError(f"--{option.replace('_', '-')} and --set {both[0]} are one setting; give one of them")
+        found |= dict(zip(SETTINGS[option], pixels_of(value) if option == "size" else (value,), strict=True))
+    return found
+
+
+def pixels_of(size: str) -> tuple[int, int]:
+    """(height, width) of `1024` or `WIDTHxHEIGHT`.
+
+    Raises:
+        UserError: it is neither.
+    """
+    found = re.fullmatch(r"(\d{1,5})(?:[x×](\d{1,5}))?", size.strip().lower())
+    if not found:
+        raise UserError(f"--size {size} is no size; give pixels, such as 1024, or WIDTHxHEIGHT, such as 1216x832")
+    width, height = int(found[1]), int(found[2] or found[1])
+    return height, width
+
+
 class Command(TyperCommand):
-    """A command that refuses an option that is given twice and has one value: the last would win without a word."""
+    """A command that refuses what would go on without a word, or end without a hint.
+
+    That is an option that is given twice and has one value, of which the last would win; and `--steps` of a command
+    that takes optimiser steps, since elsewhere it counts those of sampling.
+    """
 
     @override
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -68,6 +163,10 @@ class Command(TyperCommand):
         Raises:
             UserError: naming the option.
         """
+        options = {name for parameter in self.params for name in parameter.opts}
+        steps = next((word for word in args if word.partition("=")[0] == "--steps"), None)
+        if steps and "--steps" not in options and "--train-steps" in options:
+            raise UserError("--steps counts sampling steps, of sample and evaluate; optimiser steps are --train-steps")
         *_, given = self.make_parser(ctx).parse_args(args=list(args))
         for option in given:
             switch = getattr(option, "is_flag", False) and not option.secondary_opts
@@ -96,9 +195,15 @@ def chosen_preset(preset: str | None, teacher: str | None) -> str:
 
 
 def usable_device(name: str) -> str:
-    """The device, if this machine has it."""
+    """The device, if this machine has it; `auto` is cuda where there is one, else cpu.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
     import torch
 
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -11,13 +11,20 @@ import typer
 from stepfold.commands.distill import run_distill
 from stepfold.commands.options import (
     ChangesOption,
+    DeviceOption,
+    DtypeOption,
     JsonOption,
+    LearningRateOption,
+    LoraOption,
     PresetOption,
     PromptsOption,
     Quiet,
+    SizeOption,
     TeacherLoraOption,
     TeacherOption,
-    chosen_preset,
+    TrainStepsOption,
+    config_of,
+    usable_device,
     write_json,
 )
 
@@ -33,34 +40,39 @@ def plan(
     teacher_lora: TeacherLoraOption = None,
     prompts: PromptsOption = None,
     preset: PresetOption = None,
+    train_steps: TrainStepsOption = None,
+    lora: LoraOption = None,
+    size: SizeOption = None,
+    dtype: DtypeOption = None,
+    lr: LearningRateOption = None,
     changes: ChangesOption = None,
-    steps: Annotated[int, typer.Option(min=2, help="Steps to time; the first one is start-up.")] = 12,
+    timed_steps: Annotated[int, typer.Option(min=2, help="Optimiser steps to time; the first one is start-up.")] = 12,
+    device: DeviceOption = "auto",
     json_file: JsonOption = None,
     quiet: Quiet = False,
 ) -> None:
     """Say what a distillation will take before you start it: time of a step, hours, peak memory.
 
     It runs a few steps of the real thing in a folder that is thrown away. Options are those of `stepfold distill`.
+    Each number is `measured` on this machine, or `counted` from measured ones.
 
     stepfold plan
 
-    stepfold plan --teacher ./my-sana --prompts prompts.txt --set training.prompts_per_step=4
+    stepfold plan --preset sdxl-lora-4step --teacher ./my-sdxl --prompts prompts.txt
     """
     from rich.table import Table
 
-    from stepfold.config import load_config
     from stepfold.display import Display, quiet_libraries, show_table
 
-    config = load_config(
-        chosen_preset(preset, teacher),
-        changes or [],
-        teacher__source=teacher,
-        teacher__lora=teacher_lora,
-        prompts=prompts,
-    )
+    config = config_of(
+        preset, changes, teacher=teacher, teacher_lora=teacher_lora, prompts=prompts,
+        train_steps=train_steps, lora=lora, size=size, dtype=dtype, lr=lr,
+    )  # fmt: skip
     quiet_libraries()
-    found = make_plan(config, steps, Display(quiet))
-    table = Table("what", "prediction", box=None)
+    if device != "auto":
+        usable_device(device)
+    found = make_plan(config, timed_steps, Display(quiet), device)
+    table = Table("what", "prediction", "how", box=None)
     for row in plan_rows(found):
         table.add_row(*row)
     show_table(table)
@@ -78,6 +90,8 @@ class Plan:
         total_sec: their sum.
         peak_memory_gib: of this process while training; of the GPU where there is one.
         trial_steps: how many steps were timed.
+        steps: of the run.
+        device: where they were: the GPU's name, or cpu.
     """
 
     tangent: str
@@ -86,9 +100,11 @@ class Plan:
     total_sec: float
     peak_memory_gib: float
     trial_steps: int
+    steps: int
+    device: str
 
 
-def make_plan(config: "Config", steps: int, display: "Display") -> Plan:
+def make_plan(config: "Config", steps: int, display: "Display", device: str = "auto") -> Plan:
     """Runs the first `steps` steps of a distillation in a folder that is thrown away, and reckons the rest.
 
     Everything is the run itself: loading, the first step with what it compiles, previews, a checkpoint, the table.
@@ -98,6 +114,7 @@ def make_plan(config: "Config", steps: int, display: "Display") -> Plan:
         steps: to time; the first one counts as start-up. Whole cycles of `space.reuse` and `training.encode_ahead`
             are timed, and so a few more where need be.
         display: where the trial shows its progress.
+        device: as of `run_distill`.
 
     Raises:
         UserError: as the run would.
@@ -114,7 +131,9 @@ def make_plan(config: "Config", steps: int, display: "Display") -> Plan:
         }
     )
     with tempfile.TemporaryDirectory(prefix="stepfold-plan-") as folder:
-        result = run_distill(trial, Path(folder) / "trial", resume=False, display=display, command="stepfold plan")
+        result = run_distill(
+            trial, Path(folder) / "trial", resume=False, display=display, command="stepfold plan", device=device
+        )
     return reckon(config, trial, result)
 
 
@@ -146,17 +165,21 @@ def reckon(config: "Config", trial: "Config", result: dict[str, Any]) -> Plan:
         total_sec=sum(seconds.values()),
         peak_memory_gib=result["peak_memory_gib"],
         trial_steps=result["timed_steps"],
+        steps=training.steps,
+        device=result["device"],
     )
 
 
-def plan_rows(plan: Plan) -> list[tuple[str, str]]:
-    """For people."""
+def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """For people: what, how much, and whether it was measured or counted from what was."""
     from stepfold.evaluation.report import duration
 
+    measured = f"measured on {plan.device}"
+    parts = {f"{plan.steps:,} steps" if name == "steps" else name: sec for name, sec in plan.parts_sec.items()}
     return [
-        ("tangent", plan.tangent),
-        ("one step", f"{plan.step_sec:.2f} s ({plan.trial_steps} timed)"),
-        *((name, duration(seconds)) for name, seconds in plan.parts_sec.items()),
-        ("in all", duration(plan.total_sec)),
-        ("peak memory", f"{plan.peak_memory_gib:.2f} GiB"),
+        ("tangent", plan.tangent, ""),
+        ("one step", f"{plan.step_sec:.2f} s", f"{measured}, {plan.trial_steps} steps"),
+        *((name, duration(sec), measured if name == "start" else "counted") for name, sec in parts.items()),
+        ("in all", duration(plan.total_sec), "counted"),
+        ("peak memory", f"{plan.peak_memory_gib:.2f} GiB", measured),
     ]

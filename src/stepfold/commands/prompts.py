@@ -9,6 +9,7 @@ import typer
 
 from stepfold import assets
 from stepfold.commands.options import (
+    DeviceOption,
     FramesOption,
     HeightOption,
     JsonOption,
@@ -250,7 +251,7 @@ def encode(
     width: WidthOption = None,
     frames: FramesOption = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 64,
-    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+    device: DeviceOption = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Encode prompts once, so that training needs neither text encoder nor autoencoder in memory.
@@ -260,7 +261,7 @@ def encode(
 
     stepfold prompts encode --max-tokens 32 --out runs/conditions
 
-    stepfold prompts encode prompts.txt --teacher ./my-sana --device cuda --out my-conditions
+    stepfold prompts encode prompts.txt --teacher ./my-sana --out my-conditions
     """
     from stepfold.display import Display, quiet_libraries
 

@@ -8,7 +8,15 @@ import typer
 
 from stepfold import __version__
 from stepfold.commands.launching import continued_by
-from stepfold.commands.options import ChangesOption, JsonOption, Quiet, write_json
+from stepfold.commands.options import (
+    ChangesOption,
+    DeviceOption,
+    JsonOption,
+    Quiet,
+    short_forms,
+    usable_device,
+    write_json,
+)
 from stepfold.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,8 +37,12 @@ def retime(
     out: Annotated[Path, typer.Option(help="Run folder; the new teacher is its `teacher` folder.")] = Path(
         "runs/retimed"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1000,
+    train_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Optimiser steps: `training.steps`. Default: 1000.", show_default=False),
+    ] = None,
     changes: ChangesOption = None,
+    device: DeviceOption = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that --out holds.")] = False,
     json_file: JsonOption = None,
     quiet: Quiet = False,
@@ -42,17 +54,20 @@ def retime(
 
     stepfold retime ./my-sana --prompts prompts.txt --out runs/retimed
 
-    stepfold retime ./my-sana --prompts prompts.txt --steps 5000 --set optimiser.lr=1e-5 --out runs/long --resume
+    stepfold retime ./my-sana --prompts prompts.txt --train-steps 5000 --set optimiser.lr=1e-5 --out runs/long --resume
 
     stepfold distill --teacher runs/retimed/teacher --prompts prompts.txt
     """
     from stepfold.display import Display, quiet_libraries
 
     quiet_libraries()
-    changes = [f"training.steps={steps}", *(changes or [])]
+    given = short_forms(changes, train_steps=train_steps) or {"training.steps": 1000}
+    changes = [*(f"{name}={value}" for name, value in given.items()), *(changes or [])]
+    if device != "auto":
+        usable_device(device)
     display = Display(quiet)
     with continued_by(out, resume, display.note):
-        found = run_retime(teacher, prompts, out, changes, resume=resume, display=display)
+        found = run_retime(teacher, prompts, out, changes, resume=resume, display=display, device=device)
     for name, number in found.items():
         typer.echo(f"{name:32} {number:.4g}")
     write_json(json_file, found)
@@ -60,7 +75,14 @@ def retime(
 
 
 def run_retime(
-    source: str, prompts: str | Path, folder: Path, changes: Sequence[str], *, resume: bool, display: "Display"
+    source: str,
+    prompts: str | Path,
+    folder: Path,
+    changes: Sequence[str],
+    *,
+    resume: bool,
+    display: "Display",
+    device: str = "auto",
 ) -> dict[str, float]:
     """Re-times a teacher into `folder/teacher`, a pipeline of its class; returns what was measured on the way.
 
@@ -73,6 +95,7 @@ def run_retime(
             `checkpointing`.
         resume: continue from the folder's last checkpoint.
         display: where progress is shown.
+        device: cpu, cuda, cuda:1 or auto.
 
     Raises:
         UserError: the teacher is none that can be re-timed, or settings, prompts or folder are wrong.
@@ -95,11 +118,13 @@ def run_retime(
         raise UserError(f"re-timing trains the network in float32, not {config.teacher.dtype}; leave teacher.dtype out")
     if config.training.skip_nonfinite:
         raise UserError("re-timing skips no step that is not finite; leave training.skip_nonfinite out")
-    config = choose_precision(as_begun(folder, config) if resume else config)
-    file, accelerator = open_prompts(prompts), make_accelerator(config.training.precision)
+    config = choose_precision(as_begun(folder, config) if resume else config, device)
+    file, accelerator = open_prompts(prompts), make_accelerator(config.training.precision, device=device)
     check_run(folder, config, resume)
-    cache, device = cache_of(config, file), accelerator.device
-    teacher = load_teacher(config.teacher, device, network_only=cache is not None, null=cache.null if cache else None)
+    cache = cache_of(config, file)
+    teacher = load_teacher(
+        config.teacher, accelerator.device, network_only=cache is not None, null=cache.null if cache else None
+    )
     if teacher.time_scale < 10:
         raise UserError(f"the time of {source!r} counts to {teacher.time_scale:g}, not to 1000; distil it as it is")
     if teacher.time_embedder(teacher.transformer) is None:

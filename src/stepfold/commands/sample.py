@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepfold.commands.options import StudentArgument, usable_device
+from stepfold.commands.options import DeviceOption, StudentArgument, usable_device
 from stepfold.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def sample(
         float | None, typer.Option(min=0, max=1000, help="Scale that the student was told. Default: the run's.")
     ] = None,
     out: Annotated[Path, typer.Option(help="PNG to write; several prompts go side by side.")] = Path("sample.png"),
-    device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+    device: DeviceOption = "auto",
 ) -> None:
     """Draw pictures with a student.
 

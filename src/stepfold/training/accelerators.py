@@ -18,21 +18,28 @@ ALONE = {"RANK": "0", "WORLD_SIZE": "1"}
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
-def make_accelerator(precision: str, *, several: bool = False) -> Accelerator:
+def make_accelerator(precision: str, *, several: bool = False, device: str = "auto") -> Accelerator:
     """The device and precision of this run.
 
     Args:
         precision: `no` or `bf16`.
         several: whether the caller can share its work between processes.
+        device: cpu, cuda, cuda:1; auto: the accelerator if there is one, else the CPU.
 
     Raises:
-        UserError: launched with several processes though the caller cannot, or with the launcher's own sharding; or the
-            environment holds a part of a launch, or asks for accumulated gradients.
+        UserError: one numbered device for several processes; launched with several processes though the caller cannot,
+            or with the launcher's own sharding; or the environment holds a part of a launch, or asks for accumulated
+            gradients.
     """
     check_launch(os.environ)
     waits = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the first one may encode a folder of images
-    forget_other_precision(precision)
-    on_cpu = not torch.accelerator.is_available()  # has to be said, or several processes do not find each other there
+    wanted = None if device == "auto" else torch.device(device)
+    if wanted is not None and wanted.index is not None:
+        if environment_processes() > 1:
+            raise UserError(f"--device {device} is one device for several processes; leave its number out")
+        torch.accelerator.set_device_index(wanted.index)
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()  # said, or several processes do not meet there
+    forget_other(precision, on_cpu)
     accelerator = Accelerator(
         cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[waits], gradient_accumulation_steps=1
     )
@@ -77,8 +84,16 @@ def processes_of(accelerator: Accelerator) -> Processes:
     return Processes(accelerator.num_processes, accelerator.process_index, accelerator.device)
 
 
-def forget_other_precision(precision: str) -> None:
-    """Lets a second run in one Python process have another precision: accelerate keeps the first one's for all."""
+def environment_processes() -> int:
+    """How many processes a launcher says there are."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def forget_other(precision: str, on_cpu: bool) -> None:
+    """Lets a second run in one Python process have another precision or device: accelerate keeps the first one's."""
     kept = AcceleratorState._shared_state
-    if kept and kept.get("_mixed_precision") != precision and kept.get("num_processes") == 1:
-        AcceleratorState._reset_state()
+    if not kept or kept.get("num_processes") != 1:
+        return
+    moves = (kept["device"].type == "cpu") != on_cpu
+    if moves or kept.get("_mixed_precision") != precision:
+        AcceleratorState._reset_state(reset_partial_state=moves)

@@ -31,9 +31,9 @@ STATES_PER_WEIGHT = {"adamw": 5, "came": 4}  # weight, gradient, average, first 
 WITHOUT_TANGENT = {"discrete": "discrete consistency has none", "velocity": "velocity matching has none"}
 
 
-def choose_precision(config: Config) -> Config:
-    """`auto` becomes what this machine is faster with, so that the run folder says what was used."""
-    fast = "bf16" if has_bf16(device_here()) else "no"
+def choose_precision(config: Config, device: str = "auto") -> Config:
+    """`auto` becomes what this machine is faster with on a device, so that the run folder says what was used."""
+    fast = "bf16" if has_bf16(device_here() if device == "auto" else torch.device(device)) else "no"
     names = ("precision", "walk_precision")
     changes = {name: fast for name in names if getattr(config.training, name) == "auto"}
     if "precision" in changes and config.training.tangent == "finite_difference":

@@ -82,6 +82,7 @@ class Course:
     def numbers(self) -> dict[str, Any]:
         """For report.json. Peak memory is that of training: neither of loading before nor of measuring after."""
         return {
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "stages_sec": dict(self.stages.seconds),
             "timed_steps": len(self.step_sec),
             "step_sec": step_times(self.step_sec, self.cycle) if self.step_sec else None,
