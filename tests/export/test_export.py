@@ -1,9 +1,11 @@
 """`stepfold export`: what a fresh process of plain diffusers makes of it, and the mistakes."""
 
+import ast
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,6 +185,40 @@ def test_a_readme_says_when_plain_diffusers_merges_the_teachers_lora_otherwise(s
     assert readme.count("lora_scale=0.8") == 1
     readme = model_card(card.model_copy(update={"loras_in_diffusers": False}))
     assert "load_lora_weights" not in readme and "stepfold export" in readme and 'from_pretrained("WHOLE")' in readme
+
+
+FAMILIES_PAGE = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+QUICKSTARTS = dict(
+    re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", FAMILIES_PAGE, re.DOTALL | re.MULTILINE)
+)
+TINY_FAMILIES = {
+    "Sana": "first sana", "Sana-Sprint": "sprint", "Stable Diffusion 3 and 3.5": "sd3", "FLUX.1": "flux",
+    "PixArt-Sigma": "pixart", "Stable Diffusion 1 and 2": "sd1", "Stable Diffusion XL": "sdxl",
+    "Lumina Image 2": "lumina", "Wan 2.1, text to video": "wan", "DiT": "dit",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("heading", TINY_FAMILIES)
+def test_a_student_of_each_family_samples_as_the_docs_say(heading: str, student_of: StudentOf) -> None:
+    """The quickstart's last block, on a tiny student: its arguments are those of the card, and it makes an image."""
+    code = QUICKSTARTS[heading]
+    student = student_of(TINY_FAMILIES[heading], 4 if "load_lora_weights" in code else 0)
+    card = read_card(student)
+    call = next(
+        node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe"
+    )
+    assert {str(keyword.arg) for keyword in call.keywords} == set(card.calls[1])
+    assert ast.unparse(call.args[0]) == ("[207]" if heading == "DiT" else "'a red heart'")
+    code = re.sub(r'"runs/\w+/student"', repr(str(student)), code)
+    code = re.sub(r'(from_pretrained\()"[\w./-]+"', lambda found: found[1] + repr(card.teacher), code)
+    code = re.sub(r"(height|width)=\d+", r"\1=32", code).replace("num_frames=33", "num_frames=5")
+    code = re.sub(r"max_sequence_length=\d+", "max_sequence_length=24", code)
+    code = code.replace("[207]", "[7]").replace("torch.bfloat16", "torch.float32")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert type(names["pipe"]).__name__ == card.pipeline
+    assert type(names["pipe"].scheduler).__name__ == card.scheduler
+    assert len(names["video"]) == 5 if card.output == "frames" else min(names["image"].size) >= 32
 
 
 def test_a_lora_student_is_loaded_as_the_docs_say(student_of: StudentOf) -> None:
