@@ -26,6 +26,7 @@ import torch
 from common import make_parser, open_record, show, write_record
 from scipy.stats import linregress
 
+from stepfold.config import last_of_each
 from stepfold.training.runs import METRICS, checkpoints
 
 SETTINGS = (
@@ -79,7 +80,7 @@ def look(process: psutil.Process, out: Path, handed_out: Path, began: float) -> 
 
 def watch(out: Path, minutes: float, every_sec: float, changes: Sequence[str]) -> tuple[list[dict[str, float]], int]:
     """Runs the distillation and looks at it; returns what was seen, and its exit code."""
-    words = [word for change in (*SETTINGS, *changes) for word in ("--set", change)]
+    words = [word for change in last_of_each((*SETTINGS, *changes)) for word in ("--set", change)]
     handed_out = out.with_name("handed_out")
     command = [
         sys.executable, "-c", INSIDE, str(handed_out), str(every_sec),

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,9 @@ def assert_one_line(result: Result, *wanted: str, code: int = 2) -> None:
 
 
 def distill(*args: str | Path, fast: bool = True) -> Result:
-    settings = [part for change in FAST if fast for part in ("--set", change)]
+    given = {str(value).partition("=")[0] for option, value in pairwise(args) if option == "--set"}
+    own = [change for change in FAST if fast and change.partition("=")[0] not in given]
+    settings = [part for change in own for part in ("--set", change)]
     preset = () if "--preset" in args else ("--preset", "default")
     return Result("distill", *preset, "--quiet", *settings, *args)
 
@@ -551,6 +554,13 @@ def test_lists_and_switches_may_be_repeated() -> None:
     result = Result("distill", *lists, "--dry-run", "--dry-run")
     assert (result.code, result.err) == (0, "")
     assert "- source: a\n    scale: 0.5\n  - source: b\n    scale: 1.0\n" in result.out
+
+
+def test_a_setting_that_is_given_twice_is_refused() -> None:
+    """The last one won, without a word."""
+    for command in ("distill", "plan"):
+        result = Result(command, "--set", "training.steps=3", "--set", "seed=2", "--set", "training.steps=4")
+        assert_one_line(result, "--set training.steps is given 2 times and has one value; give it once")
 
 
 def test_a_path_that_no_file_can_have_and_a_full_output_are_one_line(tmp_path: Path) -> None:

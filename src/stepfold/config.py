@@ -205,6 +205,11 @@ def load_config(preset: str, changes: Sequence[str] = (), **top: Any) -> Config:
     return validate(values)
 
 
+def last_of_each(changes: Sequence[str]) -> list[str]:
+    """`key=value` strings without those that a later one of the same key replaces."""
+    return list({change.partition("=")[0].strip(): change for change in changes}.values())
+
+
 def _preset_values(preset: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """A preset's settings over those of the one that its own key `preset` names, if it has that key."""
     if preset in above:

@@ -111,10 +111,13 @@ def config_of(preset: str | None, changes: Sequence[str] | None, **given: Any) -
         **given: short forms, by their names in SETTINGS; None for one that is not given.
 
     Raises:
-        UserError: a short form and `--set` give one setting, or a setting is wrong.
+        UserError: two options give one setting, or a setting is wrong.
     """
     from stepfold.config import load_config
 
+    keys = [change.partition("=")[0].strip() for change in changes or []]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise UserError(f"--set {twice[0]} is given {keys.count(twice[0])} times and has one value; give it once")
     top = {name.replace(".", "__"): value for name, value in short_forms(changes, **given).items()}
     return load_config(chosen_preset(preset, given.get("teacher")), changes or [], **top)
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepfold import assets
-from stepfold.config import Config, load_config
+from stepfold.config import Config, last_of_each, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.evaluation.judge import Judge, load_judge
@@ -154,7 +154,7 @@ def costs(folder: Path, config: Config) -> dict[str, Any]:
 
 def distill_command(run: Run, folder: Path) -> list[str]:
     """The arguments of `stepfold` that repeat a run."""
-    changes = [part for change in run.changes for part in ("--set", change)]
+    changes = [part for change in last_of_each(run.changes) for part in ("--set", change)]
     return ["distill", "--preset", run.preset, *changes, "--out", str(folder)]
 
 
