@@ -265,3 +265,34 @@ def test_the_presets_that_the_docs_name_load() -> None:
     for page in PAGES:
         for preset in re.findall(r"--preset ([a-z0-9-]+)", page.read_text(encoding="utf-8")):
             load_config(preset, ["space.images=x"] if preset in ("scm", "sana-sprint") else [])
+
+
+def anchors(text: str) -> set[str]:
+    """What links into a page may name: its headings as mkdocs and GitHub write them, and its named places."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    slugs = {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+    return slugs | set(re.findall(r'<a id="([^"]+)">', text))
+
+
+LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "results" / "paper-discussion.md"]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        there = page.parent / path if path else page
+        assert there.exists(), target
+        if anchor:
+            filled = hooks().on_page_markdown(there.read_text(encoding="utf-8"))
+            assert anchor in anchors(filled), target
+
+
+def test_the_index_of_the_lab_log_has_every_entry_once() -> None:
+    index, log = (ROOT / "docs" / "lab-log.md").read_text(encoding="utf-8").split("<!-- Entries below", 1)
+    entries = re.findall(r"^## (.+)$", log, re.MULTILINE)
+    linked = [anchor for _, anchor in re.findall(r"\[([\d-]+)\]\(#([^)]+)\)", index)]
+    assert len(linked) == len(set(linked)) == len(entries) > 60
+    assert set(linked) == anchors("\n".join(f"## {entry}" for entry in entries))

@@ -300,7 +300,7 @@ def test_what_is_refused(backend: str, column: str, tiny_sana: Path) -> None:
 def test_the_page_shows_the_matrix() -> None:
     rows = [
         [cell.strip(" `") for cell in line.strip("|").split("|")]
-        for line in PAGE.read_text().split("## What goes with what", 1)[1].splitlines()
+        for line in PAGE.read_text().split("## Supported combinations", 1)[1].splitlines()
         if line.startswith("|")
     ]
     assert rows[0] == ["", *COLUMNS]
