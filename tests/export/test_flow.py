@@ -57,7 +57,7 @@ def test_sanas_flow_student_is_a_sana_pipeline_of_one_scale(student_of: StudentO
     assert card.recipe.taught == (2.0,) and card.calls[8]["guidance_scale"] == 1
     assert card.calls[4]["sigmas"] == pytest.approx([1, 0.75, 0.5, 0.25])
     text = model_card(card)
-    assert "as a velocity for Euler steps" in text and "sigmas=[1.0, 0.875," in text
+    assert "It is sampled in Euler steps." in text and "sigmas=[1.0, 0.875," in text
     assert "For four steps: `sigmas=[1.0, 0.75, 0.5, 0.25]`." in text
 
 

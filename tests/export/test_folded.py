@@ -120,7 +120,7 @@ def test_another_grid_is_refused(student_of: StudentOf, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--sampler is flow_map, but this student was trained for flow"):
         run_sample(out, ["a cat"], steps=4, sampler="flow_map", **options)  # type: ignore[arg-type]
     text = model_card(read_card(out))
-    assert "as a flow map for exactly 4 steps" in text and "for these steps alone" in text
+    assert "a flow map for exactly 4 steps" in text and "for these steps alone" in text
 
 
 @pytest.mark.long

@@ -9,6 +9,7 @@ from stepfold import __version__
 from stepfold.config import Config
 from stepfold.errors import UserError
 from stepfold.evaluation.protocol import teachers_of
+from stepfold.export.method import method_of, source_of
 from stepfold.sampling.recipe import Recipe, times_of
 from stepfold.sampling.samplers import in_diffusers
 from stepfold.students.card import CARD, Card, read_card, write_card
@@ -34,11 +35,8 @@ from diffusers import {classes}
 ).{output}[0]
 ```"""
 
-MADE: dict[SamplerName, str] = {
-    "consistency": "with trajectory-backward consistency (arXiv:2511.20410)",
-    "flow": "as a velocity for Euler steps",
-    "flow_map": "as a flow map",
-}
+MADE_FOR: dict[SamplerName, str] = {"flow": " It is sampled in Euler steps.", "flow_map": " It is a flow map."}
+"""Sampler -> what the README says of it; of a consistency model nothing."""
 CALLED_STEPS: dict[SamplerName, tuple[int, ...]] = {"consistency": (1, 2, 4), "flow": (1, 2, 4, 8)}
 """Sampler in plain diffusers -> numbers of steps that a card says the call of."""
 EXAMPLES: dict[SamplerName, tuple[int, int]] = {"consistency": (1, 2), "flow": (8, 4)}
@@ -188,6 +186,9 @@ def model_card(card: Card, metrics: dict[str, Any] | None = None, name: str = "F
     licences = "\n".join(f"| {part} | {in_words(licence)} |" for part, licence in card.licences.items())
     front = "".join(f"{field}: {json.dumps(value)}\n" for field, value in card.licences["teacher"].items())
     front += f"base_model: {card.teacher}\n" * is_hub_id(card.teacher)
+    steps = several(training["steps"], "optimiser step", "optimiser steps")
+    what = ("image", "images") if space.get("images") else ("trajectory", "trajectories")
+    per_step = several(training["prompts_per_step"], *what)
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-{RESULTS[card.output]}
@@ -196,9 +197,10 @@ tags: [few-step, distillation, stepfold]
 
 # A few-step student of `{card.teacher}`
 
-Distilled from prompts alone by stepfold {card.stepfold}, {made(card)}:
-{training["steps"]} optimiser steps of {training["prompts_per_step"]} trajectories, {space["route_steps"]} route steps,
-guidance {", ".join(f"{scale:g}" for scale in card.recipe.taught)}. The whole recipe is in `{CARD}`.
+Distilled from {source_of(card.config)} by stepfold {card.stepfold}, with {method_of(card.config)}.
+It took {steps} of {per_step}, {space["route_steps"]} route steps, guidance
+{", ".join(f"{scale:g}" for scale in card.recipe.taught)}.{made_for(card)} The whole recipe is in
+`{CARD}`.
 
 ## Use
 
@@ -214,9 +216,16 @@ A student is derived from its teacher: the licences of the teacher's network, te
 """
 
 
-def made(card: Card) -> str:
-    """The method in the README's first sentence."""
-    return f"as a flow map for exactly {card.folded_steps} steps" if card.folded_steps else MADE[card.recipe.sampler]
+def made_for(card: Card) -> str:
+    """Which sampler the student is for, where that is not the usual one."""
+    if card.folded_steps:
+        return f" It is a flow map for exactly {card.folded_steps} steps."
+    return MADE_FOR.get(card.recipe.sampler, "")
+
+
+def several(count: int, one: str, many: str) -> str:
+    """`1 step`, `2,000 steps`."""
+    return f"{count:,} {one if count == 1 else many}"
 
 
 def how_to_use(card: Card, name: str) -> str:

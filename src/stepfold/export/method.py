@@ -1,0 +1,65 @@
+"""The method that a student was made with, in words, from its run's settings."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+OBJECTIVES = {
+    "continuous": "continuous-time consistency (sCM, arXiv:2410.11081)",
+    "discrete": "discrete consistency (like LCM, arXiv:2310.04378)",
+    "velocity": "velocity matching (arXiv:2209.03003)",
+    "auto": "consistency",
+}
+SPACES = {
+    "generation": "the teacher's own sampling trajectories",
+    "endpoints": "noised ends of the teacher's trajectories",
+    "images": "noised images",
+    "coupling": "noise joined to the ends of the teacher's trajectories",
+}
+NAMED = {
+    ("continuous", ("generation",)): "trajectory-backward consistency (TBCM, arXiv:2511.20410)",
+    ("velocity", ("coupling",)): "reflow (arXiv:2209.03003)",
+}
+"""Objective on spaces that has a name of its own."""
+ADVERSARIAL = " with an adversarial term (Sana-Sprint, arXiv:2503.09641)"
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """The method of a run, with its paper; of a run in phases one after the other.
+
+    Args:
+        config: the run's settings as its student's card has them; those of earlier versions may lack some.
+    """
+    return ", then ".join(dict.fromkeys(map(_of_part, parts_of(config))))
+
+
+def source_of(config: Mapping[str, Any]) -> str:
+    """What a run learned from besides its teacher."""
+    return "captioned images" if any("images" in spaces_of(part) for part in parts_of(config)) else "prompts alone"
+
+
+def parts_of(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The dotted settings that a method depends on, of each phase and of what is left after them."""
+    own = {
+        "objective": config.get("objective", "continuous"),
+        "space.kind": config.get("space", {}).get("kind", "generation"),
+        "adversarial.weight": config.get("adversarial", {}).get("weight", 0),
+    }
+    training = config.get("training", {})
+    phases = training.get("phases") or ()
+    yield from (own | phase["set"] for phase in phases)
+    if not phases or sum(phase["steps"] for phase in phases) < training["steps"]:
+        yield own
+
+
+def spaces_of(part: Mapping[str, Any]) -> tuple[str, ...]:
+    """The spaces that states are trained on."""
+    kind = part["space.kind"]
+    return (kind,) if isinstance(kind, str) else tuple(name for name, weight in kind.items() if weight)
+
+
+def _of_part(part: Mapping[str, Any]) -> str:
+    objective, spaces = part["objective"], spaces_of(part)
+    named = NAMED.get((objective, spaces))
+    where = " and ".join(SPACES.get(space, space) for space in spaces)
+    said = named or f"{OBJECTIVES.get(objective, objective)} on {where}"
+    return said + ADVERSARIAL * bool(part["adversarial.weight"])

@@ -1,0 +1,51 @@
+"""A student's README names the method that made it."""
+
+from typing import Any
+
+import pytest
+
+from stepfold.config import load_config
+from stepfold.export.method import method_of, source_of
+
+
+def settings(preset: str, *changes: str) -> dict[str, Any]:
+    """As a card has them."""
+    images = ["space.images=pictures"] if preset in ("scm", "sana-sprint") else []
+    return load_config(preset, [*images, *changes]).model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("preset", "said"),
+    [
+        ("demo", "discrete consistency (like LCM, arXiv:2310.04378) on the teacher's own sampling trajectories"),
+        ("reproduce", "trajectory-backward consistency (TBCM, arXiv:2511.20410)"),
+        ("scm", "continuous-time consistency (sCM, arXiv:2410.11081) on noised images"),
+        ("scm-endpoints", "consistency (sCM, arXiv:2410.11081) on noised ends of the teacher's trajectories"),
+        ("sana-sprint", "on noised images with an adversarial term (Sana-Sprint, arXiv:2503.09641)"),
+    ],
+)
+def test_every_preset_has_its_own_method(preset: str, said: str) -> None:
+    """All were called trajectory-backward consistency."""
+    assert method_of(settings(preset)).endswith(said)
+    assert source_of(settings(preset)) == ("prompts alone" if "images" not in said else "captioned images")
+
+
+def test_methods_of_several_parts() -> None:
+    both = settings("demo", "space.kind={generation: 1, endpoints: 0.5, coupling: 0}")
+    assert method_of(both).endswith(
+        " on the teacher's own sampling trajectories and noised ends of the teacher's trajectories"
+    )
+    assert method_of(settings("demo", "objective=velocity", "space.kind=coupling")) == "reflow (arXiv:2209.03003)"
+    first = settings("reproduce", "training.phases=[{steps: 20, set: {objective: discrete}}]")
+    assert method_of(first) == (
+        "discrete consistency (like LCM, arXiv:2310.04378) on the teacher's own sampling trajectories, then "
+        "trajectory-backward consistency (TBCM, arXiv:2511.20410)"
+    )
+    whole = settings("reproduce", "training.phases=[{steps: 120, set: {objective: discrete}}]")
+    assert "then" not in method_of(whole) and "LCM" in method_of(whole)
+
+
+def test_a_card_of_an_earlier_version_may_lack_settings() -> None:
+    old: dict[str, Any] = {"training": {"steps": 3}, "space": {}}
+    assert method_of(old) == "trajectory-backward consistency (TBCM, arXiv:2511.20410)"
+    assert source_of(old) == "prompts alone"
