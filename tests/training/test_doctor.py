@@ -26,6 +26,7 @@ from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher, trigflow_network
 from stepfold.teachers.stable_diffusion import StableDiffusionXLTeacher
 from stepfold.training import doctor
+from stepfold.training.terms import terms_of
 
 
 @pytest.fixture
@@ -208,14 +209,21 @@ def test_a_loss_that_is_not_finite_is_flagged(teacher: SanaTeacher, pairs: Pairs
     assert "loss is finite" in [f.check for f in doctor.one_step(student, pairs, teacher) if not f.ok]
 
 
-def test_a_teacher_that_counts_to_a_thousand_is_flagged(tiny_sana: Path, tmp_path: Path) -> None:
+def test_what_auto_avoids_is_a_number_and_no_fault(
+    tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher whose time counts to 1000 has a steep tangent, which `objective=auto` does without."""
     folder = tmp_path / "teacher"
     shutil.copytree(tiny_sana, folder)
     file = folder / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"timestep_scale": 1.0}))
+    trained: list[str] = []
+    monkeypatch.setattr(doctor, "terms_of", lambda config: trained.append(config.objective) or terms_of(config))
     findings = doctor.examine(TeacherSettings(source=str(folder), max_tokens=64), "cpu")
-    wrong = [finding.check for finding in findings if not finding.ok]
-    assert "size of dF/dt (root mean square)" in wrong and "one step changes the weights" not in wrong
+    assert [finding.check for finding in findings if not finding.ok] == [] and trained == ["discrete"]
+    (size,) = (finding for finding in findings if finding.check.startswith("size of dF/dt"))
+    assert float(size.number) > 50
+    assert size.want.startswith("any: objective=auto is discrete, without it; continuous: <= 50 ")
 
 
 def test_a_deaf_teacher_on_disk_is_flagged(tiny_sana: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import psutil
@@ -20,7 +20,7 @@ from stepfold.spaces.records import Pairs
 from stepfold.students.lora import lora_student
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition, Student
-from stepfold.teachers.loading import load_teacher
+from stepfold.teachers.loading import choose_objective, load_teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.teachers.pipeline import SIGMA_DATA, PipelineTeacher
 from stepfold.training.accelerators import make_accelerator
@@ -74,15 +74,26 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
     trajectory = walk(teacher.velocity, noise, route, condition, guidance)
     keep = torch.ones(count, dtype=torch.bool, device=device)
     pairs = pairs_from(trajectory, condition, guidance, keep_first=False, keep=keep)
+    config = choose_objective(validate({"prompts": "", "teacher": settings.model_dump()}))
+    rounding = ROUNDING[settings.dtype if lora else "float32"]
+    tangents = [backends_agree(student, pairs, rounding), tangent_size(student, pairs)]
+    if config.objective != "continuous":
+        tangents = [without_need(finding) for finding in tangents]
+    agree, size = tangents
     return [
         *own_loop(teacher, prompts, condition, guidance),
         same_network(teacher, student, pairs),
-        backends_agree(student, pairs, ROUNDING[settings.dtype if lora else "float32"]),
-        chosen_backend(student, condition.rows(slice(0, 1)), teacher.latent_shape, settings.dtype, lora),
-        tangent_size(student, pairs),
+        agree,
+        chosen_backend(student, condition.rows(slice(0, 1)), teacher.latent_shape, config, lora),
+        size,
         guidance_effect(teacher, pairs),
-        *one_step(student, pairs, teacher),
+        *one_step(student, pairs, teacher, config.objective),
     ]
+
+
+def without_need(finding: Finding) -> Finding:
+    """A finding about the tangent of a teacher that `objective=auto` distils without one: a number, no fault."""
+    return replace(finding, want=f"any: objective=auto is discrete, without it; continuous: {finding.want}", ok=True)
 
 
 def noise_of(teacher: PipelineTeacher, count: int) -> Tensor:
@@ -154,10 +165,10 @@ def backends_agree(student: Student, pairs: Pairs, rounding: float = 1e-4) -> Fi
 
 
 def chosen_backend(
-    student: Student, condition: Condition, latent_shape: tuple[int, ...], dtype: str, lora: int
+    student: Student, condition: Condition, latent_shape: tuple[int, ...], config: Config, lora: int
 ) -> Finding:
-    """What training.tangent=auto takes for this model with the default settings but dtype and LoRA, and why."""
-    config = validate({"teacher": {"source": "emoji", "dtype": dtype}, "student": {"lora": lora}})
+    """What training.tangent=auto takes for this model with the default settings but its own and a LoRA, and why."""
+    config = config.model_copy(update={"student": config.student.model_copy(update={"lora": lora})})
     choice = choose_tangent(config, student, condition, latent_shape)
     return Finding("tangent backend, training.tangent=auto", f"{choice.backend}: {choice.reason}", "any", True)
 
@@ -177,7 +188,7 @@ def tangent_size(student: Student, pairs: Pairs) -> Finding:
     return Finding(
         "size of dF/dt (root mean square)",
         f"{size:.2f}",
-        f"<= {STEEPEST:g}; else objective=discrete, or stepfold retime (Sana, SD3, FLUX)",
+        f"<= {STEEPEST:g} (else objective=discrete, or stepfold retime)",
         size <= STEEPEST,
     )
 
@@ -198,8 +209,8 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def one_step(student: Student, pairs: Pairs, teacher: PipelineTeacher) -> list[Finding]:
-    """One real optimiser step: every parameter moves, the loss is finite; what it needs in memory."""
+def one_step(student: Student, pairs: Pairs, teacher: PipelineTeacher, objective: str = "continuous") -> list[Finding]:
+    """One real optimiser step of an objective: every parameter moves, the loss is finite; what it needs in memory."""
     trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
     needed = 4 * sum(p.numel() * p.element_size() for p in trained.values())  # before, gradient, AdamW's two
     if needed > (free := free_bytes(teacher.device)):
@@ -208,7 +219,7 @@ def one_step(student: Student, pairs: Pairs, teacher: PipelineTeacher) -> list[F
     config: Config = validate(
         {
             "teacher": {"source": "emoji"},
-            "objective": "continuous",
+            "objective": objective,
             "optimiser": {"name": "adamw", "lr": 1e-4},
             "consistency": {"r_warmup": 0},
         }
@@ -225,6 +236,7 @@ def one_step(student: Student, pairs: Pairs, teacher: PipelineTeacher) -> list[F
     moved = sum(not torch.equal(before[n], p) for n, p in trained.items())
     total = len(before)
     idle = (*teacher.idle_parameters(), ".lora_A.")  # behind LoRA's zeros nothing arrives in the first step
+    idle += ("variance_head.",) if objective != "continuous" else ()  # the adaptive weight is the continuous one's
     waiting = [n for n in still if any(part in n for part in idle)]
     loss = float(figures["loss"].mean())
     return [
