@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,28 @@ def test_sample_writes_pictures_side_by_side(run: tuple[Path, Result], tmp_path:
         assert image.crop((0, 0, 32, 32)).tobytes() != image.crop((32, 0, 64, 32)).tobytes()
 
 
+def test_a_run_is_sampled_or_says_what_finishes_it(run: tuple[Path, Result], tmp_path: Path) -> None:
+    """The command that the error names does finish it."""
+    folder, pictures = tmp_path / "my run", [tmp_path / f"{name}.png" for name in ("run", "student", "again")]
+    for where, picture in ((run[0], pictures[0]), (run[0] / "student", pictures[1])):
+        assert Result("sample", where, "red heart", "--out", picture).code == 0
+    shutil.copytree(run[0], folder)
+    shutil.rmtree(folder / "student")
+    unfinished = [
+        Result(*command)
+        for command in (
+            ("sample", folder, "red heart"), ("sample", folder / "student", "red heart"), ("evaluate", folder),
+            ("export", folder, "--to", "pipeline"), ("push", folder, "you/mine", "--dry-run"),
+        )
+    ]  # fmt: skip
+    for result in unfinished:
+        assert_one_line(result, f"run {folder} has no student yet; finish it: stepfold distill --preset ")
+    command = shlex.split(unfinished[0].err.split("finish it: stepfold ")[1])
+    assert Result(*command, "--quiet").code == 0
+    assert Result("sample", folder, "red heart", "--out", pictures[2]).code == 0
+    assert len({picture.read_bytes() for picture in pictures}) == 1
+
+
 def test_sample_depends_on_the_seed_alone(run: tuple[Path, Result], tmp_path: Path) -> None:
     def draw(name: str, *options: str) -> bytes:
         path = tmp_path / f"{name}.png"
@@ -159,7 +182,9 @@ def test_export_and_push_from_the_command_line(run: tuple[Path, Result], tmp_pat
     assert json.loads(file.read_text())["bytes"]["README.md"] == len(before)
     assert (student / "README.md").read_bytes() == before
     assert_one_line(Result("push", student, "mine", "--dry-run"), "names no owner", "you/mine")
-    assert_one_line(Result("push", run[0], "you/mine", "--dry-run"), "no student folder")
+    of_run = Result("push", run[0], "you/mine", "--dry-run")
+    assert (of_run.code, of_run.out) == (0, shown.out)
+    assert_one_line(Result("export", run[0], "--to", "lora"), f"{student} has all weights of its own and no LoRA")
 
 
 def test_a_run_states_the_licences(run: tuple[Path, Result]) -> None:
@@ -186,7 +211,8 @@ def test_evaluate_mistakes(run: tuple[Path, Result]) -> None:
     assert_one_line(Result("evaluate", student, "--protocol", "fid"), "no protocol 'fid'", "emoji, mjhq30k and geneval")
     assert_one_line(Result("evaluate", student, "--protocol", "mjhq30k"), "--images FOLDER")
     assert_one_line(Result("evaluate", student, "--protocol", "geneval"), "--prompts FILE")
-    assert_one_line(Result("evaluate", run[0]), "no model_index.json")
+    assert_one_line(Result("evaluate", run[0]), f"{run[0]} is a student of", "the judge knows the bundled teacher")
+    assert_one_line(Result("evaluate", run[0].parent), "no model_index.json")
 
 
 @pytest.mark.parametrize(

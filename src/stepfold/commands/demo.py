@@ -9,7 +9,7 @@ from stepfold.commands.options import DeviceOption, usable_device
 
 
 def demo(
-    student: Annotated[Path, typer.Argument(help="Student folder, or `emoji-student`, the bundled one.")] = Path(
+    student: Annotated[Path, typer.Argument(help="Folder of a run or a student, or `emoji-student` (bundled).")] = Path(
         "emoji-student"
     ),
     teacher: Annotated[

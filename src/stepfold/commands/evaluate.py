@@ -30,7 +30,7 @@ def evaluate(
         list[Path],
         typer.Argument(
             metavar="FOLDER...",
-            help="OUT/student of a finished run, or any diffusers text-to-image pipeline.",
+            help="Run or student folder, or any diffusers text-to-image pipeline.",
             show_default=False,
         ),
     ],
@@ -186,12 +186,12 @@ def open_students(names: Sequence[str], device: str) -> "dict[str, tuple[Student
     Raises:
         UserError: one has another teacher than the bundled one.
     """
-    from stepfold.students.card import CARD, student_folder
+    from stepfold.students.card import is_student
     from stepfold.students.loading import load_student
 
     students: dict[str, tuple[Student, Card]] = {}
     for name in names:
-        if (student_folder(Path(name)) / CARD).is_file():
+        if is_student(Path(name)):
             _, student, card = load_student(Path(name), device)
             if card.teacher != "emoji":
                 raise UserError(
@@ -262,12 +262,12 @@ def open_drawer(folder: Path, device: str) -> "Drawer":
         UserError: the folder is no pipeline, or a student that is none by itself.
     """
     from stepfold.evaluation.pipelines import Drawer
-    from stepfold.students.card import CARD, read_card, student_folder
+    from stepfold.students.card import is_student, read_card, student_folder
     from stepfold.teachers.loading import load_any_pipeline
 
-    if not (student_folder(folder) / CARD).is_file():
+    if not is_student(folder):
         return Drawer(load_any_pipeline(folder, device))
-    card = read_card(folder)
+    card, folder = read_card(folder), student_folder(folder)
     if card.lora_rank or card.network_only:
         raise UserError(
             f"{folder} holds a student without the rest of its pipeline; make it whole first: "

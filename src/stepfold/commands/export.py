@@ -49,7 +49,11 @@ def export(
     quiet_libraries()
     typer.echo(f"{to}: {run_export(student, to, out, force=force, steps=steps)}")
     if to in ("lora", "single-file"):
-        typer.echo(f"the file has no scheduler and no times in it: {student / 'README.md'} says how to sample with it")
+        from stepfold.students.card import student_folder
+
+        typer.echo(
+            f"the file has no scheduler and no times in it: {student_folder(student) / 'README.md'} says how to sample with it"
+        )
 
 
 def run_export(student: Path, to: str, out: Path | None, *, force: bool, steps: int | None = None) -> Path:
@@ -64,7 +68,7 @@ def run_export(student: Path, to: str, out: Path | None, *, force: bool, steps: 
     from stepfold.export.onnx import export_onnx
     from stepfold.export.pipeline import export_lora, export_pipeline
     from stepfold.export.single_file import export_single_file
-    from stepfold.students.card import student_folder
+    from stepfold.students.card import is_run, student_folder
 
     writers: dict[str, tuple[Callable[[Path, Path], None], str]] = {
         "pipeline": (export_pipeline, "-pipeline"),
@@ -82,7 +86,8 @@ def run_export(student: Path, to: str, out: Path | None, *, force: bool, steps: 
                 f"--steps folds a flow map with --to pipeline or lora; export the folder it makes --to {to}"
             )
         write, ending = partial(folded[to], num_steps=steps), f"-{steps}step{ending.removeprefix('-pipeline')}"
-    target = out or student.with_name(student.name + ending)  # of the bundled student: here
+    beside = student / "student" if is_run(student) else student  # of the bundled student: here
+    target = out or beside.with_name(beside.name + ending)
     student = student_folder(student).resolve()
     suffix = Path(ending).suffix
     if target.suffix != suffix and suffix:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
 StudentArgument = Annotated[
-    Path, typer.Argument(help="Student folder: OUT/student of a finished run.", show_default=False)
+    Path, typer.Argument(help="Folder of a finished run, or a student folder.", show_default=False)
 ]
 TeacherOption = Annotated[
     str | None,

@@ -24,8 +24,10 @@ def push(
     """
     from stepfold.display import quiet_libraries
     from stepfold.export import hub
+    from stepfold.students.card import student_folder
 
     quiet_libraries()
+    student = student_folder(student)
     card = hub.hub_card(student, repo)
     if teacher := hub.teacher_of_nobody_else(student):
         typer.echo(f"note: the card loads the teacher from {teacher}, which nobody else has; push that too", err=True)

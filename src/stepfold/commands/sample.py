@@ -30,7 +30,7 @@ def sample(
 ) -> None:
     """Draw pictures with a student.
 
-    stepfold sample runs/demo/student "red heart on blue background"
+    stepfold sample runs/demo "red heart on blue background"
 
     stepfold sample emoji-student "pizza" "fox" --steps 2 --seed 3 --out two.png
     """

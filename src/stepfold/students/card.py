@@ -1,6 +1,7 @@
 """A student's card, `stepfold.json`: where it comes from, how it is sampled, how plain diffusers calls it."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from stepfold.sampling.recipe import Recipe
 from stepfold.settings import Section, TeacherSettings
 
 CARD = "stepfold.json"
+RUN = "config.yaml"
 BUNDLED_STUDENT = "emoji-student"
 
 Count = Annotated[int, Field(strict=True, gt=0)]
@@ -114,6 +116,12 @@ def read_card(folder: Path) -> Card:
         UserError: the folder is no student that stepfold wrote, or its card is damaged.
     """
     path = student_folder(folder) / CARD
+    run = path.parent.parent
+    if not path.is_file() and path.parent.name == "student" and is_run(run):
+        config, out = shlex.quote(str(run / RUN)), shlex.quote(str(run))
+        raise UserError(
+            f"run {run} has no student yet; finish it: stepfold distill --preset {config} --out {out} --resume"
+        )
     if not path.is_file():
         raise UserError(f"{path.parent} is no student folder ({CARD} is missing); give OUT/student of a finished run")
     try:
@@ -158,5 +166,17 @@ def taught_before(values: dict[str, Any]) -> Any:
 
 
 def student_folder(name: Path) -> Path:
-    """The bundled student's folder for `emoji-student`, else the folder itself."""
-    return assets.STUDENT if str(name) == BUNDLED_STUDENT else name
+    """The bundled student's folder for `emoji-student`, the student's of a run folder, else the folder itself."""
+    if str(name) == BUNDLED_STUDENT:
+        return assets.STUDENT
+    return name / "student" if is_run(name) else name
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a distillation, finished or not."""
+    return (folder / RUN).is_file() and not any((folder / name).exists() for name in (CARD, "teacher"))
+
+
+def is_student(folder: Path) -> bool:
+    """Whether a folder holds a student, or is a run's, which has one or will have one."""
+    return is_run(folder) or (student_folder(folder) / CARD).is_file()

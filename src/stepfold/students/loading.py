@@ -24,14 +24,14 @@ def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeac
     Raises:
         UserError: the folder is no student that stepfold wrote.
     """
-    card = read_card(folder)
+    card, folder = read_card(folder), student_folder(folder)
     if card.lora_rank:
         teacher = load_teacher(card.teacher_settings(), device)
         options = {"convolutions": card.lora_convolutions, "two_times": card.two_times}
         student: Student = load_lora(teacher, folder, card.lora_rank, **options)
     elif card.network_only:
         teacher = load_teacher(card.teacher_settings(), device)
-        student = load_network_only(teacher, student_folder(folder), two_times=card.two_times)
+        student = load_network_only(teacher, folder, two_times=card.two_times)
     else:
         check_folder(folder)
         sizes = {name: getattr(card, name) for name in ("height", "width", "frames", "max_tokens")}
@@ -43,13 +43,11 @@ def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeac
 
 def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeacher, Student, Card]:
     """As `load_student`, but a LoRA student is merged into its teacher's network, in float32: both are one then."""
-    card = read_card(folder)
+    card, folder = read_card(folder), student_folder(folder)
     if not card.lora_rank:
         return load_student(folder, device)
     teacher = load_teacher(card.teacher_settings(), device, torch.float32)
-    merge_lora(
-        teacher.pipe, str(student_folder(folder) / LORA_WEIGHTS), 1.0, lambda: None
-    )  # a student has no LoRA on text encoders
+    merge_lora(teacher.pipe, str(folder / LORA_WEIGHTS), 1.0, lambda: None)  # a student has none on text encoders
     student = as_student(teacher, two_times=card.two_times)
     load_embedder(student, folder)
     return teacher, student, checked(card, teacher)
