@@ -51,9 +51,8 @@ def export(
     if to in ("lora", "single-file"):
         from stepfold.students.card import student_folder
 
-        typer.echo(
-            f"the file has no scheduler and no times in it: {student_folder(student) / 'README.md'} says how to sample with it"
-        )
+        readme = student_folder(student) / "README.md"
+        typer.echo(f"the file has no scheduler and no times in it: {readme} says how to sample with it")
 
 
 def run_export(student: Path, to: str, out: Path | None, *, force: bool, steps: int | None = None) -> Path:
