@@ -3,10 +3,10 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from forked import short_ends
 from hypothesis import settings
 from tiny import PROMPTS, make_sana
 
@@ -32,21 +32,10 @@ def _as_in_a_new_process() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _short_ends() -> Iterator[None]:
-    """Runs here end in previews of two pictures, the teacher's in two steps, and one curve: the rest took two thirds
-    of a run of three steps. Tests of previews and reports call them themselves, and processes do all of it."""
-    from stepfold.commands import finishing
-    from stepfold.evaluation import preview
-
-    of_teacher, report_of = preview.teacher_sampler, finishing.report_of
-
-    def with_one_curve(*args: Any) -> dict[str, Any]:
-        report = report_of(*args)
-        return report | {"curves": dict(list(report["curves"].items())[:1])}
-
+    """What a run ends with took two thirds of one of three steps. Tests of previews and reports call them themselves,
+    and processes do all of it, unless they are forked."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preview, "NUM_PREVIEWS", 2)
-        patch.setattr(preview, "teacher_sampler", lambda teacher, steps: of_teacher(teacher, min(steps, 2)))
-        patch.setattr(finishing, "report_of", with_one_curve)
+        short_ends(patch)
         yield
 
 

@@ -1,4 +1,4 @@
-"""One run on several processes, with torchrun and gloo: the same weights, and what happens when one of them is lost."""
+"""One run on several processes, with gloo: the same weights; with launchers too, and what happens when one is lost."""
 
 import json
 import os
@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 from tiny import PROMPTS
 from torch.torch_version import TorchVersion
@@ -40,8 +42,15 @@ SETTINGS = (
 )  # fmt: skip
 
 
+def command(teacher: Path, prompts: Path, out: Path, *changes: str, resume: bool = False) -> list[str]:
+    """What `stepfold` is given for a run."""
+    changes = tuple(part for setting in (*SETTINGS, *changes) for part in ("--set", setting))
+    paths = ["--teacher", str(teacher), "--prompts", str(prompts), "--out", str(out)]
+    return ["distill", "--preset", "default", *paths, *changes, *(["--resume"] if resume else [])]
+
+
 class Launch:
-    """A `stepfold distill` on some processes."""
+    """A `stepfold distill` on some processes that a launcher starts."""
 
     def __init__(
         self,
@@ -50,10 +59,8 @@ class Launch:
         prompts: Path,
         out: Path,
         *changes: str,
-        resume: bool = False,
         accelerate: bool = False,
         node: tuple[int, int] | None = None,
-        program: Sequence[str] = ("-m", "stepfold"),
     ) -> None:
         """`node`: the number of this one of two nodes, each with half of the processes, and the port of the first."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
@@ -62,12 +69,9 @@ class Launch:
         if node:
             place = ["--node-rank", str(node[0]), "--master-addr", "127.0.0.1", "--master-port", str(node[1])]
             launcher = ["-m", "torch.distributed.run", "--nnodes", "2", *place, "--nproc-per-node", str(count // 2)]
-        changes = tuple(part for setting in (*SETTINGS, *changes) for part in ("--set", setting))
-        command = ["distill", "--preset", "default", "--teacher", str(teacher), "--prompts", str(prompts)]
         self.out, self.log = out, out.with_name(f"{out.name}_{count}{f'_node{node[0]}' if node else ''}.log")
         self.process = subprocess.Popen(
-            [sys.executable, *(launcher if count > 1 else []), *program, *command, "--out", str(out), *changes]
-            + (["--resume"] if resume else []),
+            [sys.executable, *launcher, "-m", "stepfold", *command(teacher, prompts, out, *changes)],
             stdout=subprocess.DEVNULL,
             stderr=self.log.open("w"),
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -94,6 +98,20 @@ class Launch:
             time.sleep(0.05)
 
 
+def forked(
+    count: int,
+    teacher: Path,
+    prompts: Path,
+    out: Path,
+    *changes: str,
+    resume: bool = False,
+    program: Sequence[str] = (),
+) -> Forked:
+    """The same without a launcher."""
+    arguments = command(teacher, prompts, out, *changes, resume=resume)
+    return Forked(arguments, out.with_name(f"{out.name}_{count}.log"), count=count, program=program)
+
+
 def difference(a: Path, b: Path, step: int = 6, names: Sequence[str] = ("student", "average", "optimiser")) -> float:
     """Largest relative difference between the tensors of two runs' checkpoints."""
     found = []
@@ -116,7 +134,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(tiny_sana: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    code, words = Launch(1, tiny_sana, texts, folder, f"training.shard={ALL}").finish()
+    code, words = forked(1, tiny_sana, texts, folder, f"training.shard={ALL}").finish()
     assert code == 0, words
     return folder
 
@@ -126,18 +144,46 @@ def of_two(tiny_sana: Path, texts: Path, tmp_path_factory: pytest.TempPathFactor
     """The same run in two processes, its student sharded, with previews on the way; beside it what each one wrote."""
     folder = tmp_path_factory.mktemp("two") / "run"
     changes = (f"training.shard={STUDENT}", "training.preview_every=3")
-    code, words = Launch(2, tiny_sana, texts, folder, *changes, program=[str(LISTENING), str(folder.parent)]).finish()
+    code, words = forked(2, tiny_sana, texts, folder, *changes, program=[str(LISTENING), str(folder.parent)]).finish()
     assert code == 0, words
     return folder
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("does", "code", "said"),
+    [
+        ("raise SystemExit(3)", 3, ""),
+        ("raise ValueError('why')", 1, "ValueError: why"),
+        ("os.kill(os.getpid(), 9)", -9, ""),
+        ("time.sleep(100)", -9, "processes [0, 1] went on"),
+    ],
+)
+def test_a_fork_that_fails_dies_or_hangs_is_told(
+    does: str, code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what was written to stderr; process 1 does so, while 0 waits for it."""
+    monkeypatch.setattr("forked.GRACE_SEC", 1.0)
+    program = tmp_path / "program.py"
+    waits = "if os.environ['RANK'] == '0':\n    time.sleep(100)"
+    program.write_text(f"import os, sys, time\nos.write(2, b'hello\\n')\n{waits}\n{does}\n")
+    run = Forked([], tmp_path / "log", count=2, program=[str(program)])
+    until = time.monotonic() + 100
+    while run.log.read_text().count("hello\n") < 2:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    ended, words = run.finish(2)
+    assert ended == code and words.count("hello\n") == 2 and said in words
+    assert words.endswith("went on and were killed\n") and not run.running()
+
+
+@pytest.mark.long
 def test_eight_prompts_a_step_on_one_two_and_four_processes(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
-    """By both launchers."""
+    """One without a launcher, two and four by one launcher each."""
     changes = ("training.steps=10", "training.prompts_per_step=8", "training.checkpoint_every=10")
     runs = {count: tmp_path / f"of {count}" for count in (1, 2, 4)}
-    for counts in ((1, 2), (4,)):  # two at a time
-        started = [Launch(n, tiny_sana, texts, runs[n], *changes, accelerate=n == 2) for n in counts]
+    for counts in ({1: forked, 2: partial(Launch, accelerate=True)}, {4: Launch}):  # two at a time
+        started = [start(n, tiny_sana, texts, runs[n], *changes) for n, start in counts.items()]
         for launch in started:
             code, words = launch.finish(200)
             assert code == 0, words
@@ -154,9 +200,9 @@ def test_a_process_that_comes_late_does_not_take_its_own_run_for_another_one(
 ) -> None:
     """It found the folder that the first process had just made: "already holds a run; add --resume"."""
     changes = ("training.steps=1", "training.prompts_per_step=2")
-    code, words = Launch(2, tiny_sana, texts, tmp_path / "run", *changes, program=[str(LATE)]).finish()
+    code, words = forked(2, tiny_sana, texts, tmp_path / "run", *changes, program=[str(LATE)]).finish()
     assert code == 0, words
-    code, words = Launch(2, tiny_sana, texts, tmp_path / "run", *changes).finish()
+    code, words = forked(2, tiny_sana, texts, tmp_path / "run", *changes).finish()
     assert code != 0 and "already holds a run; add --resume" in words and "process 1: error: " in words
 
 
@@ -168,7 +214,7 @@ def test_two_processes_train_the_same_student(alone: Path, of_two: Path) -> None
 def of_three(tiny_sana: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run in three processes, teacher and student sharded."""
     folder = tmp_path_factory.mktemp("three") / "run"
-    code, words = Launch(3, tiny_sana, texts, folder, f"training.shard={ALL}").finish()
+    code, words = forked(3, tiny_sana, texts, folder, f"training.shard={ALL}").finish()
     assert code == 0, words
     return folder
 
@@ -198,8 +244,8 @@ def test_two_nodes_train_what_one_does(tiny_sana: Path, texts: Path, tmp_path: P
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     one, two = tmp_path / "one", tmp_path / "two"
-    started = [Launch(2, tiny_sana, texts, two, node=(number, port)) for number in (0, 1)]
-    started.append(Launch(2, tiny_sana, texts, one))
+    started: list[Launch | Forked] = [Launch(2, tiny_sana, texts, two, node=(number, port)) for number in (0, 1)]
+    started.append(forked(2, tiny_sana, texts, one))
     for launch in started:
         code, words = launch.finish()
         assert code == 0, words
@@ -238,7 +284,7 @@ def test_only_the_first_process_writes_in_a_run_that_goes_on(
     (folder / "previews" / "step_000006.png").unlink()
     changes = (f"training.shard={STUDENT}", "training.preview_every=3")
     program = [str(LISTENING), str(tmp_path)]
-    code, words = Launch(2, tiny_sana, texts, folder, *changes, resume=True, program=program).finish()
+    code, words = forked(2, tiny_sana, texts, folder, *changes, resume=True, program=program).finish()
     assert code == 0, words
     assert written(tmp_path) >= WRITTEN
 
@@ -252,7 +298,7 @@ def test_another_number_of_processes_goes_on(
     for count, left in ((3, alone), (1, of_three)):
         folder = shutil.copytree(left, tmp_path / f"{count}" / "run")
         shutil.rmtree(folder / "checkpoints" / "000006")
-        started[folder] = Launch(count, tiny_sana, texts, folder, f"training.shard={ALL}", resume=True)
+        started[folder] = forked(count, tiny_sana, texts, folder, f"training.shard={ALL}", resume=True)
     for folder, launch in started.items():
         code, words = launch.finish()
         assert code == 0, words
@@ -308,7 +354,7 @@ def test_a_signal_to_every_process_of_a_job_saves_too(tiny_sana: Path, texts: Pa
 
 @pytest.mark.long
 def test_fewer_prompts_than_processes_are_refused(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
-    code, words = Launch(2, tiny_sana, texts, tmp_path / "run", "training.prompts_per_step=1").finish()
+    code, words = forked(2, tiny_sana, texts, tmp_path / "run", "training.prompts_per_step=1").finish()
     assert code != 0 and "training.prompts_per_step is 1, but there are 2 processes" in words
     assert not (tmp_path / "run").exists()
 
@@ -340,7 +386,7 @@ def test_a_fake_score_learns_on_two_processes_what_it_learns_on_one(
     """Uneven shares, prompts that the filter drops (not for the fake), a head start, several updates a step."""
     fake = ("fake.updates=2", "fake.kind=whole", "fake.head_start=2", "rollout.steps=2", "fake.lr_factor=1")
     runs = {count: tmp_path / f"of {count}" for count in (1, 2)}
-    for launch in [Launch(count, tiny_sana, texts, out, *fake) for count, out in runs.items()]:
+    for launch in [forked(count, tiny_sana, texts, out, *fake) for count, out in runs.items()]:
         code, words = launch.finish()
         assert code == 0, words
     assert difference(runs[1], runs[2], names=("student", "fake", "optimiser")) < 2e-3
