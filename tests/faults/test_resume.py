@@ -1,14 +1,12 @@
 """Runs that are interrupted, killed or have nowhere to write, through the command line."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 
 STEPS = 20
@@ -26,13 +24,9 @@ class Command:
         )  # fmt: skip
         changes = [part for setting in settings for part in ("--set", setting)]
         paths = ("--teacher", str(teacher), "--prompts", str(prompts), "--out", str(out))
-        self.metrics, self.log = out / "metrics.jsonl", out.with_name(f"{out.name}{len(extra)}.log")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "stepfold", "distill", "--preset", "default", *paths, *changes, *extra],
-            stdout=subprocess.DEVNULL,
-            stderr=self.log.open("w"),
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
+        self.metrics = out / "metrics.jsonl"
+        log = out.with_name(f"{out.name}{len(extra)}.log")
+        self.run = Forked(["distill", "--preset", "default", *paths, *changes, *extra], log)
 
     def rows(self) -> list[str]:
         return self.metrics.read_text().splitlines() if self.metrics.exists() else []
@@ -41,14 +35,9 @@ class Command:
         """Sends a signal once the metrics have more than `after` rows."""
         until = time.monotonic() + 120
         while len(self.rows()) <= after:
-            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
+            assert self.run.running() and time.monotonic() < until, self.run.log.read_text()
             time.sleep(0.005)
-        self.process.send_signal(number)
-
-    def finish(self) -> tuple[int, str]:
-        """Exit code and what was written to stderr."""
-        code = self.process.wait(timeout=120)
-        return code, self.log.read_text()
+        self.run.send_signal(number)
 
 
 @pytest.fixture
@@ -60,15 +49,15 @@ def interrupted(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> tuple[Pa
 
     first = Command(tiny_sana, prompts_file, broken)
     first.send(signal.SIGINT, after=5)
-    steps.append(first.finish())
+    steps.append(first.run.finish())
 
     second = Command(tiny_sana, prompts_file, broken, "--resume")
     second.send(signal.SIGKILL, after=10)
-    steps.append(second.finish())
+    steps.append(second.run.finish())
     assert len(second.rows()) < STEPS, "it was too quick to be killed"
 
     third = Command(tiny_sana, prompts_file, broken, "--resume", "--quiet")
-    steps += [third.finish(), whole.finish()]
+    steps += [third.run.finish(), whole.run.finish()]
     return straight, broken, steps
 
 

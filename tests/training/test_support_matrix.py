@@ -6,10 +6,8 @@ columns DDP and FSDP2 share.
 
 import datetime
 import os
-import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import SanaTransformer2DModel
+from forked import Forked
 from forms import cases
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -213,24 +212,10 @@ def halves_of(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 def in_processes(teacher: Path, folder: Path, backends: tuple[str, ...]) -> list[dict[str, Tensor]]:
     """Runs both; one that hangs or fails fails the test with both their last words."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    processes = []
-    for rank in (0, 1):
-        with open(folder / f"{rank}.txt", "w") as log:
-            command = [sys.executable, __file__, str(rank), str(teacher), str(folder), *backends]
-            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-    try:
-        with suppress(subprocess.TimeoutExpired):
-            for running in processes:
-                running.wait(timeout=120)
-    finally:
-        for running in processes:
-            running.kill()
-            running.wait()
-    files = [folder / f"{rank}.safetensors" for rank in (0, 1)]
-    words = "\n".join((folder / f"{rank}.txt").read_text()[-3000:] for rank in (0, 1))
-    assert all(file.exists() for file in files), words
-    return [load_file(file) for file in files]
+    run = Forked([str(teacher), str(folder), *backends], folder / "log", count=2, program=[__file__])
+    code, words = run.finish(120)
+    assert code == 0, words[-3000:]
+    return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -309,4 +294,4 @@ def test_the_page_shows_the_matrix() -> None:
 
 
 if __name__ == "__main__":
-    process(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    process(int(os.environ["RANK"]), Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
