@@ -37,7 +37,7 @@ test: $(VENV)/.installed
 	$(PYTEST) --dist worksteal -m 'not long'
 
 test-long: $(VENV)/.installed
-	$(PYTEST) --dist loadfile -m long
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m long
 
 check: lint types docs test test-long audit-if-online
 

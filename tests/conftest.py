@@ -18,6 +18,20 @@ if WORKERS > 1:  # each with its share of the cores, and so the processes that i
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
+LONGEST = (
+    "test_processes.py", "test_onnx.py", "test_families.py", "test_benchmarks.py", "test_runs.py", "test_retiming.py",
+    "test_distill.py", "test_mixture.py", "test_contract.py", "test_export.py", "test_blocks.py", "test_installing.py",
+    "test_support_matrix.py", "test_api.py", "test_kills.py", "test_resume.py", "test_pipelines.py",
+)  # fmt: skip
+"""Files of long forms, those with minutes of them first."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long forms are handed out file by file: the longest first, so that no worker begins one when all else is done."""
+    if config.option.markexpr == "long":
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
     """Fixtures that outlive a test draw the same numbers whichever test comes first, in whichever process."""

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -28,7 +29,20 @@ IMPORTED = (
     "torch.utils.tensorboard",
 )  # fmt: skip
 """What a run imports, much of it only when it is needed; a name that is not there is left out."""
+OURS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 GRACE_SEC = 20.0  # for the other processes of a run once one has failed
+
+
+@cache
+def server() -> Any:
+    """A context of multiprocessing whose processes fork from one that has imported everything, in one thread."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in OURS.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
 
 
 def short_ends(patch: pytest.MonkeyPatch) -> None:
@@ -54,7 +68,6 @@ class Forked:
         """`program`: a file and its first arguments; `stepfold` by default. All write their stderr into `log`."""
         self.log = log
         log.write_text("")
-        ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         launches: list[dict[str, str]] = [{}]
         if count > 1:
             with socket.socket() as free:
@@ -62,14 +75,8 @@ class Forked:
                 place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
             place |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
             launches = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(IMPORTED))
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in ours.items():
-                patch.setenv(name, value)
-            forkserver.ensure_running()
         self.processes = [
-            context.Process(target=_run, args=(arguments, log, program, os.environ | ours | launch), daemon=True)
+            server().Process(target=_run, args=(arguments, log, program, os.environ | OURS | launch), daemon=True)
             for launch in launches
         ]
         for process in self.processes:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked, server
 from typer.testing import CliRunner
 
 from stepfold.cli import app, main
@@ -394,11 +395,14 @@ def test_workers_share_the_runs_and_times_are_taken_alone(
     alone = [replace(run, costs=True) for run in plan(EXPERIMENTS, ["T6"], common)[:1]]
     cores = torch.get_num_threads()
     threads: list[int] = []
-    begin = subprocess.run
+    server()  # here, since workers are threads
 
     def watched(command: list[str], *, env: dict[str, str], **rest: Any) -> subprocess.CompletedProcess[bytes]:
         threads.append(int(env["OMP_NUM_THREADS"]))
-        return begin(command, env=env, **rest)
+        log = tmp_path / f"{len(threads)}.log"
+        code, words = Forked(command[command.index("stepfold") + 1 :], log).finish()
+        assert code == 0, words
+        return subprocess.CompletedProcess(command, code)
 
     monkeypatch.setattr("stepfold.reproduction.runs.subprocess.run", watched)
     reproduce([*alone, *together], tmp_path, Display(), 2, workers=2)
