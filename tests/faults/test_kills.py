@@ -1,12 +1,10 @@
 """The short form of `benchmarks/kills.py`: a few kills at random moments, and SIGTERM."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 KILLS = Path(__file__).parents[2] / "benchmarks" / "kills.py"
 
@@ -15,9 +13,9 @@ KILLS = Path(__file__).parents[2] / "benchmarks" / "kills.py"
 @pytest.mark.timeout(900)
 def test_what_is_killed_and_resumed_ends_as_what_was_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "kills.json"
-    command = [sys.executable, str(KILLS), "--kills", "4", "--only", "distill", "encode", "SIGTERM", "--out", str(out)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    options = ["--kills", "4", "--only", "distill", "encode", "SIGTERM", "--out", str(out)]
+    code, words = Forked(options, tmp_path / "log", program=[str(KILLS)]).finish(800)
+    assert code == 0, words[-3000:]
     result = json.loads(out.read_text())
     for kind, kills in (("distill", 4), ("encode", 2)):
         assert result[kind]["kills"] >= kills and result[kind]["differences"] == []
