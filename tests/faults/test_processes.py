@@ -92,7 +92,7 @@ class Launch:
         return {int(child.environ()["RANK"]): child for child in found}
 
     def wait_for_rows(self, count: int) -> None:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 200
         while len(read_metrics(self.out)) < count:
             assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
             time.sleep(0.05)
