@@ -54,6 +54,18 @@ class Perfect(Score):
         return law.F_of_consistency(SIGMA_DATA * x_unit, t)
 
 
+class Map(Score):
+    """The perfect flow map of a Gaussian, told two times: every jump of it keeps the law, exactly."""
+
+    reads_target = True
+
+    def forward(
+        self, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor, target: Tensor | None = None
+    ) -> Tensor:
+        law = GaussianTeacher(self.mean, self.log_std.exp(), SIGMA_DATA)
+        return law.F_of_flow_map(SIGMA_DATA * x_unit, t, torch.zeros_like(t) if target is None else target)
+
+
 @dataclass(frozen=True)
 class Law:
     """A Gaussian behind the teacher contract."""

@@ -26,6 +26,7 @@ EXTERNAL = {
     "pydantic": (
         "sections.py",
         "settings.py",
+        "jumps.py",
         "config.py",
         "reproduction/experiments.py",
         "sampling/recipe.py",

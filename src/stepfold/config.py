@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from stepfold.errors import UserError
+from stepfold.jumps import SemigroupSettings, TargetSettings, check_targets
 from stepfold.settings import (
     LARGEST,
     AdversarialSettings,
@@ -57,11 +58,15 @@ class Config(Section):
     space: SpaceSettings = SpaceSettings()
     objective: Literal[ObjectiveName, "auto"] = Field(
         default="auto",
-        description="continuous-time consistency, discrete consistency between route times, or velocity matching; "
-        "auto: continuous for a teacher whose time is on [0, 1], discrete for one whose time counts to 1000",
+        description="continuous-time consistency, discrete consistency between route times, velocity matching; "
+        "regression on pairs of a walk's states, two legs for one jump (semigroup), the teacher's velocity where the "
+        "student lands (lagrange); auto: continuous for a teacher whose time is on [0, 1], discrete for one whose time "
+        "counts to 1000",
     )
+    target: TargetSettings = TargetSettings()
     consistency: ConsistencySettings = ConsistencySettings()
     discrete: DiscreteSettings = DiscreteSettings()
+    semigroup: SemigroupSettings = SemigroupSettings()
     adversarial: AdversarialSettings = AdversarialSettings()
     rollout: RolloutSettings = RolloutSettings()
     fake: FakeSettings = FakeSettings()
@@ -96,6 +101,11 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _targets_fit(self) -> "Config":
+        check_targets(self)
+        return self
+
     @property
     def student_in_half(self) -> bool:
         """Whether the student computes in bfloat16 whatever its precision: a LoRA on weights that are stored so."""
@@ -120,7 +130,7 @@ class Config(Section):
             )
         for phase in phases:
             if phase.set.get("objective") == "auto":
-                raise ValueError("a phase names its objective; give continuous, discrete or velocity")
+                raise ValueError("a phase names its objective; give continuous, discrete, velocity or another one")
         if phases:
             try:
                 phases_of(self)

@@ -10,8 +10,9 @@ from stepfold.sections import LARGEST, LoraSettings, Section, lora_of
 Pixels = Annotated[int, Field(gt=0, le=65536)]
 PriorWeight = Literal["inverse_tangent", "none"]
 Normalisation = Literal["l2", "l2_per_element", "none"]
-SpaceName = Literal["generation", "endpoints", "images", "coupling"]
-ObjectiveName = Literal["continuous", "discrete", "velocity"]
+TangentWeight = Literal["trig", "meanflow", "ayf"]
+SpaceName = Literal["generation", "endpoints", "images", "coupling", "prior"]
+ObjectiveName = Literal["continuous", "discrete", "velocity", "pair", "semigroup", "lagrange"]
 
 
 class TeacherSettings(Section):
@@ -111,9 +112,9 @@ class SpaceSettings(Section):
     kind: SpaceName | dict[SpaceName, Weight] = Field(
         default="generation",
         description="`generation`, the teacher's walk itself (TBCM); `endpoints`, its end noised afresh (image-free "
-        "sCM); `images`, noised (sCM); `coupling`, its end joined to its own noise (reflow). Each latent is noised to "
-        "as many times as a walk would keep, drawn as the route says. Several with weights: "
-        "`{generation: 1, endpoints: 0.5}`",
+        "sCM); `images`, noised (sCM); `coupling`, its end joined to its own noise (reflow); `prior`, pure noise alone "
+        "(lagrange, semigroup). Each latent is noised to as many times as a walk would keep, drawn as the route says. "
+        "Several with weights: `{generation: 1, endpoints: 0.5}`",
     )
     images: str | None = Field(
         default=None, description="folder of pictures with a metadata.jsonl of file_name and text, for kind images"
@@ -175,6 +176,11 @@ class ConsistencySettings(Section):
     """Continuous-time consistency."""
 
     prior_weight: PriorWeight = Field(default="inverse_tangent", description="1 / (sigma_data tan t), or none")
+    tangent_weight: TangentWeight = Field(
+        default="trig",
+        description="of the tangent, with D = t - s: `trig`, cos D; `meanflow`, that of flow matching's mean velocity, "
+        "(sin t + cos t) / (sin s + cos s); `ayf`, sin D",
+    )
     adaptive_weight: bool = Field(default=True, description="learn w_phi(t)")
     normalise: Normalisation = Field(default="l2", description="tangent normalisation")
     normalise_constant: float = Field(default=0.1, ge=0, description="c")
@@ -246,8 +252,9 @@ class OptimiserSettings(Section):
 Precision = Literal["no", "bf16", "auto"]
 
 
-PHASE_SETTINGS = ("objective", "space", "consistency", "discrete", "adversarial", "optimiser.lr", "optimiser.clip")
-PHASE_SETTINGS += ("training.micro_batch", "training.tangent", "fake.updates", "rollout")
+PHASE_SETTINGS = ("objective", "space", "target", "consistency", "discrete", "semigroup", "adversarial")
+PHASE_SETTINGS += ("optimiser.lr", "optimiser.clip", "training.micro_batch", "training.tangent")
+PHASE_SETTINGS += ("fake.updates", "rollout")
 FIXED_IN_PHASES = ("space.reuse", "space.images", "space.cache_latents", "space.guidance")
 
 

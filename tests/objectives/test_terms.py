@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from gaussians import Law, Perfect, Score, batch_of, nothing
+from gaussians import Law, Map, Perfect, Score, batch_of, nothing
 from torch import Tensor
 
 from stepfold.config import Config, load_config
@@ -15,8 +15,29 @@ from stepfold.training.states import collect
 from stepfold.training.terms import OBJECTIVES
 
 LAW = Law(0.4, 0.2)
-ROWS: dict[str, type[Score]] = {"continuous": Perfect, "discrete": Perfect, "velocity": Score}
+ROWS: dict[str, type[Score]] = {
+    "continuous": Perfect,
+    "discrete": Perfect,
+    "velocity": Score,
+    "pair": Perfect,
+    "semigroup": Perfect,
+    "lagrange": Map,
+}
 """Objective -> the network that is perfect for it, given the teacher's own law."""
+AIMED: dict[str, tuple[str, ...]] = {
+    "continuous": ("target.rule={gap: 0.5, zero: 0.25, diagonal: 0.25}",),
+    "pair": ("target.rule={later: 0.75, diagonal: 0.25}", "space.route_steps=256"),
+    "semigroup": ("target.rule={uniform: 0.75, diagonal: 0.25}", "semigroup.alpha=0.01"),
+    "lagrange": ("target.rule={uniform: 0.5, edge: 0.25, diagonal: 0.25}",),
+}
+"""Objective -> its settings where the student, a flow map, is told where to jump to."""
+FINE = "space.route_steps=256"  # what pairs learn are the walk's own states
+CASES = [(name, (FINE,) * (name == "pair"), kind) for name, kind in ROWS.items() if name != "lagrange"]
+CASES += [(name, ("student.times=two", f"objective={name}", *changes), Map) for name, changes in AIMED.items()]
+each_case = pytest.mark.parametrize(
+    ("objective", "changes", "perfect"), CASES, ids=[f"{name}{', aimed' * (kind is Map)}" for name, _, kind in CASES]
+)
+Changes = tuple[str, ...]
 
 
 def settings(*changes: str) -> Config:
@@ -36,11 +57,13 @@ def walked(config: Config) -> Pairs:
     return replace(pairs.rows(pairs.t < 1.5), walk_length=0)
 
 
-@pytest.mark.parametrize("objective", ROWS)
-def test_the_perfect_network_has_no_gradient_and_a_wrong_one_has_one_that_points_back(objective: str) -> None:
-    pairs, perfect = walked(settings()), ROWS[objective]
+@each_case
+def test_the_perfect_network_has_no_gradient_and_a_wrong_one_has_one_that_points_back(
+    objective: str, changes: Changes, perfect: type[Score]
+) -> None:
+    pairs = walked(settings(*changes))
     best, wide, narrow, right, left = (
-        gradient(objective, perfect(mean, std), pairs)
+        gradient(objective, perfect(mean, std), pairs, changes)
         for mean, std in ((0.4, 0.2), (0.4, 0.25), (0.4, 0.16), (0.45, 0.2), (0.35, 0.2))
     )
     scale = max(abs(wide[1]), abs(right[0]))
@@ -48,18 +71,18 @@ def test_the_perfect_network_has_no_gradient_and_a_wrong_one_has_one_that_points
     assert wide[1] > 0 > narrow[1] and right[0] > 0 > left[0]
 
 
-def gradient(objective: str, student: Score, pairs: Pairs) -> Tensor:
-    loss_of(objective, student, pairs, settings()).value.mean().backward()
+def gradient(objective: str, student: Score, pairs: Pairs, changes: Changes) -> Tensor:
+    loss_of(objective, student, pairs, settings(*changes)).value.mean().backward()
     assert student.mean.grad is not None and student.log_std.grad is not None
     return torch.stack([student.mean.grad, student.log_std.grad])
 
 
-@pytest.mark.parametrize("objective", ROWS)
-def test_rows_do_not_know_of_each_other(objective: str) -> None:
-    pairs = walked(settings())
-    whole = loss_of(objective, ROWS[objective](0.3, 0.3), pairs.rows(slice(0, 6)), settings())
+@each_case
+def test_rows_do_not_know_of_each_other(objective: str, changes: Changes, perfect: type[Score]) -> None:
+    pairs, config = walked(settings(*changes)), settings(*changes)
+    whole = loss_of(objective, perfect(0.3, 0.3), pairs.rows(slice(0, 6)), config)
     for row in range(6):
-        alone = loss_of(objective, ROWS[objective](0.3, 0.3), pairs.rows(slice(row, row + 1)), settings())
+        alone = loss_of(objective, perfect(0.3, 0.3), pairs.rows(slice(row, row + 1)), config)
         assert alone.value.shape == (1,)
         for name, values in (whole.metrics | {"loss": whole.value}).items():
             assert values.shape == (6,)
@@ -68,12 +91,12 @@ def test_rows_do_not_know_of_each_other(objective: str) -> None:
     assert not any(values.requires_grad for values in whole.metrics.values())
 
 
-@pytest.mark.parametrize("objective", ROWS)
-def test_only_the_student_gets_a_gradient(objective: str) -> None:
-    pairs = walked(settings()).rows(slice(0, 4))
+@each_case
+def test_only_the_student_gets_a_gradient(objective: str, changes: Changes, perfect: type[Score]) -> None:
+    pairs = walked(settings(*changes)).rows(slice(0, 4))
     x, dxdt = pairs.x.clone().requires_grad_(True), pairs.dxdt.clone().requires_grad_(True)
-    student = ROWS[objective](0.3, 0.3)
-    loss_of(objective, student, replace(pairs, dxdt=dxdt), settings()).value.sum().backward()
+    student = perfect(0.3, 0.3)
+    loss_of(objective, student, replace(pairs, dxdt=dxdt), settings(*changes)).value.sum().backward()
     assert student.mean.grad is not None and student.mean.grad != 0
     assert x.grad is None and (dxdt.grad is None or not dxdt.grad.any())
 

@@ -79,7 +79,7 @@ def test_what_is_left_of_the_steps_has_the_runs_own_settings(settings: Settings)
         ("[{steps: 1, set: {seed: 3}}]", "seed stays the same in all phases; these may change: objective"),
         ("[{steps: 1, set: {space.reuse: 2}}]", r"space\.reuse stays the same in all phases"),
         ("[{steps: 1, set: {objective: auto}}]", "a phase names its objective"),
-        ("[{steps: 1, set: {objective: lagrange}}]", "in a phase, setting objective is 'lagrange'"),
+        ("[{steps: 1, set: {objective: adversary}}]", "in a phase, setting objective is 'adversary'"),
         ("[{steps: 1, set: {space.rout: random}}]", r"in a phase, unknown setting 'space\.rout'; did you mean"),
         ("[{steps: 0}]", r"setting training\.phases\.0\.steps is 0"),
     ],

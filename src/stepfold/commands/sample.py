@@ -21,6 +21,9 @@ def sample(
         str | None,
         typer.Option(help="consistency, flow or flow_map. Default: what it was trained for.", show_default=False),
     ] = None,
+    gamma: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of fresh noise in a flow map's steps; 0 is deterministic.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Noise. Equal seeds give equal pictures.")] = 0,
     guidance: Annotated[
         float | None, typer.Option(min=0, max=1000, help="Scale that the student was told. Default: the run's.")
@@ -43,8 +46,9 @@ def sample(
         raise UserError(f"--out {out} is no PNG; give a name that ends in .png")
     quiet_libraries()
     pictures = run_sample(
-        student, prompts, steps=steps, seed=seed, guidance=guidance, sampler=sampler, device=usable_device(device)
-    )
+        student, prompts, steps=steps, seed=seed, guidance=guidance, sampler=sampler, gamma=gamma,
+        device=usable_device(device),
+    )  # fmt: skip
     strip = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
     left = 0
     for picture in pictures:
@@ -64,6 +68,7 @@ def run_sample(
     guidance: float | None,
     device: str,
     sampler: str | None = None,
+    gamma: float = 0.0,
 ) -> "list[Image.Image]":
     """Pictures of a student, one a prompt; the same as its pipeline's with the same noise.
 
@@ -75,9 +80,10 @@ def run_sample(
         guidance: scale that the student is told; None for its usual one.
         device: of torch.
         sampler: its name; None for the student's own.
+        gamma: share of fresh noise in a flow map's steps, in [0, 1].
 
     Raises:
-        UserError: the folder is no student, or it was not trained for this scale, sampler or number of steps.
+        UserError: the folder is no student, or it was not trained for this scale, sampler, gamma or number of steps.
     """
     import torch
 
@@ -87,13 +93,15 @@ def run_sample(
     from stepfold.students.card import read_card
     from stepfold.students.loading import load_student
 
-    scale = read_card(folder).recipe.sampled_by(sampler).scale_for(guidance)  # refused before anything is loaded
+    asked = read_card(folder).recipe.sampled_by(sampler)
+    asked.gamma_for(gamma)  # refused before anything is loaded
+    scale = asked.scale_for(guidance)
     pipeline, student, card = load_student(folder, device)
     recipe = card.recipe.sampled_by(sampler)
     condition = pipeline.encode(prompts)
     shape = pipeline.latent_shape
     noise = torch.stack([normal(shape, seed, "sample", i) for i in range(len(prompts))])
-    x0 = student_sampler(student, recipe, steps, seed)(
+    x0 = student_sampler(student, recipe, steps, seed, gamma)(
         pipeline.sigma_data * noise.to(device),
         condition,
         torch.full((len(prompts),), scale, device=device),

@@ -28,20 +28,21 @@ def teacher_sampler(teacher: Teacher, num_steps: int) -> Sampler:
     )
 
 
-def student_sampler(student: Student, recipe: Recipe, num_steps: int, seed: int) -> Sampler:
-    """The student's steps as its recipe says, its fresh noise drawn per sample.
+def student_sampler(student: Student, recipe: Recipe, num_steps: int, seed: int, gamma: float = 0.0) -> Sampler:
+    """The student's steps as its recipe says, its fresh noise drawn per sample; `gamma` is for flow maps.
 
     Raises:
-        UserError: the recipe lists no times for so many steps.
+        UserError: the recipe lists no times for so many steps, or the student was not trained for this gamma.
     """
     times, sigma_data = recipe.times_for(num_steps), recipe.sigma_data
+    options = {"gamma": recipe.gamma_for(gamma)} if gamma else {}
 
     def sample(noise: Tensor, condition: Condition, guidance: Tensor, samples: range) -> Tensor:
         def fresh(i: int) -> Tensor:
             parts = [normal(tuple(noise.shape[1:]), seed, "evaluation fresh noise", i, s) for s in samples]
             return sigma_data * torch.stack(parts).to(noise)
 
-        return SAMPLERS[recipe.sampler](student, noise, condition, guidance, times, fresh, sigma_data)
+        return SAMPLERS[recipe.sampler](student, noise, condition, guidance, times, fresh, sigma_data, **options)
 
     return sample
 
@@ -122,7 +123,7 @@ def protocol_samplers(
         guidance: scale that the students are told; None for the usual one of each.
 
     Raises:
-        UserError: a student was taught one scale, and another one is asked for; or it has no times for a step count.
+        UserError: a student was taught one scale, and another one is asked for.
     """
     scales = {name: recipe.scale_for(guidance) for name, (_, recipe) in students.items()}
     groups: dict[float, dict[str, Sampler]] = {}
@@ -133,10 +134,15 @@ def protocol_samplers(
             most = protocol.teacher_steps[0]
             group = {f"{teacher_at(scale)} {most}": teacher_sampler(teacher, most)}
         for name, (student, recipe) in students.items():
-            for k in protocol.student_steps if scales[name] == scale else ():
+            for k in steps_of(recipe, protocol) if scales[name] == scale else ():
                 group[f"{name} {k}"] = student_sampler(student, recipe, k, protocol.seed)
         groups[scale] = group
     return groups
+
+
+def steps_of(recipe: Recipe, protocol: Protocol) -> list[int]:
+    """The protocol's step counts that a student is sampled at; those that it was trained for, where it has none."""
+    return [k for k in protocol.student_steps if k in recipe.times] or sorted(recipe.times, reverse=True)
 
 
 def measure_groups(

@@ -76,6 +76,8 @@ def make_preview(
 ) -> Callable[[Student, int], None]:
     """Draws the teacher at 20 steps and the student at 1, 2 and 4, from the same prompts and noise, into previews/.
 
+    A student that was trained for other numbers of steps is drawn at those.
+
     One that is there already is not drawn again. Without `writes` nothing is written: a process that only helps another
     one to draw.
     """
@@ -86,6 +88,7 @@ def make_preview(
         [normal(teacher.latent_shape, seed, "preview noise", i) for i in range(len(shown))]
     ).to(teacher.device)
     reference: dict[str, Tensor] = {}
+    shown_steps = [k for k in (1, 2, 4) if k in recipe.times] or sorted(recipe.times)[:1]
 
     def preview(student: Student, step: int) -> None:
         path = folder / "previews" / f"step_{step:06d}.png"
@@ -94,14 +97,16 @@ def make_preview(
         if not reference:
             samplers: dict[str, Sampler] = {f"teacher {counted(k)}": teacher_sampler(teacher, k) for k in (20, 1)}
             reference.update(sample_rows(samplers, noise, condition, recipe.guidance))
-        ours = {f"student {counted(k)}": student_sampler(student, recipe, k, seed) for k in (1, 2, 4)}
+        ours = {f"student {counted(k)}": student_sampler(student, recipe, k, seed) for k in shown_steps}
         latents = reference | sample_rows(ours, noise, condition, recipe.guidance)
         if not writes:
             return
         rows = {name: thinned(teacher.decode(x0), teacher.frames, NUM_FRAMES) for name, x0 in latents.items()}
         save_grid(rows, path)
         teacher.release_decoder()
-        error = (latents["student 1 step"] - latents["teacher 20 steps"]).square().mean() / teacher.sigma_data**2
-        note(f"step {step}: preview written, error of one step against the teacher's 20: {error:.3f}")
+        fewest = counted(shown_steps[0]).replace("1 step", "one step")
+        error = (latents[f"student {counted(shown_steps[0])}"] - latents["teacher 20 steps"]).square().mean()
+        error = error / teacher.sigma_data**2
+        note(f"step {step}: preview written, error of {fewest} against the teacher's 20: {error:.3f}")
 
     return preview

@@ -7,12 +7,17 @@ OBJECTIVES = {
     "continuous": "continuous-time consistency (sCM, arXiv:2410.11081)",
     "discrete": "discrete consistency (like LCM, arXiv:2310.04378)",
     "velocity": "velocity matching (arXiv:2209.03003)",
+    "pair": "regression on pairs of states (like CMT)",
+    "semigroup": "jumps composed of two (CTM, arXiv:2310.02279)",
+    "lagrange": "the Lagrangian residual of a flow map (AYF, arXiv:2506.14603)",
     "auto": "consistency",
 }
 SPACES = {
     "generation": "the teacher's own sampling trajectories",
     "endpoints": "noised ends of the teacher's trajectories",
     "images": "noised images",
+    "prior": "pure noise",
+    "rollout": "the student's own rollouts",
     "coupling": "noise joined to the ends of the teacher's trajectories",
 }
 NAMED = {

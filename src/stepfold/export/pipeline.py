@@ -37,6 +37,7 @@ from diffusers import {classes}
 
 MADE_FOR: dict[SamplerName, str] = {"flow": " It is sampled in Euler steps.", "flow_map": " It is a flow map."}
 """Sampler -> what the README says of it; of a consistency model nothing."""
+OF_SEGMENTS = " It takes Euler steps from edge to edge of its segments, as many as steps."
 CALLED_STEPS: dict[SamplerName, tuple[int, ...]] = {"consistency": (1, 2, 4), "flow": (1, 2, 4, 8)}
 """Sampler in plain diffusers -> numbers of steps that a card says the call of."""
 EXAMPLES: dict[SamplerName, tuple[int, int]] = {"consistency": (1, 2), "flow": (8, 4)}
@@ -117,11 +118,11 @@ def use_of(teacher: PipelineTeacher, recipe: Recipe, *, lora: bool) -> dict[str,
     times = recipe.times if sampler == recipe.sampler else times_of(teacher, sampler)
     scheduler = teacher.lora_scheduler(sampler) if lora else teacher.student_scheduler(sampler)
     call = teacher.lora_call if lora else teacher.student_call
+    said = [k for k in CALLED_STEPS[sampler] if k in times] or sorted(times)
     return {
         "pipeline": (type(teacher.pipe) if lora else teacher.student_class(sampler)).__name__,
         "scheduler": type(scheduler).__name__,
-        "calls": {k: call(times[k], recipe.guidance, sampler) for k in CALLED_STEPS[sampler] if k in times}
-        or {k: call(times[k], recipe.guidance, sampler) for k in times},
+        "calls": {k: call(times[k], recipe.guidance, sampler) for k in said},
     }
 
 
@@ -220,6 +221,8 @@ def made_for(card: Card) -> str:
     """Which sampler the student is for, where that is not the usual one."""
     if card.folded_steps:
         return f" It is a flow map for exactly {card.folded_steps} steps."
+    if card.recipe.sampler == "flow" and len(card.recipe.times) == 1:
+        return OF_SEGMENTS
     return MADE_FOR.get(card.recipe.sampler, "")
 
 
@@ -231,7 +234,7 @@ def several(count: int, one: str, many: str) -> str:
 def how_to_use(card: Card, name: str) -> str:
     """The README's code for plain diffusers, and what to change for another number of steps."""
     card.check_calls()
-    usual, other = EXAMPLES[in_diffusers(card.recipe.sampler)] if not card.folded_steps else (card.folded_steps,) * 2
+    usual, other = (k if k in card.calls else max(card.calls) for k in EXAMPLES[in_diffusers(card.recipe.sampler)])
     call = card.calls[usual]
     changed = {name: value for name, value in card.calls[other].items() if value != call[name]}
     theirs = card.config["teacher"]
@@ -258,7 +261,8 @@ def how_to_use(card: Card, name: str) -> str:
     )
     if card.folded_steps:
         return use + FOLDED
-    use += f"\n\nFor {WORDS[other]} steps: {', '.join(f'`{name}={value!r}`' for name, value in changed.items())}."
+    if changed:
+        use += f"\n\nFor {WORDS[other]} steps: {', '.join(f'`{name}={value!r}`' for name, value in changed.items())}."
     return use + JUMPS if card.recipe.sampler == "flow_map" else use
 
 

@@ -41,6 +41,9 @@ def total_derivative(
     dt: Tensor,
     backend: str = "two_pass",
     step: float | None = None,
+    *,
+    low: Tensor | float = 0.0,
+    high: Tensor | float = math.pi / 2,
 ) -> Tangent:
     """F and its derivative along (dx, dt) at (x, t): dF = (dF/dx) dx + (dF/dt) dt, per sample.
 
@@ -56,7 +59,9 @@ def total_derivative(
             forward itself, exact, cheaper; see `one_pass.py`), `block` (the same with a network that checkpoints its
             blocks, see `Student.recompute_blocks`: the backward pass computes each block's forward again, and no
             tangent) or `finite_difference` (forwards only, second order).
-        step: of `finite_difference`, see there.
+        step: of `finite_difference`, see there, like low and high.
+        low: [B].
+        high: [B].
 
     Returns:
         See `Tangent`.
@@ -69,7 +74,7 @@ def total_derivative(
     if backend in ("one_pass", "block"):
         return Tangent(*one_pass(network, x, t, dx, dt))
     if backend == "finite_difference":
-        return finite_difference(network, x, t, dx, dt, step)
+        return finite_difference(network, x, t, dx, dt, step, low=low, high=high)
     raise UserError(f"unknown tangent backend {backend!r}; use one of {', '.join(BACKENDS)}")
 
 
@@ -86,11 +91,19 @@ def two_pass(network: Network, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> 
 
 
 def finite_difference(
-    network: Network, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, step: float | None = None
+    network: Network,
+    x: Tensor,
+    t: Tensor,
+    dx: Tensor,
+    dt: Tensor,
+    step: float | None = None,
+    *,
+    low: Tensor | float = 0.0,
+    high: Tensor | float = math.pi / 2,
 ) -> Tangent:
     """Central difference along (dx, dt), scaled so that the time moves by `step` either way; three plain forwards.
 
-    Both points stay within [0, pi/2]: nearer than `step` to an end the move is shortened to the distance. There dt =
+    Both points stay within [low, high]: nearer than `step` to an end the move is shortened to the distance. There dt =
     cos t sin t falls in proportion, so the shorter move costs no accuracy. Where the time cannot move (dt = 0, or t at
     an end) the direction is multiplied by `step` itself.
 
@@ -105,6 +118,8 @@ def finite_difference(
         dt: [B].
         step: change of time, in radians; by default the cube root of the rounding error of x's dtype (float32: 5e-3),
             which balances rounding and truncation.
+        low: lowest time [B]; of a flow map, whose jump has no meaning from below its target, the target.
+        high: highest time [B].
 
     Raises:
         UserError: a step that is not positive, or forwards in half precision, whose rounding swamps the difference.
@@ -121,7 +136,7 @@ def finite_difference(
         step = float(torch.finfo(x.dtype).eps ** (1 / 3))
     if not (math.isfinite(step) and step > 0):
         raise UserError(f"the finite-difference step is {step}, but it must be positive; leave it out for the default")
-    move = torch.minimum(t, math.pi / 2 - t).clamp(min=0, max=step)
+    move = torch.minimum(t - low, high - t).clamp(min=0, max=step)
     movable = (move > 0) & (dt.abs() > torch.finfo(dt.dtype).tiny)
     scale = torch.where(movable, move / torch.where(movable, dt.abs(), 1), step)
     offset_x, offset_t = unsqueeze_like(scale, x) * dx, scale * dt

@@ -1,4 +1,8 @@
-"""Continuous-time consistency: the student's own tangent, corrected by the teacher's velocity, is the target."""
+"""Continuous-time consistency: the student's own tangent, corrected by the teacher's velocity, is the target.
+
+With a target time s the student is a flow map X(x, t, s), and D = t - s stands where t stood: one formula for TBCM and
+sCM (s = 0), AYF's Eulerian map distillation, and MeanFlow with a teacher. At s = t it is velocity matching.
+"""
 
 from dataclasses import dataclass
 
@@ -8,10 +12,11 @@ from torch import Tensor
 from stepfold.config import Config
 from stepfold.maths.formulations import in_float32, unsqueeze_like
 from stepfold.maths.schedules import tangent_warmup
-from stepfold.maths.tangent import Network, total_derivative
+from stepfold.maths.tangent import Network, Tangent, total_derivative
+from stepfold.objectives.apart import Along, derivative
 from stepfold.objectives.contract import Loss, Networks
 from stepfold.randomness import Draws
-from stepfold.settings import Normalisation, PriorWeight
+from stepfold.settings import Normalisation, PriorWeight, TangentWeight
 from stepfold.spaces.records import Pairs
 
 STEEPEST = 50.0
@@ -24,6 +29,7 @@ class ConsistencyOptions:
 
     Attributes:
         prior_weight: `inverse_tangent` = 1 / (sigma_data tan t), the public code's; `none`, the paper's Algorithm 1.
+            Of pairs that jump to 0; others have none.
         adaptive_weight: learn w_phi.
         normalise: `l2` = g / (||g|| + c), the public code's; `l2_per_element` divides the norm by sqrt(D); `none`.
         normalise_constant: c.
@@ -50,15 +56,19 @@ class ConsistencyTerms:
     tangent_norm: Tensor
 
 
-def tangent_direction(x: Tensor, t: Tensor, dxdt: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+def tangent_direction(
+    x: Tensor, t: Tensor, dxdt: Tensor, sigma_data: float, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The direction of `total_derivative`, premultiplied by cos t sin t: what F's own inputs do along the trajectory.
+
+    Of a flow map, t is D = t - s, and `weight` [M] may stand for cos D; see `tangent_weight`.
 
     Returns:
         (cos t sin t dxdt / sigma_data [M, ...], cos t sin t [M]).
 
     Reference: arXiv:2511.20410, Algorithm 1.
     """
-    scale = t.cos() * t.sin()
+    scale = (t.cos() if weight is None else weight) * t.sin()
     return unsqueeze_like(scale, x) * dxdt / sigma_data, scale
 
 
@@ -77,29 +87,53 @@ def prior_weight(t: Tensor, sigma_data: float, kind: PriorWeight) -> Tensor:
     return t.cos() / (sigma_data * t.sin()) if kind == "inverse_tangent" else torch.ones_like(t)
 
 
+def tangent_weight(t: Tensor, s: Tensor, kind: TangentWeight) -> Tensor:
+    """w(t, s) [M] of a flow map's tangent g = w dX/dt.
+
+    `trig` is cos D, D = t - s. `meanflow` is k_s / k_t with k_a = 1 / (sin a + cos a), which makes g / sigma_data the
+    residual of flow matching's mean velocity in F's units. `ayf` is sin D, proportional to the length of the jump.
+
+    Reference: arXiv:2505.13447 (MeanFlow) and arXiv:2506.14603 (AYF), in TrigFlow.
+    """
+    if kind == "meanflow":
+        return (t.sin() + t.cos()) / (s.sin() + s.cos())
+    return (t - s).sin() if kind == "ayf" else (t - s).cos()
+
+
 def consistency_tangent(
-    F: Tensor, dF: Tensor, x: Tensor, t: Tensor, dxdt: Tensor, r: float | Tensor, sigma_data: float
+    F: Tensor,
+    dF: Tensor,
+    x: Tensor,
+    t: Tensor,
+    dxdt: Tensor,
+    r: float | Tensor,
+    sigma_data: float,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """g = cos t df/dt, with r on what involves the student's own derivative.
 
     g = -cos^2 t (sigma_data F - dxdt) - r (cos t sin t x + sigma_data dF), where dF already holds cos t sin t.
 
+    Of a flow map it is w dX/dt, with D = t - s in place of t, and the weight w in place of one cos D.
+
     Args:
         F: stop-gradient copy of the student's output [M, ...].
         dF: its derivative along `tangent_direction` [M, ...].
         x: [M, ...].
-        t: [M].
+        t: [M]; of a flow map D, the length of the jump.
         dxdt: [M, ...].
         r: tangent warm-up, in [0, 1].
         sigma_data: standard deviation of the data.
+        weight: w [M], of `tangent_weight`; None for cos t.
 
     Returns:
         g [M, ...], detached.
 
-    Reference: arXiv:2511.20410, Algorithm 1; arXiv:2410.11081, Eq. 6.
+    Reference: arXiv:2511.20410, Algorithm 1; arXiv:2410.11081, Eq. 6; arXiv:2506.14603 (AYF).
     """
     cos, sin = unsqueeze_like(t.cos(), x), unsqueeze_like(t.sin(), x)
-    g = -(cos**2) * (sigma_data * F - dxdt) - r * (cos * sin * x + sigma_data * dF)
+    w = cos if weight is None else unsqueeze_like(weight, x)
+    g = -(w * cos) * (sigma_data * F - dxdt) - r * (w * sin * x + sigma_data * dF)
     return g.detach()
 
 
@@ -127,12 +161,14 @@ def consistency_terms(
     r: float,
     sigma_data: float,
     options: ConsistencyOptions,
+    target: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> ConsistencyTerms:
     """weight(t) e^{w_phi} / D ||F - F^- - g||^2 - w_phi, per pair.
 
     Args:
         F: student output [M, ...], with gradient.
-        dF: cos t sin t dF/dt [M, ...], without.
+        dF: cos t sin t dF/dt [M, ...], without; of a flow map w sin D dF/dt.
         x: states [M, ...].
         t: times [M].
         dxdt: teacher velocity [M, ...].
@@ -140,6 +176,8 @@ def consistency_terms(
         r: tangent warm-up, in [0, 1].
         sigma_data: standard deviation of the data.
         options: see `ConsistencyOptions`.
+        target: s [M], in [0, t]; None for 0.
+        weight: w [M]; see `consistency_tangent`.
 
     Returns:
         See `ConsistencyTerms`.
@@ -147,14 +185,41 @@ def consistency_terms(
     Reference: arXiv:2511.20410, Algorithm 1.
     """
     F, dF = in_float32(F), dF.to(x.dtype)
+    D = t if target is None else t - target
+    g = consistency_tangent(F.detach(), dF, x, D, dxdt, r, sigma_data, weight)
+    prior = prior_weight(t, sigma_data, options.prior_weight)
+    if target is not None:
+        prior = torch.where(target == 0, prior, 1)
+    return tangent_terms(F, g, prior, log_variance, options)
+
+
+def tangent_terms(
+    F: Tensor, g: Tensor, weight: Tensor, log_variance: Tensor, options: ConsistencyOptions
+) -> ConsistencyTerms:
+    """The loss that moves F along g [M, ...]; weight: [M], of the squares; the rest as of `consistency_terms`."""
     F_minus = F.detach()
-    g = consistency_tangent(F_minus, dF, x, t, dxdt, r, sigma_data)
     target = normalise_tangent(g, options.normalise, options.normalise_constant)
     squared_error = (F - F_minus - target).square().flatten(1).mean(1)
-    loss = prior_weight(t, sigma_data, options.prior_weight) * squared_error
+    loss = weight * squared_error
     if options.adaptive_weight:
         loss = loss * torch.exp(-log_variance) + log_variance
     return ConsistencyTerms(loss, squared_error.detach(), g.square().flatten(1).mean(1).sqrt())
+
+
+def options_of(config: Config) -> ConsistencyOptions:
+    """As the settings say."""
+    c = config.consistency
+    return ConsistencyOptions(c.prior_weight, c.adaptive_weight, c.normalise, c.normalise_constant)
+
+
+def metrics_of(terms: ConsistencyTerms, F: Tensor, log_variance: Tensor) -> dict[str, Tensor]:
+    """What is logged of each pair, in order of computation."""
+    return {
+        "|F|": F.detach().flatten(1).norm(dim=1),
+        "tangent_norm": terms.tangent_norm,
+        "squared_error": terms.squared_error,
+        "w_phi": -log_variance.detach(),
+    }
 
 
 def continuous_loss(networks: Networks, pairs: Pairs, draws: Draws, config: Config, step: int) -> Loss:
@@ -169,13 +234,25 @@ def continuous_loss(networks: Networks, pairs: Pairs, draws: Draws, config: Conf
         schedule=c.r_schedule,
     )
 
-    def network(x_unit: Tensor, t: Tensor) -> Tensor:
-        return student(x_unit, t, pairs.condition, pairs.guidance)
+    def weight_of(part: Pairs) -> Tensor | None:
+        return None if part.t_target is None else tangent_weight(part.t, part.t_target, c.tangent_weight)
 
-    dx, dt = tangent_direction(pairs.x, pairs.t, pairs.dxdt, sigma_data)
+    def along(part: Pairs) -> Along:
+        s = part.t_target
+        told, D = ((), part.t) if s is None else ((s,), part.t - s)
+
+        def network(x_unit: Tensor, t: Tensor) -> Tensor:
+            return student(x_unit, t, part.condition, part.guidance, *told)
+
+        dx, dt = tangent_direction(part.x, D, part.dxdt, sigma_data, weight_of(part))
+        return Along(network, part.x / sigma_data, part.t, dx, dt, {} if s is None else {"low": s})
+
+    def derive(a: Along) -> Tangent:
+        return total_derivative(a.network, a.x, a.t, a.dx, a.dt, networks.tangent, **a.bounds)
+
     with networks.precision():
-        tangent = total_derivative(network, pairs.x / sigma_data, pairs.t, dx, dt, networks.tangent)
-        log_variance = student.log_variance(pairs.t, pairs.guidance)
+        tangent = derivative(pairs, along, derive, config)
+        log_variance = student.log_variance(pairs.t, pairs.guidance, pairs.t_target)
     terms = consistency_terms(
         tangent.F,
         tangent.dF,
@@ -185,13 +262,8 @@ def continuous_loss(networks: Networks, pairs: Pairs, draws: Draws, config: Conf
         log_variance.float(),
         r=r,
         sigma_data=sigma_data,
-        options=ConsistencyOptions(c.prior_weight, c.adaptive_weight, c.normalise, c.normalise_constant),
+        options=options_of(config),
+        target=pairs.t_target,
+        weight=weight_of(pairs),
     )
-    metrics = {
-        "|F|": tangent.F.detach().flatten(1).norm(dim=1),
-        "tangent_norm": terms.tangent_norm,
-        "squared_error": terms.squared_error,
-        "w_phi": -log_variance.detach(),
-        "r": torch.full_like(pairs.t, r),
-    }
-    return Loss(terms.loss, metrics)
+    return Loss(terms.loss, metrics_of(terms, tangent.F, log_variance) | {"r": torch.full_like(pairs.t, r)})

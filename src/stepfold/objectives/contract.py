@@ -23,6 +23,7 @@ class Networks:
         tangent: backend of the student's total derivative; see `maths.tangent`.
         precision: opens a context in which the student's forward passes run, such as autocast.
         walk_precision: the same for the teacher's walks.
+        average: of the student's weights over the training; None outside a run.
     """
 
     student: Student
@@ -31,6 +32,7 @@ class Networks:
     tangent: str = "two_pass"
     precision: Callable[[], AbstractContextManager[object]] = nullcontext
     walk_precision: Callable[[], AbstractContextManager[object]] = nullcontext
+    average: Student | None = None
 
 
 class Loss(NamedTuple):

@@ -5,8 +5,9 @@ from itertools import pairwise
 
 from pydantic import Field, field_validator, model_validator
 
-from stepfold.config import Config
+from stepfold.config import Config, phases_of
 from stepfold.errors import UserError
+from stepfold.jumps import ANYWHERE
 from stepfold.maths.routes import START
 from stepfold.sampling.samplers import check_sampler, sampler_of
 from stepfold.settings import Section
@@ -30,6 +31,7 @@ class Recipe(Section):
         taught: guidance scales of the teacher's walks.
         guidance: scale that the student is told unless another one is asked for.
         sigma_data: standard deviation of its latents.
+        jumps_anywhere: whether the student was trained to jump from any time to any other, as gamma-sampling needs.
     """
 
     sampler: SamplerName
@@ -37,6 +39,7 @@ class Recipe(Section):
     taught: tuple[float, ...] = Field(min_length=1)
     guidance: float
     sigma_data: float = Field(gt=0)
+    jumps_anywhere: bool = False
 
     @field_validator("times")
     @classmethod
@@ -95,6 +98,26 @@ class Recipe(Section):
             )
         return self.guidance if asked is None else asked
 
+    def gamma_for(self, asked: float) -> float:
+        """The share of fresh noise in the student's steps.
+
+        Args:
+            asked: in [0, 1]; 0 is none.
+
+        Raises:
+            UserError: the student was not trained for any.
+        """
+        if asked and self.sampler != "flow_map":
+            raise UserError(
+                f"--gamma is {asked:g}, but {self.sampler} sampling has no such share of fresh noise; leave --gamma out"
+            )
+        if asked and not self.jumps_anywhere:
+            raise UserError(
+                f"--gamma is {asked:g}, but this student was trained to jump between a few times alone, and fresh "
+                "noise needs jumps to others; leave --gamma out"
+            )
+        return asked
+
 
 def make_recipe(config: Config, teacher: Teacher, taught: Sequence[float], usual: float) -> Recipe:
     """The recipe of a run's student.
@@ -106,13 +129,30 @@ def make_recipe(config: Config, teacher: Teacher, taught: Sequence[float], usual
         usual: scale that a student of several scales is told unless another one is asked for.
     """
     sampler = sampler_of(config)
+    times, trained = times_of(teacher, sampler), trained_steps(config)
     return Recipe(
         sampler=sampler,
-        times=times_of(teacher, sampler),
+        times={n: listed for n, listed in times.items() if trained is None or n in trained},
         taught=tuple(taught),
         guidance=usual if len(set(taught)) > 1 else taught[0],
         sigma_data=teacher.sigma_data,
+        jumps_anywhere=sampler == "flow_map" and trained is None,
     )
+
+
+def trained_steps(config: Config) -> set[int] | None:
+    """The numbers of steps that a run's student is trained to take; None for all.
+
+    Of segments it is their number: a student's own steps go from edge to edge. From pure noise alone it is one step.
+    """
+    _, last = phases_of(config)[-1]
+    if not last.target.jumps:
+        return None
+    if set(last.space.weights) == {"prior"}:
+        return {1}
+    if last.target.rules & ANYWHERE:
+        return None
+    return {last.target.segments} | ({1} if "zero" in last.target.rules else set())
 
 
 def times_of(teacher: Teacher, sampler: SamplerName) -> dict[int, tuple[float, ...]]:

@@ -1,6 +1,6 @@
 """The samplers of students, by name; which one a student is for, and why no other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import get_args
 
 from torch import Tensor
@@ -10,10 +10,13 @@ from stepfold.errors import UserError
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.sampling.flow import sample_flow
 from stepfold.sampling.flow_map import sample_flow_map
-from stepfold.teachers.contract import Condition, SamplerName, Student
+from stepfold.teachers.contract import SamplerName
 
-StudentSampler = Callable[[Student, Tensor, Condition, Tensor, Sequence[float], Callable[[int], Tensor], float], Tensor]
-"""(student, noise, condition, guidance, times, fresh_noise, sigma_data) -> x_0; see `sample_consistency`."""
+StudentSampler = Callable[..., Tensor]
+"""(student, noise, condition, guidance, times, fresh_noise, sigma_data) -> x_0; see `sample_consistency`.
+
+That of flow maps takes `gamma` too.
+"""
 
 SAMPLERS: dict[SamplerName, StudentSampler] = {
     "consistency": sample_consistency,
@@ -27,8 +30,11 @@ TRAINED_FOR: dict[str, SamplerName] = {
     "continuous": "consistency",
     "discrete": "consistency",
     "velocity": "flow",
+    "pair": "consistency",
+    "semigroup": "consistency",
+    "lagrange": "consistency",
 }
-"""Objective -> the sampler that its students are for. One that draws target times trains a flow map."""
+"""Objective -> the sampler that its students are for, where they jump to 0. Other targets make a flow map of them."""
 
 NO_TARGET = "it is told one time and does not know where to jump"
 UNFIT: dict[tuple[SamplerName, SamplerName], str] = {
@@ -64,8 +70,13 @@ def check_sampler(trained: SamplerName, asked: str) -> SamplerName:
 
 
 def sampler_of(config: Config) -> SamplerName:
-    """The sampler that a run's student is for: that of the objective which it is trained on last."""
+    """The sampler that a run's student is for: that of the objective which it is trained on last.
+
+    A student of segments that is told one time jumps to the lower end of its segment: with Euler steps from end to end.
+    """
     _, last = phases_of(config)[-1]
+    if last.target.jumps:
+        return "flow_map" if last.student.times == "two" else "flow"
     return TRAINED_FOR[last.objective]
 
 

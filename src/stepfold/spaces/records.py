@@ -22,6 +22,8 @@ class States:
         number: int64 [M], the state's place among the `num_drawn`.
         num_drawn: how many states there were before filtering.
         is_padding: the states count for nothing; a process without states of its own makes its passes with them.
+        t_target: [M], in [0, t], the time that the student is asked to jump to; None for 0, a consistency student's.
+        stays: bool [M], in the host's memory, which of them are asked to stay: t_target = t; None where none is.
     """
 
     x: Tensor
@@ -32,6 +34,8 @@ class States:
     number: Tensor
     num_drawn: int
     is_padding: bool = False
+    t_target: Tensor | None = None
+    stays: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -51,7 +55,6 @@ class Pairs(States):
         dxdt: [M, ...], the teacher's (guided) velocity at (x, t).
         t_next: [M], the time below t that the route goes on to, 0 at its end.
         x0: [M, ...], the clean latent at the pair's t = 0: the end of its walk, or what was noised.
-        t_target: [M], in [0, t], the time that the student is asked to jump to; None for 0, a consistency student's.
         x_target: [M, ...], the state that it should reach at t_target, where one is known.
         walk_length: how many pairs in a row are one walk, each where the teacher's step from the one before ends; 0
             where they are not, or where a micro-batch cuts walks.
@@ -60,7 +63,6 @@ class Pairs(States):
     dxdt: Tensor
     t_next: Tensor
     x0: Tensor
-    t_target: Tensor | None = None
     x_target: Tensor | None = None
     walk_length: int = 0
 

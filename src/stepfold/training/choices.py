@@ -28,7 +28,12 @@ MEMORY_SHARE = 0.8  # of the device's memory, that the estimate of a step may ta
 LARGEST_HEAP_BLOCK = 32 * 2**20  # bytes; glibc takes larger ones from the system whatever it is told
 STATES_PER_WEIGHT = {"adamw": 5, "came": 4}  # weight, gradient, average, first moment; AdamW's second
 
-WITHOUT_TANGENT = {"discrete": "discrete consistency has none", "velocity": "velocity matching has none"}
+WITHOUT_TANGENT = {
+    "discrete": "discrete consistency has none",
+    "velocity": "velocity matching has none",
+    "pair": "pairs of states have none",
+    "semigroup": "two legs have none",
+}
 
 
 def choose_precision(config: Config, device: str = "auto") -> Config:
@@ -106,7 +111,7 @@ def choose_tangent(
 ) -> TangentChoice:
     """The backend of `training.tangent`; `auto` follows this rule, in this order.
 
-    1. Discrete consistency and velocity matching have no tangent.
+    1. The objectives of WITHOUT_TANGENT have no tangent.
     2. `one_pass`, if on this model it runs and agrees with `two_pass` (on one pair, in float32); else `two_pass`, or
        where that does not run either, `finite_difference`.
     3. Compiled, `one_pass` becomes `two_pass` where block and tangent cannot be one piece of code: torch does not

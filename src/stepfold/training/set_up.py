@@ -90,6 +90,7 @@ def set_up(
         critics,
         precision=partial(student_precision, accelerator, training.precision),
         walk_precision=partial(walk_precision, training.walk_precision, accelerator.device, teacher.network),
+        average=average,
     )
     made_phases = [
         Phase(first, each, terms_of(each), critics_of(each, critics), replace(calls, tangent=choice.backend))

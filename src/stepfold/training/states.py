@@ -16,7 +16,8 @@ from stepfold.spaces.generation import Trajectory, brightness_filter, pairs_from
 from stepfold.spaces.prior import prior_states
 from stepfold.spaces.records import States, pairs_per_prompt
 from stepfold.spaces.rollout import exit_step, rolled_states
-from stepfold.teachers.contract import Condition
+from stepfold.spaces.targets import Rules, aimed
+from stepfold.teachers.contract import Condition, Teacher
 from stepfold.training.draws import Batch
 
 
@@ -76,7 +77,32 @@ def collect(
     with networks.walk_precision():
         start = started(spaces, batch, condition, networks, config, step, black=black, x0=x0, pads=pads)
         found = {name: SPACES[name](start) for name in spaces if name in FROM_CLEAN}
-    return found | {name: SPACES[name](start) for name in spaces if name not in FROM_CLEAN}
+    found |= {name: SPACES[name](start) for name in spaces if name not in FROM_CLEAN}
+    if config.target.rules == {"zero"}:
+        return found
+    return {name: with_targets(states, name, batch, networks.teacher, config) for name, states in found.items()}
+
+
+def with_targets(states: States, space: str, batch: Batch, teacher: Teacher, config: Config) -> States:
+    """The states of a space with target times as `target` says; each state's draws are its own.
+
+    Which rule a state has is drawn in the host's memory, so that no device is waited for; states that a filter has
+    dropped have been waited for already.
+    """
+    target, count = config.target, states.num_drawn // len(batch.index)
+    edges = grid_of(config, teacher) if "edge" in target.rules else ()
+    rules = Rules({str(name): share for name, share in target.shares.items()}, target.gap_mean, target.gap_std, edges)
+    on_host = replace(batch.draws, device=torch.device("cpu"), _kept={})
+    choice = on_host.uniform(f"target rule on {space}", (count,)).flatten()
+    uniform = batch.draws.uniform(f"target on {space}", (count,)).flatten()
+    if len(states) < states.num_drawn:
+        choice, uniform = choice[states.number.cpu()], uniform[states.number]
+    return aimed(states, rules, choice, uniform.to(states.t.dtype))
+
+
+def grid_of(config: Config, teacher: Teacher) -> list[float]:
+    """The times of the student's own steps, one for each segment of the rule `edge`."""
+    return teacher.student_times(config.target.segments, "flow_map")
 
 
 def started(

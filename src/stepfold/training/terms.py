@@ -14,6 +14,9 @@ from stepfold.objectives.adversarial import NAME, adversarial_loss
 from stepfold.objectives.consistency import continuous_loss
 from stepfold.objectives.contract import Loss, Networks, Objective
 from stepfold.objectives.discrete import discrete_loss
+from stepfold.objectives.lagrange import lagrange_loss
+from stepfold.objectives.pair import pair_loss
+from stepfold.objectives.semigroup import semigroup_loss
 from stepfold.objectives.velocity import velocity_loss
 from stepfold.randomness import Draws
 from stepfold.spaces.records import Pairs, States
@@ -26,6 +29,9 @@ OBJECTIVES: dict[str, Objective] = {
     "continuous": continuous_loss,
     "discrete": discrete_loss,
     "velocity": velocity_loss,
+    "pair": pair_loss,
+    "semigroup": semigroup_loss,
+    "lagrange": lagrange_loss,
     "adversarial": adversarial_loss,
 }
 """All objectives by the names that settings call them."""

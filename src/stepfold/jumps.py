@@ -1,0 +1,149 @@
+"""Settings of students that are told where to jump to, and what goes together with them."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from stepfold.sections import LARGEST, Section
+
+TargetRule = Literal["zero", "diagonal", "gap", "uniform", "edge", "later"]
+Leg = Literal["teacher", "student", "average"]
+Share = Annotated[float, Field(ge=0, le=LARGEST)]
+
+AIMED = ("continuous", "pair", "semigroup", "lagrange")
+"""Objectives that take a target time."""
+ON_WALKS = {"zero", "later", "diagonal"}
+"""Rules whose targets are states of a walk."""
+ANYWHERE = {"gap", "uniform", "later"}
+"""Rules whose students jump from any time to any other."""
+
+
+class TargetSettings(Section):
+    """Where a student is asked to jump to."""
+
+    rule: TargetRule | dict[TargetRule, Share] = Field(
+        default="zero",
+        description="target time s of a state at time t: `zero`, the picture; `diagonal`, s = t, its velocity; `gap`, "
+        "a logit-normal distance below t; `uniform`, anywhere below t; `edge`, the lower end of t's segment; `later`, "
+        "that of a later state of the same walk. Several with shares: `{uniform: 0.75, diagonal: 0.25}`",
+    )
+    gap_mean: float = Field(default=-0.8, description="of the logit of the gap, in flow-matching time")
+    gap_std: float = Field(default=1.0, gt=0, description="of the logit of the gap")
+    segments: int = Field(default=4, ge=1, le=8, description="of rule edge: those between the student's own steps")
+
+    @field_validator("rule")
+    @classmethod
+    def _some_share(cls, rule: Any) -> Any:
+        if not isinstance(rule, str) and not any(rule.values()):
+            raise ValueError("no rule has a share above 0; give one, for example {uniform: 0.75, diagonal: 0.25}")
+        return rule
+
+    @property
+    def shares(self) -> dict[TargetRule, float]:
+        """Rule -> its share of the states; they sum to 1, and those of share 0 are left out."""
+        shares: dict[TargetRule, float] = {self.rule: 1.0} if isinstance(self.rule, str) else self.rule
+        total = sum(shares.values())
+        return {name: share / total for name, share in shares.items() if share}
+
+    @property
+    def rules(self) -> set[str]:
+        """The rules that have a share."""
+        return set(self.shares)
+
+    @property
+    def jumps(self) -> bool:
+        """Whether any state is asked to jump elsewhere than to 0, or to stay."""
+        return self.rules - {"zero", "diagonal"} != set()
+
+
+class SemigroupSettings(Section):
+    """Two legs in place of one: X(x, t, s) should be X(X(x, t, m), m, s)."""
+
+    first: Leg = Field(default="teacher", description="who makes the leg from t to m, without a gradient")
+    second: Leg = Field(default="student", description="who makes the leg from m to s, without a gradient")
+    alpha: float | None = Field(
+        default=None, gt=0, le=1, description="m = t - alpha (t - s); default: m is the next time of the route"
+    )
+    alpha_final: float | None = Field(
+        default=None, gt=0, le=1, description="where alpha ends, after alpha_steps; default: it stays"
+    )
+    alpha_steps: int = Field(default=0, ge=0, description="steps over which alpha goes to alpha_final, linearly")
+    huber_constant: float = Field(
+        default=0.03, ge=0, description="of the pseudo-Huber distance, per square root of elements, of F"
+    )
+
+    @model_validator(mode="after")
+    def _course_of_alpha(self) -> "SemigroupSettings":
+        if self.alpha_final is not None and (self.alpha is None or not self.alpha_steps):
+            raise ValueError(
+                "semigroup.alpha_final is where a course of alpha ends; give semigroup.alpha=1 and "
+                "semigroup.alpha_steps too"
+            )
+        return self
+
+    def alpha_at(self, step: int) -> float | None:
+        """alpha at a step of the phase; None for the route's own steps."""
+        if self.alpha is None or self.alpha_final is None:
+            return self.alpha
+        done = min(step / self.alpha_steps, 1.0)
+        return (1 - done) * self.alpha + done * self.alpha_final
+
+
+def check_targets(config: Any) -> None:
+    """Refuses settings whose target times fit neither the student nor the objective nor the space.
+
+    Args:
+        config: `config.Config`.
+
+    Raises:
+        ValueError: what does not go together, and the way out.
+    """
+    target, objective, spaces = config.target, config.objective, set(config.space.weights)
+    rules, told_one = target.rules, config.student.times == "one"
+    given = ", ".join(sorted(rules))
+    if rules != {"zero"} and objective not in AIMED:
+        raise ValueError(
+            f"target.rule={given} does not go with objective={objective}, which has no target time; give "
+            "objective=continuous, pair, semigroup or lagrange"
+        )
+    if rules == {"diagonal"}:
+        raise ValueError("target.rule=diagonal alone is velocity matching; give objective=velocity")
+    if told_one and rules not in ({"zero"}, {"edge"}):
+        raise ValueError(
+            f"target.rule={given} needs a student that is told where to jump to; give student.times=two, or "
+            "target.rule=zero or edge alone"
+        )
+    if objective == "lagrange" and (told_one or not target.jumps):
+        raise ValueError(
+            "objective=lagrange moves the target time; give student.times=two and, for example, "
+            "target.rule={uniform: 0.75, diagonal: 0.25}"
+        )
+    if "later" in rules and spaces != {"generation"}:
+        raise ValueError("target.rule=later takes states of the teacher's walk; give space.kind=generation")
+    if objective == "pair" and (spaces != {"generation"} or not rules <= ON_WALKS):
+        raise ValueError(
+            f"objective=pair has states of the teacher's walk as targets, not target.rule={given} on "
+            f"{', '.join(sorted(spaces))}; give space.kind=generation and target.rule=zero or later"
+        )
+    if "diagonal" in rules and config.consistency.tangent_weight == "ayf" and objective == "continuous":
+        raise ValueError(
+            "consistency.tangent_weight=ayf is 0 where target.rule=diagonal; give consistency.tangent_weight=trig, or "
+            "leave diagonal out"
+        )
+    if "prior" in spaces:
+        check_prior(config)
+
+
+def check_prior(config: Any) -> None:
+    """Refuses what needs more than pure noise.
+
+    Raises:
+        ValueError: as `check_targets`.
+    """
+    if config.objective not in ("semigroup", "lagrange") or config.adversarial.weight:
+        raise ValueError(
+            "space.kind=prior is pure noise, without walks or pictures; give objective=lagrange or semigroup and "
+            "adversarial.weight=0, or space.kind=generation"
+        )
+    if config.objective == "semigroup" and config.semigroup.alpha is None:
+        raise ValueError("space.kind=prior has no route whose next time could be m; give semigroup.alpha=0.5")
