@@ -3,8 +3,14 @@
 A mixture of Gaussians in the plane, two labels. Its velocity is a formula, so where each noise belongs can be computed
 as exactly as wanted, and a student's error has no judge in it. Settings are those of the preset `reproduce`, but for
 sizes and rates. Runs take seconds, so there can be many seeds.
+
+    python benchmarks/closed_form.py                the rows of the paper, one step each
+    python benchmarks/closed_form.py --maps         every objective with a target time, at 1, 2, 4 and 8 steps
+
+With --maps a run that was stopped goes on where it was: what is in the json file is not run again.
 """
 
+import json
 import math
 import statistics
 import sys
@@ -12,6 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import console, make_parser, open_record, show, write_record
@@ -43,6 +50,39 @@ ROWS: dict[str, list[str]] = {
     "T8: first state kept": ["space.keep_first=true"],
 }
 """Row -> settings that differ from TBCM's."""
+TWO, MIXED = "student.times=two", "target.rule={uniform: 0.5, zero: 0.25, diagonal: 0.25}"
+GAP = "target.rule={gap: 0.5, zero: 0.25, diagonal: 0.25}"
+PLAIN = ("consistency.prior_weight=none", "consistency.r_schedule=warmup")
+PRIOR = ("space.kind=prior", "training.prompts_per_step=480")
+MAPS: dict[str, list[str]] = {
+    "velocity matching": ["objective=velocity"],
+    "TBCM": [],
+    "discrete consistency": ["objective=discrete"],
+    "AYF, Eulerian": [TWO, GAP, *PLAIN, "consistency.r_final=0.99"],
+    "MeanFlow's weight": [TWO, GAP, *PLAIN, "consistency.r_final=0.99", "consistency.tangent_weight=meanflow"],
+    "AYF's weight": [
+        TWO, "target.rule={gap: 0.75, zero: 0.25}", *PLAIN, "consistency.r_final=0.99",
+        "consistency.tangent_weight=ayf",
+    ],
+    "FACM": [TWO, "target.rule={zero: 0.5, diagonal: 0.5}", *PLAIN, "consistency.r_final=1"],
+    "pairs, the end alone": ["objective=pair"],
+    "pairs": [TWO, "objective=pair", "target.rule={later: 0.75, zero: 0.25}"],
+    "two legs, the teacher's first": [TWO, "objective=semigroup", MIXED],
+    "shortcut": [TWO, "objective=semigroup", MIXED, "semigroup.alpha=0.5", "semigroup.first=student"],
+    "alpha from 1": [
+        TWO, "objective=semigroup", MIXED, "semigroup.alpha=1", "semigroup.alpha_final=0.05",
+        "semigroup.alpha_steps=200",
+    ],
+    "four segments": ["objective=semigroup", "target.rule=edge"],
+    "Lagrange on walks": [TWO, "objective=lagrange", MIXED],
+    "Lagrange on the prior": [TWO, "objective=lagrange", MIXED, *PRIOR],
+    "BOOT": [
+        TWO, "objective=semigroup", MIXED, *PRIOR, "semigroup.alpha=0.95", "semigroup.first=student",
+        "semigroup.second=teacher",
+    ],
+}  # fmt: skip
+"""Row -> settings that differ from TBCM's, the state at pi/2 being kept in all of them."""
+STEPS = (1, 2, 4, 8)
 
 
 def settings(steps: int) -> list[str]:
@@ -95,10 +135,29 @@ class Small(nn.Module):
         return self.net(torch.cat([x_unit, t.cos()[:, None], t.sin()[:, None], condition.embeds[:, 0]], 1))
 
 
-def fitted(seed: int, steps: int = 1500, batch: int = 512) -> Small:
+class Embedding(nn.Module):
+    """What students are made of that may be told where to jump to: their time has an embedding."""
+
+    def __init__(self, width: int = 96) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width))
+        self.first = nn.Linear(4, width)
+        self.rest = nn.Sequential(
+            nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)
+        )
+
+    def forward(self, x_unit: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        times = self.embed(torch.stack([t.cos(), t.sin()], 1))
+        return self.rest(self.first(torch.cat([x_unit, condition.embeds[:, 0]], 1)) + times)
+
+
+Made = Small | Embedding
+
+
+def fitted(seed: int, steps: int = 1500, batch: int = 512, kind: type[Made] = Small) -> Made:
     """A network that says what the teacher says: where distillation begins."""
     torch.manual_seed(seed)
-    network, exact, data = Small(), Exact(), mixture()
+    network, exact, data = kind(), Exact(), mixture()
     optimiser = torch.optim.AdamW(network.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
     for _ in range(steps):
@@ -126,10 +185,21 @@ def belongs(prompts: tuple[str, ...], seed: int, steps: int = 400) -> Tensor:
     return x / SIGMA_DATA
 
 
-def error(row: Sequence[str], steps: int, seed: int, begin: Small) -> float:
-    """Root mean square distance of one-step samples to where they belong, in standard deviations of the data."""
-    teacher = ModuleTeacher(Exact(), encode, (2,), "trigflow")
-    student = new_student(ModuleTeacher(begin, encode, (2,), "trigflow"))
+def errors(row: Sequence[str], steps: int, seed: int, begin: Made, counts: Sequence[int] = (1,)) -> list[float]:
+    """Root mean square distances of samples to where they belong, in standard deviations of the data.
+
+    Args:
+        row: settings that differ.
+        steps: of training.
+        seed: of the run.
+        begin: what the student starts as.
+        counts: numbers of steps that it is sampled in, by its own sampler; of one that adds fresh noise the first
+            alone, since its samples have no one place where they belong.
+    """
+    part = "embed" if isinstance(begin, Embedding) else None
+    teacher = ModuleTeacher(Exact(), encode, (2,), "trigflow", time_part=part)
+    start = ModuleTeacher(begin, encode, (2,), "trigflow", time_part=part)
+    student = new_student(start, two_times=TWO in row)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "prompts.txt").write_text("\n".join(LABELS) + "\n")
         changes = [*settings(steps), *row, f"seed={seed}"]
@@ -137,8 +207,34 @@ def error(row: Sequence[str], steps: int, seed: int, begin: Small) -> float:
             teacher, Path(folder) / "prompts.txt", Path(folder) / "run", changes, student=student, quiet=True
         )
     prompts = list(LABELS) * (PICTURES // len(LABELS))
-    found = draw(teacher, student.eval(), prompts, seed=JUDGED)
-    return (found.double() - belongs(tuple(prompts), JUDGED)).square().sum(1).mean().sqrt().item()
+    wanted = belongs(tuple(prompts), JUDGED)
+    counts = counts[:1] if student.sampler == "consistency" else counts
+    found = [draw(teacher, student.eval(), prompts, seed=JUDGED, steps=count).double() for count in counts]
+    return [(each - wanted).square().sum(1).mean().sqrt().item() for each in found]
+
+
+def measure_maps(options: Any, record: dict[str, Any]) -> None:
+    """Every row of MAPS with every seed at all of STEPS, written after each; what is there already is kept."""
+    settings_of_all = {"steps": options.steps, "fit": options.fit}
+    found: dict[str, dict[str, list[float]]] = {}
+    if options.out.is_file():
+        before = json.loads(options.out.read_text())
+        if {name: before.get(name) for name in settings_of_all} == settings_of_all:
+            found = before["errors"]
+    for seed in range(options.seeds):
+        left = [name for name in MAPS if str(seed) not in found.get(name, {})]
+        begin = fitted(seed, options.fit, kind=Embedding) if left else None
+        for name in left:
+            assert begin is not None
+            row = [*MAPS[name], "space.keep_first=true"]
+            found.setdefault(name, {})[str(seed)] = errors(row, options.steps, seed, begin, STEPS)
+            console.print(f"seed {seed}, {name}: {', '.join(f'{e:.3f}' for e in found[name][str(seed)])}")
+            write_record(options.out, record | settings_of_all | {"counts": STEPS, "errors": found})
+    rows = []
+    for name in MAPS:
+        means = [f"{statistics.mean(of):.3f}" for of in zip(*found[name].values(), strict=True)]
+        rows.append([name, *means, *[""] * (len(STEPS) - len(means)), str(len(found[name]))])
+    show("error against the exact map", ["row", *(f"{count} steps" for count in STEPS), "seeds"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -147,20 +243,25 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, "closed_form", device=False)
     parser.add_argument("--seeds", type=int, default=5, help="runs of every row (5)")
     parser.add_argument("--steps", type=int, default=400, help="of training (400)")
+    parser.add_argument("--fit", type=int, default=1500, help="steps of fitting what students start as (1500)")
+    parser.add_argument("--maps", action="store_true", help="the objectives with a target time instead")
     options = parser.parse_args(given)
     torch.set_num_threads(1)  # the network is tiny
-    record, errors = open_record("closed_form", given, torch.device("cpu")), {name: [] for name in ROWS}
+    record, found = open_record("closed_form", given, torch.device("cpu")), {name: [] for name in ROWS}
+    if options.maps:
+        measure_maps(options, record)
+        return
     for seed in range(options.seeds):
-        begin = fitted(seed)
+        begin = fitted(seed, options.fit)
         for name, changes in ROWS.items():
-            errors[name].append(error(changes, options.steps, seed, begin))
-            console.print(f"seed {seed}, {name}: {errors[name][-1]:.3f}")
+            found[name] += errors(changes, options.steps, seed, begin)
+            console.print(f"seed {seed}, {name}: {found[name][-1]:.3f}")
     rows = [
         [name, f"{statistics.mean(of):.3f}", f"{statistics.stdev(of):.3f}" if len(of) > 1 else "", str(len(of))]
-        for name, of in errors.items()
+        for name, of in found.items()
     ]
     show("one step against the exact map", ["row", "error", "deviation", "seeds"], rows)
-    write_record(options.out, record | {"steps": options.steps, "one_step_error": errors})
+    write_record(options.out, record | {"steps": options.steps, "one_step_error": found})
 
 
 if __name__ == "__main__":

@@ -210,6 +210,29 @@ def test_errors_of_a_known_teacher_are_small_where_students_are_exact() -> None:
     assert max(nearest) < 4 * 0.12 / closed_form.SIGMA_DATA  # it ends in a petal of its own label
 
 
+@pytest.mark.long
+def test_the_cost_of_objectives_with_a_target_time_is_in_forward_passes(tmp_path: Path) -> None:
+    costs = run("step", tmp_path, "--maps", "--rounds", "1", "--states", "3")["maps"]
+    assert len(costs) == 7 and all(cost["pairs"] == 2 and cost["units"] > 1 for cost in costs.values())
+
+
+@pytest.mark.long
+def test_a_benchmark_of_flow_maps_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed_form = importlib.import_module("closed_form")
+    monkeypatch.setattr(closed_form, "MAPS", {name: closed_form.MAPS[name] for name in ("TBCM", "pairs")})
+    monkeypatch.setattr(closed_form, "PICTURES", 20)
+    options = ["--maps", "--steps", "1", "--fit", "1", "--out", str(tmp_path / "maps.json")]
+    closed_form.main([*options, "--seeds", "1"])
+    first = json.loads((tmp_path / "maps.json").read_text())["errors"]
+    assert len(first["TBCM"]["0"]) == 1 and len(first["pairs"]["0"]) == 4
+    first["pairs"]["0"] = [1.0, 2.0, 3.0, 4.0]
+    whole = json.loads((tmp_path / "maps.json").read_text()) | {"errors": first}
+    (tmp_path / "maps.json").write_text(json.dumps(whole))
+    closed_form.main([*options, "--seeds", "2"])
+    second = json.loads((tmp_path / "maps.json").read_text())["errors"]
+    assert second["pairs"]["0"] == [1.0, 2.0, 3.0, 4.0] and set(second["pairs"]) == {"0", "1"}
+
+
 def make_run(folder: Path, weight: float, loss: float, name: str = "weight") -> dict[str, Any]:
     """What `equal` notes of a run of one step with a weight of 1 + `weight`."""
     for part in ("checkpoints/000040", "student", "previews"):
