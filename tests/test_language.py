@@ -14,6 +14,8 @@ LONG_SENTENCES: dict[str, int] = {}
 """Page -> how many of its sentences may be longer."""
 OPENINGS = ("What", "Where", "Whoever", "Whatever", "Of")
 """No statement begins with these."""
+
+
 def pages() -> list[Path]:
     """The hand-written pages that are held to the rules."""
     found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

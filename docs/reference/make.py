@@ -66,7 +66,7 @@ ELSEWHERE = {
 }
 """Where a setting was measured, if that is not seen from the page's own tables and the rows of `stepfold reproduce`."""
 NO_MATTER = re.compile(
-    r"seed|prompts|teacher\.(?!dtype)\w+|evaluation\.guidance|space\.images"
+    r"seed|prompts|teacher\.(?!dtype)\w+|evaluation\.(guidance|steps)|space\.images"
     r"|training\.(checkpoint_every|keep_checkpoints|preview_every|look_every|time_stages|skip_nonfinite)"
 )
 """Settings that say what to do, not how well."""

@@ -355,6 +355,9 @@ class TrainingSettings(Section):
         return self
 
 
+StepCount = Annotated[int, Field(ge=1, le=64)]
+
+
 class EvaluationSettings(Section):
     """The table at the end, of runs with the bundled teacher, whose judge is bundled too."""
 
@@ -363,6 +366,12 @@ class EvaluationSettings(Section):
     )
     guidance: float | None = Field(
         default=None, description="scale that the teacher is measured at; default: the pipeline's own"
+    )
+    steps: tuple[StepCount, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="numbers of sampling steps that the student is measured at; its README and `stepfold sample` take "
+        "the first. Default: 1, 2 and 4",
     )
 
     @field_validator("n")

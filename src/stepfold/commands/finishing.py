@@ -29,7 +29,8 @@ def finish(run: "Run", average: "Student", course: "Course", display: "Display",
     if is_sharded(teacher.network):
         teacher = load_teacher(config.teacher, run.accelerator.device)  # whole again, to be measured
     card = save_student(teacher, average, student, config, run.recipe, run.prompts.prompt(0))
-    protocol = replace(EMOJI, n=config.evaluation.n or 2, guidance=run.usual)
+    steps = tuple(sorted({*(config.evaluation.steps or EMOJI.student_steps)}, reverse=True))
+    protocol = replace(EMOJI, n=config.evaluation.n or 2, guidance=run.usual, student_steps=steps)
     scores: dict[str, Any] = {"teacher": {}, "student": {}}
     if config.evaluation.n and config.teacher.source == "emoji":
         with course.stages("evaluation"):

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 def sample(
     student: StudentArgument,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One picture each.", show_default=False)],
-    steps: Annotated[int, typer.Option(min=1, help="Network calls per picture.")] = 1,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Sampling steps, a network call each. Default: what it was made for.", show_default=False
+        ),
+    ] = None,
     sampler: Annotated[
         str | None,
         typer.Option(help="consistency, flow or flow_map. Default: what it was trained for.", show_default=False),
@@ -24,9 +29,9 @@ def sample(
     gamma: Annotated[
         float, typer.Option(min=0, max=1, help="Share of fresh noise in a flow map's steps; 0 is deterministic.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Noise. Equal seeds give equal pictures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     guidance: Annotated[
-        float | None, typer.Option(min=0, max=1000, help="Scale that the student was told. Default: the run's.")
+        float | None, typer.Option(min=0, max=1000, help="Guidance scale. Default: the usual one of the student's run.")
     ] = None,
     out: Annotated[Path, typer.Option(help="PNG to write; several prompts go side by side.")] = Path("sample.png"),
     device: DeviceOption = "auto",
@@ -63,7 +68,7 @@ def run_sample(
     folder: Path,
     prompts: Sequence[str],
     *,
-    steps: int,
+    steps: int | None,
     seed: int,
     guidance: float | None,
     device: str,
@@ -75,7 +80,8 @@ def run_sample(
     Args:
         folder: of the student.
         prompts: B strings.
-        steps: network calls per picture.
+        steps: network calls per picture; None for what the student was made for, the first of its run's
+            `evaluation.steps`, or 1.
         seed: of the noise.
         guidance: scale that the student is told; None for its usual one.
         device: of torch.
@@ -101,7 +107,7 @@ def run_sample(
     condition = pipeline.encode(prompts)
     shape = pipeline.latent_shape
     noise = torch.stack([normal(shape, seed, "sample", i) for i in range(len(prompts))])
-    x0 = student_sampler(student, recipe, steps, seed, gamma)(
+    x0 = student_sampler(student, recipe, steps or next(iter(card.asked_steps), 1), seed, gamma)(
         pipeline.sigma_data * noise.to(device),
         condition,
         torch.full((len(prompts),), scale, device=device),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ to jump to as well, which `target_embedder.safetensors` is for."""
 FOLDED = """
 
 The network is for these steps alone: other noise levels, or another number of steps, make wrong images."""
-WORDS = {2: "two", 4: "four"}
+WORDS = {1: "one", 2: "two", 4: "four"}
 
 RESULTS = {"images": "image", "frames": "video"}
 """Where a pipeline's result has what it made -> what that is."""
@@ -97,7 +98,7 @@ def save_student(
         max_tokens=teacher.max_tokens,
         recipe=recipe,
         output=teacher.output,
-        **use_of(teacher, recipe, lora=config.student.lora > 0),
+        **use_of(teacher, recipe, lora=config.student.lora > 0, asked=config.evaluation.steps or ()),
         example=teacher.in_call(example),
         licences=licences_of(config.teacher.source),
         config=config.model_dump(mode="json"),
@@ -112,13 +113,20 @@ def save_student(
     return card
 
 
-def use_of(teacher: PipelineTeacher, recipe: Recipe, *, lora: bool) -> dict[str, Any]:
-    """The fields of a card that say how plain diffusers samples the student: its classes and their calls."""
+def use_of(teacher: PipelineTeacher, recipe: Recipe, *, lora: bool, asked: Sequence[int] = ()) -> dict[str, Any]:
+    """The fields of a card that say how plain diffusers samples the student: its classes and their calls.
+
+    Args:
+        teacher: whose pipeline it is.
+        recipe: how the student is sampled.
+        lora: whether it is a LoRA.
+        asked: numbers of steps besides the usual ones.
+    """
     sampler = in_diffusers(recipe.sampler)
     times = recipe.times if sampler == recipe.sampler else times_of(teacher, sampler)
     scheduler = teacher.lora_scheduler(sampler) if lora else teacher.student_scheduler(sampler)
     call = teacher.lora_call if lora else teacher.student_call
-    said = [k for k in CALLED_STEPS[sampler] if k in times] or sorted(times)
+    said = [k for k in sorted({*CALLED_STEPS[sampler], *asked}) if k in times] or sorted(times)
     return {
         "pipeline": (type(teacher.pipe) if lora else teacher.student_class(sampler)).__name__,
         "scheduler": type(scheduler).__name__,
@@ -151,7 +159,7 @@ def export_pipeline(folder: Path, out: Path) -> None:
             teacher.pipe.scheduler = teacher.lora_scheduler(in_diffusers(card.recipe.sampler))
             teacher.pipe.save_pretrained(part, safe_serialization=True)
             save_embedder(student, part)
-            use = {} if card.calls else use_of(teacher, card.recipe, lora=True)
+            use = {} if card.calls else use_of(teacher, card.recipe, lora=True, asked=card.asked_steps)
             write_cards(part, card.model_copy(update=use | {"merged": True}), metrics_beside(folder))
         else:
             check_folder(folder)
@@ -234,7 +242,8 @@ def several(count: int, one: str, many: str) -> str:
 def how_to_use(card: Card, name: str) -> str:
     """The README's code for plain diffusers, and what to change for another number of steps."""
     card.check_calls()
-    usual, other = (k if k in card.calls else max(card.calls) for k in EXAMPLES[in_diffusers(card.recipe.sampler)])
+    wished = (*card.asked_steps[:2], *EXAMPLES[in_diffusers(card.recipe.sampler)])
+    usual, other = [*dict.fromkeys(k for k in wished if k in card.calls), *[max(card.calls)] * 2][:2]
     call = card.calls[usual]
     changed = {name: value for name, value in card.calls[other].items() if value != call[name]}
     theirs = card.config["teacher"]
@@ -262,7 +271,8 @@ def how_to_use(card: Card, name: str) -> str:
     if card.folded_steps:
         return use + FOLDED
     if changed:
-        use += f"\n\nFor {WORDS[other]} steps: {', '.join(f'`{name}={value!r}`' for name, value in changed.items())}."
+        words = ", ".join(f"`{name}={value!r}`" for name, value in changed.items())
+        use += f"\n\nFor {WORDS.get(other, other)} step{'s' * (other != 1)}: {words}."
     return use + JUMPS if card.recipe.sampler == "flow_map" else use
 
 

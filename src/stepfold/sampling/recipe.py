@@ -127,8 +127,16 @@ def make_recipe(config: Config, teacher: Teacher, taught: Sequence[float], usual
         teacher: gives the times.
         taught: guidance scales of its walks.
         usual: scale that a student of several scales is told unless another one is asked for.
+
+    Raises:
+        UserError: `evaluation.steps` has a number that a student of this sampler has no times for.
     """
     sampler = sampler_of(config)
+    if unknown := [steps for steps in config.evaluation.steps or () if steps not in NUM_STEPS[sampler]]:
+        known = ", ".join(map(str, NUM_STEPS[sampler]))
+        raise UserError(
+            f"evaluation.steps has {unknown[0]}, but a {sampler} student has times for {known}; choose of these"
+        )
     times, trained = times_of(teacher, sampler), trained_steps(config)
     return Recipe(
         sampler=sampler,

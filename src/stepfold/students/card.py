@@ -81,6 +81,16 @@ class Card(Section):
         return self.config.get("student", {}).get("lora_convolutions", False)
 
     @property
+    def asked_steps(self) -> tuple[int, ...]:
+        """The numbers of steps that its run's settings name, the usual one first; none where they name none.
+
+        A student for one number alone, folded or of segments, has that one.
+        """
+        if self.recipe.sampler != "consistency" and len(self.recipe.times) == 1:
+            return tuple(self.recipe.times)
+        return tuple(self.config.get("evaluation", {}).get("steps") or ())
+
+    @property
     def two_times(self) -> bool:
         """Whether the student is told its target time too."""
         return self.config.get("student", {}).get("times", "one") == "two"

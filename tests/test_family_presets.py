@@ -1,0 +1,95 @@
+"""Presets of families: four-step LoRAs on one card."""
+
+import inspect
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import tiny
+from test_cli import Result
+
+from stepfold.config import load_config, preset_names, preset_purpose
+from stepfold.students.card import read_card
+
+PIPELINES = {
+    "sd1": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+    "sana": "SanaPipeline",
+    "lumina2": "Lumina2Pipeline",
+    "wan": "WanPipeline",
+}
+MAKERS = {
+    "sd1": tiny.make_sd1, "sdxl": tiny.make_sdxl, "sd3": tiny.make_sd3, "flux": tiny.make_flux, "sana": tiny.make_sana,
+    "lumina2": tiny.make_lumina2, "wan": tiny.make_wan,
+}  # fmt: skip
+NAMES = [f"{family}-lora-4step" for family in PIPELINES]
+SMALL = (
+    "training.steps=1", "training.preview_every=9", "space.route_steps=2", "teacher.max_tokens=24", "student.lora=2",
+    "training.precision=no", "training.walk_precision=no",
+)  # fmt: skip
+
+
+def test_there_is_one_for_every_family_that_loads_a_lora() -> None:
+    assert {name for name in preset_names() if name.endswith("-lora-4step")} == set(NAMES)
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_its_settings_are_for_four_steps_on_one_card(family: str) -> None:
+    name = f"{family}-lora-4step"
+    config = load_config(name, teacher__source="x/y", prompts="p.txt")
+    assert config.teacher.dtype == "bfloat16" and config.student.lora == 64 and config.training.checkpointing
+    assert 0 < config.training.micro_batch <= 8 and config.training.prompts_per_step == 1
+    assert set(config.space.weights) == {"generation", "endpoints"} and config.space.keep_first
+    assert config.evaluation.steps == (4, 2, 1) and config.objective == "auto"
+    call: Any = getattr(diffusers, PIPELINES[family]).__call__
+    own = inspect.signature(call).parameters["guidance_scale"].default
+    assert config.space.guidance and own in config.space.guidance
+    assert preset_purpose(name).endswith("on one card; counted, not measured on a published model.")
+    text = (resources.files("stepfold") / "presets" / f"{name}.yaml").read_text()
+    assert "`stepfold plan` measures" in " ".join(text.replace("#", "").split())
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "sdxl",
+        pytest.param("flux", marks=pytest.mark.long),
+        pytest.param("sd1", marks=pytest.mark.long),
+        pytest.param("sd3", marks=pytest.mark.long),
+        pytest.param("sana", marks=pytest.mark.long),
+        pytest.param("lumina2", marks=pytest.mark.long),
+        pytest.param("wan", marks=pytest.mark.long),
+    ],
+)
+def test_a_run_of_it_makes_a_student_of_four_steps(family: str, tmp_path: Path, prompts_file: Path) -> None:
+    teacher, out = tiny.save(MAKERS[family], tmp_path / "teacher"), tmp_path / "run"
+    changes = [*SMALL, *(["teacher.frames=5"] if family == "wan" else [])]
+    given = [part for change in changes if change != "student.lora=2" for part in ("--set", change)]
+    common = ("--preset", f"{family}-lora-4step", "--teacher", teacher, "--prompts", prompts_file, "--quiet")
+    result = Result("distill", *common, "--size", 32, "--lora", 2, "--out", out, *given)
+    assert result.code == 0, result.err
+    card = read_card(out)
+    assert card.asked_steps == (4, 2, 1) and {1, 2, 4} <= set(card.calls)
+    readme = (out / "student" / "README.md").read_text()
+    assert "For two steps: " in readme
+    used = readme.split("For two steps")[0]
+    assert all(f"{name}={value!r}," in used for name, value in card.calls[4].items()), used
+    if family == "sdxl":
+        pictures = [tmp_path / f"{name}.png" for name in ("default", "four", "one")]
+        for picture, steps in zip(pictures, ((), ("--steps", 4), ("--steps", 1)), strict=True):
+            assert Result("sample", out, "red heart", *steps, "--out", picture).code == 0
+        default, four, one = (picture.read_bytes() for picture in pictures)
+        assert default == four != one
+
+
+def test_a_number_of_steps_without_times_is_refused_before_the_run(
+    tiny_sana: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    given = ("--teacher", tiny_sana, "--prompts", prompts_file, "--out", tmp_path / "run", "--quiet")
+    result = Result("distill", *given, "--set", "evaluation.steps=[9]", "--set", "teacher.max_tokens=24")
+    assert result.code == 2 and "evaluation.steps has 9, but a consistency student has times for 1, 2" in result.err
+    assert not (tmp_path / "run").exists()
