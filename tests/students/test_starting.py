@@ -113,11 +113,13 @@ def test_what_cannot_go_on_is_one_line_and_leaves_no_run(
         assert not (tmp_path / "run").exists()
 
 
-def test_ranks_and_teachers_must_be_the_same(lora: Path, settings: Callable[..., Config], first_sana: Path) -> None:
+def test_ranks_and_teachers_must_be_the_same(
+    lora: Path, settings: Callable[..., Config], first_sana: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"is a LoRA of rank 4, but student\.lora is 8; give --set student\.lora=4"):
         started(lora, settings("student.lora=8"))
     other = settings().model_copy(update={"teacher": settings().teacher.model_copy(update={"source": str(first_sana)})})
     with pytest.raises(UserError, match=r"is a student of another teacher \(teacher\.source is .* there and .* here\)"):
         started(lora, other)
     with pytest.raises(UserError, match=r"is no student folder"):
-        started(lora.parent, settings())
+        started(tmp_path, settings())

@@ -267,11 +267,11 @@ def open_drawer(folder: Path, device: str) -> "Drawer":
 
     if not is_student(folder):
         return Drawer(load_any_pipeline(folder, device))
-    card, folder = read_card(folder), student_folder(folder)
+    card, given, folder = read_card(folder), folder, student_folder(folder)
     if card.lora_rank or card.network_only:
         raise UserError(
             f"{folder} holds a student without the rest of its pipeline; make it whole first: "
-            f"stepfold export {folder} --to pipeline"
+            f"stepfold export {given} --to pipeline"
         )
     card.check_calls()
     return Drawer(load_any_pipeline(folder, device), card.calls)
