@@ -48,7 +48,7 @@ def server() -> Any:
 def short_ends(patch: pytest.MonkeyPatch) -> None:
     """Lets runs end in previews of two pictures, the teacher's in two steps, and one curve."""
     from stepfold.commands import finishing
-    from stepfold.evaluation import preview
+    from stepfold.evaluation import latents, preview
 
     of_teacher, report_of = preview.teacher_sampler, finishing.report_of
 
@@ -57,6 +57,7 @@ def short_ends(patch: pytest.MonkeyPatch) -> None:
         return report | {"curves": dict(list(report["curves"].items())[:1])}
 
     patch.setattr(preview, "NUM_PREVIEWS", 2)
+    patch.setattr(latents, "NUM_PROMPTS", 2)
     patch.setattr(preview, "teacher_sampler", lambda teacher, steps: of_teacher(teacher, min(steps, 2)))
     patch.setattr(finishing, "report_of", with_one_curve)
 

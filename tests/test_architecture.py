@@ -34,7 +34,7 @@ EXTERNAL = {
     ),
     "yaml": ("config.py", "reproduction/experiments.py"),
     "datasets": ("images/reading.py",),
-    "matplotlib": ("evaluation/report.py", "reproduction/figures.py"),
+    "matplotlib": ("evaluation/curves.py", "reproduction/figures.py"),
     "peft": ("students/lora.py",),
     "pyarrow": ("prompts/tables.py",),
     "py3langid": ("prompts/cleaning.py",),

@@ -111,25 +111,31 @@ def show_table(table: Table) -> None:
     Console(highlight=False, markup=True, width=None if fits else WIDE).print(table)
 
 
+CELLS = {
+    "latent_error": ("latent error", "{:.3f}"),
+    "accuracy": ("accuracy", "{:.1%}"),
+    "clip_score": ("CLIP score", "{:.1f}"),
+    "fd": ("FD", "{:.4f}"),
+    "diversity": ("diversity", "{:.3f}"),
+    "agreement": ("latent error²", "{:.3f}"),
+    "images_per_sec": ("images/s", "{:.1f}"),
+}
+"""What a row of results may hold -> its head and its format in the terminal."""
+
+
 def results_table(result: dict) -> Table:
     """The rows of a report as a table for the terminal."""
     from stepfold.evaluation.protocol import counted, teachers_of  # imported late: --help has no use for torch
 
-    table = Table("sampler", "accuracy", "CLIP score", "FD", "diversity", "agreement", "images/s", box=None)
     groups = {who: result[who] for who in (*teachers_of(result), "student") if who in result}
     groups |= result.get("pipelines", {})
-    for who, rows in groups.items():
-        for steps, s in rows.items():
-            agreement = "-" if s["agreement"] is None else f"{s['agreement']:.3f}"
-            table.add_row(
-                f"{who} {counted(int(steps))}",
-                f"{s['accuracy']:.1%}",
-                f"{s['clip_score']:.1f}",
-                f"{s['fd']:.4f}",
-                f"{s['diversity']:.3f}",
-                agreement,
-                f"{s['images_per_sec']:.1f}",
-            )
+    rows = [row for group in groups.values() for row in group.values()]
+    keys = [key for key in CELLS if any(row.get(key) is not None for row in rows)]
+    table = Table("sampler", *(CELLS[key][0] for key in keys), box=None)
+    for who, group in groups.items():
+        for steps, row in group.items():
+            cells = ["-" if row.get(key) is None else CELLS[key][1].format(row[key]) for key in keys]
+            table.add_row(f"{who} {counted(int(steps))}", *cells)
     return table
 
 

@@ -359,10 +359,12 @@ StepCount = Annotated[int, Field(ge=1, le=64)]
 
 
 class EvaluationSettings(Section):
-    """The table at the end, of runs with the bundled teacher, whose judge is bundled too."""
+    """The results at the end: the evaluator's table with the bundled teacher, the latent error with any other."""
 
     n: int = Field(
-        default=500, ge=0, description="pictures per row of the report's table, bundled teacher only; 0 for no table"
+        default=500,
+        ge=0,
+        description="images per row of the report's table; at most 64 with a teacher of your own; 0 for no table",
     )
     guidance: float | None = Field(
         default=None, description="scale that the teacher is measured at; default: the pipeline's own"
@@ -372,6 +374,9 @@ class EvaluationSettings(Section):
         min_length=1,
         description="numbers of sampling steps that the student is measured at; its README and `stepfold sample` take "
         "the first. Default: 1, 2 and 4",
+    )
+    clip: str | None = Field(
+        default=None, description="folder or hub id of a CLIP: a CLIP score too, with a teacher of your own"
     )
 
     @field_validator("n")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clips import save_clip
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import CLIPConfig, CLIPModel
@@ -57,3 +58,9 @@ def judge_folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
     return load_judge(make_judge_folder(tmp_path_factory.mktemp("judge")), "cpu")
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny CLIP."""
+    return save_clip(tmp_path_factory.mktemp("clip"))

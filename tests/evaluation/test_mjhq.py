@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from clips import WORDS
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
 from stepfold.errors import UserError
 from stepfold.evaluation import mjhq
@@ -23,7 +22,6 @@ from stepfold.evaluation.mjhq import MjhqProtocol, draw_all, inception_features,
 from stepfold.evaluation.pipelines import Drawer
 from stepfold.teachers.loading import load_any_pipeline
 
-WORDS = ("a", "cat", "fish", "house", "red", "moon")
 NUM = 40
 
 
@@ -39,29 +37,6 @@ def folder(tmp_path: Path) -> Path:
         rows[f"id{i}"] = {"category": category, "prompt": f"a {WORDS[1 + i % 5]}"}
     (tmp_path / "mjhq" / "meta_data.json").write_text(json.dumps(rows))
     return tmp_path / "mjhq"
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of the real class at tiny size."""
-    path = tmp_path_factory.mktemp("clip")
-    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    config = CLIPConfig(
-        text_config=dict(**sizes, vocab_size=16, max_position_embeddings=8, eos_token_id=1, bos_token_id=2),
-        vision_config=dict(**sizes, image_size=16, patch_size=8),
-        projection_dim=8,
-    )
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(path)
-    vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3} | {word: i + 4 for i, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", model_max_length=8
-    ).save_pretrained(path)
-    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(path)
-    return path
 
 
 def local_features(largest: list[int] | None = None) -> Callable[[Tensor], Tensor]:

@@ -4,6 +4,7 @@ import json
 import re
 from base64 import b64decode
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from PIL import Image
 
 from stepfold.display import results_table
 from stepfold.errors import UserError
+from stepfold.evaluation.curves import curves_from_rows, moving, plot_curves
 from stepfold.evaluation.protocol import Scores
-from stepfold.evaluation.report import METRICS, curves_from_rows, plot_curves, verdict, write_report
+from stepfold.evaluation.report import spread, write_report
+from stepfold.evaluation.verdict import METRICS, Figure, best_steps, figures, sentences
 
 HOSTILE = "<script>alert(1)</script>\"' onload=x $\\frac{$ & ünïcode"
 VOID = {"meta", "img", "link", "br"}
@@ -49,8 +52,10 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def scores(accuracy: float, fd: float, agreement: float | None = 0.1, speed: float = 3.0) -> dict[str, float | None]:
-    return Scores(accuracy, 30.0, fd, 0.4, agreement, speed).to_json()
+def scores(
+    accuracy: float, fd: float, agreement: float | None = 0.1, diversity: float = 0.4
+) -> dict[str, float | None]:
+    return Scores(accuracy, 30.0, fd, diversity, agreement, 3.0).to_json()
 
 
 @pytest.fixture
@@ -61,18 +66,28 @@ def report(tmp_path: Path) -> dict:
         "command": f"stepfold distill --prompts {HOSTILE}",
         "versions": {"torch": "2.13.0"},
         "config": {"optimizer": {"lr": 1e-4}, "prompt": HOSTILE, "guidance": [4, 4.5]},
-        "protocol": {"n": 500},
+        "protocol": {"n": 500, "guidance": 4.5},
+        "teacher_calls_per_step": 2,
+        "facts": ["2026-01-02", f"device {HOSTILE}"],
+        "use": [("Sample", f"stepfold sample {HOSTILE}")],
+        "preset": "demo",
+        "changed": {"training": {"steps": 3}, "seed": HOSTILE},
         "teacher": {
             "1": scores(0.02, 0.15),
             "20": scores(0.86, 0.03, 0),
             "2": scores(0.4, 0.1),
             "4": scores(0.7, 0.08),
         },
-        "student": {"1": scores(0.7138, 0.04, None, 42.0), "2": scores(0.75, 0.039)},
+        "student": {"1": scores(0.7138, 0.04, 0.3), "2": scores(0.75, 0.039, 0.4, 0.44)},
         "reals": {"accuracy": 0.98, "diversity": 0.45},
-        "stages_sec": {HOSTILE: 4.0, "distil": 754.0},
+        "stages_sec": {HOSTILE: 4.0, "distil": 754.0, "images": 0.0},
         "peak_memory_gib": 1.234,
-        "curves": {HOSTILE: [[i, 1 / (i + 1)] for i in range(1000)], "few": [[1, 2.0], [2, float("nan")]], "none": []},
+        "curves": {
+            HOSTILE: [[i, 1 / (i + 1)] for i in range(1000)],
+            "few": [[1, 2.0], [2, float("nan")], [3, 1.0]],
+            "none": [],
+            "same": [[1, 1.0], [2, 1.0]],
+        },
         "images": {f"same noise, {HOSTILE}": "grid.png"},
     }
 
@@ -83,7 +98,8 @@ def test_page_is_whole_and_escaped(tmp_path: Path, report: dict):
     assert "script" not in page.tags and "<script" not in html
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     text = "".join(page.text)
-    assert text.count(HOSTILE) == 7  # two titles, command, setting, stage, caption, curve: all shown as they are
+    # two titles, fact, use, command, change, setting, stage, caption twice (its head), curve: all shown as they are
+    assert text.count(HOSTILE) == 10
     assert page.tags.count("svg") == 2 and page.tags.count("img") == 1
 
 
@@ -98,59 +114,136 @@ def test_page_loads_nothing_from_outside(tmp_path: Path, report: dict):
     assert {value[1:] for value in sources if value[0] == "#"} | set(re.findall(r"url\(#(\w+)\)", html)) <= referred
 
 
-def test_table(tmp_path: Path, report: dict):
-    html = write_report(tmp_path, report)[1].read_text(encoding="utf-8")
+def table_of(html: str) -> list[list[str]]:
     body = html[html.index('<table class="results">') : html.index("<dl>")]
-    rows = [re.findall(r"<t[hd][^>]*>([^<]*)<", row) for row in body.split("<tr>")[1:]]
+    return [re.findall(r"<(?:th|td|b)[^>]*>([^<]+)<", row) for row in re.split("<tr[^>]*>", body)[1:]]
+
+
+def test_table(tmp_path: Path, report: dict):
+    """Equal numbers of steps stand together, each row with its network calls; the student's best steps are bold."""
+    html = write_report(tmp_path, report)[1].read_text(encoding="utf-8")
+    rows = table_of(html)
     assert [row[0] for row in rows] == [
-        "Sampler", "Student, 2 steps", "Student, 1 step",
-        "Teacher, 20 steps", "Teacher, 4 steps", "Teacher, 2 steps", "Teacher, 1 step", "Real pictures",
+        "Sampler", "Student, 1 step", "Teacher, 1 step", "Student, 2 steps", "Teacher, 2 steps", "Teacher, 4 steps",
+        "Teacher, 20 steps", "Real images",
     ]  # fmt: skip
-    assert rows[2][1:] == ["0.714", "30.0", "0.040", "0.400", "–", "42.0"]
-    assert rows[7][1:] == ["0.980", "–", "–", "0.450", "–", "–"]
-    assert all(f"<dt>{label}</dt>" in html for label, _ in METRICS.values())
-    assert "12 min 34 s" in html and "1.23 GiB" in html
+    assert rows[0][1:] == ["Calls an image", "Accuracy", "CLIP score", "FD", "Diversity", "Latent error²"]
+    assert rows[1][1:] == ["1", "0.714", "30.0", "0.040", "0.400", "0.300"]
+    assert rows[2][1] == "2" and rows[6][1] == "40" and rows[7][1:] == ["–", "0.980", "–", "–", "0.450", "–"]
+    assert re.findall("<b>([^<]*)</b></td>", html) == ["0.300", "0.750", "0.039", "0.440"]
+    shown = [metric for key, metric in METRICS.items() if key != "latent_error"]
+    assert all(f"<dt>{metric.label}</dt>" in html for metric in shown) and "<dt>Latent error</dt>" not in html
+    assert "12 min 34 s" in html and "1.23 GiB" in html and '<th scope="row">images</th>' not in html
+
+
+def test_pictures_come_first_and_the_last_leads(tmp_path: Path, report: dict):
+    for step in range(7):
+        Image.fromarray(np.full((30, 1000, 3), step, np.uint8)).save(tmp_path / f"{step}.png")
+    images = {f"Step {step}": f"{step}.png" for step in range(7)}
+    html = write_report(tmp_path, report | {"images": images})[1].read_text(encoding="utf-8")
+    captions = re.findall("<figcaption>(Step .)<", html)
+    assert captions == ["Step 0", "Step 2", "Step 3", "Step 5"] and spread(range(3), 4) == [0, 1, 2]
+    assert html.index("<h2>Step 6</h2>") < html.index("Step 0") < html.index('<table class="results">')
+    sizes = [
+        Image.open(BytesIO(b64decode(data))).width for data in re.findall('src="data:image/png;base64,([^"]*)"', html)
+    ]
+    assert sizes == [1000, 720, 720, 720, 720]
+
+
+def test_curves_say_what_they_are_and_those_that_do_not_move_are_left_out(report: dict):
+    assert list(moving(report["curves"])) == [HOSTILE, "few"]
+    assert list(moving({"lr": [[0, 1], [1, 2]], "x": [[0, 1], [1, 2]], "latent_error": [[0, 2.0], [1, 1.0]]})) == [
+        "latent_error", "lr", "x",
+    ]  # fmt: skip
 
 
 def test_json_is_the_report(tmp_path: Path, report: dict):
     path = write_report(tmp_path / "new" / "folder", report | {"images": {}})[0]
     read = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert read["student"] == report["student"] and read["title"] == report["title"]
-    assert read["curves"]["few"] == [[1, 2.0], [2, None]]
+    assert read["curves"]["few"] == [[1, 2.0], [2, None], [3, 1.0]]
 
 
-def test_verdict_follows_the_numbers(report: dict):
-    assert verdict(report) == (
-        "One step: 83% of the teacher's accuracy (0.714 against 0.860 at 20 steps); FD 0.040 against 0.150 for the "
-        "teacher's one step; diversity 100% of the teacher's; 14.0 times as many images per second. "
-        "Its FD is better than the teacher's at 1, 2 and 4 steps."
-    )
-    for fd, end in ((0.12, "at 1 step."), (0.09, "at 1 and 2 steps."), (0.02, "at every measured step count.")):
-        assert verdict(report | {"student": {"1": scores(0.5, fd)}}).endswith(f"is better than the teacher's {end}")
-    worse = verdict(report | {"student": {"1": scores(0.5, 9.0)}})
-    assert worse.endswith("Its FD is worse than the teacher's at every measured step count.")
+def test_three_figures_follow_the_numbers(report: dict):
+    """Against the teacher as the student was taught, where that is another one than the protocol's."""
+    assert figures(report) == [
+        Figure("83%", "of the teacher's accuracy in one step", "0.714 against 0.860: the teacher, 20 steps"),
+        Figure("1 → 40", "network calls an image: the student's, the teacher's",
+               "the teacher's 20 steps call its network 2 times each"),
+        Figure("0.40", "diversity; real images have 0.45, and closest is best", "the teacher has 0.40"),
+    ]  # fmt: skip
+    taught = figures(report | {"teacher at guidance 3": {"20": scores(0.964, 0.011)}})
+    assert (taught[0].big, taught[0].detail) == ("74%", "0.714 against 0.964: the teacher at guidance 3, 20 steps")
+    assert figures({"student": {"4": {"accuracy": 0.0}}, "teacher": {"20": {"accuracy": 0.0}}}) == [
+        Figure("0.000", "accuracy in 4 steps", "0.000 against 0.000: the teacher, 20 steps")
+    ]
+
+
+def test_the_latent_error_stands_beside_the_line_to_beat(tmp_path: Path):
+    report = {
+        "title": "own",
+        "teacher": {"20": {"latent_error": None}, "1": {"latent_error": 0.9}, "2": {"latent_error": 0.2}},
+        "student": {"1": {"latent_error": 0.5}, "2": {"latent_error": 0.3}},
+        "teacher_calls_per_step": 1,
+        "protocol": {"n": 2, "guidance": 4.5, "prompts": "2 held-out prompts"},
+    }
+    assert [(figure.big, figure.label) for figure in figures(report)] == [
+        ("0.50", "latent error in one step"),
+        ("1 → 20", "network calls an image: the student's, the teacher's"),
+        ("0.90", "latent error of the untrained teacher in one step"),
+    ]
+    assert sentences(report) == [
+        "Latent error: the student beats the untrained teacher at 1 step, not at 2 steps.",
+        "Measured on 2 held-out prompts, at guidance 4.5.",
+    ]
+    assert best_steps(report, "latent_error") == 2
+    html = write_report(tmp_path, report)[1].read_text(encoding="utf-8")
+    assert [row[:3] for row in table_of(html)] == [
+        ["Sampler", "Calls an image", "Latent error"],
+        ["Student, 1 step", "1", "0.500"], ["Teacher, 1 step", "1", "0.900"],
+        ["Student, 2 steps", "2", "0.300"], ["Teacher, 2 steps", "2", "0.200"],
+        ["Teacher, 20 steps (reference)", "20", "–"],
+    ]  # fmt: skip
+    for ours, end in (((0.1, 0.1), "is better than the untrained teacher at every"), ((1.0, 1.0), "is no better")):
+        student = {str(k): {"latent_error": error} for k, error in zip((1, 2), ours, strict=True)}
+        assert end in sentences(report | {"student": student})[0]
+
+
+def test_sentences_follow_the_numbers(report: dict):
+    assert sentences(report) == [
+        "FD: the student's one step is better than the teacher at 1, 2 and 4 steps.",
+        "Measured on 500 images a row, at guidance 4.5.",
+    ]
+    for fd, end in ((0.12, "at 1 step."), (0.09, "at 1 and 2 steps."), (0.02, "at every measured number of steps.")):
+        assert sentences(report | {"student": {"1": scores(0.5, fd)}})[0].endswith(f"is better than the teacher {end}")
+    worse = sentences(report | {"student": {"1": scores(0.5, 9.0)}})[0]
+    assert worse.endswith("is worse than the teacher at every measured number of steps.")
 
 
 def test_the_teacher_at_the_scale_that_the_student_was_taught(tmp_path: Path, report: dict):
     report |= {"teacher at guidance 3": {"20": scores(0.964, 0.011)}}
-    assert verdict(report).endswith(
-        " The teacher at guidance 3, as the student was taught: accuracy 0.964, FD 0.011 at 20 steps."
-    )
     html = write_report(tmp_path, report)[1].read_text(encoding="utf-8")
     assert "Teacher at guidance 3, 20 steps" in html
     assert "teacher at guidance 3 20 steps" in list(results_table(report).columns[0].cells)
 
 
-def test_verdict_where_numbers_are_missing(report: dict):
-    assert "no student has been measured" in verdict(report | {"student": {}})
-    assert verdict({"teacher": {"20": scores(0.0, 0.1)}, "student": {"4": {"accuracy": 0.0}}}) == (
-        "4 steps: accuracy (0.000 against 0.000 at 20 steps)."
-    )
+def test_where_nothing_was_measured_the_report_says_what_to_run(tmp_path: Path, report: dict):
+    empty = report | {"student": {}, "teacher": {}, "next_command": "stepfold evaluate runs/x/student"}
+    assert figures(empty) == [] and sentences(empty) == ["No student has been measured."]
+    html = write_report(tmp_path, empty)[1].read_text(encoding="utf-8")
+    assert "This measures it: <code>stepfold evaluate runs/x/student</code>" in html and "results" not in html.split(
+        "</style>"
+    )[1].split("<h2>Training")[0].replace("Results", "")
+
+
+def test_what_differs_from_the_preset_comes_before_all_settings(tmp_path: Path, report: dict):
+    html = write_report(tmp_path, report)[1].read_text(encoding="utf-8")
+    assert html.index("differ from the preset demo") < html.index("training.steps") < html.index("All settings")
 
 
 def test_smallest_report(tmp_path: Path):
     page = Page(write_report(tmp_path, {"title": "Nothing yet"})[1].read_text())
-    assert "table" not in page.tags and "Nothing to compare" in "".join(page.text)
+    assert "table" not in page.tags and "No student has been measured." in "".join(page.text)
 
 
 def test_failures_leave_the_old_report(tmp_path: Path, report: dict):

@@ -317,7 +317,7 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
     if config.objective == "continuous" and first and counts_to_thousand(config):
         display.note(steepness(run.teacher, student, run.prompts, run.conditions, config, device))
     preview = make_preview(
-        run.folder, run.teacher, run.conditions, len(run.prompts), run.recipe, config.seed, display.note, writes=first
+        run.folder, run.teacher, run.conditions, run.prompts, run.recipe, config.seed, display.note, writes=first
     )
     tracker = Tracker(run.folder) if first else None
     course.stages.seconds["load"] = time.perf_counter() - began

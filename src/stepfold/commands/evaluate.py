@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from stepfold.students.card import Card
     from stepfold.teachers.contract import Student
 
+CLIP = "openai/clip-vit-large-patch14"
+PROTOCOLS = ("auto", "teacher", "emoji", "mjhq30k", "geneval")
+
 
 def evaluate(
     folders: Annotated[
@@ -37,18 +40,23 @@ def evaluate(
     protocol: Annotated[
         str,
         typer.Option(
-            help="emoji: the bundled teacher's judge. mjhq30k: FID, CLIP score. geneval: pictures for its scorer."
+            help="teacher: latent error against the student's own teacher. emoji: the bundled teacher's evaluator. "
+            "mjhq30k: FID, CLIP score. geneval: images for its scorer. auto: teacher, or emoji for the bundled one."
         ),
-    ] = "emoji",
+    ] = "auto",
     steps: Annotated[
         str | None,
         typer.Option(
-            help="Step counts, comma-separated. Default: 1,2,4 for students (geneval: 1), else the pipeline's own.",
+            help="Sampling steps, comma-separated. Default: 1,2,4 for students (teacher: 1,2,4,8; geneval: 1), else "
+            "the pipeline's own.",
             show_default=False,
         ),
     ] = None,
     n: Annotated[
-        int | None, typer.Option(min=2, help="Pictures per row. Default: 2000; mjhq30k: 30000.", show_default=False)
+        int | None,
+        typer.Option(
+            min=2, help="Images per row. Default: 2000; teacher: 64 prompts; mjhq30k: 30000.", show_default=False
+        ),
     ] = None,
     guidance: Annotated[
         float | None,
@@ -60,7 +68,12 @@ def evaluate(
         ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="evaluation_metadata.jsonl of GenEval (geneval).", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Prompts to evaluate on (teacher; default: those of the run that it did not train on), or GenEval's "
+            "evaluation_metadata.jsonl.",
+            show_default=False,
+        ),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(help="MJHQ-30k's folder, with meta_data.json (mjhq30k).", show_default=False)
@@ -69,18 +82,28 @@ def evaluate(
         "inception.safetensors"
     ),
     clip: Annotated[
-        str, typer.Option(help="Folder or hub id of the CLIP (mjhq30k).")
-    ] = "openai/clip-vit-large-patch14",
+        str | None,
+        typer.Option(
+            help=f"Folder or hub id of a CLIP. Default: none (teacher); {CLIP} (mjhq30k).", show_default=False
+        ),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the pictures. Default: runs/PROTOCOL.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Folder for images and a report (teacher; default: none), or for images. Default: runs/PROTOCOL.",
+            show_default=False,
+        ),
     ] = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Measure students and other pipelines side by side, the bundled teacher beside them: same prompts, same judge.
+    """Measure a student against its teacher, or students and other pipelines side by side.
 
-    Students of the bundled teacher also start from its noise, which the column agreement needs.
+    A student of any teacher gets a latent error for each number of steps: nothing is downloaded, no images are needed.
+    The bundled teacher has an evaluator of its own, which scores other pipelines too.
+
+    stepfold evaluate runs/mine --out runs/mine-report
 
     stepfold evaluate runs/demo/student
 
@@ -90,17 +113,31 @@ def evaluate(
 
     stepfold evaluate ./my-sana --protocol geneval --prompts evaluation_metadata.jsonl
     """
+    from stepfold.commands.own_teacher import NUM_PROMPTS, is_own, run_own
     from stepfold.display import Display, mjhq_table, quiet_libraries, results_table, show_table
 
     try:
         counts = sorted({int(part) for part in steps.split(",")}, reverse=True) if steps else None
     except ValueError:
         raise UserError(f"--steps {steps!r} is no list of numbers; for example --steps 1,2,4") from None
-    if protocol not in ("emoji", "mjhq30k", "geneval"):
-        raise UserError(f"no protocol {protocol!r}; there are emoji, mjhq30k and geneval")
+    if protocol not in PROTOCOLS:
+        raise UserError(f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
+    if protocol == "auto":
+        protocol = "teacher" if any(map(is_own, folders)) else "emoji"
     quiet_libraries()
     pictures = out or Path("runs") / protocol
     display = Display(quiet)
+    if protocol == "teacher":
+        found = run_own(
+            folders, steps=counts, n=n or NUM_PROMPTS, guidance=guidance, prompts=prompts, clip=clip, out=out,
+            display=display, device=usable_device(device),
+        )  # fmt: skip
+        write_json(json_file, next(iter(found.values())) if len(found) == 1 else {"students": found})
+        for name, row in found.items():
+            typer.echo(f"{name}: {row['protocol']['prompts']}")
+            show_table(results_table(row))
+        typer.echo(f"report: {out}" if out else "images and a report: add --out FOLDER")
+        return
     if protocol == "geneval":
         if prompts is None or len(folders) != 1 or (counts and len(counts) != 1):
             raise UserError("--protocol geneval takes one folder, one step count and --prompts FILE")
@@ -114,8 +151,8 @@ def evaluate(
         if images is None:
             raise UserError("--protocol mjhq30k takes --images FOLDER, where MJHQ-30k's meta_data.json is")
         result = run_mjhq(
-            folders, images, inception, clip, pictures, steps=counts, n=n or 30_000, guidance=guidance, display=display,
-            device=usable_device(device),
+            folders, images, inception, clip or CLIP, pictures, steps=counts, n=n or 30_000, guidance=guidance,
+            display=display, device=usable_device(device),
         )  # fmt: skip
         table = mjhq_table(result)
     else:
@@ -195,8 +232,8 @@ def open_students(names: Sequence[str], device: str) -> "dict[str, tuple[Student
             _, student, card = load_student(Path(name), device)
             if card.teacher != "emoji":
                 raise UserError(
-                    f"{name} is a student of {card.teacher!r}, and the judge knows the bundled teacher's pictures "
-                    "only; use --protocol mjhq30k"
+                    f"{name} is a student of {card.teacher!r}, and the evaluator knows the bundled teacher's images "
+                    "only; use --protocol teacher or mjhq30k"
                 )
             students[name] = student, card
     return students

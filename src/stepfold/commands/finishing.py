@@ -1,24 +1,32 @@
 """The end of a run: its student, its scores, its report and its card."""
 
+import math
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepfold import assets
+from stepfold.errors import UserError
 
 if TYPE_CHECKING:
     from stepfold.commands.distill import Run
+    from stepfold.config import Config
     from stepfold.display import Display
+    from stepfold.evaluation.latents import Chosen, LatentProtocol
+    from stepfold.evaluation.mjhq import ClipScorer
     from stepfold.evaluation.protocol import Protocol
+    from stepfold.prompts.reading import Prompts
     from stepfold.sampling.recipe import Recipe
-    from stepfold.teachers.contract import Student
+    from stepfold.teachers.contract import Condition, Student
     from stepfold.teachers.pipeline import PipelineTeacher
     from stepfold.training.course import Course
 
 
 def finish(run: "Run", average: "Student", course: "Course", display: "Display", command: str) -> dict[str, Any]:
     """Writes the student, its scores, the report and the card; returns what is in report.json."""
-    from stepfold.evaluation.protocol import EMOJI
     from stepfold.evaluation.report import write_report
     from stepfold.export.pipeline import model_card, save_student
     from stepfold.teachers.loading import load_teacher
@@ -29,20 +37,95 @@ def finish(run: "Run", average: "Student", course: "Course", display: "Display",
     if is_sharded(teacher.network):
         teacher = load_teacher(config.teacher, run.accelerator.device)  # whole again, to be measured
     card = save_student(teacher, average, student, config, run.recipe, run.prompts.prompt(0))
-    steps = tuple(sorted({*(config.evaluation.steps or EMOJI.student_steps)}, reverse=True))
-    protocol = replace(EMOJI, n=config.evaluation.n or 2, guidance=run.usual, student_steps=steps)
-    scores: dict[str, Any] = {"teacher": {}, "student": {}}
-    if config.evaluation.n and config.teacher.source == "emoji":
-        with course.stages("evaluation"):
-            scores |= measure_student(protocol, teacher, average, run.recipe, display)
-        teacher.release_decoder()
-    result = report_of(run, course, protocol, scores, command)
+    with course.stages("evaluation"):
+        scores = evaluated(run, teacher, average, display)
+    teacher.release_decoder()
+    result = report_of(run, course, scores, command)
     write_report(run.folder, result)
     with writing(student / "README.md") as part:
         part.write_text(model_card(card, result), encoding="utf-8")
     if run.lock:
         run.lock.release()
     return result
+
+
+def evaluated(run: "Run", teacher: "PipelineTeacher", student: "Student", display: "Display") -> dict[str, Any]:
+    """The protocol, and scores of teacher and student under it, as report.json has them; none where `n` is 0."""
+    from stepfold.evaluation.protocol import EMOJI, protocol_record
+
+    n, emoji = run.config.evaluation.n, run.config.teacher.source == "emoji"
+    if n and not emoji:
+        return measure_own(run, teacher, student, display)
+    steps = tuple(sorted({*(run.config.evaluation.steps or EMOJI.student_steps)}, reverse=True))
+    protocol = replace(EMOJI, n=n or 2, guidance=run.usual, student_steps=steps)
+    scores = measure_student(protocol, teacher, student, run.recipe, display) if n else {"teacher": {}, "student": {}}
+    return {"protocol": protocol_record(protocol)} | scores
+
+
+def measure_own(run: "Run", teacher: "PipelineTeacher", student: "Student", display: "Display") -> dict[str, Any]:
+    """The latent errors of a student whose teacher has no evaluator, on prompts that the run did not train on."""
+    from stepfold.evaluation.latents import NUM_PROMPTS, LatentProtocol, held_out, known_steps
+
+    config, prompts = run.config, run.prompts
+    n = min(NUM_PROMPTS, config.evaluation.n)
+    chosen = held_out(len(prompts), trained_samples(config), config.seed, n)
+    protocol = LatentProtocol(
+        n=len(chosen.index),
+        steps=known_steps(run.recipe, config.evaluation.steps),
+        guidance=run.recipe.guidance,
+        prompts_sha256=prompts.sha256,
+        index=chosen.index,
+    )
+    clip = None
+    try:
+        clip = open_clip(config.evaluation.clip, teacher)
+    except UserError as error:  # the student is made, and its other numbers do not depend on it
+        display.note(f"no CLIP score: {error}")
+    return latent_scores(protocol, chosen, teacher, student, run.recipe, run.conditions, prompts, clip, display)
+
+
+def open_clip(source: str | None, teacher: "PipelineTeacher") -> "ClipScorer | None":
+    """The CLIP of a folder or hub id; None for none.
+
+    Raises:
+        UserError: it does not load, or the teacher makes videos.
+    """
+    from stepfold.evaluation.mjhq import load_clip
+
+    if source is None:
+        return None
+    if teacher.frames > 1:
+        raise UserError("a CLIP scores images, and this teacher makes videos; leave out evaluation.clip and --clip")
+    return load_clip(source, str(teacher.device))
+
+
+def trained_samples(config: "Config") -> int:
+    """How many samples of its order a run trains on."""
+    return math.ceil(config.training.steps / config.space.reuse) * config.training.prompts_per_step
+
+
+def latent_scores(
+    protocol: "LatentProtocol",
+    chosen: "Chosen",
+    teacher: "PipelineTeacher",
+    student: "Student",
+    recipe: "Recipe",
+    conditions: "Callable[[Sequence[int]], Condition]",
+    prompts: "Prompts",
+    clip: "ClipScorer | None",
+    display: "Display",
+) -> dict[str, Any]:
+    """Says what the evaluation costs, does it, and returns what report.json has of it."""
+    from stepfold.evaluation.latents import BATCH, cost, measure_latents, samplers_of
+    from stepfold.teachers.contract import concatenate
+
+    display.note(f"evaluation on {chosen.said}, {cost(protocol, teacher)}")
+    index = chosen.index
+    condition = concatenate([conditions(index[i : i + BATCH]) for i in range(0, len(index), BATCH)])
+    texts = [prompts.prompt(i) for i in index]
+    with display.measuring(dict.fromkeys(samplers_of(teacher, student, recipe, protocol), protocol.n)) as tick:
+        scores = measure_latents(teacher, student, recipe, protocol, condition, texts, clip, tick)
+    return {"protocol": protocol.record() | {"unseen": chosen.unseen, "prompts": chosen.said}} | scores
 
 
 def measure_student(
@@ -60,38 +143,89 @@ def measure_student(
     return {"reals": {"diversity": judge.diversity}} | rows_by_steps(scores)
 
 
-def report_of(
-    run: "Run", course: "Course", protocol: "Protocol", scores: dict[str, Any], command: str
-) -> dict[str, Any]:
+def report_of(run: "Run", course: "Course", scores: dict[str, Any], command: str) -> dict[str, Any]:
     """What report.json holds."""
-    from stepfold.evaluation.protocol import protocol_record
-    from stepfold.evaluation.report import curves_from_rows, versions
+    from stepfold.evaluation.curves import curves_from_rows
+    from stepfold.evaluation.latents import calls_per_step
+    from stepfold.evaluation.preview import errors_over_steps
+    from stepfold.evaluation.report import versions
     from stepfold.training.runs import read_metrics
 
-    config = run.config
+    config, logged, numbers = run.config, read_metrics(run.folder), course.numbers()
+    student, errors = run.folder / "student", errors_over_steps(run.folder)
+    preset, changed = nearest_preset(config)
     return {
         "title": f"{run.folder.name}: one-step student of {config.teacher.source}",
+        "facts": facts_of(config, numbers),
         "command": command,
+        "next_command": None if scores["student"] else f"stepfold evaluate {shlex.quote(str(student))}",
+        "use": how_to_use(student, run.prompts.prompt(0), scores),
         "versions": versions(),
+        "preset": preset,
+        "changed": changed,
         "config": config.model_dump(mode="json"),
-        "protocol": protocol_record(protocol),
+        "teacher_calls_per_step": calls_per_step(run.teacher),
         **scores,
         "prompts": {
             "file": config.space.images or config.prompts or "bundled",
             "count": len(run.prompts),
             "sha256": run.prompts.sha256,
         },
-        **course.numbers(),
+        **numbers,
         "processes": run.processes.count,
-        "skipped_steps": sum("skipped" in row for row in read_metrics(run.folder)),
-        "curves": curves_from_rows(read_metrics(run.folder)),
-        "images": {
-            p.stem.replace("_", " "): str(p.relative_to(run.folder))
-            for p in first_and_last(sorted((run.folder / "previews").glob("*.png")))
-        },
+        "skipped_steps": sum("skipped" in row for row in logged),
+        "curves": ({"latent_error": errors} if errors else {}) | curves_from_rows(logged),
+        "images": captioned(run.folder),
     }
 
 
-def first_and_last(paths: list[Path]) -> list[Path]:
-    """Both ends of a list, or all of a shorter one."""
-    return paths[:1] + paths[1:][-1:]
+def facts_of(config: "Config", numbers: dict[str, Any]) -> list[str]:
+    """The line below a report's title: when, where, how long, how much."""
+    from stepfold.evaluation.report import duration
+
+    student = f"LoRA of rank {config.student.lora}" if config.student.lora else "all weights"
+    return [
+        f"{datetime.now().astimezone():%Y-%m-%d}",
+        f"device {numbers['device']}",
+        f"{duration(sum(numbers['stages_sec'].values()))} in all",
+        f"{config.training.steps:,} steps",
+        f"{config.objective}, {student}",
+    ]
+
+
+def how_to_use(student: Path, prompt: str, scores: dict[str, Any]) -> list[tuple[str, str]]:
+    """What one does with a student, and the command for it."""
+    from stepfold.evaluation.verdict import best_steps
+
+    steps = best_steps(scores, "latent_error") or best_steps(scores, "accuracy") or 1
+    folder = shlex.quote(str(student))
+    sample = f"stepfold sample {folder} {shlex.quote(prompt)}"
+    return [
+        ("Student", str(student)),
+        ("Sample", f"{sample} --steps {steps}"),
+        ("Race", f"{sample} --race race.gif"),
+        ("Page", f"stepfold demo {folder}"),
+        ("Export", f"stepfold export {folder} --help"),
+        ("diffusers", f"the code is in {student / 'README.md'}"),
+    ]
+
+
+def nearest_preset(config: "Config") -> tuple[str, dict[str, Any]]:
+    """The preset with the fewest other settings, and the settings of the run that differ from it."""
+    from stepfold.config import load_config, preset_names
+    from stepfold.training.opening import differences
+
+    found = {name: differences(load_config(name), config) for name in preset_names()}
+    name = min(found, key=lambda name: len(found[name]))
+    return name, {key: ours for key, (_, ours) in found[name].items()}
+
+
+def captioned(folder: Path) -> dict[str, str]:
+    """Caption -> path in the run's folder of its preview grids, in order; the report leads with the last one."""
+    found = {
+        f"Step {int(path.stem.removeprefix('step_')):,}": str(path.relative_to(folder))
+        for path in sorted((folder / "previews").glob("step_*.png"))
+    }
+    *earlier, last = found or [""]
+    captions = {caption: found[caption] for caption in earlier}
+    return captions | ({f"{last}: teacher and student from the same noise": found[last]} if last else {})

@@ -8,12 +8,17 @@ import typer
 from stepfold.commands.options import JsonOption, write_json
 from stepfold.errors import UserError
 
+FORMS = {"latent_error": "{:.3f}", "accuracy": "{:.1%}", "fd": "{:.4f}"}
+HEADS = ("run", "state", "steps done", "method", "student", "sampled in", "n", "latent error", "accuracy", "FD")
+
 
 def runs(
     folder: Annotated[Path, typer.Argument(help="Folder with runs in it, up to three folders deep.")] = Path("runs"),
     json_file: JsonOption = None,
 ) -> None:
     """List the runs in a folder: what became of them, how far they are, what their students score.
+
+    Scores are those of the fewest sampling steps. Compare an FD only between rows of equal n.
 
     stepfold runs
 
@@ -23,22 +28,24 @@ def runs(
     from rich.table import Table
 
     from stepfold.display import show_table
-    from stepfold.web.runs import find_runs, read_run, scores_of
+    from stepfold.web.runs import count_of, find_runs, method_of, read_run, scores_of
 
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name the one that your runs are in (--out of stepfold distill)")
-    found = [(run, *scores_of(run)) for run in (read_run(folder, name) for name in find_runs(folder))]
-    rows = [
-        {"name": run.name, "state": run.state, "step": run.step, "steps": run.steps, "problem": run.problem}
-        | {"scores": {str(calls): scores} if scores else {}}
-        for run, calls, scores in found
-    ]
+    found = [read_run(folder, name) for name in find_runs(folder)]
+    rows, table = [], Table(*HEADS, box=None)
+    for run in found:
+        (steps, scores), (method, student) = scores_of(run), method_of(run)
+        rows.append(
+            {"name": run.name, "state": run.state, "step": run.step, "steps": run.steps, "problem": run.problem}
+            | {"method": method, "student": student, "n": count_of(run) if scores else None}
+            | {"scores": {str(steps): scores} if scores else {}}
+        )
+        done = f"{run.step:,}" + (f" of {run.steps:,}" if run.steps and run.step < run.steps else "")
+        told = [form.format(scores[key]) if key in scores else "" for key, form in FORMS.items()]
+        at = [str(steps), str(count_of(run) or "")] if scores else ["", escape(run.problem)]
+        table.add_row(escape(run.name), run.state, done, method, student, *at, *told)
     write_json(json_file, rows)
-    table = Table("run", "state", "steps done", "student", "accuracy", "FD", box=None)
-    for run, calls, scores in found:
-        steps = f"{run.step:,}" + (f" of {run.steps:,}" if run.steps and run.step < run.steps else "")
-        told = (f"{calls} step{'s' * (calls > 1)}", f"{scores.get('accuracy', 0):.1%}", f"{scores.get('fd', 0):.4f}")
-        table.add_row(escape(run.name), run.state, steps, *(told if scores else ("", escape(run.problem), "")))
     if found:
         show_table(table)
     else:

@@ -137,3 +137,18 @@ def latent_error(latents: Tensor, reference: Tensor, sigma_data: float) -> Tenso
     assert latents.shape == reference.shape, f"{latents.shape} and {reference.shape}"
     difference = (latents - reference).cpu().double()  # not every device has float64
     return difference.square().mean() / sigma_data**2
+
+
+def relative_error(latents: Tensor, reference: Tensor) -> Tensor:
+    """||latents - reference|| / ||reference|| of each sample (the *latent error*).
+
+    Args:
+        latents: [N, ...].
+        reference: the same shape: where the teacher's long trajectory ends, from the same noise.
+
+    Returns:
+        [N], >= 0: 0 is the same image, about 1.4 two unrelated ones of equal size.
+    """
+    assert latents.shape == reference.shape, f"{latents.shape} and {reference.shape}"
+    ours, theirs = (x.cpu().double().flatten(1) for x in (latents, reference))  # not every device has float64
+    return (ours - theirs).norm(dim=1) / theirs.norm(dim=1)

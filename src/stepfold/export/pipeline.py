@@ -9,7 +9,9 @@ from typing import Any
 from stepfold import __version__
 from stepfold.config import Config
 from stepfold.errors import UserError
-from stepfold.evaluation.protocol import teachers_of
+from stepfold.evaluation.protocol import counted, teachers_of
+from stepfold.evaluation.report import columns_of
+from stepfold.evaluation.verdict import METRICS, number
 from stepfold.export.method import method_of, source_of
 from stepfold.sampling.recipe import Recipe, times_of
 from stepfold.sampling.samplers import in_diffusers
@@ -280,11 +282,12 @@ def measured(metrics: dict[str, Any] | None) -> str:
     """The README's table of scores; empty where nothing was measured."""
     if not metrics or not metrics["student"]:
         return ""
-    protocol = metrics["protocol"]
-    rows = f"\n## Measured\n\nProtocol {protocol['hash'][:12]}: {protocol['n']} pictures a row.\n\n"
-    rows += "| sampler | accuracy | CLIP score | FD | diversity |\n|---|---|---|---|---|\n"
+    protocol, keys = metrics["protocol"], columns_of(metrics)
+    what = protocol.get("prompts") or f"{protocol['n']} images a row"
+    rows = f"\n## Measured\n\nProtocol {protocol['hash'][:12]}: {what}.\n\n"
+    rows += f"| sampler | {' | '.join(METRICS[key].label for key in keys)} |\n|---|{'---|' * len(keys)}\n"
     for who in (*teachers_of(metrics), "student"):
-        for steps, s in metrics.get(who, {}).items():
-            cells = f"{s['accuracy']:.3f} | {s['clip_score']:.1f} | {s['fd']:.4f} | {s['diversity']:.3f}"
-            rows += f"| {who}, {steps} steps | {cells} |\n"
+        for steps, scores in metrics.get(who, {}).items():
+            cells = " | ".join(number(scores.get(key), METRICS[key].digits) for key in keys)
+            rows += f"| {who}, {counted(int(steps))} | {cells} |\n"
     return rows

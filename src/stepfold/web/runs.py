@@ -10,7 +10,7 @@ from typing import Any
 
 from stepfold.config import Config, from_yaml
 from stepfold.errors import UserError
-from stepfold.evaluation.report import curve_svgs, curves_from_rows
+from stepfold.evaluation.curves import curve_svgs, curves_from_rows
 from stepfold.training.opening import differences, is_running
 from stepfold.training.runs import CONFIG, METRICS, read_metrics
 
@@ -217,13 +217,40 @@ def report_of(run: Run) -> str:
 def scores_of(run: Run) -> tuple[int, dict[str, float]]:
     """The report's scores of the student at its fewest steps, after that number; none if they cannot be read."""
     try:
-        path = _file(run.folder, "report.json")
-        student = json.loads(_content(path, LARGEST_REPORT))["student"] if path else {}
+        student = _report(run)["student"]
         steps = min(student, key=int, default="1")
         row = student.get(steps, {})
         return int(steps), {str(name): float(value) for name, value in row.items() if isinstance(value, int | float)}
-    except (UserError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return 1, {}
+
+
+def count_of(run: Run) -> int | None:
+    """On how many images those scores stand; numbers of different counts do not compare."""
+    try:
+        count = _report(run)["protocol"]["n"]
+    except (KeyError, TypeError):
+        return None
+    return count if type(count) is int else None
+
+
+def method_of(run: Run) -> tuple[str, str]:
+    """What a run trains with, and what: `discrete on generation`, `LoRA 64`; empty if its settings cannot be read."""
+    try:
+        config = settings_of(run.folder)
+    except UserError:
+        return "", ""
+    kinds = ", ".join(config.space.weights)
+    return f"{config.objective} on {kinds}", f"LoRA {config.student.lora}" if config.student.lora else "all weights"
+
+
+def _report(run: Run) -> Any:
+    """What is in report.json; nothing where it cannot be read."""
+    try:
+        path = _file(run.folder, "report.json")
+        return json.loads(_content(path, LARGEST_REPORT)) if path else {}
+    except (UserError, ValueError, RecursionError):
+        return {}
 
 
 def _file(folder: Path, name: str) -> Path | None:

@@ -1,0 +1,163 @@
+"""`stepfold evaluate` of students whose teacher has no evaluator: the latent error against that teacher."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepfold import assets
+from stepfold.commands.finishing import latent_scores, open_clip, trained_samples
+from stepfold.errors import UserError
+
+if TYPE_CHECKING:
+    from stepfold.display import Display
+    from stepfold.evaluation.latents import Chosen, LatentProtocol
+    from stepfold.images.reading import ImageFolder
+    from stepfold.prompts.reading import PromptFile
+    from stepfold.students.card import Card
+    from stepfold.web.drawing import Models
+
+NUM_PROMPTS, SHOWN = 64, 8  # prompts that are measured, and of the grid
+
+
+def is_own(folder: Path) -> bool:
+    """Whether a folder is a student of another teacher than the bundled one."""
+    from stepfold.students.card import CARD, read_card, student_folder
+
+    return (student_folder(folder) / CARD).is_file() and read_card(folder).teacher != "emoji"
+
+
+def run_own(
+    folders: Sequence[Path],
+    *,
+    steps: Sequence[int] | None,
+    n: int,
+    guidance: float | None,
+    prompts: Path | None,
+    clip: str | None,
+    out: Path | None,
+    display: "Display",
+    device: str,
+) -> dict[str, dict[str, Any]]:
+    """Latent errors of students, each against its own teacher; with `out`, images and a report each.
+
+    Args:
+        folders: of students.
+        steps: of student and teacher; None for 1, 2, 4 and 8 as far as the card has times.
+        n: prompts.
+        guidance: scale of the teacher and the student; None for the student's usual one.
+        prompts: a file of them; None for those of the run's file that it did not train on.
+        clip: folder or hub id of a CLIP; None for no CLIP score.
+        out: folder for a report; None for none.
+        display: shows how far it is.
+        device: torch device.
+
+    Returns:
+        name -> what is in its report.json.
+
+    Raises:
+        UserError: a folder is no student, its teacher or its prompts are gone, or the report is there already.
+    """
+    from stepfold.evaluation.latents import LatentProtocol, calls_per_step, known_steps
+    from stepfold.evaluation.report import versions
+    from stepfold.web.drawing import load_models
+
+    names = list(dict.fromkeys(map(str, folders)))
+    places = {name: None if out is None else out / str(i) if len(names) > 1 else out for i, name in enumerate(names, 1)}
+    for place in places.values():
+        if place and (place / "report.json").exists():
+            raise UserError(f"{place} holds a report already; choose another --out")
+    found: dict[str, dict[str, Any]] = {}
+    for name, place in places.items():
+        models = load_models(Path(name), None, device)
+        texts, chosen = choose(Path(name), models.card, prompts, n)
+        recipe, teacher = models.card.recipe, models.teacher
+        protocol = LatentProtocol(
+            n=len(chosen.index),
+            steps=known_steps(recipe, steps),
+            guidance=recipe.scale_for(guidance),
+            prompts_sha256=texts.sha256,
+            index=chosen.index,
+        )
+        scores = latent_scores(
+            protocol, chosen, teacher, models.student, recipe,
+            lambda index, teacher=teacher, texts=texts: teacher.encode([texts.prompt(i) for i in index]),
+            texts, open_clip(clip, teacher), display,
+        )  # fmt: skip
+        result = {
+            "title": f"{name}: few-step student of {models.card.teacher}",
+            "student_folder": name,
+            "versions": versions(),
+            "teacher_calls_per_step": calls_per_step(teacher),
+            "facts": [f"device {device}", scores["protocol"]["prompts"]],
+            "use": [("Sample", f"stepfold sample {shlex.quote(name)} {shlex.quote(texts.prompt(chosen.index[0]))}")],
+        } | scores
+        found[name] = write_images(place, result, models, protocol, texts) if place else result
+    return found
+
+
+def choose(
+    folder: Path, card: "Card", prompts: Path | None, n: int
+) -> "tuple[PromptFile | ImageFolder, Chosen]":  # fmt: skip
+    """The prompts to evaluate on: the first of a file that is given, else the run's own that it did not train on.
+
+    Raises:
+        UserError: the run's prompts are gone.
+    """
+    from stepfold.config import validate
+    from stepfold.evaluation.latents import Chosen, held_out
+    from stepfold.images.reading import open_images
+    from stepfold.prompts.reading import open_prompts
+
+    if prompts:
+        texts = open_prompts(prompts)
+        return texts, Chosen(tuple(range(min(n, len(texts)))), None)
+    try:
+        config = validate(card.config)
+        own: PromptFile | ImageFolder = (
+            open_images(config.space.images)
+            if config.space.images
+            else open_prompts(config.prompts or assets.PROMPTS)
+        )  # fmt: skip
+    except UserError as error:
+        raise UserError(f"the run's own prompts cannot be read ({error}); give others with --prompts FILE") from None
+    chosen = held_out(len(own), trained_samples(config), config.seed, n)
+    return own, chosen if trained_on(folder) in (None, own.sha256) else replace(chosen, unseen=None)
+
+
+def trained_on(folder: Path) -> str | None:
+    """The sha256 of the prompts that a run trained on; None where the student lies outside its run."""
+    from stepfold.students.card import student_folder
+
+    try:
+        found = json.loads((student_folder(folder).resolve().parent / "prompts.json").read_text(encoding="utf-8"))
+        return str(found["sha256"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def write_images(
+    folder: Path, result: dict[str, Any], models: "Models", protocol: "LatentProtocol", texts: Any
+) -> dict[str, Any]:
+    """Draws teacher and student side by side, and writes the report; returns what is in report.json."""
+    from stepfold.evaluation.measure import evaluation_noise, student_sampler, teacher_sampler
+    from stepfold.evaluation.preview import NUM_FRAMES, sample_rows, save_grid, thinned
+    from stepfold.evaluation.protocol import counted
+    from stepfold.evaluation.report import write_report
+
+    teacher, recipe = models.teacher, models.card.recipe
+    shown = [texts.prompt(i) for i in protocol.index[: SHOWN if teacher.frames == 1 else 2]]
+    most, fewest = protocol.teacher_steps, min(protocol.steps)
+    samplers = {f"teacher {counted(most)}": teacher_sampler(teacher, most)}
+    for k in reversed(protocol.steps):
+        samplers[f"student {counted(k)}"] = student_sampler(models.student, recipe, k, protocol.seed)
+    samplers[f"teacher {counted(fewest)}"] = teacher_sampler(teacher, fewest)
+    noise = evaluation_noise(protocol.seed, range(len(shown)), teacher, teacher.device)
+    latents = sample_rows(samplers, noise, teacher.encode(shown), protocol.guidance)
+    rows = {name: thinned(teacher.decode(x0), teacher.frames, NUM_FRAMES) for name, x0 in latents.items()}
+    save_grid(rows, folder / "images.png", prompts=shown)
+    report = result | {"images": {"Teacher and student, from the same noise": "images.png"}}
+    write_report(folder, report)
+    return report

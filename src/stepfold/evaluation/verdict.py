@@ -1,0 +1,236 @@
+"""What the numbers of a report say: its metrics, three large figures, a few sentences, all computed from them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stepfold.evaluation.protocol import TEACHER_AT, counted, teachers_of
+
+Row = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of a table of results.
+
+    Attributes:
+        label: its head.
+        meaning: one or two sentences.
+        digits: after the point.
+        best: which value is best: the highest, the lowest, or the one closest to that of real images.
+    """
+
+    label: str
+    meaning: str
+    digits: int
+    best: Literal["high", "low", "real"]
+
+
+METRICS = {
+    "latent_error": Metric(
+        "Latent error",
+        "Distance of the latents from the end of the teacher's long trajectory, from the same noise, relative to that "
+        "end (L2). 0 is the same image; about 1.4 is an unrelated one. Lower is better.",
+        3,
+        "low",
+    ),
+    "accuracy": Metric(
+        "Accuracy",
+        "Share of images whose nearest name, among all names, is the prompt's. Higher is better.",
+        3,
+        "high",
+    ),
+    "clip_score": Metric(
+        "CLIP score",
+        "100 × the cosine between image and prompt in the CLIP's features (the bundled teacher's evaluator is a CLIP "
+        "of its own). Higher is better.",
+        1,
+        "high",
+    ),
+    "fd": Metric(
+        "FD",
+        "Fréchet distance to real images in the evaluator's features. It does not compare with an Inception FID, nor "
+        "between different numbers of images. Lower is better.",
+        3,
+        "low",
+    ),
+    "diversity": Metric(
+        "Diversity",
+        "Mean feature distance between images of one prompt. Closest to that of real images is best; near 0, every "
+        "seed gives the same image.",
+        3,
+        "real",
+    ),
+    "agreement": Metric(
+        "Latent error²",
+        "Mean squared latent error against the teacher at its most steps and the student's guidance scale, from the "
+        "same noise, in latent variances. 0 is the same image; 2 is an unrelated one. Lower is better.",
+        3,
+        "low",
+    ),
+}
+
+
+def number(value: float | None, digits: int) -> str:
+    """A fixed number of digits, or two significant ones where that would show a small number as zero."""
+    if value is None:
+        return "–"
+    fixed = f"{value:.{digits}f}"
+    return fixed if value == 0 or float(fixed) else f"{value:.1e}"
+
+
+def by_steps(report: Mapping[str, Any], who: str) -> dict[int, Row]:
+    """Scores by number of steps, fewest first."""
+    return {int(steps): scores for steps, scores in sorted(report.get(who, {}).items(), key=lambda item: int(item[0]))}
+
+
+def taught_teacher(report: Mapping[str, Any]) -> str:
+    """Which results are those of the teacher at the scale that the student was taught."""
+    return next((who for who in teachers_of(report) if who.startswith(TEACHER_AT)), "teacher")
+
+
+def calls(report: Mapping[str, Any], who: str, steps: int) -> int | None:
+    """Network calls of an image; None where the report does not say how many a step of the teacher takes."""
+    each = 1 if who == "student" else report.get("teacher_calls_per_step")
+    return None if each is None else steps * each
+
+
+def best_steps(report: Mapping[str, Any], key: str) -> int | None:
+    """The student's number of steps with the best value of a metric, of several."""
+    values = {steps: value for steps, row in by_steps(report, "student").items() if (value := row.get(key)) is not None}
+    real = report.get("reals", {}).get(key)
+    rank = {"high": lambda v: -v, "low": lambda v: v, "real": lambda v: abs(v - real) if real is not None else math.nan}
+    ranks = {steps: rank[METRICS[key].best](value) for steps, value in values.items()}
+    return min(ranks, key=lambda steps: ranks[steps]) if len(set(ranks.values())) > 1 else None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A large number, what it is, and what to hold it against."""
+
+    big: str
+    label: str
+    detail: str = ""
+
+
+def figures(report: Mapping[str, Any]) -> list[Figure]:
+    """Quality, calls, and what the quality is to be held against; none where nothing was measured."""
+    student = by_steps(report, "student")
+    if not student:
+        return []
+    steps = min(student)
+    ours = student[steps]
+    found = [_accuracy(report, steps, ours), _latent(steps, ours), _calls(report, steps)]
+    found += [_diversity(report, ours), _line_to_beat(report, steps)]
+    return [figure for figure in found if figure]
+
+
+def _in(steps: int) -> str:
+    return "one step" if steps == 1 else counted(steps)
+
+
+def _accuracy(report: Mapping[str, Any], steps: int, ours: Row) -> Figure | None:
+    who = taught_teacher(report)
+    rows = by_steps(report, who)
+    a, most = ours.get("accuracy"), max(rows, default=0)
+    b = rows[most].get("accuracy") if rows else None
+    if a is None or b is None:
+        return None
+    against = f"{a:.3f} against {b:.3f}: the {who}, {counted(most)}"
+    if not b:
+        return Figure(f"{a:.3f}", f"accuracy in {_in(steps)}", against)
+    return Figure(f"{100 * a / b:.0f}%", f"of the teacher's accuracy in {_in(steps)}", against)
+
+
+def _latent(steps: int, ours: Row) -> Figure | None:
+    value = ours.get("latent_error")
+    if value is None:
+        return None
+    return Figure(number(value, 2), f"latent error in {_in(steps)}", "0 is the teacher's image, 1.4 an unrelated one")
+
+
+def _calls(report: Mapping[str, Any], steps: int) -> Figure | None:
+    most = max((steps for who in teachers_of(report) for steps in by_steps(report, who)), default=0)
+    theirs = calls(report, "teacher", most)
+    if not theirs:
+        return None
+    each = theirs // most
+    detail = f"the teacher's {counted(most)}" + (f" call its network {each} times each" if each > 1 else "")
+    return Figure(f"{steps} → {theirs}", "network calls an image: the student's, the teacher's", detail)
+
+
+def _diversity(report: Mapping[str, Any], ours: Row) -> Figure | None:
+    value, real = ours.get("diversity"), report.get("reals", {}).get("diversity")
+    if value is None:
+        return None
+    rows = by_steps(report, taught_teacher(report))
+    theirs = rows[max(rows)].get("diversity") if rows else None
+    detail = f"the teacher has {theirs:.2f}" if theirs is not None else ""
+    label = "diversity" + (f"; real images have {real:.2f}, and closest is best" if real is not None else "")
+    return Figure(f"{value:.2f}", label, detail)
+
+
+def _line_to_beat(report: Mapping[str, Any], steps: int) -> Figure | None:
+    value = by_steps(report, "teacher").get(steps, {}).get("latent_error")
+    if value is None:
+        return None
+    return Figure(number(value, 2), f"latent error of the untrained teacher in {_in(steps)}", "the line to beat")
+
+
+def sentences(report: Mapping[str, Any]) -> list[str]:
+    """Short sentences that hold the student against the teacher."""
+    student, teacher = by_steps(report, "student"), by_steps(report, "teacher")
+    if not student or not teacher:
+        return [f"No {'student' if not student else 'teacher'} has been measured."]
+    said = [_beaten(student, teacher, "latent_error", "Latent error"), _ranking(report), _measured_on(report)]
+    return [sentence for sentence in said if sentence]
+
+
+def _beaten(student: Mapping[int, Row], teacher: Mapping[int, Row], key: str, label: str) -> str:
+    """Where the student is better than the teacher at as many steps."""
+    pairs = {
+        steps: (a, b)
+        for steps, row in student.items()
+        if (a := row.get(key)) is not None and (b := teacher.get(steps, {}).get(key)) is not None
+    }
+    if not pairs:
+        return ""
+    better = [steps for steps, (a, b) in pairs.items() if a < b]
+    if len(better) == len(pairs):
+        return f"{label}: the student is better than the untrained teacher at every measured number of steps."
+    if not better:
+        return f"{label}: the student is no better than the untrained teacher at any measured number of steps."
+    worse = [steps for steps in pairs if steps not in better]
+    return f"{label}: the student beats the untrained teacher at {listed(better)}, not at {listed(worse)}."
+
+
+def _ranking(report: Mapping[str, Any]) -> str:
+    """At how many steps the teacher's FD is worse than that of the student at its fewest."""
+    student, teacher = by_steps(report, "student"), by_steps(report, "teacher")
+    steps = min(student)
+    fd = student[steps].get("fd")
+    known = {k: value for k, scores in teacher.items() if (value := scores.get("fd")) is not None}
+    if fd is None or not known:
+        return ""
+    beaten = sorted(k for k, value in known.items() if fd < value)
+    named = f"FD: the student's {_in(steps)}"
+    if not beaten:
+        return f"{named} is worse than the teacher at every measured number of steps."
+    if len(beaten) == len(known):
+        return f"{named} is better than the teacher at every measured number of steps."
+    return f"{named} is better than the teacher at {listed(beaten)}."
+
+
+def _measured_on(report: Mapping[str, Any]) -> str:
+    protocol = report.get("protocol", {})
+    if not isinstance(protocol, Mapping) or "n" not in protocol:
+        return ""
+    what = protocol.get("prompts") or f"{protocol['n']} images a row"
+    return f"Measured on {what}, at guidance {protocol['guidance']:g}." if "guidance" in protocol else ""
+
+
+def listed(steps: list[int]) -> str:
+    """`1 step`, `1, 2 and 4 steps`."""
+    head = ", ".join(map(str, steps[:-1]))
+    return f"{head} and {counted(steps[-1])}" if head else counted(steps[-1])
