@@ -206,12 +206,13 @@ def test_evaluate_mistakes(run: tuple[Path, Result]) -> None:
     student = run[0] / "student"
     assert_one_line(Result("evaluate", student, "--steps", "one"), "no list of numbers", "--steps 1,2,4")
     assert_one_line(
-        Result("evaluate", student), "the judge knows the bundled teacher's pictures only; use --protocol mjhq30k"
+        Result("evaluate", student, "--protocol", "emoji"), "the evaluator knows the bundled teacher's images only"
     )
-    assert_one_line(Result("evaluate", student, "--protocol", "fid"), "no protocol 'fid'", "emoji, mjhq30k and geneval")
+    assert_one_line(Result("evaluate", student, "--protocol", "fid"), "no protocol 'fid'", "teacher, emoji, mjhq30k, geneval")
     assert_one_line(Result("evaluate", student, "--protocol", "mjhq30k"), "--images FOLDER")
     assert_one_line(Result("evaluate", student, "--protocol", "geneval"), "--prompts FILE")
-    assert_one_line(Result("evaluate", run[0]), f"{run[0]} is a student of", "the judge knows the bundled teacher")
+    emoji = Result("evaluate", run[0], "--protocol", "emoji")
+    assert_one_line(emoji, f"{run[0]} is a student of", "the evaluator knows the bundled teacher")
     assert_one_line(Result("evaluate", run[0].parent), "no model_index.json")
 
 

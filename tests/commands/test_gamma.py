@@ -102,6 +102,9 @@ def test_a_runs_sampler_and_steps_follow_from_its_targets(
 ) -> None:
     config = load_config("default", list(changes))
     assert sampler_of(config) == sampler and trained_steps(config) == steps
-    phases = {"steps": 9, "phases": [{"steps": 2, "set": {"objective": "discrete", "target.rule": "zero"}}]}
+    phases = {
+        "steps": 9,
+        "phases": [{"steps": 2, "set": {"objective": "discrete", "target.rule": "zero", "space.kind": "generation"}}],
+    }
     later = validate(config.model_dump() | {"training": config.training.model_dump() | phases})
     assert sampler_of(later) == sampler and trained_steps(later) == steps

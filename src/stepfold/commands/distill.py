@@ -2,14 +2,14 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stepfold import assets
+from stepfold.commands.finishing import Run
 from stepfold.commands.launching import continued_by, leave, other_process
 from stepfold.commands.options import (
     ChangesOption,
@@ -32,7 +32,6 @@ from stepfold.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from filelock import BaseFileLock
     from torch import Tensor
 
     from stepfold.config import Config
@@ -40,12 +39,10 @@ if TYPE_CHECKING:
     from stepfold.images.reading import ImageFolder
     from stepfold.prompts.cache import ConditionCache
     from stepfold.prompts.reading import PromptFile
-    from stepfold.sampling.recipe import Recipe
-    from stepfold.teachers.contract import Condition, Student
+    from stepfold.teachers.contract import Student
     from stepfold.teachers.pipeline import PipelineTeacher
     from stepfold.training.course import Course
     from stepfold.training.looks import Progress
-    from stepfold.training.processes import Processes
 
 
 def distill(
@@ -109,40 +106,6 @@ def distill(
         typer.echo(f"student: {folder / 'student'}\nreport:  {folder / 'report.html'}")
     if "WORLD_SIZE" in os.environ:
         leave()
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run has in memory when its first step begins. The student is apart: it is let go of before the rest.
-
-    Attributes:
-        config: the settings, with `auto` resolved.
-        folder: of the run.
-        accelerator: device and precision.
-        processes: that share every step.
-        prompts: the training prompts; an image folder's captions.
-        teacher: the network to distil.
-        usual: guidance scale that the teacher is measured at.
-        recipe: how the student is sampled.
-        conditions: numbers of B prompts -> their conditions; `cached` where they come from disk.
-        blacks: unit-variance latents of a black picture, one for each latent shape.
-        latents: numbers of B images -> clean latents [B, ...]; None where no images are used.
-        lock: on the run folder, held by the first process.
-    """
-
-    config: "Config"
-    folder: Path
-    accelerator: "Accelerator"
-    processes: "Processes"
-    prompts: "PromptFile | ImageFolder"
-    teacher: "PipelineTeacher"
-    usual: float
-    recipe: "Recipe"
-    conditions: "Callable[[Sequence[int]], Condition]"
-    cached: bool
-    blacks: "list[Tensor]"
-    latents: "Callable[[list[int]], Tensor] | None"
-    lock: "BaseFileLock | None"
 
 
 def run_distill(

@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,20 +12,59 @@ from stepfold import assets
 from stepfold.errors import UserError
 
 if TYPE_CHECKING:
-    from stepfold.commands.distill import Run
+    from accelerate import Accelerator
+    from filelock import BaseFileLock
+    from torch import Tensor
+
     from stepfold.config import Config
     from stepfold.display import Display
     from stepfold.evaluation.latents import Chosen, LatentProtocol
     from stepfold.evaluation.mjhq import ClipScorer
     from stepfold.evaluation.protocol import Protocol
-    from stepfold.prompts.reading import Prompts
+    from stepfold.images.reading import ImageFolder
+    from stepfold.prompts.reading import PromptFile, Prompts
     from stepfold.sampling.recipe import Recipe
     from stepfold.teachers.contract import Condition, Student
     from stepfold.teachers.pipeline import PipelineTeacher
     from stepfold.training.course import Course
+    from stepfold.training.processes import Processes
 
 
-def finish(run: "Run", average: "Student", course: "Course", display: "Display", command: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Run:
+    """What a run has in memory when its first step begins. The student is apart: it is let go of before the rest.
+
+    Attributes:
+        config: the settings, with `auto` resolved.
+        folder: of the run.
+        accelerator: device and precision.
+        processes: that share every step.
+        prompts: the training prompts; an image folder's captions.
+        teacher: the network to distil.
+        usual: guidance scale that the teacher is measured at.
+        recipe: how the student is sampled.
+        conditions: numbers of B prompts -> their conditions; `cached` where they come from disk.
+        blacks: unit-variance latents of a black picture, one for each latent shape.
+        latents: numbers of B images -> clean latents [B, ...]; None where no images are used.
+        lock: on the run folder, held by the first process.
+    """
+
+    config: "Config"
+    folder: Path
+    accelerator: "Accelerator"
+    processes: "Processes"
+    prompts: "PromptFile | ImageFolder"
+    teacher: "PipelineTeacher"
+    usual: float
+    recipe: "Recipe"
+    conditions: "Callable[[Sequence[int]], Condition]"
+    cached: bool
+    blacks: "list[Tensor]"
+    latents: "Callable[[list[int]], Tensor] | None"
+    lock: "BaseFileLock | None"
+
+
+def finish(run: Run, average: "Student", course: "Course", display: "Display", command: str) -> dict[str, Any]:
     """Writes the student, its scores, the report and the card; returns what is in report.json."""
     from stepfold.evaluation.report import write_report
     from stepfold.export.pipeline import model_card, save_student
@@ -49,7 +88,7 @@ def finish(run: "Run", average: "Student", course: "Course", display: "Display",
     return result
 
 
-def evaluated(run: "Run", teacher: "PipelineTeacher", student: "Student", display: "Display") -> dict[str, Any]:
+def evaluated(run: Run, teacher: "PipelineTeacher", student: "Student", display: "Display") -> dict[str, Any]:
     """The protocol, and scores of teacher and student under it, as report.json has them; none where `n` is 0."""
     from stepfold.evaluation.protocol import EMOJI, protocol_record
 
@@ -62,7 +101,7 @@ def evaluated(run: "Run", teacher: "PipelineTeacher", student: "Student", displa
     return {"protocol": protocol_record(protocol)} | scores
 
 
-def measure_own(run: "Run", teacher: "PipelineTeacher", student: "Student", display: "Display") -> dict[str, Any]:
+def measure_own(run: Run, teacher: "PipelineTeacher", student: "Student", display: "Display") -> dict[str, Any]:
     """The latent errors of a student whose teacher has no evaluator, on prompts that the run did not train on."""
     from stepfold.evaluation.latents import NUM_PROMPTS, LatentProtocol, held_out, known_steps
 
@@ -143,7 +182,7 @@ def measure_student(
     return {"reals": {"diversity": judge.diversity}} | rows_by_steps(scores)
 
 
-def report_of(run: "Run", course: "Course", scores: dict[str, Any], command: str) -> dict[str, Any]:
+def report_of(run: Run, course: "Course", scores: dict[str, Any], command: str) -> dict[str, Any]:
     """What report.json holds."""
     from stepfold.evaluation.curves import curves_from_rows
     from stepfold.evaluation.latents import calls_per_step

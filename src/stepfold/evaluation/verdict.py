@@ -52,7 +52,7 @@ METRICS = {
         "FD",
         "Fréchet distance to real images in the evaluator's features. It does not compare with an Inception FID, nor "
         "between different numbers of images. Lower is better.",
-        3,
+        4,
         "low",
     ),
     "diversity": Metric(

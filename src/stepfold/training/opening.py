@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from stepfold.config import Config, from_yaml, phases_of, to_yaml
+from stepfold.config import Config, from_yaml, phases_of, setting_names, to_yaml
 from stepfold.errors import UserError
 from stepfold.training.optimisers import learning_rate
 from stepfold.training.runs import (
@@ -233,11 +233,10 @@ def _difference(a: Config, b: Config) -> str:
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted name -> both values, of the settings that differ."""
 
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        out = {}
-        for key, value in values.items():
-            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return out
+    def value(of: dict[str, Any], name: str) -> Any:
+        section, dot, below = name.partition(".")
+        return value(of[section], below) if dot else of[name]
 
-    x, y = flat(a.model_dump()), flat(b.model_dump())
-    return {name: (x[name], y[name]) for name in x if x[name] != y[name]}
+    x, y = a.model_dump(), b.model_dump()
+    both = {name: (value(x, name), value(y, name)) for name in setting_names()}
+    return {name: (ours, theirs) for name, (ours, theirs) in both.items() if ours != theirs}
