@@ -208,7 +208,8 @@ def test_evaluate_mistakes(run: tuple[Path, Result]) -> None:
     assert_one_line(
         Result("evaluate", student, "--protocol", "emoji"), "the evaluator knows the bundled teacher's images only"
     )
-    assert_one_line(Result("evaluate", student, "--protocol", "fid"), "no protocol 'fid'", "teacher, emoji, mjhq30k, geneval")
+    no_such = Result("evaluate", student, "--protocol", "fid")
+    assert_one_line(no_such, "no protocol 'fid'", "teacher, emoji, mjhq30k, geneval")
     assert_one_line(Result("evaluate", student, "--protocol", "mjhq30k"), "--images FOLDER")
     assert_one_line(Result("evaluate", student, "--protocol", "geneval"), "--prompts FILE")
     emoji = Result("evaluate", run[0], "--protocol", "emoji")
