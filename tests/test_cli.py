@@ -468,7 +468,7 @@ def in_a_shell(*words: str, **environment: str) -> str:
 @pytest.mark.parametrize("quiet", [(), ("--quiet",)])
 def test_a_table_is_a_result(monkeypatch: pytest.MonkeyPatch, quiet: tuple[str, ...]) -> None:
     """On standard output, quiet or not, and not folded where it is no terminal."""
-    row = {"accuracy": 0.5, "clip_score": 20.0, "fd": 0.1, "diversity": 0.2, "agreement": None, "images_per_sec": 3.0}
+    row = {"accuracy": 0.5, "clip_score": 20.0, "fd": 0.1, "diversity": 0.2, "agreement": None, "calls": 1}
     name = "a/folder/with/a/long/name/" * 3
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setattr(

@@ -125,13 +125,15 @@ CELLS = {
 
 def results_table(result: dict) -> Table:
     """The rows of a report as a table for the terminal."""
-    from stepfold.evaluation.protocol import counted, teachers_of  # imported late: --help has no use for torch
+    # imported late: --help has no use for torch
+    from stepfold.evaluation.protocol import counted, fd_title, teachers_of
 
     groups = {who: result[who] for who in (*teachers_of(result), "student") if who in result}
     groups |= result.get("pipelines", {})
     rows = [row for group in groups.values() for row in group.values()]
     keys = [key for key in CELLS if any(row.get(key) is not None for row in rows)]
-    table = Table("sampler", *(CELLS[key][0] for key in keys), box=None)
+    fd = fd_title(result.get("protocol", {}).get("n"))
+    table = Table("sampler", *(fd if key == "fd" else CELLS[key][0] for key in keys), box=None)
     for who, group in groups.items():
         for steps, row in group.items():
             cells = ["-" if row.get(key) is None else CELLS[key][1].format(row[key]) for key in keys]

@@ -53,9 +53,9 @@ class Page(HTMLParser):
 
 
 def scores(
-    accuracy: float, fd: float, agreement: float | None = 0.1, diversity: float = 0.4
+    accuracy: float, fd: float, agreement: float | None = 0.1, diversity: float = 0.4, calls: int = 40
 ) -> dict[str, float | None]:
-    return Scores(accuracy, 30.0, fd, diversity, agreement, 3.0).to_json()
+    return Scores(accuracy, 30.0, fd, diversity, agreement, 3.0, calls).to_json()
 
 
 @pytest.fixture

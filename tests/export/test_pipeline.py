@@ -183,6 +183,7 @@ def test_the_card_shows_what_was_measured(folder: Path):
     text = model_card(card, {"protocol": protocol, "teacher": {"20": row}, "student": {"1": row | {"accuracy": 0.5}}})
     assert "| teacher, 20 steps | 0.877 | 27.3 | 0.0123 | 0.500 |" in text
     assert "| student, 1 step | 0.500 | 27.3 | 0.0123 | 0.500 |" in text
+    assert "| CLIP score | FD (n = 480) | Diversity |" in text
     assert "77 optimiser steps of 5 trajectories" in text and "with consistency on the teacher's own" in text
     assert "accuracy" not in model_card(card)
 

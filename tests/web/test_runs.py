@@ -1,6 +1,7 @@
 """What is read of run folders: finished ones, ones that go on, and broken ones."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -112,9 +113,28 @@ def test_scores_and_bad_names_are_escaped(runs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "<img src=x onerror=alert(1)>"
     shutil.copytree(runs / "first", folder)
     scores = {"1": {"accuracy": 0.5, "fd": 0.01, "agreement": None}, "4": {"accuracy": 0.9}}
-    (folder / "report.json").write_text(json.dumps({"student": scores}))
+    (folder / "report.json").write_text(json.dumps({"student": scores, "protocol": {"n": 1500}}))
     html = markup.summary([read_run(tmp_path, folder.name)])
-    assert "<p>1 step: accuracy 50.0%, FD 0.0100</p>" in html and "<img" not in html
+    assert "<p>1 step: accuracy 50.0%, FD 0.0100, n = 1,500</p>" in html and "<img" not in html
+
+
+def test_fd_of_different_n_never_stand_together(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """16 pictures gave 0.80 where 500 gave 0.017, in one column."""
+    for name, n, fd in (("a", 16, 0.8), ("b", 500, 0.017), ("c", 500, 0.018), ("d", "many", 0.5)):
+        shutil.copytree(runs / "first", tmp_path / name)
+        report = {"student": {"1": {"accuracy": 0.5, "fd": fd}}, "protocol": {"n": n}}
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+    list_runs(tmp_path, json_file=tmp_path / "runs.json")
+    head, *rows = capsys.readouterr().out.splitlines()
+    titles = ("FD (n = 16)", "FD (n = 500)", "FD  ")
+    expected = (("0.8000", titles[0]), ("0.0170", titles[1]), ("0.0180", titles[1]), ("0.5000", titles[2]))
+    for row, (value, title) in zip(rows, expected, strict=True):
+        assert row.index(value) == head.index(title) and len(re.findall(r" 0\.", row)) == 1, row
+    told = json.loads((tmp_path / "runs.json").read_text())
+    assert [run["scores"]["1"].get("n") for run in told] == [16, 500, 500, None]
+    a, b, c = (read_run(tmp_path, name) for name in "abc")
+    assert "different numbers n of pictures" in markup.summary([a, b])
+    assert "different numbers" not in markup.summary([b, c])
 
 
 def test_the_command_lists_what_is_there(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

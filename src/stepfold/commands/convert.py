@@ -26,7 +26,7 @@ def convert(
         bool, typer.Option("--network-only", help="Autoencoder and text encoders of the base, whatever the file has.")
     ] = False,
     time_scale: Annotated[
-        int, typer.Option(help="What a Sana's time counts to: 1000 (Sana), 1 (Sana-Sprint and its teacher).")
+        int, typer.Option(help="Range of a Sana's timesteps: 1000 (Sana), 1 (Sana-Sprint and its teacher).")
     ] = 1000,
     force: Annotated[bool, typer.Option("--force", help="Replace a pipeline folder that is there.")] = False,
 ) -> None:

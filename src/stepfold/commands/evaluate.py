@@ -115,6 +115,7 @@ def evaluate(
     """
     from stepfold.commands.own_teacher import NUM_PROMPTS, is_own, run_own
     from stepfold.display import Display, mjhq_table, quiet_libraries, results_table, show_table
+    from stepfold.evaluation.report import verdict
 
     try:
         counts = sorted({int(part) for part in steps.split(",")}, reverse=True) if steps else None
@@ -162,6 +163,8 @@ def evaluate(
         table = results_table(result)
     write_json(json_file, result)
     show_table(table)
+    if result.get("student"):
+        typer.echo(f"\n{verdict(result)}")
 
 
 def run_evaluate(
@@ -185,7 +188,7 @@ def run_evaluate(
     from stepfold.config import load_config
     from stepfold.evaluation.judge import load_judge
     from stepfold.evaluation.pipelines import measure_pipeline
-    from stepfold.evaluation.protocol import protocol_record, teacher_of
+    from stepfold.evaluation.protocol import protocol_record, rows_by_steps, teacher_of
     from stepfold.evaluation.report import versions
 
     names = list(dict.fromkeys(map(str, folders)))
@@ -208,7 +211,7 @@ def run_evaluate(
     with display.measuring({f"{name} {k}": n for name, _, k in jobs}) as tick:
         for name, drawer, k in jobs:
             scores = measure_pipeline(judge, protocol, drawer, k, guidance, partial(tick, f"{name} {k}"))
-            pipelines.setdefault(name, {})[str(k)] = scores.to_json()
+            pipelines.setdefault(name, {}).update(rows_by_steps({f"{name} {k}": scores})[name])
     result = {"versions": versions(), "protocol": protocol_record(protocol), "reals": {"diversity": judge.diversity}}
     if len(protocols) > 1:
         result["protocols"] = {who: protocol_record(other) for who, other in protocols.items()}

@@ -31,14 +31,20 @@ TeacherLoraOption = Annotated[
         show_default=False,
     ),
 ]
-RevisionOption = Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit.", show_default=False)]
-VariantOption = Annotated[str | None, typer.Option(help="Of the weights' files, for example fp16.", show_default=False)]
-HeightOption = Annotated[
-    int | None, typer.Option(min=1, help="Pixels. Default: the teacher's own.", show_default=False)
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Revision on the hub: branch, tag or commit.", show_default=False)
 ]
-WidthOption = Annotated[int | None, typer.Option(min=1, help="Pixels.", show_default=False)]
+VariantOption = Annotated[
+    str | None, typer.Option(help="Variant of the weight files, for example fp16.", show_default=False)
+]
+HeightOption = Annotated[
+    int | None, typer.Option(min=1, help="Height in pixels. Default: the teacher's own.", show_default=False)
+]
+WidthOption = Annotated[
+    int | None, typer.Option(min=1, help="Width in pixels. Default: the teacher's own.", show_default=False)
+]
 FramesOption = Annotated[
-    int | None, typer.Option(min=1, help="Of a video. Default: the teacher's own.", show_default=False)
+    int | None, typer.Option(min=1, help="Frames of a video. Default: the teacher's own.", show_default=False)
 ]
 PromptsOption = Annotated[
     str | None,

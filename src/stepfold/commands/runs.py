@@ -8,8 +8,8 @@ import typer
 from stepfold.commands.options import JsonOption, write_json
 from stepfold.errors import UserError
 
-FORMS = {"latent_error": "{:.3f}", "accuracy": "{:.1%}", "fd": "{:.4f}"}
-HEADS = ("run", "state", "steps done", "method", "student", "sampled in", "n", "latent error", "accuracy", "FD")
+FORMS = {"latent_error": "{:.3f}", "accuracy": "{:.1%}"}
+HEADS = ("run", "state", "steps done", "method", "student", "sampled in", "latent error", "accuracy")
 
 
 def runs(
@@ -18,7 +18,7 @@ def runs(
 ) -> None:
     """List the runs in a folder: what became of them, how far they are, what their students score.
 
-    Scores are those of the fewest sampling steps. Compare an FD only between rows of equal n.
+    Scores are those of the fewest sampling steps. FD compares at equal numbers n of images only, so each n has a column.
 
     stepfold runs
 
@@ -28,12 +28,14 @@ def runs(
     from rich.table import Table
 
     from stepfold.display import show_table
+    from stepfold.evaluation.protocol import fd_title
     from stepfold.web.runs import count_of, find_runs, method_of, read_run, scores_of
 
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name the one that your runs are in (--out of stepfold distill)")
     found = [read_run(folder, name) for name in find_runs(folder)]
-    rows, table = [], Table(*HEADS, box=None)
+    counts = sorted({count_of(run) or 0 for run in found if "fd" in scores_of(run)[1]})
+    rows, table = [], Table(*HEADS, *map(fd_title, counts), box=None)
     for run in found:
         (steps, scores), (method, student) = scores_of(run), method_of(run)
         rows.append(
@@ -43,8 +45,9 @@ def runs(
         )
         done = f"{run.step:,}" + (f" of {run.steps:,}" if run.steps and run.step < run.steps else "")
         told = [form.format(scores[key]) if key in scores else "" for key, form in FORMS.items()]
-        at = [str(steps), str(count_of(run) or "")] if scores else ["", escape(run.problem)]
-        table.add_row(escape(run.name), run.state, done, method, student, *at, *told)
+        told += [f"{scores['fd']:.4f}" if "fd" in scores and (count_of(run) or 0) == n else "" for n in counts]
+        at = str(steps) if scores else escape(run.problem)
+        table.add_row(escape(run.name), run.state, done, method, student, at, *told)
     write_json(json_file, rows)
     if found:
         show_table(table)

@@ -156,5 +156,12 @@ def measure_groups(
     """Scores of `protocol_samplers`, each beside the teacher at its own guidance scale."""
     scores = {}
     for scale, samplers in groups.items():
-        scores |= measure(judge, replace(protocol, guidance=scale), teacher, samplers, device, tick)
+        rows = measure(judge, replace(protocol, guidance=scale), teacher, samplers, device, tick)
+        scores |= {name: replace(row, calls=calls_of(name, teacher, scale)) for name, row in rows.items()}
     return scores
+
+
+def calls_of(name: str, teacher: Teacher, scale: float) -> int:
+    """Network calls an image of `teacher 20`, `student 4` or `student NAME 4` takes."""
+    branches = 2 if name.startswith("teacher") and teacher.guidance_kind == "classifier_free" and scale != 1 else 1
+    return branches * int(name.rsplit(" ", 1)[1])

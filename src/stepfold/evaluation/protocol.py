@@ -90,7 +90,8 @@ class Scores:
         fd: Frechet distance to real pictures in the judge's features (not an Inception FID).
         diversity: mean feature distance between pictures of one prompt.
         agreement: latent error against the teacher's reference from the same noise, in latent variances, or None.
-        images_per_sec: pictures made per second, the judge's own time left out.
+        images_per_sec: pictures made per second, the judge's own time left out; timed once, so for who times it again.
+        calls: of the network for one picture, both branches of classifier-free guidance counted; None if not known.
     """
 
     accuracy: float
@@ -99,6 +100,7 @@ class Scores:
     diversity: float
     agreement: float | None
     images_per_sec: float
+    calls: int | None = None
 
     def to_json(self) -> dict[str, float | None]:
         """A plain dict, ready for json.dumps and for the report."""
@@ -172,12 +174,20 @@ def counted(steps: int) -> str:
     return f"{steps} step{'' if steps == 1 else 's'}"
 
 
-def rows_by_steps(scores: dict[str, Scores]) -> dict[str, dict[str, Any]]:
-    """{"teacher 20": scores} -> {"teacher": {"20": {...}}}."""
+def fd_title(n: int | None) -> str:
+    """`FD (n = 500)`: it compares at equal n only, so it never stands without."""
+    return f"FD (n = {n:,})" if n else "FD"
+
+
+def rows_by_steps(scores: dict[str, Scores], *, timed: bool = False) -> dict[str, dict[str, Any]]:
+    """{"teacher 20": scores} -> {"teacher": {"20": {...}}}; with `images_per_sec` only where it is `timed` apart."""
     out: dict[str, dict[str, Any]] = {"teacher": {}, "student": {}}
     for name, row in scores.items():
         who, steps = name.rsplit(" ", 1)
-        out.setdefault(who, {})[steps] = row.to_json()
+        values = row.to_json()
+        if not timed:
+            del values["images_per_sec"]
+        out.setdefault(who, {})[steps] = values
     return out
 
 

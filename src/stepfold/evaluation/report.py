@@ -6,7 +6,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -19,7 +19,7 @@ from PIL import Image
 from stepfold import __version__
 from stepfold.errors import UserError
 from stepfold.evaluation.curves import LOGGED, curve_svgs, moving
-from stepfold.evaluation.protocol import counted, teachers_of
+from stepfold.evaluation.protocol import counted, fd_title, teachers_of
 from stepfold.evaluation.verdict import METRICS, best_steps, by_steps, calls, figures, number, sentences
 from stepfold.training.runs import writing
 
@@ -99,7 +99,7 @@ def render_html(report: Mapping[str, Any], folder: Path) -> str:
         sentences=sentences(report),
         next_command=report.get("next_command"),
         use=report.get("use", []),
-        columns=[METRICS[key] for key in columns],
+        columns=[replace(METRICS[key], label=title(report, key)) for key in columns],
         groups=_table(report, columns),
         lead=(previews[-1][0], _embedded_png(previews[-1][1])) if previews else None,
         strip=[(caption, _embedded_png(path, STRIP_WIDTH)) for caption, path in spread(previews[:-1], STRIP)],
@@ -130,6 +130,11 @@ def columns_of(report: Mapping[str, Any]) -> list[str]:
     """The metrics that some row has."""
     rows = [row for who in ("student", *teachers_of(report)) for row in by_steps(report, who).values()]
     return [key for key in METRICS if any(row.get(key) is not None for row in rows)]
+
+
+def title(report: Mapping[str, Any], key: str) -> str:
+    """A metric's label; that of FD has the number of images."""
+    return fd_title(report.get("protocol", {}).get("n")) if key == "fd" else METRICS[key].label
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from stepfold import __version__
 from stepfold.config import Config
 from stepfold.errors import UserError
 from stepfold.evaluation.protocol import counted, teachers_of
-from stepfold.evaluation.report import columns_of
+from stepfold.evaluation.report import columns_of, title
 from stepfold.evaluation.verdict import METRICS, number
 from stepfold.export.method import method_of, source_of
 from stepfold.sampling.recipe import Recipe, times_of
@@ -285,7 +285,7 @@ def measured(metrics: dict[str, Any] | None) -> str:
     protocol, keys = metrics["protocol"], columns_of(metrics)
     what = protocol.get("prompts") or f"{protocol['n']} images a row"
     rows = f"\n## Measured\n\nProtocol {protocol['hash'][:12]}: {what}.\n\n"
-    rows += f"| sampler | {' | '.join(METRICS[key].label for key in keys)} |\n|---|{'---|' * len(keys)}\n"
+    rows += f"| sampler | {' | '.join(title(metrics, key) for key in keys)} |\n|---|{'---|' * len(keys)}\n"
     for who in (*teachers_of(metrics), "student"):
         for steps, scores in metrics.get(who, {}).items():
             cells = " | ".join(number(scores.get(key), METRICS[key].digits) for key in keys)

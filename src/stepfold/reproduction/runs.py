@@ -171,7 +171,7 @@ def score(student_folder: Path, protocol: Protocol, root: Path) -> dict[str, Any
     }
     for k in protocol.student_steps:
         samplers[f"student {k}"] = student_sampler(student, card.recipe, k, protocol.seed)
-    rows = rows_by_steps(measure(judge, protocol, teacher, samplers, teacher.device))["student"]
+    rows = rows_by_steps(measure(judge, protocol, teacher, samplers, teacher.device), timed=True)["student"]
     return {
         "protocol": protocol_record(protocol),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
@@ -193,7 +193,7 @@ def measure_teacher(teacher: PipelineTeacher, judge: Judge, protocol: Protocol, 
 
         samplers: dict[str, Sampler] = {f"teacher {steps[0]}": remember}
         samplers |= {f"teacher {k}": teacher_sampler(teacher, k) for k in steps[1:]}
-        rows = rows_by_steps(measure(judge, protocol, teacher, samplers, teacher.device))["teacher"]
+        rows = rows_by_steps(measure(judge, protocol, teacher, samplers, teacher.device), timed=True)["teacher"]
         with writing(note.with_suffix(".safetensors")) as part:
             save_file({"x0": torch.cat(made)}, part)
         with writing(note) as part:
@@ -213,7 +213,7 @@ def measure_solvers(experiments: Experiments, root: Path, display: Display) -> d
         display.note(f"measuring the teacher under {solver} at {', '.join(map(str, counts))} steps")
         teacher, judge = load_teacher(settings, "cpu"), load_judge(assets.JUDGE, torch.device("cpu"))
         samplers = {f"teacher {k}": solver_sampler(teacher, solver, k) for k in counts}
-        rows = rows_by_steps(measure(judge, protocol, teacher, samplers, teacher.device))["teacher"]
+        rows = rows_by_steps(measure(judge, protocol, teacher, samplers, teacher.device), timed=True)["teacher"]
         found = {k: scores | {"agreement": None} for k, scores in rows.items()}  # there is no reference here
         kept[solver] = kept.get(solver, {}) | found
         with writing(note) as part:

@@ -126,6 +126,9 @@ def walk_view(walk: Walk) -> Markup:
 def summary(runs: Sequence[Run]) -> Markup:
     """What the runs are at, and where their settings differ."""
     cards = join(_card(side, run) for side, run in zip(SIDES, runs, strict=False))
+    counts = {found.get("n") for _, found in map(scores_of, runs) if "fd" in found}
+    if len(counts) > 1:
+        cards += note("These runs were measured with different numbers n of pictures: their FD do not compare.")
     if len(runs) < 2:
         return Markup('<div class="sides">{}</div>').format(cards)
     rows = join(
@@ -146,6 +149,8 @@ def _card(side: str, run: Run) -> Markup:
     share = 100 * min(1.0, run.step / run.steps) if run.steps else 0
     steps, scores = scores_of(run)
     said = [form.format(scores[name]) for name, form in SCORES.items() if name in scores]
+    if "n" in scores:
+        said.append(f"n = {scores['n']:,.0f}")
     return Markup(
         '<section class="run {side}" aria-label="{name}"><h3>{name}</h3><p>{progress}</p>'
         '<div class="bar" aria-hidden="true"><div style="width: {share}%"></div></div>{scores}{problem}</section>'

@@ -16,6 +16,7 @@ from stepfold.training.runs import CONFIG, METRICS, read_metrics
 
 DEPTH, MOST_RUNS = 3, 200
 LARGEST_METRICS, LARGEST_PICTURE, LARGEST_REPORT = 64 * 2**20, 8 * 2**20, 16 * 2**20  # bytes
+LARGEST_N = 10**9  # pictures of an evaluation
 PNG = b"\x89PNG\r\n\x1a\n"
 SAFE_HEAD = (
     "<!doctype html><meta http-equiv='Content-Security-Policy' "
@@ -215,11 +216,17 @@ def report_of(run: Run) -> str:
 
 
 def scores_of(run: Run) -> tuple[int, dict[str, float]]:
-    """The report's scores of the student at its fewest steps, after that number; none if they cannot be read."""
+    """The report's scores of the student at its fewest steps, after that number; none if they cannot be read.
+
+    Beside them is `n`, the pictures that they were measured with, where the report says so.
+    """
     try:
         student = _report(run)["student"]
         steps = min(student, key=int, default="1")
         row = student.get(steps, {})
+        n = report["protocol"].get("n") if isinstance(report.get("protocol"), dict) else None
+        if row and type(n) is int and 0 < n < LARGEST_N:
+            row = row | {"n": n}
         return int(steps), {str(name): float(value) for name, value in row.items() if isinstance(value, int | float)}
     except (ValueError, KeyError, TypeError, AttributeError):
         return 1, {}
