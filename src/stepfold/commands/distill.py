@@ -92,7 +92,7 @@ def distill(
         typer.echo(to_yaml(config), nl=False)
         return
     from stepfold.display import Display, quiet_libraries, results_table, show_table
-    from stepfold.evaluation.report import verdict
+    from stepfold.evaluation.verdict import headline
 
     quiet_libraries()
     if device != "auto":
@@ -104,7 +104,7 @@ def distill(
     if not other_process():
         if result["teacher"]:
             show_table(results_table(result))
-            typer.echo(f"{verdict(result)}\n")
+            typer.echo(f"{headline(result)}\n")
         typer.echo(f"student: {folder / 'student'}\nreport:  {folder / 'report.html'}")
     if "WORLD_SIZE" in os.environ:
         leave()

@@ -115,7 +115,7 @@ def evaluate(
     """
     from stepfold.commands.own_teacher import NUM_PROMPTS, is_own, run_own
     from stepfold.display import Display, mjhq_table, quiet_libraries, results_table, show_table
-    from stepfold.evaluation.report import verdict
+    from stepfold.evaluation.verdict import headline
 
     try:
         counts = sorted({int(part) for part in steps.split(",")}, reverse=True) if steps else None
@@ -164,7 +164,7 @@ def evaluate(
     write_json(json_file, result)
     show_table(table)
     if result.get("student"):
-        typer.echo(f"\n{verdict(result)}")
+        typer.echo(f"\n{headline(result)}")
 
 
 def run_evaluate(

@@ -18,7 +18,8 @@ def runs(
 ) -> None:
     """List the runs in a folder: what became of them, how far they are, what their students score.
 
-    Scores are those of the fewest sampling steps. FD compares at equal numbers n of images only, so each n has a column.
+    Scores are those of the fewest sampling steps. FD compares at an equal number n of images only, so each n has a
+    column.
 
     stepfold runs
 
@@ -34,7 +35,7 @@ def runs(
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name the one that your runs are in (--out of stepfold distill)")
     found = [read_run(folder, name) for name in find_runs(folder)]
-    counts = sorted({count_of(run) or 0 for run in found if "fd" in scores_of(run)[1]})
+    counts = sorted({count_of(run) or 0 for run in found if "fd" in scores_of(run)[1]}, key=lambda n: n or float("inf"))
     rows, table = [], Table(*HEADS, *map(fd_title, counts), box=None)
     for run in found:
         (steps, scores), (method, student) = scores_of(run), method_of(run)

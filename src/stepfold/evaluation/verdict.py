@@ -126,6 +126,14 @@ def figures(report: Mapping[str, Any]) -> list[Figure]:
     return [figure for figure in found if figure]
 
 
+def headline(report: Mapping[str, Any]) -> str:
+    """The figures and sentences as lines for a terminal."""
+    figure_lines = [
+        f"{each.big} {each.label}" + (f" ({each.detail})" if each.detail else "") for each in figures(report)
+    ]
+    return "\n".join([*figure_lines, *sentences(report)])
+
+
 def _in(steps: int) -> str:
     return "one step" if steps == 1 else counted(steps)
 

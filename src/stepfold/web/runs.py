@@ -221,7 +221,8 @@ def scores_of(run: Run) -> tuple[int, dict[str, float]]:
     Beside them is `n`, the pictures that they were measured with, where the report says so.
     """
     try:
-        student = _report(run)["student"]
+        report = _report(run)
+        student = report["student"]
         steps = min(student, key=int, default="1")
         row = student.get(steps, {})
         n = report["protocol"].get("n") if isinstance(report.get("protocol"), dict) else None
