@@ -41,7 +41,7 @@ from stepfold.commands import prompts as prompt_commands
 from stepfold.config import TeacherSettings, from_yaml, load_config, setting_names, to_yaml
 from stepfold.display import quiet_libraries
 from stepfold.errors import NonFiniteError, UserError
-from stepfold.evaluation.report import curves_from_rows
+from stepfold.evaluation.curves import curves_from_rows
 from stepfold.prompts.cache import encode_prompts, open_conditions
 from stepfold.prompts.reading import open_prompts
 from stepfold.students.loading import load_student

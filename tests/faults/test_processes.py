@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tiny import PROMPTS
 from torch.torch_version import TorchVersion
 
-from stepfold.config import load_config
+from stepfold.config import last_of_each, load_config
 from stepfold.errors import UserError
 from stepfold.prompts.reading import open_prompts
 from stepfold.teachers.loading import load_teacher
@@ -44,7 +44,7 @@ SETTINGS = (
 
 def command(teacher: Path, prompts: Path, out: Path, *changes: str, resume: bool = False) -> list[str]:
     """What `stepfold` is given for a run."""
-    changes = tuple(part for setting in (*SETTINGS, *changes) for part in ("--set", setting))
+    changes = tuple(part for setting in last_of_each((*SETTINGS, *changes)) for part in ("--set", setting))
     paths = ["--teacher", str(teacher), "--prompts", str(prompts), "--out", str(out)]
     return ["distill", "--preset", "default", *paths, *changes, *(["--resume"] if resume else [])]
 
