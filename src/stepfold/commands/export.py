@@ -77,9 +77,10 @@ def run_export(student: Path, to: str, out: Path | None, *, force: bool, steps: 
     }
     if to not in writers:
         raise UserError(f"--to is {to!r}; a student becomes {', '.join(writers)}")
+    write: Callable[[Path, Path], None]
     write, ending = writers[to]
     if steps is not None:
-        folded: dict[str, Callable[[Path, Path, int], None]] = {"pipeline": export_folded, "lora": export_folded_lora}
+        folded = {"pipeline": export_folded, "lora": export_folded_lora}
         if to not in folded:
             raise UserError(
                 f"--steps folds a flow map with --to pipeline or lora; export the folder it makes --to {to}"

@@ -20,7 +20,7 @@ SPACES = {
     "rollout": "the student's own rollouts",
     "coupling": "noise joined to the ends of the teacher's trajectories",
 }
-NAMED = {
+NAMED: dict[tuple[str, tuple[str, ...]], str] = {
     ("continuous", ("generation",)): "trajectory-backward consistency (TBCM, arXiv:2511.20410)",
     ("velocity", ("coupling",)): "reflow (arXiv:2209.03003)",
 }

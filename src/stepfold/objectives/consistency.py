@@ -248,7 +248,7 @@ def continuous_loss(networks: Networks, pairs: Pairs, draws: Draws, config: Conf
         return Along(network, part.x / sigma_data, part.t, dx, dt, {} if s is None else {"low": s})
 
     def derive(a: Along) -> Tangent:
-        return total_derivative(a.network, a.x, a.t, a.dx, a.dt, networks.tangent, **a.bounds)
+        return total_derivative(a.network, a.x, a.t, a.dx, a.dt, networks.tangent, None, **a.bounds)
 
     with networks.precision():
         tangent = derivative(pairs, along, derive, config)

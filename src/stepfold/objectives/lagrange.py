@@ -64,7 +64,7 @@ def lagrange_loss(networks: Networks, states: States, draws: Draws, config: Conf
         return Along(network, part.x / sigma_data, target, torch.zeros_like(part.x), ds, {"high": start})
 
     def derive(a: Along) -> Tangent:
-        return total_derivative(a.network, a.x, a.t, a.dx, a.dt, networks.tangent, **a.bounds)
+        return total_derivative(a.network, a.x, a.t, a.dx, a.dt, networks.tangent, None, **a.bounds)
 
     with networks.precision():
         tangent = derivative(states, along, derive, config)
