@@ -11,14 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
+from stepfold import assets
 from stepfold.commands.sample import run_sample
 from stepfold.errors import UserError
 from stepfold.web import markup
 from stepfold.web.drawing import (
     MAX_PROMPT,
     Models,
+    Paces,
     Request,
     checked,
+    draw_strip,
     draw_student,
     draw_teacher,
     load_models,
@@ -61,8 +64,8 @@ def test_calls_are_counted_as_they_are_made(emoji: Models) -> None:
     assert theirs == [6] * 20  # both branches of three pictures at once
     assert whole.calls == 40 == sum(theirs) / 3
     assert (markup.calls_in_words(drawing), markup.calls_in_words(whole)) == (
-        "4 network calls, 3 pictures at once",
-        "40 network calls, two at a time, 3 pictures at once",
+        "4 network calls an image",
+        "40 network calls an image",
     )
     assert [drawing.calls for drawing in previews] == [2 * drawing.steps for drawing in previews]
 
@@ -118,12 +121,12 @@ def test_bad_input_is_a_short_message(emoji: Models) -> None:
         1: (0, 9, None, "2", True, math.nan),
         2: (0, 9, math.inf),
         3: (-1, 2**31),
-        4: (0, 9),
+        4: (0, 10),
     }.items():
         for value in values:
             said = refused(*good[:place], value, *good[place + 1 :])
             assert re.match(
-                r"(Student's steps|Teacher's guidance|Seed|Pictures) must be a number from \d to [\d,]+\.", said
+                r"(Student's steps|Teacher's guidance|Seed|Images) must be a number from \d to [\d,]+\.", said
             )
 
 
@@ -150,6 +153,40 @@ def test_the_teacher_that_is_named_is_the_one_that_draws(tiny_student: Path, tin
     *_, named = draw_teacher(emoji, request)
     *_, usual = draw_teacher(own, request)
     assert difference(named.pictures[0], usual.pictures[0]) == 0
+
+
+def test_the_head_and_the_prompts_are_of_the_models_at_hand(emoji: Models, tiny_student: Path) -> None:
+    assert emoji.about == ("Student of emoji after 6,000 training steps, taught at guidance 3; 64 × 64 pixels, on cpu.")
+    assert "320 names on 12 background colours" in emoji.vocabulary and emoji.usual_count == 9
+    known = set((assets.PROMPTS).read_text().splitlines())
+    drawn = {emoji.random_prompt() for _ in range(5)}
+    assert drawn <= known and len(drawn) > 1
+    tiny = load_models(tiny_student, None, "cpu")
+    assert tiny.vocabulary == "" and {tiny.random_prompt() for _ in range(20)} <= {"red heart", "a cat", "rocket"}
+    gone = tiny.card.model_copy(update={"config": tiny.card.config | {"prompts": "nowhere.txt"}})
+    assert Models(tiny.student, tiny.pipeline, tiny.teacher, gone).random_prompt() == "red heart"
+
+
+def test_the_strip_is_the_first_picture_in_more_steps(emoji: Models) -> None:
+    request = Request("a pizza", 3, guidance=3.0, seed=5, count=4)
+    strip = draw_strip(emoji, request)
+    assert [steps for steps, _ in strip] == [1, 2, 4, 8] and all(len(d.pictures) == 1 for _, d in strip)
+    two = draw_student(emoji, Request("a pizza", 2, guidance=3.0, seed=5))
+    assert difference(strip[1][1].pictures[0], two.pictures[0]) == 0
+
+
+def test_a_ratio_is_one_of_medians_of_equal_drawings(emoji: Models) -> None:
+    paces, one, nine = Paces(), Request("a cat"), Request("a cat", count=9)
+    assert markup.headline(emoji, one, paces) == ""
+    for sec in (9.0, 1.0, 2.0):
+        paces.note("student", one, sec)
+    assert markup.headline(emoji, one, paces) == ""
+    for sec in (10.0, 30.0, 20.0, 1000.0, 5.0):
+        paces.note("teacher", one, sec)
+    html = markup.headline(emoji, one, paces)
+    assert "<b>40 → 1</b> calls, <b>10×</b> as fast" in html
+    assert "medians of the teacher&#39;s 5 and the student&#39;s 3 drawings of 1 image" in html
+    assert markup.headline(emoji, nine, paces) == "" == markup.headline(emoji, Request("a cat", 2), paces)
 
 
 def test_nothing_of_a_prompt_becomes_markup(emoji: Models) -> None:

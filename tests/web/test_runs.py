@@ -1,6 +1,7 @@
 """What is read of run folders: finished ones, ones that go on, and broken ones."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from filelock import FileLock
 from stepfold.commands.runs import runs as list_runs
 from stepfold.errors import UserError
 from stepfold.web import markup
-from stepfold.web.runs import compared, curves_of, find_runs, newest, preview_at, read_run, report_of, stamp
+from stepfold.web.runs import compared, curves_of, find_runs, newest, preview_at, read_run, report_of, stamp, time_left
 
 
 def test_runs_are_found_and_nothing_else(runs: Path) -> None:
@@ -105,8 +106,25 @@ def test_settings_read_as_in_yaml() -> None:
 
 def test_curves_have_names(runs: Path) -> None:
     html = markup.curves([read_run(runs, "first"), read_run(runs, "deeper/second")])
+    assert html.index("<b>latent_<wbr>error</b>") < html.index("<details class='logged'>") < html.index("<b>loss</b>")
     assert 'role="img" aria-label="lr over the steps of first and deeper/second"' in html
     assert "<span>learning rate</span>" in html and "aria-hidden" not in html
+
+
+def test_the_time_that_is_left_follows_the_pace(runs: Path, tmp_path: Path) -> None:
+    """Of a run that goes on: the steps since the last preview that is older, by the times of both files."""
+    folder = tmp_path / "mine"
+    shutil.copytree(runs / "first", folder)
+    (folder / "previews" / "step_000003.png").unlink()
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(rows[:2]))
+    os.utime(folder / "previews" / "step_000001.png", (1000, 1000))
+    os.utime(folder / "metrics.jsonl", (1040, 1040))
+    assert time_left(read_run(tmp_path, "mine")) is None
+    with FileLock(folder / ".lock"):
+        run = read_run(tmp_path, "mine")
+        assert time_left(run) == pytest.approx(40)
+        assert "running, step 2 of 3, about 40.0 s left" in markup.summary([run])
 
 
 def test_scores_and_bad_names_are_escaped(runs: Path, tmp_path: Path) -> None:
@@ -115,7 +133,7 @@ def test_scores_and_bad_names_are_escaped(runs: Path, tmp_path: Path) -> None:
     scores = {"1": {"accuracy": 0.5, "fd": 0.01, "agreement": None}, "4": {"accuracy": 0.9}}
     (folder / "report.json").write_text(json.dumps({"student": scores, "protocol": {"n": 1500}}))
     html = markup.summary([read_run(tmp_path, folder.name)])
-    assert "<p>1 step: accuracy 50.0%, FD 0.0100, n = 1,500</p>" in html and "<img" not in html
+    assert "<p>1 step: accuracy 50.0%, FD 0.0100 (n = 1,500)</p>" in html and "<img" not in html
 
 
 def test_fd_of_different_n_never_stand_together(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +164,8 @@ def test_the_command_lists_what_is_there(runs: Path, tmp_path: Path, capsys: pyt
     assert list(told) == find_runs(runs)
     assert (told["first"]["state"], told["first"]["step"], told["first"]["steps"]) == ("finished", 3, 3)
     assert told["broken"]["problem"]
+    assert (told["first"]["method"], told["first"]["student"]) == ("continuous on generation", "all weights")
+    assert told["broken"]["method"] == "" and told["first"]["n"] is None
 
 
 def test_the_command_says_where_there_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,14 @@ def sample(
         float | None, typer.Option(min=0, max=1000, help="Guidance scale. Default: the usual one of the student's run.")
     ] = None,
     out: Annotated[Path, typer.Option(help="PNG to write; several prompts go side by side.")] = Path("sample.png"),
+    race: Annotated[
+        Path | None,
+        typer.Option(
+            help="Let student and teacher draw one prompt side by side, and write it here with the measured times: "
+            "FILE.gif, or FILE.png for the moment in which the student is done.",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Draw pictures with a student.
@@ -41,6 +49,8 @@ def sample(
     stepfold sample runs/demo "red heart on blue background"
 
     stepfold sample emoji-student "pizza" "fox" --steps 2 --seed 3 --out two.png
+
+    stepfold sample emoji-student "pizza on white background" --race race.gif
     """
     from PIL import Image
 
@@ -50,6 +60,12 @@ def sample(
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out} is no PNG; give a name that ends in .png")
     quiet_libraries()
+    if race:
+        if sampler:
+            raise UserError("--race uses the student's own sampler; leave out --sampler")
+        run_race(student, prompts, race, steps=steps, seed=seed, guidance=guidance, device=usable_device(device))
+        typer.echo(race)
+        return
     pictures = run_sample(
         student, prompts, steps=steps, seed=seed, guidance=guidance, sampler=sampler, gamma=gamma,
         device=usable_device(device),
@@ -62,6 +78,44 @@ def sample(
     with writing(out) as part:
         strip.save(part, format="PNG")
     typer.echo(out)
+
+
+def run_race(
+    folder: Path, prompts: Sequence[str], out: Path, *, steps: int, seed: int, guidance: float | None, device: str
+) -> None:
+    """Student and teacher draw nine small images of one prompt, or one large one, and their race is written.
+
+    Args:
+        folder: of the student.
+        prompts: one string.
+        out: a GIF or a PNG.
+        steps: of the student.
+        seed: of the first image.
+        guidance: scale of both; None for the student's usual one.
+        device: of torch.
+
+    Raises:
+        UserError: several prompts, another ending, or what the student or its teacher is not fit for.
+    """
+    from stepfold.display import Display
+    from stepfold.students.card import read_card
+    from stepfold.web import race
+    from stepfold.web.drawing import TEACHER_STEPS, Request, load_models, warm_up
+
+    race.check_name(out)
+    if len(prompts) != 1:
+        raise UserError(f"--race draws one prompt, and {len(prompts)} are given; give one")
+    recipe = read_card(folder).recipe
+    recipe.times_for(steps)
+    scale = recipe.scale_for(guidance)
+    models = load_models(folder, None, device)
+    request = Request(prompts[0], steps, scale, seed, models.usual_count)
+    Display().note(
+        f"racing: {request.count} images, {race.REPEATS} times {steps} network calls of "
+        f"the student and {TEACHER_STEPS * models.branches} of the teacher, fewer where the teacher is slow"
+    )
+    warm_up(models)
+    race.save_race(race.run_race(models, request), out)
 
 
 def run_sample(

@@ -142,10 +142,14 @@ def _draw(
     axes.set_xlabel("step", color=ink, fontsize=8)
 
 
-def moving(curves: Curves) -> dict[str, Sequence[Sequence[float | None]]]:
-    """The curves that say something: those with two different values, in the order of LOGGED, then the others."""
-    kept = {
-        name: points for name, points in curves.items() if len({value for _, value in points if value is not None}) > 1
-    }
+def ordered(curves: Curves) -> dict[str, Sequence[Sequence[float | None]]]:
+    """Curves in the order of LOGGED, then the others."""
     order = list(LOGGED)
-    return dict(sorted(kept.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+    return dict(sorted(curves.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
+def moving(curves: Curves) -> dict[str, Sequence[Sequence[float | None]]]:
+    """The curves with two different values, in the order of LOGGED: the others say nothing."""
+    return ordered(
+        {name: points for name, points in curves.items() if len({y for _, y in points if y is not None}) > 1}
+    )

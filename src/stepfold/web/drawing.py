@@ -1,8 +1,10 @@
 """What the page draws, from the same noise: a student's pictures, the teacher's as they form, the teacher's walk."""
 
+import random
+import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stepfold import assets
 from stepfold.errors import UserError
 from stepfold.evaluation.preview import thinned, to_image
 from stepfold.maths.formulations import data_prediction, equivalent_noise
+from stepfold.prompts.reading import open_prompts
 from stepfold.randomness import normal
 from stepfold.sampling.samplers import SAMPLERS
 from stepfold.sampling.teacher import Step, teacher_steps
@@ -22,10 +26,13 @@ from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 
-MAX_PROMPT, MAX_STEPS, MAX_PICTURES, MAX_GUIDANCE, MAX_SEED = 300, 8, 8, 8.0, 2**31 - 1
+MAX_PROMPT, MAX_STEPS, MAX_PICTURES, MAX_GUIDANCE, MAX_SEED = 300, 8, 9, 8.0, 2**31 - 1
 FIRST_SEED = 2  # the page begins with it
 TEACHER_STEPS = 20
-STEPS_LABEL, PICTURES_LABEL, SEED_LABEL = "Student's steps", "Pictures", "Seed"
+STEPS_LABEL, PICTURES_LABEL, SEED_LABEL = "Student's steps", "Images", "Seed"
+SMALL = 256 * 256  # pixels of an image of which nine are drawn at once unless told otherwise
+STRIP = (1, 2, 4, 8)  # steps of the student that stand side by side
+KEPT = 15  # drawings of one kind that a median is taken of
 NUM_WALK = 7  # times of the walk that are shown
 PREVIEW_SEC = 0.1  # at least between two previews of the teacher's
 FRAMES = 4  # of a video, side by side
@@ -63,6 +70,38 @@ class Models:
         return 2 if self.teacher.guidance_kind == "classifier_free" else 1
 
     @property
+    def about(self) -> str:
+        """Which student, which teacher, which guidance."""
+        taught = ", ".join(f"{scale:g}" for scale in self.card.recipe.taught)
+        trained = self.card.config.get("training", {}).get("steps")
+        after = f" after {trained:,} training steps" if isinstance(trained, int) else ""
+        size = f"{self.teacher.width} × {self.teacher.height} pixels"
+        return f"Student of {self.card.teacher}{after}, taught at guidance {taught}; {size}, on {self.teacher.device}."
+
+    @property
+    def usual_count(self) -> int:
+        """How many images the page begins with: nine small ones, or one."""
+        return MAX_PICTURES if self.teacher.frames == 1 and self.teacher.width * self.teacher.height <= SMALL else 1
+
+    @property
+    def vocabulary(self) -> str:
+        """What the prompts of a model that knows few words may say; empty for others."""
+        if self.card.teacher != "emoji":
+            return ""
+        names, colours = (len(_lines(assets.JUDGE / file)) for file in ("names.txt", "colours.txt"))
+        return f"This model knows {names} names on {colours} background colours; other words give it nothing to draw."
+
+    def random_prompt(self) -> str:
+        """One of the prompts that the student was trained on, or of the examples where they are not here."""
+        own = assets.PROMPTS if self.card.teacher == "emoji" else self.card.config.get("prompts")
+        try:
+            texts = open_prompts(own) if own else None
+            text = texts.prompt(random.randrange(len(texts))) if texts else random.choice(self.examples)
+        except UserError:
+            text = random.choice(self.examples)
+        return text[:MAX_PROMPT]
+
+    @property
     def guidance_label(self) -> str:
         """The name of the control, which is the teacher's alone where the student was taught one scale."""
         return "Guidance" if len(set(self.card.recipe.taught)) > 1 else "Teacher's guidance"
@@ -76,7 +115,10 @@ class Models:
             said += " and ignores any other scale; the slider changes only the teacher"
         said += f". Steps are the student's; the teacher takes {TEACHER_STEPS}"
         said += ", each of which calls the network with and without the prompt, as one batch" * (self.branches > 1)
-        return said + ". Milliseconds are measured here: the network, and the decoding of the pictures."
+        said += (
+            ". Milliseconds are measured here: the network, and the decoding of the images. One device draws both in "
+        )
+        return said + "turn, and each clock counts its own work alone."
 
 
 @dataclass(frozen=True)
@@ -123,6 +165,7 @@ class Drawing:
         branches: of guidance, which go through the network as one batch: 2 with classifier-free guidance, else 1.
         sec: what the steps so far took and, once it is whole, the decoding; encoding the prompt and decoding what is
             shown on the way are left out.
+        clock: seconds after each of these steps, decoding left out; of a student one number, after its last step.
         walk: of the teacher, once it is whole.
     """
 
@@ -131,6 +174,7 @@ class Drawing:
     of: int
     branches: int
     sec: float
+    clock: tuple[float, ...] = ()
     walk: Walk | None = None
 
     @property
@@ -168,7 +212,7 @@ def load_models(student: Path, teacher: str | None, device: str) -> Models:
 def warm_up(models: Models) -> None:
     """Draws once, so that the first measured time is not that of starting."""
     request = Request(models.examples[0], guidance=models.card.recipe.guidance, seed=FIRST_SEED)
-    draw_student(models, request)
+    draw_student(models, replace(request, count=models.usual_count))
     next(draw_teacher(models, request))
 
 
@@ -210,8 +254,9 @@ def draw_student(models: Models, request: Request) -> Drawing:
         models.student, noise, condition, guidance, times,
         lambda i: _noise(pipeline, request, "evaluation fresh noise", i, 0), recipe.sigma_data,
     )  # fmt: skip
+    drawn = _now(pipeline) - began
     pictures = pipeline.decode(x0)
-    return Drawing(_images(pipeline, pictures), len(times), len(times), 1, _now(pipeline) - began)
+    return Drawing(_images(pipeline, pictures), len(times), len(times), 1, _now(pipeline) - began, (drawn,))
 
 
 def draw_teacher(models: Models, request: Request) -> Iterator[Drawing]:
@@ -220,18 +265,70 @@ def draw_teacher(models: Models, request: Request) -> Iterator[Drawing]:
     noise, condition, guidance = _start(teacher, request)
     branches = models.branches
     steps: list[Step] = []
-    began, shown, sec = _now(teacher), 0.0, 0.0
+    began, shown, sec, clock = _now(teacher), 0.0, 0.0, []
     for step in teacher_steps(teacher, noise, condition, guidance, TEACHER_STEPS, even=True):
         steps.append(step)
         sec += _now(teacher) - began
+        clock.append(sec)
         if len(steps) < TEACHER_STEPS and time.perf_counter() - shown >= PREVIEW_SEC:
             shown = time.perf_counter()
             preview = teacher.decode(data_prediction(step.x, step.t, step.dxdt))
-            yield Drawing(_images(teacher, preview), len(steps), TEACHER_STEPS, branches, sec)
+            yield Drawing(_images(teacher, preview), len(steps), TEACHER_STEPS, branches, sec, tuple(clock))
         began = _now(teacher)
     pictures = teacher.decode(steps[-1].x_next)
     sec += _now(teacher) - began
-    yield Drawing(_images(teacher, pictures), TEACHER_STEPS, TEACHER_STEPS, branches, sec, _walk(teacher, steps))
+    walk = _walk(teacher, steps)
+    yield Drawing(_images(teacher, pictures), TEACHER_STEPS, TEACHER_STEPS, branches, sec, tuple(clock), walk)
+
+
+def draw_both(
+    models: Models, request: Request, step_sec: float | None
+) -> Iterator[tuple[Drawing | None, Drawing | None]]:
+    """A race on one device, which works for both in turn: what happens first by its own clock is yielded first.
+
+    Args:
+        models: the racers.
+        request: what they draw.
+        step_sec: what one step of the teacher is known to take; None where it is not.
+
+    Yields:
+        (the student's pictures when they are due, else None; the teacher's as they form, else None).
+    """
+    student = draw_student(models, request)
+    due = step_sec is None or student.sec <= step_sec  # before the teacher's first step is done
+    if due:
+        yield student, None
+    for teacher in draw_teacher(models, request):
+        now = not due and (teacher.whole or teacher.sec >= student.sec)
+        due = due or now
+        yield student if now else None, teacher
+
+
+def draw_strip(models: Models, request: Request) -> list[tuple[int, Drawing]]:
+    """The student's first picture in 1, 2, 4 and 8 steps, as far as its card has times for them."""
+    first = replace(request, count=1)
+    known = [steps for steps in STRIP if steps in models.card.recipe.times]
+    return [(steps, draw_student(models, replace(first, steps=steps))) for steps in known]
+
+
+@dataclass
+class Paces:
+    """What drawings took on this machine, by what was drawn. The page compares medians, which no hiccup moves."""
+
+    seconds: dict[tuple[str, int, int], list[float]] = field(default_factory=dict)
+
+    def note(self, who: str, request: Request, sec: float) -> None:
+        """A drawing took so long."""
+        self._of(who, request).append(sec)
+
+    def median(self, who: str, request: Request) -> tuple[float | None, int]:
+        """The median seconds of such drawings, and how many there were."""
+        found = self._of(who, request)[-KEPT:]
+        return (statistics.median(found) if found else None), len(found)
+
+    def _of(self, who: str, request: Request) -> list[float]:
+        steps = request.steps if who == "student" else TEACHER_STEPS
+        return self.seconds.setdefault((who, steps, request.count), [])
 
 
 def _start(model: PipelineTeacher, request: Request) -> tuple[Tensor, Condition, Tensor]:
@@ -270,6 +367,10 @@ def _images(model: PipelineTeacher, pictures: Tensor) -> list[Image.Image]:
     if model.frames > 1:
         pictures = thinned(pictures, model.frames, FRAMES)
     return [to_image(picture) for picture in pictures]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def _now(model: PipelineTeacher) -> float:

@@ -10,33 +10,20 @@ from markupsafe import Markup
 from PIL import Image
 
 from stepfold.errors import UserError
-from stepfold.web.drawing import Drawing, Request, Walk
-from stepfold.web.runs import Run, compared, curves_of, preview_at, report_of, scores_of
+from stepfold.evaluation.curves import LOGGED
+from stepfold.evaluation.report import duration
+from stepfold.web.drawing import TEACHER_STEPS, Drawing, Models, Paces, Request, Walk
+from stepfold.web.race import Race, as_gif, as_png, times
+from stepfold.web.runs import Run, compared, count_of, curves_of, preview_at, report_of, scores_of, time_left
 
 SCORES = {
+    "latent_error": "latent error {:.3f}",
     "accuracy": "accuracy {:.1%}",
     "clip_score": "CLIP score {:.1f}",
     "fd": "FD {:.4f}",
     "diversity": "diversity {:.3f}",
 }
 SIDES = ("a", "b")
-LOGGED = {
-    "kept": "share of the walks that the filter kept",
-    "loss": "what is minimised",
-    "squared_error": "the loss without its weights",
-    "tangent_norm": "how far the student is from consistent",
-    "tangent_norm_0": "tangent norm, first quarter of t: near the picture",
-    "tangent_norm_1": "tangent norm, second quarter of t",
-    "tangent_norm_2": "tangent norm, third quarter of t",
-    "tangent_norm_3": "tangent norm, last quarter of t: near noise",
-    "w_phi": "learned log-weight of the adaptive weighting",
-    "grad_norm": "size of the gradient, before clipping",
-    "lr": "learning rate",
-    "generator_loss": "adversarial loss of the student",
-    "discriminator_loss": "loss of the heads; 2 is knowing nothing",
-    "skipped": "1 where the step was left out",
-}
-"""What the logged numbers are; docs/reading.md says more."""
 
 
 def join(parts: Iterable[str]) -> Markup:
@@ -61,34 +48,91 @@ def fine(text: str) -> Markup:
     return Markup('<p class="fine">{}</p>').format(text)
 
 
-def panel(who: str, request: Request, drawing: Drawing) -> Markup:
-    """Pictures with what they cost."""
+def top(models: Models) -> Markup:
+    """The head of the page: what it runs."""
+    return Markup("<h1>stepfold</h1><p>{}</p>").format(models.about)
+
+
+def explained(models: Models) -> Markup:
+    """What the models know, and what the numbers mean, for who asks."""
+    known = Markup('<p class="fine">{}</p>').format(models.vocabulary) if models.vocabulary else Markup("")
+    return known + Markup('<details class="fine"><summary>What the numbers mean</summary>{}</details>').format(
+        models.fine_print
+    )
+
+
+def by_then(teacher: Drawing | None) -> str:
+    """How far the teacher's own clock had come when the student was done."""
+    if teacher is None:
+        return "done in the teacher's first step"
+    return f"done when the teacher had taken {teacher.steps} of {counted(teacher.of, 'step')}"
+
+
+def panel(who: str, request: Request, drawing: Drawing, beside: str = "") -> Markup:
+    """Pictures with what they cost, and a bar of the steps taken; `beside` is what the other one had done by then."""
     pictures = join(
         Markup('<img src="{}" alt="{}">').format(address_of(picture), f"{who}, seed {seed}: {request.prompt}")
         for seed, picture in zip(request.seeds, drawing.pictures, strict=True)
     )
+    taken = counted(drawing.of, "step")
     return Markup(
         '<section class="panel" aria-label="{who}" data-steps="{steps}">'
         '<div class="head"><h2>{who}</h2><span>{taken}</span></div>'
         '<div class="pictures n{count}">{pictures}</div>'
-        '<p class="cost"><b>{ms}</b> ms<span>{calls}</span></p></section>'
+        '<div class="bar" aria-hidden="true"><div style="width: {share}%"></div></div>'
+        '<p class="cost"><b>{ms}</b> ms<span>{calls}</span><span>{beside}</span></p></section>'
     ).format(
         who=who,
         steps=drawing.steps,
-        taken=counted(drawing.of, "step") if drawing.whole else f"step {drawing.steps} of {drawing.of}",
+        taken=taken if drawing.whole else f"{drawing.steps} of {taken}",
         count=len(drawing.pictures),
         pictures=pictures,
+        share=f"{100 * drawing.steps / drawing.of:.0f}",
         ms=f"{1000 * drawing.sec:,.0f}",
         calls=calls_in_words(drawing),
+        beside=beside,
     )
 
 
 def calls_in_words(drawing: Drawing) -> str:
-    """How often the network was called, per picture; both branches of guidance go through it as one batch."""
+    """How often the network was called, per picture; both branches of guidance are calls."""
     said = counted(drawing.calls, "network call")
-    if drawing.branches > 1:
-        said += ", two at a time"
-    return said + (f", {len(drawing.pictures)} pictures at once" if len(drawing.pictures) > 1 else "")
+    return said + (" an image" if len(drawing.pictures) > 1 else "")
+
+
+def headline(models: Models, request: Request, paces: Paces) -> Markup:
+    """`40 calls → 1, 14 times as fast`, from medians of what this page drew; empty until both have drawn."""
+    (ours, ours_n), (theirs, theirs_n) = (paces.median(who, request) for who in ("student", "teacher"))
+    if ours is None or theirs is None:
+        return Markup("")
+    return Markup('<p class="ratio"><b>{} → {}</b> calls, <b>{}×</b> as fast<span>{}</span></p>').format(
+        TEACHER_STEPS * models.branches, request.steps, times(theirs / ours),
+        f"measured here: medians of the teacher's {theirs_n} and the student's {counted(ours_n, 'drawing')} of "
+        f"{counted(request.count, 'image')}",
+    )  # fmt: skip
+
+
+def strip_view(request: Request, drawings: Sequence[tuple[int, Drawing]]) -> Markup:
+    """The student's first picture in several numbers of steps, side by side."""
+    columns = join(
+        Markup('<li><span>{}</span><img src="{}" alt="{}"></li>').format(
+            counted(steps, "step"), address_of(drawing.pictures[0]),
+            f"Student, {counted(steps, 'step')}, seed {request.seed}: {request.prompt}",
+        )
+        for steps, drawing in drawings
+    )  # fmt: skip
+    return Markup('<ol class="walk strip">{}</ol>').format(columns)
+
+
+def race_view(race: Race) -> Markup:
+    """The race as an animation, with links that save it and its photo finish."""
+    gif, png = (base64.b64encode(data).decode() for data in (as_gif(race), as_png(race)))
+    return Markup(
+        '<figure class="race"><img src="data:image/gif;base64,{gif}" alt="{said}"><figcaption>{said} '
+        '<a download="race.gif" href="data:image/gif;base64,{gif}">Save the GIF</a> '
+        '<a download="race.png" href="data:image/png;base64,{png}">Save the photo finish (PNG)</a></figcaption>'
+        "</figure>"
+    ).format(gif=gif, png=png, said=f"{race.prompt}: {race.said}.")
 
 
 def counted(number: int, what: str) -> str:
@@ -149,17 +193,17 @@ def _card(side: str, run: Run) -> Markup:
     share = 100 * min(1.0, run.step / run.steps) if run.steps else 0
     steps, scores = scores_of(run)
     said = [form.format(scores[name]) for name, form in SCORES.items() if name in scores]
-    if "n" in scores:
-        said.append(f"n = {scores['n']:,.0f}")
+    count, left = count_of(run), time_left(run)
+    on = f" (n = {count:,})" if count else ""
     return Markup(
         '<section class="run {side}" aria-label="{name}"><h3>{name}</h3><p>{progress}</p>'
         '<div class="bar" aria-hidden="true"><div style="width: {share}%"></div></div>{scores}{problem}</section>'
     ).format(
         side=side,
         name=run.name,
-        progress=run.progress,
+        progress=run.progress + (f", about {duration(left)} left" if left is not None else ""),
         share=f"{share:.0f}",
-        scores=Markup("<p>{}: {}</p>").format(counted(steps, "step"), ", ".join(said)) if said else "",
+        scores=Markup("<p>{}: {}{}</p>").format(counted(steps, "step"), ", ".join(said), on) if said else "",
         problem=note(run.problem) if run.problem else "",
     )
 
@@ -186,15 +230,22 @@ def _plain(value: Any) -> str:
 
 
 def curves(runs: Sequence[Run]) -> Markup:
-    """What the runs logged, a panel each, with what it is."""
+    """What the runs logged, a panel each, with what it is: the latent error first, the rest folded."""
     names = " and ".join(run.name for run in runs)
-    figures = join(
-        Markup("<figure><figcaption><b>{}</b><span>{}</span></figcaption>{}</figure>").format(
+    figures = {
+        name: Markup("<figure><figcaption><b>{}</b><span>{}</span></figcaption>{}</figure>").format(
             breakable(name), LOGGED.get(name, ""), _labelled(svg, f"{name} over the steps of {names}")
         )
         for name, svg in curves_of(runs).items()
+    }
+    if not figures:
+        return note("Nothing logged yet.")
+    first = [figures.pop(name) for name in ("latent_error",) if name in figures]
+    lead = Markup('<div class="curves">{}</div>').format(join(first)) if first else Markup("")
+    rest = Markup("<details class='logged'{}><summary>{}</summary><div class='curves'>{}</div></details>").format(
+        "" if first else Markup(" open"), counted(len(figures), "other curve"), join(figures.values())
     )
-    return Markup('<div class="curves">{}</div>').format(figures) if figures else note("Nothing logged yet.")
+    return lead + (rest if figures else Markup(""))
 
 
 def _labelled(svg: str, label: str) -> Markup:

@@ -24,10 +24,12 @@ from stepfold.web.drawing import (
     STEPS_LABEL,
     TEACHER_STEPS,
     Models,
+    Paces,
     checked,
-    draw_student,
-    draw_teacher,
+    draw_both,
+    draw_strip,
 )
+from stepfold.web.race import run_race
 from stepfold.web.runs import Run, find_runs, newest, read_run, stamp
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -37,12 +39,22 @@ except ImportError:
     raise UserError("the page needs gradio: pip install 'gradio>=6.29,<7'") from None
 
 QUEUE, REFRESH_SEC = 64, 3
+NAMES = json.dumps(["prompt", "steps", "guidance", "seed", "images"])  # of the inputs, in the page's address
+KEEP_IN_ADDRESS = (
+    f"(...values) => {{ const kept = new URLSearchParams(); {NAMES}.forEach((name, i) => kept.set(name, values[i])); "
+    "history.replaceState(null, '', '?' + kept); }"
+)
+TAKE_FROM_ADDRESS = (
+    f"(...values) => {{ const kept = new URLSearchParams(location.search); return {NAMES}.map((name, i) => "
+    "!kept.has(name) ? values[i] : i === 0 ? kept.get(name) : Number(kept.get(name))); }"
+)
 NOBODY = ("none", "")  # of a list: what it shows, and its value, which is no run's name
-FIRST = "On its way; others may be drawing first."
+FIRST = "Drawing …"
 BUSY = (
     "Too many are waiting here, or the page does not answer. Wait a little, then change something or reload the page."
 )
 LARGEST_POST = 2**16  # bytes
+LAUNCHES = 3
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STYLE = Path(__file__).with_name("page.css")
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
@@ -69,8 +81,7 @@ def build(models: Models, runs: Path) -> Any:
         runs: the folder whose runs the second tab shows.
     """
     with gr.Blocks(title="stepfold", analytics_enabled=False) as page:
-        gr.HTML(f"<h1>stepfold</h1><p>A student that needs one step, beside its teacher, which takes {TEACHER_STEPS}: "
-                "same noise.</p>", elem_id="top")  # fmt: skip
+        gr.HTML(markup.top(models), elem_id="top")
         with gr.Tabs():
             with gr.Tab("Draw"):
                 _draw_tab(page, models)
@@ -85,6 +96,7 @@ def _draw_tab(page: Any, models: Models) -> None:
     with gr.Row(elem_id="examples"):
         for text in models.examples:
             gr.Button(text, size="sm").click(None, None, prompt, js=f"() => {json.dumps(text)}", **PRIVATE)
+        gr.Button("Random prompt", size="sm", elem_id="random").click(models.random_prompt, None, prompt, **PRIVATE)
     with gr.Row(elem_id="bench"):
         with gr.Row(elem_id="pair"):
             student = gr.HTML(markup.waiting("Student", FIRST), min_width=120, elem_id="student")
@@ -93,13 +105,24 @@ def _draw_tab(page: Any, models: Models) -> None:
             steps = gr.Slider(1, MAX_STEPS, 1, step=1, label=STEPS_LABEL, buttons=[], min_width=150)
             guidance = gr.Slider(1, MAX_GUIDANCE, usual, step=0.5, label=models.guidance_label, buttons=[],
                                  min_width=150)  # fmt: skip
-            count = gr.Slider(1, MAX_PICTURES, 1, step=1, label=PICTURES_LABEL, buttons=[], min_width=150)
+            count = gr.Slider(
+                1, MAX_PICTURES, models.usual_count, step=1, label=PICTURES_LABEL, buttons=[], min_width=150
+            )
             seed = gr.Number(FIRST_SEED, label=SEED_LABEL, precision=0, minimum=0, maximum=MAX_SEED, min_width=150)
-    gr.HTML(markup.fine(models.fine_print))
+            gr.Button("New seed", size="sm", elem_id="dice").click(
+                None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED})", **PRIVATE
+            )
+            gr.HTML(markup.explained(models))
+    ratio = gr.HTML(elem_id="ratio")
+    with gr.Row(elem_id="more"):
+        as_strip = gr.Button("1, 2, 4, 8 steps", size="sm", elem_id="as-strip")
+        as_race = gr.Button("The race, to share", size="sm", elem_id="as-race")
+    extra = gr.HTML(elem_id="extra")
     with gr.Accordion("The teacher's walk", open=False, elem_id="walk"):
         walk = gr.HTML(markup.note("It appears when the teacher has finished."))
     inputs = [prompt, steps, guidance, seed, count]
 
+    paces = Paces()
     newest: dict[str | None, Any] = {}
     """session -> what it asked for last, until that is drawn"""
 
@@ -123,27 +146,53 @@ def _draw_tab(page: Any, models: Models) -> None:
         shown: Any = None
         with _in_words() as said:
             asked = checked(models, *values)
-            shown = markup.panel("Student", asked, draw_student(models, asked))
-            yield shown, gr.skip(), gr.skip()
-            for drawing in draw_teacher(models, asked):
+            step_sec = paces.median("teacher", asked)[0]
+            for ours, theirs in draw_both(models, asked, step_sec and step_sec / TEACHER_STEPS):
                 if is_old():
                     return
-                seen = markup.walk_view(drawing.walk) if drawing.walk else gr.skip()
-                yield gr.skip(), markup.panel("Teacher", asked, drawing), seen
+                seen = markup.walk_view(theirs.walk) if theirs and theirs.walk else gr.skip()
+                if ours:
+                    paces.note("student", asked, ours.sec)
+                    shown = markup.panel("Student", asked, ours, markup.by_then(theirs) if step_sec else "")
+                if theirs and theirs.whole:
+                    paces.note("teacher", asked, theirs.sec)
+                yield (
+                    shown if ours else gr.skip(),
+                    markup.panel("Teacher", asked, theirs) if theirs else gr.skip(),
+                    seen,
+                    markup.headline(models, asked, paces) if theirs and theirs.whole else gr.skip(),
+                )
         if not is_old():
             leaves(request)
         if said.text and shown:
-            yield gr.skip(), markup.waiting("Teacher", said.text), gr.skip()
+            yield gr.skip(), markup.waiting("Teacher", said.text), gr.skip(), gr.skip()
         elif said.text:
-            yield markup.waiting("Student", said.text), markup.waiting("Teacher"), gr.skip()
+            yield markup.waiting("Student", said.text), markup.waiting("Teacher"), gr.skip(), ""
+
+    def strip(*values: Any) -> Any:
+        with _in_words() as said:
+            asked = checked(models, *values)
+            return markup.strip_view(asked, draw_strip(models, asked))
+        return markup.note(said.text)
+
+    def race(*values: Any) -> Iterator[Any]:
+        yield markup.note("Racing: student and teacher draw alone, up to three times each.")
+        with _in_words() as said:
+            yield markup.race_view(run_race(models, checked(models, *values)))
+        if said.text:
+            yield markup.note(said.text)
 
     def leaves(request: gr.Request) -> None:
         newest.pop(request.session_hash, None)
 
     changes = [prompt.change, steps.change, guidance.change, seed.change, count.change]
     gr.on(changes, nothing, inputs, None, trigger_mode="multiple", validator=asks, concurrency_limit=None, **PRIVATE)
-    drawn = gr.on([page.load, *changes], both, inputs, [student, teacher, walk], trigger_mode="always_last",
+    drawn = gr.on([page.load, *changes], both, inputs, [student, teacher, walk, ratio], trigger_mode="always_last",
                   validator=asks, **ONE_AT_A_TIME, **PRIVATE)  # fmt: skip
+    as_strip.click(strip, inputs, extra, **ONE_AT_A_TIME, **PRIVATE)
+    as_race.click(race, inputs, extra, **ONE_AT_A_TIME, **PRIVATE)
+    gr.on(changes, None, inputs, None, js=KEEP_IN_ADDRESS, **PRIVATE)
+    page.load(None, inputs, inputs, js=TAKE_FROM_ADDRESS, **PRIVATE)
     busy = json.dumps(markup.waiting("Student", BUSY))
     drawn.failure(None, None, student, js=f"() => {busy}", **PRIVATE)
     page.unload(leaves)
@@ -154,10 +203,10 @@ def _runs_tab(tab: Any, root: Path) -> None:
     with gr.Row():
         a = gr.Dropdown(names, value=newest(root, names), label="Run", min_width=150, elem_id="run-a")
         b = gr.Dropdown([NOBODY, *names], value=NOBODY[1], label="Compare with", min_width=150, elem_id="run-b")
-    about = gr.HTML(elem_id="about")
-    curves = gr.HTML(elem_id="curves")
+    about = gr.HTML(markup.note("Reading the runs …"), elem_id="about")
     at = gr.Slider(0, 1, 1, step=1, label="Previews at step", visible=False, buttons=[], elem_id="at")
     grids = gr.HTML(elem_id="grids")
+    curves = gr.HTML(elem_id="curves")
     wanted = gr.Checkbox(False, label="Show the report", visible=bool(names), elem_id="wanted")
     reports = gr.HTML()
     last = gr.State(("", 0))
@@ -313,14 +362,19 @@ def serve(page: Any, host: str, port: int | None) -> str:
         primary_hue="sky", neutral_hue="zinc", radius_size="md",
         font=list(SYSTEM_FONTS), font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
     )  # fmt: skip
+    settings: Any = dict(
+        server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, show_error=False,
+        inbrowser=False, footer_links=[], run_history=False, allowed_paths=[], max_file_size=1, ssr_mode=False,
+        mcp_server=False, pwa=False, enable_monitoring=False, strict_cors=True, theme=theme,
+        css=STYLE.read_text(encoding="utf-8"), app_kwargs={"middleware": guards, "openapi_url": None},
+    )  # fmt: skip
     try:
-        _, local, _ = page.launch(
-            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, show_error=False,
-            inbrowser=False, footer_links=[], run_history=False, allowed_paths=[], max_file_size=1, ssr_mode=False,
-            mcp_server=False, pwa=False, enable_monitoring=False, strict_cors=True, theme=theme,
-            css=STYLE.read_text(encoding="utf-8"), app_kwargs={"middleware": guards, "openapi_url": None},
-        )  # fmt: skip
+        for _ in range(LAUNCHES):
+            try:
+                return page.launch(**settings)[1]
+            except ValueError:  # gradio looks at its own page and gives up after three seconds; the next look is faster
+                page.close(verbose=False)
+        raise UserError("the page did not answer itself within three seconds; this machine is busy, so try again")
     except OSError as error:
         place = f"--host {host}" + (f" --port {port}" if port else "")
         raise UserError(f"cannot serve at {place} ({error}); choose another --port, or leave --host out") from None
-    return local

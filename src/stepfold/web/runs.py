@@ -10,7 +10,8 @@ from typing import Any
 
 from stepfold.config import Config, from_yaml
 from stepfold.errors import UserError
-from stepfold.evaluation.curves import curve_svgs, curves_from_rows
+from stepfold.evaluation.curves import curve_svgs, curves_from_rows, ordered
+from stepfold.evaluation.preview import errors_over_steps
 from stepfold.training.opening import differences, is_running
 from stepfold.training.runs import CONFIG, METRICS, read_metrics
 
@@ -167,10 +168,25 @@ def curves_of(runs: Sequence[Run]) -> dict[str, str]:
     curves = []
     for run in runs:
         try:
-            curves.append(curves_from_rows(rows_of(run.folder)))
+            logged = curves_from_rows(rows_of(run.folder))
         except UserError:
-            curves.append({})
+            logged = {}
+        errors = errors_over_steps(run.folder) if run.previews else []
+        curves.append(ordered(({"latent_error": errors} if errors else {}) | logged))
     return curve_svgs(curves)
+
+
+def time_left(run: Run) -> float | None:
+    """Seconds that a run still needs for its steps, by the pace since one of its last previews; None if not known."""
+    logged = _file(run.folder, METRICS)
+    if run.state != "running" or not run.steps or logged is None:
+        return None
+    for step in reversed(run.previews):
+        path = _file(run.folder / "previews", f"step_{step:06d}.png")
+        if path and run.step - step > 0:
+            sec = (logged.stat().st_mtime - path.stat().st_mtime) / (run.step - step)
+            return (run.steps - run.step) * sec if sec > 0 else None
+    return None
 
 
 def compared(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:
