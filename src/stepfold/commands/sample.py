@@ -81,7 +81,14 @@ def sample(
 
 
 def run_race(
-    folder: Path, prompts: Sequence[str], out: Path, *, steps: int, seed: int, guidance: float | None, device: str
+    folder: Path,
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    steps: int | None,
+    seed: int,
+    guidance: float | None,
+    device: str,
 ) -> None:
     """Student and teacher draw nine small images of one prompt, or one large one, and their race is written.
 
@@ -89,7 +96,7 @@ def run_race(
         folder: of the student.
         prompts: one string.
         out: a GIF or a PNG.
-        steps: of the student.
+        steps: of the student; None as in `run_sample`.
         seed: of the first image.
         guidance: scale of both; None for the student's usual one.
         device: of torch.
@@ -105,9 +112,10 @@ def run_race(
     race.check_name(out)
     if len(prompts) != 1:
         raise UserError(f"--race draws one prompt, and {len(prompts)} are given; give one")
-    recipe = read_card(folder).recipe
-    recipe.times_for(steps)
-    scale = recipe.scale_for(guidance)
+    card = read_card(folder)
+    steps = steps or next(iter(card.asked_steps), 1)
+    card.recipe.times_for(steps)
+    scale = card.recipe.scale_for(guidance)
     models = load_models(folder, None, device)
     request = Request(prompts[0], steps, scale, seed, models.usual_count)
     Display().note(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stepfold.errors import UserError
 from stepfold.web import markup
@@ -90,7 +90,20 @@ def build(models: Models, runs: Path) -> Any:
     return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
 
 
-def _draw_tab(page: Any, models: Models) -> None:
+class Parts(NamedTuple):
+    """What the tab shows and listens to: the inputs are prompt, steps, guidance, seed and number of images."""
+
+    inputs: list[Any]
+    student: Any
+    teacher: Any
+    ratio: Any
+    walk: Any
+    extra: Any
+    as_strip: Any
+    as_race: Any
+
+
+def _parts(models: Models) -> Parts:
     usual = min(MAX_GUIDANCE, max(1.0, models.card.recipe.guidance))
     prompt = gr.Textbox(models.examples[0], label="Prompt", max_lines=4, max_length=MAX_PROMPT, elem_id="prompt")
     with gr.Row(elem_id="examples"):
@@ -120,8 +133,11 @@ def _draw_tab(page: Any, models: Models) -> None:
     extra = gr.HTML(elem_id="extra")
     with gr.Accordion("The teacher's walk", open=False, elem_id="walk"):
         walk = gr.HTML(markup.note("It appears when the teacher has finished."))
-    inputs = [prompt, steps, guidance, seed, count]
+    return Parts([prompt, steps, guidance, seed, count], student, teacher, ratio, walk, extra, as_strip, as_race)
 
+
+def _draw_tab(page: Any, models: Models) -> None:
+    inputs, student, teacher, ratio, walk, extra, as_strip, as_race = _parts(models)
     paces = Paces()
     newest: dict[str | None, Any] = {}
     """session -> what it asked for last, until that is drawn"""
@@ -185,7 +201,7 @@ def _draw_tab(page: Any, models: Models) -> None:
     def leaves(request: gr.Request) -> None:
         newest.pop(request.session_hash, None)
 
-    changes = [prompt.change, steps.change, guidance.change, seed.change, count.change]
+    changes = [each.change for each in inputs]
     gr.on(changes, nothing, inputs, None, trigger_mode="multiple", validator=asks, concurrency_limit=None, **PRIVATE)
     drawn = gr.on([page.load, *changes], both, inputs, [student, teacher, walk, ratio], trigger_mode="always_last",
                   validator=asks, **ONE_AT_A_TIME, **PRIVATE)  # fmt: skip
