@@ -44,7 +44,8 @@ def flow_map(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def picture(student: Path, steps: int, **options: float) -> bytes:
-    return run_sample(student, ["red heart"], steps=steps, seed=0, guidance=None, device="cpu", **options)[0].tobytes()  # type: ignore[arg-type]
+    made = run_sample(student, ["red heart"], steps=steps, seed=0, guidance=None, device="cpu", **options)  # type: ignore[arg-type]
+    return made[0].tobytes()
 
 
 def test_a_flow_map_is_sampled_with_as_much_fresh_noise_as_is_asked_for(flow_map: Path) -> None:

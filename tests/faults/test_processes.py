@@ -238,6 +238,30 @@ def check_same(alone: Path, folder: Path, count: int) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("objective=continuous", "student.times=two", "target.rule={gap: 0.5, zero: 0.25, diagonal: 0.25}"),
+        ("objective=semigroup", "student.times=two", "target.rule={uniform: 0.75, diagonal: 0.25}"),
+    ],
+    ids=["continuous", "semigroup"],
+)
+@pytest.mark.parametrize("shard", ["none", STUDENT])
+def test_two_processes_train_the_same_flow_map(
+    tiny_sana: Path, texts: Path, tmp_path: Path, changes: tuple[str, ...], shard: str
+) -> None:
+    """Each state has its target whoever draws it; sharded, a process without a state that stays agrees too."""
+    launches = [
+        Launch(count, tiny_sana, texts, tmp_path / f"of {count}", *changes, f"training.shard={shard}")
+        for count in (1, 2)
+    ]
+    for launch in launches:
+        code, words = launch.finish(250)
+        assert code == 0, words
+    assert difference(tmp_path / "of 1", tmp_path / "of 2") < 1e-3
+
+
+@pytest.mark.long
 def test_two_nodes_train_what_one_does(tiny_sana: Path, texts: Path, tmp_path: Path) -> None:
     """Each with a launcher of its own, and one process."""
     with socket.socket() as free:

@@ -37,6 +37,7 @@ from stepfold.students.sana import SanaStudent
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.sana import SanaTeacher
+from stepfold.training import states as states_of_spaces
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
 from stepfold.training.critics import new_discriminator
@@ -264,20 +265,28 @@ def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize("backend", ["two_pass", "one_pass", "discrete", "adversarial"])
+AIMED = ("student.times=two", "target.rule={uniform: 0.5, zero: 0.25, diagonal: 0.25}")
+ASKING = {
+    "discrete": ("objective=discrete",),
+    "adversarial": SPRINT,
+    "aimed": AIMED,
+    "pair": ("student.times=two", "target.rule={later: 0.75, diagonal: 0.25}", "objective=pair"),
+    "semigroup": (*AIMED, "objective=semigroup"),
+    "segments": ("target.rule=edge", "objective=semigroup"),
+    "lagrange": (*AIMED, "objective=lagrange", "space.kind=prior"),
+}
+
+
+@pytest.mark.parametrize("backend", ["two_pass", "one_pass", *ASKING])
 def test_a_step_asks_the_device_for_nothing(
     teacher: SanaTeacher, settings: Settings, prompts: PromptFile, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the drawn numbers to the gradient: no value is read, so a GPU is never waited for; nor is anything float64,
     which a GPU is slow at and some do not have. The numbers themselves are drawn on the CPU."""
-    for kind, name in ((Batch, "route"), (Batch, "times"), (Draws, "_draw")):
+    for kind, name in ((Batch, "route"), (Batch, "times"), (Draws, "_draw"), (states_of_spaces, "grid_of")):
         monkeypatch.setattr(kind, name, unwatched(getattr(kind, name)))
-    changes = {"discrete": ("objective=discrete",), "adversarial": SPRINT}.get(backend, ())
-    config, student, accelerator = (
-        settings("space.filter_rule=off", *changes),
-        new_student(teacher),
-        make_accelerator("no"),
-    )
+    config, accelerator = settings("space.filter_rule=off", *ASKING.get(backend, ())), make_accelerator("no")
+    student = new_student(teacher, two_times=config.student.times == "two")
     batch, condition = draw(0, prompts, teacher, config, CPU), teacher.encode(["fox", "pizza"])
     critics = {NAME: new_discriminator(teacher, 0)} if config.adversarial.weight else {}
     space, tangent = config.space.first, backend if backend == "one_pass" else "two_pass"

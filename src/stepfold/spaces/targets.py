@@ -56,7 +56,7 @@ def edge_below(t: Tensor, edges: Sequence[float]) -> Tensor:
 
     Reference: arXiv:2405.18407 (PCM); arXiv:2403.06807 (multistep consistency models).
     """
-    rising = torch.tensor([0.0, *reversed(edges[1:])], dtype=t.dtype, device=t.device)
+    rising = send(torch.tensor([0.0, *reversed(edges[1:])], dtype=t.dtype), t.device)
     return rising[(torch.bucketize(t, rising) - 1).clamp(min=0)]
 
 
