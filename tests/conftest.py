@@ -40,7 +40,8 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _as_in_a_new_process() -> None:
+def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # some library sets it, and tables are folded to it
     torch.manual_seed(0)
 
 

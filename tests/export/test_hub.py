@@ -65,7 +65,7 @@ def test_the_card_goes_first_and_says_it_all(student: Path) -> None:
     assert front.splitlines()[-2:] == ['license: "other"', 'license_name: "mine-alone"']
     assert "| teacher | mine-alone |" in text
     assert 'from_pretrained("you/mine")' in text and "FOLDER" not in text
-    assert "Protocol 0123456789ab: 480 pictures a row." in text and "| student, 1 steps | 0.900 | 27.3 |" in text
+    assert "Protocol 0123456789ab: 480 images a row." in text and "| student, 1 step | 0.900 | 27.3 |" in text
 
 
 def test_a_lora_students_card_loads_its_teacher(student_of: StudentOf) -> None:
