@@ -52,7 +52,7 @@ ROWS: dict[str, list[str]] = {
 """Row -> settings that differ from TBCM's."""
 TWO, MIXED = "student.times=two", "target.rule={uniform: 0.5, zero: 0.25, diagonal: 0.25}"
 GAP = "target.rule={gap: 0.5, zero: 0.25, diagonal: 0.25}"
-PLAIN = ("consistency.prior_weight=none", "consistency.r_schedule=warmup")
+PLAIN = ("consistency.r_schedule=warmup",)
 PRIOR = ("space.kind=prior", "training.prompts_per_step=480")
 MAPS: dict[str, list[str]] = {
     "velocity matching": ["objective=velocity"],
