@@ -168,7 +168,17 @@ def test_the_gradient_is_that_of_the_distance_and_none_reaches_a_leg() -> None:
             F1 = of[makers[0]](x, t, m)
             target = composed(F1, of[makers[1]](jump(F1, x, t, m), m, s), x / SIGMA_DATA, t, m, s)
             share = 1.0 if makers[0] == makers[1] else 0.5
-        torch.testing.assert_close(found, (2 / 3 * (F - target) / share**2).sum(), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(found, (2 / 3 * (F - target) / share).sum(), rtol=1e-5, atol=1e-9)
+
+
+def test_a_short_leg_does_not_outweigh_the_others() -> None:
+    """The slope of a far student's loss is at most that of a distance, however short the teacher's leg is."""
+    pairs = pairs_of()
+    for alpha in (0.5, 1e-2, 1e-4):
+        student = Smooth(30.0, 1.0)
+        loss, _ = loss_of(student, pairs, f"semigroup.alpha={alpha}", "semigroup.huber_constant=1e-3")
+        (slope,) = torch.autograd.grad(loss.value.sum(), student.mean)
+        assert 0.01 < abs(slope) / len(pairs.t) <= 1 + 1e-9
 
 
 def test_the_average_makes_a_leg_where_it_is_asked_to() -> None:

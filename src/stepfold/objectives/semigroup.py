@@ -52,8 +52,8 @@ def composed(F1: Tensor, F2: Tensor, x_unit: Tensor, t: Tensor, m: Tensor, s: Te
 def teachers_share(t: Tensor, m: Tensor, s: Tensor, first: Leg, second: Leg) -> Tensor:
     """Length [M] of the leg that the teacher makes, in that of the jump; 1 where it makes both or none.
 
-    The error of a student that agrees with itself over a short leg of the teacher's is as short: divided by this, it is
-    that of the limit, the tangent of `consistency` or of `lagrange`.
+    The error of a student over a short leg of the teacher's is as short: divided by this, it is that of the limit, the
+    tangent of `consistency` or of `lagrange`.
     """
     if (first == "teacher") == (second == "teacher"):
         return torch.ones_like(t)
@@ -82,11 +82,11 @@ def semigroup_loss(networks: Networks, states: States, draws: Draws, config: Con
         x_m = euler_step(x, t, m, sigma_data * F1)
         F2 = leg(networks, options.second, states, x_m, m, s) / sigma_data
         target = composed(F1, F2, x / sigma_data, t, m, s)
-    share = unsqueeze_like(teachers_share(t, m, s, options.first, options.second), x)
-    apart = (in_float32(F) - target) / share
+    share = teachers_share(t, m, s, options.first, options.second)
+    apart = (in_float32(F) - target) / unsqueeze_like(share, x)
     terms = discrete_terms(apart, torch.zeros_like(apart), options.huber_constant)
     metrics = {"|F|": F.detach().flatten(1).norm(dim=1), "squared_error": terms.squared_error}
-    return Loss(terms.loss, metrics)
+    return Loss(share * terms.loss, metrics)  # the Huber constant is in the leg's units, the slope is 1 at most
 
 
 def leg(networks: Networks, maker: Leg, states: States, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
