@@ -68,7 +68,10 @@ MAPS: dict[str, list[str]] = {
     "pairs, the end alone": ["objective=pair"],
     "pairs": [TWO, "objective=pair", "target.rule={later: 0.75, zero: 0.25}"],
     "two legs, the teacher's first": [TWO, "objective=semigroup", MIXED],
-    "shortcut": [TWO, "objective=semigroup", MIXED, "semigroup.alpha=0.5", "semigroup.first=student"],
+    "shortcut": [
+        TWO, "objective=semigroup", MIXED, "semigroup.alpha=0.5", "semigroup.first=average", "semigroup.second=average",
+        "semigroup.huber_constant=10",
+    ],
     "alpha from 1": [
         TWO, "objective=semigroup", MIXED, "semigroup.alpha=1", "semigroup.alpha_final=0.05",
         "semigroup.alpha_steps=200",
@@ -199,6 +202,7 @@ def errors(row: Sequence[str], steps: int, seed: int, begin: Made, counts: Seque
     part = "embed" if isinstance(begin, Embedding) else None
     teacher = ModuleTeacher(Exact(), encode, (2,), "trigflow", time_part=part)
     start = ModuleTeacher(begin, encode, (2,), "trigflow", time_part=part)
+    torch.manual_seed(seed)  # the second embedder's initial values
     student = new_student(start, two_times=TWO in row)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "prompts.txt").write_text("\n".join(LABELS) + "\n")
@@ -246,6 +250,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fit", type=int, default=1500, help="steps of fitting what students start as (1500)")
     parser.add_argument("--maps", action="store_true", help="the objectives with a target time instead")
     options = parser.parse_args(given)
+    if options.maps and options.out == parser.get_default("out"):
+        options.out = options.out.with_name("closed_form_maps.json")
     torch.set_num_threads(1)  # the network is tiny
     record, found = open_record("closed_form", given, torch.device("cpu")), {name: [] for name in ROWS}
     if options.maps:
