@@ -132,7 +132,7 @@ def test_of_any_network_it_is_the_derivative_of_the_landing_point(kind: TangentW
     x, (t, s) = states(), times()
     dxdt = gaussian(0.4, 0.2).velocity(x, t)
     landing = lambda x, t: euler_step(x, t, s, SIGMA_DATA * smooth(x / SIGMA_DATA, t, s))  # noqa: E731
-    _, moved = torch.func.jvp(landing, (x, t), (dxdt, torch.ones_like(t)))
+    _, moved = torch.func.jvp(landing, (x, t), (dxdt, torch.ones_like(t)))[:2]
     wanted = unsqueeze_like(tangent_weight(t, s, kind), x) * moved
     torch.testing.assert_close(residual(smooth, x, t, s, dxdt, kind), wanted, **EXACT)
 
@@ -149,7 +149,7 @@ def test_meanflow_weighs_it_as_the_residual_of_the_mean_velocity() -> None:
         x_unit = x_flow * unsqueeze_like(t.sin() + t.cos(), x_flow)
         return flow_velocity(x_flow, t_flow, smooth(x_unit, t, s))
 
-    u, du = torch.func.jvp(mean_velocity, (x_flow, t_flow), (v, torch.ones_like(t_flow)))
+    u, du = torch.func.jvp(mean_velocity, (x_flow, t_flow), (v, torch.ones_like(t_flow)))[:2]
     k_t = unsqueeze_like(1 / (t.sin() + t.cos()), x)
     wanted = k_t * (v - unsqueeze_like(t_flow - s_flow, x) * du - u)
     torch.testing.assert_close(residual(smooth, x, t, s, dxdt, "meanflow") / SIGMA_DATA, wanted, **EXACT)

@@ -56,7 +56,7 @@ def test_of_any_network_it_is_what_the_landing_point_lacks() -> None:
     x, (t, s) = states(), times()
     velocity = gaussian(0.4, 0.2).velocity
     landing = lambda s: euler_step(x, t, s, SIGMA_DATA * smooth(x / SIGMA_DATA, t, s))  # noqa: E731
-    at, moved = torch.func.jvp(landing, (s,), (torch.ones_like(s),))
+    at, moved = torch.func.jvp(landing, (s,), (torch.ones_like(s),))[:2]
     wanted = unsqueeze_like(landing_weight(t, s), x) * (velocity(at, s) - moved)
     torch.testing.assert_close(residual(smooth, x, t, s, velocity), wanted, **EXACT)
 
@@ -70,7 +70,7 @@ def test_it_is_the_residual_of_flow_matchings_mean_velocity() -> None:
     def mean_velocity(s_flow: Tensor) -> Tensor:
         return flow_velocity(x_flow, t_flow, smooth(x / SIGMA_DATA, t, torch.atan2(s_flow, 1 - s_flow)))
 
-    u, du = torch.func.jvp(mean_velocity, (s_flow,), (torch.ones_like(s_flow),))
+    u, du = torch.func.jvp(mean_velocity, (s_flow,), (torch.ones_like(s_flow),))[:2]
     landing = euler_step(x, t, s, SIGMA_DATA * smooth(x / SIGMA_DATA, t, s))
     v = flow_velocity(flow_input(landing, s, SIGMA_DATA), s_flow, velocity(landing, s) / SIGMA_DATA)
     k_t = unsqueeze_like(1 / (t.sin() + t.cos()), x)
@@ -92,7 +92,7 @@ def test_from_pure_noise_it_is_boots_equation() -> None:
     for network, rests in ((exact(0.4, 0.2), True), (smooth, False)):
         y, dy = torch.func.jvp(
             lambda s, net=network: -SIGMA_DATA * net(z / SIGMA_DATA, t, s), (s,), (s.sin() * s.cos(),)
-        )
+        )[:2]
         landing = unsqueeze_like(s.cos(), z) * y + unsqueeze_like(s.sin(), z) * z
         lack = y - data_prediction(landing, s, law.velocity(landing, s)) - dy
         torch.testing.assert_close(
