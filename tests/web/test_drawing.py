@@ -1,5 +1,6 @@
 """The student's and the teacher's pictures, and what is said of their cost."""
 
+import dataclasses
 import math
 import re
 import shutil
@@ -25,6 +26,7 @@ from stepfold.web.drawing import (
     draw_student,
     draw_teacher,
     load_models,
+    warm_up,
 )
 
 
@@ -165,6 +167,20 @@ def test_the_head_and_the_prompts_are_of_the_models_at_hand(emoji: Models, tiny_
     assert tiny.vocabulary == "" and {tiny.random_prompt() for _ in range(20)} <= {"red heart", "a cat", "rocket"}
     gone = tiny.card.model_copy(update={"config": tiny.card.config | {"prompts": "nowhere.txt"}})
     assert Models(tiny.student, tiny.pipeline, tiny.teacher, gone).random_prompt() == "red heart"
+
+
+def test_a_student_of_one_number_of_steps_draws_in_that(tiny_student: Path) -> None:
+    """The page began with one step, which such a student refuses."""
+    tiny = load_models(tiny_student, None, "cpu")
+    assert tiny.usual_steps == 1
+    recipe = tiny.card.recipe.model_copy(update={"times": {3: tiny.card.recipe.times[3]}})
+    config = tiny.card.config | {"evaluation": {"steps": [3]}}
+    own = dataclasses.replace(tiny, card=tiny.card.model_copy(update={"recipe": recipe, "config": config}))
+    assert own.usual_steps == 3
+    warm_up(own)
+    assert [steps for steps, _ in draw_strip(own, Request("red heart", 3))] == [3]
+    many = tiny.card.model_copy(update={"config": tiny.card.config | {"evaluation": {"steps": [20]}}})
+    assert dataclasses.replace(tiny, card=many).usual_steps == 8
 
 
 def test_the_strip_is_the_first_picture_in_more_steps(emoji: Models) -> None:

@@ -79,6 +79,13 @@ class Models:
         return f"Student of {self.card.teacher}{after}, taught at guidance {taught}; {size}, on {self.teacher.device}."
 
     @property
+    def usual_steps(self) -> int:
+        """In how many steps the student draws unless told otherwise: what it was made for, as far as the page goes."""
+        asked = next(iter(self.card.asked_steps), 1)
+        within = [steps for steps in self.card.recipe.times if steps <= MAX_STEPS]
+        return asked if asked <= MAX_STEPS else max(within, default=1)
+
+    @property
     def usual_count(self) -> int:
         """How many images the page begins with: nine small ones, or one."""
         return MAX_PICTURES if self.teacher.frames == 1 and self.teacher.width * self.teacher.height <= SMALL else 1
@@ -211,7 +218,7 @@ def load_models(student: Path, teacher: str | None, device: str) -> Models:
 
 def warm_up(models: Models) -> None:
     """Draws once, so that the first measured time is not that of starting."""
-    request = Request(models.examples[0], guidance=models.card.recipe.guidance, seed=FIRST_SEED)
+    request = Request(models.examples[0], models.usual_steps, guidance=models.card.recipe.guidance, seed=FIRST_SEED)
     draw_student(models, replace(request, count=models.usual_count))
     next(draw_teacher(models, request))
 
@@ -305,9 +312,9 @@ def draw_both(
 
 
 def draw_strip(models: Models, request: Request) -> list[tuple[int, Drawing]]:
-    """The student's first picture in 1, 2, 4 and 8 steps, as far as its card has times for them."""
+    """The student's first picture in 1, 2, 4 and 8 steps, as far as its card has times for them; else in its own."""
     first = replace(request, count=1)
-    known = [steps for steps in STRIP if steps in models.card.recipe.times]
+    known = [steps for steps in STRIP if steps in models.card.recipe.times] or [models.usual_steps]
     return [(steps, draw_student(models, replace(first, steps=steps))) for steps in known]
 
 

@@ -115,7 +115,7 @@ def _parts(models: Models) -> Parts:
             student = gr.HTML(markup.waiting("Student", FIRST), min_width=120, elem_id="student")
             teacher = gr.HTML(markup.waiting("Teacher"), min_width=120, elem_id="teacher")
         with gr.Column(elem_id="controls", min_width=150):
-            steps = gr.Slider(1, MAX_STEPS, 1, step=1, label=STEPS_LABEL, buttons=[], min_width=150)
+            steps = gr.Slider(1, MAX_STEPS, models.usual_steps, step=1, label=STEPS_LABEL, buttons=[], min_width=150)
             guidance = gr.Slider(1, MAX_GUIDANCE, usual, step=0.5, label=models.guidance_label, buttons=[],
                                  min_width=150)  # fmt: skip
             count = gr.Slider(
