@@ -168,7 +168,7 @@ def test_three_figures_follow_the_numbers(report: dict):
     """Against the teacher as the student was taught, where that is another one than the protocol's."""
     assert figures(report) == [
         Figure("83%", "of the teacher's accuracy in one step", "0.714 against 0.860: the teacher, 20 steps"),
-        Figure("1 → 40", "network calls an image: the student's, the teacher's",
+        Figure("40 → 1", "network calls an image: the teacher's, the student's",
                "the teacher's 20 steps call its network 2 times each"),
         Figure("0.40", "diversity; real images have 0.45, and closest is best", "the teacher has 0.40"),
     ]  # fmt: skip
@@ -189,7 +189,7 @@ def test_the_latent_error_stands_beside_the_line_to_beat(tmp_path: Path):
     }
     assert [(figure.big, figure.label) for figure in figures(report)] == [
         ("0.50", "latent error in one step"),
-        ("1 → 20", "network calls an image: the student's, the teacher's"),
+        ("20 → 1", "network calls an image: the teacher's, the student's"),
         ("0.90", "latent error of the untrained teacher in one step"),
     ]
     assert sentences(report) == [

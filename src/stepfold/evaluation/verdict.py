@@ -165,7 +165,7 @@ def _calls(report: Mapping[str, Any], steps: int) -> Figure | None:
         return None
     each = theirs // most
     detail = f"the teacher's {counted(most)}" + (f" call its network {each} times each" if each > 1 else "")
-    return Figure(f"{steps} → {theirs}", "network calls an image: the student's, the teacher's", detail)
+    return Figure(f"{theirs} → {steps}", "network calls an image: the teacher's, the student's", detail)
 
 
 def _diversity(report: Mapping[str, Any], ours: Row) -> Figure | None:
