@@ -138,14 +138,47 @@ def test_the_student_follows_every_key_and_the_teacher_forms(open_page: Callable
                 window.seen.push([student?.alt, teacher?.alt, Number(panel?.dataset.steps)]);
             }).observe(document.querySelector('#pair'), {subtree: true, childList: true, attributes: true}); }"""
     )
-    page.get_by_label("Prompt").fill("")
-    page.get_by_label("Prompt").press_sequentially("fox on green background", delay=150)
+    prompt, typed = page.get_by_label("Prompt"), ""
+    prompt.fill("")
+    for piece in ("fox", " on green", " background"):  # the next keys wait for no more than the student's picture
+        prompt.press_sequentially(piece, delay=30)
+        typed += piece
+        page.locator(f'#student img[alt="Student, seed 2: {typed}"]').wait_for()
     both(page, "fox on green background")
     seen = page.evaluate("window.seen")
     students = list(dict.fromkeys(student for student, *_ in seen if student))
     assert len(students) >= 3 and students[-1].endswith(": fox on green background")
     steps = [steps for _, teacher, steps in seen if teacher and teacher.endswith(": fox on green background")]
     assert steps == sorted(steps) and steps[0] < 20 == steps[-1]
+
+
+def test_a_picture_that_is_drawn_is_shown_although_a_newer_prompt_waits(
+    open_page: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stepfold.web import drawing as module
+
+    begun, go = threading.Event(), threading.Event()
+
+    def student(models: Any, request: Any) -> Any:
+        if request.prompt == "pizza":
+            begun.set()
+            go.wait(PATIENCE / 1000)
+        return draw_student(models, request)
+
+    page = open_page()
+    monkeypatch.setattr(module, "draw_student", student)
+    page.evaluate(
+        """() => { window.seen = [];
+            new MutationObserver(() => window.seen.push(document.querySelector('#student img')?.alt))
+                .observe(document.querySelector('#pair'), {subtree: true, childList: true, attributes: true}); }"""
+    )
+    page.get_by_label("Prompt").fill("pizza")
+    assert begun.wait(PATIENCE / 1000)
+    with page.expect_response(lambda response: "queue/join" in response.url):
+        page.get_by_label("Prompt").fill("fox")
+    go.set()
+    both(page, "fox")
+    assert "Student, seed 2: pizza" in page.evaluate("window.seen")
 
 
 def enter(page: Any, label: str, value: str) -> None:

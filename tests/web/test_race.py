@@ -152,6 +152,15 @@ def test_what_happens_first_by_its_clock_comes_first(emoji: Models, step_sec: fl
         assert place == 0 and events[0][1] is None
 
 
+def test_a_student_that_is_out_of_date_does_not_wait_for_its_clock(emoji: Models) -> None:
+    first = next(draw_both(emoji, Request("a pizza", guidance=3.0), 0.0, lambda: True))
+    assert first[0] is not None and first[1] is None
+    old = iter([False, True])
+    events = draw_both(emoji, Request("a pizza", 8, guidance=3.0), 0.0, lambda: next(old, True))
+    student, teacher = next(events)
+    assert student is not None and teacher is not None and teacher.steps == 1 and teacher.sec < student.sec
+
+
 def test_the_command_writes_a_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of nine small images, here of two, which take less time."""
     assert load_models(Path("emoji-student"), None, "cpu").usual_count == 9

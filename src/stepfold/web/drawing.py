@@ -3,7 +3,7 @@
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -289,7 +289,7 @@ def draw_teacher(models: Models, request: Request) -> Iterator[Drawing]:
 
 
 def draw_both(
-    models: Models, request: Request, step_sec: float | None
+    models: Models, request: Request, step_sec: float | None, is_old: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[Drawing | None, Drawing | None]]:
     """A race on one device, which works for both in turn: what happens first by its own clock is yielded first.
 
@@ -297,16 +297,17 @@ def draw_both(
         models: the racers.
         request: what they draw.
         step_sec: what one step of the teacher is known to take; None where it is not.
+        is_old: whether something newer is asked for; the student does not wait for its clock then.
 
     Yields:
         (the student's pictures when they are due, else None; the teacher's as they form, else None).
     """
     student = draw_student(models, request)
-    due = step_sec is None or student.sec <= step_sec  # before the teacher's first step is done
+    due = is_old() or step_sec is None or student.sec <= step_sec  # before the teacher's first step is done
     if due:
         yield student, None
     for teacher in draw_teacher(models, request):
-        now = not due and (teacher.whole or teacher.sec >= student.sec)
+        now = not due and (teacher.whole or teacher.sec >= student.sec or is_old())
         due = due or now
         yield student if now else None, teacher
 

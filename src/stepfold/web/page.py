@@ -163,7 +163,7 @@ def _draw_tab(page: Any, models: Models) -> None:
         with _in_words() as said:
             asked = checked(models, *values)
             step_sec = paces.median("teacher", asked)[0]
-            for ours, theirs in draw_both(models, asked, step_sec and step_sec / TEACHER_STEPS):
+            for ours, theirs in draw_both(models, asked, step_sec and step_sec / TEACHER_STEPS, is_old):
                 if is_old() and not ours:  # the student follows every key
                     return
                 seen = markup.walk_view(theirs.walk) if theirs and theirs.walk else gr.skip()
