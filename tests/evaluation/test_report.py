@@ -127,7 +127,7 @@ def test_table(tmp_path: Path, report: dict):
         "Sampler", "Student, 1 step", "Teacher, 1 step", "Student, 2 steps", "Teacher, 2 steps", "Teacher, 4 steps",
         "Teacher, 20 steps", "Real images",
     ]  # fmt: skip
-    assert rows[0][1:] == ["Calls an image", "Accuracy", "CLIP score", "FD (n = 500)", "Diversity", "Latent error²"]
+    assert rows[0][1:] == ["Calls an image", "Accuracy", "CLIP score", "FD (n = 500)", "Diversity", "Latent MSE"]
     assert rows[1][1:] == ["1", "0.714", "30.0", "0.0400", "0.400", "0.300"]
     assert rows[2][1] == "2" and rows[6][1] == "40" and rows[7][1:] == ["–", "0.980", "–", "–", "0.450", "–"]
     assert re.findall("<b>([^<]*)</b></td>", html) == ["0.300", "0.750", "0.0390", "0.440"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepfold import assets
+from stepfold.commands.launching import typed
 from stepfold.commands.options import DeviceOption, JsonOption, Quiet, usable_device, write_json
 from stepfold.errors import UserError
 
@@ -131,7 +132,7 @@ def evaluate(
     if protocol == "teacher":
         found = run_own(
             folders, steps=counts, n=n or NUM_PROMPTS, guidance=guidance, prompts=prompts, clip=clip, out=out,
-            display=display, device=usable_device(device),
+            display=display, device=usable_device(device), command=typed(),
         )  # fmt: skip
         write_json(json_file, next(iter(found.values())) if len(found) == 1 else {"students": found})
         for name, row in found.items():

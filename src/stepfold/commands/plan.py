@@ -137,6 +137,14 @@ def make_plan(config: "Config", steps: int, display: "Display", device: str = "a
     return reckon(config, trial, result)
 
 
+def evaluation_prompts(config: "Config", prompts: int) -> int:
+    """Prompts that a run's evaluation samples: with a teacher of one's own at most NUM_PROMPTS of its `prompts`."""
+    from stepfold.evaluation.latents import NUM_PROMPTS
+
+    n = config.evaluation.n
+    return n if config.teacher.source == "emoji" else min(NUM_PROMPTS, n, prompts)
+
+
 def reckon(config: "Config", trial: "Config", result: dict[str, Any]) -> Plan:
     """From the trial's report.json to the plan.
 
@@ -150,7 +158,8 @@ def reckon(config: "Config", trial: "Config", result: dict[str, Any]) -> Plan:
     previews, checkpoints = (
         math.ceil(training.steps / every) for every in (training.preview_every, training.checkpoint_every)
     )
-    pictures = config.evaluation.n / trial.evaluation.n if trial.evaluation.n else 0
+    timed = result["protocol"]["n"] if trial.evaluation.n else 0
+    pictures = evaluation_prompts(config, result["prompts"]["count"]) / timed if timed else 0
     seconds = {
         "start": stages["load"] + stages["first preview"] + max(step["first"] - again, 0),
         "steps": training.steps * step_sec,

@@ -63,7 +63,7 @@ METRICS = {
         "real",
     ),
     "agreement": Metric(
-        "Latent error²",
+        "Latent MSE",
         "Mean squared latent error against the teacher at its most steps and the student's guidance scale, from the "
         "same noise, in latent variances. 0 is the same image; 2 is an unrelated one. Lower is better.",
         3,
