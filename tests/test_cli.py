@@ -682,3 +682,42 @@ def test_conditions_are_encoded_for_the_size_of_the_run(tiny_sana: Path, prompts
     assert same.code == 0, same.err
     other = distill(*common, "teacher.height=64", "--set", "teacher.width=64", "--out", tmp_path / "other")
     assert other.code == 2 and "height" in other.err, other.err
+
+
+@pytest.mark.parametrize("command", ["distill", "plan"])
+def test_a_variant_of_a_hub_id_is_asked_for_by_its_option(command: str, tiny_sana: Path, tmp_path: Path) -> None:
+    given = ("--teacher", tiny_sana, "--prompts", "nowhere.txt", "--revision", "v1")
+    result = Result(command, *given) if command == "plan" else Result(command, *given, "--out", tmp_path / "run")
+    assert result.code == 2 and "teacher.revision is for hub ids" in result.err, result.err
+
+
+def test_encoded_prompts_take_the_presets_size(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
+    preset, cache = tmp_path / "mine.yaml", tmp_path / "cache"
+    preset.write_text("teacher: {height: 32, width: 64, max_tokens: 32}\n")
+    common = ("--teacher", tiny_sana, "--preset", preset)
+    assert Result("prompts", "encode", prompts_file, *common, "--out", cache, "--quiet").code == 0
+    run = distill(*common, "--prompts", prompts_file, "--set", f"conditions={cache}", "--out", tmp_path / "run")
+    assert run.code == 0, run.err
+    both = Result("prompts", "encode", prompts_file, *common, "--size", "32", "--width", "32", "--out", cache)
+    assert both.code == 2 and "--size gives height and width" in both.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("x: can't allocate memory: y"),
+    ],
+)
+def test_no_memory_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    raised = [error, RuntimeError("a fault of ours")]
+
+    def fails(*args: object, **settings: object) -> None:
+        raise raised.pop(0)
+
+    monkeypatch.setattr("stepfold.cli.app", fails)
+    done = Result("distill")
+    assert done.code == 2 and done.err.startswith("error: out of memory ("), done.err
+    assert "training.micro_batch=1" in done.err and done.err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        Result("distill")

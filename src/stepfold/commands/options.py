@@ -103,6 +103,8 @@ SETTINGS = {
     "lora": ("student.lora",),
     "size": ("teacher.height", "teacher.width"),
     "dtype": ("teacher.dtype",),
+    "revision": ("teacher.revision",),
+    "variant": ("teacher.variant",),
     "lr": ("optimiser.lr",),
 }
 """Options that are short forms -> the settings that they stand for."""

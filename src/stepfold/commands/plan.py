@@ -19,10 +19,12 @@ from stepfold.commands.options import (
     PresetOption,
     PromptsOption,
     Quiet,
+    RevisionOption,
     SizeOption,
     TeacherLoraOption,
     TeacherOption,
     TrainStepsOption,
+    VariantOption,
     config_of,
     usable_device,
     write_json,
@@ -38,6 +40,8 @@ TRIAL_PICTURES = 32  # pictures per row of the trial's table; its time grows wit
 def plan(
     teacher: TeacherOption = None,
     teacher_lora: TeacherLoraOption = None,
+    revision: RevisionOption = None,
+    variant: VariantOption = None,
     prompts: PromptsOption = None,
     preset: PresetOption = None,
     train_steps: TrainStepsOption = None,
@@ -66,7 +70,7 @@ def plan(
 
     config = config_of(
         preset, changes, teacher=teacher, teacher_lora=teacher_lora, prompts=prompts,
-        train_steps=train_steps, lora=lora, size=size, dtype=dtype, lr=lr,
+        train_steps=train_steps, lora=lora, size=size, dtype=dtype, lr=lr, revision=revision, variant=variant,
     )  # fmt: skip
     quiet_libraries()
     if device != "auto":

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 from stepfold import __version__
 from stepfold.config import Config
 from stepfold.errors import UserError
 from stepfold.evaluation.protocol import counted, teachers_of
 from stepfold.evaluation.report import columns_of, title
 from stepfold.evaluation.verdict import METRICS, number
+from stepfold.export.lora_keys import Keys, renamed
 from stepfold.export.method import method_of, source_of
 from stepfold.sampling.recipe import Recipe, times_of
 from stepfold.sampling.samplers import in_diffusers
@@ -168,18 +171,24 @@ def export_pipeline(folder: Path, out: Path) -> None:
             shutil.copytree(folder, part)
 
 
-def export_lora(folder: Path, out: Path) -> None:
-    """A LoRA student as the one file that its teacher's pipeline loads with `load_lora_weights`.
+def export_lora(folder: Path, out: Path, keys: Keys = "diffusers") -> None:
+    """A LoRA student as the one file that its teacher's pipeline loads with `load_lora_weights`, or other tools do.
 
     Raises:
-        UserError: the student has all weights of its own.
+        UserError: the student has all weights of its own, or its network has no names of that tool's.
     """
     if not read_card(folder).lora_rank:
         raise UserError(
             f"{folder} has all weights of its own and no LoRA; train with --set student.lora=64, or use --to pipeline"
         )
+    if keys == "diffusers":
+        with writing(out) as part:
+            shutil.copyfile(folder / LORA_WEIGHTS, part)
+        return
+    teacher, _, _ = load_student(folder, "cpu")
+    state = renamed(load_file(folder / LORA_WEIGHTS), teacher.transformer, teacher.network_part, keys)
     with writing(out) as part:
-        shutil.copyfile(folder / LORA_WEIGHTS, part)
+        save_file(state, part, {"format": "pt"})
 
 
 def model_card(card: Card, metrics: dict[str, Any] | None = None, name: str = "FOLDER") -> str:
