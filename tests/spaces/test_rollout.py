@@ -8,7 +8,7 @@ from gaussians import SIGMA_DATA, Perfect, nothing
 from torch import Tensor
 
 from stepfold.sampling.consistency import predict_data, sample_consistency
-from stepfold.spaces.rollout import exit_step, rolled_states
+from stepfold.spaces.rollout import rolled_states, rollout_length
 from stepfold.teachers.contract import Condition
 
 TIMES = [math.pi / 2, 1.2, 0.8, 0.4]
@@ -64,5 +64,14 @@ def test_no_gradient_reaches_the_steps_before_the_exit() -> None:
     assert student.mean.grad == through_the_exit
 
 
-def test_every_step_has_its_turn_once_in_as_many_rollouts() -> None:
-    assert [exit_step(count, 3) for count in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+@pytest.mark.parametrize("first", [0, 1])
+def test_every_step_has_its_turn_once_in_as_many_rollouts(first: int) -> None:
+    turns = [rollout_length(count, 3, cycled=False, first=first) for count in range(6)]
+    assert turns == [(3, stop) for stop in ([0, 1, 2] * 2 if first == 0 else [1, 2] * 3)]
+
+
+def test_cycled_rollouts_have_every_length_and_of_each_every_step_equally_often() -> None:
+    turns = [rollout_length(count, 3, cycled=True) for count in range(18)]
+    assert [num for num, _ in turns] == [1, 2, 3] * 6
+    for num in (1, 2, 3):
+        assert [stop for length, stop in turns if length == num] == [i % num for i in range(6)]

@@ -17,7 +17,7 @@ from stepfold.maths.formulations import (
     guide,
 )
 from stepfold.maths.routes import even_flow_times, few_step_times
-from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName, Teacher, concatenate
+from stepfold.teachers.contract import NO_NULL, Condition, GuidanceKind, SamplerName, Teacher, concatenate
 from stepfold.teachers.family import Predict
 from stepfold.teachers.pipeline import SIGMA_DATA
 
@@ -150,6 +150,14 @@ class ModuleTeacher(Teacher):
             self.network, torch.cat([x_unit, x_unit]), torch.cat([t, t]), both, None
         ).chunk(2)
         return without, with_prompt
+
+    @override
+    def null(self, like: Condition) -> Condition:
+        """`nothing`, as often as `like` has rows."""
+        if self.nothing is None:
+            raise UserError(NO_NULL)
+        self.nothing = self._beside_network(self.nothing)
+        return self.nothing.expand(len(like))
 
     def time_part(self, network: nn.Module) -> str | None:
         """The name that it was given."""

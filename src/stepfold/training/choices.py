@@ -33,6 +33,8 @@ WITHOUT_TANGENT = {
     "velocity": "velocity matching has none",
     "pair": "pairs of states have none",
     "semigroup": "two legs have none",
+    "matching": "distribution matching has none",
+    "identity": "score identity distillation has none",
 }
 
 

@@ -8,19 +8,17 @@ from torch import Tensor, nn
 
 from stepfold.config import Config
 from stepfold.errors import UserError
-from stepfold.maths.formulations import trigflow_time
+from stepfold.maths.formulations import guide
 from stepfold.objectives import adversarial
 from stepfold.objectives.adversarial import Discriminator
 from stepfold.objectives.contract import Loss, Networks
-from stepfold.objectives.denoising import denoising_error
+from stepfold.objectives.denoising import FAKE, Score, denoising_error
+from stepfold.objectives.matching import renoising_noise, renoising_times
 from stepfold.sampling.consistency import predict_data
-from stepfold.spaces.rollout import exit_step
 from stepfold.teachers.contract import Condition, Student, Teacher
 from stepfold.training.draws import Batch
 from stepfold.training.states import rollout
 
-FAKE = "fake"
-"""Of the fake score among `Networks.critics`."""
 Own = Callable[[Networks, Batch, Condition, Config, int], Loss]
 """(networks, batch with the draws of an update, conditions, settings, number of the update in the run) -> its loss."""
 
@@ -100,25 +98,31 @@ def fake_loss(networks: Networks, batch: Batch, condition: Condition, config: Co
 
     The pictures are those of the rollout's steps in turn, as `number` counts.
     """
-    part, teacher, steps = config.fake, networks.teacher, config.rollout.steps
+    part, teacher, draws = config.fake, networks.teacher, batch.draws
     score = networks.critics[FAKE]
     assert isinstance(score, Student)
-    states = rollout(batch, condition, networks, steps, exit_step(number, steps))
+    states = rollout(batch, condition, networks, config, number)
     with torch.no_grad(), networks.precision():
         x0 = predict_data(networks.student, states.x, states.t, condition, batch.guidance, teacher.sigma_data)
-    uniform = batch.draws.uniform("renoise time", (1,)).squeeze(1)
-    t = noised_times(uniform, teacher.shift, part.lowest_level, part.highest_level)
+    t = renoising_times(states, draws, part, teacher, "renoise time")
+    noise = renoising_noise(states, draws, teacher, "renoise noise")
+    if part.unprompted:
+        gone = draws.uniform("unprompted", (1,)).squeeze(1) < part.unprompted
+        condition = condition.where(gone, teacher.null(condition))
     with networks.precision():
-        error = denoising_error(
-            score, x0, batch.noise("renoise noise"), t, condition, batch.guidance, teacher.sigma_data
-        )  # fmt: skip
+        guided = score if part.guidance == 1 else guided_score(score, teacher, part.guidance)
+        error = denoising_error(guided, x0, noise, t, condition, batch.guidance, teacher.sigma_data)
     return Loss(error, {"loss": error.detach()})
 
 
-def noised_times(uniform: Tensor, shift: float, lowest: float, highest: float) -> Tensor:
-    """U[0, 1) [M] -> times [M] whose flow-matching levels are uniform, shifted towards noise, and clamped.
+def guided_score(score: Student, teacher: Teacher, scale: float) -> Score:
+    """A score that learns to be right when it is guided by `scale`.
 
-    Reference: arXiv:2506.08009 (Self-Forcing), whose levels are shifted and clamped to 2 ... 98%.
+    Reference: arXiv:2406.01561 (SiD-LSG).
     """
-    level = shift * uniform / (1 + (shift - 1) * uniform)
-    return trigflow_time(level.clamp(lowest, highest))
+
+    def guided(x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        without = score(x_unit, t, teacher.null(condition), guidance)
+        return guide(without, score(x_unit, t, condition, guidance), scale)
+
+    return guided
