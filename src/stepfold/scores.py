@@ -8,7 +8,7 @@ from stepfold.sections import LARGEST, Beta, Section
 
 Weighting = Literal["dmd", "kl", "vsd", "uniform", "sid", "velocity"]
 Level = Annotated[float, Field(gt=0, le=1)]
-MATCHING = ("matching", "identity", "decoupled")
+MATCHING = ("matching", "decoupled", "identity")
 """Objectives whose student's pictures are compared with the teacher by two scores."""
 
 
@@ -123,6 +123,28 @@ class IdentitySettings(Section):
     )
 
 
+class DecoupledSettings(Section):
+    """Decoupled distribution matching, `objective=decoupled`; its scales, times and omega are those of `matching`."""
+
+    guidance_times: Literal["below", "all"] = Field(
+        default="below",
+        description="times of guidance's part: `below`, less noisy than the student's own step; `all`, as matching's",
+    )
+
+
+class AnchorSettings(Section):
+    """DP-DMD: the student's first step follows the teacher's walk, so that prompts keep their diversity."""
+
+    weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="of the first step's regression beside matching, with rollout.first=2; 0 for none",
+    )
+    steps: int = Field(
+        default=3, ge=1, description="of the teacher's walk, after which it is where the first step should lead"
+    )
+
+
 def matches(config: Any) -> bool:
     """Whether a term of these settings compares two scores."""
     return config.objective in MATCHING or config.matching.weight > 0
@@ -146,7 +168,7 @@ def check_scores(config: Any) -> None:
     if "rollout" in spaces and objective not in MATCHING:
         raise ValueError(
             f"space.kind=rollout is the student's own steps, which objective={objective} does not take; give "
-            f"objective={', '.join(MATCHING[:-1])} or {MATCHING[-1]}, or space.kind=generation"
+            "objective=matching, decoupled or identity, or space.kind=generation"
         )
     if objective in MATCHING and spaces != {"rollout"}:
         raise ValueError(
@@ -158,6 +180,12 @@ def check_scores(config: Any) -> None:
             "matching needs a fake score that learns; give fake.updates=5, or matching.weight=0 where the objective is "
             "another"
         )
+    if objective == "decoupled" and kappa != 1:
+        raise ValueError(
+            f"matching.fake_guidance={kappa} does not go with objective=decoupled, whose fake score is not guided; "
+            "give matching.fake_guidance=1, or objective=matching"
+        )
+    check_anchor(config)
     if fake.updates and fake.kind == "lora" and fake.rank < config.student.lora:
         raise ValueError(
             f"a fake score of rank {fake.rank} cannot follow a student of rank {config.student.lora}; give "
@@ -167,4 +195,24 @@ def check_scores(config: Any) -> None:
         raise ValueError(
             f"matching.fake_guidance={kappa} asks the fake score without a prompt, which it does not learn; give "
             "fake.unprompted=0.1, or fake.guidance"
+        )
+
+
+def check_anchor(config: Any) -> None:
+    """Refuses a first step that two terms train, or none, and an anchor beyond the walk.
+
+    Raises:
+        ValueError: as `check_scores`.
+    """
+    weight, steps = config.anchor.weight, config.anchor.steps
+    if weight and not matches(config):
+        raise ValueError("anchor.weight goes with matching of the later steps; give objective=matching, or 0")
+    if bool(weight) != (config.rollout.first > 1) and matches(config):
+        raise ValueError(
+            f"anchor.weight={weight:g} with rollout.first={config.rollout.first} leaves the first step to nobody or to "
+            "both; give anchor.weight=0.05 with rollout.first=2, or 0 with 1"
+        )
+    if weight and steps >= config.space.route_steps:
+        raise ValueError(
+            f"anchor.steps={steps} is the whole walk of space.route_steps={config.space.route_steps}; give fewer"
         )

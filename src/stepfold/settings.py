@@ -12,7 +12,9 @@ PriorWeight = Literal["inverse_tangent", "none"]
 Normalisation = Literal["l2", "l2_per_element", "none"]
 TangentWeight = Literal["trig", "meanflow", "ayf"]
 SpaceName = Literal["generation", "endpoints", "images", "coupling", "prior", "rollout"]
-ObjectiveName = Literal["continuous", "discrete", "velocity", "pair", "semigroup", "lagrange", "matching", "identity"]
+ObjectiveName = Literal[
+    "continuous", "discrete", "velocity", "pair", "semigroup", "lagrange", "matching", "decoupled", "identity"
+]
 
 
 class TeacherSettings(Section):
@@ -113,9 +115,8 @@ class SpaceSettings(Section):
         default="generation",
         description="`generation`, the teacher's walk itself (TBCM); `endpoints`, its end noised afresh (image-free "
         "sCM); `images`, noised (sCM); `coupling`, its end joined to its own noise (reflow); `prior`, pure noise alone "
-        "(lagrange, semigroup); `rollout`, the student's own steps (matching, identity). Each latent is noised to as "
-        "many times as a walk would keep, drawn as the route says. "
-        "Several with weights: `{generation: 1, endpoints: 0.5}`",
+        "(lagrange, semigroup); `rollout`, the student's own steps (matching, decoupled, identity). Each latent is "
+        "noised to as many times as a walk would keep, drawn as the route says. Several with weights: `{generation: 1, endpoints: 0.5}`",
     )
     images: str | None = Field(
         default=None, description="folder of pictures with a metadata.jsonl of file_name and text, for kind images"
@@ -231,7 +232,7 @@ Precision = Literal["no", "bf16", "auto"]
 
 PHASE_SETTINGS = ("objective", "space", "target", "consistency", "discrete", "semigroup", "adversarial")
 PHASE_SETTINGS += ("optimiser.lr", "optimiser.clip", "training.micro_batch", "training.tangent")
-PHASE_SETTINGS += ("fake.updates", "rollout", "matching", "identity")
+PHASE_SETTINGS += ("fake.updates", "rollout", "matching", "decoupled", "identity", "anchor")
 FIXED_IN_PHASES = ("space.reuse", "space.images", "space.cache_latents", "space.guidance")
 
 

@@ -32,7 +32,9 @@ SID = (*FAKE_ON, "objective=identity", "space.kind=rollout", "rollout.lengths=cy
        "matching.fake_guidance=3", "matching.times=logit_normal", "fake.times=logit_normal")  # fmt: skip
 VSD = (*DMD, "matching.fake_guidance=same", "fake.unprompted=0.5", "rollout.ladder=random")
 RCM = (*FAKE_ON, "matching.weight=0.02")
-METHODS = {"dmd": DMD, "sid": SID, "vsd": VSD, "rcm": RCM}
+DECOUPLED = (*FAKE_ON, "objective=decoupled", "space.kind=rollout")
+ANCHORED = (*DMD, "rollout.first=2", "anchor.weight=0.05", "anchor.steps=2")
+METHODS = {"dmd": DMD, "sid": SID, "vsd": VSD, "rcm": RCM, "decoupled": DECOUPLED, "dp-dmd": ANCHORED}
 
 
 @pytest.fixture
@@ -60,7 +62,14 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     ("method", "kind", "rank"),
     cases(
         [(method, "whole", 0) for method in METHODS] + [("dmd", "lora", 0), ("dmd", "lora", 2), ("sid", "lora", 2)],
-        [("dmd", "lora", 2), ("rcm", "whole", 0), ("vsd", "whole", 0), ("sid", "whole", 0)],
+        [
+            ("dmd", "lora", 2),
+            ("rcm", "whole", 0),
+            ("vsd", "whole", 0),
+            ("sid", "whole", 0),
+            ("decoupled", "whole", 0),
+            ("dp-dmd", "whole", 0),
+        ],
     ),
 )
 def test_a_run_resumes_to_the_bit_and_moves_student_and_fake(
@@ -74,7 +83,7 @@ def test_a_run_resumes_to_the_bit_and_moves_student_and_fake(
         moved = [name for name in last if name.startswith(f"{who}.") and not torch.equal(last[name], first[name])]
         assert moved and ((kind if who == "fake" else rank) in ("whole", 0) or all("lora_" in name for name in moved))
     rows = read_metrics(tmp_path / "run")
-    before = "rollout/" if method == "rcm" else ""
+    before = "rollout/" if method in ("rcm", "dp-dmd") else ""
     for row in rows:
         assert row["fake/loss"] > 0 and row["grad_norm"] > 0 and row[f"{before}gap"] >= 0
         assert -1 <= row[f"{before}cosine"] <= 1.0001 and row[f"{before}std"] > 0

@@ -137,11 +137,18 @@ def scales(states: States, draws: Draws, config: Config) -> tuple[Tensor, Tensor
 
 
 def noised(
-    x0: Tensor, states: States, networks: Networks, draws: Draws, config: Config, name: str = "matching"
+    x0: Tensor,
+    states: States,
+    networks: Networks,
+    draws: Draws,
+    config: Config,
+    name: str = "matching",
+    t: Tensor | None = None,
 ) -> Noised:
-    """The pictures of the states, noised to times and with noise of streams of their own."""
-    t = renoising_times(states, draws, config.matching, networks.teacher, f"{name} time").to(x0.dtype)
-    noise = renoising_noise(states, draws, networks.teacher, f"{name} noise")
+    """The pictures of the states, noised to times t [M], drawn where there are none; `name` is that of the streams."""
+    if t is None:
+        t = renoising_times(states, draws, config.matching, networks.teacher, f"{name} time")
+    t, noise = t.to(x0.dtype), renoising_noise(states, draws, networks.teacher, f"{name} noise")
     w, kappa = scales(states, draws, config)
     return Noised(interpolate(x0.detach(), noise, t), t, states.condition, states.guidance, w, kappa)
 

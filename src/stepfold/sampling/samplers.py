@@ -34,6 +34,7 @@ TRAINED_FOR: dict[str, SamplerName] = {
     "semigroup": "consistency",
     "lagrange": "consistency",
     "matching": "consistency",
+    "decoupled": "consistency",
     "identity": "consistency",
 }
 """Objective -> the sampler that its students are for, where they jump to 0. Other targets make a flow map of them."""

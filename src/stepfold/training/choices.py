@@ -34,6 +34,7 @@ WITHOUT_TANGENT = {
     "pair": "pairs of states have none",
     "semigroup": "two legs have none",
     "matching": "distribution matching has none",
+    "decoupled": "distribution matching has none",
     "identity": "score identity distillation has none",
 }
 

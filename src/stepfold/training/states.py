@@ -12,6 +12,7 @@ from stepfold.maths.formulations import equivalent_noise
 from stepfold.maths.routes import random_ladder
 from stepfold.objectives.contract import Networks
 from stepfold.sampling.consistency import predict_data
+from stepfold.spaces.anchor import anchored_pairs
 from stepfold.spaces.coupling import coupled_pairs
 from stepfold.spaces.diffusion import noised_pairs
 from stepfold.spaces.generation import Trajectory, brightness_filter, pairs_from, walk
@@ -175,6 +176,14 @@ def from_prior(start: Start) -> States:
     return prior_states(batch.noise(), batch.start_time, start.condition, batch.guidance)
 
 
+def from_anchor(start: Start) -> States:
+    """Anchor space: pure noise, and where the teacher's walk is after `anchor.steps` steps."""
+    batch, steps, velocity = start.batch, start.config.anchor.steps, start.networks.teacher.velocity
+    with start.networks.walk_precision():
+        route = batch.route(start.config.space)[:, : steps + 1]
+        return anchored_pairs(velocity, batch.noise(), route, start.condition, batch.guidance)
+
+
 def from_rollout(start: Start) -> States:
     """Rollout space: the student's own steps, up to the one that is this step's turn."""
     return rollout(start.batch, start.condition, start.networks, start.config, start.step)
@@ -208,12 +217,13 @@ SPACES: dict[str, Callable[[Start], States]] = {
     "coupling": from_couplings,
     "prior": from_prior,
     "rollout": from_rollout,
+    "anchor": from_anchor,
 }
 """All sample spaces by the names that settings call them."""
 FROM_WALKS = {"generation", "endpoints", "coupling"}
 FROM_CLEAN = FROM_WALKS | {"images"}
-WITHOUT_TARGETS = {"rollout"}
-"""Spaces whose students are asked for the picture, whatever `target` says."""
+WITHOUT_TARGETS = {"rollout", "anchor"}
+"""Spaces whose target times do not come from `target`."""
 
 
 def states_per_prompt(space: str, config: Config) -> int:

@@ -13,6 +13,7 @@ from stepfold.config import Config
 from stepfold.objectives.adversarial import NAME, adversarial_loss
 from stepfold.objectives.consistency import continuous_loss
 from stepfold.objectives.contract import Loss, Networks, Objective
+from stepfold.objectives.decoupled import decoupled_loss
 from stepfold.objectives.discrete import discrete_loss
 from stepfold.objectives.identity import identity_loss
 from stepfold.objectives.lagrange import lagrange_loss
@@ -37,6 +38,7 @@ OBJECTIVES: dict[str, Objective] = {
     "lagrange": lagrange_loss,
     "adversarial": adversarial_loss,
     "matching": matching_loss,
+    "decoupled": decoupled_loss,
     "identity": identity_loss,
 }
 """All objectives by the names that settings call them."""
@@ -69,6 +71,8 @@ def terms_of(config: Config) -> list[Term]:
         terms.append(Term("adversarial", config.space.first, weight, size, "adversarial"))
     if (weight := config.matching.weight) and config.objective not in MATCHING:
         terms.append(Term("matching", "rollout", weight, size))
+    if weight := config.anchor.weight:
+        terms.append(Term("pair", "anchor", weight, size))
     return terms
 
 
