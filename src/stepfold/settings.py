@@ -116,7 +116,8 @@ class SpaceSettings(Section):
         description="`generation`, the teacher's walk itself (TBCM); `endpoints`, its end noised afresh (image-free "
         "sCM); `images`, noised (sCM); `coupling`, its end joined to its own noise (reflow); `prior`, pure noise alone "
         "(lagrange, semigroup); `rollout`, the student's own steps (matching, decoupled, identity). Each latent is "
-        "noised to as many times as a walk would keep, drawn as the route says. Several with weights: `{generation: 1, endpoints: 0.5}`",
+        "noised to as many times as a walk would keep, drawn as the route says. Several with weights: `{generation: 1, "
+        "endpoints: 0.5}`",
     )
     images: str | None = Field(
         default=None, description="folder of pictures with a metadata.jsonl of file_name and text, for kind images"
