@@ -89,7 +89,7 @@ class Law:
         return nothing(len(prompts))
 
     def velocity(
-        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, *, with_gradient: bool = False
+        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, with_gradient: bool = False
     ) -> Tensor:
         with torch.set_grad_enabled(with_gradient):
             return gaussian(self.mean, self.std).velocity(x, t)
@@ -117,11 +117,11 @@ class Guided(Law):
     guidance_kind: str = "classifier_free"
 
     def velocity(
-        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, *, with_gradient: bool = False
+        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, with_gradient: bool = False
     ) -> Tensor:
         with torch.set_grad_enabled(with_gradient):
             without = gaussian(self.mean_without, self.std_without).velocity(x, t)
-            return guide(without, gaussian(self.mean, self.std).velocity(x, t), guidance)
+            return guide(without, gaussian(self.mean, self.std).velocity(x, t), 1 if guidance is None else guidance)
 
     def null(self, like: Condition) -> Condition:
         """Zeros, where a prompt has ones."""

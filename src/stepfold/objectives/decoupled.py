@@ -4,6 +4,8 @@ Matching compares the fake score with the teacher's unguided prediction, over al
 (w - 1)(x_with - x_without), which has no fixed point of its own, at times less noisy than the student's own step.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,6 @@ from stepfold.maths.formulations import data_prediction, flow_time, in_float32, 
 from stepfold.maths.routes import level_times
 from stepfold.objectives.contract import Loss, Networks
 from stepfold.objectives.matching import (
-    Noised,
     along,
     figures,
     matching_direction,
@@ -63,8 +64,8 @@ def decoupled_loss(networks: Networks, states: States, draws: Draws, config: Con
     with networks.precision():
         x0 = predict_data(networks.student, states.x, states.t, states.condition, states.guidance, sigma_data)
     plain = noised(x0, states, networks, draws, config)
-    w, unguided = plain.w, torch.ones_like(plain.w)
-    at = Noised(plain.x, plain.t, plain.condition, plain.told, unguided, None)
+    w = torch.ones_like(plain.t) if plain.w is None else plain.w
+    at = replace(plain, w=None)
     found = predictions(networks, at)
     direction = matching_direction(x0.detach(), found.real, found.fake, at.t, part.weighting, sigma_data)
 

@@ -88,7 +88,7 @@ class Noised:
         t: times [M].
         condition: M rows.
         told: guidance scales [M] that the fake score is told.
-        w: scales [M], the teacher's.
+        w: scales [M], the teacher's; None for 1.
         kappa: scales [M], the fake score's; None for none, which costs it one call less.
     """
 
@@ -96,7 +96,7 @@ class Noised:
     t: Tensor
     condition: Condition
     told: Tensor
-    w: Tensor
+    w: Tensor | None
     kappa: Tensor | None
 
 
@@ -121,9 +121,11 @@ def renoising_noise(states: States, draws: Draws, teacher: Teacher, name: str) -
     return teacher.sigma_data * of_states(states, draws.normal(name, (count, *states.x.shape[1:])))
 
 
-def scales(states: States, draws: Draws, config: Config) -> tuple[Tensor, Tensor | None]:
-    """(w [M], kappa [M] or None for 1) of each state."""
+def scales(states: States, draws: Draws, config: Config) -> tuple[Tensor | None, Tensor | None]:
+    """(w [M], kappa [M]) of each state, None for 1."""
     part, w = config.matching, states.guidance
+    if part.guidance == 1:
+        return None, None if part.fake_guidance in (1, "same") else torch.full_like(w, part.fake_guidance)
     if isinstance(part.guidance, tuple):
         lowest, highest = part.guidance
         count = states.num_drawn // len(draws.samples)

@@ -198,7 +198,7 @@ class Teacher(Protocol):
         raise NotImplementedError
 
     def velocity(
-        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, *, with_gradient: bool = False
+        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, with_gradient: bool = False
     ) -> Tensor:
         """dx/dt under guidance.
 
@@ -206,7 +206,7 @@ class Teacher(Protocol):
             x: [B, ...].
             t: [B], in [0, pi/2].
             condition: B rows.
-            guidance: scales [B].
+            guidance: scales [B]; None for a scale of 1, which costs half under classifier-free guidance.
             with_gradient: whether the result has a graph to x and t; the teacher's weights never get a gradient.
 
         Returns:

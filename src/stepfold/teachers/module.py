@@ -125,12 +125,14 @@ class ModuleTeacher(Teacher):
 
     @override
     def velocity(
-        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, *, with_gradient: bool = False
+        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, with_gradient: bool = False
     ) -> Tensor:
         """Both branches of the guidance go through the network as one batch."""
         with torch.set_grad_enabled(with_gradient):
-            without, with_prompt = self._branches(x / self.sigma_data, t, condition)
-            F = with_prompt if self.nothing is None else guide(without, with_prompt, guidance)
+            if self.nothing is None or guidance is None:
+                F = self.predict(self.network, x / self.sigma_data, t, condition, None)
+            else:
+                F = guide(*self._branches(x / self.sigma_data, t, condition), guidance)
             return (self.sigma_data * F).to(x.dtype)
 
     @torch.no_grad()

@@ -213,15 +213,15 @@ class PipelineTeacher(Family):
 
     @override
     def velocity(
-        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, *, with_gradient: bool = False
+        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, with_gradient: bool = False
     ) -> Tensor:
         """Both branches of classifier-free guidance go through the network as one batch."""
         with torch.set_grad_enabled(with_gradient):
             x_unit = x / self.sigma_data
-            if self.guidance_kind == "classifier_free":
+            if self.guidance_kind == "classifier_free" and guidance is not None:
                 F = self.guided(x_unit, t, *self._branches(x_unit, t, condition), guidance)
             else:
-                F = self._unguided(x_unit, t, condition, guidance)
+                F = self._unguided(x_unit, t, condition, torch.ones_like(t) if guidance is None else guidance)
             return (self.sigma_data * F).to(x.dtype)
 
     @torch.no_grad()
