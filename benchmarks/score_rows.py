@@ -20,7 +20,7 @@ from stepfold.objectives.denoising import FAKE
 from stepfold.scores import FakeSettings
 from stepfold.spaces.rollout import rollout_length
 from stepfold.students.starting import make_fake
-from stepfold.training.critics import fake_loss
+from stepfold.training.critics import fake_loss, fake_states
 from stepfold.training.draws import draw
 from stepfold.training.states import collect
 from stepfold.training.terms import add_gradients, terms_of
@@ -104,9 +104,10 @@ def count(bench: Bench, config: Config) -> Count:
         for turn in range(turns):
             for update in range(config.fake.updates):
                 number = turn * config.fake.updates + update
-                fake_loss(networks, batch, condition, config, number).value.mean().backward()
-            states = collect(config.space.weights, batch, condition, networks, config, turn)
-            add_gradients(terms_of(config), networks, states, batch.draws, config, turn, precision)
+                states = fake_states(networks, batch, condition, config, number, {})
+                fake_loss(networks, batch, states, config).value.mean().backward()
+            found = collect(config.space.weights, batch, condition, networks, config, turn)
+            add_gradients(terms_of(config), networks, found, batch.draws, config, turn, precision)
     bench.student.zero_grad(set_to_none=True)
     return Count(counter.get_total_flops() / turns / unit.get_total_flops(), passes_of(config))
 

@@ -13,7 +13,7 @@ from stepfold.config import Config, load_config
 from stepfold.objectives.contract import Networks
 from stepfold.objectives.denoising import FAKE
 from stepfold.spaces.records import States
-from stepfold.training.critics import fake_loss
+from stepfold.training.critics import fake_loss, fake_states
 from stepfold.training.states import collect
 from stepfold.training.terms import OBJECTIVES
 
@@ -60,9 +60,9 @@ def alternate(student: Score, teacher: Law, fake: Score, config: Config, updates
         batch = batch_of(PICTURES, update)
         for j in range(config.fake.updates):
             again = replace(batch, draws=batch.draws.of_update(j))
-            fake_loss(
-                networks, again, nothing(PICTURES), config, update * config.fake.updates + j
-            ).value.mean().backward()
+            count = update * config.fake.updates + j
+            rolled = fake_states(networks, again, nothing(PICTURES), config, count, {})
+            fake_loss(networks, again, rolled, config).value.mean().backward()
             theirs.step()
             theirs.zero_grad()
         states = collect(["rollout"], batch, nothing(PICTURES), networks, config, update)["rollout"]

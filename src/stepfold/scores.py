@@ -1,6 +1,6 @@
 """Settings of methods that compare the score of the student's pictures with the teacher's, and what goes together."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -8,6 +8,7 @@ from stepfold.sections import LARGEST, Beta, Section
 
 Weighting = Literal["dmd", "kl", "vsd", "uniform", "sid", "velocity"]
 Level = Annotated[float, Field(gt=0, le=1)]
+PictureSpace = Literal["rollout", "generation", "endpoints"]
 MATCHING = ("matching", "decoupled", "identity")
 """Objectives whose student's pictures are compared with the teacher by two scores."""
 
@@ -82,7 +83,12 @@ class MatchingSettings(RenoisedSettings):
     weight: float = Field(
         default=0.0,
         ge=0,
-        description="lambda, of matching on rollouts beside another objective; 0 for none (rCM: 0.02)",
+        description="lambda, of matching beside another objective; 0 for none (rCM: 0.02)",
+    )
+    space: PictureSpace = Field(
+        default="rollout",
+        description="states beside another objective, of which the student makes the pictures; `objective=matching` "
+        "takes those of space.kind",
     )
     unit: Literal["auto", "sum", "mean"] = Field(
         default="auto",
@@ -150,6 +156,11 @@ def matches(config: Any) -> bool:
     return config.objective in MATCHING or config.matching.weight > 0
 
 
+def picture_spaces(config: Any) -> list[str]:
+    """The spaces whose states the student makes its pictures of, for the fake score too; in turn, if several."""
+    return list(config.space.weights) if config.objective in MATCHING else [config.matching.space]
+
+
 def check_scores(config: Any) -> None:
     """Refuses settings of score methods that do not go together.
 
@@ -170,10 +181,15 @@ def check_scores(config: Any) -> None:
             f"space.kind=rollout is the student's own steps, which objective={objective} does not take; give "
             "objective=matching, decoupled or identity, or space.kind=generation"
         )
-    if objective in MATCHING and spaces != {"rollout"}:
+    if objective in MATCHING and not spaces <= set(get_args(PictureSpace)):
         raise ValueError(
-            f"objective={objective} is trained on the student's own steps, not on {', '.join(sorted(spaces))}; give "
-            "space.kind=rollout"
+            f"objective={objective} is trained on {', '.join(get_args(PictureSpace))}, not on "
+            f"{', '.join(sorted(spaces))}; give space.kind=rollout"
+        )
+    if matches(config) and set(picture_spaces(config)) != {"rollout"} and config.space.filter_rule != "off":
+        raise ValueError(
+            f"matching on {', '.join(picture_spaces(config))} learns from every prompt, so nothing may be filtered; "
+            "give space.filter_rule=off"
         )
     if matches(config) and not fake.updates:
         raise ValueError(

@@ -17,7 +17,7 @@ from stepfold.objectives.contract import Networks
 from stepfold.objectives.denoising import FAKE, denoising_error
 from stepfold.sampling.consistency import predict_data
 from stepfold.teachers.contract import Condition, Student
-from stepfold.training.critics import fake_loss
+from stepfold.training.critics import fake_loss, fake_states
 from stepfold.training.states import collect
 from stepfold.training.terms import OBJECTIVES
 
@@ -113,7 +113,8 @@ def trained(start: Small, objective: str, updates: int, fake_updates: int) -> Sm
         batch = replace(batch_of(PICTURES, update), shape=(2,), guidance=torch.ones(PICTURES))
         for j in range(fake_updates):
             again = replace(batch, draws=batch.draws.of_update(j))
-            fake_loss(networks, again, nothing(PICTURES), config, j).value.mean().backward()
+            rolled = fake_states(networks, again, nothing(PICTURES), config, j, {})
+            fake_loss(networks, again, rolled, config).value.mean().backward()
             theirs.step()
             theirs.zero_grad()
         states = collect(["rollout"], batch, nothing(PICTURES), networks, config, update)["rollout"]

@@ -326,7 +326,12 @@ def test_a_direction_of_the_wrong_sign_drives_the_student_away(monkeypatch: pyte
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("objective=matching", "fake.updates=5"), "give space.kind=rollout"),
+        (("objective=matching", "fake.updates=5", "space.kind=coupling"), "give space.kind=rollout"),
+        (("objective=matching", "fake.updates=5", "space.filter_rule=hard"), "give space.filter_rule=off"),
+        (
+            ("matching.weight=1", "fake.updates=5", "space.filter_rule=hard", "matching.space=endpoints"),
+            "give space.filter_rule=off",
+        ),
         (("space.kind=rollout", "objective=discrete"), "objective=discrete does not take; give objective=matching"),
         (("objective=matching", "space.kind=rollout"), "give fake.updates=5"),
         (("matching.weight=0.02",), "give fake.updates=5"),
@@ -334,7 +339,7 @@ def test_a_direction_of_the_wrong_sign_drives_the_student_away(monkeypatch: pyte
         (("matching.weight=1", "fake.updates=1", "matching.fake_guidance=3"), "give fake.unprompted=0.1"),
         (("rollout.steps=2", "rollout.first=3"), "give rollout.first=1"),
         (("matching.guidance=[6, 2]",), r"give \[2, 6\]"),
-        (("space.kind={rollout: 1, generation: 1}", "fake.updates=1", "objective=matching"), "give space.kind=rollout"),
+        (("space.kind={rollout: 1, coupling: 1}", "fake.updates=1", "objective=matching"), "give space.kind=rollout"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(changes: tuple[str, ...], message: str) -> None:

@@ -24,7 +24,7 @@ from stepfold.students.starting import make_fake
 from stepfold.students.whole import new_student
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.accelerators import make_accelerator
-from stepfold.training.critics import FAKE, fake_loss
+from stepfold.training.critics import FAKE, fake_loss, fake_states
 from stepfold.training.distill import distill
 from stepfold.training.runs import checkpoints, read_metrics
 from stepfold.training.states import collect
@@ -42,7 +42,9 @@ def trained_fake(steps: int = 1, updates: int = 400) -> Score:
     for update in range(updates):
         for group in optimiser.param_groups:
             group["lr"] = 2e-2 * (1 - update / updates)
-        fake_loss(networks, batch_of(256, update), nothing(256), config, update).value.mean().backward()
+        batch = batch_of(256, update)
+        states = fake_states(networks, batch, nothing(256), config, update, {})
+        fake_loss(networks, batch, states, config).value.mean().backward()
         optimiser.step()
         optimiser.zero_grad()
     assert student.mean.grad is None and student.log_std.grad is None

@@ -34,7 +34,8 @@ VSD = (*DMD, "matching.fake_guidance=same", "fake.unprompted=0.5", "rollout.ladd
 RCM = (*FAKE_ON, "matching.weight=0.02")
 DECOUPLED = (*FAKE_ON, "objective=decoupled", "space.kind=rollout")
 ANCHORED = (*DMD, "rollout.first=2", "anchor.weight=0.05", "anchor.steps=2")
-METHODS = {"dmd": DMD, "sid": SID, "vsd": VSD, "rcm": RCM, "decoupled": DECOUPLED, "dp-dmd": ANCHORED}
+MIXED = (*FAKE_ON, "objective=matching", "space.kind={rollout: 1, endpoints: 0.5}")
+METHODS = {"dmd": DMD, "sid": SID, "vsd": VSD, "rcm": RCM, "decoupled": DECOUPLED, "dp-dmd": ANCHORED, "mixed": MIXED}
 
 
 @pytest.fixture
@@ -69,6 +70,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
             ("sid", "whole", 0),
             ("decoupled", "whole", 0),
             ("dp-dmd", "whole", 0),
+            ("mixed", "whole", 0),
         ],
     ),
 )
@@ -83,7 +85,7 @@ def test_a_run_resumes_to_the_bit_and_moves_student_and_fake(
         moved = [name for name in last if name.startswith(f"{who}.") and not torch.equal(last[name], first[name])]
         assert moved and ((kind if who == "fake" else rank) in ("whole", 0) or all("lora_" in name for name in moved))
     rows = read_metrics(tmp_path / "run")
-    before = "rollout/" if method in ("rcm", "dp-dmd") else ""
+    before = "rollout/" if method in ("rcm", "dp-dmd", "mixed") else ""
     for row in rows:
         assert row["fake/loss"] > 0 and row["grad_norm"] > 0 and row[f"{before}gap"] >= 0
         assert -1 <= row[f"{before}cosine"] <= 1.0001 and row[f"{before}std"] > 0
@@ -161,6 +163,31 @@ def test_micro_batches_add_up(
         run(config, tmp_path / str(size), teacher, prompts)
         found.append(read_metrics(tmp_path / str(size))[0])
     assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_the_fake_learns_from_the_states_that_the_student_is_matched_on(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spaces in turn; in a head start too, in which only those are there that it needs."""
+    from stepfold.training import critics, step
+
+    seen: list[tuple[str, ...]] = []
+    right = critics.fake_states
+    monkeypatch.setattr(
+        critics, "fake_states", lambda *a: seen.append((*a[-1], float(right(*a).t.max()))) or right(*a)
+    )  # fmt: skip
+    found: list[list[str]] = []
+    train_step = step.train_step
+    monkeypatch.setattr(
+        "stepfold.training.distill.train_step", lambda *a: found.append(sorted(a[-1])) or train_step(*a)
+    )  # fmt: skip
+    changes = ("matching.weight=0.1", "matching.space=endpoints", "fake.head_start=2", "training.micro_batch=1")
+    run(settings(*FAKE_ON, *changes), tmp_path / "run", teacher, prompts)
+    assert found == [["endpoints"]] * 2 + [["endpoints", "generation"]] * 2
+    assert len(seen) == 8 and all("endpoints" in names for names in seen)
+    assert len({names[-1] for names in seen}) > 2  # other states in each update
+    rows = read_metrics(tmp_path / "run")
+    assert all(row["endpoints/gap"] >= 0 for row in rows[2:])
 
 
 def test_a_phase_without_matching_is_a_run_without_it(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stepfold.config import Config
 from stepfold.prompts.reading import Prompts
+from stepfold.scores import picture_spaces
 from stepfold.spaces.records import States
 from stepfold.teachers.contract import Condition, Teacher
 from stepfold.training.draws import Batch, draw, prompt_index, step_samples
@@ -53,7 +54,7 @@ class Batches:
     def walked(self, phase: Phase, step: int) -> tuple[Batch, Condition, dict[str, States]]:
         """The batch of a step, its conditions, and the states of every space that the phase's terms name.
 
-        In a head start, in which the student waits, there are no states.
+        In a head start, in which the student waits, there are those alone that the fake score learns from.
         """
         training, number = self.config.training, step // self.config.space.reuse
         with self.stages("data"):
@@ -64,7 +65,10 @@ class Batches:
                 condition = condition.padded(max(self.teacher.max_tokens, condition.mask.shape[1]))
         with self.stages("images"):
             x0 = self.latents(batch.index).to(self.device) if self.latents else None
-        spaces = {} if step - phase.first < phase.head_start else dict.fromkeys(term.space for term in phase.terms)
+        spaces = dict.fromkeys(term.space for term in phase.terms)
+        if step - phase.first < phase.head_start:
+            needed = set(picture_spaces(phase.config)) - {"rollout"}
+            spaces = {space: None for space in spaces if space in needed}
         with self.stages("teacher"):
             states = collect(
                 spaces, batch, condition, phase.networks, phase.config, step,
