@@ -29,6 +29,11 @@ class RolloutSettings(Section):
         default=1, ge=1, description="the first step that is trained; above 1 those before it are left to `anchor`"
     )
 
+    phased: bool = Field(
+        default=False,
+        description="both scores see a step's pictures above the next step's time alone (Phased DMD)",
+    )
+
     @model_validator(mode="after")
     def _trains_a_step(self) -> "RolloutSettings":
         if self.first > self.steps or (self.first > 1 and self.lengths == "cycled"):
@@ -200,6 +205,11 @@ def check_scores(config: Any) -> None:
         raise ValueError(
             f"matching.fake_guidance={kappa} does not go with objective=decoupled, whose fake score is not guided; "
             "give matching.fake_guidance=1, or objective=matching"
+        )
+    if config.rollout.phased and set(picture_spaces(config)) != {"rollout"}:
+        raise ValueError(
+            f"rollout.phased is for the student's own steps, not for matching on {', '.join(picture_spaces(config))}; "
+            "give rollout.phased=false"
         )
     check_anchor(config)
     if fake.updates and fake.kind == "lora" and fake.rank < config.student.lora:

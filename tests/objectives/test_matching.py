@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -222,9 +222,9 @@ def test_guidance_is_drawn_between_two_scales_for_each_picture() -> None:
 @pytest.mark.parametrize("times", ["level", "logit_normal"])
 def test_pictures_are_noised_to_the_times_of_the_settings(times: str) -> None:
     states, draws = states_of(400)
-    part = settings(f"matching.times={times}", "matching.logit_mean=0.3", "matching.logit_std=0.5").matching
-    teacher: Any = Law()
-    t = matching.renoising_times(states, draws, part, teacher, "matching time")
+    config = settings(f"matching.times={times}", "matching.logit_mean=0.3", "matching.logit_std=0.5")
+    part, teacher = config.matching, cast(Any, Law())
+    t = matching.renoising_times(states, draws, config, part, teacher, "matching time")
     if times == "level":
         level = flow_time(t)
         assert 0.02 - 1e-6 <= level.min() < 0.04 and 0.96 < level.max() <= 0.98 + 1e-6
@@ -233,7 +233,49 @@ def test_pictures_are_noised_to_the_times_of_the_settings(times: str) -> None:
         logit = torch.log(SIGMA_DATA * t.tan())
         assert abs(logit.mean() - 0.3) < 0.08 and abs(logit.std() - 0.5) < 0.06
     late: Any = replace(Law(), start_time=0.9)
-    assert matching.renoising_times(states, draws, part, late, "matching time").max() <= 0.9
+    assert matching.renoising_times(states, draws, config, part, late, "matching time").max() <= 0.9
+
+
+@pytest.mark.parametrize("times", ["level", "logit_normal"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_pictures_of_a_phase_are_noised_above_the_next_steps_time(times: str, shift: float) -> None:
+    """By the same law, given that it is above."""
+    config = settings("rollout.steps=4", "rollout.phased=true", f"matching.times={times}")
+    teacher: Any = replace(Law(), shift=shift)
+    states, draws = states_of(2000)
+    whole = matching.renoising_times(states, draws, config, config.matching, teacher, "matching time")
+    states = replace(states, t_target=torch.full_like(states.t, 0.8))
+    t = matching.renoising_times(states, draws, config, config.matching, teacher, "matching time").double()
+    assert (t >= 0.8 - 1e-6).all() and t.min() < 0.82
+    for quantile in (0.25, 0.5, 0.75):
+        assert abs(t.quantile(quantile) - whole[whole > 0.8].double().quantile(quantile)) < 0.04
+    plain = settings("rollout.steps=4", f"matching.times={times}")
+    assert torch.equal(matching.renoising_times(states, draws, plain, plain.matching, teacher, "matching time"), whole)
+    last = replace(states, t_target=torch.zeros_like(states.t))
+    torch.testing.assert_close(
+        matching.renoising_times(last, draws, config, config.matching, teacher, "matching time"),
+        whole, rtol=1e-5, atol=1e-6, check_dtype=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("t", [0.9, 1.2, 1.5])
+def test_a_phases_direction_is_the_gradient_of_the_divergence_of_what_it_hands_over(t: float) -> None:
+    """x_s = cos s x_0 + sin s z rotated to t by u, cos u = cos t / cos s: KL's gradient there is that of x_0's at t."""
+    s, (z0, z, weight) = 0.6, quadrature()
+    cos_u = math.cos(t) / math.cos(s)
+    teacher, law = gaussian(0.4, 0.2), torch.tensor([-0.1, 0.35], dtype=torch.float64, requires_grad=True)
+    variances = [(math.cos(s) * std) ** 2 + (math.sin(s) * SIGMA_DATA) ** 2 for std in (law[1], teacher.std)]
+    rotated = [cos_u**2 * v + (1 - cos_u**2) * SIGMA_DATA**2 for v in variances]
+    gap = (cos_u * math.cos(s) * (law[0] - teacher.mean)) ** 2
+    kl = (rotated[0] / rotated[1] - 1 - torch.log(rotated[0] / rotated[1]) + gap / rotated[1]) / 2
+    exact = torch.autograd.grad(kl, law)[0]
+    x0, times = law[0] + law[1] * z0, torch.full((len(z0),), t, dtype=torch.float64)
+    x = interpolate(x0.detach(), SIGMA_DATA * z, times)
+    fake = GaussianTeacher(law[0].detach(), law[1].detach(), SIGMA_DATA)
+    x_real, x_fake = (data_prediction(x, times, each.velocity(x, times)) for each in (teacher, fake))
+    loss = along(matching_direction(x0.detach(), x_real, x_fake, times, "kl", SIGMA_DATA), x0, SIGMA_DATA, "sum")
+    ours = torch.autograd.grad((weight * loss).sum(), law)[0]
+    torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-13)
 
 
 # Beside consistency (rCM).
@@ -338,6 +380,10 @@ def test_a_direction_of_the_wrong_sign_drives_the_student_away(monkeypatch: pyte
         (("fake.updates=1", "student.lora=96"), "give fake.rank=96 or more"),
         (("matching.weight=1", "fake.updates=1", "matching.fake_guidance=3"), "give fake.unprompted=0.1"),
         (("rollout.steps=2", "rollout.first=3"), "give rollout.first=1"),
+        (
+            ("matching.weight=1", "fake.updates=1", "matching.space=endpoints", "rollout.phased=true"),
+            "give rollout.phased=false",
+        ),
         (("matching.guidance=[6, 2]",), r"give \[2, 6\]"),
         (("space.kind={rollout: 1, coupling: 1}", "fake.updates=1", "objective=matching"), "give space.kind=rollout"),
     ],

@@ -38,6 +38,17 @@ def test_the_input_of_each_step_has_the_students_law_noised_to_that_time(stop: i
         assert abs(torch.corrcoef(torch.stack([states.x.flatten(), noise(0).flatten()]))[0, 1]) < 0.98
 
 
+def test_states_of_a_phase_have_the_next_steps_time() -> None:
+    noises, student = [noise(i) for i in range(4)], Perfect(0.4, 0.2)
+    for stop, target in ((0, 1.2), (2, 0.4), (3, 0.0)):
+        states = rolled_states(
+            lambda x, *rest: predict_data(student, x, *rest, SIGMA_DATA),
+            noises[0], TIMES, stop, lambda i: noises[i], nothing(NUM), torch.ones(NUM).double(), phased=True,
+        )  # fmt: skip
+        assert states.t_target is not None and (states.t_target == target).all()
+    assert roll(Perfect(0.4, 0.2), 1).t_target is None
+
+
 def test_the_last_step_ends_where_the_sampler_ends() -> None:
     student = Perfect(0.4, 0.2)
     states = roll(student, 3)

@@ -34,8 +34,12 @@ VSD = (*DMD, "matching.fake_guidance=same", "fake.unprompted=0.5", "rollout.ladd
 RCM = (*FAKE_ON, "matching.weight=0.02")
 DECOUPLED = (*FAKE_ON, "objective=decoupled", "space.kind=rollout")
 ANCHORED = (*DMD, "rollout.first=2", "anchor.weight=0.05", "anchor.steps=2")
+PHASED = (*DMD, "rollout.phased=true")
 MIXED = (*FAKE_ON, "objective=matching", "space.kind={rollout: 1, endpoints: 0.5}")
-METHODS = {"dmd": DMD, "sid": SID, "vsd": VSD, "rcm": RCM, "decoupled": DECOUPLED, "dp-dmd": ANCHORED, "mixed": MIXED}
+METHODS = {
+    "dmd": DMD, "sid": SID, "vsd": VSD, "rcm": RCM, "decoupled": DECOUPLED, "dp-dmd": ANCHORED, "mixed": MIXED,
+    "phased": PHASED,
+}  # fmt: skip
 
 
 @pytest.fixture

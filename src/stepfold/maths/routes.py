@@ -71,6 +71,11 @@ def level_times(
     return times.clamp(max=at_most(start_time, times.dtype))
 
 
+def unshifted_level(t: Tensor, shift: float) -> Tensor:
+    """The flow-matching level in [0, 1] that a shift moves to that of t, elementwise."""
+    return _shifted(flow_time(t), 1 / shift)
+
+
 def random_ladder(uniform: Tensor, shift: float, start_time: float = math.pi / 2) -> list[float]:
     """Times of a student's steps without the final 0: the first one's, and below it random levels, shifted, falling.
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stepfold.config import Config
-from stepfold.maths.formulations import data_prediction, flow_time, in_float32, unsqueeze_like
-from stepfold.maths.routes import level_times
+from stepfold.maths.formulations import data_prediction, in_float32, unsqueeze_like
+from stepfold.maths.routes import level_times, unshifted_level
 from stepfold.objectives.contract import Loss, Networks
 from stepfold.objectives.matching import (
     along,
@@ -53,8 +53,7 @@ def guidance_direction(
 
 def times_below(t: Tensor, uniform: Tensor, shift: float, lowest: float, highest: float) -> Tensor:
     """Times [M] uniform in shifted level as `level_times`, but none above t [M], in (0, pi/2]."""
-    s = flow_time(t)
-    own = s / (shift - (shift - 1) * s)  # the level that the shift moves to s
+    own = unshifted_level(t, shift)
     return torch.minimum(level_times(uniform.to(t.dtype) * own, shift, lowest, highest), t)
 
 

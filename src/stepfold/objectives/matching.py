@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepfold.config import Config
 from stepfold.maths.formulations import data_prediction, flow_time, guide, in_float32, interpolate, unsqueeze_like
-from stepfold.maths.routes import level_times, logit_normal_times
+from stepfold.maths.routes import level_times, logit_normal_times, unshifted_level
 from stepfold.objectives.contract import Loss, Networks
 from stepfold.objectives.denoising import FAKE
 from stepfold.randomness import Draws
@@ -105,13 +105,27 @@ def of_states(states: States, numbers: Tensor) -> Tensor:
     return numbers.flatten(0, 1)[states.number]
 
 
-def renoising_times(states: States, draws: Draws, part: RenoisedSettings, teacher: Teacher, name: str) -> Tensor:
-    """Times [M] that pictures of the states are noised to, as the settings say; `name` is that of their stream."""
-    count = states.num_drawn // len(draws.samples)
+def renoising_times(
+    states: States, draws: Draws, config: Config, part: RenoisedSettings, teacher: Teacher, name: str
+) -> Tensor:
+    """Times [M] that pictures of the states are noised to, as `part` says; `name` is that of their stream.
+
+    Phased rollouts are noised above the time s of the next step alone. What a step hands over to it is cos s x_0 +
+    sin s z, and noising that to t > s is noising x_0 to t: matching there is the subinterval objective of
+    arXiv:2510.27684 (Phased DMD), for a student that predicts x_0.
+    """
+    count, above = states.num_drawn // len(draws.samples), states.t_target if config.rollout.phased else None
     if part.times == "logit_normal":
         normal = of_states(states, draws.normal(name, (count,)))
+        if above is not None:
+            lowest = (torch.log(teacher.sigma_data * above.double().tan()) - part.logit_mean) / part.logit_std
+            share = torch.special.ndtr(lowest)
+            normal = torch.special.ndtri(share + (1 - share) * torch.special.ndtr(normal.double())).to(normal)
         return logit_normal_times(normal, teacher.sigma_data, part.logit_mean, part.logit_std, teacher.start_time)
     uniform = of_states(states, draws.uniform(name, (count,)))
+    if above is not None:
+        lowest = unshifted_level(above, teacher.shift)
+        uniform = lowest + (1 - lowest) * uniform
     return level_times(uniform, teacher.shift, part.lowest_level, part.highest_level, teacher.start_time)
 
 
@@ -149,7 +163,7 @@ def noised(
 ) -> Noised:
     """The pictures of the states, noised to times t [M], drawn where there are none; `name` is that of the streams."""
     if t is None:
-        t = renoising_times(states, draws, config.matching, networks.teacher, f"{name} time")
+        t = renoising_times(states, draws, config, config.matching, networks.teacher, f"{name} time")
     t, noise = t.to(x0.dtype), renoising_noise(states, draws, networks.teacher, f"{name} noise")
     w, kappa = scales(states, draws, config)
     return Noised(interpolate(x0.detach(), noise, t), t, states.condition, states.guidance, w, kappa)

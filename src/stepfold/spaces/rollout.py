@@ -43,6 +43,8 @@ def rolled_states(
     fresh_noise: Callable[[int], Tensor],
     condition: Condition,
     guidance: Tensor,
+    *,
+    phased: bool = False,
 ) -> States:
     """The input of the student's step number `stop`, after the steps before it; no gradient reaches those.
 
@@ -54,6 +56,7 @@ def rolled_states(
         fresh_noise: step index (from 1) -> noise [B, ...], of standard deviation sigma_data.
         condition: B rows.
         guidance: scales [B].
+        phased: whether the states have the next step's time as their target, 0 for the last one's.
 
     Returns:
         One state a prompt, at times[stop].
@@ -67,6 +70,8 @@ def rolled_states(
         x0 = picture(x, t, condition, guidance)
         t = torch.full_like(t, times[i])
         x = interpolate(x0, fresh_noise(i), t)
+    target = torch.full_like(t, [*times, 0.0][stop + 1]) if phased else None
     return States(
-        x=x, t=t, condition=condition, guidance=guidance, prompt=index, number=index, num_drawn=len(noise)
+        x=x, t=t, condition=condition, guidance=guidance, prompt=index, number=index, num_drawn=len(noise),
+        t_target=target,
     )  # fmt: skip

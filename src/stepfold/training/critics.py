@@ -125,7 +125,7 @@ def fake_loss(networks: Networks, batch: Batch, states: States, config: Config) 
     assert isinstance(score, Student)
     with torch.no_grad(), networks.precision():
         x0 = predict_data(networks.student, states.x, states.t, condition, states.guidance, teacher.sigma_data)
-    t = renoising_times(states, draws, part, teacher, "renoise time")
+    t = renoising_times(states, draws, config, part, teacher, "renoise time")
     noise = renoising_noise(states, draws, teacher, "renoise noise")
     if part.unprompted:
         gone = draws.uniform("unprompted", (1,)).squeeze(1) < part.unprompted

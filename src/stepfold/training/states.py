@@ -206,7 +206,7 @@ def rollout(batch: Batch, condition: Condition, networks: Networks, config: Conf
 
     return rolled_states(
         picture, batch.noise("rollout noise"), times, stop, lambda i: batch.noise(f"rollout noise of step {i}"),
-        condition, batch.guidance,
+        condition, batch.guidance, phased=part.phased,
     )  # fmt: skip
 
 
