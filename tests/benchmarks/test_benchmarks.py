@@ -217,6 +217,15 @@ def test_the_cost_of_objectives_with_a_target_time_is_in_forward_passes(tmp_path
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("row", "passes"), [("vsd", 11), ("sid, guided, four steps", 25)])
+def test_a_step_with_a_fake_score_takes_the_passes_that_it_needs(tmp_path: Path, row: str, passes: float) -> None:
+    """Counted in floating-point operations; a pass too many or too few would be seen."""
+    counts = run("step", tmp_path, "--scores", "--states", "3", "--only", row)["scores"]
+    assert list(counts) == [row] and counts[row]["passes"] == passes
+    assert abs(counts[row]["units"] - passes) < 0.6
+
+
+@pytest.mark.long
 def test_a_benchmark_of_flow_maps_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed_form = importlib.import_module("closed_form")
     monkeypatch.setattr(closed_form, "MAPS", {name: closed_form.MAPS[name] for name in ("TBCM", "pairs")})

@@ -60,6 +60,16 @@ def test_evaluation_is_of_as_many_prompts_as_the_run_will_sample(
     assert config.evaluation.n == 500 and evaluation_prompts(config, count) == prompts
 
 
+def test_a_plan_of_matching_times_whole_turns_and_no_head_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("stepfold.commands.plan.run_distill", lambda config, *args, **options: given.append(config))
+    monkeypatch.setattr("stepfold.commands.plan.reckon", lambda *args: None)
+    for preset, steps in (("dmd", 1 + 4), ("sid", 1 + 16), ("rcm", 1 + 16)):
+        make_plan(load_config(preset), 2, Display(quiet=True))
+        assert given[-1].training.steps == steps and given[-1].fake.head_start == 0 and given[-1].training.phases == ()
+        assert given[-1].fake.updates == load_config(preset).fake.updates > 0
+
+
 @pytest.mark.parametrize("n", [0, 4])
 def test_a_plan_leaves_nothing_behind(n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

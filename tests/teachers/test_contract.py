@@ -218,6 +218,10 @@ def test_the_branches_make_the_velocity_at_every_scale(teacher: Any, scale: floa
         else:
             guided = guide(without, with_prompt, value)
         same(guided, teacher.velocity(x, t, condition, torch.full_like(t, value)))
+    rows, hook = count_rows(teacher)
+    same(teacher.velocity(x, t, condition, None), with_prompt)  # unguided, in half the rows
+    hook.remove()
+    assert rows == [3]
 
 
 def test_a_velocity_lets_a_gradient_through(teacher: Any):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stepfold.config import Config, load_config
 from stepfold.errors import NonFiniteError
+from stepfold.maths.routes import level_times
 from stepfold.objectives import denoising
 from stepfold.objectives.adversarial import NAME, Discriminator, adversarial_loss
 from stepfold.objectives.contract import Networks
@@ -23,7 +24,7 @@ from stepfold.students.starting import make_fake
 from stepfold.students.whole import new_student
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.accelerators import make_accelerator
-from stepfold.training.critics import FAKE, fake_loss, noised_times
+from stepfold.training.critics import FAKE, fake_loss, fake_states
 from stepfold.training.distill import distill
 from stepfold.training.runs import checkpoints, read_metrics
 from stepfold.training.states import collect
@@ -41,7 +42,9 @@ def trained_fake(steps: int = 1, updates: int = 400) -> Score:
     for update in range(updates):
         for group in optimiser.param_groups:
             group["lr"] = 2e-2 * (1 - update / updates)
-        fake_loss(networks, batch_of(256, update), nothing(256), config, update).value.mean().backward()
+        batch = batch_of(256, update)
+        states = fake_states(networks, batch, nothing(256), config, update, {})
+        fake_loss(networks, batch, states, config).value.mean().backward()
         optimiser.step()
         optimiser.zero_grad()
     assert student.mean.grad is None and student.log_std.grad is None
@@ -72,9 +75,9 @@ def test_a_wrong_fake_is_seen(monkeypatch: pytest.MonkeyPatch, mistake: str) -> 
 
 def test_the_times_of_the_fake_are_even_levels_shifted_and_clamped() -> None:
     uniform = (torch.arange(1000).double() + 0.5) / 1000
-    level = torch.tan(noised_times(uniform, 1.0, 0.02, 0.98)) / (1 + torch.tan(noised_times(uniform, 1.0, 0.02, 0.98)))
+    level = torch.tan(level_times(uniform, 1.0, 0.02, 0.98)) / (1 + torch.tan(level_times(uniform, 1.0, 0.02, 0.98)))
     torch.testing.assert_close(level, uniform.clamp(0.02, 0.98))
-    shifted = torch.tan(noised_times(uniform, 3.0, 0.0, 1.0))
+    shifted = torch.tan(level_times(uniform, 3.0, 0.0, 1.0))
     torch.testing.assert_close(shifted, 3 * uniform / (1 - uniform))  # shift multiplies the odds
 
 

@@ -109,7 +109,9 @@ class Plan:
 
 
 def make_plan(config: "Config", steps: int, display: "Display", device: str = "auto") -> Plan:
-    """Runs the first `steps` steps of a distillation in a folder that is thrown away, and reckons the rest.
+    """Runs `steps` steps of a distillation in a folder that is thrown away, and reckons the rest.
+
+    Of a run in phases they are those of the last one; a head start, in which the student waits, is left out.
 
     Everything is the run itself: loading, the first step with what it compiles, previews, a checkpoint, the table.
 
@@ -127,10 +129,12 @@ def make_plan(config: "Config", steps: int, display: "Display", device: str = "a
 
     training, cycle = config.training, cycle_of(config)
     steps = min(1 + max(1, math.ceil((steps - 1) / cycle)) * cycle, training.steps)
-    changes = {"steps": steps, "preview_every": steps, "checkpoint_every": steps, "look_every": 1}  # each step timed
+    changes: dict[str, Any] = {"steps": steps, "preview_every": steps, "checkpoint_every": steps, "phases": ()}
+    changes["look_every"] = 1  # each step is timed
     trial = config.model_copy(
         update={
             "training": training.model_copy(update=changes),
+            "fake": config.fake.model_copy(update={"head_start": 0}),  # in which the student waits
             "evaluation": config.evaluation.model_copy(update={"n": min(TRIAL_PICTURES, config.evaluation.n)}),
         }
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError, first_line
-from stepfold.teachers.contract import Condition, GuidanceKind, concatenate
+from stepfold.teachers.contract import NO_NULL, Condition, GuidanceKind, concatenate
 from stepfold.teachers.family import Family, Predict
 from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_network, load_pipeline
 from stepfold.teachers.lora_merging import merge_lora
@@ -194,13 +194,18 @@ class PipelineTeacher(Family):
         self._both = None
         forget(self.of_the_prompt_alone())
 
+    @override
     def null(self, like: Condition) -> Condition:
         """The unconditional branch's condition for each row of `like`.
 
         With `null_mask="own"` it is masked by its own length, as diffusers' pipelines do; with `"prompt"` by the
         prompt's mask, as the public training code does.
+
+        Raises:
+            UserError: a teacher without classifier-free guidance.
         """
-        assert self._null is not None and self._null_trimmed is not None
+        if self._null is None or self._null_trimmed is None:
+            raise UserError(NO_NULL)
         if self.null_mask == "prompt":
             null = self._null.first_tokens(like.mask.shape[1]).expand(len(like))
             return Condition(null.embeds, like.mask, null.pooled)
@@ -208,15 +213,15 @@ class PipelineTeacher(Family):
 
     @override
     def velocity(
-        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, *, with_gradient: bool = False
+        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, with_gradient: bool = False
     ) -> Tensor:
         """Both branches of classifier-free guidance go through the network as one batch."""
         with torch.set_grad_enabled(with_gradient):
             x_unit = x / self.sigma_data
-            if self.guidance_kind == "classifier_free":
+            if self.guidance_kind == "classifier_free" and guidance is not None:
                 F = self.guided(x_unit, t, *self._branches(x_unit, t, condition), guidance)
             else:
-                F = self._unguided(x_unit, t, condition, guidance)
+                F = self._unguided(x_unit, t, condition, torch.ones_like(t) if guidance is None else guidance)
             return (self.sigma_data * F).to(x.dtype)
 
     @torch.no_grad()
