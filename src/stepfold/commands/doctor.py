@@ -38,7 +38,7 @@ def doctor(
     lora: Annotated[int, typer.Option(min=0, help="Rank of a LoRA student; 0 for all weights.")] = 0,
     device: DeviceOption = "auto",
 ) -> None:
-    """Check that a teacher is read correctly, before a run: each finding with a number and a verdict.
+    """Check that a teacher is read correctly before a run: each finding with a number and a verdict.
 
     A large teacher fits as it will be trained: in half precision, with a LoRA student that shares its weights.
 

@@ -38,7 +38,7 @@ def sample(
         Path | None,
         typer.Option(
             help="Let student and teacher sample one prompt side by side, and write it here with the measured times. "
-            "FILE.gif, or FILE.png for the moment in which the student is done.",
+            "Give FILE.gif, or FILE.png for the moment in which the student is done.",
             show_default=False,
         ),
     ] = None,
