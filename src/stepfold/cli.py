@@ -33,7 +33,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="""Distil a diffusion or flow model into a one-step student, from prompts alone.
+    help="""Distil a diffusion or flow model into a few-step student, from prompts alone.
 
     stepfold distill --preset demo --out runs/demo
 

@@ -33,7 +33,7 @@ def test_a_finished_run(runs: Path) -> None:
     run = read_run(runs, "deeper/second")
     assert (run.state, run.step, run.steps, run.previews, run.problem) == ("finished", 3, 3, (0, 1, 2, 3), "")
     assert run.progress == "finished, 3 steps"
-    assert "<h1>second: one-step student" in report_of(run)
+    assert "<h1>second: few-step student of" in report_of(run)
     svgs = curves_of([run, read_run(runs, "first")])
     assert {"loss", "grad_norm", "lr"} <= set(svgs)
     assert "var(--accent)" in svgs["loss"] and "var(--other)" in svgs["loss"]

@@ -1,4 +1,4 @@
-"""`stepfold distill`: a teacher becomes a one-step student."""
+"""`stepfold distill`: a teacher becomes a few-step student."""
 
 import os
 import time
@@ -73,7 +73,7 @@ def distill(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Distil a teacher into a one-step student.
+    """Distil a teacher into a few-step student.
 
     Writes checkpoints, previews, report.html and report.json into the run folder, and the student into its `student`
     folder, which plain diffusers loads.

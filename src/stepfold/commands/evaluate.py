@@ -41,8 +41,9 @@ def evaluate(
     protocol: Annotated[
         str,
         typer.Option(
-            help="teacher: latent error against the student's own teacher. emoji: the bundled teacher's evaluator. "
-            "mjhq30k: FID, CLIP score. geneval: images for its scorer. auto: teacher, or emoji for the bundled one."
+            help="`teacher`: latent error against the student's own teacher. `emoji`: the bundled teacher's evaluator. "
+            "`mjhq30k`: FID, CLIP score. `geneval`: images for its scorer. `auto`: teacher, or emoji for the bundled "
+            "one."
         ),
     ] = "auto",
     steps: Annotated[
@@ -56,7 +57,9 @@ def evaluate(
     n: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Images per row. Default: 2000; teacher: 64 prompts; mjhq30k: 30000.", show_default=False
+            min=2,
+            help="Images per row. Default: 2000, with a teacher of your own 64 prompts, with mjhq30k 30000.",
+            show_default=False,
         ),
     ] = None,
     guidance: Annotated[

@@ -25,9 +25,7 @@ def export(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Of a flow map: fold it for exactly so many steps (pipeline, lora).", show_default=False
-        ),
+        typer.Option(min=1, help="Fold a flow map for exactly so many steps (pipeline, lora).", show_default=False),
     ] = None,
     keys: Annotated[
         Literal["diffusers", "comfy", "kohya"] | None,

@@ -194,7 +194,7 @@ def report_of(run: Run, course: "Course", scores: dict[str, Any], command: str) 
     student, errors = run.folder / "student", errors_over_steps(run.folder)
     preset, changed = nearest_preset(config)
     return {
-        "title": f"{run.folder.name}: one-step student of {config.teacher.source}",
+        "title": f"{run.folder.name}: few-step student of {config.teacher.source}",
         "facts": facts_of(config, numbers),
         "command": command,
         "next_command": None if scores["student"] else f"stepfold evaluate {shlex.quote(str(student))}",

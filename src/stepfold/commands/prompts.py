@@ -1,4 +1,4 @@
-"""`stepfold prompts`: files of prompts looked at, cleaned, split and encoded."""
+"""`stepfold prompts`: files of prompts described, cleaned, split and encoded."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Look at files of prompts, clean, split and encode them: txt, json, jsonl, csv, tsv or parquet, gzipped too;"
-    " a folder or a quoted pattern of them, or of captions beside pictures."
+    help="Describe, clean, split and encode files of prompts: txt, json, jsonl, csv, tsv or parquet, also gzipped. "
+    "A folder or a quoted pattern works too, also of captions beside images."
     "\n\n    stepfold prompts clean PartiPrompts.tsv --out prompts.txt"
     "\n\n    stepfold prompts encode prompts.txt --teacher ./my-sana --out my-conditions",
 )
@@ -45,7 +45,7 @@ app = typer.Typer(
 PromptTable = Annotated[
     Path,
     typer.Argument(
-        help="txt (one prompt a line), json, jsonl, csv, tsv or parquet; .gz too; or a folder.", show_default=False
+        help="txt (one prompt a line), json, jsonl, csv, tsv or parquet, also gzipped; or a folder.", show_default=False
     ),
 ]
 Column = Annotated[
@@ -137,7 +137,8 @@ def clean(
     wildcards: Annotated[
         Literal["expand", "keep", "drop"],
         typer.Option(
-            help="Of {a|b}: every combination, 64 a prompt at most; the text as it is; or no such prompt (nor __a__)."
+            help="For {a|b}: every combination, 64 a prompt at most, the text as it is, or no such prompt "
+            "(and none with __a__)."
         ),
     ] = "keep",
     languages: Annotated[
@@ -155,8 +156,8 @@ def clean(
 ) -> None:
     """Make a clean text file of prompts: blank, overlong and repeated ones go; line breaks become spaces.
 
-    Invisible marks go too, and characters are written in NFC. What is no plain text, and what a text encoder would cut,
-    is said.
+    Invisible marks go too, and characters are written in NFC. The command
+    counts what is no plain text, and what a text encoder would cut.
 
     stepfold prompts clean DiffusionDB.parquet --column prompt --out prompts.txt --near 0.8 --languages en
 
@@ -235,7 +236,7 @@ def encode(
     prompts: Annotated[
         Path | None,
         typer.Argument(
-            help="txt (one prompt a line), json, jsonl, csv, tsv or parquet; .gz too; or a folder. "
+            help="txt (one prompt a line), json, jsonl, csv, tsv or parquet, also gzipped; or a folder. "
             "Default: the bundled teacher's.",
             show_default=False,
         ),

@@ -1,4 +1,4 @@
-"""`stepfold retime`: a teacher whose time counts to 1000 learns to read [0, 1]."""
+"""`stepfold retime`: a teacher that reads timesteps in [0, 1000] learns to read [0, 1]."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,10 +47,10 @@ def retime(
     json_file: JsonOption = None,
     quiet: Quiet = False,
 ) -> None:
-    """Re-time a Sana, SD3 or FLUX teacher whose time counts to 1000 to [0, 1], from its own walks, without images.
+    """Re-time a Sana, SD3 or FLUX teacher from timesteps in [0, 1000] to [0, 1], on its own trajectories.
 
-    Continuous consistency wants it: its tangent contains dF/dt. Discrete consistency does without. All of the network
-    is trained, in float32; the result is a pipeline of the same class.
+    Continuous consistency needs it: its tangent contains dF/dt. Discrete consistency does not. It takes no images and
+    trains all of the network, in float32. The result is a pipeline of the same class.
 
     stepfold retime ./my-sana --prompts prompts.txt --out runs/retimed
 

@@ -1,4 +1,4 @@
-"""`stepfold doctor`: is the teacher understood? Findings with numbers, before hours are spent."""
+"""`stepfold doctor`: is the teacher read correctly? Findings with numbers, before hours are spent."""
 
 import gc
 from collections.abc import Sequence
