@@ -140,7 +140,7 @@ def fresh(tmp_path: Path) -> Callable[[dict[str, tuple[Path, str]]], dict[str, t
         for name, (folder, code) in pipes.items():
             teacher, _, _ = load_student(folder, "cpu")
             shape = (1, *teacher.latent_shape)
-            noise[name] = teacher.pack(start(shape)).contiguous()
+            noise[name] = teacher.given(start(shape)).contiguous()
             lines += [f"folder = {str(folder)!r}", code, f"draw({name!r}, folder, pipe, {steps})"]
         save_file(noise, file)
         run_alone("\n".join([*lines, f"save_file(drawn, {str(file)!r})"]))

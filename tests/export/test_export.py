@@ -82,7 +82,7 @@ def test_a_student_of_every_family_draws_our_latents_in_plain_diffusers(
         rest = card.recipe.times[1], lambda step, noise=noise: noise, sigma_data
         with torch.no_grad():
             x0 = sample_consistency(student, noise, condition, guidance, *rest)
-        assert relative(teacher.unpack(drawn[family]), x0 / sigma_data) < 1e-4, family
+        assert relative(teacher.made(drawn[family]), x0 / sigma_data) < 1e-4, family
 
 
 def test_a_student_with_weights_of_its_own_is_a_pipeline(student_of: StudentOf, tmp_path: Path) -> None:

@@ -130,7 +130,8 @@ class ModuleTeacher(Teacher):
         """Both branches of the guidance go through the network as one batch."""
         with torch.set_grad_enabled(with_gradient):
             without, with_prompt = self._branches(x / self.sigma_data, t, condition)
-            F = with_prompt if self.nothing is None else guide(without, with_prompt, guidance)
+            weight = self.guidance_weight(guidance)
+            F = with_prompt if self.nothing is None else guide(without, with_prompt, weight)
             return (self.sigma_data * F).to(x.dtype)
 
     @torch.no_grad()
