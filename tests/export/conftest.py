@@ -33,6 +33,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "flux": tiny.make_flux,
     "sd1": tiny.make_sd1,
     "sdxl": tiny.make_sdxl,
+    "flux2": tiny.make_flux2_klein,
+    "flux2 dev": tiny.make_flux2,
     "v sdxl": partial(tiny.make_sdxl, prediction_type="v_prediction"),
     "v sdxl from noise": partial(
         tiny.make_sdxl, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
@@ -44,11 +46,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sprint": tiny.make_sprint,
     "retimed sd3": lambda: retimed(tiny.make_sd3()),
     "retimed flux": lambda: retimed(tiny.make_flux()),
+    "retimed flux2": lambda: retimed(tiny.make_flux2_klein()),
 }
 SMALLER: dict[str, Callable[..., Any]] = {
     "sana": tiny.make_sana,
     "sd3": tiny.make_sd3,
     "flux": tiny.make_flux,
+    "flux2": tiny.make_flux2_klein,
     "pixart": tiny.make_pixart,
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,

@@ -26,7 +26,7 @@ from stepfold.teachers.sana import SanaTeacher
 from .conftest import relative, start
 
 StudentOf = Callable[..., Path]
-FAMILIES = ("sana", "first sana", "sprint", "sd3", "flux", "sd1", "lumina", "wan")
+FAMILIES = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "sd1", "lumina", "wan")
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
 
 

@@ -33,6 +33,7 @@ from stepfold.teachers.contract import Condition, concatenate
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.family import Family
 from stepfold.teachers.flux import FluxTeacher
+from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
 from stepfold.teachers.loading import family_of
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.oracle import agreement
@@ -124,13 +125,26 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "flux schnell": lambda _, empty: FluxTeacher(
         tiny.save(partial(tiny.make_flux, guidance_embeds=False), empty / "flux"), **SMALL
     ),
+    "flux 2 klein": lambda _, empty: Flux2KleinTeacher(tiny.save(tiny.make_flux2_klein, empty / "klein"), **SMALL),
+    "flux 2 klein, distilled": lambda _, empty: Flux2KleinTeacher(
+        tiny.save(partial(tiny.make_flux2_klein, is_distilled=True), empty / "klein"), **SMALL
+    ),
+    "flux 2 dev": lambda _, empty: Flux2Teacher(tiny.save(tiny.make_flux2, empty / "flux2"), **SMALL),
     "dit": lambda _, empty: DiTTeacher(tiny.save(tiny.make_dit, empty / "dit")),
     "lumina 2": lambda _, empty: Lumina2Teacher(tiny.save(tiny.make_lumina2, empty / "lumina2"), **SMALL),
     "wan": lambda _, empty: WanTeacher(tiny.save(tiny.make_wan, empty / "wan"), **SMALL, frames=5),
 }
 
 
-VARIANTS = ("no guidance", "the prompt's mask", "float64", "zero terminal snr", "normalised latents", "clips")
+VARIANTS = (
+    "no guidance",
+    "the prompt's mask",
+    "float64",
+    "zero terminal snr",
+    "normalised latents",
+    "clips",
+    "distilled",
+)
 
 
 @pytest.fixture(
@@ -512,7 +526,7 @@ def test_the_wrapped_teacher_samples_what_its_pipeline_samples(teacher: Any, gui
     guidance = teacher.no_guidance if guidance == "off" else guidance
     if isinstance(teacher.pipe, SanaSprintPipeline):
         pytest.skip("SanaSprintPipeline walks with SCMScheduler")
-    if teacher.guidance_kind == "none" and not isinstance(teacher, FluxTeacher):
+    if teacher.guidance_kind == "none" and not isinstance(teacher, FluxTeacher | Flux2KleinTeacher):
         guidance = teacher.no_guidance
     elif teacher.null_mask == "prompt":
         pytest.skip("the public training code's mask, not the pipeline's")
@@ -529,7 +543,11 @@ def test_the_pipelines_own_loop_agrees(teacher: Any):
     """Its own scheduler calls the network as the teacher does, and has the schedule that was read."""
     if teacher.null_mask == "prompt":
         pytest.skip("the public training code's mask, not the pipeline's")
-    guidance = 4.0 if teacher.guidance_kind != "none" or isinstance(teacher, FluxTeacher) else teacher.no_guidance
+    guidance = (
+        4.0
+        if teacher.guidance_kind != "none" or isinstance(teacher, FluxTeacher | Flux2KleinTeacher)
+        else teacher.no_guidance
+    )
     found = agreement(teacher, PROMPTS, teacher.encode(PROMPTS), scales(teacher, *[guidance] * 3))
     assert found.network < 1e-4 and found.schedule < 0.05 and found.end < 0.05
     assert bool(found.left_out) == bool(teacher.pipe.scheduler.config.get("clip_sample"))

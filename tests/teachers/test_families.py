@@ -57,6 +57,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sdxl": tiny.make_sdxl,
     "flux dev": tiny.make_flux,
     "flux schnell": partial(tiny.make_flux, guidance_embeds=False),
+    "flux 2 klein": tiny.make_flux2_klein,
+    "flux 2 dev": tiny.make_flux2,
     "lumina 2": tiny.make_lumina2,
     "wan": tiny.make_wan,
     "sprint": tiny.make_sprint,

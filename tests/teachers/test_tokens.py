@@ -18,6 +18,8 @@ MAKERS: dict[str, Any] = {
     "sd3": tiny.make_sd3,
     "flux": tiny.make_flux,
     "pixart": tiny.make_pixart,
+    "flux 2 klein": tiny.make_flux2_klein,
+    "flux 2 dev": tiny.make_flux2,
     "lumina 2": tiny.make_lumina2,
     "wan": tiny.make_wan,
 }

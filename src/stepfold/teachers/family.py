@@ -15,7 +15,7 @@ from stepfold.maths.formulations import guide
 from stepfold.teachers.calls import PipelineCalls
 from stepfold.teachers.contract import Condition, GuidanceKind
 from stepfold.teachers.schedules import Schedule, flow_shift, read_flow
-from stepfold.teachers.tokens import TextReader, usual_tokens
+from stepfold.teachers.tokens import TextReader, tokenizer_in, usual_tokens
 
 Predict = Callable[[Any, Tensor, Tensor, Condition, Tensor | None], Tensor]
 """(network, x / sigma_data [B, ...], t [B], condition, guidance scales [B] for a network that embeds them) -> F."""
@@ -227,7 +227,7 @@ class Family(PipelineCalls):
         there = [part for part in cls.readers if getattr(pipe, part) is not None]
         if not there:
             return None
-        tokenizer: Any = getattr(pipe, there[0])
+        tokenizer = tokenizer_in(getattr(pipe, there[0]))
         told = "max_sequence_length" in inspect.signature(pipe.__call__).parameters and there[0] == cls.readers[0]
         most = (max_tokens or usual_tokens(pipe)) if told else tokenizer.model_max_length
         return TextReader(tokenizer, most, *cls.before_prompts(pipe), lowers=cls.lowers)

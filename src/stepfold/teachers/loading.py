@@ -12,6 +12,7 @@ from stepfold.errors import NonFiniteError, UserError, first_line
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.flux import FluxTeacher
+from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
 from stepfold.teachers.folders import (
     DEVICE_ERRORS,
     check_folder,
@@ -38,6 +39,8 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         SprintTeacher,
         SD3Teacher,
         FluxTeacher,
+        Flux2KleinTeacher,
+        Flux2Teacher,
         PixArtTeacher,
         StableDiffusionTeacher,
         StableDiffusionXLTeacher,
@@ -77,7 +80,7 @@ def family_of(source: str) -> type[PipelineTeacher]:
     """
     name = load_index(source).get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
-        reason = "" if name is None else next((f" ({why})" for kind, why in NOT_FROM_TEXT.items() if kind in name), "")
+        reason = next((f" ({why})" for kind, why in NOT_FROM_TEXT.items() if kind in str(name)), "")
         raise UserError(f"teacher {source!r} is a {name}{reason}; this version distils {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
