@@ -118,6 +118,7 @@ def run_alone(script: str) -> None:
 
 START = """
 import json, sys
+from inspect import signature
 import diffusers, torch
 from safetensors.torch import load_file, save_file
 
@@ -130,7 +131,8 @@ def draw(name, folder, pipe, steps):
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(7)
     call = card["calls"][str(steps)]
-    drawn[name] = pipe(card["example"], latents=tensors[name], output_type="latent", return_dict=False, **call)[0]
+    told = {{"class_labels" if "class_labels" in signature(pipe.__call__).parameters else "prompt": card["example"]}}
+    drawn[name] = pipe(**told, latents=tensors[name], output_type="latent", return_dict=False, **call)[0]
 """
 
 

@@ -153,6 +153,11 @@ def test_a_teacher_in_bfloat16_is_merged_in_float32(student_of: StudentOf, tmp_p
         assert relative(merged(x, t, condition, scale), loaded(x, t, condition, scale)) < 1e-5
 
 
+def test_a_readme_names_the_prompt_where_another_argument_comes_first(student_of: StudentOf) -> None:
+    assert '    prompt="red heart",\n' in model_card(read_card(student_of("flux2")))
+    assert '    "red heart",\n' in model_card(read_card(student_of("flux")))
+
+
 def test_a_lora_students_readme_loads_the_very_teacher(student_of: StudentOf) -> None:
     card = read_card(student_of("sana", 4))
     theirs = card.config["teacher"] | {"revision": "v2", "variant": "fp16"}
@@ -193,7 +198,7 @@ QUICKSTARTS = dict(
 )
 TINY_FAMILIES = {
     "Sana": "first sana", "Sana-Sprint": "sprint", "Stable Diffusion 3 and 3.5": "sd3", "FLUX.1": "flux",
-    "PixArt-Sigma": "pixart", "Stable Diffusion 1 and 2": "sd1", "Stable Diffusion XL": "sdxl",
+    "FLUX.2": "flux2", "PixArt-Sigma": "pixart", "Stable Diffusion 1 and 2": "sd1", "Stable Diffusion XL": "sdxl",
     "Lumina Image 2": "lumina", "Wan 2.1, text to video": "wan", "DiT": "dit",
 }  # fmt: skip
 
@@ -207,8 +212,10 @@ def test_a_student_of_each_family_samples_as_the_docs_say(heading: str, student_
     call = next(
         node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe"
     )
-    assert {str(keyword.arg) for keyword in call.keywords} == set(card.calls[1])
-    assert ast.unparse(call.args[0]) == ("[207]" if heading == "DiT" else "'a red heart'")
+    named = {str(keyword.arg): keyword.value for keyword in call.keywords}
+    first = named.pop("prompt") if "prompt" in named else call.args[0]
+    assert set(named) == set(card.calls[1])
+    assert ast.unparse(first) == ("[207]" if heading == "DiT" else "'a red heart'")
     code = re.sub(r'"runs/\w+/student"', repr(str(student)), code)
     code = re.sub(r'(from_pretrained\()"[\w./-]+"', lambda found: found[1] + repr(card.teacher), code)
     code = re.sub(r"(height|width)=\d+", r"\1=32", code).replace("num_frames=33", "num_frames=5")

@@ -94,8 +94,10 @@ def draw(
     """
     options = drawer.options(steps, guidance)
     options |= {"output_type": "pt", "generator": [generator(seed, "pipeline", key) for key in keys]}
+    named = FAMILIES.get(type(drawer.pipe).__name__, PipelineTeacher).prompt_argument
+    first, options = ([], options | {named: list(prompts)}) if named else ([list(prompts)], options)
     try:
-        return drawer.pipe(list(prompts), **options).images.float().clamp(0, 1)
+        return drawer.pipe(*first, **options).images.float().clamp(0, 1)
     except (TypeError, ValueError) as error:
         name = type(drawer.pipe).__name__
         raise UserError(

@@ -20,6 +20,7 @@ class PipelineCalls(Teacher):
         even_ladder: the pipeline's own sampler walks noise levels 1, 1 - 1/n, ..., 1/n.
         output: where the pipeline's result has what it made.
         scale_argument: name of the guidance scale in the pipeline's call.
+        prompt_argument: name of the prompt in the pipeline's call, where another argument comes first; else empty.
         pipe: the pipeline.
         device: where its networks are.
         dtype: of their weights.
@@ -30,6 +31,7 @@ class PipelineCalls(Teacher):
     even_ladder: bool = False
     output: ClassVar[Literal["images", "frames"]] = "images"
     scale_argument: ClassVar[str] = "guidance_scale"
+    prompt_argument: ClassVar[str] = ""
 
     pipe: Any
     device: torch.device

@@ -55,6 +55,7 @@ class Flux2Teacher(PipelineTeacher):
 
     pipelines = (Flux2Pipeline,)
     even_ladder = True
+    prompt_argument = "prompt"
     autoencoder_layout = "once its channels, four by four, are squares of two by two"
     fields: ClassVar[Any] = {"patch_size": ((1,), "the pipeline makes patches of the latents itself")}
 
