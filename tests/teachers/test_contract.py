@@ -573,6 +573,37 @@ def test_impossible_guidance_is_refused(teacher: Any):
     assert "\n" not in str(caught.value)
 
 
+class ByVideo(SD3Teacher):
+    """As the teacher of a pipeline of pictures whose autoencoder takes videos."""
+
+    video_autoencoder = True
+
+    def latent_scale(self, vae: Any) -> tuple[Any, Any]:
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+        return 1 / std, mean
+
+    def to_autoencoder(self, latents: Tensor) -> Tensor:
+        return latents.flip(-1)
+
+    def from_autoencoder(self, latents: Tensor) -> Tensor:
+        return latents.flip(-1)
+
+
+def test_a_picture_is_a_video_of_one_frame_to_an_autoencoder_of_videos(tmp_path: Path):
+    """And has the layout and the scale that it wants."""
+    teacher = ByVideo(tiny.save(tiny.make_sd3, tmp_path / "sd3"), **SMALL)
+    vae: Any = tiny.make_wan().vae
+    teacher.pipe.vae = vae
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    latents = torch.randn(2, 4, 2, 4)
+    with torch.no_grad():
+        video = vae.decode((latents * std + mean).flip(-1)[:, :, None], return_dict=False)[0]
+        pictures = teacher.decode(0.5 * latents)
+        encoded = vae.encode(2 * pictures[:, :, None] - 1, return_dict=False)[0].mode()[:, :, 0].flip(-1)
+    torch.testing.assert_close(pictures, (video[:, :, 0] / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(teacher.encode_pictures(pictures), 0.5 * (encoded - mean) / std, rtol=0, atol=1e-5)
+
+
 def test_conditions_pad_trim_and_join():
     a = Condition(torch.ones(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]]))
     assert a.trimmed().mask.tolist() == [[1, 1], [1, 0]] and a.trimmed().embeds.shape == (2, 2, 4)
