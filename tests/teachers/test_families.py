@@ -712,6 +712,23 @@ def test_wan_of_another_kind_is_refused(tmp_path: Path, change: dict[str, Any]) 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("FluxInpaintPipeline", r" \(it fills a part of an image; give the .*\);"),
+        ("Flux2KleinKVPipeline", r" \(it caches the keys of images .* without KV and save it again\);"),
+        ("AuraFlowPipeline", ";"),
+        (None, ";"),
+        (3, ";"),
+    ],
+)
+def test_a_pipeline_that_is_no_teacher_is_told_why(kind: Any, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(UserError, match=rf"is a {kind}{reason} this version distils SanaPipeline") as caught:
+        load_teacher(TeacherSettings(source=str(tmp_path)), "cpu")
+    assert "\n" not in str(caught.value)
+
+
 def test_pictures_teach_no_videos(tmp_path: Path) -> None:
     folder = tiny.save(tiny.make_wan, tmp_path / "pipeline")
     images = tmp_path / "images"

@@ -230,10 +230,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "holds a pickle",
     ),
     "another pipeline": (lambda f: edited(f, "model_index.json", _class_name="FluxPipeline"), "is a FluxPipeline"),
-    "an editor": (
-        lambda f: edited(f, "model_index.json", _class_name="FluxInpaintPipeline"),
-        r"is a FluxInpaintPipeline \(it fills a part of an image; give the .*\); this version distils SanaP",
-    ),
     "no class": (lambda f: edited(f, "model_index.json", _class_name=None), "is a None"),
     "unknown part class": (
         lambda f: edited(f, "model_index.json", transformer=["diffusers", "NoSuchModel"]),
