@@ -12,6 +12,7 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLWan,
     DDIMScheduler,
     DiTPipeline,
@@ -19,6 +20,9 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     Lumina2Pipeline,
@@ -39,6 +43,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -49,7 +54,12 @@ from transformers import (
     CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -253,6 +263,111 @@ def make_flux(guidance_embeds: bool = True, num_layers: int = 1) -> FluxPipeline
         tokenizer_2=t5_tokenizer(),
     )
     return FluxPipeline(**parts)
+
+
+QWEN_TEMPLATE = """{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false -%}
+<think>
+
+</think>
+
+{% endif -%}
+{%- endif -%}"""
+MISTRAL_TEMPLATE = """<s>{%- for message in messages -%}
+{%- if message.role == "system" -%}[SYSTEM_PROMPT]{{ message.content[0].text }}[/SYSTEM_PROMPT]
+{%- else -%}[INST]{{ message.content[0].text }}[/INST]{%- endif -%}
+{%- endfor -%}"""
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Of bytes; and the words of the chat template as a whole."""
+    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
+    tokenizer.add_tokens(
+        ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "user", "assistant"], special_tokens=True
+    )
+    tokenizer.chat_template = QWEN_TEMPLATE
+    return tokenizer
+
+
+def qwen3_encoder(width: int, layers: int) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(qwen_tokenizer()), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=4, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+def mistral_tokenizer() -> PreTrainedTokenizerFast:
+    """Characters; and one token that is the pipeline's system message as a whole. Pads before the text.
+
+    In the place of a PixtralProcessor, which needs torchvision and for texts calls such a one.
+    """
+    words = ["<pad>", "<s>", "</s>", "<unk>", *CHARACTERS, " "]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token="<unk>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_tokens(["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", SYSTEM_MESSAGE])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left",
+        chat_template=MISTRAL_TEMPLATE,
+    )  # fmt: skip
+
+
+def mistral3_encoder(width: int, layers: int) -> Mistral3ForConditionalGeneration:
+    text = dict(
+        model_type="mistral", vocab_size=len(mistral_tokenizer()), hidden_size=width,
+        intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+    )  # fmt: skip
+    vision = dict(
+        model_type="pixtral", hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision, image_token_index=0))
+
+
+def flux2_autoencoder() -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    vae.bn.running_mean.copy_(torch.linspace(-0.6, 0.9, 16))
+    vae.bn.running_var.copy_(torch.linspace(0.4, 2.5, 16))
+    return vae
+
+
+def flux2_transformer(width: int, **changes: Any) -> Flux2Transformer2DModel:
+    settings: dict[str, Any] = dict(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=width, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
+    )  # fmt: skip
+    return Flux2Transformer2DModel(**(settings | changes))
+
+
+def make_flux2_klein(is_distilled: bool = False, num_layers: int = 2) -> Flux2KleinPipeline:
+    return Flux2KleinPipeline(
+        transformer=flux2_transformer(24, num_layers=num_layers, guidance_embeds=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=flux2_autoencoder(),
+        text_encoder=qwen3_encoder(8, 28),
+        tokenizer=qwen_tokenizer(),
+        is_distilled=is_distilled,
+    )
+
+
+def make_flux2(num_layers: int = 2) -> Flux2Pipeline:
+    return Flux2Pipeline(
+        transformer=flux2_transformer(48, num_layers=num_layers),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=flux2_autoencoder(),
+        text_encoder=mistral3_encoder(16, 31),
+        tokenizer=mistral_tokenizer(),
+    )
 
 
 def make_pixart(num_layers: int = 2) -> PixArtSigmaPipeline:

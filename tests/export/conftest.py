@@ -33,6 +33,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "flux": tiny.make_flux,
     "sd1": tiny.make_sd1,
     "sdxl": tiny.make_sdxl,
+    "flux2": tiny.make_flux2_klein,
+    "flux2 dev": tiny.make_flux2,
     "v sdxl": partial(tiny.make_sdxl, prediction_type="v_prediction"),
     "v sdxl from noise": partial(
         tiny.make_sdxl, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
@@ -44,11 +46,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sprint": tiny.make_sprint,
     "retimed sd3": lambda: retimed(tiny.make_sd3()),
     "retimed flux": lambda: retimed(tiny.make_flux()),
+    "retimed flux2": lambda: retimed(tiny.make_flux2_klein()),
 }
 SMALLER: dict[str, Callable[..., Any]] = {
     "sana": tiny.make_sana,
     "sd3": tiny.make_sd3,
     "flux": tiny.make_flux,
+    "flux2": tiny.make_flux2_klein,
     "pixart": tiny.make_pixart,
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
@@ -114,6 +118,7 @@ def run_alone(script: str) -> None:
 
 START = """
 import json, sys
+from inspect import signature
 import diffusers, torch
 from safetensors.torch import load_file, save_file
 
@@ -126,7 +131,8 @@ def draw(name, folder, pipe, steps):
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(7)
     call = card["calls"][str(steps)]
-    drawn[name] = pipe(card["example"], latents=tensors[name], output_type="latent", return_dict=False, **call)[0]
+    told = {{"class_labels" if "class_labels" in signature(pipe.__call__).parameters else "prompt": card["example"]}}
+    drawn[name] = pipe(**told, latents=tensors[name], output_type="latent", return_dict=False, **call)[0]
 """
 
 
@@ -140,7 +146,7 @@ def fresh(tmp_path: Path) -> Callable[[dict[str, tuple[Path, str]]], dict[str, t
         for name, (folder, code) in pipes.items():
             teacher, _, _ = load_student(folder, "cpu")
             shape = (1, *teacher.latent_shape)
-            noise[name] = teacher.pack(start(shape)).contiguous()
+            noise[name] = teacher.given(start(shape)).contiguous()
             lines += [f"folder = {str(folder)!r}", code, f"draw({name!r}, folder, pipe, {steps})"]
         save_file(noise, file)
         run_alone("\n".join([*lines, f"save_file(drawn, {str(file)!r})"]))

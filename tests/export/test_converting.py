@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_named(tiny_sana: Path, tmp_path: Path) -> None:
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "sd1": tiny.make_sd1, "sdxl": tiny.make_sdxl, "sd3": tiny.make_sd3, "flux": tiny.make_flux,
-    "lumina": tiny.make_lumina2, "pixart": tiny.make_pixart, "wan": tiny.make_wan,
+    "flux2": tiny.make_flux2_klein, "lumina": tiny.make_lumina2, "pixart": tiny.make_pixart, "wan": tiny.make_wan,
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def rows_seen(drawer: Any, steps: int, guidance: float | None = None) -> list[in
     return seen
 
 
-@pytest.mark.parametrize("family", ["sana", "first sana", "sd1", "sd3", "flux", "lumina"])
+@pytest.mark.parametrize("family", ["sana", "first sana", "sd1", "sd3", "flux", "flux2", "lumina"])
 def test_a_student_takes_its_own_steps_without_guidance(family: str, student_of: Callable[..., Path]) -> None:
     """One row a step: the branch of classifier-free guidance is not called."""
     drawer = open_drawer(student_of(family), "cpu")

@@ -26,9 +26,9 @@ from .conftest import SMALLER, relative, start
 StudentOf = Callable[..., Path]
 Fresh = Callable[..., dict[str, torch.Tensor]]
 KINDS = ("lora", "pipeline", "teacher")
-WITH_LORA = ("sana", "sd3", "flux", "sd1", "sdxl", "lumina", "wan")
+WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina", "wan")
 FEWER = ", fewer blocks"
-DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "sd1", "sdxl", "pixart", "lumina", "wan")
+DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "pixart", "lumina", "wan")
 DRAWN += tuple(f"{family}{FEWER}" for family in SMALLER)
 
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
@@ -82,7 +82,7 @@ def test_a_student_of_every_family_draws_our_latents_in_plain_diffusers(
         rest = card.recipe.times[1], lambda step, noise=noise: noise, sigma_data
         with torch.no_grad():
             x0 = sample_consistency(student, noise, condition, guidance, *rest)
-        assert relative(teacher.unpack(drawn[family]), x0 / sigma_data) < 1e-4, family
+        assert relative(teacher.made(drawn[family]), x0 / sigma_data) < 1e-4, family
 
 
 def test_a_student_with_weights_of_its_own_is_a_pipeline(student_of: StudentOf, tmp_path: Path) -> None:
@@ -153,6 +153,11 @@ def test_a_teacher_in_bfloat16_is_merged_in_float32(student_of: StudentOf, tmp_p
         assert relative(merged(x, t, condition, scale), loaded(x, t, condition, scale)) < 1e-5
 
 
+def test_a_readme_names_the_prompt_where_another_argument_comes_first(student_of: StudentOf) -> None:
+    assert '    prompt="red heart",\n' in model_card(read_card(student_of("flux2")))
+    assert '    "red heart",\n' in model_card(read_card(student_of("flux")))
+
+
 def test_a_lora_students_readme_loads_the_very_teacher(student_of: StudentOf) -> None:
     card = read_card(student_of("sana", 4))
     theirs = card.config["teacher"] | {"revision": "v2", "variant": "fp16"}
@@ -193,7 +198,7 @@ QUICKSTARTS = dict(
 )
 TINY_FAMILIES = {
     "Sana": "first sana", "Sana-Sprint": "sprint", "Stable Diffusion 3 and 3.5": "sd3", "FLUX.1": "flux",
-    "PixArt-Sigma": "pixart", "Stable Diffusion 1 and 2": "sd1", "Stable Diffusion XL": "sdxl",
+    "FLUX.2": "flux2", "PixArt-Sigma": "pixart", "Stable Diffusion 1 and 2": "sd1", "Stable Diffusion XL": "sdxl",
     "Lumina Image 2": "lumina", "Wan 2.1, text to video": "wan", "DiT": "dit",
 }  # fmt: skip
 
@@ -207,8 +212,10 @@ def test_a_student_of_each_family_samples_as_the_docs_say(heading: str, student_
     call = next(
         node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe"
     )
-    assert {str(keyword.arg) for keyword in call.keywords} == set(card.calls[1])
-    assert ast.unparse(call.args[0]) == ("[207]" if heading == "DiT" else "'a red heart'")
+    named = {str(keyword.arg): keyword.value for keyword in call.keywords}
+    first = named.pop("prompt") if "prompt" in named else call.args[0]
+    assert set(named) == set(card.calls[1])
+    assert ast.unparse(first) == ("[207]" if heading == "DiT" else "'a red heart'")
     code = re.sub(r'"runs/\w+/student"', repr(str(student)), code)
     code = re.sub(r'(from_pretrained\()"[\w./-]+"', lambda found: found[1] + repr(card.teacher), code)
     code = re.sub(r"(height|width)=\d+", r"\1=32", code).replace("num_frames=33", "num_frames=5")

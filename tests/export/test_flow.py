@@ -26,7 +26,7 @@ from stepfold.teachers.sana import SanaTeacher
 from .conftest import relative, start
 
 StudentOf = Callable[..., Path]
-FAMILIES = ("sana", "first sana", "sprint", "sd3", "flux", "sd1", "lumina", "wan")
+FAMILIES = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "sd1", "lumina", "wan")
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
 
 
@@ -47,7 +47,7 @@ def test_a_flow_student_of_every_family_draws_our_latents_in_plain_diffusers(
         assert card.recipe.sampler == "flow", name
         noise = 0.5 * start((1, *teacher.latent_shape))
         rest = teacher.encode([card.example]), torch.tensor([2.0]), card.recipe.times_for(4), unused, 0.5
-        assert relative(teacher.unpack(drawn[name]), sample_flow(student, noise, *rest) / 0.5) < 1e-4, name
+        assert relative(teacher.made(drawn[name]), sample_flow(student, noise, *rest) / 0.5) < 1e-4, name
 
 
 def test_sanas_flow_student_is_a_sana_pipeline_of_one_scale(student_of: StudentOf) -> None:

@@ -56,9 +56,9 @@ def in_diffusers(folder: Path, steps: int) -> torch.Tensor:
     assert card.recipe.sampler == "flow" and list(card.calls) == list(card.recipe.times) == [steps]
     pipe: Any = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    noise = teacher.pack(start((1, *teacher.latent_shape)))
+    noise = teacher.given(start((1, *teacher.latent_shape)))
     made = pipe(card.example, latents=noise, output_type="latent", return_dict=False, **card.calls[steps])[0]
-    return teacher.unpack(made)
+    return teacher.made(made)
 
 
 @pytest.mark.parametrize("family", cases(FAMILIES, short=["sd3"]))
@@ -86,7 +86,7 @@ def test_folded_students_draw_our_latents_where_stepfold_is_not(
     drawn = fresh({family: (folder, PIPE) for family, folder in folded.items()}, 4)
     for family, folder in maps.items():
         teacher, _, _ = load_student(folder, "cpu")
-        assert relative(teacher.unpack(drawn[family]), latents_of(folder, 4)) < 1e-4, family
+        assert relative(teacher.made(drawn[family]), latents_of(folder, 4)) < 1e-4, family
 
 
 @pytest.mark.parametrize("family", cases(("sd3", "flux", "sd1", "wan", "first sana"), short=[]))
@@ -103,9 +103,9 @@ def test_a_lora_for_so_many_steps_draws_our_latents_in_the_teachers_pipeline(
     pipe.scheduler = teacher.lora_scheduler("flow")
     call = teacher.lora_call(card.recipe.times_for(4), card.recipe.guidance, "flow")
     pipe.set_progress_bar_config(disable=True)
-    noise = teacher.pack(start((1, *teacher.latent_shape)))
+    noise = teacher.given(start((1, *teacher.latent_shape)))
     theirs = pipe(card.example, latents=noise, output_type="latent", return_dict=False, **call)[0]
-    assert relative(teacher.unpack(theirs), latents_of(folder, 4)) < 1e-4
+    assert relative(teacher.made(theirs), latents_of(folder, 4)) < 1e-4
 
 
 @pytest.mark.parametrize("objective", cases(("pair", "semigroup", "lagrange"), short=["pair"]))

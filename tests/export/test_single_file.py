@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
@@ -36,6 +37,9 @@ SDXL: dict[str, Any] = dict(
 )  # fmt: skip
 SD35: dict[str, Any] = dict(qk_norm="rms_norm", dual_attention_layers=tuple(range(13)), num_layers=24)
 READ = ("sd1", "sdxl", "sd3", "first sana", "wan")
+KLEIN: dict[str, Any] = dict(
+    num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
+)  # fmt: skip
 WAN_SMALL: dict[str, Any] = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 
 
@@ -48,6 +52,8 @@ WAN_SMALL: dict[str, Any] = dict(num_attention_heads=12, ffn_dim=8960, num_layer
         pytest.param(SD3Transformer2DModel, SD35, id="sd3.5-medium"),
         pytest.param(FluxTransformer2DModel, dict(guidance_embeds=True), id="flux-dev"),
         pytest.param(FluxTransformer2DModel, {}, id="flux-schnell"),
+        pytest.param(Flux2Transformer2DModel, KLEIN, id="flux2-klein-4b"),
+        pytest.param(Flux2Transformer2DModel, {}, id="flux2-dev"),
         pytest.param(SanaTransformer2DModel, {}, id="sana-1.6b"),
         pytest.param(Lumina2Transformer2DModel, {}, id="lumina-2"),
         pytest.param(WanTransformer3DModel, WAN_SMALL, id="wan-1.3b"),
@@ -74,6 +80,7 @@ def test_names_are_those_of_the_checkpoints(student_of: Callable[..., Path]) -> 
         "sdxl": "model.diffusion_model.label_emb.0.0.weight",
         "sd3": "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
         "flux": "double_blocks.0.img_attn.norm.key_norm.scale",
+        "flux2": "single_blocks.0.norm.key_norm.scale",
         "lumina": "context_refiner.0.attention_norm1.weight",
         "wan": "blocks.0.self_attn.norm_q.weight",
     }

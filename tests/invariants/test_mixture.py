@@ -39,6 +39,7 @@ class LabelTeacher:
     sigma_data: float = SIGMA_DATA
     guidance_kind: str = "none"
     default_guidance: float = 4.5
+    no_guidance: float = 1.0
     student_reads_guidance: bool = True
     latent_shape: tuple[int, ...] = (2,)
     latent_shapes: tuple[tuple[int, ...], ...] = ((2,),)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import (
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
@@ -80,6 +81,24 @@ def flux() -> Case:
     )  # fmt: skip
 
 
+def flux2() -> Case:
+    """Its blocks share their modulations, and its single blocks are one product in and one out."""
+    model: Any = Flux2Transformer2DModel(
+        in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=6, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
+    )  # fmt: skip
+    text, guidance = torch.randn(2, 5, 6).double(), torch.tensor([3.5, 4.5]).double()
+    places, words = (torch.cartesian_prod(*map(torch.arange, sides)) for sides in ((1, 4, 4, 1), (1, 1, 1, 5)))
+    return (
+        model,
+        lambda x, t: model(
+            hidden_states=x, encoder_hidden_states=text.to(x), timestep=t, guidance=guidance.to(x), img_ids=places,
+            txt_ids=words, return_dict=False,
+        )[0],
+        (16, 4),
+    )  # fmt: skip
+
+
 def pixart() -> Case:
     model: Any = PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=4,
@@ -143,6 +162,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "sana": sana,
     "sd3": sd3,
     "flux": flux,
+    "flux2": flux2,
     "pixart": pixart,
     "unet": unet,
     "wan": wan,

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from stepfold.config import Config, TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.prompts import cache as module
-from stepfold.prompts.cache import open_conditions
+from stepfold.prompts.cache import encode_prompts, open_conditions
 from stepfold.prompts.conditions import conditions_key
 from stepfold.prompts.reading import open_prompts
+from stepfold.teachers.contract import Condition
 from stepfold.teachers.fingerprints import encoder_fingerprint
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher
@@ -61,6 +63,40 @@ def test_rows_are_what_the_text_encoder_says(
     torch.testing.assert_close(cache.black, teacher.black_latent(teacher.latent_shape))
     stored = sum(load_file(path)["embeds"].numel() for path in (tmp_path / "cache").glob("conditions_*"))
     assert stored == sum(int(teacher.encode([prompts.prompt(i)]).mask.sum()) * 32 for i in range(12))  # no padding
+
+
+def two_texts(prompts: list[str]) -> Condition:
+    """A condition of the words, and a second one of the letters between quotes, which most prompts have none of."""
+
+    def numbers(texts: list[str], width: int) -> Condition:
+        length = max(1, *map(len, texts))
+        codes = torch.tensor([[float(ord(letter)) for letter in text.ljust(length)] for text in texts])
+        mask = torch.tensor([[int(i < len(text)) for i in range(length)] for text in texts])
+        return Condition(codes[..., None].expand(-1, -1, width), mask, torch.tensor([[float(len(t))] for t in texts]))
+
+    quoted = [prompt.split('"')[1] if '"' in prompt else "" for prompt in prompts]
+    return replace(numbers(prompts, 4), second=numbers(quoted, 3))
+
+
+def test_a_second_text_is_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHARD", 3)
+    texts = ['a sign "stop"', "a cat", "a fish", "a dog", 'two words "go on" here']
+    (tmp_path / "prompts.txt").write_text("\n".join(texts) + "\n")
+    null, sizes = two_texts([""]), list[str]()
+    encode_prompts(
+        tmp_path / "cache", {}, open_prompts(tmp_path / "prompts.txt"), two_texts, null, torch.zeros(1), batch=2,
+        note=sizes.append,
+    )  # fmt: skip
+    cache = open_conditions(tmp_path / "cache", {}, len(texts))
+    for index in ([0], [1, 2], [4, 1, 0, 3]):
+        found, wanted = cache.rows(index), two_texts([texts[i] for i in index])
+        assert found.second is not None and wanted.second is not None
+        for ours, theirs in ((found, wanted), (found.second, wanted.second)):
+            assert torch.equal(ours.mask, theirs.mask) and torch.equal(ours.pooled.float(), theirs.pooled)
+            assert torch.equal(ours.embeds[ours.mask.bool()].float(), theirs.embeds[ours.mask.bool()])
+    assert cache.null is not None and cache.null.second is not None and null.second is not None
+    assert torch.equal(cache.null.embeds, null.embeds) and torch.equal(cache.null.second.embeds, null.second.embeds)
+    assert torch.equal(cache.null.second.mask, null.second.mask)
 
 
 def test_a_run_that_was_stopped_goes_on(encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

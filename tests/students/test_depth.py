@@ -64,6 +64,7 @@ OF_BLOCKS: dict[str, Callable[..., Any]] = {
     "sd3": tiny.make_sd3,
     "pixart": tiny.make_pixart,
     "dit": tiny.make_dit,
+    "flux2": tiny.make_flux2_klein,
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
 }

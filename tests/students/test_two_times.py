@@ -34,6 +34,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sd3": tiny.make_sd3,
     "flux dev": tiny.make_flux,
     "flux schnell": partial(tiny.make_flux, guidance_embeds=False),
+    "flux 2 klein": tiny.make_flux2_klein,
+    "flux 2 dev": tiny.make_flux2,
     "lumina 2": tiny.make_lumina2,
     "wan": tiny.make_wan,
     "pixart": tiny.make_pixart,

@@ -29,9 +29,11 @@ from stepfold.sampling.teacher import sample_teacher
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.students.saving import save_whole
 from stepfold.students.whole import as_student, new_student
-from stepfold.teachers.contract import Condition
+from stepfold.teachers.contract import Condition, concatenate
 from stepfold.teachers.dit import DiTTeacher
+from stepfold.teachers.family import Family
 from stepfold.teachers.flux import FluxTeacher
+from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
 from stepfold.teachers.loading import family_of
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.oracle import agreement
@@ -78,6 +80,21 @@ def clipping(make: Callable[[], Any]) -> Any:
     return pipe
 
 
+class FromZero(SD3Teacher):
+    """As the teacher of a pipeline whose scale s means c + s (c - u)."""
+
+    no_guidance = 0.0
+
+    def guidance_weight(self, scale: Any) -> Any:
+        return scale + 1
+
+    def own_guidance(self, guidance: float) -> dict[str, Any]:
+        return {"guidance_scale": guidance + 1}
+
+    def student_guidance(self, guidance: float) -> dict[str, Any]:
+        return {"guidance_scale": super().student_guidance(guidance)["guidance_scale"] + 1}
+
+
 # name -> (folder of the tiny SanaPipeline, empty folder) -> teacher
 TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "sana": lambda sana, _: SanaTeacher(sana, max_tokens=MAX_TOKENS),
@@ -87,6 +104,7 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "sana, float64": lambda sana, _: SanaTeacher(sana, max_tokens=MAX_TOKENS, dtype=torch.float64),
     "sprint": lambda sana, empty: SprintTeacher(sprint_folder(sana, empty / "sprint"), max_tokens=MAX_TOKENS),
     "sd3": lambda _, empty: SD3Teacher(tiny.save(tiny.make_sd3, empty / "sd3"), **SMALL),
+    "sd3, a scale from 0": lambda _, empty: FromZero(tiny.save(tiny.make_sd3, empty / "sd3"), **SMALL),
     "sd3, no guidance": lambda _, empty: SD3Teacher(
         tiny.save(tiny.make_sd3, empty / "sd3"), **SMALL, guidance_kind="none"
     ),
@@ -107,13 +125,26 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "flux schnell": lambda _, empty: FluxTeacher(
         tiny.save(partial(tiny.make_flux, guidance_embeds=False), empty / "flux"), **SMALL
     ),
+    "flux 2 klein": lambda _, empty: Flux2KleinTeacher(tiny.save(tiny.make_flux2_klein, empty / "klein"), **SMALL),
+    "flux 2 klein, distilled": lambda _, empty: Flux2KleinTeacher(
+        tiny.save(partial(tiny.make_flux2_klein, is_distilled=True), empty / "klein"), **SMALL
+    ),
+    "flux 2 dev": lambda _, empty: Flux2Teacher(tiny.save(tiny.make_flux2, empty / "flux2"), **SMALL),
     "dit": lambda _, empty: DiTTeacher(tiny.save(tiny.make_dit, empty / "dit")),
     "lumina 2": lambda _, empty: Lumina2Teacher(tiny.save(tiny.make_lumina2, empty / "lumina2"), **SMALL),
     "wan": lambda _, empty: WanTeacher(tiny.save(tiny.make_wan, empty / "wan"), **SMALL, frames=5),
 }
 
 
-VARIANTS = ("no guidance", "the prompt's mask", "float64", "zero terminal snr", "normalised latents", "clips")
+VARIANTS = (
+    "no guidance",
+    "the prompt's mask",
+    "float64",
+    "zero terminal snr",
+    "normalised latents",
+    "clips",
+    "distilled",
+)
 
 
 @pytest.fixture(
@@ -195,7 +226,7 @@ def some_states(teacher: Any) -> tuple[Tensor, Tensor]:
     return x, torch.tensor([0.3, 0.8, 1.4], dtype=teacher.dtype)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, "usual", 7.0])
+@pytest.mark.parametrize("scale", [0.0, "off", "usual", 7.0])
 def test_the_branches_make_the_velocity_at_every_scale(teacher: Any, scale: float | str):
     """One call of the network gives both. Where they are not exact, at the scales that are promised."""
     x, t = some_states(teacher)
@@ -210,18 +241,31 @@ def test_the_branches_make_the_velocity_at_every_scale(teacher: Any, scale: floa
         if getattr(teacher, "null_mask", "own") == "own":
             same(teacher.branches(x, t, other)[0], without)  # it knows no prompt
     assert spread(with_prompt, teacher.branches(x, t, other)[1]) > 1e-3
-    value = teacher.default_guidance if scale == "usual" else float(scale)
-    if teacher.exact_branches or scale in (1.0, "usual"):
-        if isinstance(teacher, Lumina2Teacher):
-            sigma, w = teacher.sigma_data, scales(teacher, value, value, value)
-            guided = sigma * teacher.guided(x / sigma, t, without / sigma, with_prompt / sigma, w)
+    value = {"usual": teacher.default_guidance, "off": teacher.no_guidance}.get(scale, scale)
+    if teacher.exact_branches or scale in ("off", "usual"):
+        weight = teacher.guidance_weight(value)
+        if getattr(type(teacher), "guided", Family.guided) is Family.guided:
+            guided = guide(without, with_prompt, weight)
         else:
-            guided = guide(without, with_prompt, value)
+            sigma, w = teacher.sigma_data, scales(teacher, *[weight] * 3)
+            guided = sigma * teacher.guided(x / sigma, t, without / sigma, with_prompt / sigma, w)
         same(guided, teacher.velocity(x, t, condition, torch.full_like(t, value)))
     rows, hook = count_rows(teacher)
     same(teacher.velocity(x, t, condition, None), with_prompt)  # unguided, in half the rows
     hook.remove()
     assert rows == [3]
+
+
+def test_a_scale_means_a_weight(teacher: Any):
+    """Of the pipeline's scale: without guidance 1, and one more for each one more; one scale or a batch of them."""
+    off = teacher.no_guidance
+    assert teacher.guidance_weight(off) == 1 and teacher.guidance_weight(off + 2.5) == 3.5
+    found = teacher.guidance_weight(scales(teacher, off, off + 1))
+    assert found.dtype == teacher.dtype and found.tolist() == [1, 2]
+    if teacher.guidance_kind == "classifier_free":
+        x, t = some_states(teacher)
+        condition = teacher.encode(PROMPTS)
+        same(teacher.velocity(x, t, condition, scales(teacher, off, off, off)), teacher.branches(x, t, condition)[1])
 
 
 def test_a_velocity_lets_a_gradient_through(teacher: Any):
@@ -313,7 +357,7 @@ def test_a_new_student_is_its_teacher(teacher: Any, state: tuple[Tensor, Tensor]
     """With guidance embedded at any scale; without, at the scale 1 that leaves classifier-free guidance out."""
     condition, student = teacher.encode(PROMPTS), new_student(teacher).to(teacher.dtype)
     guidance = scales(teacher, 3, 4.5, 6)
-    equal = guidance if teacher.guidance_kind == "embedded" else torch.ones_like(guidance)
+    equal = guidance if teacher.guidance_kind == "embedded" else torch.full_like(guidance, teacher.no_guidance)
     expected = teacher.velocity(*state, condition, equal)
     ours = student_velocity(teacher, student, state, condition, guidance)
     same(ours, expected)
@@ -480,13 +524,14 @@ def test_a_saved_flow_student_is_read_back(
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 6.0])
-def test_the_wrapped_teacher_samples_what_its_pipeline_samples(teacher: Any, guidance: float):
+@pytest.mark.parametrize("guidance", ["off", 6.0])
+def test_the_wrapped_teacher_samples_what_its_pipeline_samples(teacher: Any, guidance: float | str):
     """The same ladder, noise and guidance; the pipeline's own loop calls the network as it always does."""
+    guidance = teacher.no_guidance if guidance == "off" else guidance
     if isinstance(teacher.pipe, SanaSprintPipeline):
         pytest.skip("SanaSprintPipeline walks with SCMScheduler")
-    if teacher.guidance_kind == "none" and not isinstance(teacher, FluxTeacher):
-        guidance = 1.0
+    if teacher.guidance_kind == "none" and not isinstance(teacher, FluxTeacher | Flux2KleinTeacher):
+        guidance = teacher.no_guidance
     elif teacher.null_mask == "prompt":
         pytest.skip("the public training code's mask, not the pipeline's")
     noise, draws = drawn(teacher)
@@ -502,7 +547,11 @@ def test_the_pipelines_own_loop_agrees(teacher: Any):
     """Its own scheduler calls the network as the teacher does, and has the schedule that was read."""
     if teacher.null_mask == "prompt":
         pytest.skip("the public training code's mask, not the pipeline's")
-    guidance = 4.0 if teacher.guidance_kind != "none" or isinstance(teacher, FluxTeacher) else 1.0
+    guidance = (
+        4.0
+        if teacher.guidance_kind != "none" or isinstance(teacher, FluxTeacher | Flux2KleinTeacher)
+        else teacher.no_guidance
+    )
     found = agreement(teacher, PROMPTS, teacher.encode(PROMPTS), scales(teacher, *[guidance] * 3))
     assert found.network < 1e-4 and found.schedule < 0.05 and found.end < 0.05
     assert bool(found.left_out) == bool(teacher.pipe.scheduler.config.get("clip_sample"))
@@ -510,7 +559,7 @@ def test_the_pipelines_own_loop_agrees(teacher: Any):
 
 def test_pictures_are_the_pipelines(teacher: Any):
     """Decoded as the pipeline decodes its own latents."""
-    call = teacher.usual_call() | teacher.own_steps(2) | {"guidance_scale": 1.0}
+    call = teacher.usual_call() | teacher.own_steps(2) | teacher.own_guidance(teacher.no_guidance)
     torch.manual_seed(5)  # not all pipelines hand a generator to their scheduler
     latents = teacher.latents_of(teacher.pipe, PROMPTS, drawn(teacher)[1], **call)
     torch.manual_seed(5)
@@ -528,9 +577,61 @@ def test_impossible_guidance_is_refused(teacher: Any):
     assert "\n" not in str(caught.value)
 
 
+class ByVideo(SD3Teacher):
+    """As the teacher of a pipeline of pictures whose autoencoder takes videos."""
+
+    video_autoencoder = True
+
+    def latent_scale(self, vae: Any) -> tuple[Any, Any]:
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+        return 1 / std, mean
+
+    def to_autoencoder(self, latents: Tensor) -> Tensor:
+        return latents.flip(-1)
+
+    def from_autoencoder(self, latents: Tensor) -> Tensor:
+        return latents.flip(-1)
+
+
+def test_a_picture_is_a_video_of_one_frame_to_an_autoencoder_of_videos(tmp_path: Path):
+    """And has the layout and the scale that it wants."""
+    teacher = ByVideo(tiny.save(tiny.make_sd3, tmp_path / "sd3"), **SMALL)
+    vae: Any = tiny.make_wan().vae
+    teacher.pipe.vae = vae
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    latents = torch.randn(2, 4, 2, 4)
+    with torch.no_grad():
+        video = vae.decode((latents * std + mean).flip(-1)[:, :, None], return_dict=False)[0]
+        pictures = teacher.decode(0.5 * latents)
+        encoded = vae.encode(2 * pictures[:, :, None] - 1, return_dict=False)[0].mode()[:, :, 0].flip(-1)
+    torch.testing.assert_close(pictures, (video[:, :, 0] / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(teacher.encode_pictures(pictures), 0.5 * (encoded - mean) / std, rtol=0, atol=1e-5)
+
+
 def test_conditions_pad_trim_and_join():
     a = Condition(torch.ones(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]]))
     assert a.trimmed().mask.tolist() == [[1, 1], [1, 0]] and a.trimmed().embeds.shape == (2, 2, 4)
     padded = a.padded(5)
     assert padded.mask.tolist() == [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]] and padded.embeds[:, 3:].abs().max() == 0
     assert torch.equal(a.repeat_interleave(2).mask, a.mask[[0, 0, 1, 1]]) and len(a.rows(slice(1, 2))) == 1
+
+
+def test_a_second_text_goes_where_the_first_goes():
+    """With a length of its own, and with nothing to attend to in some rows or in all."""
+    second = Condition(torch.randn(2, 4, 3), torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]]), torch.randn(2, 5))
+    whole = Condition(torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]]), None, second)
+
+    def of(condition: Condition) -> Condition:
+        assert condition.second is not None
+        return condition.second
+
+    assert of(whole.trimmed()).embeds.shape == (2, 2, 3) and whole.trimmed().embeds.shape == (2, 2, 4)
+    assert of(whole.rows(slice(1, 2)).trimmed()).embeds.shape == (1, 1, 3)
+    assert of(whole.padded(6)).embeds.shape == (2, 4, 3) and of(whole.first_tokens(1)).embeds.shape == (2, 4, 3)
+    assert torch.equal(of(whole.rows(torch.tensor([1, 0]))).embeds, second.embeds[[1, 0]])
+    assert torch.equal(of(whole.repeat_interleave(2)).mask, second.mask[[0, 0, 1, 1]])
+    assert torch.equal(of(whole.rows(slice(0, 1)).expand(3)).embeds, second.embeds[[0, 0, 0]])
+    assert of(whole.to("cpu", torch.float64)).embeds.dtype == torch.float64
+    joined = concatenate([whole.rows(slice(0, 1)).trimmed(), whole.rows(slice(1, 2)).trimmed()])
+    assert of(joined).mask.tolist() == [[1, 1], [0, 0]] and joined.mask.tolist() == [[1, 1], [1, 0]]
+    assert torch.equal(of(joined).pooled, second.pooled)

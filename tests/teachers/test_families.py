@@ -57,6 +57,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sdxl": tiny.make_sdxl,
     "flux dev": tiny.make_flux,
     "flux schnell": partial(tiny.make_flux, guidance_embeds=False),
+    "flux 2 klein": tiny.make_flux2_klein,
+    "flux 2 dev": tiny.make_flux2,
     "lumina 2": tiny.make_lumina2,
     "wan": tiny.make_wan,
     "sprint": tiny.make_sprint,
@@ -707,6 +709,23 @@ def test_wan_of_another_kind_is_refused(tmp_path: Path, change: dict[str, Any]) 
     index.write_text(json.dumps(json.loads(index.read_text()) | change))
     with pytest.raises(UserError, match=r"is a Wan 2\.2.*give a Wan 2\.1") as caught:
         load_teacher(TeacherSettings(source=str(folder)), "cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("FluxInpaintPipeline", r" \(it fills a part of an image; give the .*\);"),
+        ("Flux2KleinKVPipeline", r" \(it caches the keys of images .* without KV and save it again\);"),
+        ("AuraFlowPipeline", ";"),
+        (None, ";"),
+        (3, ";"),
+    ],
+)
+def test_a_pipeline_that_is_no_teacher_is_told_why(kind: Any, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(UserError, match=rf"is a {kind}{reason} this version distils SanaPipeline") as caught:
+        load_teacher(TeacherSettings(source=str(tmp_path)), "cpu")
     assert "\n" not in str(caught.value)
 
 

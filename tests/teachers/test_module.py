@@ -101,6 +101,27 @@ TEACHERS: dict[str, Callable[[], Seen]] = {
 }
 
 
+class FromZero(ModuleTeacher):
+    """One whose scale s means u + (s + 1) (c - u)."""
+
+    no_guidance = 0.0
+
+    def guidance_weight(self, scale: Any) -> Any:
+        return scale + 1
+
+
+def test_a_scale_means_the_weight_that_its_teacher_says() -> None:
+    network = Own()
+    usual, shifted = (
+        kind(network, encode, SHAPE, nothing=encode([""]), guidance=4.0) for kind in (ModuleTeacher, FromZero)
+    )
+    x, t, condition = torch.randn(2, *SHAPE), torch.tensor([0.4, 1.1]), encode(["a", "fox"])
+    ours, theirs = shifted.velocity(x, t, condition, torch.zeros(2)), shifted.branches(x, t, condition)[1]
+    torch.testing.assert_close(ours, theirs)
+    three, four = torch.full((2,), 3.0), torch.full((2,), 4.0)
+    assert torch.equal(shifted.velocity(x, t, condition, three), usual.velocity(x, t, condition, four))
+
+
 @pytest.fixture(params=TEACHERS)
 def teacher(request: pytest.FixtureRequest) -> Seen:
     torch.manual_seed(0)

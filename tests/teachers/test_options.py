@@ -22,12 +22,13 @@ from stepfold.teachers.schedules import CLIP_SETTINGS, CLIPS, FLOW, OBEYED, ONLY
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipeline-options.md"
 NETWORKS = (
-    "DiTTransformer2DModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel", "PixArtTransformer2DModel",
-    "SD3Transformer2DModel", "SanaTransformer2DModel", "UNet2DConditionModel", "WanTransformer3DModel",
+    "DiTTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel",
+    "PixArtTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel", "UNet2DConditionModel",
+    "WanTransformer3DModel",
 )  # fmt: skip
 CLASSES = {
     "Networks": NETWORKS,
-    "Autoencoders": ("AutoencoderDC", "AutoencoderKL", "AutoencoderKLWan"),
+    "Autoencoders": ("AutoencoderDC", "AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLWan"),
     "Schedulers": (*VP, *FLOW, "SCMScheduler"),
     "Pipelines": tuple(FAMILIES),
 }
@@ -154,6 +155,10 @@ OBEYED_FIELDS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
         dict(patch_size=1, qk_norm=None, dual_attention_layers=(0,), sample_size=12, pos_embed_max_size=32),
     ),
     "flux": (tiny.make_flux, "transformer", dict(guidance_embeds=False, axes_dims_rope=(8, 4, 4))),
+    "flux 2": (
+        tiny.make_flux2, "transformer",
+        dict(guidance_embeds=False, axes_dims_rope=(2, 6, 6, 2), rope_theta=500, eps=1e-3, mlp_ratio=2.0),
+    ),
     "pixart": (
         tiny.make_pixart, "transformer",
         dict(
@@ -205,6 +210,7 @@ AUTOENCODERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "sd3": (tiny.make_sd3, dict(scaling_factor=1.6, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4], sample_size=64)),
     "lumina 2": (tiny.make_lumina2, dict(scaling_factor=0.3, shift_factor=0.4, use_post_quant_conv=False)),
     "pixart": (tiny.make_pixart, dict(scaling_factor=0.3, shift_factor=0.4)),
+    "flux 2": (tiny.make_flux2_klein, dict(batch_norm_eps=0.5, batch_norm_momentum=0.3, use_quant_conv=False)),
 }  # fmt: skip
 
 
@@ -212,7 +218,7 @@ AUTOENCODERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 def test_pictures_of_another_autoencoder_are_the_pipelines(family: str, tmp_path: Path) -> None:
     make, fields = AUTOENCODERS[family]
     teacher = load(make, "vae", fields, tmp_path / "pipeline")
-    call = teacher.usual_call() | teacher.own_steps(1) | {"guidance_scale": 1.0}
+    call = teacher.usual_call() | teacher.own_steps(1) | teacher.own_guidance(teacher.no_guidance)
     draws = [torch.Generator().manual_seed(i) for i in range(2)]
     latents = teacher.latents_of(teacher.pipe, ["a", "b"], draws, **call)
     draws = [torch.Generator().manual_seed(i) for i in range(2)]

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from transformers import ProcessorMixin
 
 from stepfold.config import TeacherSettings
 from stepfold.teachers.loading import load_teacher, load_text_reader
+from stepfold.teachers.tokens import tokenizer_in
 
 MAKERS: dict[str, Any] = {
     "sana": tiny.make_sana,
@@ -18,6 +20,8 @@ MAKERS: dict[str, Any] = {
     "sd3": tiny.make_sd3,
     "flux": tiny.make_flux,
     "pixart": tiny.make_pixart,
+    "flux 2 klein": tiny.make_flux2_klein,
+    "flux 2 dev": tiny.make_flux2,
     "lumina 2": tiny.make_lumina2,
     "wan": tiny.make_wan,
 }
@@ -42,6 +46,14 @@ def test_what_is_counted_as_cut_is_cut(family: str, tmp_path: Path) -> None:
         here, longer = (teacher.encode([text]).embeds for text in (words[i], f"{words[i]} z z z"))
         same = here.shape == longer.shape and torch.equal(here, longer)
         assert same == (counted[i] >= reader.most), (i, counted[i], reader.most)
+
+
+def test_a_processors_tokenizer_reads() -> None:
+    """A pipeline may have a processor for texts and images in the place of its tokenizer, as FLUX.2 dev has."""
+    tokenizer = tiny.mistral_tokenizer()
+    processor = ProcessorMixin.__new__(ProcessorMixin)
+    processor.tokenizer = tokenizer
+    assert tokenizer_in(processor) is tokenizer_in(tokenizer) is tokenizer
 
 
 def test_classes_are_not_read(tmp_path: Path) -> None:

@@ -163,5 +163,6 @@ def measure_groups(
 
 def calls_of(name: str, teacher: Teacher, scale: float) -> int:
     """Network calls an image of `teacher 20`, `student 4` or `student NAME 4` takes."""
-    branches = 2 if name.startswith("teacher") and teacher.guidance_kind == "classifier_free" and scale != 1 else 1
+    guided = teacher.guidance_kind == "classifier_free" and scale != teacher.no_guidance
+    branches = 2 if name.startswith("teacher") and guided else 1
     return branches * int(name.rsplit(" ", 1)[1])

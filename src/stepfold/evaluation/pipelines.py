@@ -14,6 +14,8 @@ from stepfold.evaluation.judge import Judge
 from stepfold.evaluation.preview import to_image
 from stepfold.evaluation.protocol import Protocol, Scores, protocol_prompts, score_images
 from stepfold.randomness import generator
+from stepfold.teachers.loading import FAMILIES
+from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.runs import writing
 
 BATCH = 25
@@ -44,13 +46,14 @@ class Drawer:
         Args:
             steps: of its scheduler.
             guidance: scale; None for the pipeline's own default, or what a student was taught. A student that takes
-                none (its calls say 1) gets none.
+                none (its calls turn guidance off) gets none.
 
         Raises:
             UserError: it makes videos, or is a student that does not say how to take so many steps.
         """
         accepted = inspect.signature(self.pipe.__call__).parameters
         name = type(self.pipe).__name__
+        family = FAMILIES.get(name, PipelineTeacher)
         if "num_frames" in accepted:
             raise UserError(f"{name} makes videos; give a pipeline that makes pictures")
         if self.calls:
@@ -60,12 +63,12 @@ class Drawer:
                     f"this student ({name}) says how to take {known} steps, not {steps}; give --steps one of these"
                 )
             options: dict[str, Any] = dict(self.calls[steps])
-            if guidance is not None and options.get("guidance_scale") != 1:
-                options["guidance_scale"] = guidance
+            if guidance is not None and options.get(family.scale_argument) != family.no_guidance:
+                options[family.scale_argument] = guidance
             return options
         options = {"num_inference_steps": steps}
         if guidance is not None:
-            options["guidance_scale"] = guidance
+            options[family.scale_argument] = guidance
         if "use_resolution_binning" in accepted:  # else Sana and PixArt draw at 1024 px, whatever they were trained for
             side = self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
             options |= {"use_resolution_binning": False, "height": side, "width": side}
@@ -91,8 +94,10 @@ def draw(
     """
     options = drawer.options(steps, guidance)
     options |= {"output_type": "pt", "generator": [generator(seed, "pipeline", key) for key in keys]}
+    named = FAMILIES.get(type(drawer.pipe).__name__, PipelineTeacher).prompt_argument
+    first, options = ([], options | {named: list(prompts)}) if named else ([list(prompts)], options)
     try:
-        return drawer.pipe(list(prompts), **options).images.float().clamp(0, 1)
+        return drawer.pipe(*first, **options).images.float().clamp(0, 1)
     except (TypeError, ValueError) as error:
         name = type(drawer.pipe).__name__
         raise UserError(

@@ -43,7 +43,7 @@ def solver_sampler(teacher: Teacher, solver: Solver, num_steps: int) -> Sampler:
 
     @torch.no_grad()
     def sample(noise: Tensor, condition: Condition, guidance: Tensor, samples: range) -> Tensor:
-        scheduler = make_scheduler(solver, teacher.shift)
+        scheduler = make_scheduler(solver, teacher.shift_at(num_steps))
         scheduler.set_timesteps(num_steps, device=noise.device)
         x_flow = noise / teacher.sigma_data
         for timestep in scheduler.timesteps:

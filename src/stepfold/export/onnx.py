@@ -30,7 +30,7 @@ B samples of L tokens:
 {inputs}
 
 Embeddings are those of the teacher's text encoders, with their mask and pooled vector where the graph asks for them.
-Its autoencoder decodes `latents`, which is the last line below. `{card}` has the times of each number of steps.
+Its autoencoder decodes `latents`, which is the last line below{layout}. `{card}` has the times of each number of steps.
 Tested with onnxruntime 1.29 and newer.
 
 ```python
@@ -119,6 +119,8 @@ def export_onnx(folder: Path, out: Path) -> None:
     teacher, student, card = load_merged(folder, "cpu")
     compute_afresh(student.modules())
     condition = teacher.encode((teacher.examples or (card.example, "a cat"))[:2]).each(Tensor.contiguous)
+    if condition.second is not None:
+        raise UserError(f"{folder} reads two texts, and an onnx graph here takes one; use --to pipeline")
     inputs: dict[str, Tensor | None] = {
         "x": torch.randn(2, *teacher.latent_shape),
         "t": torch.tensor([1.5, 0.7]),
@@ -156,6 +158,7 @@ def export_onnx(folder: Path, out: Path) -> None:
                 shape=described("x", inputs["x"]),
                 scale=in_numpy(scale),
                 offset=in_numpy(offset),
+                layout=f", {teacher.autoencoder_layout}" if teacher.autoencoder_layout else "",
             )
         )
 

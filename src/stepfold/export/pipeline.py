@@ -26,6 +26,7 @@ from stepfold.students.two_times import save_embedder
 from stepfold.teachers.contract import SamplerName, Student
 from stepfold.teachers.folders import check_folder
 from stepfold.teachers.licences import in_words, is_hub_id, licences_of
+from stepfold.teachers.loading import FAMILIES
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.runs import writing
 
@@ -284,10 +285,11 @@ def how_to_use(card: Card, name: str) -> str:
         merge=merging,
         name=json.dumps(name),
     )  # fmt: skip
+    named = FAMILIES.get(card.pipeline, PipelineTeacher).prompt_argument
     use = USE.format(
         classes=f"{card.pipeline}, {card.scheduler}" if card.lora_rank else card.pipeline,
         loading=loading,
-        prompt=json.dumps(card.example, ensure_ascii=False),
+        prompt=(f"{named}=" if named else "") + json.dumps(card.example, ensure_ascii=False),
         arguments="\n".join(f"    {name}={value!r}," for name, value in call.items()),
         result=RESULTS[card.output],
         output=card.output,

@@ -64,6 +64,28 @@ FLUX = table("""
     proj_out                                          final_layer.linear
 """)
 
+FLUX2 = table("""
+    x_embedder                                        img_in
+    context_embedder                                  txt_in
+    time_guidance_embed.timestep_embedder.linear_1    time_in.in_layer
+    time_guidance_embed.timestep_embedder.linear_2    time_in.out_layer
+    time_guidance_embed.guidance_embedder.linear_1    guidance_in.in_layer
+    time_guidance_embed.guidance_embedder.linear_2    guidance_in.out_layer
+    double_stream_modulation_img.linear               double_stream_modulation_img.lin
+    double_stream_modulation_txt.linear               double_stream_modulation_txt.lin
+    single_stream_modulation.linear                   single_stream_modulation.lin
+    transformer_blocks.*.ff.linear_in                 double_blocks.*.img_mlp.0
+    transformer_blocks.*.ff.linear_out                double_blocks.*.img_mlp.2
+    transformer_blocks.*.ff_context.linear_in         double_blocks.*.txt_mlp.0
+    transformer_blocks.*.ff_context.linear_out        double_blocks.*.txt_mlp.2
+    single_transformer_blocks.*.attn.to_qkv_mlp_proj  single_blocks.*.linear1
+    single_transformer_blocks.*.attn.to_out           single_blocks.*.linear2
+    single_transformer_blocks.*.attn.norm_q.weight    single_blocks.*.norm.query_norm.scale
+    single_transformer_blocks.*.attn.norm_k.weight    single_blocks.*.norm.key_norm.scale
+    norm_out.linear                                   final_layer.adaLN_modulation.1[1,0]
+    proj_out                                          final_layer.linear
+""") | {name: FLUX[name] for name in FLUX if name.startswith("transformer_blocks.*.attn.")}
+
 SD3 = table("""
     pos_embed.pos_embed                               pos_embed
     pos_embed.proj                                    x_embedder.proj
@@ -286,6 +308,7 @@ def layout(network: Any) -> Callable[[str], str | None]:
 
 NAMES = {
     "FluxTransformer2DModel": FLUX,
+    "Flux2Transformer2DModel": FLUX2,
     "Lumina2Transformer2DModel": LUMINA,
     "PixArtTransformer2DModel": PIXART,
     "SanaTransformer2DModel": SANA,

@@ -2,14 +2,14 @@
 
 A folder holds index.json (what was encoded, with what), extras.safetensors (the unconditional branch's condition, the
 black latent) and shards of SHARD prompts: the embeddings of their real tokens one after the other, in bfloat16, and
-where those of each prompt begin, and a pooled vector a prompt where the teacher takes one. Shards are memory-mapped and
-read row by row.
+where those of each prompt begin, and a pooled vector a prompt where the teacher takes one; the same of a second text
+where it reads one. Shards are memory-mapped and read row by row.
 """
 
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from stepfold.training.runs import holds_files, make_folder, writing
 
 SHARD = 4096
 INDEX, EXTRAS = "index.json", "extras.safetensors"
+SECOND = "second_"
+"""What the names of a second text's tensors begin with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,28 +35,27 @@ class ConditionCache:
 
     Attributes:
         shards: open safetensors files, SHARD prompts each.
-        starts: of each shard, int64 [k + 1]: the first token of every prompt, and the end.
+        starts: of each text and shard, int64 [k + 1]: the first token of every prompt, and the end. One text has the
+            name "", a second one SECOND.
         null: the unconditional branch's condition, one row, for teachers that have such a branch.
         black: unit-variance latent of a black picture, for the brightness filter.
-        has_pooled: the shards hold a pooled vector a prompt too.
     """
 
     shards: list[Any]
-    starts: list[Tensor]
+    starts: dict[str, list[Tensor]]
     null: Condition | None
     black: Tensor
-    has_pooled: bool
 
     def rows(self, index: Sequence[int]) -> Condition:
         """The conditions of the prompts of these numbers, padded to the longest of them; bfloat16, on the CPU."""
-        parts = []
-        for i in index:
-            shard, row = divmod(i, SHARD)
-            first, end = self.starts[shard][row : row + 2].tolist()
-            tokens = self.shards[shard].get_slice("embeds")[first:end]
-            pooled = self.shards[shard].get_slice("pooled")[row : row + 1] if self.has_pooled else None
-            parts.append(Condition.whole(tokens[None], pooled))
-        return concatenate(parts)
+        return concatenate([self._row(*divmod(i, SHARD)) for i in index])
+
+    def _row(self, shard: int, row: int, text: str = "") -> Condition:
+        first, end = self.starts[text][shard][row : row + 2].tolist()
+        names, slices = set(self.shards[shard].keys()), self.shards[shard].get_slice
+        pooled = slices(f"{text}pooled")[row : row + 1] if f"{text}pooled" in names else None
+        whole = Condition.whole(slices(f"{text}embeds")[first:end][None], pooled)
+        return whole if text or SECOND not in self.starts else replace(whole, second=self._row(shard, row, SECOND))
 
 
 def encode_prompts(
@@ -91,7 +92,8 @@ def encode_prompts(
         raise UserError(f"{folder} is not empty and holds no encoded prompts; choose another --out")
     make_folder(folder)
     first = encode([prompts.prompt(i) for i in range(min(batch, len(prompts)))])
-    size = 2 * first.embeds.shape[2] * float(first.mask.sum()) / len(first) * len(prompts)
+    each = [text.embeds.shape[2] * float(text.mask.sum()) / len(first) for text in texts_of(first).values()]
+    size = 2 * sum(each) * len(prompts)
     note(f"{len(prompts)} prompts, about {size / 2**30:.3g} GiB in {folder}")
     free = shutil.disk_usage(folder).free
     if size > free:
@@ -103,28 +105,55 @@ def encode_prompts(
         part.write_text(json.dumps(index, indent=2) + "\n")
     extras = {"black": black.cpu().contiguous()}
     if null is not None:
-        tensors = {"embeds": null.embeds, "mask": null.mask} | ({} if null.pooled is None else {"pooled": null.pooled})
-        extras |= {f"null_{name}": values.cpu().contiguous() for name, values in tensors.items()}
+        for text, of in texts_of(null).items():
+            tensors = {"embeds": of.embeds, "mask": of.mask} | ({} if of.pooled is None else {"pooled": of.pooled})
+            extras |= {f"null_{text}{name}": values.cpu().contiguous() for name, values in tensors.items()}
     with writing(folder / EXTRAS) as part:
         save_file(extras, part)
     for number, begin in enumerate(range(0, len(prompts), SHARD)):
         members = range(begin, min(begin + SHARD, len(prompts)))
         if not (path := shard_path(folder, number)).exists():
-            tokens, pooled, lengths = [], [], [torch.zeros(1, dtype=torch.long)]
+            shard = Shard()
             for start in range(members.start, members.stop, batch):
                 these = range(start, min(start + batch, members.stop))
-                condition = encode([prompts.prompt(i) for i in these])
-                real = condition.mask.bool()
-                tokens.append(condition.embeds[real].to(torch.bfloat16).cpu())
-                lengths.append(real.sum(1).cpu())
-                if condition.pooled is not None:
-                    pooled.append(condition.pooled.to(torch.bfloat16).cpu())
+                shard.add(encode([prompts.prompt(i) for i in these]))
                 tick(len(these))
             with writing(path) as part:
-                shard = {"embeds": torch.cat(tokens), "starts": torch.cat(lengths).cumsum(0)}
-                save_file(shard | ({"pooled": torch.cat(pooled)} if pooled else {}), part)
+                save_file(shard.tensors(), part)
         else:
             tick(len(members))
+
+
+def texts_of(condition: Condition) -> dict[str, Condition]:
+    """A condition's texts by what the names of their tensors begin with."""
+    return {"": condition} | ({} if condition.second is None else {SECOND: condition.second})
+
+
+class Shard:
+    """The conditions of a shard's prompts, batch by batch."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[Tensor]] = {}
+
+    def add(self, condition: Condition) -> None:
+        """Appends a batch."""
+        for text, of in texts_of(condition).items():
+            real = of.mask.bool()
+            self._keep(f"{text}embeds", of.embeds[real].to(torch.bfloat16))
+            self._keep(f"{text}starts", real.sum(1))
+            if of.pooled is not None:
+                self._keep(f"{text}pooled", of.pooled.to(torch.bfloat16))
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        self.parts.setdefault(name, []).append(values.cpu())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the file holds."""
+        whole = {name: torch.cat(parts) for name, parts in self.parts.items()}
+        return {
+            name: torch.cat([values.new_zeros(1), values.cumsum(0)]) if name.endswith("starts") else values
+            for name, values in whole.items()
+        }
 
 
 def open_conditions(folder: Path, key: dict[str, Any], count: int | None = None) -> ConditionCache:
@@ -143,46 +172,55 @@ def open_conditions(folder: Path, key: dict[str, Any], count: int | None = None)
         raise UserError(f"{folder} lacks {needed - there} of {needed} shards; finish it with stepfold prompts encode")
     try:
         shards = [safe_open(shard_path(folder, number), framework="pt") for number in range(needed)]
-        starts = [shard.get_tensor("starts") for shard in shards]
+        names, starts = set(shards[0].keys()), dict[str, list[Tensor]]()
         extras = load_file(folder / EXTRAS)
-        for number, shard in enumerate(shards):
-            check_shard(shard, starts[number], min(SHARD, whole - number * SHARD), "pooled" in set(shards[0].keys()))
-        check_extras(extras)
+        for text in [text for text in ("", SECOND) if not text or f"{text}embeds" in names]:
+            starts[text] = [shard.get_tensor(f"{text}starts") for shard in shards]
+            for number, shard in enumerate(shards):
+                count_here, pooled = min(SHARD, whole - number * SHARD), f"{text}pooled" in names
+                check_shard(shard, starts[text][number], count_here, pooled, text)
+            check_extras(extras, text)
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise UserError(f"{folder} is damaged ({error}); delete it and encode again") from None
-    null = None
-    if "null_embeds" in extras:
-        null = Condition(extras["null_embeds"], extras["null_mask"], extras.get("null_pooled"))
-    return ConditionCache(shards, starts, null, extras["black"], "pooled" in set(shards[0].keys()))
+    null = null_of(extras, SECOND if SECOND in starts else "")
+    return ConditionCache(shards, starts, null, extras["black"])
 
 
-def check_shard(shard: Any, starts: Tensor, count: int, pooled: bool) -> None:
-    """Holds a shard of `count` prompts to what `encode_prompts` writes; the embeddings themselves are not read.
+def null_of(extras: dict[str, Tensor], second: str = "", text: str = "") -> Condition | None:
+    """The unconditional branch's condition, if there is one, with its second text where that has a name."""
+    if f"null_{text}embeds" not in extras:
+        return None
+    parts = (extras[f"null_{text}embeds"], extras[f"null_{text}mask"], extras.get(f"null_{text}pooled"))
+    return Condition(*parts, null_of(extras, text=second) if second else None)
+
+
+def check_shard(shard: Any, starts: Tensor, count: int, pooled: bool, text: str = "") -> None:
+    """Holds a text of `count` prompts in a shard to what `encode_prompts` writes; the embeddings are not read.
 
     Raises:
         ValueError: what is wrong with it.
     """
-    embeds = shard.get_slice("embeds")
+    embeds = shard.get_slice(f"{text}embeds")
     if embeds.get_dtype() != "BF16" or len(embeds.get_shape()) != 2:
         raise ValueError(f"embeds are {embeds.get_dtype()} {embeds.get_shape()}, not BF16 [tokens, width]")
     if starts.dtype != torch.long or starts.shape != (count + 1,):
         raise ValueError(f"starts are {starts.dtype} {list(starts.shape)}, not int64 [{count + 1}]")
     if starts[0] != 0 or starts[-1] != embeds.get_shape()[0] or (starts.diff() < 0).any():
         raise ValueError("starts do not divide the tokens among the prompts")
-    if pooled and shard.get_slice("pooled").get_shape()[:1] != [count]:
-        raise ValueError(f"pooled vectors are {shard.get_slice('pooled').get_shape()}, not one a prompt")
+    if pooled and (shape := shard.get_slice(f"{text}pooled").get_shape())[:1] != [count]:
+        raise ValueError(f"pooled vectors are {shape}, not one a prompt")
 
 
-def check_extras(extras: dict[str, Tensor]) -> None:
-    """Holds the file of extras to what `encode_prompts` writes.
+def check_extras(extras: dict[str, Tensor], text: str = "") -> None:
+    """Holds the file of extras to what `encode_prompts` writes of a text.
 
     Raises:
         ValueError: what is wrong with it.
     """
     if not ("black" in extras and extras["black"].is_floating_point() and extras["black"].isfinite().all()):
         raise ValueError("there is no black picture's latent")
-    if "null_embeds" in extras:
-        embeds, mask = extras["null_embeds"], extras.get("null_mask")
+    if f"null_{text}embeds" in extras:
+        embeds, mask = extras[f"null_{text}embeds"], extras.get(f"null_{text}mask")
         if embeds.ndim != 3 or len(embeds) != 1 or mask is None or mask.shape != embeds.shape[:2]:
             raise ValueError("the unconditional condition is not one row of embeddings and its mask")
         if not (embeds.is_floating_point() and embeds.isfinite().all()):

@@ -68,7 +68,7 @@ def teacher_steps(
             x = step.x_next
         return
     sigma_data = teacher.sigma_data
-    times = (even_flow_times if even else flow_euler_times)(num_steps, teacher.shift).tolist()
+    times = (even_flow_times if even else flow_euler_times)(num_steps, teacher.shift_at(num_steps)).tolist()
     x_flow = noise / sigma_data
     for time, time_next in pairwise(times):
         t = torch.full((len(noise),), min(time, math.pi / 2), dtype=noise.dtype, device=noise.device)

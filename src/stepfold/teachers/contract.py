@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stepfold.errors import UserError
 
 Module = TypeVar("Module", bound=nn.Module)
+Scale = TypeVar("Scale", float, Tensor)
 GuidanceKind = Literal["classifier_free", "embedded", "none"]
 SamplerName = Literal["consistency", "flow", "flow_map"]
 NO_NULL = (
@@ -28,11 +29,14 @@ class Condition:
         embeds: [B, L, D].
         mask: int64 [B, L], 1 where attention may look.
         pooled: [B, P], of the whole prompt, for networks that take such a vector.
+        second: of the same B prompts, for networks that read two texts; its length is its own, and its mask may be
+            all zeros.
     """
 
     embeds: Tensor
     mask: Tensor
     pooled: Tensor | None = None
+    second: "Condition | None" = None
 
     @staticmethod
     def whole(embeds: Tensor, pooled: Tensor | None = None) -> "Condition":
@@ -45,7 +49,8 @@ class Condition:
     def each(self, change: Callable[[Tensor], Tensor]) -> "Condition":
         """With `change` made to every tensor; each has the samples in its first dimension."""
         pooled = None if self.pooled is None else change(self.pooled)
-        return Condition(change(self.embeds), change(self.mask), pooled)
+        second = None if self.second is None else self.second.each(change)
+        return Condition(change(self.embeds), change(self.mask), pooled, second)
 
     def rows(self, index: Tensor | slice) -> "Condition":
         """The samples that `index` selects, in its order."""
@@ -71,29 +76,33 @@ class Condition:
         return both.rows(own + len(self) * chosen)
 
     def first_tokens(self, length: int) -> "Condition":
-        """Without the positions from `length` on."""
+        """Without the positions from `length` on; the second text stays whole."""
         return replace(self, embeds=self.embeds[:, :length], mask=self.mask[:, :length])
 
     def trimmed(self) -> "Condition":
         """Without the positions that no sample of the batch attends to; they would only cost time."""
-        return self.first_tokens(int(self.mask.any(0).nonzero().max()) + 1)
+        attended = self.mask.any(0).nonzero()
+        second = None if self.second is None else self.second.trimmed()
+        return replace(self.first_tokens(int(attended.max()) + 1 if len(attended) else 1), second=second)
 
     def padded(self, length: int) -> "Condition":
-        """With masked positions appended up to `length`."""
+        """With masked positions appended up to `length`; the second text stays as long as it is."""
         extra = length - self.mask.shape[1]
         pad = nn.functional.pad
         return replace(self, embeds=pad(self.embeds, (0, 0, 0, extra)), mask=pad(self.mask, (0, extra)))
 
 
 def concatenate(conditions: Sequence[Condition]) -> Condition:
-    """One batch out of several, padded to the longest."""
-    length = max(c.mask.shape[1] for c in conditions)
+    """One batch out of several, padded to the longest, and to one position at least."""
+    length = max(1, *(c.mask.shape[1] for c in conditions))
     parts = [c.padded(length) for c in conditions]
     pooled = [c.pooled for c in parts if c.pooled is not None]
+    second = [c.second for c in parts if c.second is not None]
     return Condition(
         torch.cat([c.embeds for c in parts]),
         torch.cat([c.mask for c in parts]),
         torch.cat(pooled) if pooled else None,
+        concatenate(second) if second else None,
     )
 
 
@@ -124,7 +133,7 @@ class Student(nn.Module):
             x_unit: x / sigma_data [B, ...].
             t: [B], time of the state, in [0, pi/2].
             condition: B rows.
-            guidance: scales [B].
+            guidance: scales [B], the teacher's pipeline's.
             target: s [B], time to jump to, in [0, t]; None for 0. A student told one time ignores it.
 
         Returns:
@@ -158,17 +167,21 @@ def deepcopy_sharing(module: Module, shared: Iterable[Tensor]) -> Module:
 
 
 class Teacher(Protocol):
-    """A frozen diffusion or flow model, its text encoder and its autoencoder."""
+    """A frozen diffusion or flow model, its text encoder and its autoencoder.
+
+    A guidance scale s is everywhere the one that the teacher's pipeline is called with.
+    """
 
     sigma_data: float
     guidance_kind: GuidanceKind
     default_guidance: float  # of its pipeline
+    no_guidance: float = 1.0  # the scale that turns guidance off in its pipeline: its weight is 1
     latent_shape: tuple[int, ...]  # of previews and samples
     latent_shapes: tuple[tuple[int, ...], ...]  # that training draws from
     max_tokens: int  # of a prompt
     start_time: float  # where pure noise stands: pi/2, or a little below
     ode: Literal["flow", "trigflow"]  # coordinates in which its own sampler takes straight steps; trigflow is DDIM
-    shift: float  # of the teacher's own flow sampler
+    shift: float  # of the teacher's own flow sampler at its usual number of steps
     feature_widths: tuple[int, ...]  # of `features`
 
     @property
@@ -180,6 +193,14 @@ class Teacher(Protocol):
     def student_reads_guidance(self) -> bool:
         """Whether a student of it can be told which scale it stands for."""
         raise NotImplementedError
+
+    def guidance_weight(self, scale: Scale) -> Scale:
+        """The weight w of v_u + w (v_c - v_u) that a scale s of the pipeline means: s, or s + 1 in some pipelines."""
+        return scale
+
+    def shift_at(self, num_steps: int) -> float:
+        """The shift of the teacher's own flow sampler, where that depends on its number of steps."""
+        return self.shift
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Prompts -> condition, one row a prompt."""
@@ -217,9 +238,10 @@ class Teacher(Protocol):
     def branches(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """dx/dt without and with the prompt, (v_u, v_c), both [B, ...], from one call of the network; no gradient.
 
-        v_u + w (v_c - v_u) is `velocity` at every scale w, but for families with a guidance rule of their own. A
-        teacher without guidance gives v_c twice. One with embedded guidance has no v_u: it is extrapolated, so that the
-        rule holds at w = 1 and at `default_guidance` (at 2 where that is 1 or less), and is an approximation elsewhere.
+        v_u + w (v_c - v_u) with w = `guidance_weight(s)` is `velocity` at every scale s, but for families with a
+        guidance rule of their own. A teacher without guidance gives v_c twice. One with embedded guidance has no v_u:
+        it is extrapolated, so that the rule holds at w = 1 and at `default_guidance` (at 2 where that is 1 or less),
+        and is an approximation elsewhere.
         """
         raise NotImplementedError
 

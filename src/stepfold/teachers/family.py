@@ -1,4 +1,4 @@
-"""What a family of diffusers pipelines says about itself: network, texts, latents, and how a student is sampled."""
+"""What a family of diffusers pipelines says about itself: network, texts, latents and guidance."""
 
 import inspect
 import math
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import flow_time, guide
-from stepfold.maths.routes import even_flow_times, few_step_times
-from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName, Teacher
-from stepfold.teachers.schedules import Schedule, read_flow
-from stepfold.teachers.tokens import TextReader, usual_tokens
+from stepfold.maths.formulations import guide
+from stepfold.teachers.calls import PipelineCalls
+from stepfold.teachers.contract import Condition, GuidanceKind
+from stepfold.teachers.schedules import Schedule, flow_shift, read_flow
+from stepfold.teachers.tokens import TextReader, tokenizer_in, usual_tokens
 
 Predict = Callable[[Any, Tensor, Tensor, Condition, Tensor | None], Tensor]
 """(network, x / sigma_data [B, ...], t [B], condition, guidance scales [B] for a network that embeds them) -> F."""
 
 
-class Family(Teacher):
+class Family(PipelineCalls):
     """Abstract: the answers in which families differ, most with a usual one; `PipelineTeacher` asks for them.
 
     A family sets the first two and says the rest in its methods.
@@ -29,53 +29,42 @@ class Family(Teacher):
     Attributes:
         pipelines: classes that the family can load.
         network_part: name of the network's part in the pipeline.
-        even_ladder: the pipeline's own sampler walks noise levels 1, 1 - 1/n, ..., 1/n.
-        output: where the pipeline's result has what it made.
         loads_lora: whether the pipeline loads LoRAs.
         lora_blocks: parts of the names of the blocks that a LoRA is for.
         readers: the pipeline's tokenizers that its prompts' length depends on; the first one that is there counts.
         lowers: whether the pipeline reads prompts in small letters.
         fields: field of the network's config -> the values that are understood, and what any other means.
         outputs: channels out for each channel in; with a learned variance 2.
+        autoencoder_layout: what `to_autoencoder` does, in words that end "which is the last line below, ".
+        video_autoencoder: whether the autoencoder takes videos where the pipeline makes pictures: one frame then.
         source: folder or hub id.
         index: the pipeline's model_index.json.
-        pipe: the pipeline.
         transformer: the network: a transformer, or a UNet.
-        device: where it is.
-        dtype: of its weights.
         work_dtype: of conditions, and of weights that are trained.
-        height, width: of pictures, in pixels.
         frames: of a video; 1 where the pipeline makes pictures.
         factor: pixels a latent, along each side.
-        takes_length: whether the pipeline's call has a `max_sequence_length`.
         schedule: the pipeline's noise schedule.
     """
 
     pipelines: ClassVar[tuple[type, ...]] = ()
     network_part: ClassVar[str] = "transformer"
-    even_ladder: bool = False
-    output: ClassVar[Literal["images", "frames"]] = "images"
     loads_lora: ClassVar[bool] = True
     lora_blocks: ClassVar[tuple[str, ...]] = ("block",)
     readers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     lowers: ClassVar[bool] = False
     fields: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
     outputs: ClassVar[tuple[int, ...]] = (1,)
+    autoencoder_layout: ClassVar[str] = ""
+    video_autoencoder: ClassVar[bool] = False
     ode: Literal["flow", "trigflow"] = "flow"
     start_time: float = math.pi / 2
 
     source: str
     index: dict[str, Any]
-    pipe: Any
     transformer: Any
-    device: torch.device
-    dtype: torch.dtype
     work_dtype: torch.dtype
-    height: int
-    width: int
     frames: int
     factor: int
-    takes_length: bool
     schedule: Schedule
 
     @classmethod
@@ -132,11 +121,6 @@ class Family(Teacher):
         return ("classifier_free", "none")
 
     @property
-    def num_train_timesteps(self) -> int:
-        """What the pipeline's scheduler counts to: 1 of a re-timed network whose own time it is."""
-        return self.pipe.scheduler.config.num_train_timesteps
-
-    @property
     @override
     def network(self) -> nn.Module:
         return self.transformer
@@ -150,7 +134,7 @@ class Family(Teacher):
         """Checks the network's config: what it reads, and how many channels.
 
         Args:
-            latent_channels: of the autoencoder.
+            latent_channels: of the autoencoder, as `autoencoder_channels` counts them.
 
         Raises:
             UserError: it wants more than a text, or does not fit the autoencoder.
@@ -159,7 +143,7 @@ class Family(Teacher):
         for field, (understood, what) in self.fields.items():
             if (value := config.get(field)) not in understood:
                 raise UserError(f"this {name}'s config has {field}={value!r}: {what}; use a plain text-to-image model")
-        taken, given = config.in_channels, config.get("out_channels") or config.in_channels
+        taken, given = self.network_channels()
         if given not in [taken * each for each in self.outputs]:
             raise UserError(
                 f"this {name} takes {taken} channels and gives {given}: it is for editing, or predicts something "
@@ -170,6 +154,15 @@ class Family(Teacher):
                 f"this {name} draws latents of {channels} channels, but the autoencoder beside it decodes "
                 f"{latent_channels}; use the autoencoder that the network was trained with"
             )
+
+    def network_channels(self) -> tuple[int, int]:
+        """How many channels the network takes and gives, counted alike."""
+        config = self.transformer.config
+        return config.in_channels, config.get("out_channels") or config.in_channels
+
+    def autoencoder_channels(self, vae: dict[str, Any]) -> int:
+        """Of the autoencoder's latents in the network's layout; `vae` is the autoencoder's config."""
+        return vae.get("z_dim") or vae["latent_channels"]
 
     def pixels_a_latent(self, vae: dict[str, Any]) -> int:
         """Along each side of a picture; `vae` is the autoencoder's config."""
@@ -234,7 +227,7 @@ class Family(Teacher):
         there = [part for part in cls.readers if getattr(pipe, part) is not None]
         if not there:
             return None
-        tokenizer: Any = getattr(pipe, there[0])
+        tokenizer = tokenizer_in(getattr(pipe, there[0]))
         told = "max_sequence_length" in inspect.signature(pipe.__call__).parameters and there[0] == cls.readers[0]
         most = (max_tokens or usual_tokens(pipe)) if told else tokenizer.model_max_length
         return TextReader(tokenizer, most, *cls.before_prompts(pipe), lowers=cls.lowers)
@@ -242,10 +235,6 @@ class Family(Teacher):
     def text_reader(self) -> TextReader | None:
         """What reads the prompts of this teacher."""
         return self.reader_in(self.pipe, self.max_tokens)
-
-    def in_call(self, prompt: str) -> Any:
-        """A prompt as the first argument of the pipeline's call."""
-        return prompt
 
     def idle_parameters(self) -> tuple[str, ...]:
         """Parts of the names of a student's parameters that the first step cannot move."""
@@ -259,10 +248,6 @@ class Family(Teacher):
         """The network's lists of blocks, fewer in a smaller student -> what its config calls their lengths."""
         return {"transformer_blocks": "num_layers"}
 
-    def call_options(self) -> dict[str, Any]:
-        """Arguments that each call of the pipeline needs besides the usual ones."""
-        return {}
-
     def feature_parts(self) -> list[tuple[nn.Module, int]]:
         """The network's blocks in order, each with the width of its output, which may serve as `features`."""
         config = self.transformer.config
@@ -273,43 +258,50 @@ class Family(Teacher):
         """What the network's unit latents are the autoencoder's times and minus: numbers or [C, 1, ...].
 
         Args:
-            vae: the autoencoder's config.
+            vae: the autoencoder, for its config or its running statistics.
 
         Returns:
-            scale, offset: unit latents are (latents - offset) * scale.
+            scale, offset: unit latents are (latents - offset) * scale, with latents in the network's layout.
         """
-        return vae.scaling_factor, vae.get("shift_factor") or 0.0
+        return vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
 
-    def guided(self, x_unit: Tensor, t: Tensor, without: Tensor, with_prompt: Tensor, guidance: Tensor) -> Tensor:
+    def to_autoencoder(self, latents: Tensor) -> Tensor:
+        """Latents [B, ...] of the network's layout in the autoencoder's, such as patches put back in their places."""
+        return latents
+
+    def from_autoencoder(self, latents: Tensor) -> Tensor:
+        """The inverse of `to_autoencoder`."""
+        return latents
+
+    def guided(self, x_unit: Tensor, t: Tensor, without: Tensor, with_prompt: Tensor, weight: Tensor) -> Tensor:
         """F of the two branches of classifier-free guidance -> F under guidance, as the pipeline does it by default.
+
+        Both predictions are there in full, so a family may rescale token by token, or guide x_0 = cos t x_unit - sin t
+        F and go back. Flow velocities are `formulations.flow_velocity` of F at `flow_state(x_unit, t)`.
 
         Args:
             x_unit, t: as of `Predict`.
             without, with_prompt: F of either branch [B, ...].
-            guidance: scales [B].
+            weight: w [B], `guidance_weight` of the scales.
         """
-        return guide(without, with_prompt, guidance)
+        return guide(without, with_prompt, weight)
 
-    def pack(self, latents: Tensor) -> Tensor:
-        """Latents [B, ...] as the pipeline's own sampler has them."""
-        return latents
+    def usual_guidance(self) -> float:
+        """The scale of the pipeline's own call."""
+        return float(inspect.signature(self.pipe.__call__).parameters[self.scale_argument].default)
 
-    def unpack(self, latents: Tensor) -> Tensor:
-        """The inverse of `pack`."""
-        return latents
-
-    def plain_scheduler(self) -> Any:
-        """The scheduler of first-order steps, which `sample_teacher` repeats."""
-        return FlowMatchEulerDiscreteScheduler(self.num_train_timesteps, shift=self.shift)
-
-    def own_steps(self, num_steps: int) -> dict[str, Any]:
-        """Arguments with which the pipeline takes so many steps of its own ladder."""
-        return {"num_inference_steps": num_steps}
+    def usual_steps(self) -> int:
+        """The number of steps of the pipeline's own call."""
+        return int(inspect.signature(self.pipe.__call__).parameters["num_inference_steps"].default)
 
     def tokens_for_shift(self) -> int:
         """What the pipeline takes for the number of tokens where its sampler's shift depends on that."""
         *_, height, width = self.latent_shape
         return (height // 2) * (width // 2)
+
+    @override
+    def shift_at(self, num_steps: int) -> float:
+        return flow_shift(self.pipe.scheduler, self.tokens_for_shift())
 
     def read_schedule(self) -> Schedule:
         """What the pipeline's scheduler says of its network.
@@ -318,77 +310,3 @@ class Family(Teacher):
             UserError: it is none that is understood for this network.
         """
         return read_flow(self.pipe.scheduler)
-
-    @override
-    def ddim_times(self, num_steps: int) -> Tensor:
-        raise NotImplementedError
-
-    @override
-    def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
-        if sampler == "consistency":
-            return few_step_times(num_steps)
-        return even_flow_times(num_steps, self.shift)[:-1].tolist()
-
-    def inputs(self, prompts: Sequence[str], draws: Sequence[torch.Generator]) -> dict[str, Any]:
-        """The arguments that tell a pipeline of this family its prompts and its noise.
-
-        Args:
-            prompts: B strings.
-            draws: B generators on the CPU; each draws its prompt's unit noise.
-        """
-        noise = torch.stack([torch.randn(self.latent_shape, generator=draw) for draw in draws])
-        return {"prompt": list(prompts), "latents": self.pack(noise.to(self.device, self.dtype))}
-
-    def latents_of(self, pipe: Any, prompts: Sequence[str], draws: Sequence[torch.Generator], **call: Any) -> Tensor:
-        """Unit latents [B, ...] that a pipeline of this family makes in its own loop; for arguments see `inputs`."""
-        made = pipe(**self.inputs(prompts, draws), output_type="latent", return_dict=False, **call)
-        return self.unpack(made[0])
-
-    # How its pipeline takes a student's steps.
-
-    def student_scheduler(self, sampler: SamplerName) -> Any:
-        """The scheduler with which the saved pipeline takes a student's steps.
-
-        It shifts the noise levels that it is given, so its own shift is 1, and the card's call lists shifted ones.
-        """
-        fresh = sampler == "consistency"
-        return FlowMatchEulerDiscreteScheduler(self.num_train_timesteps, shift=1.0, stochastic_sampling=fresh)
-
-    def lora_scheduler(self, sampler: SamplerName) -> Any:
-        """The scheduler with which the teacher's own pipeline takes a LoRA student's steps.
-
-        Raises:
-            UserError: that pipeline cannot sample so.
-        """
-        return self.student_scheduler(sampler)
-
-    def lora_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
-        """Arguments with which the teacher's own pipeline takes a LoRA student's steps at the given times."""
-        return self.student_call(times, guidance, sampler)
-
-    def student_class(self, sampler: SamplerName) -> type:
-        """The pipeline class that a student is saved as."""
-        return type(self.pipe)
-
-    def student_parts(self, sampler: SamplerName) -> dict[str, Any]:
-        """The parts of a student's pipeline besides its network."""
-        return self.pipe.components | {"scheduler": self.student_scheduler(sampler)}
-
-    def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
-        """Arguments with which the saved pipeline takes a student's steps at the given times."""
-        sigmas = flow_time(torch.tensor(times, dtype=torch.float64)).clamp(max=1.0).tolist()
-        scale = guidance if self.guidance_kind == "embedded" else 1.0  # 1: one network call a step
-        return self.usual_call() | {"sigmas": sigmas, "guidance_scale": scale}
-
-    def usual_call(self) -> dict[str, Any]:
-        """Arguments that each call of the pipeline is given: sizes, and what the family needs."""
-        length = {"max_sequence_length": self.max_tokens} if self.takes_length else {}
-        return {"height": self.height, "width": self.width} | length | self.call_options()
-
-    def own_guidance(self, guidance: float) -> dict[str, Any]:
-        """Arguments with which the pipeline takes steps of its own at a scale."""
-        return {"guidance_scale": guidance}
-
-    def index_extras(self) -> dict[str, Any]:
-        """Entries of model_index.json that the pipeline's class reads but does not write."""
-        return {}

@@ -12,6 +12,7 @@ from stepfold.errors import NonFiniteError, UserError, first_line
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.flux import FluxTeacher
+from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
 from stepfold.teachers.folders import (
     DEVICE_ERRORS,
     check_folder,
@@ -38,6 +39,8 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         SprintTeacher,
         SD3Teacher,
         FluxTeacher,
+        Flux2KleinTeacher,
+        Flux2Teacher,
         PixArtTeacher,
         StableDiffusionTeacher,
         StableDiffusionXLTeacher,
@@ -50,6 +53,25 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
 """Class of a pipeline -> the family that wraps it. A new family is one file and its name here."""
 
 
+NOT_FROM_TEXT = {
+    "Inpaint": "it fills a part of an image; give the text-to-image pipeline of its network",
+    "Fill": "it fills a part of an image; give the text-to-image pipeline of its network",
+    "ControlNet": "it reads a control image beside the text; give the pipeline without the ControlNet",
+    "Control": "it reads a control image beside the text; give the text-to-image pipeline",
+    "Img2Img": "it starts from an image; load the folder as the text-to-image pipeline and save it again",
+    "Edit": "it edits an image; give the text-to-image model",
+    "Kontext": "it edits an image; give the text-to-image model",
+    "Layered": "it takes an image apart; give the text-to-image model",
+    "Redux": "it varies an image; give the text-to-image model",
+    "ImageToVideo": "it starts from an image; give the text-to-video model",
+    "I2V": "it starts from an image; give the text-to-video model",
+    "KV": "it caches the keys of images that it edits; load the folder as the pipeline without KV and save it again",
+    "Upsample": "it enlarges latents; give the pipeline that makes them",
+    "Modular": "it is in modular parts; give a folder with a model_index.json",
+}
+"""Part of the name of a pipeline's class -> why it is no teacher, and what is."""
+
+
 def family_of(source: str) -> type[PipelineTeacher]:
     """The family of a pipeline folder or hub id, as its model_index.json says.
 
@@ -58,7 +80,8 @@ def family_of(source: str) -> type[PipelineTeacher]:
     """
     name = load_index(source).get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"teacher {source!r} is a {name}; this version distils {', '.join(FAMILIES)}")
+        reason = next((f" ({why})" for kind, why in NOT_FROM_TEXT.items() if kind in str(name)), "")
+        raise UserError(f"teacher {source!r} is a {name}{reason}; this version distils {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 

@@ -67,11 +67,11 @@ class Lumina2Teacher(PipelineTeacher):
         return config.in_channels, math.lcm(factor * config.patch_size, 16), side, side
 
     @override
-    def guided(self, x_unit: Tensor, t: Tensor, without: Tensor, with_prompt: Tensor, guidance: Tensor) -> Tensor:
+    def guided(self, x_unit: Tensor, t: Tensor, without: Tensor, with_prompt: Tensor, weight: Tensor) -> Tensor:
         """Each row of the flow velocity keeps the length that it has with the prompt."""
         x_flow, t_flow = flow_state(x_unit, t)
         prompted = flow_velocity(x_flow, t_flow, with_prompt)
-        velocity = guide(flow_velocity(x_flow, t_flow, without), prompted, guidance)
+        velocity = guide(flow_velocity(x_flow, t_flow, without), prompted, weight)
         kept = prompted.norm(dim=-1, keepdim=True) / velocity.norm(dim=-1, keepdim=True)
         return trigflow_output(x_flow, t_flow, kept * velocity)
 

@@ -132,7 +132,7 @@ class ModuleTeacher(Teacher):
             if self.nothing is None or guidance is None:
                 F = self.predict(self.network, x / self.sigma_data, t, condition, None)
             else:
-                F = guide(*self._branches(x / self.sigma_data, t, condition), guidance)
+                F = guide(*self._branches(x / self.sigma_data, t, condition), self.guidance_weight(guidance))
             return (self.sigma_data * F).to(x.dtype)
 
     @torch.no_grad()

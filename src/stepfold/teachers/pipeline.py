@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,6 @@ from stepfold.teachers.family import Family, Predict
 from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_network, load_pipeline
 from stepfold.teachers.lora_merging import merge_lora
 from stepfold.teachers.once import compute_once, forget
-from stepfold.teachers.schedules import flow_shift
 
 SIGMA_DATA = 0.5
 DECODED_AT_ONCE = 512 * 512  # pixels
@@ -95,21 +95,21 @@ class PipelineTeacher(Family):
                 "leave it at 'auto'"
             )
         defaults = inspect.signature(self.pipe.__call__).parameters
-        self.default_guidance = float(defaults["guidance_scale"].default)
+        self.default_guidance = self.usual_guidance()
         self.takes_length = "max_sequence_length" in defaults
         self.max_tokens = self.usual_tokens() if max_tokens is None else max_tokens
         self.null_mask = null_mask
 
         vae: Any = self._vae_class().load_config(self.source, subfolder="vae")
         self.factor = self.pixels_a_latent(vae)
-        self.check_network(vae.get("z_dim") or vae["latent_channels"])
+        self.check_network(self.autoencoder_channels(vae))
         usual_height, usual_width = self.geometry(self.factor)[2:]
         self.height, self.width = height or usual_height, width or usual_width
         self.frames, self.latent_frames = self.time_axis(frames, vae)
         self.latent_shape = self.shape_at(self.height, self.width)
         self.latent_shapes = tuple(self.shape_at(*size) for size in sizes or [(self.height, self.width)])
         self.schedule = self.read_schedule()
-        self.shift = flow_shift(self.pipe.scheduler, self.tokens_for_shift())
+        self.shift = self.shift_at(self.usual_steps())
         self.plain_predict = self.predictor()
         self.predict = in_precision(self.plain_predict, dtype)
 
@@ -208,7 +208,7 @@ class PipelineTeacher(Family):
             raise UserError(NO_NULL)
         if self.null_mask == "prompt":
             null = self._null.first_tokens(like.mask.shape[1]).expand(len(like))
-            return Condition(null.embeds, like.mask, null.pooled)
+            return replace(null, mask=like.mask)
         return self._null_trimmed.expand(len(like))
 
     @override
@@ -219,7 +219,8 @@ class PipelineTeacher(Family):
         with torch.set_grad_enabled(with_gradient):
             x_unit = x / self.sigma_data
             if self.guidance_kind == "classifier_free" and guidance is not None:
-                F = self.guided(x_unit, t, *self._branches(x_unit, t, condition), guidance)
+                weight = self.guidance_weight(guidance)
+                F = self.guided(x_unit, t, *self._branches(x_unit, t, condition), weight)
             else:
                 F = self._unguided(x_unit, t, condition, torch.ones_like(t) if guidance is None else guidance)
             return (self.sigma_data * F).to(x.dtype)
@@ -243,7 +244,7 @@ class PipelineTeacher(Family):
         """
         scales = guidance if self.guidance_kind == "embedded" else None
         try:
-            F = self.predict(self.transformer, x_unit, t, condition, scales)
+            F = self.call_network(x_unit, t, condition, scales)
         except (UserError, *DEVICE_ERRORS):
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -255,6 +256,10 @@ class PipelineTeacher(Family):
             ) from error
         self._answered = True
         return F
+
+    def call_network(self, x_unit: Tensor, t: Tensor, condition: Condition, scales: Tensor | None) -> Tensor:
+        """F [B, ...] of the network, whose rows may be at different times; see `Predict`."""
+        return self.predict(self.transformer, x_unit, t, condition, scales)
 
     def _branches(self, x_unit: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """F [B, ...] without and with the prompt, as `branches` says; two rows a sample, in one batch."""
@@ -302,7 +307,17 @@ class PipelineTeacher(Family):
 
     def autoencoder_scale(self) -> tuple[Any, Any]:
         """`latent_scale` of the pipeline's own autoencoder."""
-        return self.latent_scale(self._read_vae().config)
+        return self.latent_scale(self._read_vae())
+
+    def autoencoder_latents(self, unit: Tensor) -> Tensor:
+        """Unit latents [B, ...] as the autoencoder decodes them."""
+        scale, offset = self.autoencoder_scale()
+        return self.to_autoencoder(unit / scale + offset)
+
+    def unit_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of `autoencoder_latents`."""
+        scale, offset = self.autoencoder_scale()
+        return (self.from_autoencoder(latents) - offset) * scale
 
     @override
     def release_decoder(self) -> None:
@@ -313,11 +328,11 @@ class PipelineTeacher(Family):
     def decode(self, x0: Tensor, batch: int | None = None) -> Tensor:
         """Decodes `batch` at once; by default as many as have the pixels of one picture of 512 x 512."""
         vae, batch = self._vae(), batch or max(1, DECODED_AT_ONCE // (self.height * self.width))
-        scale, offset = self.autoencoder_scale()
-        parts = (
-            vae.decode((part / self.sigma_data / scale + offset).to(vae.dtype), return_dict=False)[0]
-            for part in x0.split(batch)
-        )
+        latents = (self.autoencoder_latents(part / self.sigma_data).to(vae.dtype) for part in x0.split(batch))
+        if self.video_autoencoder:
+            parts = (vae.decode(part.unsqueeze(2), return_dict=False)[0].squeeze(2) for part in latents)
+        else:
+            parts = (vae.decode(part, return_dict=False)[0] for part in latents)
         return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
 
     @torch.no_grad()
@@ -325,10 +340,11 @@ class PipelineTeacher(Family):
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """Takes the mean where the autoencoder gives a distribution."""
         vae = self._vae()
-        encoded = vae.encode((2 * pictures - 1).to(self.device, vae.dtype), return_dict=False)[0]
+        pictures = (2 * pictures - 1).to(self.device, vae.dtype)
+        encoded = vae.encode(pictures.unsqueeze(2) if self.video_autoencoder else pictures, return_dict=False)[0]
         latents = encoded if isinstance(encoded, Tensor) else encoded.mode()
-        scale, offset = self.autoencoder_scale()
-        return self.sigma_data * ((latents - offset) * scale).float()
+        latents = latents.squeeze(2) if self.video_autoencoder else latents
+        return self.sigma_data * self.unit_latents(latents).float()
 
     @override
     def black_latent(self, shape: tuple[int, ...]) -> Tensor:
@@ -344,7 +360,7 @@ class PipelineTeacher(Family):
         scheduler: Any = None,
     ) -> Tensor:
         """`latents_of` the teacher's pipeline with a scheduler; `plain_scheduler` if None."""
-        old, self.pipe.scheduler = self.pipe.scheduler, scheduler or self.plain_scheduler()
+        old, self.pipe.scheduler = self.pipe.scheduler, scheduler or self.plain_scheduler(num_steps)
         self._load_text_encoders()
         self._vae()
         try:

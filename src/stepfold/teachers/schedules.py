@@ -240,17 +240,19 @@ def without_clipping(scheduler: Any) -> tuple[Any, str]:
     return type(scheduler).from_config(scheduler.config, **dict.fromkeys(on, False)), " and ".join(on)
 
 
-def flow_shift(scheduler: Any, tokens: int) -> float:
+def flow_shift(scheduler: Any, tokens: int, mu: float | None = None) -> float:
     """The shift of a flow scheduler's noise levels.
 
     Args:
         scheduler: read before by `read_flow`.
         tokens: of the picture, which dynamic shifting goes by as diffusers' pipelines compute it.
+        mu: what the pipeline gives a scheduler that shifts dynamically, where it has a rule of its own.
     """
     own = options_of(scheduler)
     if not own.get("use_dynamic_shifting", False):
         return float(own.get("shift", own.get("flow_shift", 1.0)))
-    first, last = own.get("base_image_seq_len", 256), own.get("max_image_seq_len", 4096)
-    low, high = own.get("base_shift", 0.5), own.get("max_shift", 1.15)
-    mu = low + (tokens - first) / (last - first) * (high - low)
+    if mu is None:
+        first, last = own.get("base_image_seq_len", 256), own.get("max_image_seq_len", 4096)
+        low, high = own.get("base_shift", 0.5), own.get("max_shift", 1.15)
+        mu = low + (tokens - first) / (last - first) * (high - low)
     return math.exp(mu) if own.get("time_shift_type", "exponential") == "exponential" else mu

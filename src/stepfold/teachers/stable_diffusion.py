@@ -118,11 +118,10 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
     def latent_scale(self, vae: Any) -> tuple[Any, Any]:
         """This pipeline reads a mean and a deviation for each channel, where both are there."""
         scale, offset = super().latent_scale(vae)
-        if vae.get("latents_mean") is None or vae.get("latents_std") is None:
+        given = [vae.config.get(name) for name in ("latents_mean", "latents_std")]
+        if None in given:
             return scale, offset
-        mean, std = (
-            torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (vae.latents_mean, vae.latents_std)
-        )
+        mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in given)
         return scale / std, mean
 
     def _encode(self, prompts: Sequence[str], unconditional: bool) -> Any:

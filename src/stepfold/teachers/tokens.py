@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import ProcessorMixin
+
 
 @dataclass(frozen=True)
 class TextReader:
@@ -30,7 +32,12 @@ class TextReader:
         return [len(ids) - self.free for ids in self.tokenizer(texts, verbose=False).input_ids]
 
 
+def tokenizer_in(part: Any) -> Any:
+    """A pipeline's tokenizer, or that of its processor."""
+    return part.tokenizer if isinstance(part, ProcessorMixin) else part
+
+
 def usual_tokens(pipe: Any) -> int:
     """How long a prompt may be unless it is said."""
     length = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
-    return int(pipe.tokenizer.model_max_length if length is None else length.default)
+    return int(tokenizer_in(pipe.tokenizer).model_max_length if length is None else length.default)

@@ -87,10 +87,10 @@ class VPTeacher(PipelineTeacher):
     @override
     def latent_scale(self, vae: Any) -> tuple[Any, Any]:
         """These pipelines read no shift."""
-        return vae.scaling_factor, 0.0
+        return vae.config.scaling_factor, 0.0
 
     @override
-    def plain_scheduler(self) -> Any:
+    def plain_scheduler(self, num_steps: int | None = None) -> Any:
         return DDIMScheduler(
             **self.schedule.options, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
         )
@@ -119,4 +119,4 @@ class VPTeacher(PipelineTeacher):
     @override
     def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
         """Leaves the times to the scheduler, which knows them."""
-        return {"num_inference_steps": len(times), "guidance_scale": 1.0, **self.usual_call()}
+        return {"num_inference_steps": len(times), **self.student_guidance(guidance), **self.usual_call()}

@@ -129,7 +129,8 @@ class WanTeacher(PipelineTeacher):
     @override
     def latent_scale(self, vae: Any) -> tuple[Any, Any]:
         mean, std = (
-            torch.tensor(values, device=self.device).view(-1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std)
+            torch.tensor(values, device=self.device).view(-1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         return 1 / std, mean
 
@@ -165,4 +166,4 @@ class WanTeacher(PipelineTeacher):
     @override
     def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
         """Leaves the times to the scheduler, which knows them."""
-        return self.usual_call() | {"num_inference_steps": len(times), "guidance_scale": 1.0}
+        return self.usual_call() | {"num_inference_steps": len(times)} | self.student_guidance(guidance)

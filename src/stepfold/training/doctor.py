@@ -144,7 +144,7 @@ def close(check: str, error: float, most: float) -> Finding:
 @torch.no_grad()
 def same_network(teacher: PipelineTeacher, student: Student, pairs: Pairs) -> Finding:
     """Before the first step, the student's F is the teacher's: unguided, or at equal scales where both embed them."""
-    scale = pairs.guidance if teacher.guidance_kind == "embedded" else torch.ones_like(pairs.guidance)
+    scale = pairs.guidance if teacher.guidance_kind == "embedded" else none_like(teacher, pairs.guidance)
     ours = teacher.sigma_data * student(pairs.x / teacher.sigma_data, pairs.t, pairs.condition, pairs.guidance)
     theirs = teacher.velocity(pairs.x, pairs.t, pairs.condition, scale)
     most = ROUNDING[str(teacher.dtype).removeprefix("torch.")]
@@ -195,10 +195,15 @@ def tangent_size(student: Student, pairs: Pairs) -> Finding:
     )
 
 
+def none_like(teacher: PipelineTeacher, guidance: Tensor) -> Tensor:
+    """The scales [B] that turn guidance off."""
+    return torch.full_like(guidance, teacher.no_guidance)
+
+
 def guidance_effect(teacher: PipelineTeacher, pairs: Pairs) -> Finding:
     """A guided and an unguided velocity differ."""
     guided = teacher.velocity(pairs.x, pairs.t, pairs.condition, pairs.guidance)
-    plain = teacher.velocity(pairs.x, pairs.t, pairs.condition, torch.ones_like(pairs.guidance))
+    plain = teacher.velocity(pairs.x, pairs.t, pairs.condition, none_like(teacher, pairs.guidance))
     effect = relative(guided, plain)
     wanted = teacher.guidance_kind != "none"
     return Finding(

@@ -103,20 +103,20 @@ def draw(
 
 
 def guidance_scales(config: Config, teacher: Teacher) -> tuple[float, ...]:
-    """The guidance scales of a run's walks; (1,) for a teacher without guidance.
+    """The guidance scales of a run's walks; that of no guidance for a teacher that has none.
 
     Raises:
-        UserError: several, for a student that cannot be told which one it stands for; or any but 1 for a teacher
+        UserError: several, for a student that cannot be told which one it stands for; or any other for a teacher
             without guidance.
     """
     usual = teacher.default_guidance
     if teacher.guidance_kind == "none":
-        if config.space.guidance is not None and set(config.space.guidance) != {1.0}:
+        if config.space.guidance is not None and set(config.space.guidance) != {teacher.no_guidance}:
             raise UserError(
                 f"space.guidance is {list(config.space.guidance)}, but this teacher has no guidance that could be "
                 "scaled; leave it out (--set space.guidance=null), or teacher.guidance where that is 'none'"
             )
-        return (1.0,)
+        return (teacher.no_guidance,)
     reads = teacher.guidance_kind == "embedded" if config.student.lora else teacher.student_reads_guidance
     if config.space.guidance is None:
         return (usual - 0.5, usual, usual + 0.5) if reads else (usual,)

@@ -1,0 +1,154 @@
+"""How a family's pipeline is called: its own steps and a student's, and what stands in for its latents."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+from typing_extensions import override
+
+from stepfold.maths.formulations import flow_time
+from stepfold.maths.routes import even_flow_times, few_step_times
+from stepfold.teachers.contract import SamplerName, Teacher
+
+
+class PipelineCalls(Teacher):
+    """Abstract: the part of `Family` that knows the pipeline's arguments, schedulers and layouts.
+
+    Attributes:
+        even_ladder: the pipeline's own sampler walks noise levels 1, 1 - 1/n, ..., 1/n.
+        output: where the pipeline's result has what it made.
+        scale_argument: name of the guidance scale in the pipeline's call.
+        prompt_argument: name of the prompt in the pipeline's call, where another argument comes first; else empty.
+        pipe: the pipeline.
+        device: where its networks are.
+        dtype: of their weights.
+        height, width: of pictures, in pixels.
+        takes_length: whether the pipeline's call has a `max_sequence_length`.
+    """
+
+    even_ladder: bool = False
+    output: ClassVar[Literal["images", "frames"]] = "images"
+    scale_argument: ClassVar[str] = "guidance_scale"
+    prompt_argument: ClassVar[str] = ""
+
+    pipe: Any
+    device: torch.device
+    dtype: torch.dtype
+    height: int
+    width: int
+    takes_length: bool
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """What the pipeline's scheduler counts to: 1 of a re-timed network whose own time it is."""
+        return self.pipe.scheduler.config.num_train_timesteps
+
+    def in_call(self, prompt: str) -> Any:
+        """A prompt as the first argument of the pipeline's call."""
+        return prompt
+
+    def call_options(self) -> dict[str, Any]:
+        """Arguments that each call of the pipeline needs besides the usual ones."""
+        return {}
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents [B, ...] as the pipeline's own sampler has them."""
+        return latents
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        """The inverse of `pack`."""
+        return latents
+
+    def given(self, noise: Tensor) -> Tensor:
+        """Unit noise [B, ...] as the pipeline's call takes it; its own sampler's layout unless it packs by itself."""
+        return self.pack(noise)
+
+    def made(self, latents: Tensor) -> Tensor:
+        """Unit latents [B, ...] of what the pipeline's call returns as latents."""
+        return self.unpack(latents)
+
+    def plain_scheduler(self, num_steps: int | None = None) -> Any:
+        """The scheduler of first-order steps, which `sample_teacher` repeats; None for the usual number of them."""
+        shift = self.shift if num_steps is None else self.shift_at(num_steps)
+        return FlowMatchEulerDiscreteScheduler(self.num_train_timesteps, shift=shift)
+
+    def own_steps(self, num_steps: int) -> dict[str, Any]:
+        """Arguments with which the pipeline takes so many steps of its own ladder."""
+        return {"num_inference_steps": num_steps}
+
+    @override
+    def ddim_times(self, num_steps: int) -> Tensor:
+        raise NotImplementedError
+
+    @override
+    def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
+        if sampler == "consistency":
+            return few_step_times(num_steps)
+        return even_flow_times(num_steps, self.shift_at(num_steps))[:-1].tolist()
+
+    def inputs(self, prompts: Sequence[str], draws: Sequence[torch.Generator]) -> dict[str, Any]:
+        """The arguments that tell a pipeline of this family its prompts and its noise.
+
+        Args:
+            prompts: B strings.
+            draws: B generators on the CPU; each draws its prompt's unit noise.
+        """
+        noise = torch.stack([torch.randn(self.latent_shape, generator=draw) for draw in draws])
+        return {"prompt": list(prompts), "latents": self.given(noise.to(self.device, self.dtype))}
+
+    def latents_of(self, pipe: Any, prompts: Sequence[str], draws: Sequence[torch.Generator], **call: Any) -> Tensor:
+        """Unit latents [B, ...] that a pipeline of this family makes in its own loop; for arguments see `inputs`."""
+        made = pipe(**self.inputs(prompts, draws), output_type="latent", return_dict=False, **call)
+        return self.made(made[0])
+
+    def student_scheduler(self, sampler: SamplerName) -> Any:
+        """The scheduler with which the saved pipeline takes a student's steps.
+
+        It shifts the noise levels that it is given, so its own shift is 1, and the card's call lists shifted ones.
+        """
+        fresh = sampler == "consistency"
+        return FlowMatchEulerDiscreteScheduler(self.num_train_timesteps, shift=1.0, stochastic_sampling=fresh)
+
+    def lora_scheduler(self, sampler: SamplerName) -> Any:
+        """The scheduler with which the teacher's own pipeline takes a LoRA student's steps.
+
+        Raises:
+            UserError: that pipeline cannot sample so.
+        """
+        return self.student_scheduler(sampler)
+
+    def lora_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
+        """Arguments with which the teacher's own pipeline takes a LoRA student's steps at the given times."""
+        return self.student_call(times, guidance, sampler)
+
+    def student_class(self, sampler: SamplerName) -> type:
+        """The pipeline class that a student is saved as."""
+        return type(self.pipe)
+
+    def student_parts(self, sampler: SamplerName) -> dict[str, Any]:
+        """The parts of a student's pipeline besides its network."""
+        return self.pipe.components | {"scheduler": self.student_scheduler(sampler)}
+
+    def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
+        """Arguments with which the saved pipeline takes a student's steps at the given times."""
+        sigmas = flow_time(torch.tensor(times, dtype=torch.float64)).clamp(max=1.0).tolist()
+        return self.usual_call() | {"sigmas": sigmas} | self.student_guidance(guidance)
+
+    def usual_call(self) -> dict[str, Any]:
+        """Arguments that each call of the pipeline is given: sizes, and what the family needs."""
+        length = {"max_sequence_length": self.max_tokens} if self.takes_length else {}
+        return {"height": self.height, "width": self.width} | length | self.call_options()
+
+    def own_guidance(self, guidance: float) -> dict[str, Any]:
+        """Arguments with which the pipeline takes steps of its own at a scale."""
+        return {self.scale_argument: guidance}
+
+    def student_guidance(self, guidance: float) -> dict[str, Any]:
+        """Arguments with which the pipeline calls a student: at its scale if it embeds one, else guidance off."""
+        return {self.scale_argument: guidance if self.guidance_kind == "embedded" else self.no_guidance}
+
+    def index_extras(self) -> dict[str, Any]:
+        """Entries of model_index.json that the pipeline's class reads but does not write."""
+        return {}

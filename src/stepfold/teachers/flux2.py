@@ -1,0 +1,174 @@
+"""FLUX.2: flow prediction on latents of two-by-two patches; klein is guided by two calls, dev embeds its scale."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from torch import Tensor, nn
+from typing_extensions import override
+
+from stepfold.maths.formulations import flow_prediction
+from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName
+from stepfold.teachers.family import Predict
+from stepfold.teachers.pipeline import PipelineTeacher
+from stepfold.teachers.schedules import flow_shift
+from stepfold.teachers.tokens import tokenizer_in
+
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Where a prompt stands in a template."""
+
+
+def places(*sides: int, device: torch.device) -> Tensor:
+    """Position ids [product of the sides, 4] of frame, row, column and token of the text."""
+    return torch.cartesian_prod(*(torch.arange(side, device=device) for side in sides))
+
+
+def flux2_network(
+    transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, time_scale: float
+) -> Tensor:
+    """F [B, C, H, W] of a Flux2Transformer2DModel, whose time counts to `time_scale`; it multiplies it by 1000."""
+    height, width = x_unit.shape[-2:]
+
+    def velocity(x_flow: Tensor, t_flow: Tensor) -> Tensor:
+        tokens = transformer(
+            hidden_states=x_flow.flatten(2).mT,
+            timestep=time_scale / 1000 * t_flow,
+            guidance=guidance,
+            encoder_hidden_states=condition.embeds,
+            txt_ids=places(1, 1, 1, condition.embeds.shape[1], device=x_flow.device),
+            img_ids=places(1, height, width, 1, device=x_flow.device),
+            return_dict=False,
+        )[0]
+        return tokens.mT.unflatten(2, (height, width))
+
+    return flow_prediction(x_unit, t, velocity)
+
+
+class Flux2Teacher(PipelineTeacher):
+    """Flux2Pipeline; the student is one too, with guidance embedded as in its teacher.
+
+    Latents [B, C, H / 16, W / 16] are patches of two by two, normalised by the autoencoder's running statistics.
+    """
+
+    pipelines = (Flux2Pipeline,)
+    even_ladder = True
+    prompt_argument = "prompt"
+    autoencoder_layout = "once its channels, four by four, are squares of two by two"
+    fields: ClassVar[Any] = {"patch_size": ((1,), "the pipeline makes patches of the latents itself")}
+
+    @override
+    def predictor(self) -> Predict:
+        return partial(flux2_network, time_scale=self.time_scale)
+
+    @override
+    def time_embedder(self, network: Any) -> Any:
+        return network.time_guidance_embed
+
+    @override
+    def time_part(self, network: Any) -> str | None:
+        return "time_guidance_embed.timestep_embedder"
+
+    @override
+    def of_the_prompt_alone(self) -> list[nn.Module]:
+        return [self.transformer.context_embedder]
+
+    @override
+    def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
+        return ("embedded" if self.transformer.config.guidance_embeds else "none",)
+
+    @override
+    def shift_at(self, num_steps: int) -> float:
+        _, height, width = self.latent_shape
+        return flow_shift(self.pipe.scheduler, 0, compute_empirical_mu(height * width, num_steps))
+
+    @override
+    def autoencoder_channels(self, vae: dict[str, Any]) -> int:
+        return 4 * vae["latent_channels"]
+
+    @override
+    def pixels_a_latent(self, vae: dict[str, Any]) -> int:
+        return 2 * super().pixels_a_latent(vae)
+
+    @override
+    def geometry(self, factor: int) -> tuple[int, int, int, int]:
+        side = self.pipe.default_sample_size * factor // 2
+        return self.transformer.config.in_channels, factor, side, side
+
+    @override
+    def latent_scale(self, vae: Any) -> tuple[Any, Any]:
+        mean, variance = (values.to(self.device)[:, None, None] for values in (vae.bn.running_mean, vae.bn.running_var))
+        return (variance + vae.config.batch_norm_eps).rsqrt(), mean
+
+    @override
+    def to_autoencoder(self, latents: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(latents, 2)
+
+    @override
+    def from_autoencoder(self, latents: Tensor) -> Tensor:
+        return nn.functional.pixel_unshuffle(latents, 2)
+
+    @classmethod
+    @override
+    def before_prompts(cls, pipe: Any) -> tuple[str, int]:
+        """The system message; the template begins with the token that a tokenizer would put there, so it is free."""
+        said = [("system", pipe.system_message), ("user", MARK)]
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+        before = pipe.tokenizer.apply_chat_template(messages, tokenize=False).split(MARK)[0]
+        ids = [tokenizer_in(pipe.tokenizer).encode(before, add_special_tokens=special) for special in (True, False)]
+        return before, len(ids[0]) - len(ids[1])
+
+    @override
+    def encode_texts(self, prompts: Sequence[str]) -> Condition:
+        """Layers of the text encoder, joined; the padding is attended to, as in use."""
+        embeds, _ = self.pipe.encode_prompt(list(prompts), device=self.device, max_sequence_length=self.max_tokens)
+        return Condition.whole(embeds.to(self.work_dtype))
+
+    @override
+    def block_stacks(self) -> dict[str, str]:
+        return super().block_stacks() | {"single_transformer_blocks": "num_single_layers"}
+
+    @override
+    def pack(self, latents: Tensor) -> Tensor:
+        return latents.flatten(2).mT
+
+    @override
+    def unpack(self, latents: Tensor) -> Tensor:
+        return latents.mT.unflatten(2, self.latent_shape[1:])
+
+    @override
+    def given(self, noise: Tensor) -> Tensor:
+        """The pipeline packs it itself."""
+        return noise
+
+
+class Flux2KleinTeacher(Flux2Teacher):
+    """Flux2KleinPipeline; the student is one too, saved as distilled: it goes without guidance at any scale."""
+
+    pipelines = (Flux2KleinPipeline,)
+
+    @override
+    def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
+        return ("none",) if self.pipe.config.is_distilled else ("classifier_free", "none")
+
+    @classmethod
+    @override
+    def before_prompts(cls, pipe: Any) -> tuple[str, int]:
+        """The beginning of the user's turn."""
+        message = {"role": "user", "content": MARK}
+        return pipe.tokenizer.apply_chat_template([message], tokenize=False, enable_thinking=False).split(MARK)[0], 0
+
+    @override
+    def made(self, latents: Tensor) -> Tensor:
+        """The pipeline returns the autoencoder's."""
+        return self.unit_latents(latents)
+
+    @override
+    def student_parts(self, sampler: SamplerName) -> dict[str, Any]:
+        return super().student_parts(sampler) | {"is_distilled": True}
+
+    @override
+    def retimed_parts(self, network: Any) -> dict[str, Any]:
+        return super().retimed_parts(network) | {"is_distilled": self.pipe.config.is_distilled}
