@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,8 +48,8 @@ def evaluate(
     steps: Annotated[
         str | None,
         typer.Option(
-            help="Sampling steps, comma-separated. Default: 1,2,4 for students (teacher: 1,2,4,8; geneval: 1), else "
-            "the pipeline's own.",
+            help="Sampling steps, comma-separated. Default: 1,2,4 for students (flow maps, teacher: 1,2,4,8; geneval: "
+            "1), else the pipeline's own.",
             show_default=False,
         ),
     ] = None,
@@ -180,8 +180,8 @@ def run_evaluate(
     """Students and any other diffusers pipelines under the bundled teacher's protocol, beside that teacher.
 
     Students start from the noise of their teacher, and so have an agreement with it; those whose teacher has other
-    settings (a size, a LoRA) stand beside that one. `steps` are 1, 2 and 4 for them if None, and the pipeline's own
-    default for others.
+    settings (a size, a LoRA) stand beside that one. `steps` are 1, 2 and 4 for them if None, 8 too among flow maps, and
+    the pipeline's own default for others.
 
     Raises:
         UserError: a folder is no pipeline; a student's teacher is not the bundled one, so there is no judge for it.
@@ -284,12 +284,12 @@ def measure_students(
         The protocol, and who (`teacher`, `student NAME`) -> steps -> scores.
     """
     from stepfold.evaluation.measure import measure_groups, protocol_samplers
-    from stepfold.evaluation.protocol import EMOJI, rows_by_steps
+    from stepfold.evaluation.protocol import emoji_protocol, rows_by_steps
     from stepfold.teachers.loading import load_teacher
 
     teacher = load_teacher(settings, device)
     scale = teacher.default_guidance if scale is None else scale
-    protocol = replace(EMOJI, n=n, student_steps=tuple(steps or EMOJI.student_steps), guidance=scale)
+    protocol = emoji_protocol([recipe for _, recipe in students.values()], steps, n, scale)
     named = {f"student {name}": student for name, student in students.items()}
     groups = protocol_samplers(teacher, named, protocol, told)
     with display.measuring({name: n for group in groups.values() for name in group}) as tick:
