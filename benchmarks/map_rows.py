@@ -1,10 +1,13 @@
 """Steps of objectives with a target time, for `step.py --maps`: what a pair costs in plain forward passes of a pair."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from common import Run, Timing, show, take_turns
 from step_rows import Bench, Precision, Work, forward_of, open_bench, settings, unit_name
+from torch.utils.flop_counter import FlopCounterMode
 
 from stepfold.config import Config, load_config, to_yaml
 from stepfold.objectives.contract import Networks
@@ -29,6 +32,19 @@ MAPS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Row -> settings that differ from TBCM's."""
 
+WALK, GRADIENT = 2, 3  # of a pair: the guided teacher's call at a state; a forward and a backward pass
+TANGENT = 2  # a forward pass that carries its derivative
+EXPECTED: dict[str, tuple[float, float]] = {
+    "TBCM": (WALK, TANGENT + GRADIENT),
+    "continuous, target 0.75 below t, 0.25 at t": (WALK, 0.75 * TANGENT + GRADIENT),
+    "pair": (WALK, GRADIENT),
+    "semigroup, teacher and student": (WALK, 1 + GRADIENT),
+    "semigroup, student twice": (WALK, 2 + GRADIENT),
+    "lagrange on walks": (WALK, 2 + TANGENT + GRADIENT),
+    "lagrange on the prior": (0, 2 + TANGENT + GRADIENT),
+}
+"""Row -> forward passes of a pair that it should take, by reasoning: for the walk, and for all else."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -38,11 +54,15 @@ class Cost:
         sec: of a step, the walk and the gradient.
         pairs: of a step.
         units: of a pair, in plain forward passes of a pair without a graph.
+        counted: the same from the operations of matrix products, attention and convolutions alone; no clock.
+        expected: the same by reasoning, `EXPECTED` with the share of the walk's state that is no pair.
     """
 
     sec: float
     pairs: int
     units: float
+    counted: float
+    expected: float
 
 
 def config_of(bench: Bench, changes: tuple[str, ...]) -> Config:
@@ -74,8 +94,8 @@ def step_of_row(bench: Bench, config: Config, backend: str) -> Run:
     return run
 
 
-def measure_maps(work: Work, backend: str, rounds: int) -> dict[str, Cost]:
-    """Every row of MAPS, in turns; prints the table."""
+def open_maps(work: Work, backend: str) -> tuple[dict[str, Run], Run, Pairs, torch.device]:
+    """The step of every row of MAPS, the unit, pairs of the size of a step's, and where all of it is."""
     bench = open_bench(work, ("ours",))
     bench = replace(bench, student=new_student(bench.teacher, two_times=True))
     configs = {name: config_of(bench, changes) for name, changes in MAPS.items()}
@@ -85,14 +105,46 @@ def measure_maps(work: Work, backend: str, rounds: int) -> dict[str, Cost]:
     example = pairs["generation"]
     assert isinstance(example, Pairs)
     runs = {name: step_of_row(bench, config, backend) for name, config in configs.items()}
-    timings: dict[str, Timing] = take_turns(
-        runs | {unit_name("float32"): forward_of(bench, example, "float32")}, rounds, bench.device
-    )
-    unit = timings[unit_name("float32")]
-    found = {name: Cost(timings[name].median, len(example), timings[name].ratio(unit)["median"]) for name in MAPS}
+    return runs, forward_of(bench, example, "float32"), example, bench.device
+
+
+def operations(run: Run) -> int:
+    """Floating-point operations of matrix products, attention and convolutions in a run, whose first time is past."""
+    run(0, Stages())
+    with FlopCounterMode(display=False) as counter:
+        run(0, Stages())
+    return counter.get_total_flops()
+
+
+def counted_units(runs: Mapping[str, Run], unit: Run) -> dict[str, float]:
+    """Row -> its operations in those of the unit."""
+    one = operations(unit)
+    return {name: operations(run) / one for name, run in runs.items()}
+
+
+def expected_units(states: int) -> dict[str, float]:
+    """Row -> `EXPECTED` where walks have so many states, of which all but the first are pairs."""
+    return {name: walk * states / (states - 1) + rest for name, (walk, rest) in EXPECTED.items()}
+
+
+def measure_maps(work: Work, backend: str, rounds: int) -> dict[str, Cost]:
+    """Every row of MAPS, in turns; prints the table."""
+    runs, unit, example, device = open_maps(work, backend)
+    counted, expected = counted_units(runs, unit), expected_units(work.states)
+    timings: dict[str, Timing] = take_turns(runs | {unit_name("float32"): unit}, rounds, device)
+    clock = timings[unit_name("float32")]
+    found = {
+        name: Cost(
+            timings[name].median, len(example), timings[name].ratio(clock)["median"], counted[name], expected[name]
+        )
+        for name in MAPS
+    }
     show(
         f"A step of {len(example)} pairs, in forward passes of a pair",
-        ["", "ms", "units a pair"],
-        [[name, f"{1e3 * cost.sec:.1f}", f"{cost.units:.2f}"] for name, cost in found.items()],
+        ["", "ms", "measured", "counted", "expected"],
+        [
+            [name, f"{1e3 * cost.sec:.1f}", *(f"{value:.2f}" for value in (cost.units, cost.counted, cost.expected))]
+            for name, cost in found.items()
+        ],
     )
     return found

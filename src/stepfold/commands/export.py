@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def export(
     student: StudentArgument,
-    to: Annotated[str, typer.Option("--to", help="pipeline, lora, single-file or onnx.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="pipeline, lora, single-file, onnx or anyflow.", show_default=False)],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -49,6 +49,8 @@ def export(
 
     - `onnx`: the network as a graph, for onnxruntime (extra onnx).
 
+    - `anyflow`: a flow map of Wan for diffusers' AnyFlowPipeline, in any of its card's numbers of steps.
+
     stepfold export runs/mine/student --to pipeline
 
     stepfold export runs/mine/student --to lora --keys kohya --out models/loras/mine.safetensors
@@ -78,17 +80,19 @@ def run_export(
     Raises:
         UserError: the student cannot become that, or the place is taken.
     """
+    from stepfold.export.anyflow import export_anyflow
     from stepfold.export.folded import export_folded, export_folded_lora
     from stepfold.export.onnx import export_onnx
     from stepfold.export.pipeline import export_lora, export_pipeline
     from stepfold.export.single_file import export_single_file
-    from stepfold.students.card import is_run, student_folder
+    from stepfold.students.card import is_run, read_card, student_folder
 
     writers: dict[str, tuple[Callable[[Path, Path], None], str]] = {
         "pipeline": (export_pipeline, "-pipeline"),
         "lora": (export_lora, "-lora.safetensors"),
         "single-file": (export_single_file, "-single-file.safetensors"),
         "onnx": (export_onnx, "-onnx"),
+        "anyflow": (export_anyflow, "-anyflow"),
     }
     if to not in writers:
         raise UserError(f"--to is {to!r}; a student becomes {', '.join(writers)}")
@@ -108,6 +112,8 @@ def run_export(
     beside = student / "student" if is_run(student) else student  # of the bundled student: here
     target = out or beside.with_name(beside.name + ending)
     student = student_folder(student).resolve()
+    if steps is None:
+        read_card(student).check_told()
     suffix = Path(ending).suffix
     if target.suffix != suffix and suffix:
         raise UserError(f"--out {target} is no {suffix} file; give a name that ends in {suffix}")

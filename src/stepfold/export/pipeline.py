@@ -18,7 +18,7 @@ from stepfold.export.lora_keys import Keys, renamed
 from stepfold.export.method import method_of, source_of
 from stepfold.sampling.recipe import Recipe, times_of
 from stepfold.sampling.samplers import in_diffusers
-from stepfold.students.card import CARD, Card, read_card, write_card
+from stepfold.students.card import ANYFLOW, CARD, Card, read_card, write_card
 from stepfold.students.loading import load_merged, load_student
 from stepfold.students.lora import LORA_WEIGHTS, save_lora
 from stepfold.students.saving import loses_guidance, save_whole
@@ -52,9 +52,20 @@ JUMPS = """
 
 Plain diffusers tells the network one time, and so samples it as a consistency model. `stepfold sample` tells it where
 to jump to as well, which `target_embedder.safetensors` is for."""
+OF_EDGES = """Plain diffusers tells the network one time, and this student has to be told the edge that it jumps to as
+well. `stepfold sample {name}` does so, in {steps} steps. For plain diffusers its jumps are folded into a folder of its
+own:
+
+```
+stepfold export {name} --to pipeline --steps {steps}
+```"""
 FOLDED = """
 
 The network is for these steps alone: other noise levels, or another number of steps, make wrong images."""
+TOLD_BOTH = """
+
+The network is told both times. It takes {fewest} to {most} steps at its scheduler's own noise levels; others, or more
+steps, make wrong images."""
 WORDS = {1: "one", 2: "two", 4: "four"}
 
 RESULTS = {"images": "image", "frames": "video"}
@@ -128,7 +139,7 @@ def use_of(teacher: PipelineTeacher, recipe: Recipe, *, lora: bool, asked: Seque
         asked: numbers of steps besides the usual ones.
     """
     sampler = in_diffusers(recipe.sampler)
-    times = recipe.times if sampler == recipe.sampler else times_of(teacher, sampler)
+    times = recipe.times if sampler == recipe.sampler else recipe.without_target(times_of(teacher, sampler))
     scheduler = teacher.lora_scheduler(sampler) if lora else teacher.student_scheduler(sampler)
     call = teacher.lora_call if lora else teacher.student_call
     said = [k for k in sorted({*CALLED_STEPS[sampler], *asked}) if k in times] or sorted(times)
@@ -252,6 +263,8 @@ def several(count: int, one: str, many: str) -> str:
 
 def how_to_use(card: Card, name: str) -> str:
     """The README's code for plain diffusers, and what to change for another number of steps."""
+    if not card.recipe.jumps_to_zero:
+        return OF_EDGES.format(steps=card.asked_steps[0], name=name)
     card.check_calls()
     wished = (*card.asked_steps[:2], *EXAMPLES[in_diffusers(card.recipe.sampler)])
     usual, other = [*dict.fromkeys(k for k in wished if k in card.calls), *[max(card.calls)] * 2][:2]
@@ -284,6 +297,8 @@ def how_to_use(card: Card, name: str) -> str:
     if changed:
         words = ", ".join(f"`{name}={value!r}`" for name, value in changed.items())
         use += f"\n\nFor {WORDS.get(other, other)} step{'s' * (other != 1)}: {words}."
+    if card.pipeline == ANYFLOW:
+        return use + TOLD_BOTH.format(fewest=min(card.calls), most=max(card.calls))
     return use + JUMPS if card.recipe.sampler == "flow_map" else use
 
 
