@@ -128,11 +128,11 @@ def quality_svgs(reports: Sequence[Quality]) -> dict[str, str]:
 
 def _draw_quality(axes: "Axes", found: Sequence[Mapping[str, Sequence[tuple[int, float]]]]) -> None:
     """A teacher that both have is one curve, in the ink's colour, as that of a single report."""
-    teachers = {tuple(map(tuple, curves.get("teacher", []))) for curves in found} - {()}
+    teachers = {tuple(curves.get("teacher", ())) for curves in found} - {()}
     drawn = set()
     for curves, accent in zip(found, (_ACCENT, _OTHER), strict=False):
         for who, colour, style in (("teacher", _INK if len(teachers) == 1 else accent, "--"), ("student", accent, "-")):
-            points = tuple(map(tuple, curves.get(who, [])))
+            points = tuple(curves.get(who, ()))
             if not points or (who == "teacher" and points in drawn):
                 continue
             drawn.add(points)

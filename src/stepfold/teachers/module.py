@@ -155,6 +155,12 @@ class ModuleTeacher(Teacher):
         """The name that it was given."""
         return self._time_part
 
+    def _missing(self, *args: Any, **options: Any) -> Any:
+        """A network of one's own has no autoencoder, no sampler of DDIM's, and nothing inside it is known."""
+        raise NotImplementedError
+
+    ddim_times = features = decode = encode_pictures = black_latent = release_decoder = _missing
+
     @property
     @override
     def exact_branches(self) -> bool:
