@@ -28,6 +28,7 @@ SETTINGS = (
     "consistency.r_warmup=0",
 )  # fmt: skip
 TWO = ("student.times=two", "objective=continuous")
+PAPERS = Path(__file__).parents[2] / "docs" / "papers.md"
 
 
 def trained(teacher: Path, folder: Path, *changes: str) -> Path:
@@ -146,7 +147,7 @@ NAMED = {
 def test_a_method_that_people_know_by_name_is_a_preset(name: str) -> None:
     config = load_config(name)
     assert (config.objective, sampler_of(config), trained_steps(config)) == NAMED[name]
-    said = [row for row in Path("docs/papers.md").read_text().splitlines() if f"`--preset {name}`" in row]
+    said = [row for row in PAPERS.read_text().splitlines() if f"`--preset {name}`" in row]
     assert len(said) == 1 and f"`objective={config.objective}`" in said[0]
 
 

@@ -36,6 +36,8 @@ def test_diffusers_draws_our_latents_at_every_number_of_steps(student_of: Studen
     assert type(pipe).__name__ == card.pipeline == "AnyFlowPipeline" and list(card.calls) == list(range(1, 9))
     assert type(pipe.scheduler).__name__ == card.scheduler == "FlowMapEulerDiscreteScheduler"
     pipe.set_progress_bar_config(disable=True)
+    whole = pipe(card.example, latents=start((1, *teacher.latent_shape)), output_type="pt", **card.calls[2]).frames
+    assert whole.shape[1] == teacher.frames and whole.isfinite().all()
     noise, condition = start((1, *teacher.latent_shape)), teacher.encode([card.example])
 
     def ours(steps: int, told: bool = True) -> torch.Tensor:

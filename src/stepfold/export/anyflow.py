@@ -15,16 +15,16 @@ from torch import Tensor
 from stepfold.errors import UserError
 from stepfold.export.pipeline import write_cards
 from stepfold.maths.formulations import flow_time, trigflow_time
-from stepfold.randomness import normal
 from stepfold.sampling.recipe import Recipe
 from stepfold.students.card import ANYFLOW, Card, read_card
 from stepfold.students.folding import MOST_ERROR
 from stepfold.students.loading import load_merged
 from stepfold.students.two_times import EMBEDDER
 from stepfold.teachers.pipeline import PipelineTeacher
-from stepfold.teachers.wan import WanTeacher
+from stepfold.teachers.wan import WanTeacher, anyflow_classes
 from stepfold.training.runs import writing
 
+KEPT = ("tokenizer", "text_encoder", "vae")
 GATE = 0.5
 """Share of the target's embedding; a power of two, so that undoing it rounds nothing."""
 SPREAD = 3.0
@@ -35,7 +35,7 @@ def export_anyflow(folder: Path, out: Path) -> None:
     """A flow-map student of Wan as an AnyFlowPipeline folder; a LoRA student is merged into its teacher's network.
 
     Raises:
-        UserError: the student is none that jumps anywhere, or not of Wan, or diffusers is too old.
+        UserError: the student is none that jumps anywhere, or not of Wan.
     """
     card = read_card(folder)
     if not (card.recipe.sampler == "flow_map" and card.recipe.jumps_anywhere):
@@ -49,17 +49,14 @@ def export_anyflow(folder: Path, out: Path) -> None:
             f"--to anyflow is for students of Wan, and this one's is a {type(teacher.pipe).__name__}; use --to "
             "pipeline --steps 4, for example"
         )
-    try:
-        from diffusers import AnyFlowPipeline, AnyFlowTransformer3DModel, FlowMapEulerDiscreteScheduler
-    except ImportError:
-        raise UserError("this diffusers has no AnyFlowPipeline; install a newer one, or use --to pipeline") from None
-    scheduler = FlowMapEulerDiscreteScheduler(shift=teacher.shift)
+    kind, network_kind, scheduler_kind = anyflow_classes()
+    scheduler = scheduler_kind(shift=teacher.shift)
     times = {steps: scheduler_times(scheduler, steps) for steps in card.recipe.times}
-    network = told_both(student, AnyFlowTransformer3DModel, target_times(times))
-    kept = {name: teacher.pipe.components[name] for name in ("tokenizer", "text_encoder", "vae")}
+    network = told_both(student, network_kind, target_times(times))
     recipe = card.recipe.model_copy(update={"times": times})
     with writing(out) as part:
-        teacher.write_pipeline(AnyFlowPipeline, lambda: kept | {"transformer": network, "scheduler": scheduler}, part)
+        parts = {"transformer": network, "scheduler": scheduler}
+        teacher.write_pipeline(kind, lambda: {name: teacher.pipe.components[name] for name in KEPT} | parts, part)
         write_cards(part, card.model_copy(update=use_of(teacher, recipe, card)))
 
 
@@ -105,7 +102,7 @@ def told_both(student: Any, kind: Any, targets: Tensor) -> Any:
         embedder.delta_embedder.linear_2,
         embedder.time_embedder.linear_2,
     )
-    noise = normal((first.out_features, first.in_features + 1), 0, "first layer of the target's embedder")
+    noise = torch.randn(first.out_features, first.in_features + 1, generator=torch.Generator().manual_seed(0))
     first.weight.copy_(SPREAD * noise[:, :-1] / first.in_features**0.5)
     first.bias.copy_(noise[:, -1])
     features = embedder.timesteps_proj(1000 * flow_time(targets)).to(first.weight.dtype)

@@ -46,6 +46,13 @@ def filmstrip(videos: Tensor) -> Tensor:
     return videos.transpose(2, 3).flatten(3)
 
 
+def anyflow_classes() -> tuple[Any, Any, Any]:
+    """Pipeline, network and scheduler of diffusers for networks of Wan's kind that are told both times."""
+    from diffusers import AnyFlowPipeline, AnyFlowTransformer3DModel, FlowMapEulerDiscreteScheduler
+
+    return AnyFlowPipeline, AnyFlowTransformer3DModel, FlowMapEulerDiscreteScheduler
+
+
 class WanTeacher(PipelineTeacher):
     """WanPipeline of Wan 2.1; the student is one too, without guidance. Pictures of it are filmstrips."""
 
