@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import flow_prediction, trigflow_time
+from stepfold.maths.formulations import flow_prediction, flow_time, trigflow_time
 from stepfold.teachers.contract import Condition, SamplerName
 from stepfold.teachers.family import Predict
 from stepfold.teachers.pipeline import PipelineTeacher
@@ -44,6 +44,17 @@ def wan_network(
 def filmstrip(videos: Tensor) -> Tensor:
     """[B, C, F, H, W] -> the frames side by side, [B, C, H, F W]."""
     return videos.transpose(2, 3).flatten(3)
+
+
+def scheduler_times(scheduler: Any, num_steps: int) -> list[float]:
+    """The times at which a scheduler of flow matching takes so many steps of its own, without the final 0."""
+    scheduler.set_timesteps(num_steps)
+    return trigflow_time(scheduler.sigmas[:-1].double()).tolist()
+
+
+def timesteps(t: Tensor) -> Tensor:
+    """What the network is told of times t [B], as it counts them: to 1000."""
+    return 1000 * flow_time(t)
 
 
 def anyflow_classes() -> tuple[Any, Any, Any]:
@@ -159,9 +170,7 @@ class WanTeacher(PipelineTeacher):
     @override
     def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
         """Those of the scheduler."""
-        scheduler = self.student_scheduler(sampler)
-        scheduler.set_timesteps(num_steps)
-        return trigflow_time(scheduler.sigmas[:-1].double()).tolist()
+        return scheduler_times(self.student_scheduler(sampler), num_steps)
 
     @override
     def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
