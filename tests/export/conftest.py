@@ -132,7 +132,8 @@ def draw(name, folder, pipe, steps):
     torch.manual_seed(7)
     call = card["calls"][str(steps)]
     told = {{"class_labels" if "class_labels" in signature(pipe.__call__).parameters else "prompt": card["example"]}}
-    drawn[name] = pipe(**told, latents=tensors[name], output_type="latent", return_dict=False, **call)[0]
+    made = pipe(**told, latents=tensors[name], output_type="latent", return_dict=False, **call)[0]
+    drawn[name] = made.contiguous()
 """
 
 
