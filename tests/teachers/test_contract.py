@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_qwen
 import torch
 from diffusers import DDIMScheduler, SanaSprintPipeline
 from forms import cases
@@ -38,6 +39,7 @@ from stepfold.teachers.loading import family_of
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.teachers.pixart import PixArtTeacher
+from stepfold.teachers.qwen_image import QwenImageTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
@@ -133,6 +135,7 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "dit": lambda _, empty: DiTTeacher(tiny.save(tiny.make_dit, empty / "dit")),
     "lumina 2": lambda _, empty: Lumina2Teacher(tiny.save(tiny.make_lumina2, empty / "lumina2"), **SMALL),
     "wan": lambda _, empty: WanTeacher(tiny.save(tiny.make_wan, empty / "wan"), **SMALL, frames=5),
+    "qwen image": lambda _, empty: QwenImageTeacher(tiny.save(tiny_qwen.make_qwen_image, empty / "qwen"), **SMALL),
 }
 
 
@@ -145,6 +148,11 @@ VARIANTS = (
     "clips",
     "distilled",
 )
+PADDED = SanaTeacher | PixArtTeacher | Lumina2Teacher | WanTeacher | QwenImageTeacher
+"""Whose prompts are as long as they are; other networks attend to their padding."""
+VARIANTS = (
+    "no guidance", "the prompt's mask", "float64", "zero terminal snr", "normalised latents", "clips",
+)  # fmt: skip
 
 
 @pytest.fixture(
@@ -303,7 +311,7 @@ def test_rows_do_not_know_of_each_other(teacher: Any, state: tuple[Tensor, Tenso
 
 def test_trimmed_conditions_are_the_untrimmed_ones(teacher: Any, state: tuple[Tensor, Tensor]):
     condition, guidance = teacher.encode(PROMPTS), scales(teacher, 4, 4.5, 5)
-    if not isinstance(teacher, SanaTeacher | PixArtTeacher | Lumina2Teacher | WanTeacher):
+    if not isinstance(teacher, PADDED):
         pytest.skip("attends to its padding, as its pipeline does")
     assert condition.mask.any(0).all() and condition.mask.shape[1] < MAX_TOKENS  # nothing left to trim
     v = teacher.velocity(*state, condition, guidance)

@@ -26,6 +26,7 @@ from stepfold.teachers.folders import (
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
+from stepfold.teachers.qwen_image import QwenImageTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
@@ -47,6 +48,7 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         Lumina2Teacher,
         DiTTeacher,
         WanTeacher,
+        QwenImageTeacher,
     )
     for pipeline in family.pipelines
 }
