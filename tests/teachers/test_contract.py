@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_chroma
 import tiny_qwen
 import torch
 from diffusers import DDIMScheduler, SanaSprintPipeline
@@ -30,6 +31,7 @@ from stepfold.sampling.teacher import sample_teacher
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.students.saving import save_whole
 from stepfold.students.whole import as_student, new_student
+from stepfold.teachers.chroma import ChromaTeacher
 from stepfold.teachers.contract import Condition, concatenate
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.family import Family
@@ -136,6 +138,7 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "lumina 2": lambda _, empty: Lumina2Teacher(tiny.save(tiny.make_lumina2, empty / "lumina2"), **SMALL),
     "wan": lambda _, empty: WanTeacher(tiny.save(tiny.make_wan, empty / "wan"), **SMALL, frames=5),
     "qwen image": lambda _, empty: QwenImageTeacher(tiny.save(tiny_qwen.make_qwen_image, empty / "qwen"), **SMALL),
+    "chroma": lambda _, empty: ChromaTeacher(tiny.save(tiny_chroma.make_chroma, empty / "chroma"), **SMALL),
 }
 
 

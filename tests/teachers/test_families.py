@@ -14,6 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+import tiny_chroma
 import tiny_qwen
 import torch
 from forms import cases
@@ -64,6 +65,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "wan": tiny.make_wan,
     "sprint": tiny.make_sprint,
     "qwen image": tiny_qwen.make_qwen_image,
+    "chroma": tiny_chroma.make_chroma,
 }
 FRAMES = {"WanPipeline": 5}
 WITHOUT_LORA = ("pixart", "dit")
@@ -72,7 +74,7 @@ TIME_TO_ONE = ("Lumina2Pipeline", *SANAS)
 
 
 NAMES = ("sana", *FAMILIES)
-RECENT = ("qwen image",)
+RECENT = ("qwen image", "chroma")
 """Of which `make test` has fewer forms."""
 WITH_LORA = tuple(name for name in NAMES if name not in WITHOUT_LORA)
 

@@ -9,6 +9,7 @@ import torch
 from stepfold import assets
 from stepfold.config import Config, TeacherSettings
 from stepfold.errors import NonFiniteError, UserError, first_line
+from stepfold.teachers.chroma import ChromaTeacher
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.flux import FluxTeacher
@@ -49,6 +50,7 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         DiTTeacher,
         WanTeacher,
         QwenImageTeacher,
+        ChromaTeacher,
     )
     for pipeline in family.pipelines
 }
