@@ -38,6 +38,7 @@ from stepfold.teachers.family import Family
 from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
 from stepfold.teachers.loading import family_of
+from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.teachers.pixart import PixArtTeacher
@@ -139,6 +140,7 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "wan": lambda _, empty: WanTeacher(tiny.save(tiny.make_wan, empty / "wan"), **SMALL, frames=5),
     "qwen image": lambda _, empty: QwenImageTeacher(tiny.save(tiny_qwen.make_qwen_image, empty / "qwen"), **SMALL),
     "chroma": lambda _, empty: ChromaTeacher(tiny.save(tiny_chroma.make_chroma, empty / "chroma"), **SMALL),
+    "longcat": lambda _, empty: LongCatImageTeacher(tiny.save(tiny_qwen.make_longcat, empty / "longcat"), **SMALL),
 }
 
 
@@ -154,7 +156,7 @@ VARIANTS = (
 PADDED = SanaTeacher | PixArtTeacher | Lumina2Teacher | WanTeacher | QwenImageTeacher
 """Whose prompts are as long as they are; other networks attend to their padding."""
 VARIANTS = (
-    "no guidance", "the prompt's mask", "float64", "zero terminal snr", "normalised latents", "clips",
+    "no guidance", "the prompt's mask", "float64", "zero terminal snr", "normalised latents", "clips", "longcat",
 )  # fmt: skip
 
 

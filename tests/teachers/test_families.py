@@ -66,15 +66,16 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sprint": tiny.make_sprint,
     "qwen image": tiny_qwen.make_qwen_image,
     "chroma": tiny_chroma.make_chroma,
+    "longcat": tiny_qwen.make_longcat,
 }
 FRAMES = {"WanPipeline": 5}
-WITHOUT_LORA = ("pixart", "dit")
+WITHOUT_LORA = ("pixart", "dit", "longcat")
 SANAS = ("SanaPipeline", "SanaSprintPipeline")
 TIME_TO_ONE = ("Lumina2Pipeline", *SANAS)
 
 
 NAMES = ("sana", *FAMILIES)
-RECENT = ("qwen image", "chroma")
+RECENT = ("qwen image", "chroma", "longcat")
 """Of which `make test` has fewer forms."""
 WITH_LORA = tuple(name for name in NAMES if name not in WITHOUT_LORA)
 
@@ -275,7 +276,7 @@ def test_a_pipeline_that_loads_no_lora_gets_none(family: str, prompts_file: Path
     folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
     for change in ("student.lora=4", f"teacher.lora={tmp_path / 'some.safetensors'}"):
         config = settings(folder, prompts_file, change)
-        with pytest.raises(UserError, match=r"(PixArtSigma|DiT)Pipeline"):
+        with pytest.raises(UserError, match=r"(PixArtSigma|DiT|LongCatImage)Pipeline"):
             run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
         assert not (tmp_path / "run").exists()
 

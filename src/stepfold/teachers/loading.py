@@ -24,6 +24,7 @@ from stepfold.teachers.folders import (
     load_pipeline,
     unloadable,
 )
+from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
@@ -51,6 +52,7 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         WanTeacher,
         QwenImageTeacher,
         ChromaTeacher,
+        LongCatImageTeacher,
     )
     for pipeline in family.pipelines
 }
