@@ -37,6 +37,7 @@ from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.family import Family
 from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
+from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.loading import family_of
 from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
@@ -141,6 +142,7 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "qwen image": lambda _, empty: QwenImageTeacher(tiny.save(tiny_qwen.make_qwen_image, empty / "qwen"), **SMALL),
     "chroma": lambda _, empty: ChromaTeacher(tiny.save(tiny_chroma.make_chroma, empty / "chroma"), **SMALL),
     "longcat": lambda _, empty: LongCatImageTeacher(tiny.save(tiny_qwen.make_longcat, empty / "longcat"), **SMALL),
+    "krea 2": lambda _, empty: Krea2Teacher(tiny.save(tiny_qwen.make_krea2, empty / "krea"), **SMALL),
 }
 
 
@@ -154,6 +156,7 @@ VARIANTS = (
     "distilled",
 )
 PADDED = SanaTeacher | PixArtTeacher | Lumina2Teacher | WanTeacher | QwenImageTeacher
+PADDED = SanaTeacher | PixArtTeacher | Lumina2Teacher | WanTeacher | QwenImageTeacher | Krea2Teacher
 """Whose prompts are as long as they are; other networks attend to their padding."""
 VARIANTS = (
     "no guidance", "the prompt's mask", "float64", "zero terminal snr", "normalised latents", "clips", "longcat",

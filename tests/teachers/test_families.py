@@ -67,6 +67,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen image": tiny_qwen.make_qwen_image,
     "chroma": tiny_chroma.make_chroma,
     "longcat": tiny_qwen.make_longcat,
+    "krea 2": tiny_qwen.make_krea2,
 }
 FRAMES = {"WanPipeline": 5}
 WITHOUT_LORA = ("pixart", "dit", "longcat")
@@ -75,7 +76,7 @@ TIME_TO_ONE = ("Lumina2Pipeline", *SANAS)
 
 
 NAMES = ("sana", *FAMILIES)
-RECENT = ("qwen image", "chroma", "longcat")
+RECENT = ("qwen image", "chroma", "longcat", "krea 2")
 """Of which `make test` has fewer forms."""
 WITH_LORA = tuple(name for name in NAMES if name not in WITHOUT_LORA)
 

@@ -24,6 +24,7 @@ from stepfold.teachers.folders import (
     load_pipeline,
     unloadable,
 )
+from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
@@ -53,6 +54,7 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         QwenImageTeacher,
         ChromaTeacher,
         LongCatImageTeacher,
+        Krea2Teacher,
     )
     for pipeline in family.pipelines
 }
