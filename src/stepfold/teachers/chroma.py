@@ -1,6 +1,7 @@
 """Chroma: FLUX.1 without guidance embedded and without a pooled text; flow prediction, classifier-free guidance."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,6 +15,24 @@ from stepfold.teachers.family import Predict
 from stepfold.teachers.flux import PackedTeacher, keep_precision, packed_prediction, places
 
 
+@contextmanager
+def recomputed_with(transformer: Any, mask: Tensor) -> Iterator[None]:
+    """Blocks that the backward pass computes again get the mask; diffusers leaves it out for those of one stream."""
+    if not transformer.gradient_checkpointing:
+        yield
+        return
+    own = transformer._gradient_checkpointing_func
+
+    def with_mask(block: Any, *inputs: Any) -> Any:
+        return own(block, *inputs, mask) if len(inputs) == 3 else own(block, *inputs)
+
+    transformer._gradient_checkpointing_func = with_mask
+    try:
+        yield
+    finally:
+        transformer._gradient_checkpointing_func = own
+
+
 def chroma_network(
     transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, time_scale: float
 ) -> Tensor:
@@ -24,15 +43,17 @@ def chroma_network(
     embeds, mask = condition.embeds[..., :-1], condition.embeds[..., -1]
 
     def velocity(tokens: Tensor, t_flow: Tensor) -> Tensor:
-        return transformer(
-            hidden_states=tokens,
-            timestep=time_scale / 1000 * t_flow,
-            encoder_hidden_states=embeds,
-            txt_ids=embeds.new_zeros(embeds.shape[1], 3),
-            img_ids=places(*x_unit.shape[-2:], embeds),
-            attention_mask=torch.cat([mask, mask.new_ones(tokens.shape[:2])], 1),
-            return_dict=False,
-        )[0]
+        whole = torch.cat([mask, mask.new_ones(tokens.shape[:2])], 1)
+        with recomputed_with(transformer, whole):
+            return transformer(
+                hidden_states=tokens,
+                timestep=time_scale / 1000 * t_flow,
+                encoder_hidden_states=embeds,
+                txt_ids=embeds.new_zeros(embeds.shape[1], 3),
+                img_ids=places(*x_unit.shape[-2:], embeds),
+                attention_mask=whole,
+                return_dict=False,
+            )[0]
 
     return packed_prediction(x_unit, t, velocity)
 
