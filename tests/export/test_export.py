@@ -26,13 +26,11 @@ from .conftest import SMALLER, relative, start
 StudentOf = Callable[..., Path]
 Fresh = Callable[..., dict[str, torch.Tensor]]
 KINDS = ("lora", "pipeline", "teacher")
-WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina", "wan")
+RECENT = ("qwen", "chroma", "krea")
+WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina", "wan", *RECENT)
 FEWER = ", fewer blocks"
 DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "pixart", "lumina", "wan")
-WITH_LORA = ("sana", "sd3", "flux", "sd1", "sdxl", "lumina", "wan", "qwen", "chroma", "krea")
-FEWER = ", fewer blocks"
-DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "sd1", "sdxl", "pixart", "lumina", "wan")
-DRAWN += ("qwen", "chroma", "longcat", "krea")
+DRAWN += (*RECENT, "longcat")
 DRAWN += tuple(f"{family}{FEWER}" for family in SMALLER)
 
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"

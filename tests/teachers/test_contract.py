@@ -154,13 +154,10 @@ VARIANTS = (
     "normalised latents",
     "clips",
     "distilled",
+    "longcat",
 )
-PADDED = SanaTeacher | PixArtTeacher | Lumina2Teacher | WanTeacher | QwenImageTeacher
 PADDED = SanaTeacher | PixArtTeacher | Lumina2Teacher | WanTeacher | QwenImageTeacher | Krea2Teacher
 """Whose prompts are as long as they are; other networks attend to their padding."""
-VARIANTS = (
-    "no guidance", "the prompt's mask", "float64", "zero terminal snr", "normalised latents", "clips", "longcat",
-)  # fmt: skip
 
 
 @pytest.fixture(

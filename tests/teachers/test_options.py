@@ -24,17 +24,20 @@ from stepfold.teachers.schedules import CLIP_SETTINGS, CLIPS, FLOW, OBEYED, ONLY
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipeline-options.md"
 NETWORKS = (
-    "DiTTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel",
-    "PixArtTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel", "UNet2DConditionModel",
-    "ChromaTransformer2DModel", "DiTTransformer2DModel", "FluxTransformer2DModel", "Krea2Transformer2DModel",
-    "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel", "PixArtTransformer2DModel",
-    "QwenImageTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel", "UNet2DConditionModel",
-    "WanTransformer3DModel",
+    "ChromaTransformer2DModel", "DiTTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel",
+    "Krea2Transformer2DModel", "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel",
+    "PixArtTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel",
+    "UNet2DConditionModel", "WanTransformer3DModel",
 )  # fmt: skip
 CLASSES = {
     "Networks": NETWORKS,
-    "Autoencoders": ("AutoencoderDC", "AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLWan"),
-    "Autoencoders": ("AutoencoderDC", "AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLWan"),
+    "Autoencoders": (
+        "AutoencoderDC",
+        "AutoencoderKL",
+        "AutoencoderKLFlux2",
+        "AutoencoderKLQwenImage",
+        "AutoencoderKLWan",
+    ),
     "Schedulers": (*VP, *FLOW, "SCMScheduler"),
     "Pipelines": tuple(FAMILIES),
 }
