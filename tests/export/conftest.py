@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_chroma
+import tiny_qwen
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
@@ -44,6 +46,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
     "sprint": tiny.make_sprint,
+    "qwen": tiny_qwen.make_qwen_image,
+    "chroma": tiny_chroma.make_chroma,
+    "longcat": tiny_qwen.make_longcat,
+    "krea": tiny_qwen.make_krea2,
     "retimed sd3": lambda: retimed(tiny.make_sd3()),
     "retimed flux": lambda: retimed(tiny.make_flux()),
     "retimed flux2": lambda: retimed(tiny.make_flux2_klein()),
@@ -56,6 +62,9 @@ SMALLER: dict[str, Callable[..., Any]] = {
     "pixart": tiny.make_pixart,
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
+    "qwen": tiny_qwen.make_qwen_image,
+    "longcat": tiny_qwen.make_longcat,
+    "krea": tiny_qwen.make_krea2,
 }
 """Families whose students may have fewer blocks than the teacher, which has three here."""
 
