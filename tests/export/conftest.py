@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_z_image
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
@@ -44,6 +45,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
     "sprint": tiny.make_sprint,
+    "z-image": tiny_z_image.make_z_image,
     "retimed sd3": lambda: retimed(tiny.make_sd3()),
     "retimed flux": lambda: retimed(tiny.make_flux()),
     "retimed flux2": lambda: retimed(tiny.make_flux2_klein()),
@@ -56,6 +58,7 @@ SMALLER: dict[str, Callable[..., Any]] = {
     "pixart": tiny.make_pixart,
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
+    "z-image": tiny_z_image.make_z_image,
 }
 """Families whose students may have fewer blocks than the teacher, which has three here."""
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_z_image
 import torch
+from forms import cases
 from diffusers import SanaTransformer2DModel, SD3Transformer2DModel
 
 from stepfold.config import load_config
@@ -67,10 +69,11 @@ OF_BLOCKS: dict[str, Callable[..., Any]] = {
     "flux2": tiny.make_flux2_klein,
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
+    "z-image": tiny_z_image.make_z_image,
 }
 
 
-@pytest.fixture(params=OF_BLOCKS)
+@pytest.fixture(params=cases(OF_BLOCKS, short=[name for name in OF_BLOCKS if name != "z-image"]))
 def teacher(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     folder = tiny.save(partial(OF_BLOCKS[request.param], num_layers=3), tmp_path / "pipeline")
     frames = 5 if request.param == "wan" else None

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_z_image
 import torch
 from diffusers import DDIMScheduler, SanaSprintPipeline
 from forms import cases
@@ -42,6 +43,7 @@ from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
 from stepfold.teachers.wan import WanTeacher
+from stepfold.teachers.z_image import ZImageTeacher
 
 MAX_TOKENS = 48
 PROMPTS = ["red heart", "dog on blue background", "pizza on a white plate"]
@@ -133,6 +135,9 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "dit": lambda _, empty: DiTTeacher(tiny.save(tiny.make_dit, empty / "dit")),
     "lumina 2": lambda _, empty: Lumina2Teacher(tiny.save(tiny.make_lumina2, empty / "lumina2"), **SMALL),
     "wan": lambda _, empty: WanTeacher(tiny.save(tiny.make_wan, empty / "wan"), **SMALL, frames=5),
+    "z-image": lambda _, empty: ZImageTeacher(
+        tiny.save(tiny_z_image.make_z_image, empty / "z"), **SMALL | {"width": 24}
+    ),
 }
 
 
@@ -307,7 +312,7 @@ def test_rows_do_not_know_of_each_other(teacher: Any, state: tuple[Tensor, Tenso
 
 def test_trimmed_conditions_are_the_untrimmed_ones(teacher: Any, state: tuple[Tensor, Tensor]):
     condition, guidance = teacher.encode(PROMPTS), scales(teacher, 4, 4.5, 5)
-    if not isinstance(teacher, SanaTeacher | PixArtTeacher | Lumina2Teacher | WanTeacher):
+    if not isinstance(teacher, SanaTeacher | PixArtTeacher | Lumina2Teacher | WanTeacher | ZImageTeacher):
         pytest.skip("attends to its padding, as its pipeline does")
     assert condition.mask.any(0).all() and condition.mask.shape[1] < MAX_TOKENS  # nothing left to trim
     v = teacher.velocity(*state, condition, guidance)

@@ -14,6 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+import tiny_z_image
 import torch
 from forms import cases
 from peft import LoraConfig, get_peft_model_state_dict
@@ -62,7 +63,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "lumina 2": tiny.make_lumina2,
     "wan": tiny.make_wan,
     "sprint": tiny.make_sprint,
+    "z-image": tiny_z_image.make_z_image,
 }
+OTHERS = ("z-image",)
+"""Families of which `make test` has a run alone."""
 FRAMES = {"WanPipeline": 5}
 WITHOUT_LORA = ("pixart", "dit")
 SANAS = ("SanaPipeline", "SanaSprintPipeline")
@@ -81,12 +85,12 @@ def folder(request: pytest.FixtureRequest, tiny_sana: Path, tmp_path_factory: py
     return tiny.save(FAMILIES[request.param], tmp_path_factory.mktemp("family") / "pipeline")
 
 
-every_family = pytest.mark.parametrize("folder", NAMES, indirect=True)
-
-
 def families(*short: str, of: tuple[str, ...] = NAMES) -> pytest.MarkDecorator:
     """All these families; `make test` has the `short` ones."""
     return pytest.mark.parametrize("folder", cases(of, short), indirect=True)
+
+
+every_family = families(*(name for name in NAMES if name not in OTHERS))
 
 
 def network_of(folder: Path) -> str:
@@ -136,7 +140,7 @@ def pixels(made: Any) -> np.ndarray:
     ("folder", "objective"),
     cases(
         product(NAMES, ("discrete", "continuous")),
-        short=[("sana", "continuous"), *product(("sana", "sd 1", "sdxl", "flux dev", "wan", "dit"), ["discrete"])],
+        short=[("sana", "continuous"), *product(("sana", "sd 1", "sdxl", "flux dev", "wan", "dit", *OTHERS), ["discrete"])],
     ),
     indirect=["folder"],
 )

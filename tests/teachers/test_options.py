@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import tiny
+import tiny_z_image
 import torch
 from forms import cases
 
@@ -25,6 +26,7 @@ NETWORKS = (
     "DiTTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel",
     "PixArtTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel", "UNet2DConditionModel",
     "WanTransformer3DModel",
+    "ZImageTransformer2DModel",
 )  # fmt: skip
 CLASSES = {
     "Networks": NETWORKS,
@@ -95,6 +97,11 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "patch_size": (tiny.make_flux, "transformer", {"patch_size": 2}),
     "guidance_embeds": (tiny.make_sana, "transformer", {"guidance_embeds": True}),
     "image_dim": (tiny.make_wan, "transformer", {"image_dim": 8}),
+    "siglip_feat_dim": (tiny_z_image.make_z_image, "transformer", {"siglip_feat_dim": 8}),
+    "all_patch_size": (
+        tiny_z_image.make_z_image, "transformer", {"all_patch_size": [1, 2], "all_f_patch_size": [1, 1]}
+    ),
+    "all_f_patch_size": (tiny_z_image.make_z_image, "transformer", {"all_f_patch_size": [2]}),
 }
 
 
@@ -178,6 +185,13 @@ OBEYED_FIELDS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
         tiny.make_wan, "transformer",
         dict(cross_attn_norm=False, qk_norm=None, eps=1e-3, patch_size=(1, 1, 1), rope_max_seq_len=64),
     ),
+    "z-image": (
+        tiny_z_image.make_z_image, "transformer",
+        dict(
+            t_scale=1.0, qk_norm=False, norm_eps=1e-3, rope_theta=100.0, n_refiner_layers=2, axes_dims=[4, 8, 4],
+            axes_lens=[100, 40, 16],
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -192,7 +206,7 @@ def test_a_network_of_other_fields_is_its_pipelines(family: str, tmp_path: Path)
     assert agreement(teacher, prompts, condition, guidance, 4).network < 1e-4
     x, t = torch.randn(2, *teacher.latent_shape), torch.tensor([0.5, 1.2])
     student = new_student(teacher)
-    F = teacher.velocity(x, t, condition, torch.ones(2)) / teacher.sigma_data
+    F = teacher.velocity(x, t, condition, torch.full((2,), teacher.no_guidance)) / teacher.sigma_data
     torch.testing.assert_close(
         student(x / teacher.sigma_data, t, condition, torch.ones(2)), F, rtol=1e-4, atol=1e-4 * float(F.abs().max())
     )
@@ -211,6 +225,7 @@ AUTOENCODERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "lumina 2": (tiny.make_lumina2, dict(scaling_factor=0.3, shift_factor=0.4, use_post_quant_conv=False)),
     "pixart": (tiny.make_pixart, dict(scaling_factor=0.3, shift_factor=0.4)),
     "flux 2": (tiny.make_flux2_klein, dict(batch_norm_eps=0.5, batch_norm_momentum=0.3, use_quant_conv=False)),
+    "z-image": (tiny_z_image.make_z_image, dict(scaling_factor=0.3, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4])),
 }  # fmt: skip
 
 

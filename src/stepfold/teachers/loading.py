@@ -31,6 +31,7 @@ from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
 from stepfold.teachers.tokens import TextReader
 from stepfold.teachers.wan import WanTeacher
+from stepfold.teachers.z_image import ZImageTeacher
 
 FAMILIES: dict[str, type[PipelineTeacher]] = {
     pipeline.__name__: family
@@ -47,6 +48,7 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         Lumina2Teacher,
         DiTTeacher,
         WanTeacher,
+        ZImageTeacher,
     )
     for pipeline in family.pipelines
 }

@@ -41,3 +41,9 @@ def usual_tokens(pipe: Any) -> int:
     """How long a prompt may be unless it is said."""
     length = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
     return int(tokenizer_in(pipe.tokenizer).model_max_length if length is None else length.default)
+
+
+def chat_opening(tokenizer: Any, **options: Any) -> str:
+    """What a tokenizer's chat template puts before the text of a first message from the user."""
+    message = [{"role": "user", "content": "\0"}]
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **options).split("\0")[0]
