@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_ernie_image
 import tiny_z_image
 import torch
 from diffusers import DDIMScheduler, SanaSprintPipeline
@@ -32,6 +33,7 @@ from stepfold.students.saving import save_whole
 from stepfold.students.whole import as_student, new_student
 from stepfold.teachers.contract import Condition, concatenate
 from stepfold.teachers.dit import DiTTeacher
+from stepfold.teachers.ernie_image import ErnieImageTeacher
 from stepfold.teachers.family import Family
 from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
@@ -135,12 +137,17 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "dit": lambda _, empty: DiTTeacher(tiny.save(tiny.make_dit, empty / "dit")),
     "lumina 2": lambda _, empty: Lumina2Teacher(tiny.save(tiny.make_lumina2, empty / "lumina2"), **SMALL),
     "wan": lambda _, empty: WanTeacher(tiny.save(tiny.make_wan, empty / "wan"), **SMALL, frames=5),
+    "ernie-image": lambda _, empty: ErnieImageTeacher(
+        tiny.save(tiny_ernie_image.make_ernie_image, empty / "ernie"), **SMALL
+    ),
     "z-image": lambda _, empty: ZImageTeacher(
         tiny.save(tiny_z_image.make_z_image, empty / "z"), **SMALL | {"width": 24}
     ),
 }
 
 
+MASKED = (SanaTeacher, PixArtTeacher, Lumina2Teacher, WanTeacher, ErnieImageTeacher, ZImageTeacher)
+"""Families that attend to no padding."""
 VARIANTS = (
     "no guidance",
     "the prompt's mask",
@@ -312,7 +319,7 @@ def test_rows_do_not_know_of_each_other(teacher: Any, state: tuple[Tensor, Tenso
 
 def test_trimmed_conditions_are_the_untrimmed_ones(teacher: Any, state: tuple[Tensor, Tensor]):
     condition, guidance = teacher.encode(PROMPTS), scales(teacher, 4, 4.5, 5)
-    if not isinstance(teacher, SanaTeacher | PixArtTeacher | Lumina2Teacher | WanTeacher | ZImageTeacher):
+    if not isinstance(teacher, MASKED):
         pytest.skip("attends to its padding, as its pipeline does")
     assert condition.mask.any(0).all() and condition.mask.shape[1] < MAX_TOKENS  # nothing left to trim
     v = teacher.velocity(*state, condition, guidance)

@@ -14,6 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+import tiny_ernie_image
 import tiny_z_image
 import torch
 from forms import cases
@@ -63,9 +64,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "lumina 2": tiny.make_lumina2,
     "wan": tiny.make_wan,
     "sprint": tiny.make_sprint,
+    "ernie-image": tiny_ernie_image.make_ernie_image,
     "z-image": tiny_z_image.make_z_image,
 }
-OTHERS = ("z-image",)
+OTHERS = ("ernie-image", "z-image")
 """Families of which `make test` has a run alone."""
 FRAMES = {"WanPipeline": 5}
 WITHOUT_LORA = ("pixart", "dit")
@@ -140,7 +142,10 @@ def pixels(made: Any) -> np.ndarray:
     ("folder", "objective"),
     cases(
         product(NAMES, ("discrete", "continuous")),
-        short=[("sana", "continuous"), *product(("sana", "sd 1", "sdxl", "flux dev", "wan", "dit", *OTHERS), ["discrete"])],
+        short=[
+            ("sana", "continuous"),
+            *product(("sana", "sd 1", "sdxl", "flux dev", "wan", "dit", *OTHERS), ["discrete"]),
+        ],
     ),
     indirect=["folder"],
 )

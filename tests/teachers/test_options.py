@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import tiny
+import tiny_ernie_image
 import tiny_z_image
 import torch
 from forms import cases
@@ -23,7 +24,8 @@ from stepfold.teachers.schedules import CLIP_SETTINGS, CLIPS, FLOW, OBEYED, ONLY
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipeline-options.md"
 NETWORKS = (
-    "DiTTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel",
+    "DiTTransformer2DModel", "ErnieImageTransformer2DModel",
+    "Flux2Transformer2DModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel",
     "PixArtTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel", "UNet2DConditionModel",
     "WanTransformer3DModel",
     "ZImageTransformer2DModel",
@@ -99,7 +101,9 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "image_dim": (tiny.make_wan, "transformer", {"image_dim": 8}),
     "siglip_feat_dim": (tiny_z_image.make_z_image, "transformer", {"siglip_feat_dim": 8}),
     "all_patch_size": (
-        tiny_z_image.make_z_image, "transformer", {"all_patch_size": [1, 2], "all_f_patch_size": [1, 1]}
+        tiny_z_image.make_z_image,
+        "transformer",
+        {"all_patch_size": [1, 2], "all_f_patch_size": [1, 1]},
     ),
     "all_f_patch_size": (tiny_z_image.make_z_image, "transformer", {"all_f_patch_size": [2]}),
 }
@@ -185,6 +189,10 @@ OBEYED_FIELDS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
         tiny.make_wan, "transformer",
         dict(cross_attn_norm=False, qk_norm=None, eps=1e-3, patch_size=(1, 1, 1), rope_max_seq_len=64),
     ),
+    "ernie-image": (
+        tiny_ernie_image.make_ernie_image, "transformer",
+        dict(qk_layernorm=False, eps=1e-3, patch_size=2, rope_theta=100, rope_axes_dim=(8, 4, 4)),
+    ),
     "z-image": (
         tiny_z_image.make_z_image, "transformer",
         dict(
@@ -225,6 +233,7 @@ AUTOENCODERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "lumina 2": (tiny.make_lumina2, dict(scaling_factor=0.3, shift_factor=0.4, use_post_quant_conv=False)),
     "pixart": (tiny.make_pixart, dict(scaling_factor=0.3, shift_factor=0.4)),
     "flux 2": (tiny.make_flux2_klein, dict(batch_norm_eps=0.5, batch_norm_momentum=0.3, use_quant_conv=False)),
+    "ernie-image": (tiny_ernie_image.make_ernie_image, dict(batch_norm_eps=0.5, batch_norm_momentum=0.3)),
     "z-image": (tiny_z_image.make_z_image, dict(scaling_factor=0.3, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4])),
 }  # fmt: skip
 

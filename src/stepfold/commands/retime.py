@@ -129,8 +129,8 @@ def run_retime(
         raise UserError(f"the time of {source!r} counts to {teacher.time_scale:g}, not to 1000; distil it as it is")
     if teacher.time_embedder(teacher.transformer) is None:
         raise UserError(
-            f"{source!r} is a {type(teacher.pipe).__name__}, but re-timing is for Sana without embedded guidance, SD3 "
-            "and FLUX; distil it as it is, with objective=discrete"
+            f"{source!r} is a {type(teacher.pipe).__name__}, but re-timing is for Sana without embedded guidance, SD3, "
+            "FLUX and ERNIE-Image; distil it as it is, with objective=discrete"
         )
     for note in notes_on(file, teacher):
         display.note(note)

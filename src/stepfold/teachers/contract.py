@@ -44,11 +44,11 @@ class Condition:
         return Condition(embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device), pooled)
 
     @staticmethod
-    def ragged(texts: Sequence[Tensor], length: int) -> "Condition":
-        """Of B texts [L_i, D], none longer than `length`, padded to it with zeros."""
-        embeds = torch.stack([nn.functional.pad(text, (0, 0, 0, length - len(text))) for text in texts])
+    def ragged(texts: Sequence[Tensor]) -> "Condition":
+        """Of B texts [L_i, D], with zeros behind the shorter ones."""
+        embeds = nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
         lengths = torch.tensor([len(text) for text in texts], device=embeds.device)
-        return Condition(embeds, (torch.arange(length, device=embeds.device) < lengths[:, None]).long())
+        return Condition(embeds, (torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]).long())
 
     def texts(self) -> list[Tensor]:
         """The B texts [L_i, D] that were given to `ragged`, for networks that take no mask."""

@@ -36,6 +36,7 @@ class Family(PipelineCalls):
         fields: field of the network's config -> the values that are understood, and what any other means.
         outputs: channels out for each channel in; with a learned variance 2.
         autoencoder_layout: what `to_autoencoder` does, in words that end "which is the last line below, ".
+        unread: optional parts of the pipeline that are left out.
         video_autoencoder: whether the autoencoder takes videos where the pipeline makes pictures: one frame then.
         source: folder or hub id.
         index: the pipeline's model_index.json.
@@ -55,6 +56,7 @@ class Family(PipelineCalls):
     fields: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
     outputs: ClassVar[tuple[int, ...]] = (1,)
     autoencoder_layout: ClassVar[str] = ""
+    unread: ClassVar[tuple[str, ...]] = ()
     video_autoencoder: ClassVar[bool] = False
     ode: Literal["flow", "trigflow"] = "flow"
     start_time: float = math.pi / 2
@@ -253,6 +255,10 @@ class Family(PipelineCalls):
         config = self.transformer.config
         width = config.num_attention_heads * config.attention_head_dim
         return [(block, width) for block in self.transformer.transformer_blocks]
+
+    def feature_map(self, output: Any) -> Tensor:
+        """What a block of `feature_parts` gives, as [B, tokens, width] or [B, width, H, W]."""
+        return output[-1] if isinstance(output, tuple) else output  # text tokens come first, if at all
 
     def latent_scale(self, vae: Any) -> tuple[Any, Any]:
         """What the network's unit latents are the autoencoder's times and minus: numbers or [C, 1, ...].

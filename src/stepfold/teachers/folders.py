@@ -82,10 +82,11 @@ def load_pipeline(
     variant: str | None = None,
     *,
     tokenizers_only: bool = False,
+    unread: Sequence[str] = (),
 ) -> Any:
     """Loads a pipeline, all or without text encoders and VAE; safetensors only, of a variant where there is one.
 
-    `tokenizers_only` leaves out all its networks.
+    `tokenizers_only` leaves out all its networks; `unread` are optional parts that are left out in any case.
 
     Raises:
         UserError: it is of another class, or does not load.
@@ -99,6 +100,7 @@ def load_pipeline(
     folder, absent = source, dict[str, Any](dict.fromkeys(later) if network_only else {})
     if tokenizers_only:
         absent = {part: None for part, spec in index.items() if is_part(spec) and is_network(spec)}
+    absent |= {part: None for part in unread if part in index}
     try:
         if not Path(source).exists():  # of a hub id all files come first, so that they are looked at before any is read
             folder = kind.download(source, use_safetensors=True, **absent)

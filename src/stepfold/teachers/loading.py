@@ -11,6 +11,7 @@ from stepfold.config import Config, TeacherSettings
 from stepfold.errors import NonFiniteError, UserError, first_line
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
+from stepfold.teachers.ernie_image import ErnieImageTeacher
 from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
 from stepfold.teachers.folders import (
@@ -49,6 +50,7 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         DiTTeacher,
         WanTeacher,
         ZImageTeacher,
+        ErnieImageTeacher,
     )
     for pipeline in family.pipelines
 }
@@ -125,7 +127,9 @@ def load_text_reader(settings: TeacherSettings) -> TextReader | None:
     """
     source = place_of(settings)
     family, index = family_of(source), load_index(source)
-    pipe = load_pipeline(source, index, family.pipelines, torch.float32, False, tokenizers_only=True)
+    pipe = load_pipeline(
+        source, index, family.pipelines, torch.float32, False, tokenizers_only=True, unread=family.unread
+    )
     return family.reader_in(pipe, settings.max_tokens)
 
 

@@ -58,6 +58,8 @@ class ZImageTeacher(PipelineTeacher):
 
     @override
     def predictor(self) -> Predict:
+        """The network keeps its table of positions from its first call on; that call must not be inside a tangent."""
+        self.transformer.rope_embedder(torch.zeros(1, 3, dtype=torch.int32, device=self.device))
         return z_image_network
 
     @override
@@ -95,7 +97,7 @@ class ZImageTeacher(PipelineTeacher):
                 f"network reads {longest}; choose one between, or leave it out"
             )
         texts, _ = self.pipe.encode_prompt(list(prompts), self.device, False, max_sequence_length=self.max_tokens)
-        return Condition.ragged([text.to(self.work_dtype) for text in texts], self.max_tokens)
+        return Condition.ragged([text.to(self.work_dtype) for text in texts])
 
     @override
     def idle_parameters(self) -> tuple[str, ...]:
