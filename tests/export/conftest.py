@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_ernie_image
+import tiny_prx
 import tiny_z_image
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -47,6 +48,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "wan": tiny.make_wan,
     "sprint": tiny.make_sprint,
     "ernie-image": tiny_ernie_image.make_ernie_image,
+    "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
     "retimed sd3": lambda: retimed(tiny.make_sd3()),
     "retimed flux": lambda: retimed(tiny.make_flux()),
@@ -61,6 +63,7 @@ SMALLER: dict[str, Callable[..., Any]] = {
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
     "ernie-image": tiny_ernie_image.make_ernie_image,
+    "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
 }
 """Families whose students may have fewer blocks than the teacher, which has three here."""

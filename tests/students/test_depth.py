@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_ernie_image
+import tiny_prx
 import tiny_z_image
 import torch
 from diffusers import SanaTransformer2DModel, SD3Transformer2DModel
@@ -71,11 +72,15 @@ OF_BLOCKS: dict[str, Callable[..., Any]] = {
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
     "ernie-image": tiny_ernie_image.make_ernie_image,
+    "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
 }
 
 
-@pytest.fixture(params=cases(OF_BLOCKS, short=[name for name in OF_BLOCKS if name not in ("ernie-image", "z-image")]))
+OTHERS = ("ernie-image", "prx", "z-image")
+
+
+@pytest.fixture(params=cases(OF_BLOCKS, short=[name for name in OF_BLOCKS if name not in OTHERS]))
 def teacher(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     folder = tiny.save(partial(OF_BLOCKS[request.param], num_layers=3), tmp_path / "pipeline")
     frames = 5 if request.param == "wan" else None

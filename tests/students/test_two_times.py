@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_ernie_image
+import tiny_prx
 import tiny_z_image
 import torch
 from forms import cases
@@ -44,6 +45,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sd 1": tiny.make_sd1,
     "sdxl": tiny.make_sdxl,
     "ernie-image": tiny_ernie_image.make_ernie_image,
+    "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
 }
 PROMPTS = ["red heart", "a cat", "ghost"]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_ernie_image
+import tiny_prx
 import tiny_z_image
 import torch
 from diffusers import DDIMScheduler, SanaSprintPipeline
@@ -41,6 +42,7 @@ from stepfold.teachers.loading import family_of
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.teachers.pixart import PixArtTeacher
+from stepfold.teachers.prx import PRXTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
@@ -140,13 +142,14 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "ernie-image": lambda _, empty: ErnieImageTeacher(
         tiny.save(tiny_ernie_image.make_ernie_image, empty / "ernie"), **SMALL
     ),
+    "prx": lambda _, empty: PRXTeacher(tiny.save(tiny_prx.make_prx, empty / "prx"), **SMALL),
     "z-image": lambda _, empty: ZImageTeacher(
         tiny.save(tiny_z_image.make_z_image, empty / "z"), **SMALL | {"width": 24}
     ),
 }
 
 
-MASKED = (SanaTeacher, PixArtTeacher, Lumina2Teacher, WanTeacher, ErnieImageTeacher, ZImageTeacher)
+MASKED = (SanaTeacher, PixArtTeacher, Lumina2Teacher, WanTeacher, ErnieImageTeacher, PRXTeacher, ZImageTeacher)
 """Families that attend to no padding."""
 VARIANTS = (
     "no guidance",

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_ernie_image
+import tiny_prx
 import tiny_z_image
 import torch
 from forms import cases
@@ -65,12 +66,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "wan": tiny.make_wan,
     "sprint": tiny.make_sprint,
     "ernie-image": tiny_ernie_image.make_ernie_image,
+    "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
 }
-OTHERS = ("ernie-image", "z-image")
+OTHERS = ("ernie-image", "prx", "z-image")
 """Families of which `make test` has a run alone."""
 FRAMES = {"WanPipeline": 5}
-WITHOUT_LORA = ("pixart", "dit")
+WITHOUT_LORA = ("pixart", "dit", "prx")
 SANAS = ("SanaPipeline", "SanaSprintPipeline")
 TIME_TO_ONE = ("Lumina2Pipeline", *SANAS)
 
@@ -275,7 +277,7 @@ def test_a_pipeline_that_loads_no_lora_gets_none(family: str, prompts_file: Path
     folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
     for change in ("student.lora=4", f"teacher.lora={tmp_path / 'some.safetensors'}"):
         config = settings(folder, prompts_file, change)
-        with pytest.raises(UserError, match=r"(PixArtSigma|DiT)Pipeline"):
+        with pytest.raises(UserError, match=r"(PixArtSigma|DiT|PRX)Pipeline"):
             run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
         assert not (tmp_path / "run").exists()
 

@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import tiny
 import tiny_ernie_image
+import tiny_prx
 import tiny_z_image
 import torch
 from forms import cases
@@ -26,6 +27,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "pipeline-options.md"
 NETWORKS = (
     "DiTTransformer2DModel", "ErnieImageTransformer2DModel",
     "Flux2Transformer2DModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel",
+    "PRXTransformer2DModel",
     "PixArtTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel", "UNet2DConditionModel",
     "WanTransformer3DModel",
     "ZImageTransformer2DModel",
@@ -191,7 +193,14 @@ OBEYED_FIELDS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     ),
     "ernie-image": (
         tiny_ernie_image.make_ernie_image, "transformer",
-        dict(qk_layernorm=False, eps=1e-3, patch_size=2, rope_theta=100, rope_axes_dim=(8, 4, 4)),
+        dict(eps=1e-3, patch_size=2, rope_theta=100, rope_axes_dim=(8, 4, 4)),
+    ),
+    "prx": (
+        tiny_prx.make_prx, "transformer",
+        dict(
+            time_factor=1.0, time_max_period=100, bottleneck_size=6, resolution_embeds=False, theta=100, mlp_ratio=3.0,
+            axes_dim=[4, 12], patch_size=1,
+        ),
     ),
     "z-image": (
         tiny_z_image.make_z_image, "transformer",
@@ -234,6 +243,7 @@ AUTOENCODERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "pixart": (tiny.make_pixart, dict(scaling_factor=0.3, shift_factor=0.4)),
     "flux 2": (tiny.make_flux2_klein, dict(batch_norm_eps=0.5, batch_norm_momentum=0.3, use_quant_conv=False)),
     "ernie-image": (tiny_ernie_image.make_ernie_image, dict(batch_norm_eps=0.5, batch_norm_momentum=0.3)),
+    "prx": (tiny_prx.make_prx, dict(scaling_factor=0.3, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4])),
     "z-image": (tiny_z_image.make_z_image, dict(scaling_factor=0.3, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4])),
 }  # fmt: skip
 

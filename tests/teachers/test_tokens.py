@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_ernie_image
+import tiny_prx
 import tiny_z_image
 import torch
 from forms import cases
@@ -28,13 +29,14 @@ MAKERS: dict[str, Any] = {
     "lumina 2": tiny.make_lumina2,
     "wan": tiny.make_wan,
     "ernie-image": tiny_ernie_image.make_ernie_image,
+    "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
 }
 TOKENS = {"sd 1": None, "sdxl": None, "sd3": 200, "lumina 2": 200}  # of SD3, CLIP reads 77 by itself
 
 
 @pytest.mark.parametrize(
-    "family", cases(MAKERS, short=[name for name in MAKERS if name not in ("ernie-image", "z-image")])
+    "family", cases(MAKERS, short=[name for name in MAKERS if name not in ("ernie-image", "prx", "z-image")])
 )
 def test_what_is_counted_as_cut_is_cut(family: str, tmp_path: Path) -> None:
     settings = TeacherSettings(

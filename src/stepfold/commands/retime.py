@@ -130,7 +130,7 @@ def run_retime(
     if teacher.time_embedder(teacher.transformer) is None:
         raise UserError(
             f"{source!r} is a {type(teacher.pipe).__name__}, but re-timing is for Sana without embedded guidance, SD3, "
-            "FLUX and ERNIE-Image; distil it as it is, with objective=discrete"
+            "FLUX, ERNIE-Image, PRX and Z-Image; distil it as it is, with objective=discrete"
         )
     for note in notes_on(file, teacher):
         display.note(note)

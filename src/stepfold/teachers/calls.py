@@ -25,13 +25,15 @@ class PipelineCalls(Teacher):
         device: where its networks are.
         dtype: of their weights.
         height, width: of pictures, in pixels.
-        takes_length: whether the pipeline's call has a `max_sequence_length`.
+        length_argument: name of the longest prompt's length in the pipeline's call.
+        takes_length: whether the call has it.
     """
 
     even_ladder: bool = False
     output: ClassVar[Literal["images", "frames"]] = "images"
     scale_argument: ClassVar[str] = "guidance_scale"
     prompt_argument: ClassVar[str] = ""
+    length_argument: ClassVar[str] = "max_sequence_length"
 
     pipe: Any
     device: torch.device
@@ -138,7 +140,7 @@ class PipelineCalls(Teacher):
 
     def usual_call(self) -> dict[str, Any]:
         """Arguments that each call of the pipeline is given: sizes, and what the family needs."""
-        length = {"max_sequence_length": self.max_tokens} if self.takes_length else {}
+        length = {self.length_argument: self.max_tokens} if self.takes_length else {}
         return {"height": self.height, "width": self.width} | length | self.call_options()
 
     def own_guidance(self, guidance: float) -> dict[str, Any]:

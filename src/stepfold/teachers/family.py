@@ -36,6 +36,7 @@ class Family(PipelineCalls):
         fields: field of the network's config -> the values that are understood, and what any other means.
         outputs: channels out for each channel in; with a learned variance 2.
         autoencoder_layout: what `to_autoencoder` does, in words that end "which is the last line below, ".
+        time_field: field of the network's config, if any, that the network multiplies a time of [0, 1] by.
         unread: optional parts of the pipeline that are left out.
         video_autoencoder: whether the autoencoder takes videos where the pipeline makes pictures: one frame then.
         source: folder or hub id.
@@ -56,6 +57,7 @@ class Family(PipelineCalls):
     fields: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
     outputs: ClassVar[tuple[int, ...]] = (1,)
     autoencoder_layout: ClassVar[str] = ""
+    time_field: ClassVar[str] = ""
     unread: ClassVar[tuple[str, ...]] = ()
     video_autoencoder: ClassVar[bool] = False
     ode: Literal["flow", "trigflow"] = "flow"
@@ -77,7 +79,7 @@ class Family(PipelineCalls):
             network: the network's config.
             schedule: the scheduler's.
         """
-        return float(schedule.get("num_train_timesteps", 1000))
+        return float(network.get(cls.time_field, 1000) if cls.time_field else schedule.get("num_train_timesteps", 1000))
 
     @property
     def time_scale(self) -> float:
@@ -111,6 +113,9 @@ class Family(PipelineCalls):
 
     def retimed_parts(self, network: Any) -> dict[str, Any]:
         """The parts of the pipeline that change when `network` reads times of [0, 1]."""
+        if self.time_field:
+            network.register_to_config(**{self.time_field: 1.0})
+            return {self.network_part: network}
         own = self.pipe.scheduler.config
         changes: dict[str, Any] = {"num_train_timesteps": 1}
         if not own.get("use_dynamic_shifting", False):
@@ -211,7 +216,7 @@ class Family(PipelineCalls):
 
     def usual_tokens(self) -> int:
         """How long a prompt may be unless the settings say."""
-        return usual_tokens(self.pipe)
+        return usual_tokens(self.pipe, self.length_argument)
 
     @classmethod
     def before_prompts(cls, pipe: Any) -> tuple[str, int]:
@@ -230,8 +235,8 @@ class Family(PipelineCalls):
         if not there:
             return None
         tokenizer = tokenizer_in(getattr(pipe, there[0]))
-        told = "max_sequence_length" in inspect.signature(pipe.__call__).parameters and there[0] == cls.readers[0]
-        most = (max_tokens or usual_tokens(pipe)) if told else tokenizer.model_max_length
+        told = cls.length_argument in inspect.signature(pipe.__call__).parameters and there[0] == cls.readers[0]
+        most = (max_tokens or usual_tokens(pipe, cls.length_argument)) if told else tokenizer.model_max_length
         return TextReader(tokenizer, most, *cls.before_prompts(pipe), lowers=cls.lowers)
 
     def text_reader(self) -> TextReader | None:

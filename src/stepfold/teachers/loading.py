@@ -27,6 +27,7 @@ from stepfold.teachers.folders import (
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
+from stepfold.teachers.prx import PRXTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
@@ -51,6 +52,7 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         WanTeacher,
         ZImageTeacher,
         ErnieImageTeacher,
+        PRXTeacher,
     )
     for pipeline in family.pipelines
 }
@@ -71,6 +73,8 @@ NOT_FROM_TEXT = {
     "I2V": "it starts from an image; give the text-to-video model",
     "KV": "it caches the keys of images that it edits; load the folder as the pipeline without KV and save it again",
     "Upsample": "it enlarges latents; give the pipeline that makes them",
+    "ZImageOmni": "it reads images beside the text; give the text-to-image model",
+    "Pixel": "it makes pixels, not latents; give the pipeline with an autoencoder",
     "Modular": "it is in modular parts; give a folder with a model_index.json",
 }
 """Part of the name of a pipeline's class -> why it is no teacher, and what is."""

@@ -98,7 +98,7 @@ class PipelineTeacher(Family):
             )
         defaults = inspect.signature(self.pipe.__call__).parameters
         self.default_guidance = self.usual_guidance()
-        self.takes_length = "max_sequence_length" in defaults
+        self.takes_length = self.length_argument in defaults
         self.max_tokens = self.usual_tokens() if max_tokens is None else max_tokens
         self.null_mask = null_mask
 

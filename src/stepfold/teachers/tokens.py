@@ -37,10 +37,11 @@ def tokenizer_in(part: Any) -> Any:
     return part.tokenizer if isinstance(part, ProcessorMixin) else part
 
 
-def usual_tokens(pipe: Any) -> int:
-    """How long a prompt may be unless it is said."""
-    length = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
-    return int(tokenizer_in(pipe.tokenizer).model_max_length if length is None else length.default)
+def usual_tokens(pipe: Any, argument: str = "max_sequence_length") -> int:
+    """How long a prompt may be unless it is said by that argument of the pipeline's call."""
+    length = inspect.signature(type(pipe).__call__).parameters.get(argument)
+    usual = None if length is None else length.default
+    return int(tokenizer_in(pipe.tokenizer).model_max_length if usual is None else usual)
 
 
 def chat_opening(tokenizer: Any, **options: Any) -> str:

@@ -1,6 +1,8 @@
 """Z-Image: flow prediction towards the data, texts without padding, a guidance scale that counts from 0."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -20,16 +22,17 @@ MULTIPLE = 32
 
 
 def z_image_network(
-    transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None
+    transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, time_scale: float
 ) -> Tensor:
     """F [B, C, H, W] of a ZImageTransformer2DModel, which takes lists; it embeds no guidance.
 
-    Its time runs from noise at 0 to data at 1, and its velocity with it.
+    Its time runs from noise at 0 to data at `time_scale`, and its velocity with it.
     """
+    factor, texts = time_scale / transformer.t_scale, condition.texts()
 
     def velocity(x_flow: Tensor, t_flow: Tensor) -> Tensor:
-        pictures = list(x_flow.unsqueeze(2).unbind())
-        return -torch.stack(transformer(pictures, 1 - t_flow, condition.texts(), return_dict=False)[0]).squeeze(2)
+        pictures, time = list(x_flow.unsqueeze(2).unbind()), factor * (1 - t_flow)
+        return -torch.stack(transformer(pictures, time, texts, return_dict=False)[0]).squeeze(2)
 
     return flow_prediction(x_unit, t, velocity)
 
@@ -41,16 +44,12 @@ class ZImageTeacher(PipelineTeacher):
     even_ladder = True
     lora_blocks = ("layers.", "refiner.")
     no_guidance = 0.0
+    time_field = "t_scale"
     fields: ClassVar[Any] = {
         "siglip_feat_dim": ((None,), "it reads images beside the text (Omni)"),
         "all_patch_size": (((2,), [2]), "the pipeline calls for patches of 2"),
         "all_f_patch_size": (((1,), [1]), "the pipeline calls for patches of one frame"),
     }
-
-    @classmethod
-    @override
-    def time_scale_of(cls, network: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:
-        return float(network.get("t_scale", 1000.0))
 
     @override
     def guidance_weight(self, scale: Scale) -> Scale:
@@ -60,7 +59,13 @@ class ZImageTeacher(PipelineTeacher):
     def predictor(self) -> Predict:
         """The network keeps its table of positions from its first call on; that call must not be inside a tangent."""
         self.transformer.rope_embedder(torch.zeros(1, 3, dtype=torch.int32, device=self.device))
-        return z_image_network
+        return partial(z_image_network, time_scale=self.time_scale)
+
+    @override
+    def time_embedder(self, network: Any) -> Any:
+        embedder = network.t_embedder
+        waves = partial(embedder.timestep_embedding, dim=embedder.frequency_embedding_size)
+        return SimpleNamespace(time_proj=waves, timestep_embedder=embedder.mlp)
 
     @override
     def time_part(self, network: Any) -> str | None:
@@ -90,7 +95,7 @@ class ZImageTeacher(PipelineTeacher):
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """Encodes inside the pipeline's chat, whose words count towards the prompt's length."""
         before = len(self.pipe.tokenizer(self.before_prompts(self.pipe)[0]).input_ids)
-        longest = self.transformer.config.axes_lens[0] - MULTIPLE
+        longest = (self.transformer.config.axes_lens[0] - 2) // MULTIPLE * MULTIPLE
         if not before < self.max_tokens <= longest:
             raise UserError(
                 f"max_tokens is {self.max_tokens}, but this pipeline puts {before} tokens before each prompt and the "
