@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stepfold.maths.closed_form import GaussianTeacher
 from stepfold.maths.formulations import guide
 from stepfold.randomness import Draws
-from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.contract import Condition, Student, Teacher
 from stepfold.training.draws import Batch
 
 SIGMA_DATA = 0.5
@@ -84,6 +84,9 @@ class Law:
     shift: float = 1.0
     max_tokens: int = 1
     network: nn.Module = field(default_factory=nn.Identity)
+
+    guidance_weight = Teacher.guidance_weight
+    guidance_scale = Teacher.guidance_scale
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         return nothing(len(prompts))

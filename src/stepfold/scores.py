@@ -72,7 +72,7 @@ class FakeSettings(RenoisedSettings):
     guidance: float = Field(
         default=1.0,
         gt=0,
-        description="scale that it is guided by while it learns (SiD-LSG: that of matching.fake_guidance); 1: none",
+        description="weight of its guidance while it learns (SiD-LSG: that of matching.fake_guidance); 1: none",
     )
     unprompted: float = Field(
         default=0.0, ge=0, le=1, description="share of its pictures that it learns without their prompts (VSD: 0.1)"
@@ -108,11 +108,13 @@ class MatchingSettings(RenoisedSettings):
     )
     guidance: Scale | tuple[Scale, Scale] | None = Field(
         default=None,
-        description="w, of the teacher; two numbers: drawn between them for each picture. Default: the prompt's own",
+        description="weight w of the teacher's guidance; two numbers: drawn between them for each picture. Default: "
+        "that of the prompt's own scale",
     )
     fake_guidance: Scale | Literal["same"] = Field(
         default=1.0,
-        description="kappa, of the fake score; `same`: w, as in VSD. Any but 1 asks it without a prompt too",
+        description="weight kappa of the fake score's guidance; `same`: w, as in VSD. Any but 1 asks it without a "
+        "prompt too",
     )
 
     @field_validator("guidance")

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_chroma
 import tiny_ernie_image
 import tiny_prx
+import tiny_qwen
 import tiny_z_image
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -47,6 +49,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
     "sprint": tiny.make_sprint,
+    "qwen": tiny_qwen.make_qwen_image,
+    "chroma": tiny_chroma.make_chroma,
+    "longcat": tiny_qwen.make_longcat,
+    "krea": tiny_qwen.make_krea2,
     "ernie-image": tiny_ernie_image.make_ernie_image,
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
@@ -62,6 +68,9 @@ SMALLER: dict[str, Callable[..., Any]] = {
     "pixart": tiny.make_pixart,
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
+    "qwen": tiny_qwen.make_qwen_image,
+    "longcat": tiny_qwen.make_longcat,
+    "krea": tiny_qwen.make_krea2,
     "ernie-image": tiny_ernie_image.make_ernie_image,
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
@@ -141,7 +150,8 @@ def draw(name, folder, pipe, steps):
     torch.manual_seed(7)
     call = card["calls"][str(steps)]
     told = {{"class_labels" if "class_labels" in signature(pipe.__call__).parameters else "prompt": card["example"]}}
-    drawn[name] = pipe(**told, latents=tensors[name], output_type="latent", return_dict=False, **call)[0]
+    made = pipe(**told, latents=tensors[name], output_type="latent", return_dict=False, **call)[0]
+    drawn[name] = made.contiguous()
 """
 
 

@@ -26,9 +26,11 @@ from .conftest import SMALLER, relative, start
 StudentOf = Callable[..., Path]
 Fresh = Callable[..., dict[str, torch.Tensor]]
 KINDS = ("lora", "pipeline", "teacher")
-WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina", "wan")
+RECENT = ("qwen", "chroma", "krea")
+WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina", "wan", *RECENT)
 FEWER = ", fewer blocks"
 DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "pixart", "lumina", "wan")
+DRAWN += (*RECENT, "longcat")
 WITH_LORA += ("ernie-image", "z-image")
 DRAWN += ("ernie-image", "prx", "z-image")
 DRAWN += tuple(f"{family}{FEWER}" for family in SMALLER)
@@ -202,6 +204,7 @@ TINY_FAMILIES = {
     "Sana": "first sana", "Sana-Sprint": "sprint", "Stable Diffusion 3 and 3.5": "sd3", "FLUX.1": "flux",
     "FLUX.2": "flux2", "PixArt-Sigma": "pixart", "Stable Diffusion 1 and 2": "sd1", "Stable Diffusion XL": "sdxl",
     "Lumina Image 2": "lumina", "Wan 2.1, text to video": "wan", "DiT": "dit",
+    "Qwen-Image": "qwen", "Chroma": "chroma", "LongCat-Image": "longcat", "Krea 2": "krea",
     "ERNIE-Image": "ernie-image", "PRX": "prx", "Z-Image": "z-image",
 }  # fmt: skip
 

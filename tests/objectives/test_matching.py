@@ -179,8 +179,27 @@ TEACHER = Guided(0.4, 0.2, mean_without=-0.1, std_without=0.2)
 class OneMore(Guided):
     """A mistake: guidance counted from the conditional branch, v_c + w (v_c - v_u)."""
 
-    def velocity(self, x: Tensor, t: Tensor, condition: Any, guidance: Tensor, **options: Any) -> Tensor:
-        return super().velocity(x, t, condition, guidance + 1, **options)
+    def velocity(self, x: Tensor, t: Tensor, condition: Any, guidance: Tensor | None, **options: Any) -> Tensor:
+        return super().velocity(x, t, condition, None if guidance is None else guidance + 1, **options)
+
+
+class FromZero(OneMore):
+    """A pipeline whose scale s means the weight s + 1, and a family that says so."""
+
+    def guidance_weight(self, scale: Any) -> Any:
+        return scale + 1
+
+
+def test_a_scale_that_counts_from_zero_is_the_weight_that_it_means() -> None:
+    """From the prompt's own scale, from the settings, and for a fake score that is guided by the same."""
+    law, teacher = (0.4, 0.2), FromZero(0.4, 0.2, mean_without=-0.1, std_without=0.2)
+    found, _ = push(Perfect(COUPLED, 0.2), teacher, Score(COUPLED, 0.2), guidance=W - 1)
+    assert found.abs().max() < 1e-10
+    found, _ = push(Perfect(COUPLED, 0.2), teacher, Score(COUPLED, 0.2), f"matching.guidance={W}")
+    assert found.abs().max() < 1e-10
+    vsd, fake = ("matching.fake_guidance=same", "fake.unprompted=0.1"), TwoScores(*law, -0.1, 0.2)
+    assert push(Perfect(*law), teacher, fake, *vsd, guidance=W - 1)[0].abs().max() < 1e-10
+    assert push(Perfect(*law), teacher, Score(*law), "matching.guidance=1")[0].abs().max() < 1e-10  # off
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -210,12 +229,12 @@ def test_a_guided_fake_score_has_the_unguided_law_as_its_fixed_point() -> None:
 
 def test_guidance_is_drawn_between_two_scales_for_each_picture() -> None:
     states, draws = states_of()
-    w, kappa = matching.scales(states, draws, settings("matching.guidance=[2, 6]"))
+    w, kappa = matching.weights(states, draws, settings("matching.guidance=[2, 6]"), TEACHER)
     assert kappa is None and 2 <= w.min() < 2.5 and 5.5 < w.max() <= 6
     assert torch.equal(
-        matching.scales(states.rows(slice(3, 5)), draws, settings("matching.guidance=[2, 6]"))[0], w[3:5]
+        matching.weights(states.rows(slice(3, 5)), draws, settings("matching.guidance=[2, 6]"), TEACHER)[0], w[3:5]
     )
-    same = matching.scales(states, draws, settings("matching.fake_guidance=same", "fake.unprompted=0.1"))
+    same = matching.weights(states, draws, settings("matching.fake_guidance=same", "fake.unprompted=0.1"), TEACHER)
     assert same[1] is same[0] is states.guidance
 
 

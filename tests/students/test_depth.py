@@ -9,6 +9,7 @@ import pytest
 import tiny
 import tiny_ernie_image
 import tiny_prx
+import tiny_qwen
 import tiny_z_image
 import torch
 from diffusers import SanaTransformer2DModel, SD3Transformer2DModel
@@ -71,6 +72,9 @@ OF_BLOCKS: dict[str, Callable[..., Any]] = {
     "flux2": tiny.make_flux2_klein,
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
+    "qwen": tiny_qwen.make_qwen_image,
+    "longcat": tiny_qwen.make_longcat,
+    "krea": tiny_qwen.make_krea2,
     "ernie-image": tiny_ernie_image.make_ernie_image,
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import tiny_ernie_image
 import tiny_prx
+import tiny_qwen
 import tiny_z_image
 import torch
 from forms import cases
@@ -44,6 +45,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "pixart": tiny.make_pixart,
     "sd 1": tiny.make_sd1,
     "sdxl": tiny.make_sdxl,
+    "qwen image": tiny_qwen.make_qwen_image,
+    "longcat": tiny_qwen.make_longcat,
+    "krea 2": tiny_qwen.make_krea2,
     "ernie-image": tiny_ernie_image.make_ernie_image,
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,

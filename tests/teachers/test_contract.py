@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_chroma
 import tiny_ernie_image
 import tiny_prx
+import tiny_qwen
 import tiny_z_image
 import torch
 from diffusers import DDIMScheduler, SanaSprintPipeline
@@ -32,17 +34,21 @@ from stepfold.sampling.teacher import sample_teacher
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.students.saving import save_whole
 from stepfold.students.whole import as_student, new_student
+from stepfold.teachers.chroma import ChromaTeacher
 from stepfold.teachers.contract import Condition, concatenate
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.ernie_image import ErnieImageTeacher
 from stepfold.teachers.family import Family
 from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
+from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.loading import family_of
+from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.prx import PRXTeacher
+from stepfold.teachers.qwen_image import QwenImageTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
@@ -139,6 +145,10 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "dit": lambda _, empty: DiTTeacher(tiny.save(tiny.make_dit, empty / "dit")),
     "lumina 2": lambda _, empty: Lumina2Teacher(tiny.save(tiny.make_lumina2, empty / "lumina2"), **SMALL),
     "wan": lambda _, empty: WanTeacher(tiny.save(tiny.make_wan, empty / "wan"), **SMALL, frames=5),
+    "qwen image": lambda _, empty: QwenImageTeacher(tiny.save(tiny_qwen.make_qwen_image, empty / "qwen"), **SMALL),
+    "chroma": lambda _, empty: ChromaTeacher(tiny.save(tiny_chroma.make_chroma, empty / "chroma"), **SMALL),
+    "longcat": lambda _, empty: LongCatImageTeacher(tiny.save(tiny_qwen.make_longcat, empty / "longcat"), **SMALL),
+    "krea 2": lambda _, empty: Krea2Teacher(tiny.save(tiny_qwen.make_krea2, empty / "krea"), **SMALL),
     "ernie-image": lambda _, empty: ErnieImageTeacher(
         tiny.save(tiny_ernie_image.make_ernie_image, empty / "ernie"), **SMALL
     ),
@@ -149,8 +159,6 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
 }
 
 
-MASKED = (SanaTeacher, PixArtTeacher, Lumina2Teacher, WanTeacher, ErnieImageTeacher, PRXTeacher, ZImageTeacher)
-"""Families that attend to no padding."""
 VARIANTS = (
     "no guidance",
     "the prompt's mask",
@@ -159,7 +167,11 @@ VARIANTS = (
     "normalised latents",
     "clips",
     "distilled",
+    "longcat",
 )
+PADDED = SanaTeacher | PixArtTeacher | Lumina2Teacher | WanTeacher | QwenImageTeacher | Krea2Teacher
+PADDED |= ErnieImageTeacher | PRXTeacher | ZImageTeacher
+"""Whose prompts are as long as they are; other networks attend to their padding."""
 
 
 @pytest.fixture(
@@ -322,7 +334,7 @@ def test_rows_do_not_know_of_each_other(teacher: Any, state: tuple[Tensor, Tenso
 
 def test_trimmed_conditions_are_the_untrimmed_ones(teacher: Any, state: tuple[Tensor, Tensor]):
     condition, guidance = teacher.encode(PROMPTS), scales(teacher, 4, 4.5, 5)
-    if not isinstance(teacher, MASKED):
+    if not isinstance(teacher, PADDED):
         pytest.skip("attends to its padding, as its pipeline does")
     assert condition.mask.any(0).all() and condition.mask.shape[1] < MAX_TOKENS  # nothing left to trim
     v = teacher.velocity(*state, condition, guidance)

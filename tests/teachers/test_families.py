@@ -14,8 +14,10 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+import tiny_chroma
 import tiny_ernie_image
 import tiny_prx
+import tiny_qwen
 import tiny_z_image
 import torch
 from forms import cases
@@ -65,19 +67,23 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "lumina 2": tiny.make_lumina2,
     "wan": tiny.make_wan,
     "sprint": tiny.make_sprint,
+    "qwen image": tiny_qwen.make_qwen_image,
+    "chroma": tiny_chroma.make_chroma,
+    "longcat": tiny_qwen.make_longcat,
+    "krea 2": tiny_qwen.make_krea2,
     "ernie-image": tiny_ernie_image.make_ernie_image,
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
 }
-OTHERS = ("ernie-image", "prx", "z-image")
-"""Families of which `make test` has a run alone."""
 FRAMES = {"WanPipeline": 5}
-WITHOUT_LORA = ("pixart", "dit", "prx")
+WITHOUT_LORA = ("pixart", "dit", "longcat", "prx")
 SANAS = ("SanaPipeline", "SanaSprintPipeline")
 TIME_TO_ONE = ("Lumina2Pipeline", *SANAS)
 
 
 NAMES = ("sana", *FAMILIES)
+RECENT = ("qwen image", "chroma", "longcat", "krea 2", "ernie-image", "prx", "z-image")
+"""Of which `make test` has fewer forms."""
 WITH_LORA = tuple(name for name in NAMES if name not in WITHOUT_LORA)
 
 
@@ -89,12 +95,15 @@ def folder(request: pytest.FixtureRequest, tiny_sana: Path, tmp_path_factory: py
     return tiny.save(FAMILIES[request.param], tmp_path_factory.mktemp("family") / "pipeline")
 
 
+every_family = pytest.mark.parametrize("folder", NAMES, indirect=True)
+
+
 def families(*short: str, of: tuple[str, ...] = NAMES) -> pytest.MarkDecorator:
     """All these families; `make test` has the `short` ones."""
     return pytest.mark.parametrize("folder", cases(of, short), indirect=True)
 
 
-every_family = families(*(name for name in NAMES if name not in OTHERS))
+older_families = families(*(name for name in NAMES if name not in RECENT))
 
 
 def network_of(folder: Path) -> str:
@@ -144,10 +153,7 @@ def pixels(made: Any) -> np.ndarray:
     ("folder", "objective"),
     cases(
         product(NAMES, ("discrete", "continuous")),
-        short=[
-            ("sana", "continuous"),
-            *product(("sana", "sd 1", "sdxl", "flux dev", "wan", "dit", *OTHERS), ["discrete"]),
-        ],
+        short=[("sana", "continuous"), *product(("sana", "sd 1", "sdxl", "flux dev", "wan", "dit"), ["discrete"])],
     ),
     indirect=["folder"],
 )
@@ -277,7 +283,7 @@ def test_a_pipeline_that_loads_no_lora_gets_none(family: str, prompts_file: Path
     folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
     for change in ("student.lora=4", f"teacher.lora={tmp_path / 'some.safetensors'}"):
         config = settings(folder, prompts_file, change)
-        with pytest.raises(UserError, match=r"(PixArtSigma|DiT|PRX)Pipeline"):
+        with pytest.raises(UserError, match=r"(PixArtSigma|DiT|LongCatImage|PRX)Pipeline"):
             run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
         assert not (tmp_path / "run").exists()
 
@@ -546,7 +552,7 @@ def test_a_lora_that_does_not_fit_is_one_line(tiny_sana: Path, tmp_path: Path) -
         assert "\n" not in str(caught.value)
 
 
-@every_family
+@older_families
 def test_several_scales_need_a_network_that_can_be_told(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = settings(folder, prompts_file, "space.guidance=[3.0, 5.0]")
     teacher = load_teacher(config.teacher, "cpu")
@@ -689,7 +695,7 @@ def test_a_run_at_several_sizes(folder: Path, prompts_file: Path, tmp_path: Path
     assert picture.size == (32 * (frames_of(folder) or 1), 32)
 
 
-@every_family
+@older_families
 def test_the_objective_follows_the_networks_time(folder: Path, tiny_sana: Path, prompts_file: Path) -> None:
     """Left to itself a run has no tangent where dF/dt explodes; what is asked for is done."""
     fast = pipeline_of(folder) not in TIME_TO_ONE

@@ -10,8 +10,10 @@ from typing import Any
 import diffusers
 import pytest
 import tiny
+import tiny_chroma
 import tiny_ernie_image
 import tiny_prx
+import tiny_qwen
 import tiny_z_image
 import torch
 from forms import cases
@@ -25,16 +27,21 @@ from stepfold.teachers.schedules import CLIP_SETTINGS, CLIPS, FLOW, OBEYED, ONLY
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipeline-options.md"
 NETWORKS = (
-    "DiTTransformer2DModel", "ErnieImageTransformer2DModel",
-    "Flux2Transformer2DModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel",
-    "PRXTransformer2DModel",
-    "PixArtTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel", "UNet2DConditionModel",
-    "WanTransformer3DModel",
-    "ZImageTransformer2DModel",
+    "ChromaTransformer2DModel", "DiTTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel",
+    "Krea2Transformer2DModel", "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel",
+    "PixArtTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel",
+    "UNet2DConditionModel", "WanTransformer3DModel",
+    "ErnieImageTransformer2DModel", "PRXTransformer2DModel", "ZImageTransformer2DModel",
 )  # fmt: skip
 CLASSES = {
     "Networks": NETWORKS,
-    "Autoencoders": ("AutoencoderDC", "AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLWan"),
+    "Autoencoders": (
+        "AutoencoderDC",
+        "AutoencoderKL",
+        "AutoencoderKLFlux2",
+        "AutoencoderKLQwenImage",
+        "AutoencoderKLWan",
+    ),
     "Schedulers": (*VP, *FLOW, "SCMScheduler"),
     "Pipelines": tuple(FAMILIES),
 }
@@ -100,6 +107,9 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "num_embeds_ada_norm": (tiny.make_dit, "transformer", {"num_embeds_ada_norm": 500}),
     "patch_size": (tiny.make_flux, "transformer", {"patch_size": 2}),
     "guidance_embeds": (tiny.make_sana, "transformer", {"guidance_embeds": True}),
+    "zero_cond_t": (tiny_qwen.make_qwen_image, "transformer", {"zero_cond_t": True}),
+    "use_additional_t_cond": (tiny_qwen.make_qwen_image, "transformer", {"use_additional_t_cond": True}),
+    "use_layer3d_rope": (tiny_qwen.make_qwen_image, "transformer", {"use_layer3d_rope": True}),
     "image_dim": (tiny.make_wan, "transformer", {"image_dim": 8}),
     "siglip_feat_dim": (tiny_z_image.make_z_image, "transformer", {"siglip_feat_dim": 8}),
     "all_patch_size": (
@@ -119,7 +129,16 @@ def test_a_network_that_asks_for_more_than_a_text_is_refused(field: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "make", [tiny.make_sd1, tiny.make_sd3, tiny.make_flux, tiny.make_lumina2, tiny.make_sana, tiny.make_wan]
+    "make",
+    [
+        tiny.make_sd1,
+        tiny.make_sd3,
+        tiny.make_flux,
+        tiny.make_lumina2,
+        tiny.make_sana,
+        tiny.make_wan,
+        tiny_chroma.make_chroma,
+    ],
 )
 def test_channels_that_do_not_fit_are_refused(make: Callable[[], Any], tmp_path: Path) -> None:
     part = "unet" if make is tiny.make_sd1 else "transformer"
@@ -191,6 +210,15 @@ OBEYED_FIELDS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
         tiny.make_wan, "transformer",
         dict(cross_attn_norm=False, qk_norm=None, eps=1e-3, patch_size=(1, 1, 1), rope_max_seq_len=64),
     ),
+    "qwen image": (
+        tiny_qwen.make_qwen_image, "transformer", dict(patch_size=1, out_channels=16, axes_dims_rope=(8, 4, 4)),
+    ),
+    "chroma": (tiny_chroma.make_chroma, "transformer", dict(axes_dims_rope=(8, 4, 4), approximator_layers=1)),
+    "longcat": (tiny_qwen.make_longcat, "transformer", dict(axes_dims_rope=[8, 4, 4])),
+    "krea 2": (
+        tiny_qwen.make_krea2, "transformer",
+        dict(rope_theta=100.0, norm_eps=1e-3, axes_dims_rope=(8, 4, 4), num_layerwise_text_blocks=2),
+    ),
     "ernie-image": (
         tiny_ernie_image.make_ernie_image, "transformer",
         dict(eps=1e-3, patch_size=2, rope_theta=100, rope_axes_dim=(8, 4, 4)),
@@ -242,6 +270,10 @@ AUTOENCODERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "lumina 2": (tiny.make_lumina2, dict(scaling_factor=0.3, shift_factor=0.4, use_post_quant_conv=False)),
     "pixart": (tiny.make_pixart, dict(scaling_factor=0.3, shift_factor=0.4)),
     "flux 2": (tiny.make_flux2_klein, dict(batch_norm_eps=0.5, batch_norm_momentum=0.3, use_quant_conv=False)),
+    "qwen image": (tiny_qwen.make_qwen_image, dict(latents_mean=[1.0, 2, 3, 4], latents_std=[1.0, 2, 3, 4])),
+    "chroma": (tiny_chroma.make_chroma, dict(scaling_factor=0.3, shift_factor=0.4)),
+    "longcat": (tiny_qwen.make_longcat, dict(scaling_factor=0.3, shift_factor=0.4)),
+    "krea 2": (tiny_qwen.make_krea2, dict(latents_mean=[1.0, 2, 3, 4], latents_std=[1.0, 2, 3, 4])),
     "ernie-image": (tiny_ernie_image.make_ernie_image, dict(batch_norm_eps=0.5, batch_norm_momentum=0.3)),
     "prx": (tiny_prx.make_prx, dict(scaling_factor=0.3, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4])),
     "z-image": (tiny_z_image.make_z_image, dict(scaling_factor=0.3, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4])),

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import tiny_ernie_image
 import tiny_prx
+import tiny_qwen
 import tiny_z_image
 import torch
 import typer
@@ -99,6 +100,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sd3": tiny.make_sd3,
     "flux dev": tiny.make_flux,
     "flux schnell": partial(tiny.make_flux, guidance_embeds=False),
+    "qwen image": tiny_qwen.make_qwen_image,
+    "longcat": tiny_qwen.make_longcat,
     "ernie-image": tiny_ernie_image.make_ernie_image,
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,

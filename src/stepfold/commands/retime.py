@@ -30,7 +30,9 @@ SETTINGS = (
 
 
 def retime(
-    teacher: Annotated[str, typer.Argument(help="A Sana, SD3 or FLUX pipeline: folder or hub id.", show_default=False)],
+    teacher: Annotated[
+        str, typer.Argument(help="A Sana, SD3, FLUX, Qwen-Image or LongCat-Image pipeline.", show_default=False)
+    ],
     prompts: Annotated[
         str, typer.Option(help="txt (one prompt a line), jsonl, csv, tsv or parquet; .gz too.", show_default=False)
     ],
@@ -47,7 +49,7 @@ def retime(
     json_file: JsonOption = None,
     quiet: Quiet = False,
 ) -> None:
-    """Re-time a Sana, SD3 or FLUX teacher from timesteps in [0, 1000] to [0, 1], on its own trajectories.
+    """Re-time a teacher from timesteps in [0, 1000] to [0, 1], on its own trajectories.
 
     Continuous consistency needs it: its tangent contains dF/dt. Discrete consistency does not. It takes no images and
     trains all of the network, in float32. The result is a pipeline of the same class.
@@ -130,7 +132,7 @@ def run_retime(
     if teacher.time_embedder(teacher.transformer) is None:
         raise UserError(
             f"{source!r} is a {type(teacher.pipe).__name__}, but re-timing is for Sana without embedded guidance, SD3, "
-            "FLUX, ERNIE-Image, PRX and Z-Image; distil it as it is, with objective=discrete"
+            "FLUX, Qwen-Image, LongCat-Image, ERNIE-Image, PRX and Z-Image; distil it as it is, with objective=discrete"
         )
     for note in notes_on(file, teacher):
         display.note(note)

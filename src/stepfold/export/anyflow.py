@@ -14,14 +14,13 @@ from torch import Tensor
 
 from stepfold.errors import UserError
 from stepfold.export.pipeline import write_cards
-from stepfold.maths.formulations import flow_time, trigflow_time
 from stepfold.sampling.recipe import Recipe
 from stepfold.students.card import ANYFLOW, Card, read_card
 from stepfold.students.folding import MOST_ERROR
 from stepfold.students.loading import load_merged
 from stepfold.students.two_times import EMBEDDER
 from stepfold.teachers.pipeline import PipelineTeacher
-from stepfold.teachers.wan import WanTeacher, anyflow_classes
+from stepfold.teachers.wan import WanTeacher, anyflow_classes, scheduler_times, timesteps
 from stepfold.training.runs import writing
 
 KEPT = ("tokenizer", "text_encoder", "vae")
@@ -51,7 +50,7 @@ def export_anyflow(folder: Path, out: Path) -> None:
         )
     kind, network_kind, scheduler_kind = anyflow_classes()
     scheduler = scheduler_kind(shift=teacher.shift)
-    times = {steps: scheduler_times(scheduler, steps) for steps in card.recipe.times}
+    times = {steps: tuple(scheduler_times(scheduler, steps)) for steps in card.recipe.times}
     network = told_both(student, network_kind, target_times(times))
     recipe = card.recipe.model_copy(update={"times": times})
     with writing(out) as part:
@@ -66,12 +65,6 @@ def use_of(teacher: PipelineTeacher, recipe: Recipe, card: Card) -> dict[str, An
     scheduler = "FlowMapEulerDiscreteScheduler"
     merged = card.merged or card.lora_rank > 0
     return {"recipe": recipe, "pipeline": ANYFLOW, "scheduler": scheduler, "calls": calls, "merged": merged}
-
-
-def scheduler_times(scheduler: Any, steps: int) -> tuple[float, ...]:
-    """The times at which a scheduler takes its own steps, without the final 0."""
-    scheduler.set_timesteps(steps)
-    return tuple(trigflow_time(scheduler.sigmas[:-1].double()).tolist())
 
 
 def target_times(times: Mapping[int, Sequence[float]]) -> Tensor:
@@ -105,7 +98,7 @@ def told_both(student: Any, kind: Any, targets: Tensor) -> Any:
     noise = torch.randn(first.out_features, first.in_features + 1, generator=torch.Generator().manual_seed(0))
     first.weight.copy_(SPREAD * noise[:, :-1] / first.in_features**0.5)
     first.bias.copy_(noise[:, -1])
-    features = embedder.timesteps_proj(1000 * flow_time(targets)).to(first.weight.dtype)
+    features = embedder.timesteps_proj(timesteps(targets)).to(first.weight.dtype)
     hidden = embedder.delta_embedder.act(first(features))
     wanted = student.get_submodule(EMBEDDER)(targets.float())
     last.weight.copy_(fitted(hidden, wanted) / GATE)

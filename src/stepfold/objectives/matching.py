@@ -88,8 +88,8 @@ class Noised:
         t: times [M].
         condition: M rows.
         told: guidance scales [M] that the fake score is told.
-        w: scales [M], the teacher's; None for 1.
-        kappa: scales [M], the fake score's; None for none, which costs it one call less.
+        w: weights [M] of the teacher's guidance; None for 1.
+        kappa: weights [M] of the fake score's; None for 1, which costs it one call less.
     """
 
     x: Tensor
@@ -135,9 +135,9 @@ def renoising_noise(states: States, draws: Draws, teacher: Teacher, name: str) -
     return teacher.sigma_data * of_states(states, draws.normal(name, (count, *states.x.shape[1:])))
 
 
-def scales(states: States, draws: Draws, config: Config) -> tuple[Tensor | None, Tensor | None]:
-    """(w [M], kappa [M]) of each state, None for 1."""
-    part, w = config.matching, states.guidance
+def weights(states: States, draws: Draws, config: Config, teacher: Teacher) -> tuple[Tensor | None, Tensor | None]:
+    """Weights w and kappa [M] of the guidance of teacher and fake score for each state, None for 1."""
+    part, w = config.matching, teacher.guidance_weight(states.guidance)
     if part.guidance == 1:
         return None, None if part.fake_guidance in (1, "same") else torch.full_like(w, part.fake_guidance)
     if isinstance(part.guidance, tuple):
@@ -165,14 +165,15 @@ def noised(
     if t is None:
         t = renoising_times(states, draws, config, config.matching, networks.teacher, f"{name} time")
     t, noise = t.to(x0.dtype), renoising_noise(states, draws, networks.teacher, f"{name} noise")
-    w, kappa = scales(states, draws, config)
+    w, kappa = weights(states, draws, config, networks.teacher)
     return Noised(interpolate(x0.detach(), noise, t), t, states.condition, states.guidance, w, kappa)
 
 
 def real_velocity(networks: Networks, at: Noised, x: Tensor, *, with_gradient: bool = False) -> Tensor:
     """The teacher's velocity at x [M, ...], guided by w."""
+    scale = None if at.w is None else networks.teacher.guidance_scale(at.w)
     with networks.walk_precision():
-        velocity = networks.teacher.velocity(x, at.t, at.condition, at.w, with_gradient=with_gradient)
+        velocity = networks.teacher.velocity(x, at.t, at.condition, scale, with_gradient=with_gradient)
     networks.teacher.clear_prompt_cache()
     return velocity
 

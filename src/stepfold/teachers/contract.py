@@ -209,6 +209,10 @@ class Teacher(Protocol):
         """The weight w of v_u + w (v_c - v_u) that a scale s of the pipeline means: s, or s + 1 in some pipelines."""
         return scale
 
+    def guidance_scale(self, weight: Scale) -> Scale:
+        """The scale of the pipeline that means a weight: the inverse of `guidance_weight`, which adds a constant."""
+        return weight - self.guidance_weight(0.0)
+
     def shift_at(self, num_steps: int) -> float:
         """The shift of the teacher's own flow sampler, where that depends on its number of steps."""
         return self.shift

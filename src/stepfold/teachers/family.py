@@ -105,9 +105,9 @@ class Family(PipelineCalls):
         return None
 
     def time_part(self, network: Any) -> str | None:
-        """Name of the part of a student's network whose output is its time embedding [B, D], made outside the blocks.
+        """Name of the part of a student's network whose output is its time embedding, made outside the blocks.
 
-        None where there is no such part.
+        [B, D] or [B, 1, D]; None where there is no such part.
         """
         return None
 
@@ -218,6 +218,17 @@ class Family(PipelineCalls):
         """How long a prompt may be unless the settings say."""
         return usual_tokens(self.pipe, self.length_argument)
 
+    def check_tokens(self, most: int) -> None:
+        """Refuses a longer prompt than the pipeline reads.
+
+        Raises:
+            UserError: `max_tokens` is more than `most`.
+        """
+        if self.max_tokens > most:
+            raise UserError(
+                f"max_tokens is {self.max_tokens}, but this pipeline reads {most} tokens of a prompt; leave it out"
+            )
+
     @classmethod
     def before_prompts(cls, pipe: Any) -> tuple[str, int]:
         """What the pipeline puts before each prompt, and how many of its tokens do not count to a prompt's length."""
@@ -236,7 +247,8 @@ class Family(PipelineCalls):
             return None
         tokenizer = tokenizer_in(getattr(pipe, there[0]))
         told = cls.length_argument in inspect.signature(pipe.__call__).parameters and there[0] == cls.readers[0]
-        most = (max_tokens or usual_tokens(pipe, cls.length_argument)) if told else tokenizer.model_max_length
+        usual = usual_tokens(pipe, cls.length_argument) if there[0] == cls.readers[0] else tokenizer.model_max_length
+        most = (max_tokens or usual) if told else usual
         return TextReader(tokenizer, most, *cls.before_prompts(pipe), lowers=cls.lowers)
 
     def text_reader(self) -> TextReader | None:

@@ -9,6 +9,7 @@ import torch
 from stepfold import assets
 from stepfold.config import Config, TeacherSettings
 from stepfold.errors import NonFiniteError, UserError, first_line
+from stepfold.teachers.chroma import ChromaTeacher
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.ernie_image import ErnieImageTeacher
@@ -24,10 +25,13 @@ from stepfold.teachers.folders import (
     load_pipeline,
     unloadable,
 )
+from stepfold.teachers.krea2 import Krea2Teacher
+from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.prx import PRXTeacher
+from stepfold.teachers.qwen_image import QwenImageTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
@@ -50,6 +54,10 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         Lumina2Teacher,
         DiTTeacher,
         WanTeacher,
+        QwenImageTeacher,
+        ChromaTeacher,
+        LongCatImageTeacher,
+        Krea2Teacher,
         ZImageTeacher,
         ErnieImageTeacher,
         PRXTeacher,

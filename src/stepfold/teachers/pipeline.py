@@ -19,6 +19,7 @@ from stepfold.teachers.family import Family, Predict
 from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_network, load_pipeline
 from stepfold.teachers.lora_merging import merge_lora
 from stepfold.teachers.once import compute_once, forget
+from stepfold.teachers.safety import is_part
 
 SIGMA_DATA = 0.5
 DECODED_AT_ONCE = 512 * 512  # pixels
@@ -165,7 +166,8 @@ class PipelineTeacher(Family):
         return self.encode_nothing()
 
     def _text_encoders(self) -> list[str]:
-        return [name for name, spec in self.index.items() if name.startswith("text_encoder") and spec[0] is not None]
+        parts = [name for name, spec in self.index.items() if is_part(spec) and spec[0] is not None]
+        return [name for name in parts if name.startswith("text_encoder")]
 
     def _read_text_encoders(self) -> None:
         for name in self._text_encoders():

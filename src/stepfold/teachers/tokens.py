@@ -38,10 +38,10 @@ def tokenizer_in(part: Any) -> Any:
 
 
 def usual_tokens(pipe: Any, argument: str = "max_sequence_length") -> int:
-    """How long a prompt may be unless it is said by that argument of the pipeline's call."""
+    """How long a prompt may be unless it is said by that argument; what it does not say, pipeline or tokenizer does."""
     length = inspect.signature(type(pipe).__call__).parameters.get(argument)
-    usual = None if length is None else length.default
-    return int(tokenizer_in(pipe.tokenizer).model_max_length if usual is None else usual)
+    own = getattr(pipe, "tokenizer_max_length", None) or tokenizer_in(pipe.tokenizer).model_max_length
+    return int(own if length is None or length.default is None else length.default)
 
 
 def chat_opening(tokenizer: Any, **options: Any) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import flow_prediction
+from stepfold.maths.formulations import flow_prediction, flow_time, trigflow_time
 from stepfold.teachers.calls import OwnLevels
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.family import Predict
@@ -45,6 +45,32 @@ def wan_network(
 def filmstrip(videos: Tensor) -> Tensor:
     """[B, C, F, H, W] -> the frames side by side, [B, C, H, F W]."""
     return videos.transpose(2, 3).flatten(3)
+
+
+def channel_scale(vae: Any, device: torch.device, dimensions: int) -> tuple[Tensor, Tensor]:
+    """`latent_scale` of an autoencoder with a mean and a deviation for each channel.
+
+    Args:
+        vae: the autoencoder.
+        device: of the latents.
+        dimensions: of one sample's latents, the channels first.
+    """
+    shape = (-1,) + (1,) * (dimensions - 1)
+    mean, std = (
+        torch.tensor(values, device=device).view(shape) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return 1 / std, mean
+
+
+def scheduler_times(scheduler: Any, num_steps: int) -> list[float]:
+    """The times at which a scheduler of flow matching takes so many steps of its own, without the final 0."""
+    scheduler.set_timesteps(num_steps)
+    return trigflow_time(scheduler.sigmas[:-1].double()).tolist()
+
+
+def timesteps(t: Tensor) -> Tensor:
+    """What the network is told of times t [B], as it counts them: to 1000."""
+    return 1000 * flow_time(t)
 
 
 def anyflow_classes() -> tuple[Any, Any, Any]:
@@ -129,11 +155,7 @@ class WanTeacher(OwnLevels, PipelineTeacher):
 
     @override
     def latent_scale(self, vae: Any) -> tuple[Any, Any]:
-        mean, std = (
-            torch.tensor(values, device=self.device).view(-1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        return 1 / std, mean
+        return channel_scale(vae, self.device, 4)
 
     @override
     def decode(self, x0: Tensor, batch: int = 1) -> Tensor:
