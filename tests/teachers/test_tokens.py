@@ -52,7 +52,7 @@ def test_what_is_counted_as_cut_is_cut(family: str, tmp_path: Path) -> None:
     teacher = load_teacher(settings, "cpu")
     reader, alone = teacher.text_reader(), load_text_reader(settings)
     assert reader is not None and alone is not None and reader.most == alone.most
-    words = [" ".join("abcdefgh"[i % 8] for i in range(count)) for count in range(1, 270)]
+    words = [" ".join("abcdefgh"[i % 8] for i in range(count)) for count in range(1, max(270, reader.most + 3))]
     counted = reader.count(words)
     assert counted == alone.count(words) == sorted(counted)
     first = next(i for i, count in enumerate(counted) if count >= reader.most)
