@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import tiny
 import tiny_chroma
+import tiny_ernie_image
+import tiny_prx
 import tiny_qwen
+import tiny_z_image
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
@@ -50,6 +53,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "chroma": tiny_chroma.make_chroma,
     "longcat": tiny_qwen.make_longcat,
     "krea": tiny_qwen.make_krea2,
+    "ernie-image": tiny_ernie_image.make_ernie_image,
+    "prx": tiny_prx.make_prx,
+    "z-image": tiny_z_image.make_z_image,
     "retimed sd3": lambda: retimed(tiny.make_sd3()),
     "retimed flux": lambda: retimed(tiny.make_flux()),
     "retimed flux2": lambda: retimed(tiny.make_flux2_klein()),
@@ -65,6 +71,9 @@ SMALLER: dict[str, Callable[..., Any]] = {
     "qwen": tiny_qwen.make_qwen_image,
     "longcat": tiny_qwen.make_longcat,
     "krea": tiny_qwen.make_krea2,
+    "ernie-image": tiny_ernie_image.make_ernie_image,
+    "prx": tiny_prx.make_prx,
+    "z-image": tiny_z_image.make_z_image,
 }
 """Families whose students may have fewer blocks than the teacher, which has three here."""
 

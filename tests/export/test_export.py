@@ -31,6 +31,8 @@ WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina
 FEWER = ", fewer blocks"
 DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "pixart", "lumina", "wan")
 DRAWN += (*RECENT, "longcat")
+WITH_LORA += ("ernie-image", "z-image")
+DRAWN += ("ernie-image", "prx", "z-image")
 DRAWN += tuple(f"{family}{FEWER}" for family in SMALLER)
 
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
@@ -203,6 +205,7 @@ TINY_FAMILIES = {
     "FLUX.2": "flux2", "PixArt-Sigma": "pixart", "Stable Diffusion 1 and 2": "sd1", "Stable Diffusion XL": "sdxl",
     "Lumina Image 2": "lumina", "Wan 2.1, text to video": "wan", "DiT": "dit",
     "Qwen-Image": "qwen", "Chroma": "chroma", "LongCat-Image": "longcat", "Krea 2": "krea",
+    "ERNIE-Image": "ernie-image", "PRX": "prx", "Z-Image": "z-image",
 }  # fmt: skip
 
 

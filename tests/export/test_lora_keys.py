@@ -18,7 +18,7 @@ from stepfold.export.single_file import PREFIXES, original_state
 from stepfold.students.loading import load_merged
 from stepfold.teachers.loading import load_teacher
 
-FAMILIES = ("sd1", "sdxl", "sd3", "flux", "lumina", "wan", "sprint")
+FAMILIES = ("sd1", "sdxl", "sd3", "flux", "lumina", "wan", "sprint", "z-image")
 
 
 def change(state: dict[str, Tensor], name: str, down: str, up: str) -> Tensor:

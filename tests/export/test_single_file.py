@@ -15,6 +15,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from safetensors.torch import load_file
@@ -36,7 +37,7 @@ SDXL: dict[str, Any] = dict(
     attention_head_dim=[5, 10, 20],
 )  # fmt: skip
 SD35: dict[str, Any] = dict(qk_norm="rms_norm", dual_attention_layers=tuple(range(13)), num_layers=24)
-READ = ("sd1", "sdxl", "sd3", "first sana", "wan")
+READ = ("sd1", "sdxl", "sd3", "first sana", "wan", "z-image")
 KLEIN: dict[str, Any] = dict(
     num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
 )  # fmt: skip
@@ -58,6 +59,7 @@ WAN_SMALL: dict[str, Any] = dict(num_attention_heads=12, ffn_dim=8960, num_layer
         pytest.param(Lumina2Transformer2DModel, {}, id="lumina-2"),
         pytest.param(WanTransformer3DModel, WAN_SMALL, id="wan-1.3b"),
         pytest.param(WanTransformer3DModel, {}, id="wan-14b"),
+        pytest.param(ZImageTransformer2DModel, {}, id="z-image"),
     ],
 )
 def test_networks_of_real_size_come_back_to_the_bit(kind: Any, config: dict[str, Any]) -> None:
@@ -83,6 +85,7 @@ def test_names_are_those_of_the_checkpoints(student_of: Callable[..., Path]) -> 
         "flux2": "single_blocks.0.norm.key_norm.scale",
         "lumina": "context_refiner.0.attention_norm1.weight",
         "wan": "blocks.0.self_attn.norm_q.weight",
+        "z-image": "noise_refiner.0.attention.q_norm.weight",
     }
     for family, name in wanted.items():
         teacher, _, _ = load_merged(student_of(family), "cpu")

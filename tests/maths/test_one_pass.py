@@ -15,6 +15,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 from torch import Tensor, nn
 
@@ -156,7 +157,21 @@ def lumina() -> Case:
     return model, network, (4, 4, 4)
 
 
-IN_FLOAT32 = {"sana": 1e-7, "sd3": 1e-7, "unet": 1e-7, "wan": 3e-7, "lumina": 1e-7}
+def z_image() -> Case:
+    """It joins what it is given as lists, of different lengths, and fills them up."""
+    model: Any = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=6, t_scale=1.0,
+        axes_dims=[8, 4, 4], axes_lens=[128, 8, 8],
+    )  # fmt: skip
+    texts = [torch.randn(3, 6), torch.randn(35, 6)]
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return torch.stack(model(list(x[:, :, None]), 1 - t, [text.to(x.dtype) for text in texts]).sample)[:, :, 0]
+
+    return model, network, (4, 4, 4)
+
+
+IN_FLOAT32 = {"sana": 1e-7, "sd3": 1e-7, "unet": 1e-7, "wan": 3e-7, "lumina": 1e-7, "z-image": 1e-7}
 """Networks with parts in float32 -> how far that takes the tangent."""
 CASES: dict[str, Callable[[], Case]] = {
     "sana": sana,
@@ -167,6 +182,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "unet": unet,
     "wan": wan,
     "lumina": lumina,
+    "z-image": z_image,
 }
 
 

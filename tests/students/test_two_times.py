@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_ernie_image
+import tiny_prx
 import tiny_qwen
+import tiny_z_image
 import torch
 from forms import cases
 from torch import Tensor, nn
@@ -45,6 +48,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen image": tiny_qwen.make_qwen_image,
     "longcat": tiny_qwen.make_longcat,
     "krea 2": tiny_qwen.make_krea2,
+    "ernie-image": tiny_ernie_image.make_ernie_image,
+    "prx": tiny_prx.make_prx,
+    "z-image": tiny_z_image.make_z_image,
 }
 PROMPTS = ["red heart", "a cat", "ghost"]
 Batch = tuple[Tensor, Tensor, Condition, Tensor]

@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 import tiny
 import tiny_chroma
+import tiny_ernie_image
+import tiny_prx
 import tiny_qwen
+import tiny_z_image
 import torch
 from diffusers import DDIMScheduler, SanaSprintPipeline
 from forms import cases
@@ -34,6 +37,7 @@ from stepfold.students.whole import as_student, new_student
 from stepfold.teachers.chroma import ChromaTeacher
 from stepfold.teachers.contract import Condition, concatenate
 from stepfold.teachers.dit import DiTTeacher
+from stepfold.teachers.ernie_image import ErnieImageTeacher
 from stepfold.teachers.family import Family
 from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
@@ -43,11 +47,13 @@ from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.teachers.pixart import PixArtTeacher
+from stepfold.teachers.prx import PRXTeacher
 from stepfold.teachers.qwen_image import QwenImageTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
 from stepfold.teachers.wan import WanTeacher
+from stepfold.teachers.z_image import ZImageTeacher
 
 MAX_TOKENS = 48
 PROMPTS = ["red heart", "dog on blue background", "pizza on a white plate"]
@@ -143,6 +149,13 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "chroma": lambda _, empty: ChromaTeacher(tiny.save(tiny_chroma.make_chroma, empty / "chroma"), **SMALL),
     "longcat": lambda _, empty: LongCatImageTeacher(tiny.save(tiny_qwen.make_longcat, empty / "longcat"), **SMALL),
     "krea 2": lambda _, empty: Krea2Teacher(tiny.save(tiny_qwen.make_krea2, empty / "krea"), **SMALL),
+    "ernie-image": lambda _, empty: ErnieImageTeacher(
+        tiny.save(tiny_ernie_image.make_ernie_image, empty / "ernie"), **SMALL
+    ),
+    "prx": lambda _, empty: PRXTeacher(tiny.save(tiny_prx.make_prx, empty / "prx"), **SMALL),
+    "z-image": lambda _, empty: ZImageTeacher(
+        tiny.save(tiny_z_image.make_z_image, empty / "z"), **SMALL | {"width": 24}
+    ),
 }
 
 
@@ -157,6 +170,7 @@ VARIANTS = (
     "longcat",
 )
 PADDED = SanaTeacher | PixArtTeacher | Lumina2Teacher | WanTeacher | QwenImageTeacher | Krea2Teacher
+PADDED |= ErnieImageTeacher | PRXTeacher | ZImageTeacher
 """Whose prompts are as long as they are; other networks attend to their padding."""
 
 

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 import tiny
 import tiny_chroma
+import tiny_ernie_image
+import tiny_prx
 import tiny_qwen
+import tiny_z_image
 import torch
 from forms import cases
 from peft import LoraConfig, get_peft_model_state_dict
@@ -68,15 +71,18 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "chroma": tiny_chroma.make_chroma,
     "longcat": tiny_qwen.make_longcat,
     "krea 2": tiny_qwen.make_krea2,
+    "ernie-image": tiny_ernie_image.make_ernie_image,
+    "prx": tiny_prx.make_prx,
+    "z-image": tiny_z_image.make_z_image,
 }
 FRAMES = {"WanPipeline": 5}
-WITHOUT_LORA = ("pixart", "dit", "longcat")
+WITHOUT_LORA = ("pixart", "dit", "longcat", "prx")
 SANAS = ("SanaPipeline", "SanaSprintPipeline")
 TIME_TO_ONE = ("Lumina2Pipeline", *SANAS)
 
 
 NAMES = ("sana", *FAMILIES)
-RECENT = ("qwen image", "chroma", "longcat", "krea 2")
+RECENT = ("qwen image", "chroma", "longcat", "krea 2", "ernie-image", "prx", "z-image")
 """Of which `make test` has fewer forms."""
 WITH_LORA = tuple(name for name in NAMES if name not in WITHOUT_LORA)
 
@@ -277,7 +283,7 @@ def test_a_pipeline_that_loads_no_lora_gets_none(family: str, prompts_file: Path
     folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
     for change in ("student.lora=4", f"teacher.lora={tmp_path / 'some.safetensors'}"):
         config = settings(folder, prompts_file, change)
-        with pytest.raises(UserError, match=r"(PixArtSigma|DiT|LongCatImage)Pipeline"):
+        with pytest.raises(UserError, match=r"(PixArtSigma|DiT|LongCatImage|PRX)Pipeline"):
             run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
         assert not (tmp_path / "run").exists()
 

@@ -11,7 +11,10 @@ import diffusers
 import pytest
 import tiny
 import tiny_chroma
+import tiny_ernie_image
+import tiny_prx
 import tiny_qwen
+import tiny_z_image
 import torch
 from forms import cases
 
@@ -28,6 +31,7 @@ NETWORKS = (
     "Krea2Transformer2DModel", "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel",
     "PixArtTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel",
     "UNet2DConditionModel", "WanTransformer3DModel",
+    "ErnieImageTransformer2DModel", "PRXTransformer2DModel", "ZImageTransformer2DModel",
 )  # fmt: skip
 CLASSES = {
     "Networks": NETWORKS,
@@ -107,6 +111,13 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "use_additional_t_cond": (tiny_qwen.make_qwen_image, "transformer", {"use_additional_t_cond": True}),
     "use_layer3d_rope": (tiny_qwen.make_qwen_image, "transformer", {"use_layer3d_rope": True}),
     "image_dim": (tiny.make_wan, "transformer", {"image_dim": 8}),
+    "siglip_feat_dim": (tiny_z_image.make_z_image, "transformer", {"siglip_feat_dim": 8}),
+    "all_patch_size": (
+        tiny_z_image.make_z_image,
+        "transformer",
+        {"all_patch_size": [1, 2], "all_f_patch_size": [1, 1]},
+    ),
+    "all_f_patch_size": (tiny_z_image.make_z_image, "transformer", {"all_f_patch_size": [2]}),
 }
 
 
@@ -208,6 +219,24 @@ OBEYED_FIELDS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
         tiny_qwen.make_krea2, "transformer",
         dict(rope_theta=100.0, norm_eps=1e-3, axes_dims_rope=(8, 4, 4), num_layerwise_text_blocks=2),
     ),
+    "ernie-image": (
+        tiny_ernie_image.make_ernie_image, "transformer",
+        dict(eps=1e-3, patch_size=2, rope_theta=100, rope_axes_dim=(8, 4, 4)),
+    ),
+    "prx": (
+        tiny_prx.make_prx, "transformer",
+        dict(
+            time_factor=1.0, time_max_period=100, bottleneck_size=6, resolution_embeds=False, theta=100, mlp_ratio=3.0,
+            axes_dim=[4, 12], patch_size=1,
+        ),
+    ),
+    "z-image": (
+        tiny_z_image.make_z_image, "transformer",
+        dict(
+            t_scale=1.0, qk_norm=False, norm_eps=1e-3, rope_theta=100.0, n_refiner_layers=2, axes_dims=[4, 8, 4],
+            axes_lens=[100, 40, 16],
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -245,6 +274,9 @@ AUTOENCODERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "chroma": (tiny_chroma.make_chroma, dict(scaling_factor=0.3, shift_factor=0.4)),
     "longcat": (tiny_qwen.make_longcat, dict(scaling_factor=0.3, shift_factor=0.4)),
     "krea 2": (tiny_qwen.make_krea2, dict(latents_mean=[1.0, 2, 3, 4], latents_std=[1.0, 2, 3, 4])),
+    "ernie-image": (tiny_ernie_image.make_ernie_image, dict(batch_norm_eps=0.5, batch_norm_momentum=0.3)),
+    "prx": (tiny_prx.make_prx, dict(scaling_factor=0.3, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4])),
+    "z-image": (tiny_z_image.make_z_image, dict(scaling_factor=0.3, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4])),
 }  # fmt: skip
 
 

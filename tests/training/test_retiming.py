@@ -12,7 +12,10 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+import tiny_ernie_image
+import tiny_prx
 import tiny_qwen
+import tiny_z_image
 import torch
 import typer
 from safetensors.torch import load_file
@@ -99,6 +102,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "flux schnell": partial(tiny.make_flux, guidance_embeds=False),
     "qwen image": tiny_qwen.make_qwen_image,
     "longcat": tiny_qwen.make_longcat,
+    "ernie-image": tiny_ernie_image.make_ernie_image,
+    "prx": tiny_prx.make_prx,
+    "z-image": tiny_z_image.make_z_image,
 }
 
 
@@ -107,7 +113,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 def test_other_families_are_retimed_too(
     name: str, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Their scheduler says it: teacher, student and plain diffusers all give the network times of [0, 1]."""
+    """Their scheduler or network says it: teacher, student and plain diffusers give the network times of [0, 1]."""
     folder = tiny.save(FAMILIES[name], tmp_path / "pipeline")
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: my-own\n---\n# Mine\n")
     small = ["teacher.height=32", "teacher.width=32", "teacher.max_tokens=24"]

@@ -132,7 +132,7 @@ def run_retime(
     if teacher.time_embedder(teacher.transformer) is None:
         raise UserError(
             f"{source!r} is a {type(teacher.pipe).__name__}, but re-timing is for Sana without embedded guidance, SD3, "
-            "FLUX, Qwen-Image and LongCat-Image; distil it as it is, with objective=discrete"
+            "FLUX, Qwen-Image, LongCat-Image, ERNIE-Image, PRX and Z-Image; distil it as it is, with objective=discrete"
         )
     for note in notes_on(file, teacher):
         display.note(note)

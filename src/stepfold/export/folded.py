@@ -70,7 +70,9 @@ def counting_to_thousand(teacher: PipelineTeacher, student: Any) -> tuple[Predic
     """
     predict = student.predict
     scale = getattr(predict, "keywords", {}).get("time_scale", 1000.0)
-    if scale == 1.0 and not isinstance(student, SanaStudent):  # re-timed: its scheduler said so
+    if scale == 1.0 and teacher.time_field:
+        student.transformer.register_to_config(**{teacher.time_field: 1000.0})
+    elif scale == 1.0 and not isinstance(student, SanaStudent):  # re-timed: its scheduler said so
         scheduler = teacher.pipe.scheduler
         teacher.pipe.scheduler = type(scheduler).from_config(scheduler.config, num_train_timesteps=1000)
     if scale == 1.0:

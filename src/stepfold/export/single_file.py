@@ -193,6 +193,26 @@ LUMINA = table("""
     """).items()
 }  # fmt: skip
 
+Z_IMAGE = table("""
+    all_x_embedder.2-1                                x_embedder
+    all_final_layer.2-1.adaLN_modulation.1            final_layer.adaLN_modulation.1
+    all_final_layer.2-1.linear                        final_layer.linear
+""") | {
+    name: name
+    for name in (
+        "t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.0", "cap_embedder.1", "x_pad_token", "cap_pad_token",
+    )
+} | {
+    f"{blocks}.*.{name}": f"{blocks}.*.{original}"
+    for blocks in ("noise_refiner", "context_refiner", "layers")
+    for name, original in {
+        **{f"attention.to_{part}": f"attention.qkv[{i}]" for i, part in enumerate("qkv")},
+        "attention.norm_q": "attention.q_norm", "attention.norm_k": "attention.k_norm",
+        "attention.to_out.0": "attention.out", "adaLN_modulation.0": "adaLN_modulation.0",
+        **{f"{name}{i}": f"{name}{i}" for name in ("attention_norm", "ffn_norm", "feed_forward.w") for i in (1, 2, 3)},
+    }.items()
+}  # fmt: skip
+
 WAN = table("""
     patch_embedding                                   patch_embedding
     condition_embedder.time_embedder.linear_1         time_embedding.0
@@ -313,6 +333,7 @@ NAMES = {
     "PixArtTransformer2DModel": PIXART,
     "SanaTransformer2DModel": SANA,
     "WanTransformer3DModel": WAN,
+    "ZImageTransformer2DModel": Z_IMAGE,
 }
 """The tables that hold for a class of networks as they stand."""
 
@@ -363,7 +384,7 @@ def export_single_file(folder: Path, out: Path) -> None:
         UserError: no layout is known for it.
     """
     teacher, _, _ = load_merged(folder, "cpu")
-    if teacher.num_train_timesteps == 1:
+    if teacher.num_train_timesteps == 1 or (teacher.time_field and teacher.time_scale < 10):
         raise UserError(
             "this network was re-timed to read [0, 1], and nothing in a single file says so, so that others would give "
             "it times up to 1000; use --to pipeline"

@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from typing_extensions import override
 
-from stepfold.maths.formulations import flow_time
+from stepfold.maths.formulations import flow_time, trigflow_time
 from stepfold.maths.routes import even_flow_times, few_step_times
 from stepfold.teachers.contract import SamplerName, Teacher
 
@@ -25,13 +25,15 @@ class PipelineCalls(Teacher):
         device: where its networks are.
         dtype: of their weights.
         height, width: of pictures, in pixels.
-        takes_length: whether the pipeline's call has a `max_sequence_length`.
+        length_argument: name of the longest prompt's length in the pipeline's call.
+        takes_length: whether the call has it.
     """
 
     even_ladder: bool = False
     output: ClassVar[Literal["images", "frames"]] = "images"
     scale_argument: ClassVar[str] = "guidance_scale"
     prompt_argument: ClassVar[str] = ""
+    length_argument: ClassVar[str] = "max_sequence_length"
 
     pipe: Any
     device: torch.device
@@ -138,7 +140,7 @@ class PipelineCalls(Teacher):
 
     def usual_call(self) -> dict[str, Any]:
         """Arguments that each call of the pipeline is given: sizes, and what the family needs."""
-        length = {"max_sequence_length": self.max_tokens} if self.takes_length else {}
+        length = {self.length_argument: self.max_tokens} if self.takes_length else {}
         return {"height": self.height, "width": self.width} | length | self.call_options()
 
     def own_guidance(self, guidance: float) -> dict[str, Any]:
@@ -152,3 +154,29 @@ class PipelineCalls(Teacher):
     def index_extras(self) -> dict[str, Any]:
         """Entries of model_index.json that the pipeline's class reads but does not write."""
         return {}
+
+
+class OwnLevels(PipelineCalls):
+    """Abstract: of a pipeline whose call takes no noise levels, so that a student's are its scheduler's own."""
+
+    def fresh_scheduler(self) -> Any:
+        """The scheduler of a consistency student, whose levels are right for every number of steps."""
+        raise NotImplementedError
+
+    @override
+    def student_scheduler(self, sampler: SamplerName) -> Any:
+        """Students that are no consistency functions take the teacher's."""
+        return self.fresh_scheduler() if sampler == "consistency" else self.plain_scheduler()
+
+    @override
+    def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
+        """Those of the scheduler, told what the pipeline tells it."""
+        scheduler = self.student_scheduler(sampler)
+        even = {"sigmas": [1 - i / num_steps for i in range(num_steps)]}
+        scheduler.set_timesteps(**(even if self.even_ladder else {"num_inference_steps": num_steps}))
+        return trigflow_time(scheduler.sigmas[:-1].double()).tolist()
+
+    @override
+    def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
+        """Leaves the times to the scheduler, which knows them."""
+        return self.usual_call() | {"num_inference_steps": len(times)} | self.student_guidance(guidance)

@@ -43,6 +43,17 @@ class Condition:
         """One in which attention looks everywhere, at padding too."""
         return Condition(embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device), pooled)
 
+    @staticmethod
+    def ragged(texts: Sequence[Tensor]) -> "Condition":
+        """Of B texts [L_i, D], with zeros behind the shorter ones."""
+        embeds = nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
+        lengths = torch.tensor([len(text) for text in texts], device=embeds.device)
+        return Condition(embeds, (torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]).long())
+
+    def texts(self) -> list[Tensor]:
+        """The B texts [L_i, D] that were given to `ragged`, for networks that take no mask."""
+        return [row[:length] for row, length in zip(self.embeds, self.mask.sum(1).tolist(), strict=True)]
+
     def __len__(self) -> int:
         return len(self.embeds)
 

@@ -36,6 +36,8 @@ class Family(PipelineCalls):
         fields: field of the network's config -> the values that are understood, and what any other means.
         outputs: channels out for each channel in; with a learned variance 2.
         autoencoder_layout: what `to_autoencoder` does, in words that end "which is the last line below, ".
+        time_field: field of the network's config, if any, that the network multiplies a time of [0, 1] by.
+        unread: optional parts of the pipeline that are left out.
         video_autoencoder: whether the autoencoder takes videos where the pipeline makes pictures: one frame then.
         source: folder or hub id.
         index: the pipeline's model_index.json.
@@ -55,6 +57,8 @@ class Family(PipelineCalls):
     fields: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
     outputs: ClassVar[tuple[int, ...]] = (1,)
     autoencoder_layout: ClassVar[str] = ""
+    time_field: ClassVar[str] = ""
+    unread: ClassVar[tuple[str, ...]] = ()
     video_autoencoder: ClassVar[bool] = False
     ode: Literal["flow", "trigflow"] = "flow"
     start_time: float = math.pi / 2
@@ -75,7 +79,7 @@ class Family(PipelineCalls):
             network: the network's config.
             schedule: the scheduler's.
         """
-        return float(schedule.get("num_train_timesteps", 1000))
+        return float(network.get(cls.time_field, 1000) if cls.time_field else schedule.get("num_train_timesteps", 1000))
 
     @property
     def time_scale(self) -> float:
@@ -109,6 +113,9 @@ class Family(PipelineCalls):
 
     def retimed_parts(self, network: Any) -> dict[str, Any]:
         """The parts of the pipeline that change when `network` reads times of [0, 1]."""
+        if self.time_field:
+            network.register_to_config(**{self.time_field: 1.0})
+            return {self.network_part: network}
         own = self.pipe.scheduler.config
         changes: dict[str, Any] = {"num_train_timesteps": 1}
         if not own.get("use_dynamic_shifting", False):
@@ -209,7 +216,7 @@ class Family(PipelineCalls):
 
     def usual_tokens(self) -> int:
         """How long a prompt may be unless the settings say."""
-        return usual_tokens(self.pipe)
+        return usual_tokens(self.pipe, self.length_argument)
 
     def check_tokens(self, most: int) -> None:
         """Refuses a longer prompt than the pipeline reads.
@@ -239,8 +246,8 @@ class Family(PipelineCalls):
         if not there:
             return None
         tokenizer = tokenizer_in(getattr(pipe, there[0]))
-        told = "max_sequence_length" in inspect.signature(pipe.__call__).parameters and there[0] == cls.readers[0]
-        usual = usual_tokens(pipe) if there[0] == cls.readers[0] else tokenizer.model_max_length
+        told = cls.length_argument in inspect.signature(pipe.__call__).parameters and there[0] == cls.readers[0]
+        usual = usual_tokens(pipe, cls.length_argument) if there[0] == cls.readers[0] else tokenizer.model_max_length
         most = (max_tokens or usual) if told else usual
         return TextReader(tokenizer, most, *cls.before_prompts(pipe), lowers=cls.lowers)
 
@@ -265,6 +272,10 @@ class Family(PipelineCalls):
         config = self.transformer.config
         width = config.num_attention_heads * config.attention_head_dim
         return [(block, width) for block in self.transformer.transformer_blocks]
+
+    def feature_map(self, output: Any) -> Tensor:
+        """What a block of `feature_parts` gives, as [B, tokens, width] or [B, width, H, W]."""
+        return output[-1] if isinstance(output, tuple) else output  # text tokens come first, if at all
 
     def latent_scale(self, vae: Any) -> tuple[Any, Any]:
         """What the network's unit latents are the autoencoder's times and minus: numbers or [C, 1, ...].

@@ -15,7 +15,7 @@ from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName
 from stepfold.teachers.family import Predict
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.schedules import flow_shift
-from stepfold.teachers.tokens import tokenizer_in
+from stepfold.teachers.tokens import chat_opening, tokenizer_in
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Where a prompt stands in a template."""
@@ -47,16 +47,43 @@ def flux2_network(
     return flow_prediction(x_unit, t, velocity)
 
 
-class Flux2Teacher(PipelineTeacher):
-    """Flux2Pipeline; the student is one too, with guidance embedded as in its teacher.
+class PatchedLatents(PipelineTeacher):
+    """Abstract: latents [B, C, H / 16, W / 16] are patches of two by two, normalised by running statistics."""
 
-    Latents [B, C, H / 16, W / 16] are patches of two by two, normalised by the autoencoder's running statistics.
-    """
+    autoencoder_layout = "once its channels, four by four, are squares of two by two"
+
+    @override
+    def autoencoder_channels(self, vae: dict[str, Any]) -> int:
+        return 4 * vae["latent_channels"]
+
+    @override
+    def pixels_a_latent(self, vae: dict[str, Any]) -> int:
+        return 2 * super().pixels_a_latent(vae)
+
+    def variance_floor(self, vae: Any) -> float:
+        """What the pipeline adds to the autoencoder's running variance."""
+        return vae.config.batch_norm_eps
+
+    @override
+    def latent_scale(self, vae: Any) -> tuple[Any, Any]:
+        mean, variance = (values.to(self.device)[:, None, None] for values in (vae.bn.running_mean, vae.bn.running_var))
+        return (variance + self.variance_floor(vae)).rsqrt(), mean
+
+    @override
+    def to_autoencoder(self, latents: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(latents, 2)
+
+    @override
+    def from_autoencoder(self, latents: Tensor) -> Tensor:
+        return nn.functional.pixel_unshuffle(latents, 2)
+
+
+class Flux2Teacher(PatchedLatents):
+    """Flux2Pipeline; the student is one too, with guidance embedded as in its teacher."""
 
     pipelines = (Flux2Pipeline,)
     even_ladder = True
     prompt_argument = "prompt"
-    autoencoder_layout = "once its channels, four by four, are squares of two by two"
     fields: ClassVar[Any] = {"patch_size": ((1,), "the pipeline makes patches of the latents itself")}
 
     @override
@@ -85,30 +112,9 @@ class Flux2Teacher(PipelineTeacher):
         return flow_shift(self.pipe.scheduler, 0, compute_empirical_mu(height * width, num_steps))
 
     @override
-    def autoencoder_channels(self, vae: dict[str, Any]) -> int:
-        return 4 * vae["latent_channels"]
-
-    @override
-    def pixels_a_latent(self, vae: dict[str, Any]) -> int:
-        return 2 * super().pixels_a_latent(vae)
-
-    @override
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
         side = self.pipe.default_sample_size * factor // 2
         return self.transformer.config.in_channels, factor, side, side
-
-    @override
-    def latent_scale(self, vae: Any) -> tuple[Any, Any]:
-        mean, variance = (values.to(self.device)[:, None, None] for values in (vae.bn.running_mean, vae.bn.running_var))
-        return (variance + vae.config.batch_norm_eps).rsqrt(), mean
-
-    @override
-    def to_autoencoder(self, latents: Tensor) -> Tensor:
-        return nn.functional.pixel_shuffle(latents, 2)
-
-    @override
-    def from_autoencoder(self, latents: Tensor) -> Tensor:
-        return nn.functional.pixel_unshuffle(latents, 2)
 
     @classmethod
     @override
@@ -157,8 +163,7 @@ class Flux2KleinTeacher(Flux2Teacher):
     @override
     def before_prompts(cls, pipe: Any) -> tuple[str, int]:
         """The beginning of the user's turn."""
-        message = {"role": "user", "content": MARK}
-        return pipe.tokenizer.apply_chat_template([message], tokenize=False, enable_thinking=False).split(MARK)[0], 0
+        return chat_opening(pipe.tokenizer, enable_thinking=False), 0
 
     @override
     def made(self, latents: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
+from transformers import T5GemmaConfig
+from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from stepfold.errors import UserError, first_line
 from stepfold.teachers.safety import OWNERS, check_files, check_index, is_part, read_json
@@ -82,10 +84,11 @@ def load_pipeline(
     variant: str | None = None,
     *,
     tokenizers_only: bool = False,
+    unread: Sequence[str] = (),
 ) -> Any:
     """Loads a pipeline, all or without text encoders and VAE; safetensors only, of a variant where there is one.
 
-    `tokenizers_only` leaves out all its networks.
+    `tokenizers_only` leaves out all its networks; `unread` are optional parts that are left out in any case.
 
     Raises:
         UserError: it is of another class, or does not load.
@@ -99,6 +102,7 @@ def load_pipeline(
     folder, absent = source, dict[str, Any](dict.fromkeys(later) if network_only else {})
     if tokenizers_only:
         absent = {part: None for part, spec in index.items() if is_part(spec) and is_network(spec)}
+    absent |= {part: None for part in unread if part in index}
     try:
         if not Path(source).exists():  # of a hub id all files come first, so that they are looked at before any is read
             folder = kind.download(source, use_safetensors=True, **absent)
@@ -136,14 +140,18 @@ def load_network(source: str, part: str, spec: Sequence[str], dtype: torch.dtype
             ones, or without.
     """
     library, kind = spec
-    network, found = getattr(OWNERS[library], kind).from_pretrained(
+    reader, config = reader_of(library, kind, source, part)
+    network, found = reader.from_pretrained(
         source,
         subfolder=part,
         use_safetensors=True,
         dtype=dtype,
         variant=variant_in(source, part, variant),
         output_loading_info=True,
+        **config,
     )
+    if isinstance(network, T5GemmaEncoder):  # diffusers reads the config of the encoder inside of one of the whole
+        network.config.encoder = {n: v for n, v in network.config.to_dict().items() if n != "encoder"}
     if missing := sorted(found["missing_keys"]):
         raise UserError(
             f"pipeline {source!r}: the files of its part {part!r} lack {len(missing)} of the weights of a {kind}, such "
@@ -157,6 +165,18 @@ def load_network(source: str, part: str, spec: Sequence[str], dtype: torch.dtype
             "the pipeline again with save_pretrained"
         )
     return network
+
+
+def reader_of(library: str, kind: str, source: str, part: str) -> tuple[Any, dict[str, Any]]:
+    """A network's class, and the config to read it with where that is not simply the part's own.
+
+    diffusers has a class of its own in the place of T5Gemma's encoder, which finds its config in no subfolder, and
+    whose saved part has a name that diffusers does not load.
+    """
+    if kind != T5GemmaEncoder.__name__:
+        return getattr(OWNERS[library], kind), {}
+    config, _ = T5GemmaConfig.get_config_dict(source, subfolder=part)
+    return T5GemmaEncoder, {"config": T5GemmaConfig(encoder=config.get("encoder") or config).encoder}
 
 
 def variant_in(source: str, part: str, variant: str | None) -> str | None:

@@ -12,6 +12,7 @@ from stepfold.errors import NonFiniteError, UserError, first_line
 from stepfold.teachers.chroma import ChromaTeacher
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
+from stepfold.teachers.ernie_image import ErnieImageTeacher
 from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
 from stepfold.teachers.folders import (
@@ -29,12 +30,14 @@ from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
+from stepfold.teachers.prx import PRXTeacher
 from stepfold.teachers.qwen_image import QwenImageTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
 from stepfold.teachers.tokens import TextReader
 from stepfold.teachers.wan import WanTeacher
+from stepfold.teachers.z_image import ZImageTeacher
 
 FAMILIES: dict[str, type[PipelineTeacher]] = {
     pipeline.__name__: family
@@ -55,6 +58,9 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         ChromaTeacher,
         LongCatImageTeacher,
         Krea2Teacher,
+        ZImageTeacher,
+        ErnieImageTeacher,
+        PRXTeacher,
     )
     for pipeline in family.pipelines
 }
@@ -75,6 +81,8 @@ NOT_FROM_TEXT = {
     "I2V": "it starts from an image; give the text-to-video model",
     "KV": "it caches the keys of images that it edits; load the folder as the pipeline without KV and save it again",
     "Upsample": "it enlarges latents; give the pipeline that makes them",
+    "ZImageOmni": "it reads images beside the text; give the text-to-image model",
+    "Pixel": "it makes pixels, not latents; give the pipeline with an autoencoder",
     "Modular": "it is in modular parts; give a folder with a model_index.json",
 }
 """Part of the name of a pipeline's class -> why it is no teacher, and what is."""
@@ -131,7 +139,9 @@ def load_text_reader(settings: TeacherSettings) -> TextReader | None:
     """
     source = place_of(settings)
     family, index = family_of(source), load_index(source)
-    pipe = load_pipeline(source, index, family.pipelines, torch.float32, False, tokenizers_only=True)
+    pipe = load_pipeline(
+        source, index, family.pipelines, torch.float32, False, tokenizers_only=True, unread=family.unread
+    )
     return family.reader_in(pipe, settings.max_tokens)
 
 

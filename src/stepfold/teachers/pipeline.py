@@ -80,7 +80,9 @@ class PipelineTeacher(Family):
         self.sigma_data = SIGMA_DATA
         self.index = load_index(self.source)
         self.check_index()
-        self.pipe: Any = load_pipeline(self.source, self.index, self.pipelines, dtype, network_only, variant)
+        self.pipe: Any = load_pipeline(
+            self.source, self.index, self.pipelines, dtype, network_only, variant, unread=self.unread
+        )
         if loras and not self.loads_lora:
             raise UserError(f"{type(self.pipe).__name__} loads no LoRA; give a teacher with it merged, as a folder")
         plain = [merge_lora(self.pipe, lora, scale, self._read_text_encoders) for lora, scale in loras]
@@ -97,7 +99,7 @@ class PipelineTeacher(Family):
             )
         defaults = inspect.signature(self.pipe.__call__).parameters
         self.default_guidance = self.usual_guidance()
-        self.takes_length = "max_sequence_length" in defaults
+        self.takes_length = self.length_argument in defaults
         self.max_tokens = self.usual_tokens() if max_tokens is None else max_tokens
         self.null_mask = null_mask
 
@@ -209,7 +211,7 @@ class PipelineTeacher(Family):
         if self._null is None or self._null_trimmed is None:
             raise UserError(NO_NULL)
         if self.null_mask == "prompt":
-            null = self._null.first_tokens(like.mask.shape[1]).expand(len(like))
+            null = self._null.padded(like.mask.shape[1]).expand(len(like))
             return replace(null, mask=like.mask)
         return self._null_trimmed.expand(len(like))
 
@@ -285,7 +287,7 @@ class PipelineTeacher(Family):
         maps: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            features = output[-1] if isinstance(output, tuple) else output  # text tokens come first, if at all
+            features = self.feature_map(output)
             maps.append(features.flatten(2).mT if features.ndim == 4 else features)
 
         handles = [block.register_forward_hook(keep) for block in self.feature_blocks]

@@ -166,6 +166,10 @@ OWNERS: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
 """The libraries whose classes are loaded."""
 
 
+LENT = {"T5GemmaEncoder": ("diffusers",)}
+"""Classes that a library has from another one."""
+
+
 def is_part(spec: Any) -> bool:
     """Whether an entry of model_index.json stands for a part (library, class) and not for a setting."""
     return isinstance(spec, list) and len(spec) == 2 and all(value is None or isinstance(value, str) for value in spec)
@@ -179,7 +183,7 @@ def is_class_of(library: str, name: Any) -> bool:
     if not isinstance(name, str) or not name.isidentifier():
         return False
     kind = getattr(OWNERS[library], name, None)
-    return kind is None or (isinstance(kind, type) and kind.__module__.split(".")[0] == library)
+    return kind is None or (isinstance(kind, type) and kind.__module__.split(".")[0] in (library, *LENT.get(name, ())))
 
 
 def is_diffusers_own(library: str) -> bool:

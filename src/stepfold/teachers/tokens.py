@@ -37,8 +37,14 @@ def tokenizer_in(part: Any) -> Any:
     return part.tokenizer if isinstance(part, ProcessorMixin) else part
 
 
-def usual_tokens(pipe: Any) -> int:
-    """How long a prompt may be unless it is said; what the pipeline has no argument for, it or its tokenizer says."""
-    length = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+def usual_tokens(pipe: Any, argument: str = "max_sequence_length") -> int:
+    """How long a prompt may be unless it is said by that argument; what it does not say, pipeline or tokenizer does."""
+    length = inspect.signature(type(pipe).__call__).parameters.get(argument)
     own = getattr(pipe, "tokenizer_max_length", None) or tokenizer_in(pipe.tokenizer).model_max_length
-    return int(own if length is None else length.default)
+    return int(own if length is None or length.default is None else length.default)
+
+
+def chat_opening(tokenizer: Any, **options: Any) -> str:
+    """What a tokenizer's chat template puts before the text of a first message from the user."""
+    message = [{"role": "user", "content": "\0"}]
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **options).split("\0")[0]

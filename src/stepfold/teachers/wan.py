@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_prediction, flow_time, trigflow_time
-from stepfold.teachers.contract import Condition, SamplerName
+from stepfold.teachers.calls import OwnLevels
+from stepfold.teachers.contract import Condition
 from stepfold.teachers.family import Predict
 from stepfold.teachers.pipeline import PipelineTeacher
 
@@ -79,7 +80,7 @@ def anyflow_classes() -> tuple[Any, Any, Any]:
     return AnyFlowPipeline, AnyFlowTransformer3DModel, FlowMapEulerDiscreteScheduler
 
 
-class WanTeacher(PipelineTeacher):
+class WanTeacher(OwnLevels, PipelineTeacher):
     """WanPipeline of Wan 2.1; the student is one too, without guidance. Pictures of it are filmstrips."""
 
     pipelines = (WanPipeline,)
@@ -167,23 +168,7 @@ class WanTeacher(PipelineTeacher):
         return super().encode_pictures(pictures.unflatten(3, (self.frames, -1)).transpose(2, 3))
 
     @override
-    def student_scheduler(self, sampler: SamplerName) -> Any:
-        """This pipeline takes no noise levels, so they are the scheduler's own.
-
-        A consistency student's fall from 1 to LAST_LEVEL by equal factors, for every number of steps; the scheduler's
-        lowest level is 1 in 1000, and it shifts that twice. Other students take the teacher's.
-        """
-        if sampler != "consistency":
-            return self.plain_scheduler()
+    def fresh_scheduler(self) -> Any:
+        """Levels fall from 1 to LAST_LEVEL by equal factors; its lowest one is 1 in 1000, and it shifts that twice."""
         shift = (999 * LAST_LEVEL / (1 - LAST_LEVEL)) ** 0.5
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_exponential_sigmas=True, stochastic_sampling=True)
-
-    @override
-    def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
-        """Those of the scheduler."""
-        return scheduler_times(self.student_scheduler(sampler), num_steps)
-
-    @override
-    def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
-        """Leaves the times to the scheduler, which knows them."""
-        return self.usual_call() | {"num_inference_steps": len(times)} | self.student_guidance(guidance)

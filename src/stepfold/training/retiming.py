@@ -96,7 +96,7 @@ def fit_time_embedder(
     embedder = target.timestep_embedder
     device, dtype = next(embedder.parameters()).device, next(embedder.parameters()).dtype
     optimiser = torch.optim.AdamW(embedder.parameters(), lr=2e-3, weight_decay=0.0)
-    generator, own = torch.Generator().manual_seed(0), source.time_proj.scale  # a factor that both put on themselves
+    generator, own = torch.Generator().manual_seed(0), getattr(source.time_proj, "scale", 1)  # a factor both put on
 
     def both(t: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
