@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_wan22
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
@@ -43,6 +44,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "dit": tiny.make_dit,
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
+    "wan 2.2 ti2v": tiny_wan22.make_ti2v,
     "sprint": tiny.make_sprint,
     "retimed sd3": lambda: retimed(tiny.make_sd3()),
     "retimed flux": lambda: retimed(tiny.make_flux()),

@@ -26,9 +26,10 @@ from .conftest import SMALLER, relative, start
 StudentOf = Callable[..., Path]
 Fresh = Callable[..., dict[str, torch.Tensor]]
 KINDS = ("lora", "pipeline", "teacher")
-WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina", "wan")
+WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina", "wan", "wan 2.2 ti2v")
 FEWER = ", fewer blocks"
 DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "pixart", "lumina", "wan")
+DRAWN += ("wan 2.2 ti2v",)
 DRAWN += tuple(f"{family}{FEWER}" for family in SMALLER)
 
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
@@ -62,7 +63,7 @@ def test_a_lora_student_merged_and_as_a_file(student_of: StudentOf, fresh: Fresh
         ]
         levels = [np.asarray(picture).astype(int) for picture in pictures]
         assert np.abs(levels[0] - levels[1]).max() <= 1
-        what = "video" if family == "wan" else "image"
+        what = "video" if family.startswith("wan") else "image"
         assert f'.from_pretrained("FOLDER")\n{what}' in (whole[family] / "README.md").read_text()
 
 
@@ -200,6 +201,7 @@ TINY_FAMILIES = {
     "Sana": "first sana", "Sana-Sprint": "sprint", "Stable Diffusion 3 and 3.5": "sd3", "FLUX.1": "flux",
     "FLUX.2": "flux2", "PixArt-Sigma": "pixart", "Stable Diffusion 1 and 2": "sd1", "Stable Diffusion XL": "sdxl",
     "Lumina Image 2": "lumina", "Wan 2.1, text to video": "wan", "DiT": "dit",
+    "Wan 2.2 TI2V-5B, text to video": "wan 2.2 ti2v",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_wan22
 import torch
 from diffusers import DDIMScheduler, SanaSprintPipeline
 from forms import cases
@@ -133,6 +134,9 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "dit": lambda _, empty: DiTTeacher(tiny.save(tiny.make_dit, empty / "dit")),
     "lumina 2": lambda _, empty: Lumina2Teacher(tiny.save(tiny.make_lumina2, empty / "lumina2"), **SMALL),
     "wan": lambda _, empty: WanTeacher(tiny.save(tiny.make_wan, empty / "wan"), **SMALL, frames=5),
+    "wan 2.2 ti2v": lambda _, empty: WanTeacher(
+        tiny.save(tiny_wan22.make_ti2v, empty / "wan"), height=64, width=96, max_tokens=MAX_TOKENS, frames=5
+    ),
 }
 
 
@@ -144,6 +148,7 @@ VARIANTS = (
     "normalised latents",
     "clips",
     "distilled",
+    "ti2v",
 )
 
 

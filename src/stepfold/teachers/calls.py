@@ -1,5 +1,6 @@
 """How a family's pipeline is called: its own steps and a student's, and what stands in for its latents."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +12,12 @@ from typing_extensions import override
 from stepfold.maths.formulations import flow_time
 from stepfold.maths.routes import even_flow_times, few_step_times
 from stepfold.teachers.contract import SamplerName, Teacher
+
+
+def parts_of(pipe: Any) -> dict[str, Any]:
+    """What makes a pipeline again: its components, and the options that its class takes beside them."""
+    taken = inspect.signature(type(pipe).__init__).parameters
+    return {name: value for name, value in pipe.config.items() if name in taken} | pipe.components
 
 
 class PipelineCalls(Teacher):
@@ -129,7 +136,7 @@ class PipelineCalls(Teacher):
 
     def student_parts(self, sampler: SamplerName) -> dict[str, Any]:
         """The parts of a student's pipeline besides its network."""
-        return self.pipe.components | {"scheduler": self.student_scheduler(sampler)}
+        return parts_of(self.pipe) | {"scheduler": self.student_scheduler(sampler)}
 
     def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
         """Arguments with which the saved pipeline takes a student's steps at the given times."""

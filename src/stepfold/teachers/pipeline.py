@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError, first_line
+from stepfold.teachers.calls import parts_of
 from stepfold.teachers.contract import Condition, GuidanceKind, concatenate
 from stepfold.teachers.family import Family, Predict
 from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_network, load_pipeline
@@ -366,7 +367,7 @@ class PipelineTeacher(Family):
 
     def save_retimed(self, network: Any, folder: Path) -> None:
         """Writes this teacher with a network that reads times of [0, 1] in the place of its own."""
-        self.write_pipeline(type(self.pipe), lambda: self.pipe.components | self.retimed_parts(network), folder)
+        self.write_pipeline(type(self.pipe), lambda: parts_of(self.pipe) | self.retimed_parts(network), folder)
 
     def write_pipeline(self, kind: Any, parts: Callable[[], dict[str, Any]], folder: Path) -> None:
         """Writes a pipeline folder.

@@ -1,4 +1,4 @@
-"""Wan 2.1, text to video: flow prediction, classifier-free guidance; latents [B, C, F, H, W]."""
+"""Wan 2.1 and 2.2, text to video: flow prediction, classifier-free guidance; latents [B, C, F, H, W]."""
 
 import inspect
 import math
@@ -26,7 +26,8 @@ def wan_network(
 ) -> Tensor:
     """F [B, C, F, H, W] of a WanTransformer3DModel, whose time counts to 1000; it embeds no guidance.
 
-    It attends to padding, which is zero up to `tokens` positions.
+    It attends to padding, which is zero up to `tokens` positions. It is told one time a sample; Wan 2.2's pipeline of
+    text and images tells it to every token, and without an image they are all that one.
     """
     real = condition.embeds * condition.mask[..., None].to(condition.embeds.dtype)
 
@@ -47,7 +48,7 @@ def filmstrip(videos: Tensor) -> Tensor:
 
 
 class WanTeacher(PipelineTeacher):
-    """WanPipeline of Wan 2.1; the student is one too, without guidance. Pictures of it are filmstrips."""
+    """WanPipeline of one network; the student is one too, without guidance. Pictures of it are filmstrips."""
 
     pipelines = (WanPipeline,)
     output = "frames"
@@ -58,12 +59,22 @@ class WanTeacher(PipelineTeacher):
 
     @override
     def check_index(self) -> None:
-        """Refuses Wan 2.2, which has a second network, or a time for each token."""
+        """Refuses a second network."""
         second, _ = self.index.get("transformer_2") or (None, None)
-        if second or self.index.get("boundary_ratio") is not None or self.index.get("expand_timesteps"):
+        if second or self.index.get("boundary_ratio") is not None:
             raise UserError(
-                f"teacher {self.source!r} is a Wan 2.2 (transformer_2, boundary_ratio or expand_timesteps is set); "
-                "give a Wan 2.1 text-to-video pipeline, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+                f"teacher {self.source!r} is a Wan 2.2 of two networks (transformer_2 or boundary_ratio is set); give "
+                "one of one network, such as Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+            )
+
+    @override
+    def check_network(self, latent_channels: int) -> None:
+        """The pipeline counts squares of two by two latents where it tells each token its time."""
+        super().check_network(latent_channels)
+        if self.index.get("expand_timesteps") and (patch := tuple(self.transformer.config.patch_size)) != (1, 2, 2):
+            raise UserError(
+                f"this {type(self.transformer).__name__} has patch_size={patch}, but with expand_timesteps WanPipeline "
+                "tells a time to patches of (1, 2, 2); set expand_timesteps to false in model_index.json"
             )
 
     @override
