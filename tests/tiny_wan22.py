@@ -1,4 +1,4 @@
-"""Tiny pipelines of Wan 2.2: one network that is told a time a token, as of TI2V-5B."""
+"""Tiny pipelines of Wan 2.2: one network that is told a time a token (TI2V-5B), and two with a boundary (A14B)."""
 
 from typing import Any
 
@@ -18,4 +18,11 @@ def make_ti2v(num_layers: int = 2, patch_size: tuple[int, int, int] = (1, 2, 2))
         latents_mean=[-0.3, 0.1, 0.2, 0.4, 0.6, -0.5], latents_std=[0.9, 1.5, 2.0, 1.2, 0.7, 1.8],
     )  # fmt: skip
     parts: Any = make_wan().components | {"transformer": transformer, "vae": vae, "expand_timesteps": True}
+    return WanPipeline(**parts)
+
+
+def make_a14b(num_layers: int = 2) -> WanPipeline:
+    """The boundary lies between the second and the third of four steps."""
+    first, second = make_wan(num_layers), make_wan(num_layers)
+    parts: Any = first.components | {"transformer_2": second.transformer, "boundary_ratio": 0.84}
     return WanPipeline(**parts)

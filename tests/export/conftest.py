@@ -45,6 +45,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
     "wan 2.2 ti2v": tiny_wan22.make_ti2v,
+    "wan 2.2 a14b": tiny_wan22.make_a14b,
     "sprint": tiny.make_sprint,
     "retimed sd3": lambda: retimed(tiny.make_sd3()),
     "retimed flux": lambda: retimed(tiny.make_flux()),

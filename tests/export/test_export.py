@@ -29,7 +29,7 @@ KINDS = ("lora", "pipeline", "teacher")
 WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina", "wan", "wan 2.2 ti2v")
 FEWER = ", fewer blocks"
 DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "pixart", "lumina", "wan")
-DRAWN += ("wan 2.2 ti2v",)
+DRAWN += ("wan 2.2 ti2v", "wan 2.2 a14b")
 DRAWN += tuple(f"{family}{FEWER}" for family in SMALLER)
 
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
@@ -201,7 +201,7 @@ TINY_FAMILIES = {
     "Sana": "first sana", "Sana-Sprint": "sprint", "Stable Diffusion 3 and 3.5": "sd3", "FLUX.1": "flux",
     "FLUX.2": "flux2", "PixArt-Sigma": "pixart", "Stable Diffusion 1 and 2": "sd1", "Stable Diffusion XL": "sdxl",
     "Lumina Image 2": "lumina", "Wan 2.1, text to video": "wan", "DiT": "dit",
-    "Wan 2.2 TI2V-5B, text to video": "wan 2.2 ti2v",
+    "Wan 2.2 TI2V-5B, text to video": "wan 2.2 ti2v", "Wan 2.2 A14B, text to video": "wan 2.2 a14b",
 }  # fmt: skip
 
 

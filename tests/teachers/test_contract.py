@@ -137,6 +137,7 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "wan 2.2 ti2v": lambda _, empty: WanTeacher(
         tiny.save(tiny_wan22.make_ti2v, empty / "wan"), height=64, width=96, max_tokens=MAX_TOKENS, frames=5
     ),
+    "wan 2.2 a14b": lambda _, empty: WanTeacher(tiny.save(tiny_wan22.make_a14b, empty / "wan"), **SMALL, frames=5),
 }
 
 
@@ -149,6 +150,7 @@ VARIANTS = (
     "clips",
     "distilled",
     "ti2v",
+    "a14b",
 )
 
 
@@ -368,9 +370,9 @@ def test_a_new_student_is_its_teacher(teacher: Any, state: tuple[Tensor, Tensor]
     torch.testing.assert_close(student.log_variance(state[1], guidance), settled)  # the same at every time
 
 
-def test_a_new_student_owns_its_weights_and_can_learn_all_of_them(teacher: Any, state: tuple[Tensor, Tensor]):
+def test_a_new_student_owns_its_weights_and_can_learn_all_of_them(teacher: Any):
     """Every parameter gets a gradient but those that the family names: the guidance embedder's last layer does."""
-    condition, guidance = teacher.encode(PROMPTS), scales(teacher, 3, 4.5, 6)
+    state, condition, guidance = some_states(teacher), teacher.encode(PROMPTS), scales(teacher, 3, 4.5, 6)
     student = new_student(teacher).to(teacher.dtype)
     taken = {p.data_ptr() for p in teacher.transformer.parameters()}
     assert all(p.requires_grad and p.data_ptr() not in taken for p in student.parameters())

@@ -93,6 +93,23 @@ class Family(PipelineCalls):
         """How the network is called: a plain function, or a partial of one."""
         raise NotImplementedError
 
+    def whole_network(self) -> nn.Module:
+        """What `predictor` calls: the pipeline's part of the name `network_part`, or several parts as one module."""
+        return getattr(self.pipe, self.network_part)
+
+    def network_parts(self, network: Any) -> dict[str, Any]:
+        """Name of a part of the pipeline -> that part of a network like the teacher's; `network_part` is the first."""
+        return {self.network_part: network}
+
+    def check_loras(self) -> None:
+        """Refuses LoRAs that are to be merged into the teacher.
+
+        Raises:
+            UserError: the pipeline loads none, or it is not known into which of its networks.
+        """
+        if not self.loads_lora:
+            raise UserError(f"{type(self.pipe).__name__} loads no LoRA; give a teacher with it merged, as a folder")
+
     def time_embedder(self, network: Any) -> Any:
         """Of a network like the teacher's, the part with `time_proj` and `timestep_embedder`, for `stepfold retime`.
 

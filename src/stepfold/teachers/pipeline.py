@@ -81,12 +81,12 @@ class PipelineTeacher(Family):
         self.index = load_index(self.source)
         self.check_index()
         self.pipe: Any = load_pipeline(self.source, self.index, self.pipelines, dtype, network_only, variant)
-        if loras and not self.loads_lora:
-            raise UserError(f"{type(self.pipe).__name__} loads no LoRA; give a teacher with it merged, as a folder")
+        if loras:
+            self.check_loras()
         plain = [merge_lora(self.pipe, lora, scale, self._read_text_encoders) for lora, scale in loras]
         self.loras_in_diffusers = all(plain)
         self.pipe.set_progress_bar_config(disable=True)
-        self.transformer: Any = getattr(self.pipe, self.network_part).to(self.device).eval().requires_grad_(False)
+        self.transformer: Any = self.whole_network().to(self.device).eval().requires_grad_(False)
         compute_once(self.of_the_prompt_alone())
         kinds = self.guidance_kinds()
         self.guidance_kind: GuidanceKind = kinds[0] if guidance_kind == "auto" else guidance_kind
@@ -276,13 +276,19 @@ class PipelineTeacher(Family):
     @override
     def features(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> list[Tensor]:
         """The outputs of evenly spaced blocks, without classifier-free guidance."""
+        return self.maps_of(self.feature_blocks, x, t, condition, guidance)
+
+    def maps_of(
+        self, blocks: Sequence[nn.Module], x: Tensor, t: Tensor, condition: Condition, guidance: Tensor
+    ) -> list[Tensor]:
+        """The outputs of some blocks of the network, as `features`."""
         maps: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             features = output[-1] if isinstance(output, tuple) else output  # text tokens come first, if at all
             maps.append(features.flatten(2).mT if features.ndim == 4 else features)
 
-        handles = [block.register_forward_hook(keep) for block in self.feature_blocks]
+        handles = [block.register_forward_hook(keep) for block in blocks]
         try:
             self._unguided(x / self.sigma_data, t, condition, guidance)
         finally:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import flow_prediction, trigflow_time
+from stepfold.maths.formulations import flow_prediction, flow_time, trigflow_time
 from stepfold.teachers.contract import Condition, SamplerName
+from stepfold.teachers.experts import Experts
 from stepfold.teachers.family import Predict
 from stepfold.teachers.pipeline import PipelineTeacher
 
@@ -48,7 +49,7 @@ def filmstrip(videos: Tensor) -> Tensor:
 
 
 class WanTeacher(PipelineTeacher):
-    """WanPipeline of one network; the student is one too, without guidance. Pictures of it are filmstrips."""
+    """WanPipeline; the student is one too, of as many networks, without guidance. Pictures of it are filmstrips."""
 
     pipelines = (WanPipeline,)
     output = "frames"
@@ -59,12 +60,41 @@ class WanTeacher(PipelineTeacher):
 
     @override
     def check_index(self) -> None:
-        """Refuses a second network."""
+        """Refuses a second network without a boundary, which its pipeline never calls, and the reverse."""
         second, _ = self.index.get("transformer_2") or (None, None)
-        if second or self.index.get("boundary_ratio") is not None:
+        if bool(second) != (self.index.get("boundary_ratio") is not None):
             raise UserError(
-                f"teacher {self.source!r} is a Wan 2.2 of two networks (transformer_2 or boundary_ratio is set); give "
-                "one of one network, such as Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+                f"teacher {self.source!r} has one of transformer_2 and boundary_ratio in its model_index.json, and "
+                "they go together; copy that file again, or take both out for a Wan of one network"
+            )
+
+    @override
+    def whole_network(self) -> nn.Module:
+        """Of a pipeline with a boundary, both networks."""
+        first, second = self.pipe.transformer, self.pipe.transformer_2
+        if second is None:
+            return super().whole_network()
+        ours, theirs = (
+            {k: v for k, v in network.config.items() if k[0] != "_" and k not in self.block_stacks().values()}
+            for network in (first, second)
+        )
+        if other := [name for name, value in ours.items() if theirs[name] != value]:
+            raise UserError(
+                f"the two networks of teacher {self.source!r} differ in {other[0]} ({ours[other[0]]!r}, "
+                f"{theirs[other[0]]!r}); copy the folder again"
+            )
+        return Experts(first, second, self.index["boundary_ratio"] * self.num_train_timesteps)
+
+    @override
+    def network_parts(self, network: Any) -> dict[str, Any]:
+        return dict(network.named_children()) if isinstance(network, Experts) else super().network_parts(network)
+
+    @override
+    def check_loras(self) -> None:
+        if self.pipe.transformer_2 is not None:
+            raise UserError(
+                "teacher.lora is for a pipeline of one network, and this WanPipeline has two; merge the LoRAs of each "
+                "with diffusers, save the pipeline and give that folder"
             )
 
     @override
@@ -83,7 +113,7 @@ class WanTeacher(PipelineTeacher):
 
     @override
     def time_part(self, network: Any) -> str | None:
-        return "condition_embedder.time_embedder"
+        return None if isinstance(network, Experts) else "condition_embedder.time_embedder"
 
     @override
     def pixels_a_latent(self, vae: dict[str, Any]) -> int:
@@ -126,9 +156,27 @@ class WanTeacher(PipelineTeacher):
 
     @override
     def feature_parts(self) -> list[tuple[nn.Module, int]]:
+        """Of two networks, those of the first; see `features`."""
         config = self.transformer.config
         width = config.num_attention_heads * config.attention_head_dim
-        return [(block, width) for block in self.transformer.blocks]
+        first = next(iter(self.network_parts(self.transformer).values()))
+        return [(block, width) for block in first.blocks]
+
+    @override
+    def features(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> list[Tensor]:
+        """Of two networks each sample has those of the network that its time picks, in the same places."""
+        network = self.transformer
+        if not isinstance(network, Experts):
+            return super().features(x, t, condition, guidance)
+        blocks: list[Any] = [list(each.blocks) for each in network.children()]
+        shares = network.shares(self.num_train_timesteps * flow_time(t))
+        made = []
+        for expert, rows in shares:
+            own = [expert.blocks[min(blocks[0].index(block), len(expert.blocks) - 1)] for block in self.feature_blocks]
+            of = (values.index_select(0, rows) for values in (x, t))
+            made.append(self.maps_of(own, *of, condition.rows(rows), guidance.index_select(0, rows)))
+        back = torch.cat([rows for _, rows in shares]).argsort()
+        return [torch.cat(maps).index_select(0, back) for maps in zip(*made, strict=True)]
 
     @override
     def latent_scale(self, vae: Any) -> tuple[Any, Any]:
