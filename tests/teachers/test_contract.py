@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_sana_video
 import tiny_wan22
 import torch
 from diffusers import DDIMScheduler, SanaSprintPipeline
@@ -40,6 +41,7 @@ from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
+from stepfold.teachers.sana_video import SanaVideoTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
 from stepfold.teachers.wan import WanTeacher
@@ -137,6 +139,9 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "wan 2.2 ti2v": lambda _, empty: WanTeacher(
         tiny.save(tiny_wan22.make_ti2v, empty / "wan"), height=64, width=96, max_tokens=MAX_TOKENS, frames=5
     ),
+    "sana video": lambda _, empty: SanaVideoTeacher(
+        tiny.save(tiny_sana_video.make_sana_video, empty / "sana"), height=32, width=64, max_tokens=MAX_TOKENS, frames=5
+    ),
     "wan 2.2 a14b": lambda _, empty: WanTeacher(tiny.save(tiny_wan22.make_a14b, empty / "wan"), **SMALL, frames=5),
 }
 
@@ -151,6 +156,7 @@ VARIANTS = (
     "distilled",
     "ti2v",
     "a14b",
+    "sana video",
 )
 
 
@@ -310,7 +316,7 @@ def test_rows_do_not_know_of_each_other(teacher: Any, state: tuple[Tensor, Tenso
 
 def test_trimmed_conditions_are_the_untrimmed_ones(teacher: Any, state: tuple[Tensor, Tensor]):
     condition, guidance = teacher.encode(PROMPTS), scales(teacher, 4, 4.5, 5)
-    if not isinstance(teacher, SanaTeacher | PixArtTeacher | Lumina2Teacher | WanTeacher):
+    if not isinstance(teacher, SanaTeacher | SanaVideoTeacher | PixArtTeacher | Lumina2Teacher | WanTeacher):
         pytest.skip("attends to its padding, as its pipeline does")
     assert condition.mask.any(0).all() and condition.mask.shape[1] < MAX_TOKENS  # nothing left to trim
     v = teacher.velocity(*state, condition, guidance)

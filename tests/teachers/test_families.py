@@ -14,6 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+import tiny_sana_video
 import tiny_wan22
 import torch
 from forms import cases
@@ -64,12 +65,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "wan": tiny.make_wan,
     "wan 2.2 ti2v": tiny_wan22.make_ti2v,
     "wan 2.2 a14b": tiny_wan22.make_a14b,
+    "sana video": tiny_sana_video.make_sana_video,
     "sprint": tiny.make_sprint,
 }
-FRAMES = {"WanPipeline": 5}
+FRAMES = {"WanPipeline": 5, "SanaVideoPipeline": 5}
 WITHOUT_LORA = ("pixart", "dit")
-SANAS = ("SanaPipeline", "SanaSprintPipeline")
-TIME_TO_ONE = ("Lumina2Pipeline", *SANAS)
+SANAS = ("SanaPipeline", "SanaSprintPipeline", "SanaVideoPipeline")
+TIME_TO_ONE = ("Lumina2Pipeline", "SanaPipeline", "SanaSprintPipeline")
 
 
 NAMES = ("sana", *FAMILIES)
@@ -742,6 +744,16 @@ def test_a_wan_that_tells_each_token_its_time_stays_one(tmp_path: Path) -> None:
     other = tiny.save(partial(tiny_wan22.make_ti2v, patch_size=(1, 1, 1)), tmp_path / "other")
     with pytest.raises(UserError, match=r"has patch_size=\(1, 1, 1\), but with expand_timesteps .*; set expand_times"):
         load_teacher(TeacherSettings(source=str(other)), "cpu")
+
+
+def test_a_sana_video_of_another_autoencoder_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save(tiny_sana_video.make_sana_video, tmp_path / "pipeline")
+    index = folder / "model_index.json"
+    vae = {"vae": ["diffusers", "AutoencoderKLLTX2Video"]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | vae))
+    with pytest.raises(UserError, match=r"has an AutoencoderKLLTX2Video, and .*; give one of 480p") as caught:
+        load_teacher(TeacherSettings(source=str(folder)), "cpu")
+    assert "\n" not in str(caught.value)
 
 
 def test_pictures_teach_no_videos(tmp_path: Path) -> None:

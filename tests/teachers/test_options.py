@@ -24,7 +24,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "pipeline-options.md"
 NETWORKS = (
     "DiTTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel",
     "PixArtTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel", "UNet2DConditionModel",
-    "WanTransformer3DModel",
+    "SanaVideoTransformer3DModel", "WanTransformer3DModel",
 )  # fmt: skip
 CLASSES = {
     "Networks": NETWORKS,

@@ -27,6 +27,7 @@ from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
+from stepfold.teachers.sana_video import SanaVideoTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
 from stepfold.teachers.tokens import TextReader
@@ -47,6 +48,7 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         Lumina2Teacher,
         DiTTeacher,
         WanTeacher,
+        SanaVideoTeacher,
     )
     for pipeline in family.pipelines
 }

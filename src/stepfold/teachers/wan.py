@@ -1,7 +1,5 @@
 """Wan 2.1 and 2.2, text to video: flow prediction, classifier-free guidance; latents [B, C, F, H, W]."""
 
-import inspect
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -16,7 +14,7 @@ from stepfold.maths.formulations import flow_prediction, flow_time, trigflow_tim
 from stepfold.teachers.contract import Condition, SamplerName
 from stepfold.teachers.experts import Experts
 from stepfold.teachers.family import Predict
-from stepfold.teachers.pipeline import PipelineTeacher
+from stepfold.teachers.video import VideoTeacher
 
 LAST_LEVEL = 2 / 3
 """Noise level of a student's last step, of two or more."""
@@ -43,16 +41,10 @@ def wan_network(
     return flow_prediction(x_unit, t, velocity)
 
 
-def filmstrip(videos: Tensor) -> Tensor:
-    """[B, C, F, H, W] -> the frames side by side, [B, C, H, F W]."""
-    return videos.transpose(2, 3).flatten(3)
-
-
-class WanTeacher(PipelineTeacher):
+class WanTeacher(VideoTeacher):
     """WanPipeline; the student is one too, of as many networks, without guidance. Pictures of it are filmstrips."""
 
     pipelines = (WanPipeline,)
-    output = "frames"
     fields: ClassVar[Any] = {
         "image_dim": ((None,), "it reads an image beside the text"),
         "added_kv_proj_dim": ((None,), "it reads an image beside the text"),
@@ -116,39 +108,12 @@ class WanTeacher(PipelineTeacher):
         return None if isinstance(network, Experts) else "condition_embedder.time_embedder"
 
     @override
-    def pixels_a_latent(self, vae: dict[str, Any]) -> int:
-        return vae.get("scale_factor_spatial", 8)
-
-    @override
-    def geometry(self, factor: int) -> tuple[int, int, int, int]:
-        """The pipeline insists on multiples of 16, and its call has a default size."""
-        config, call = self.transformer.config, inspect.signature(self.pipe.__call__).parameters
-        multiple = math.lcm(factor * config.patch_size[1], 16)
-        return config.in_channels, multiple, call["height"].default, call["width"].default
-
-    @override
-    def time_axis(self, frames: int | None, vae: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
-        frames = frames or inspect.signature(self.pipe.__call__).parameters["num_frames"].default
-        assert frames is not None
-        each = vae.get("scale_factor_temporal", 4)
-        if frames % each != 1:
-            near = round((frames - 1) / each) * each + 1
-            raise UserError(
-                f"teacher.frames is {frames}, but this pipeline needs a multiple of {each} and one more; {near} is near"
-            )
-        return frames, ((frames - 1) // each + 1,)
-
-    @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """Keeps a prompt's own tokens; past its end there are zeros."""
         embeds, _ = self.pipe.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, device=self.device, max_sequence_length=self.max_tokens
         )
         return Condition(embeds.to(self.work_dtype), embeds.abs().amax(-1).gt(0).long())
-
-    @override
-    def call_options(self) -> dict[str, Any]:
-        return {"num_frames": self.frames}
 
     @override
     def block_stacks(self) -> dict[str, str]:
@@ -177,24 +142,6 @@ class WanTeacher(PipelineTeacher):
             made.append(self.maps_of(own, *of, condition.rows(rows), guidance.index_select(0, rows)))
         back = torch.cat([rows for _, rows in shares]).argsort()
         return [torch.cat(maps).index_select(0, back) for maps in zip(*made, strict=True)]
-
-    @override
-    def latent_scale(self, vae: Any) -> tuple[Any, Any]:
-        mean, std = (
-            torch.tensor(values, device=self.device).view(-1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        return 1 / std, mean
-
-    @override
-    def decode(self, x0: Tensor, batch: int = 1) -> Tensor:
-        """Returns filmstrips [B, 3, H, F W]."""
-        return filmstrip(super().decode(x0, batch))
-
-    @override
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """Takes filmstrips [B, 3, H, F W]."""
-        return super().encode_pictures(pictures.unflatten(3, (self.frames, -1)).transpose(2, 3))
 
     @override
     def student_scheduler(self, sampler: SamplerName) -> Any:
