@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_hunyuan
 import tiny_sana_video
 import tiny_wan22
 import torch
@@ -48,6 +49,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "wan 2.2 ti2v": tiny_wan22.make_ti2v,
     "wan 2.2 a14b": tiny_wan22.make_a14b,
     "sana video": tiny_sana_video.make_sana_video,
+    "hunyuan video": tiny_hunyuan.make_hunyuan_video,
     "sprint": tiny.make_sprint,
     "retimed sd3": lambda: retimed(tiny.make_sd3()),
     "retimed flux": lambda: retimed(tiny.make_flux()),

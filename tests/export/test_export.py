@@ -30,7 +30,7 @@ WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina
 WITH_LORA += ("sana video",)
 FEWER = ", fewer blocks"
 DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "pixart", "lumina", "wan")
-DRAWN += ("wan 2.2 ti2v", "wan 2.2 a14b", "sana video")
+DRAWN += ("wan 2.2 ti2v", "wan 2.2 a14b", "sana video", "hunyuan video")
 DRAWN += tuple(f"{family}{FEWER}" for family in SMALLER)
 
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
@@ -203,7 +203,7 @@ TINY_FAMILIES = {
     "FLUX.2": "flux2", "PixArt-Sigma": "pixart", "Stable Diffusion 1 and 2": "sd1", "Stable Diffusion XL": "sdxl",
     "Lumina Image 2": "lumina", "Wan 2.1, text to video": "wan", "DiT": "dit",
     "Wan 2.2 TI2V-5B, text to video": "wan 2.2 ti2v", "Wan 2.2 A14B, text to video": "wan 2.2 a14b",
-    "SANA-Video": "sana video",
+    "SANA-Video": "sana video", "HunyuanVideo 1.5": "hunyuan video",
 }  # fmt: skip
 
 

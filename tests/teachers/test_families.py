@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,6 +15,7 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+import tiny_hunyuan
 import tiny_sana_video
 import tiny_wan22
 import torch
@@ -66,10 +68,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "wan 2.2 ti2v": tiny_wan22.make_ti2v,
     "wan 2.2 a14b": tiny_wan22.make_a14b,
     "sana video": tiny_sana_video.make_sana_video,
+    "hunyuan video": tiny_hunyuan.make_hunyuan_video,
     "sprint": tiny.make_sprint,
 }
-FRAMES = {"WanPipeline": 5, "SanaVideoPipeline": 5}
-WITHOUT_LORA = ("pixart", "dit")
+FRAMES = {"WanPipeline": 5, "SanaVideoPipeline": 5, "HunyuanVideo15Pipeline": 5}
+WITHOUT_LORA = ("pixart", "dit", "hunyuan video")
 SANAS = ("SanaPipeline", "SanaSprintPipeline", "SanaVideoPipeline")
 TIME_TO_ONE = ("Lumina2Pipeline", "SanaPipeline", "SanaSprintPipeline")
 
@@ -135,7 +138,9 @@ def idle(teacher: Any) -> tuple[str, ...]:
 
 
 def pixels(made: Any) -> np.ndarray:
-    """A picture, or a video [F, H, W, 3] in [0, 1] as a filmstrip, in whole numbers to 255."""
+    """A picture, or a video, of pictures or [F, H, W, 3] in [0, 1], as a filmstrip, in whole numbers to 255."""
+    if isinstance(made, list):
+        return np.hstack([np.asarray(frame).astype(int) for frame in made])
     return np.asarray(made).astype(int) if isinstance(made, Image.Image) else np.hstack(255 * made).round().astype(int)
 
 
@@ -273,7 +278,7 @@ def test_a_pipeline_that_loads_no_lora_gets_none(family: str, prompts_file: Path
     folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
     for change in ("student.lora=4", f"teacher.lora={tmp_path / 'some.safetensors'}"):
         config = settings(folder, prompts_file, change)
-        with pytest.raises(UserError, match=r"(PixArtSigma|DiT)Pipeline"):
+        with pytest.raises(UserError, match=r"(PixArtSigma|DiT|HunyuanVideo15)Pipeline"):
             run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
         assert not (tmp_path / "run").exists()
 
@@ -754,6 +759,40 @@ def test_a_sana_video_of_another_autoencoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has an AutoencoderKLLTX2Video, and .*; give one of 480p") as caught:
         load_teacher(TeacherSettings(source=str(folder)), "cpu")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change", [{"start": 0.2}, {"use_original_formulation": True}, {"guidance_rescale": 0.7}, {"enabled": False}]
+)
+def test_a_guider_with_another_rule_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = tiny.save(tiny_hunyuan.make_hunyuan_video, tmp_path / "pipeline")
+    config = folder / "guider" / "guider_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(
+        UserError, match=rf"has a ClassifierFreeGuidance with {next(iter(change))}; give it a"
+    ) as caught:
+        load_teacher(TeacherSettings(source=str(folder)), "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_stands_in_quotes_is_a_second_text(tmp_path: Path) -> None:
+    """It counts, and a prompt without has none; a teacher of the network alone needs no autoencoder to be made."""
+    folder = tiny.save(tiny_hunyuan.make_hunyuan_video, tmp_path / "pipeline")
+    settings = SMALL.model_copy(update={"source": str(folder), "frames": 5, "max_tokens": 48})
+    teacher = load_teacher(settings, "cpu")
+    assert (teacher.default_guidance, teacher.usual_tokens()) == (6.0, 1000)
+    both = teacher.encode(["a cat", 'a sign "cat"'])
+    assert both.second is not None and both.second.mask.sum(1).tolist() == [0, len('Text "cat". ') + 1]
+    none = Condition(both.second.embeds, torch.zeros_like(both.second.mask))
+    x, t, scale = torch.randn(2, *teacher.latent_shape), torch.tensor([0.5, 1.2]), torch.full((2,), 4.0)
+    plain, told = (teacher.velocity(x, t, each, scale) for each in (replace(both, second=none), both))
+    assert torch.equal(plain[0], told[0]) and (plain[1] - told[1]).norm() > 1e-3 * plain[1].norm()
+    alone = load_teacher(settings, "cpu", network_only=True, null=teacher.null_condition)
+    assert alone.pipe.vae is None and torch.equal(alone.velocity(x, t, both, scale), told)
+    reader = teacher.text_reader()
+    assert reader is not None and reader.count(["a cat"]) == [5] and reader.most == 47
+    with pytest.raises(UserError, match="max_tokens is 1001, but this pipeline reads 1000 tokens of a prompt; leave"):
+        load_teacher(settings.model_copy(update={"max_tokens": 1001}), "cpu")
 
 
 def test_pictures_teach_no_videos(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import tiny
+import tiny_hunyuan
 import torch
 from forms import cases
 
@@ -22,13 +23,20 @@ from stepfold.teachers.schedules import CLIP_SETTINGS, CLIPS, FLOW, OBEYED, ONLY
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipeline-options.md"
 NETWORKS = (
-    "DiTTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel", "Lumina2Transformer2DModel",
+    "DiTTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel", "HunyuanVideo15Transformer3DModel",
+    "Lumina2Transformer2DModel",
     "PixArtTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel", "UNet2DConditionModel",
     "SanaVideoTransformer3DModel", "WanTransformer3DModel",
 )  # fmt: skip
 CLASSES = {
     "Networks": NETWORKS,
-    "Autoencoders": ("AutoencoderDC", "AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLWan"),
+    "Autoencoders": (
+        "AutoencoderDC",
+        "AutoencoderKL",
+        "AutoencoderKLFlux2",
+        "AutoencoderKLHunyuanVideo15",
+        "AutoencoderKLWan",
+    ),
     "Schedulers": (*VP, *FLOW, "SCMScheduler"),
     "Pipelines": tuple(FAMILIES),
 }
@@ -94,6 +102,8 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "num_embeds_ada_norm": (tiny.make_dit, "transformer", {"num_embeds_ada_norm": 500}),
     "patch_size": (tiny.make_flux, "transformer", {"patch_size": 2}),
     "guidance_embeds": (tiny.make_sana, "transformer", {"guidance_embeds": True}),
+    "use_meanflow": (tiny_hunyuan.make_hunyuan_video, "transformer", {"use_meanflow": True}),
+    "patch_size_t": (tiny_hunyuan.make_hunyuan_video, "transformer", {"patch_size_t": 2}),
     "image_dim": (tiny.make_wan, "transformer", {"image_dim": 8}),
 }
 

@@ -152,6 +152,10 @@ class PipelineCalls(Teacher):
         """Arguments with which the pipeline takes steps of its own at a scale."""
         return {self.scale_argument: guidance}
 
+    def own_parts(self, guidance: float) -> dict[str, Any]:
+        """Parts with which the pipeline takes steps of its own at a scale, where one of them holds the scale."""
+        return {}
+
     def student_guidance(self, guidance: float) -> dict[str, Any]:
         """Arguments with which the pipeline calls a student: at its scale if it embeds one, else guidance off."""
         return {self.scale_argument: guidance if self.guidance_kind == "embedded" else self.no_guidance}

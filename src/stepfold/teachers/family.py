@@ -34,6 +34,8 @@ class Family(PipelineCalls):
         readers: the pipeline's tokenizers that its prompts' length depends on; the first one that is there counts.
         lowers: whether the pipeline reads prompts in small letters.
         fields: field of the network's config -> the values that are understood, and what any other means.
+        stand_ins: parts whose configs the pipeline's class reads as it is made, even where the part itself comes later.
+        picture_output: where a block that gives two streams has that of the picture.
         outputs: channels out for each channel in; with a learned variance 2.
         autoencoder_layout: what `to_autoencoder` does, in words that end "which is the last line below, ".
         video_autoencoder: whether the autoencoder takes videos where the pipeline makes pictures: one frame then.
@@ -53,6 +55,8 @@ class Family(PipelineCalls):
     readers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     lowers: ClassVar[bool] = False
     fields: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+    stand_ins: ClassVar[tuple[str, ...]] = ()
+    picture_output: ClassVar[int] = -1
     outputs: ClassVar[tuple[int, ...]] = (1,)
     autoencoder_layout: ClassVar[str] = ""
     video_autoencoder: ClassVar[bool] = False

@@ -23,6 +23,7 @@ from stepfold.teachers.folders import (
     load_pipeline,
     unloadable,
 )
+from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
@@ -49,6 +50,7 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         DiTTeacher,
         WanTeacher,
         SanaVideoTeacher,
+        HunyuanVideo15Teacher,
     )
     for pipeline in family.pipelines
 }
@@ -125,7 +127,9 @@ def load_text_reader(settings: TeacherSettings) -> TextReader | None:
     """
     source = place_of(settings)
     family, index = family_of(source), load_index(source)
-    pipe = load_pipeline(source, index, family.pipelines, torch.float32, False, tokenizers_only=True)
+    pipe = load_pipeline(
+        source, index, family.pipelines, torch.float32, False, tokenizers_only=True, stand_ins=family.stand_ins
+    )
     return family.reader_in(pipe, settings.max_tokens)
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,7 +80,9 @@ class PipelineTeacher(Family):
         self.sigma_data = SIGMA_DATA
         self.index = load_index(self.source)
         self.check_index()
-        self.pipe: Any = load_pipeline(self.source, self.index, self.pipelines, dtype, network_only, variant)
+        self.pipe: Any = load_pipeline(
+            self.source, self.index, self.pipelines, dtype, network_only, variant, stand_ins=self.stand_ins
+        )
         if loras:
             self.check_loras()
         plain = [merge_lora(self.pipe, lora, scale, self._read_text_encoders) for lora, scale in loras]
@@ -285,7 +287,7 @@ class PipelineTeacher(Family):
         maps: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            features = output[-1] if isinstance(output, tuple) else output  # text tokens come first, if at all
+            features = output[self.picture_output] if isinstance(output, tuple) else output
             maps.append(features.flatten(2).mT if features.ndim == 4 else features)
 
         handles = [block.register_forward_hook(keep) for block in blocks]
@@ -362,14 +364,20 @@ class PipelineTeacher(Family):
         scheduler: Any = None,
     ) -> Tensor:
         """`latents_of` the teacher's pipeline with a scheduler; `plain_scheduler` if None."""
-        old, self.pipe.scheduler = self.pipe.scheduler, scheduler or self.plain_scheduler(num_steps)
+        parts = {"scheduler": scheduler or self.plain_scheduler(num_steps)} | self.own_parts(guidance)
+        old = {name: getattr(self.pipe, name) for name in parts}
+        self._set_parts(parts)
         self._load_text_encoders()
         self._vae()
         try:
             call = self.usual_call() | self.own_steps(num_steps) | self.own_guidance(guidance)
             return self.latents_of(self.pipe, prompts, draws, **call)
         finally:
-            self.pipe.scheduler = old
+            self._set_parts(old)
+
+    def _set_parts(self, parts: Mapping[str, Any]) -> None:
+        for name, part in parts.items():
+            setattr(self.pipe, name, part)
 
     def save_retimed(self, network: Any, folder: Path) -> None:
         """Writes this teacher with a network that reads times of [0, 1] in the place of its own."""

@@ -1,4 +1,4 @@
-"""Pipelines of videos with Wan's autoencoder: latents [B, C, F, H, W], pictures are filmstrips."""
+"""Pipelines of videos: latents [B, C, F, H, W], pictures are filmstrips."""
 
 import inspect
 import math
@@ -31,7 +31,7 @@ class VideoTeacher(PipelineTeacher):
 
     @override
     def pixels_a_latent(self, vae: dict[str, Any]) -> int:
-        return vae.get("scale_factor_spatial", 8)
+        return vae.get("spatial_compression_ratio") or vae.get("scale_factor_spatial", 8)
 
     @override
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
@@ -44,7 +44,7 @@ class VideoTeacher(PipelineTeacher):
     def time_axis(self, frames: int | None, vae: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
         frames = frames or inspect.signature(self.pipe.__call__).parameters[self.frames_argument].default
         assert frames is not None
-        each = vae.get("scale_factor_temporal", 4)
+        each = vae.get("temporal_compression_ratio") or vae.get("scale_factor_temporal", 4)
         if frames % each != 1:
             near = round((frames - 1) / each) * each + 1
             raise UserError(
