@@ -4,6 +4,7 @@
 #   make check   what a change must pass: lint, types, docs, tests       make test-long   those that take longer: kills, real
 #                with the long ones, no known vulnerability                               compilers, every case of a matrix
 #                                                                        make docs        the documentation, into site/
+#   make test-long PART=2/3   one part of the long ones; each commit's CI runs one of three, the next commit's the next
 #   make audit   known vulnerabilities of what is installed; fails too if one package could not be looked up
 #
 # TORCH says what is given to pip for torch; the default is the version in constraints.txt. Another build, for example:
@@ -37,7 +38,7 @@ test: $(VENV)/.installed
 	$(PYTEST) --dist worksteal -m 'not long'
 
 test-long: $(VENV)/.installed
-	$(PYTEST) --dist loadfile --no-loadscope-reorder -m long
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m long$(PART:%= --part %)
 
 check: lint types docs test test-long audit-if-online
 

@@ -53,6 +53,7 @@ ROWS: dict[str, list[str]] = {
 TWO, MIXED = "student.times=two", "target.rule={uniform: 0.5, zero: 0.25, diagonal: 0.25}"
 GAP = "target.rule={gap: 0.5, zero: 0.25, diagonal: 0.25}"
 PLAIN = ("consistency.r_schedule=warmup",)
+AT_ONCE = ("consistency.r_schedule=none", "consistency.r_final=0.99")  # a warm-up would undo what is known already
 PRIOR = ("space.kind=prior", "training.prompts_per_step=480")
 MAPS: dict[str, list[str]] = {
     "velocity matching": ["objective=velocity"],
@@ -83,8 +84,16 @@ MAPS: dict[str, list[str]] = {
         TWO, "objective=semigroup", MIXED, *PRIOR, "semigroup.alpha=0.95", "semigroup.first=student",
         "semigroup.second=teacher",
     ],
+    "pairs first, then AYF": [
+        TWO, GAP, *AT_ONCE,
+        "training.phases=[{steps: HALF, set: {objective: pair, target.rule: {later: 0.75, zero: 0.25}}}]",
+    ],
+    "two legs first, then AYF": [TWO, GAP, *AT_ONCE, "training.phases=[{steps: HALF, set: {objective: semigroup}}]"],
+    "discrete first, then TBCM": [
+        "consistency.r_schedule=none", "training.phases=[{steps: HALF, set: {objective: discrete}}]",
+    ],
 }  # fmt: skip
-"""Row -> settings that differ from TBCM's, the state at pi/2 being kept in all of them."""
+"""Row -> settings that differ from TBCM's; all of them keep the state at pi/2. HALF is half of the steps."""
 STEPS = (1, 2, 4, 8)
 
 
@@ -206,7 +215,8 @@ def errors(row: Sequence[str], steps: int, seed: int, begin: Made, counts: Seque
     student = new_student(start, two_times=TWO in row)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "prompts.txt").write_text("\n".join(LABELS) + "\n")
-        changes = [*settings(steps), *row, f"seed={seed}"]
+        own = [change.replace("HALF", str(steps // 2)) for change in row]
+        changes = [*settings(steps), *own, f"seed={seed}"]
         student = distill_module(
             teacher, Path(folder) / "prompts.txt", Path(folder) / "run", changes, student=student, quiet=True
         )
@@ -236,9 +246,15 @@ def measure_maps(options: Any, record: dict[str, Any]) -> None:
             write_record(options.out, record | settings_of_all | {"counts": STEPS, "errors": found})
     rows = []
     for name in MAPS:
-        means = [f"{statistics.mean(of):.3f}" for of in zip(*found[name].values(), strict=True)]
+        means = [spread(of) for of in zip(*found[name].values(), strict=True)]
         rows.append([name, *means, *[""] * (len(STEPS) - len(means)), str(len(found[name]))])
     show("error against the exact map", ["row", *(f"{count} steps" for count in STEPS), "seeds"], rows)
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean, and the standard deviation over seeds where there are several."""
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
     python benchmarks/step.py                                           the bundled teacher on a CPU, some minutes
     python benchmarks/step.py --size sana-0.6b --device cuda --dtype bfloat16 --prompts 4 --peak-tflops 989
     python benchmarks/step.py --maps                                    objectives with a target time beside TBCM
+    python benchmarks/step.py --scores                                  methods with a fake score, counted
 
 Practice is written down in benchmarks/practice.py. Ours is what the package runs, with conditions from a cache. Both
 work on one model, from the same noise, routes and prompts, in the same dtype, with the same optimiser and moving
@@ -38,6 +39,7 @@ from common import (
 )
 from map_rows import measure_maps
 from models import SIZES, make_place
+from score_rows import count_scores
 from step_rows import (
     STUDENT_UNITS,
     TEACHER_UNITS,
@@ -234,6 +236,7 @@ def parse(argv: Sequence[str]) -> Any:
     add("--compile", action="store_true", help="rows with compiled blocks beside the others (minutes more)")
     add("--only", nargs="+", default=[""], metavar="TEXT", help="of our rows, those with one of these in their name")
     add("--maps", action="store_true", help="what a pair costs with each objective that has a target time; float32")
+    add("--scores", action="store_true", help="forward passes of a step with a fake score, counted; float32")
     add("--no-memory", action="store_true", help="leave the children out that measure peak memory")
     add("--peak-tflops", type=float, help="of the device in --dtype (H200, bfloat16, dense: 989): gives utilisation")
     args = parser.parse_args(argv)
@@ -268,6 +271,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     record = open_record("step", argv, device)
     with tempfile.TemporaryDirectory() as folder:
         work = Work(make_place(args.size, args.device, Path(folder)), args.prompts, args.states, args.micro_batch)
+        if args.scores:
+            record |= {"scores": {name: asdict(each) for name, each in count_scores(work, args.only).items()}}
+            write_record(args.out, record)
+            return record
         if args.maps:
             costs = measure_maps(work, "one_pass" if args.backend == "auto" else args.backend, args.rounds)
             record |= {"maps": {name: asdict(cost) for name, cost in costs.items()}}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import short_ends
+from forms import in_part
 from hypothesis import settings
 from tiny import PROMPTS, make_sana
 
@@ -26,8 +27,17 @@ LONGEST = (
 """Files of long forms, those with minutes of them first."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", help="K/N: the long forms of part K of N; continuous integration runs one at a time")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long forms are handed out file by file: the longest first, so that no worker begins one when all else is done."""
+    if part := config.option.part:
+        chosen = [item.get_closest_marker("long") is None or in_part(item.path.name, item.name, part) for item in items]
+        left_out = [item for item, runs in zip(items, chosen, strict=True) if not runs]
+        items[:] = [item for item, runs in zip(items, chosen, strict=True) if runs]
+        config.hook.pytest_deselected(items=left_out)
     if config.option.markexpr == "long":
         items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 

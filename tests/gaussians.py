@@ -3,13 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepfold.maths.closed_form import GaussianTeacher
+from stepfold.maths.formulations import guide
 from stepfold.randomness import Draws
-from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.contract import Condition, Student, Teacher
 from stepfold.training.draws import Batch
 
 SIGMA_DATA = 0.5
@@ -83,11 +85,17 @@ class Law:
     max_tokens: int = 1
     network: nn.Module = field(default_factory=nn.Identity)
 
+    guidance_weight = Teacher.guidance_weight
+    guidance_scale = Teacher.guidance_scale
+
     def encode(self, prompts: Sequence[str]) -> Condition:
         return nothing(len(prompts))
 
-    def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
-        return gaussian(self.mean, self.std).velocity(x, t)
+    def velocity(
+        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, with_gradient: bool = False
+    ) -> Tensor:
+        with torch.set_grad_enabled(with_gradient):
+            return gaussian(self.mean, self.std).velocity(x, t)
 
     def student_times(self, num_steps: int, sampler: str) -> list[float]:
         return torch.linspace(math.pi / 2, 0, num_steps + 1)[:-1].tolist()
@@ -101,6 +109,38 @@ class Law:
     def features(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> list[Tensor]:
         """The state itself, as one token."""
         return [x[:, None]]
+
+
+@dataclass(frozen=True)
+class Guided(Law):
+    """A Gaussian given the prompt and one without, under classifier-free guidance."""
+
+    mean_without: float = 0.0
+    std_without: float = 0.5
+    guidance_kind: str = "classifier_free"
+
+    def velocity(
+        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, with_gradient: bool = False
+    ) -> Tensor:
+        with torch.set_grad_enabled(with_gradient):
+            without = gaussian(self.mean_without, self.std_without).velocity(x, t)
+            return guide(without, gaussian(self.mean, self.std).velocity(x, t), 1 if guidance is None else guidance)
+
+    def null(self, like: Condition) -> Condition:
+        """Zeros, where a prompt has ones."""
+        return Condition.whole(torch.zeros_like(like.embeds))
+
+
+class TwoScores(Score):
+    """A fake score with a law of its own where there is no prompt, which is not learned."""
+
+    def __init__(self, mean: float, std: float, mean_without: float, std_without: float) -> None:
+        super().__init__(mean, std)
+        self.without = gaussian(mean_without, std_without)
+
+    def forward(self, x_unit: Tensor, t: Tensor, condition: Condition, *rest: Any) -> Tensor:
+        without = self.without.velocity(SIGMA_DATA * x_unit, t) / SIGMA_DATA
+        return torch.where(condition.embeds[:, 0] > 0, super().forward(x_unit, t, condition, *rest), without)
 
 
 def nothing(num: int) -> Condition:

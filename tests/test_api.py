@@ -17,6 +17,7 @@ from stepfold.maths.formulations import flow_velocity, trigflow_time
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.module import ModuleTeacher
+from stepfold.training.runs import read_metrics
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_network.py"
 
@@ -209,6 +210,7 @@ def test_a_run_knows_its_module(tmp_path: Path) -> None:
         ("adversarial.weight=0.5", "leave adversarial.weight at 0"),
         ("training.phases=[{steps: 1, set: {adversarial.weight: 0.5}}]", "leave adversarial.weight at 0"),
         ("student.lora=4", "leave student.lora at 0"),
+        ("fake.updates=1", "give fake.kind=whole and fake.lr_factor=2"),
         ("teacher.height=64", "an argument of ModuleTeacher"),
     ],
 )
@@ -236,6 +238,25 @@ def test_a_student_is_kept_read_back_and_resumed(tmp_path: Path) -> None:
         distill_module(teacher, prompts, tmp_path / "run", few, quiet=True)
     with pytest.raises(UserError, match=r"space\.guidance is \[1\.0, 2\.0\], but this teacher has no guidance"):
         distill_module(teacher, prompts, tmp_path / "two", [*few, "space.guidance=[1.0, 2.0]"], quiet=True)
+
+
+@pytest.mark.parametrize("objective", ["matching", "identity"])
+def test_a_guided_network_of_ones_own_is_matched(tmp_path: Path, objective: str) -> None:
+    """With a fake score that is guided too, and so is asked without a prompt."""
+    torch.manual_seed(0)
+    module = example()
+    nothing = Condition.whole(torch.zeros(1, 1, module.encode(["small ring"]).embeds.shape[-1]))
+    teacher = ModuleTeacher(module.Flow(), module.encode, (2,), nothing=nothing, guidance=2.0)
+    (tmp_path / "prompts.txt").write_text("small ring\nlarge ring\n")
+    changes = [
+        f"objective={objective}", "space.kind=rollout", "fake.kind=whole", "fake.updates=1", "fake.head_start=0",
+        "fake.unprompted=0.5", "matching.fake_guidance=same", "rollout.steps=2", "training.steps=2",
+        "training.prompts_per_step=4", "training.precision=no", "optimiser.name=adamw",
+    ]  # fmt: skip
+    student = distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "run", changes, quiet=True)
+    assert draw(teacher, student, ["small ring"], steps=2).isfinite().all()
+    rows = read_metrics(tmp_path / "run")
+    assert len(rows) == 2 and all(row["gap"] > 0 and row["fake/loss"] > 0 for row in rows)
 
 
 def test_a_student_that_is_a_velocity_is_drawn_as_one(tmp_path: Path) -> None:

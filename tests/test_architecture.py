@@ -27,6 +27,7 @@ EXTERNAL = {
         "sections.py",
         "settings.py",
         "jumps.py",
+        "scores.py",
         "config.py",
         "reproduction/experiments.py",
         "sampling/recipe.py",

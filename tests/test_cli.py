@@ -19,7 +19,9 @@ from PIL import Image
 
 import stepfold
 from stepfold.cli import main
-from stepfold.config import from_yaml, load_config, preset_names, to_yaml
+from stepfold.config import TeacherSettings, from_yaml, load_config, preset_names, to_yaml
+from stepfold.training import doctor
+from stepfold.training.doctor import Finding
 
 COMMANDS = (
     "distill",
@@ -420,6 +422,28 @@ def test_doctor_refuses_what_is_no_teacher(tmp_path: Path) -> None:
     assert_one_line(Result("doctor", tmp_path), "no model_index.json")
 
 
+def test_doctor_takes_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `distill` does: width, then height."""
+    asked = []
+
+    def examined(settings: TeacherSettings, *_: object) -> list[Finding]:
+        asked.append((settings.height, settings.width))
+        return []
+
+    monkeypatch.setattr(doctor, "examine", examined)
+    assert Result("doctor", "x", "--size", "96x64").code == Result("doctor", "x", "--height", 64).code == 0
+    assert asked == [(64, 96), (64, None)]
+    assert_one_line(Result("doctor", "x", "--size", "64", "--width", 64), "--size 64 is height and width")
+
+
+def test_json_goes_to_standard_output_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--json -`; the table is on standard error then, and no file is called -."""
+    monkeypatch.chdir(tmp_path)
+    result = Result("presets", "--json", "-")
+    assert list(json.loads(result.out)) == preset_names() and result.err == Result("presets").out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_reproduce_lists_its_runs_and_names_mistakes(tmp_path: Path) -> None:
     runs = Result("reproduce", "--table", "T4", "--dry-run", "--out", tmp_path)
     assert (runs.code, runs.err) == (0, "")
@@ -444,10 +468,19 @@ def test_the_version_is_shown() -> None:
 
 
 def test_presets_are_listed(tmp_path: Path) -> None:
-    lines = Result("presets").out.splitlines()
-    assert [line.split()[0] for line in lines] == preset_names()
-    assert all(line.endswith(".") and len(line.split()) > 4 for line in lines)
-    assert Result("presets", "--json", tmp_path / "presets.json").out.splitlines() == lines
+    """In groups, each under its heading."""
+    listed = Result("presets").out
+    groups = {part.splitlines()[0]: part.splitlines()[1:] for part in listed.split("\n\n")}
+    lines = [line for rows in groups.values() for line in rows]
+    assert sorted(line.split()[0] for line in lines) == preset_names()
+    assert all(line.startswith("  ") and line.endswith(".") and len(line.split()) > 4 for line in lines)
+    lora, whole, demos, methods = ([line.split()[0] for line in rows] for rows in groups.values())
+    assert all(name.endswith("lora-4step") for name in lora) and len(lora) == 8
+    assert whole == ["default", "paper", "released"] and demos == ["demo", "emoji-long"]
+    images = {"scm", "sana-sprint"}
+    configs = [load_config(name, ["space.images=x"] if name in images else []) for name in methods]
+    assert {config.teacher.source for config in configs} == {"emoji"}
+    assert Result("presets", "--json", tmp_path / "presets.json").out == listed
     assert list(json.loads((tmp_path / "presets.json").read_text())) == preset_names()
 
 
@@ -682,3 +715,42 @@ def test_conditions_are_encoded_for_the_size_of_the_run(tiny_sana: Path, prompts
     assert same.code == 0, same.err
     other = distill(*common, "teacher.height=64", "--set", "teacher.width=64", "--out", tmp_path / "other")
     assert other.code == 2 and "height" in other.err, other.err
+
+
+@pytest.mark.parametrize("command", ["distill", "plan"])
+def test_a_variant_of_a_hub_id_is_asked_for_by_its_option(command: str, tiny_sana: Path, tmp_path: Path) -> None:
+    given = ("--teacher", tiny_sana, "--prompts", "nowhere.txt", "--revision", "v1")
+    result = Result(command, *given) if command == "plan" else Result(command, *given, "--out", tmp_path / "run")
+    assert result.code == 2 and "teacher.revision is for hub ids" in result.err, result.err
+
+
+def test_encoded_prompts_take_the_presets_size(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
+    preset, cache = tmp_path / "mine.yaml", tmp_path / "cache"
+    preset.write_text("teacher: {height: 32, width: 64, max_tokens: 32}\n")
+    common = ("--teacher", tiny_sana, "--preset", preset)
+    assert Result("prompts", "encode", prompts_file, *common, "--out", cache, "--quiet").code == 0
+    run = distill(*common, "--prompts", prompts_file, "--set", f"conditions={cache}", "--out", tmp_path / "run")
+    assert run.code == 0, run.err
+    both = Result("prompts", "encode", prompts_file, *common, "--size", "32", "--width", "32", "--out", cache)
+    assert both.code == 2 and "--size gives height and width" in both.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("x: can't allocate memory: y"),
+    ],
+)
+def test_no_memory_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    raised = [error, RuntimeError("a fault of ours")]
+
+    def fails(*args: object, **settings: object) -> None:
+        raise raised.pop(0)
+
+    monkeypatch.setattr("stepfold.cli.app", fails)
+    done = Result("distill")
+    assert done.code == 2 and done.err.startswith("error: out of memory ("), done.err
+    assert "training.micro_batch=1" in done.err and done.err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        Result("distill")

@@ -59,7 +59,10 @@ def test_unknown_setting_names_the_nearest(key: str, nearest: str) -> None:
     ("key", "said"),
     [
         ("lora", "'teacher.lora' or 'student.lora'"),
-        ("guidance", "'teacher.guidance' or 'space.guidance' or 'evaluation.guidance'"),
+        (
+            "guidance",
+            "'teacher.guidance' or 'space.guidance' or 'fake.guidance' or 'matching.guidance' or 'evaluation.guidance'",
+        ),
     ],
 )
 def test_a_name_that_several_sections_have_is_asked_about(key: str, said: str) -> None:

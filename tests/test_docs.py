@@ -246,6 +246,8 @@ def test_reference_pages_are_whole(reference: dict[str, str]) -> None:
     for name in setting_names():
         (said,) = re.findall(rf"^\| `{re.escape(name)}` \|.*\| ([^|]*) \|$", reference["settings.md"], re.MULTILINE)
         assert said != MEASURED_IN_GUIDE or f"`{name}`" in guide
+    spans = re.findall(r"`[^`\n]+`", reference["settings.md"])
+    assert "`inverse_tangent`" in spans and not [span for span in spans if re.search(r"\\[^|]", span)]
     assert all(f"`stepfold {name}`" in reference["commands.md"] for name in leaf_help())
     assert "#### `distill_module`" in reference["api.md"] and "**Raises**" in reference["api.md"]
 

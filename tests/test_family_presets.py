@@ -1,4 +1,4 @@
-"""Presets of families: four-step LoRAs on one card."""
+"""Presets of families: four-step LoRAs on one GPU."""
 
 import inspect
 from importlib import resources
@@ -48,7 +48,7 @@ def test_its_settings_are_for_four_steps_on_one_card(family: str) -> None:
     call: Any = getattr(diffusers, PIPELINES[family]).__call__
     own = inspect.signature(call).parameters["guidance_scale"].default
     assert config.space.guidance and own in config.space.guidance
-    assert preset_purpose(name).endswith("on one card; counted, not measured on a published model.")
+    assert preset_purpose(name).endswith("on one GPU; counted, not measured on a published model.")
     text = (resources.files("stepfold") / "presets" / f"{name}.yaml").read_text()
     assert "`stepfold plan` measures" in " ".join(text.replace("#", "").split())
 

@@ -3,8 +3,13 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
+
+from stepfold.cli import app
+from stepfold.config import preset_names, preset_purpose
 
 ROOT = Path(__file__).parents[1]
 LONGEST_SENTENCE, LONGEST_LINE = 25, 100
@@ -134,6 +139,21 @@ def test_no_page_is_held_in_vain() -> None:
     for name, allowed in LONG_SENTENCES.items():
         (page,) = (page for page in pages() if page.name == name)
         assert len(long_sentences(page.read_text(encoding="utf-8"))) == allowed
+
+
+def helps(command: Any, name: str = "stepfold") -> Iterator[tuple[str, str]]:
+    """(command, text) of every help text of a command: its own, its options', those of the commands below it."""
+    yield name, command.help or ""
+    yield from ((f"{name} {option.name}", option.help) for option in command.params if getattr(option, "help", None))
+    for below, sub in getattr(command, "commands", {}).items():
+        yield from helps(sub, f"{name} {below}")
+
+
+def test_help_texts_keep_to_the_words() -> None:
+    """Those of commands, options and presets; option texts may be lists of cases."""
+    texts = [*helps(typer.main.get_command(app)), *((name, preset_purpose(name)) for name in preset_names())]
+    found = {name: wrong for name, text in texts if (wrong := [*bad_words(text), *long_sentences(text)])}
+    assert found == {} and len(texts) > 100
 
 
 GOOD = """# Title

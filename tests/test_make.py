@@ -7,10 +7,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from forms import in_part
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-OURS = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "VERSIONS", "TORCH", "STEPFOLD_TORCH", "PYTHON")
+OURS = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PART", "VERSIONS", "TORCH", "STEPFOLD_TORCH", "PYTHON")
 
 
 def make(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -47,7 +48,9 @@ def test_every_test_is_of_one_of_the_two_sets_and_a_change_must_pass_both() -> N
     for target, sets in (("test", ["'not long'"]), ("test-long", ["long"]), ("check", ["'not long'", "long"])):
         commands = [line for line in make("-n", target).stdout.splitlines() if "-m pytest" in line]
         assert [command.partition(" -m pytest ")[2].partition(" -m ")[2] for command in commands] == sets, target
-    assert {"make test", "make test-long"} <= set((ROOT / ".ci" / "run").read_text().splitlines())
+    assert {"make test", "make test-long PART=$((commits % 3 + 1))/3"} <= set(
+        (ROOT / ".ci" / "run").read_text().splitlines()
+    )
 
 
 def test_other_ends_are_refused() -> None:
@@ -82,3 +85,21 @@ def test_an_audit_without_an_answer_says_so(
     assert (bool(done.returncode), done.stdout) == (fails, says)
     assert bool(make("-o", ".venv/.installed-audit", "audit", cwd=tmp_path).returncode) == fails_strictly
     assert "pip-audit --strict" in make("-n", "check").stdout
+
+
+def test_each_long_form_is_in_one_part_with_those_that_share_its_parameter() -> None:
+    forms = [
+        ("test_a.py", f"test_{i}[{family}-{i}]") for i in range(3) for family in ("sana", "flux dev", "wan", "dit")
+    ]
+    forms += [(f"test_{i}.py", f"test_{i}") for i in range(60)]
+    parts = [[form for form in forms if in_part(*form, f"{k}/3")] for k in (1, 2, 3)]
+    assert sorted(form for part in parts for form in part) == sorted(forms) and all(len(part) > 10 for part in parts)
+    for family in ("sana", "flux dev", "wan", "dit"):
+        assert {sum(f"[{family}-" in name for _, name in part) for part in parts} == {0, 3}
+    with pytest.raises(ValueError, match="no K/N"):
+        in_part("test_a.py", "test_a", "4/3")
+
+
+def test_a_part_of_the_long_tests_is_asked_for_by_name() -> None:
+    assert make("-n", "test-long", "PART=2/3").stdout.rstrip().endswith("-m long --part 2/3")
+    assert make("-n", "test-long").stdout.rstrip().endswith("-m long")

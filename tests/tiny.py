@@ -539,5 +539,5 @@ def recipe(teacher: Any, sampler: SamplerName = "consistency", *taught: float) -
     scales = taught or (2.0,)
     return Recipe(
         sampler=sampler, times=times_of(teacher, sampler), taught=scales, guidance=scales[0],
-        sigma_data=teacher.sigma_data,
+        sigma_data=teacher.sigma_data, jumps_anywhere=sampler == "flow_map",
     )  # fmt: skip

@@ -82,7 +82,7 @@ def settings(section: type[BaseModel] = Config, prefix: str = "", page: str = ""
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             below.append(settings(field.annotation, f"{prefix}{name}.", page))
         else:
-            full, default = f"{prefix}{name}", "" if field.default is None else f"`{cell(str(field.default))}`"
+            full, default = f"{prefix}{name}", "" if field.default is None else cell(f"`{field.default}`")
             lines.append(f"| `{full}` | {default} | {cell(field.description or '')} | {measured(full, page)} |")
     return "\n\n".join(["\n".join(lines), *below])
 
@@ -253,8 +253,11 @@ def described(docstring: str) -> str:
 
 
 def cell(text: str) -> str:
-    """A text that neither markdown nor a table takes apart."""
-    return re.sub(r"([|<>*_\[\]])", r"\\\1", text.replace("\n", " "))
+    """A text that neither markdown nor a table takes apart; in code spans, a backslash would be shown."""
+    parts = re.split(r"(`[^`]*`)", text.replace("\n", " "))
+    return "".join(
+        part.replace("|", r"\|") if part.startswith("`") else re.sub(r"([|<>*_\[\]])", r"\\\1", part) for part in parts
+    )
 
 
 def main() -> None:

@@ -82,7 +82,10 @@ def distill_module(
     lock = prepare_run(folder, config, resume, sources, display.note)
     student.to(accelerator.device)
     with display.training(config.training.steps):
-        average = distill(config, folder, wrapped, student, file, blacks, accelerator, report=display.step)
+        average = distill(
+            config, folder, wrapped, student, file, blacks, accelerator,
+            report=display.step, make_fake=lambda: new_student(teacher),
+        )  # fmt: skip
     average.sampler = sampler_of(config)
     with writing(folder / WEIGHTS) as part:
         save_file(gathered(average.state_dict(), keep=True), part)
@@ -107,6 +110,8 @@ def refuse_what_modules_lack(config: Config, source: str) -> None:
         raise UserError("a network of one's own comes without an autoencoder; take space.kind=generation or endpoints")
     if any(each.space.filter_rule != "off" for each in phases):
         raise UserError("a network of one's own has no black picture to filter by; leave space.filter_rule=off")
+    if any(each.fake.updates and each.fake.kind == "lora" for each in phases):
+        raise UserError("a network of one's own has a whole fake score; give fake.kind=whole and fake.lr_factor=2")
     if any(each.adversarial.weight for each in phases):
         raise UserError("the discriminator reads features of a pipeline's network; leave adversarial.weight at 0")
 

@@ -25,7 +25,7 @@ from stepfold.commands.reproduce import reproduce
 from stepfold.commands.retime import retime
 from stepfold.commands.runs import runs
 from stepfold.commands.sample import sample
-from stepfold.errors import NonFiniteError, UserError
+from stepfold.errors import NonFiniteError, UserError, first_line
 
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # type: ignore[assignment] # typer's own, or click's
 app = typer.Typer(
@@ -33,7 +33,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="""Distil a diffusion or flow model into a one-step student, from prompts alone.
+    help="""Distil a diffusion or flow model into a few-step student, from prompts alone.
 
     stepfold distill --preset demo --out runs/demo
 
@@ -93,10 +93,23 @@ def main() -> None:
         fail(error, 3)
     except BrokenPipeError:
         sys.exit(1)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        fail(
+            f"out of memory ({first_line(error)}); in this order: --set training.micro_batch=1, --lora 64 --dtype "
+            "bfloat16, prompts encoded before (stepfold prompts encode), a smaller --size",
+            2,
+        )
     except OSError as error:  # a path that no file can have, a full disk behind standard output
         with suppress(OSError):
             fail(f"{error.strerror or error}{f': {str(error.filename)[:200]}' if error.filename else ''}", 2)
         os._exit(2)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory, of a GPU or of the machine."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def fail(error: Any, code: int) -> None:

@@ -20,16 +20,23 @@ from pydantic import (
 
 from stepfold.errors import UserError
 from stepfold.jumps import SemigroupSettings, TargetSettings, check_targets
+from stepfold.scores import (
+    AnchorSettings,
+    DecoupledSettings,
+    FakeSettings,
+    IdentitySettings,
+    MatchingSettings,
+    RolloutSettings,
+    check_scores,
+)
 from stepfold.settings import (
     LARGEST,
     AdversarialSettings,
     ConsistencySettings,
     DiscreteSettings,
     EvaluationSettings,
-    FakeSettings,
     ObjectiveName,
     OptimiserSettings,
-    RolloutSettings,
     Section,
     SpaceSettings,
     StudentSettings,
@@ -60,8 +67,8 @@ class Config(Section):
         default="auto",
         description="continuous-time consistency, discrete consistency between route times, velocity matching; "
         "regression on pairs of a walk's states, two legs for one jump (semigroup), the teacher's velocity where the "
-        "student lands (lagrange); auto: continuous for a teacher whose time is on [0, 1], discrete for one whose time "
-        "counts to 1000",
+        "student lands (lagrange), two scores compared (matching, decoupled, identity); auto: continuous for a teacher "
+        "whose time is on [0, 1], discrete for one whose time counts to 1000",
     )
     target: TargetSettings = TargetSettings()
     consistency: ConsistencySettings = ConsistencySettings()
@@ -70,6 +77,10 @@ class Config(Section):
     adversarial: AdversarialSettings = AdversarialSettings()
     rollout: RolloutSettings = RolloutSettings()
     fake: FakeSettings = FakeSettings()
+    matching: MatchingSettings = MatchingSettings()
+    decoupled: DecoupledSettings = DecoupledSettings()
+    identity: IdentitySettings = IdentitySettings()
+    anchor: AnchorSettings = AnchorSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -104,6 +115,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _targets_fit(self) -> "Config":
         check_targets(self)
+        check_scores(self)
         return self
 
     @property

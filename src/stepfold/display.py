@@ -117,7 +117,7 @@ CELLS = {
     "clip_score": ("CLIP score", "{:.1f}"),
     "fd": ("FD", "{:.4f}"),
     "diversity": ("diversity", "{:.3f}"),
-    "agreement": ("latent error²", "{:.3f}"),
+    "agreement": ("latent MSE", "{:.3f}"),
     "images_per_sec": ("images/s", "{:.1f}"),
 }
 """What a row of results may hold -> its head and its format in the terminal."""

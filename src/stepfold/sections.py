@@ -2,11 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 LARGEST = 1e9
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):

@@ -5,14 +5,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from stepfold.maths.schedules import TangentSchedule
-from stepfold.sections import LARGEST, LoraSettings, Section, lora_of
+from stepfold.sections import LARGEST, Beta, LoraSettings, Section, lora_of
 
 Pixels = Annotated[int, Field(gt=0, le=65536)]
 PriorWeight = Literal["inverse_tangent", "none"]
 Normalisation = Literal["l2", "l2_per_element", "none"]
 TangentWeight = Literal["trig", "meanflow", "ayf"]
-SpaceName = Literal["generation", "endpoints", "images", "coupling", "prior"]
-ObjectiveName = Literal["continuous", "discrete", "velocity", "pair", "semigroup", "lagrange"]
+SpaceName = Literal["generation", "endpoints", "images", "coupling", "prior", "rollout"]
+ObjectiveName = Literal[
+    "continuous", "discrete", "velocity", "pair", "semigroup", "lagrange", "matching", "decoupled", "identity"
+]
 
 
 class TeacherSettings(Section):
@@ -113,8 +115,9 @@ class SpaceSettings(Section):
         default="generation",
         description="`generation`, the teacher's walk itself (TBCM); `endpoints`, its end noised afresh (image-free "
         "sCM); `images`, noised (sCM); `coupling`, its end joined to its own noise (reflow); `prior`, pure noise alone "
-        "(lagrange, semigroup). Each latent is noised to as many times as a walk would keep, drawn as the route says. "
-        "Several with weights: `{generation: 1, endpoints: 0.5}`",
+        "(lagrange, semigroup); `rollout`, the student's own steps (matching, decoupled, identity). Each latent is "
+        "noised to as many times as a walk would keep, drawn as the route says. Several with weights: `{generation: 1, "
+        "endpoints: 0.5}`",
     )
     images: str | None = Field(
         default=None, description="folder of pictures with a metadata.jsonl of file_name and text, for kind images"
@@ -211,30 +214,6 @@ class AdversarialSettings(Section):
     logit_std: float = Field(default=1.0, gt=0, description="of the times that pictures are re-noised to")
 
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class RolloutSettings(Section):
-    """The student's own steps, which some terms and critics learn from."""
-
-    steps: int = Field(default=4, ge=1, le=64, description="K, steps of the student; each is trained in its turn")
-
-
-class FakeSettings(Section):
-    """The fake score: a second network that learns the score of the student's own pictures."""
-
-    updates: int = Field(default=0, ge=0, le=1000, description="G, its updates for each of the student's; 0 for none")
-    kind: Literal["lora", "whole"] = Field(
-        default="lora", description="LoRA matrices beside the teacher's own weights (extra lora), or a whole network"
-    )
-    rank: int = Field(default=64, ge=1, description="of the LoRA; at least that of a LoRA student")
-    head_start: int = Field(default=100, ge=0, description="first steps, in which it learns and the student does not")
-    lr_factor: float = Field(default=10.0, gt=0, description="learning rate, in units of the student's")
-    betas: tuple[Beta, Beta] = Field(default=(0.0, 0.999), description="AdamW's")
-    lowest_level: float = Field(default=0.02, gt=0, lt=1, description="of the noise that its pictures get, in [0, 1]")
-    highest_level: float = Field(default=0.98, gt=0, le=1, description="of the noise that its pictures get, in [0, 1]")
-
-
 class OptimiserSettings(Section):
     """The optimiser and its learning rate."""
 
@@ -254,7 +233,7 @@ Precision = Literal["no", "bf16", "auto"]
 
 PHASE_SETTINGS = ("objective", "space", "target", "consistency", "discrete", "semigroup", "adversarial")
 PHASE_SETTINGS += ("optimiser.lr", "optimiser.clip", "training.micro_batch", "training.tangent")
-PHASE_SETTINGS += ("fake.updates", "rollout")
+PHASE_SETTINGS += ("fake.updates", "rollout", "matching", "decoupled", "identity", "anchor")
 FIXED_IN_PHASES = ("space.reuse", "space.images", "space.cache_latents", "space.guidance")
 
 

@@ -214,6 +214,19 @@ def test_errors_of_a_known_teacher_are_small_where_students_are_exact() -> None:
 def test_the_cost_of_objectives_with_a_target_time_is_in_forward_passes(tmp_path: Path) -> None:
     costs = run("step", tmp_path, "--maps", "--rounds", "1", "--states", "3")["maps"]
     assert len(costs) == 7 and all(cost["pairs"] == 2 and cost["units"] > 1 for cost in costs.values())
+    for name, cost in costs.items():  # operations, which no other work moves
+        assert cost["counted"] == pytest.approx(cost["expected"], rel=0.1), name
+    by_reasoning = {name: cost["expected"] for name, cost in costs.items()}
+    assert by_reasoning["pair"] == 6 and by_reasoning["semigroup, teacher and student"] == 7  # a walk of 3 for 2 pairs
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("row", "passes"), [("vsd", 11), ("sid, guided, four steps", 25)])
+def test_a_step_with_a_fake_score_takes_the_passes_that_it_needs(tmp_path: Path, row: str, passes: float) -> None:
+    """Counted in floating-point operations; a pass too many or too few would be seen."""
+    counts = run("step", tmp_path, "--scores", "--states", "3", "--only", row)["scores"]
+    assert list(counts) == [row] and counts[row]["passes"] == passes
+    assert abs(counts[row]["units"] - passes) < 0.6
 
 
 @pytest.mark.long

@@ -1,15 +1,19 @@
 """`stepfold sample --gamma`, and the cards of students that are told where to jump to, or know their segments alone."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
 from stepfold.cli import app
 from stepfold.commands.distill import run_distill
+from stepfold.commands.evaluate import open_drawer
+from stepfold.commands.export import run_export
 from stepfold.commands.sample import run_sample
-from stepfold.config import load_config, validate
+from stepfold.config import load_config, phases_of, validate
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.maths.routes import even_flow_times
@@ -24,6 +28,7 @@ SETTINGS = (
     "consistency.r_warmup=0",
 )  # fmt: skip
 TWO = ("student.times=two", "objective=continuous")
+PAPERS = Path(__file__).parents[2] / "docs" / "papers.md"
 
 
 def trained(teacher: Path, folder: Path, *changes: str) -> Path:
@@ -43,7 +48,7 @@ def flow_map(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def picture(student: Path, steps: int, **options: float) -> bytes:
+def picture(student: Path, steps: int, **options: Any) -> bytes:
     made = run_sample(student, ["red heart"], steps=steps, seed=0, guidance=None, device="cpu", **options)  # type: ignore[arg-type]
     return made[0].tobytes()
 
@@ -84,6 +89,72 @@ def test_a_student_of_segments_is_sampled_from_edge_to_edge(tiny_sana: Path, tmp
     with pytest.raises(UserError, match="has times for 3 steps, not for 4"):
         picture(student, 4)
     assert (tmp_path / "run" / "previews" / "step_000002.png").is_file()
+
+
+def test_a_map_of_segments_alone_is_not_called_a_consistency_model(
+    tiny_sana: Path, tmp_path: Path, flow_map: Path
+) -> None:
+    """Told no target its network means 0, for which it was not trained: its card and all exports say what to do."""
+    changes = ("student.times=two", "objective=semigroup", "target.rule=edge", "target.segments=3")
+    student = trained(tiny_sana, tmp_path, *changes)
+    card, text = read_card(student), (student / "README.md").read_text()
+    assert card.recipe.sampler == "flow_map" and set(card.recipe.times) == {3} and not card.calls
+    assert "stepfold export FOLDER --to pipeline --steps 3" in text and "from_pretrained" not in text
+    assert "samples it as a consistency model" in (flow_map / "README.md").read_text()
+    refused = r"from edge to edge of its 3 segments, and plain diffusers tells .*--to pipeline --steps 3, or use stepf"
+    for to in ("pipeline", "lora", "single-file", "onnx"):
+        with pytest.raises(UserError, match=refused):
+            run_export(student, to, None, force=False)
+    with pytest.raises(UserError, match=refused):
+        open_drawer(student, "cpu")
+    with pytest.raises(UserError, match=r"--sampler is consistency, but .* edge to edge .*; leave --sampler out"):
+        picture(student, 3, sampler="consistency")
+    folded = run_export(student, "pipeline", tmp_path / "folded", force=False, steps=3)
+    assert set(read_card(folded).calls) == {3} and "from_pretrained" in (folded / "README.md").read_text()
+    ours, theirs = (
+        torch.frombuffer(bytearray(picture(each, 3)), dtype=torch.uint8).int() for each in (student, folded)
+    )
+    assert (ours - theirs).abs().max() <= 1
+
+
+def test_plain_diffusers_takes_the_steps_that_a_map_was_trained_for_without_a_target() -> None:
+    """A map of pure noise alone one; one of segments that learned 0 too any number, as one that jumps anywhere."""
+    fields = dict(sampler="flow_map", taught=(4.5,), guidance=4.5, sigma_data=0.5)
+    all_steps = {n: (1.5,) * n for n in (1, 2, 4)}
+    found = {
+        (steps, anywhere): set(
+            Recipe(times={n: (1.5,) * n for n in steps}, jumps_anywhere=anywhere, **fields).without_target(all_steps)  # type: ignore[arg-type]
+        )
+        for steps, anywhere in (((1,), False), ((4,), False), ((1, 4), False), ((1, 2, 3), True))
+    }
+    assert list(found.values()) == [{1}, set(), {1, 2, 4}, {1, 2, 4}]
+
+
+NAMED = {
+    "ayf": ("continuous", "flow_map", None),
+    "ctm": ("semigroup", "flow_map", None),
+    "direct-cm": ("pair", "consistency", None),
+    "progressive": ("semigroup", "flow", {1}),
+    "segments": ("semigroup", "flow", {4}),
+    "tcd": ("semigroup", "flow_map", None),
+    "tdd": ("semigroup", "flow_map", {4}),
+    "walk-pairs": ("pair", "flow_map", None),
+}
+"""Preset -> its objective, its students' sampler, and their numbers of steps (None: all)."""
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_method_that_people_know_by_name_is_a_preset(name: str) -> None:
+    config = load_config(name)
+    assert (config.objective, sampler_of(config), trained_steps(config)) == NAMED[name]
+    said = [row for row in PAPERS.read_text().splitlines() if f"`--preset {name}`" in row]
+    assert len(said) == 1 and f"`objective={config.objective}`" in said[0]
+
+
+def test_segments_merge_in_the_phases_of_progressive_distillation() -> None:
+    parts = phases_of(load_config("progressive"))
+    assert [(first, part.target.segments) for first, part in parts] == [(0, 8), (30, 4), (60, 2), (90, 1)]
+    assert all(part.target.rules == {"edge"} and part.student.times == "one" for _, part in parts)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stepfold.commands.distill import run_distill
-from stepfold.commands.plan import make_plan, plan_rows, reckon
+from stepfold.commands.plan import evaluation_prompts, make_plan, plan_rows, reckon
 from stepfold.config import load_config
 from stepfold.display import Display
 from stepfold.teachers.pipeline import PipelineTeacher
@@ -25,6 +25,8 @@ def test_the_parts_add_up() -> None:
         "tangent": "one_pass (as set)",
         "peak_memory_gib": 1.25,
         "device": "NVIDIA H200",
+        "protocol": {"n": 50},
+        "prompts": {"count": 6000},
     }
     plan = reckon(config, trial, result)
     assert plan.parts_sec == {
@@ -46,6 +48,26 @@ def test_the_parts_add_up() -> None:
         "in all": "counted",
         "peak memory": "measured on NVIDIA H200",
     }
+
+
+@pytest.mark.parametrize(("source", "count", "prompts"), [("emoji", 6000, 500), ("x", 6000, 64), ("x", 40, 40)])
+def test_evaluation_is_of_as_many_prompts_as_the_run_will_sample(
+    source: str, count: int, prompts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another teacher's is of at most 64 prompts, whatever `evaluation.n` says."""
+    monkeypatch.setattr("stepfold.evaluation.latents.NUM_PROMPTS", 64)
+    config = load_config("demo", [f"teacher.source={source}", "prompts=p.txt"])
+    assert config.evaluation.n == 500 and evaluation_prompts(config, count) == prompts
+
+
+def test_a_plan_of_matching_times_whole_turns_and_no_head_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("stepfold.commands.plan.run_distill", lambda config, *args, **options: given.append(config))
+    monkeypatch.setattr("stepfold.commands.plan.reckon", lambda *args: None)
+    for preset, steps in (("dmd", 1 + 4), ("sid", 1 + 16), ("rcm", 1 + 16)):
+        make_plan(load_config(preset), 2, Display(quiet=True))
+        assert given[-1].training.steps == steps and given[-1].fake.head_start == 0 and given[-1].training.phases == ()
+        assert given[-1].fake.updates == load_config(preset).fake.updates > 0
 
 
 @pytest.mark.parametrize("n", [0, 4])

@@ -146,10 +146,13 @@ def test_a_run_of_any_teacher_has_a_result(run: tuple[Path, str]) -> None:
     assert f"{value:.3f}" in table and "latent error" in table
 
 
-def test_evaluate_needs_a_student_and_nothing_else(run: tuple[Path, str], tmp_path: Path) -> None:
+def test_evaluate_needs_a_student_and_nothing_else(
+    run: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the run's folder it repeats the report's numbers to the digit; with --out it draws a report, images first."""
     found = tmp_path / "scores.json"
     command = ["evaluate", str(run[0]), "--n", "2", "--json", str(found)]
+    monkeypatch.setattr("sys.argv", ["stepfold", "evaluate", "my run", "--n", "2"])
     result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     scores, report = (json.loads(path.read_text()) for path in (found, run[0] / "report.json"))
@@ -157,6 +160,7 @@ def test_evaluate_needs_a_student_and_nothing_else(run: tuple[Path, str], tmp_pa
     assert scores["protocol"] == report["protocol"]
     html = (tmp_path / "out" / "report.html").read_text()
     assert html.index("<img") < html.index('<table class="results">')
+    assert "<pre>stepfold evaluate &#39;my run&#39; --n 2</pre>" in html
     again = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
     assert "holds a report already" in str(again.exception)
 

@@ -15,7 +15,7 @@ from stepfold.errors import UserError
 from stepfold.evaluation.judge import Judge, image_features, text_features
 from stepfold.evaluation.measure import protocol_samplers
 from stepfold.evaluation.metrics import accuracy, clip_score, diversity, frechet_distance
-from stepfold.evaluation.protocol import EMOJI, Protocol, protocol_prompts, score_images
+from stepfold.evaluation.protocol import EMOJI, Protocol, emoji_protocol, protocol_prompts, score_images
 from stepfold.sampling.recipe import Recipe
 
 SMALL = Protocol(name="small", version=1, n=20, seed=3, samples_per_prompt=2)
@@ -47,6 +47,20 @@ def test_students_stand_beside_the_teacher_at_the_scale_they_were_taught():
     assert list(told[6.0]) == ["teacher at guidance 6 20", "a 4", "a 2", "a 1"]
     with pytest.raises(UserError, match="taught at 3 alone"):  # the same pictures under another label
         protocol_samplers(teacher, {"b": (student, one)}, EMOJI, guidance=6.0)
+
+
+def test_flow_maps_are_measured_at_eight_steps_too_with_the_teacher_beside_them():
+    """Other students keep the frozen protocol, and so do maps that are asked for other steps."""
+    times = {steps: (1.5,) * steps for steps in (1, 2, 4, 8)}
+    plain, flow_map = (
+        Recipe(sampler=sampler, times=times, taught=(3.0,), guidance=3.0, sigma_data=1.0)
+        for sampler in ("consistency", "flow_map")
+    )
+    assert emoji_protocol([plain], None, 500, 4.5) == EMOJI
+    ours = emoji_protocol([plain, flow_map], None, 500, 4.5)
+    assert ours == replace(EMOJI, teacher_steps=(20, 8, 4, 2, 1), student_steps=(8, 4, 2, 1))
+    assert emoji_protocol([flow_map], [1, 4], 500, 4.5) == replace(EMOJI, student_steps=(4, 1))
+    assert emoji_protocol([plain], [8], 500, 4.5) == replace(EMOJI, student_steps=(8,))
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from PIL import Image
 
 from stepfold.display import results_table
 from stepfold.errors import UserError
-from stepfold.evaluation.curves import curves_from_rows, moving, plot_curves
+from stepfold.evaluation.curves import curves_from_rows, moving, plot_curves, quality_svgs
 from stepfold.evaluation.protocol import Scores
-from stepfold.evaluation.report import spread, write_report
-from stepfold.evaluation.verdict import METRICS, Figure, best_steps, figures, sentences
+from stepfold.evaluation.report import render_html, spread, write_report
+from stepfold.evaluation.verdict import METRICS, Figure, best_steps, curves_over_calls, figures, sentences
 
 HOSTILE = "<script>alert(1)</script>\"' onload=x $\\frac{$ & ünïcode"
 VOID = {"meta", "img", "link", "br"}
@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
 
 def scores(
-    accuracy: float, fd: float, agreement: float | None = 0.1, diversity: float = 0.4, calls: int = 40
+    accuracy: float, fd: float, agreement: float | None = 0.1, diversity: float = 0.4, calls: int | None = None
 ) -> dict[str, float | None]:
     return Scores(accuracy, 30.0, fd, diversity, agreement, 3.0, calls).to_json()
 
@@ -100,7 +100,7 @@ def test_page_is_whole_and_escaped(tmp_path: Path, report: dict):
     text = "".join(page.text)
     # two titles, fact, use, command, change, setting, stage, caption twice (its head), curve: all shown as they are
     assert text.count(HOSTILE) == 10
-    assert page.tags.count("svg") == 2 and page.tags.count("img") == 1
+    assert page.tags.count("svg") == 4 and page.tags.count("img") == 1
 
 
 def test_page_loads_nothing_from_outside(tmp_path: Path, report: dict):
@@ -127,7 +127,7 @@ def test_table(tmp_path: Path, report: dict):
         "Sampler", "Student, 1 step", "Teacher, 1 step", "Student, 2 steps", "Teacher, 2 steps", "Teacher, 4 steps",
         "Teacher, 20 steps", "Real images",
     ]  # fmt: skip
-    assert rows[0][1:] == ["Calls an image", "Accuracy", "CLIP score", "FD (n = 500)", "Diversity", "Latent error²"]
+    assert rows[0][1:] == ["Calls an image", "Accuracy", "CLIP score", "FD (n = 500)", "Diversity", "Latent MSE"]
     assert rows[1][1:] == ["1", "0.714", "30.0", "0.0400", "0.400", "0.300"]
     assert rows[2][1] == "2" and rows[6][1] == "40" and rows[7][1:] == ["–", "0.980", "–", "–", "0.450", "–"]
     assert re.findall("<b>([^<]*)</b></td>", html) == ["0.300", "0.750", "0.0390", "0.440"]
@@ -155,6 +155,47 @@ def test_curves_say_what_they_are_and_those_that_do_not_move_are_left_out(report
     assert list(moving({"lr": [[0, 1], [1, 2]], "x": [[0, 1], [1, 2]], "latent_error": [[0, 2.0], [1, 1.0]]})) == [
         "latent_error", "lr", "x",
     ]  # fmt: skip
+
+
+def test_quality_stands_over_network_calls_beside_the_teachers(tmp_path: Path, report: dict):
+    """At equal calls, not at equal steps; a row's own count comes before the teacher's calls a step."""
+    found = curves_over_calls(report)
+    assert found["accuracy"] == {
+        "student": [(1, 0.7138), (2, 0.75)], "teacher": [(2, 0.02), (4, 0.4), (8, 0.7), (40, 0.86)],
+    }  # fmt: skip
+    assert list(found) == ["accuracy", "fd"]
+    own = report | {"teacher": {"4": scores(0.7, 0.08, calls=4)}}
+    assert curves_over_calls(own)["fd"]["teacher"] == [(4, 0.08)] and "<td>4</td>" in render_html(own, tmp_path)
+    assert not curves_over_calls({"student": report["student"], "teacher": {"20": {"latent_error": None}}})
+    del report["teacher_calls_per_step"]
+    assert not curves_over_calls(report)
+
+
+def test_the_report_draws_student_and_teacher_at_1_2_4_and_8_steps(tmp_path: Path):
+    """Of any teacher the latent error; the reference, whose error is none, is no point."""
+    rows = {
+        who: {str(k): {"latent_error": each / k} for k in (1, 2, 4, 8)}
+        for who, each in (("student", 0.4), ("teacher", 1.2))
+    }
+    rows["teacher"]["20"] = {"latent_error": None}
+    html = render_html({"title": "map", "teacher_calls_per_step": 2, **rows}, tmp_path)
+    (svg,) = re.findall("<svg.*?</svg>", html[html.index('class="grid quality"') :], re.DOTALL)
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert {"student", "teacher", "network calls an image", "1", "2", "4", "8", "16"} <= {*texts} and "40" not in texts
+    lines = re.findall(
+        r'<path d="([^"]*)"[^>]*style="fill: none; ([^"]*stroke: (?:var\(--accent\)|currentColor)[^"]*)"', svg
+    )
+    drawn = {("dash" in style, path.count("L") + 1) for path, style in lines if path.count("L") > 1}
+    assert drawn == {(True, 4), (False, 4)}
+
+
+def test_two_runs_of_one_teacher_share_its_curve():
+    student, other, teacher = [(1, 0.4), (2, 0.3)], [(1, 0.5), (2, 0.2)], [(2, 0.9), (4, 0.7)]
+    a, b = ({"latent_error": {"student": each, "teacher": teacher}} for each in (student, other))
+    apart = {"latent_error": {"student": other, "teacher": [(2, 0.8), (4, 0.7)]}}
+    (shared,), (separate,) = (quality_svgs(reports).values() for reports in ([a, b], [a, apart]))
+    assert shared.count("stroke-dasharray") == 1 and separate.count("stroke-dasharray") == 2
+    assert "var(--other)" in shared and ">student<" not in shared and not quality_svgs([{}, {}])
 
 
 def test_json_is_the_report(tmp_path: Path, report: dict):

@@ -28,6 +28,9 @@ class Gaussian:
         mean = (guidance * condition.embeds[:, 0, 0]).reshape(-1, 1, 1, 1)
         return GaussianTeacher(mean, torch.tensor(0.2, dtype=torch.float64), self.sigma_data)
 
+    def shift_at(self, num_steps: int) -> float:
+        return self.shift
+
     def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
         self.num_calls += 1
         return self.exact(condition, guidance).velocity(x, t)

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_chroma
 import tiny_hunyuan
+import tiny_qwen
 import tiny_sana_video
 import tiny_wan22
 import torch
@@ -51,6 +53,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sana video": tiny_sana_video.make_sana_video,
     "hunyuan video": tiny_hunyuan.make_hunyuan_video,
     "sprint": tiny.make_sprint,
+    "qwen": tiny_qwen.make_qwen_image,
+    "chroma": tiny_chroma.make_chroma,
+    "longcat": tiny_qwen.make_longcat,
+    "krea": tiny_qwen.make_krea2,
     "retimed sd3": lambda: retimed(tiny.make_sd3()),
     "retimed flux": lambda: retimed(tiny.make_flux()),
     "retimed flux2": lambda: retimed(tiny.make_flux2_klein()),
@@ -63,6 +69,9 @@ SMALLER: dict[str, Callable[..., Any]] = {
     "pixart": tiny.make_pixart,
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
+    "qwen": tiny_qwen.make_qwen_image,
+    "longcat": tiny_qwen.make_longcat,
+    "krea": tiny_qwen.make_krea2,
 }
 """Families whose students may have fewer blocks than the teacher, which has three here."""
 
@@ -139,7 +148,8 @@ def draw(name, folder, pipe, steps):
     torch.manual_seed(7)
     call = card["calls"][str(steps)]
     told = {{"class_labels" if "class_labels" in signature(pipe.__call__).parameters else "prompt": card["example"]}}
-    drawn[name] = pipe(**told, latents=tensors[name], output_type="latent", return_dict=False, **call)[0]
+    made = pipe(**told, latents=tensors[name], output_type="latent", return_dict=False, **call)[0]
+    drawn[name] = made.contiguous()
 """
 
 

@@ -26,11 +26,12 @@ from .conftest import SMALLER, relative, start
 StudentOf = Callable[..., Path]
 Fresh = Callable[..., dict[str, torch.Tensor]]
 KINDS = ("lora", "pipeline", "teacher")
-WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina", "wan", "wan 2.2 ti2v")
-WITH_LORA += ("sana video",)
+RECENT = ("qwen", "chroma", "krea")
+VIDEOS = ("wan 2.2 ti2v", "sana video")
+WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina", "wan", *RECENT, *VIDEOS)
 FEWER = ", fewer blocks"
 DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "pixart", "lumina", "wan")
-DRAWN += ("wan 2.2 ti2v", "wan 2.2 a14b", "sana video", "hunyuan video")
+DRAWN += (*RECENT, "longcat", *VIDEOS, "wan 2.2 a14b", "hunyuan video")
 DRAWN += tuple(f"{family}{FEWER}" for family in SMALLER)
 
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
@@ -202,6 +203,7 @@ TINY_FAMILIES = {
     "Sana": "first sana", "Sana-Sprint": "sprint", "Stable Diffusion 3 and 3.5": "sd3", "FLUX.1": "flux",
     "FLUX.2": "flux2", "PixArt-Sigma": "pixart", "Stable Diffusion 1 and 2": "sd1", "Stable Diffusion XL": "sdxl",
     "Lumina Image 2": "lumina", "Wan 2.1, text to video": "wan", "DiT": "dit",
+    "Qwen-Image": "qwen", "Chroma": "chroma", "LongCat-Image": "longcat", "Krea 2": "krea",
     "Wan 2.2 TI2V-5B, text to video": "wan 2.2 ti2v", "Wan 2.2 A14B, text to video": "wan 2.2 a14b",
     "SANA-Video": "sana video", "HunyuanVideo 1.5": "hunyuan video",
 }  # fmt: skip

@@ -27,6 +27,7 @@ from .conftest import relative, start
 
 StudentOf = Callable[..., Path]
 FAMILIES = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "sd1", "lumina", "wan")
+FAMILIES += ("qwen", "chroma", "longcat", "krea")
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
 
 

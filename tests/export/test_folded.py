@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from diffusers import DiffusionPipeline
 from forms import cases
 from safetensors.torch import load_file
 
+from stepfold.commands.distill import run_distill
 from stepfold.commands.export import run_export
 from stepfold.commands.sample import run_sample
+from stepfold.config import load_config
+from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.export.folded import matrices
 from stepfold.export.pipeline import model_card
@@ -19,6 +23,8 @@ from stepfold.sampling.flow_map import sample_flow_map
 from stepfold.students.card import read_card
 from stepfold.students.folding import least_change
 from stepfold.students.loading import load_student
+from stepfold.students.lora import lora_student
+from stepfold.teachers.loading import load_teacher
 
 from .conftest import relative, start
 
@@ -100,6 +106,43 @@ def test_a_lora_for_so_many_steps_draws_our_latents_in_the_teachers_pipeline(
     noise = teacher.given(start((1, *teacher.latent_shape)))
     theirs = pipe(card.example, latents=noise, output_type="latent", return_dict=False, **call)[0]
     assert relative(teacher.made(theirs), latents_of(folder, 4)) < 1e-4
+
+
+@pytest.mark.parametrize("objective", cases(("pair", "semigroup", "lagrange"), short=["pair"]))
+def test_a_lora_that_was_trained_for_two_times_is_exported(first_sana: Path, tmp_path: Path, objective: str) -> None:
+    """It begins as its teacher whatever the target, learns, and jumps as it did: merged, and as a file of two steps."""
+    (tmp_path / "prompts.txt").write_text("\n".join(tiny.PROMPTS))
+    rule = "later" if objective == "pair" else "uniform"
+    changes = [
+        "student.lora=4", "student.times=two", f"objective={objective}", f"target.rule={{{rule}: 0.7, zero: 0.3}}",
+        "teacher.height=32", "teacher.width=32", "teacher.max_tokens=24", "space.route_steps=4", "training.steps=3",
+        "training.precision=no", "training.walk_precision=no", "optimiser.name=adamw", "optimiser.lr=1e-2",
+        "space.guidance=[1.0]", "evaluation.n=0", "training.preview_every=9", "space.filter_rule=off",
+    ]  # fmt: skip
+    config = load_config("default", changes, teacher__source=str(first_sana), prompts=str(tmp_path / "prompts.txt"))
+    teacher = load_teacher(config.teacher, "cpu")
+    condition, t, s = teacher.encode(["a cat", "ghost"]), torch.tensor([1.3, 0.7]), torch.tensor([0.9, 0.1])
+    x = start((2, *teacher.latent_shape))
+    begun = lora_student(teacher, 4, two_times=True)(x, t, condition, torch.ones(2), s)
+    torch.testing.assert_close(
+        0.5 * begun, teacher.velocity(0.5 * x, t, condition, torch.ones(2)), rtol=1e-4, atol=1e-5
+    )
+    run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
+    folder = tmp_path / "run" / "student"
+    told, untold = (latents_of(folder, 2, told=told) for told in (True, False))
+    assert relative(untold, told) > 1e-5  # its second embedder has learned
+    merged = run_export(folder, "pipeline", tmp_path / "merged", force=False)
+    assert relative(latents_of(merged, 2), told) < 1e-4
+    out = run_export(folder, "lora", tmp_path / "2.safetensors", force=False, steps=2)
+    pipe: Any = DiffusionPipeline.from_pretrained(first_sana)
+    pipe.load_lora_weights(out.parent, weight_name=out.name)
+    pipe.scheduler = teacher.lora_scheduler("flow")
+    card = read_card(folder)
+    call = teacher.lora_call(card.recipe.times_for(2), card.recipe.guidance, "flow")
+    pipe.set_progress_bar_config(disable=True)
+    noise = start((1, *teacher.latent_shape))
+    made = pipe(card.example, latents=noise, output_type="latent", return_dict=False, **call)[0]
+    assert relative(made, told) < 1e-4
 
 
 def test_a_single_file_of_a_folded_student_is_its_network(student_of: StudentOf, tmp_path: Path) -> None:

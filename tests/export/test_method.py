@@ -21,6 +21,21 @@ def settings(preset: str, *changes: str) -> dict[str, Any]:
         ("reproduce", "trajectory-backward consistency (TBCM, arXiv:2511.20410)"),
         ("scm", "continuous-time consistency (sCM, arXiv:2410.11081) on noised images"),
         ("scm-endpoints", "consistency (sCM, arXiv:2410.11081) on noised ends of the teacher's trajectories"),
+        ("dmd", "distribution matching (DMD2 without its discriminator, arXiv:2405.14867)"),
+        ("vsd", "distribution matching (DMD2 without its discriminator, arXiv:2405.14867)"),
+        ("sid", "score identity distillation (SiD, arXiv:2404.04057)"),
+        ("decoupled", "decoupled distribution matching (arXiv:2511.22677)"),
+        (
+            "rcm",
+            "trajectory-backward consistency (TBCM, arXiv:2511.20410), then trajectory-backward consistency (TBCM, "
+            "arXiv:2511.20410) with distribution matching beside it (rCM, arXiv:2510.08431)",
+        ),
+        (
+            "dp-dmd",
+            "distribution matching (DMD2 without its discriminator, arXiv:2405.14867), its first step on the teacher's "
+            "trajectory (DP-DMD, arXiv:2602.03139)",
+        ),
+        ("endpoint", "regression on pairs of states (like CMT) on the teacher's own sampling trajectories"),
         ("sana-sprint", "on noised images with an adversarial term (Sana-Sprint, arXiv:2503.09641)"),
     ],
 )

@@ -407,8 +407,12 @@ def test_processes_draw_together_what_one_would(count: int, tiny_sana: Path, tex
 def test_a_fake_score_learns_on_two_processes_what_it_learns_on_one(
     tiny_sana: Path, texts: Path, tmp_path: Path
 ) -> None:
-    """Uneven shares, prompts that the filter drops (not for the fake), a head start, several updates a step."""
+    """Uneven shares, prompts that the filter drops (not for the fake), a head start, several updates a step.
+
+    Matching on rollouts, which no filter drops, stands beside an objective on walks.
+    """
     fake = ("fake.updates=2", "fake.kind=whole", "fake.head_start=2", "rollout.steps=2", "fake.lr_factor=1")
+    fake += ("matching.weight=0.5", "rollout.ladder=random")
     runs = {count: tmp_path / f"of {count}" for count in (1, 2)}
     for launch in [forked(count, tiny_sana, texts, out, *fake) for count, out in runs.items()]:
         code, words = launch.finish()

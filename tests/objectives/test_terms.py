@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stepfold.config import Config, load_config
 from stepfold.objectives.contract import Loss, Networks
+from stepfold.objectives.denoising import FAKE
 from stepfold.spaces.records import Pairs
 from stepfold.training.states import collect
 from stepfold.training.terms import OBJECTIVES
@@ -22,6 +23,8 @@ ROWS: dict[str, type[Score]] = {
     "pair": Perfect,
     "semigroup": Perfect,
     "lagrange": Map,
+    "matching": Perfect,
+    "identity": Perfect,
 }
 """Objective -> the network that is perfect for it, given the teacher's own law."""
 AIMED: dict[str, tuple[str, ...]] = {
@@ -31,6 +34,8 @@ AIMED: dict[str, tuple[str, ...]] = {
     "lagrange": ("target.rule={uniform: 0.5, edge: 0.25, diagonal: 0.25}",),
 }
 """Objective -> its settings where the student, a flow map, is told where to jump to."""
+SCORES = ("matching", "identity")
+"""Objectives that compare the teacher with the score of the student's own pictures."""
 FINE = "space.route_steps=256"  # what pairs learn are the walk's own states
 CASES = [(name, (FINE,) * (name == "pair"), kind) for name, kind in ROWS.items() if name != "lagrange"]
 CASES += [(name, ("student.times=two", f"objective={name}", *changes), Map) for name, changes in AIMED.items()]
@@ -47,6 +52,8 @@ def settings(*changes: str) -> Config:
 
 
 def loss_of(objective: str, student: Score, pairs: Pairs, config: Config, **networks: Any) -> Loss:
+    if objective in SCORES:
+        networks["critics"] = {FAKE: Score(student.mean.item(), student.log_std.exp().item())}
     return OBJECTIVES[objective](Networks(student, LAW, **networks), pairs, batch_of(4).draws, config, 0)  # type: ignore[arg-type]
 
 

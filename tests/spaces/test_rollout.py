@@ -8,7 +8,7 @@ from gaussians import SIGMA_DATA, Perfect, nothing
 from torch import Tensor
 
 from stepfold.sampling.consistency import predict_data, sample_consistency
-from stepfold.spaces.rollout import exit_step, rolled_states
+from stepfold.spaces.rollout import rolled_states, rollout_length
 from stepfold.teachers.contract import Condition
 
 TIMES = [math.pi / 2, 1.2, 0.8, 0.4]
@@ -38,6 +38,17 @@ def test_the_input_of_each_step_has_the_students_law_noised_to_that_time(stop: i
         assert abs(torch.corrcoef(torch.stack([states.x.flatten(), noise(0).flatten()]))[0, 1]) < 0.98
 
 
+def test_states_of_a_phase_have_the_next_steps_time() -> None:
+    noises, student = [noise(i) for i in range(4)], Perfect(0.4, 0.2)
+    for stop, target in ((0, 1.2), (2, 0.4), (3, 0.0)):
+        states = rolled_states(
+            lambda x, *rest: predict_data(student, x, *rest, SIGMA_DATA),
+            noises[0], TIMES, stop, lambda i: noises[i], nothing(NUM), torch.ones(NUM).double(), phased=True,
+        )  # fmt: skip
+        assert states.t_target is not None and (states.t_target == target).all()
+    assert roll(Perfect(0.4, 0.2), 1).t_target is None
+
+
 def test_the_last_step_ends_where_the_sampler_ends() -> None:
     student = Perfect(0.4, 0.2)
     states = roll(student, 3)
@@ -64,5 +75,14 @@ def test_no_gradient_reaches_the_steps_before_the_exit() -> None:
     assert student.mean.grad == through_the_exit
 
 
-def test_every_step_has_its_turn_once_in_as_many_rollouts() -> None:
-    assert [exit_step(count, 3) for count in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+@pytest.mark.parametrize("first", [0, 1])
+def test_every_step_has_its_turn_once_in_as_many_rollouts(first: int) -> None:
+    turns = [rollout_length(count, 3, cycled=False, first=first) for count in range(6)]
+    assert turns == [(3, stop) for stop in ([0, 1, 2] * 2 if first == 0 else [1, 2] * 3)]
+
+
+def test_cycled_rollouts_have_every_length_and_of_each_every_step_equally_often() -> None:
+    turns = [rollout_length(count, 3, cycled=True) for count in range(18)]
+    assert [num for num, _ in turns] == [1, 2, 3] * 6
+    for num in (1, 2, 3):
+        assert [stop for length, stop in turns if length == num] == [i % num for i in range(6)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_qwen
 import torch
 from diffusers import SanaTransformer2DModel, SD3Transformer2DModel
 
@@ -67,6 +68,9 @@ OF_BLOCKS: dict[str, Callable[..., Any]] = {
     "flux2": tiny.make_flux2_klein,
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
+    "qwen": tiny_qwen.make_qwen_image,
+    "longcat": tiny_qwen.make_longcat,
+    "krea": tiny_qwen.make_krea2,
 }
 
 

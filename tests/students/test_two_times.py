@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_qwen
 import torch
 from forms import cases
 from torch import Tensor, nn
@@ -41,6 +42,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "pixart": tiny.make_pixart,
     "sd 1": tiny.make_sd1,
     "sdxl": tiny.make_sdxl,
+    "qwen image": tiny_qwen.make_qwen_image,
+    "longcat": tiny_qwen.make_longcat,
+    "krea 2": tiny_qwen.make_krea2,
 }
 PROMPTS = ["red heart", "a cat", "ghost"]
 Batch = tuple[Tensor, Tensor, Condition, Tensor]

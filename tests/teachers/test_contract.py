@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_chroma
 import tiny_hunyuan
+import tiny_qwen
 import tiny_sana_video
 import tiny_wan22
 import torch
@@ -32,16 +34,20 @@ from stepfold.sampling.teacher import sample_teacher
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.students.saving import save_whole
 from stepfold.students.whole import as_student, new_student
+from stepfold.teachers.chroma import ChromaTeacher
 from stepfold.teachers.contract import Condition, concatenate
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.family import Family
 from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
 from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
+from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.loading import family_of
+from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.teachers.pixart import PixArtTeacher
+from stepfold.teachers.qwen_image import QwenImageTeacher
 from stepfold.teachers.sana import GemmaTexts, SanaTeacher, SprintTeacher
 from stepfold.teachers.sana_video import SanaVideoTeacher
 from stepfold.teachers.sd3 import SD3Teacher
@@ -138,6 +144,10 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "dit": lambda _, empty: DiTTeacher(tiny.save(tiny.make_dit, empty / "dit")),
     "lumina 2": lambda _, empty: Lumina2Teacher(tiny.save(tiny.make_lumina2, empty / "lumina2"), **SMALL),
     "wan": lambda _, empty: WanTeacher(tiny.save(tiny.make_wan, empty / "wan"), **SMALL, frames=5),
+    "qwen image": lambda _, empty: QwenImageTeacher(tiny.save(tiny_qwen.make_qwen_image, empty / "qwen"), **SMALL),
+    "chroma": lambda _, empty: ChromaTeacher(tiny.save(tiny_chroma.make_chroma, empty / "chroma"), **SMALL),
+    "longcat": lambda _, empty: LongCatImageTeacher(tiny.save(tiny_qwen.make_longcat, empty / "longcat"), **SMALL),
+    "krea 2": lambda _, empty: Krea2Teacher(tiny.save(tiny_qwen.make_krea2, empty / "krea"), **SMALL),
     "wan 2.2 ti2v": lambda _, empty: WanTeacher(
         tiny.save(tiny_wan22.make_ti2v, empty / "wan"), height=64, width=96, max_tokens=MAX_TOKENS, frames=5
     ),
@@ -159,11 +169,16 @@ VARIANTS = (
     "normalised latents",
     "clips",
     "distilled",
+    "longcat",
     "ti2v",
     "a14b",
     "sana video",
     "hunyuan video",
 )
+PADDED = (
+    GemmaTexts | HunyuanVideo15Teacher | PixArtTeacher | Lumina2Teacher | WanTeacher | QwenImageTeacher | Krea2Teacher
+)
+"""Whose prompts are as long as they are; other networks attend to their padding."""
 
 
 @pytest.fixture(
@@ -269,6 +284,10 @@ def test_the_branches_make_the_velocity_at_every_scale(teacher: Any, scale: floa
             sigma, w = teacher.sigma_data, scales(teacher, *[weight] * 3)
             guided = sigma * teacher.guided(x / sigma, t, without / sigma, with_prompt / sigma, w)
         same(guided, teacher.velocity(x, t, condition, torch.full_like(t, value)))
+    rows, hook = count_rows(teacher)
+    same(teacher.velocity(x, t, condition, None), with_prompt)  # unguided, in half the rows
+    hook.remove()
+    assert rows == [3]
 
 
 def test_a_scale_means_a_weight(teacher: Any):
@@ -322,7 +341,7 @@ def test_rows_do_not_know_of_each_other(teacher: Any, state: tuple[Tensor, Tenso
 
 def test_trimmed_conditions_are_the_untrimmed_ones(teacher: Any, state: tuple[Tensor, Tensor]):
     condition, guidance = teacher.encode(PROMPTS), scales(teacher, 4, 4.5, 5)
-    if not isinstance(teacher, GemmaTexts | HunyuanVideo15Teacher | PixArtTeacher | Lumina2Teacher | WanTeacher):
+    if not isinstance(teacher, PADDED):
         pytest.skip("attends to its padding, as its pipeline does")
     assert condition.mask.any(0).all() and condition.mask.shape[1] < MAX_TOKENS  # nothing left to trim
     v = teacher.velocity(*state, condition, guidance)

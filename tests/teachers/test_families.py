@@ -15,7 +15,9 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+import tiny_chroma
 import tiny_hunyuan
+import tiny_qwen
 import tiny_sana_video
 import tiny_wan22
 import torch
@@ -70,14 +72,20 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sana video": tiny_sana_video.make_sana_video,
     "hunyuan video": tiny_hunyuan.make_hunyuan_video,
     "sprint": tiny.make_sprint,
+    "qwen image": tiny_qwen.make_qwen_image,
+    "chroma": tiny_chroma.make_chroma,
+    "longcat": tiny_qwen.make_longcat,
+    "krea 2": tiny_qwen.make_krea2,
 }
 FRAMES = {"WanPipeline": 5, "SanaVideoPipeline": 5, "HunyuanVideo15Pipeline": 5}
-WITHOUT_LORA = ("pixart", "dit", "hunyuan video")
+WITHOUT_LORA = ("pixart", "dit", "longcat", "hunyuan video")
 SANAS = ("SanaPipeline", "SanaSprintPipeline", "SanaVideoPipeline")
 TIME_TO_ONE = ("Lumina2Pipeline", "SanaPipeline", "SanaSprintPipeline")
 
 
 NAMES = ("sana", *FAMILIES)
+RECENT = ("qwen image", "chroma", "longcat", "krea 2")
+"""Of which `make test` has fewer forms."""
 WITH_LORA = tuple(name for name in NAMES if name not in (*WITHOUT_LORA, "wan 2.2 a14b"))
 """Those whose LoRA is one file; of two networks see tests/export/test_experts.py."""
 
@@ -96,6 +104,9 @@ every_family = pytest.mark.parametrize("folder", NAMES, indirect=True)
 def families(*short: str, of: tuple[str, ...] = NAMES) -> pytest.MarkDecorator:
     """All these families; `make test` has the `short` ones."""
     return pytest.mark.parametrize("folder", cases(of, short), indirect=True)
+
+
+older_families = families(*(name for name in NAMES if name not in RECENT))
 
 
 def network_of(folder: Path) -> str:
@@ -278,7 +289,7 @@ def test_a_pipeline_that_loads_no_lora_gets_none(family: str, prompts_file: Path
     folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
     for change in ("student.lora=4", f"teacher.lora={tmp_path / 'some.safetensors'}"):
         config = settings(folder, prompts_file, change)
-        with pytest.raises(UserError, match=r"(PixArtSigma|DiT|HunyuanVideo15)Pipeline"):
+        with pytest.raises(UserError, match=r"(PixArtSigma|DiT|LongCatImage|HunyuanVideo15)Pipeline"):
             run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
         assert not (tmp_path / "run").exists()
 
@@ -547,7 +558,7 @@ def test_a_lora_that_does_not_fit_is_one_line(tiny_sana: Path, tmp_path: Path) -
         assert "\n" not in str(caught.value)
 
 
-@every_family
+@older_families
 def test_several_scales_need_a_network_that_can_be_told(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = settings(folder, prompts_file, "space.guidance=[3.0, 5.0]")
     teacher = load_teacher(config.teacher, "cpu")
@@ -690,7 +701,7 @@ def test_a_run_at_several_sizes(folder: Path, prompts_file: Path, tmp_path: Path
     assert picture.size == (32 * (frames_of(folder) or 1), 32)
 
 
-@every_family
+@older_families
 def test_the_objective_follows_the_networks_time(folder: Path, tiny_sana: Path, prompts_file: Path) -> None:
     """Left to itself a run has no tangent where dF/dt explodes; what is asked for is done."""
     fast = pipeline_of(folder) not in TIME_TO_ONE

@@ -10,7 +10,9 @@ from typing import Any
 import diffusers
 import pytest
 import tiny
+import tiny_chroma
 import tiny_hunyuan
+import tiny_qwen
 import torch
 from forms import cases
 
@@ -23,10 +25,11 @@ from stepfold.teachers.schedules import CLIP_SETTINGS, CLIPS, FLOW, OBEYED, ONLY
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipeline-options.md"
 NETWORKS = (
-    "DiTTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel", "HunyuanVideo15Transformer3DModel",
-    "Lumina2Transformer2DModel",
-    "PixArtTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel", "UNet2DConditionModel",
-    "SanaVideoTransformer3DModel", "WanTransformer3DModel",
+    "ChromaTransformer2DModel", "DiTTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel",
+    "HunyuanVideo15Transformer3DModel", "SanaVideoTransformer3DModel",
+    "Krea2Transformer2DModel", "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel",
+    "PixArtTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel",
+    "UNet2DConditionModel", "WanTransformer3DModel",
 )  # fmt: skip
 CLASSES = {
     "Networks": NETWORKS,
@@ -35,6 +38,7 @@ CLASSES = {
         "AutoencoderKL",
         "AutoencoderKLFlux2",
         "AutoencoderKLHunyuanVideo15",
+        "AutoencoderKLQwenImage",
         "AutoencoderKLWan",
     ),
     "Schedulers": (*VP, *FLOW, "SCMScheduler"),
@@ -104,6 +108,9 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "guidance_embeds": (tiny.make_sana, "transformer", {"guidance_embeds": True}),
     "use_meanflow": (tiny_hunyuan.make_hunyuan_video, "transformer", {"use_meanflow": True}),
     "patch_size_t": (tiny_hunyuan.make_hunyuan_video, "transformer", {"patch_size_t": 2}),
+    "zero_cond_t": (tiny_qwen.make_qwen_image, "transformer", {"zero_cond_t": True}),
+    "use_additional_t_cond": (tiny_qwen.make_qwen_image, "transformer", {"use_additional_t_cond": True}),
+    "use_layer3d_rope": (tiny_qwen.make_qwen_image, "transformer", {"use_layer3d_rope": True}),
     "image_dim": (tiny.make_wan, "transformer", {"image_dim": 8}),
 }
 
@@ -116,7 +123,16 @@ def test_a_network_that_asks_for_more_than_a_text_is_refused(field: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "make", [tiny.make_sd1, tiny.make_sd3, tiny.make_flux, tiny.make_lumina2, tiny.make_sana, tiny.make_wan]
+    "make",
+    [
+        tiny.make_sd1,
+        tiny.make_sd3,
+        tiny.make_flux,
+        tiny.make_lumina2,
+        tiny.make_sana,
+        tiny.make_wan,
+        tiny_chroma.make_chroma,
+    ],
 )
 def test_channels_that_do_not_fit_are_refused(make: Callable[[], Any], tmp_path: Path) -> None:
     part = "unet" if make is tiny.make_sd1 else "transformer"
@@ -188,6 +204,15 @@ OBEYED_FIELDS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
         tiny.make_wan, "transformer",
         dict(cross_attn_norm=False, qk_norm=None, eps=1e-3, patch_size=(1, 1, 1), rope_max_seq_len=64),
     ),
+    "qwen image": (
+        tiny_qwen.make_qwen_image, "transformer", dict(patch_size=1, out_channels=16, axes_dims_rope=(8, 4, 4)),
+    ),
+    "chroma": (tiny_chroma.make_chroma, "transformer", dict(axes_dims_rope=(8, 4, 4), approximator_layers=1)),
+    "longcat": (tiny_qwen.make_longcat, "transformer", dict(axes_dims_rope=[8, 4, 4])),
+    "krea 2": (
+        tiny_qwen.make_krea2, "transformer",
+        dict(rope_theta=100.0, norm_eps=1e-3, axes_dims_rope=(8, 4, 4), num_layerwise_text_blocks=2),
+    ),
 }  # fmt: skip
 
 
@@ -202,7 +227,7 @@ def test_a_network_of_other_fields_is_its_pipelines(family: str, tmp_path: Path)
     assert agreement(teacher, prompts, condition, guidance, 4).network < 1e-4
     x, t = torch.randn(2, *teacher.latent_shape), torch.tensor([0.5, 1.2])
     student = new_student(teacher)
-    F = teacher.velocity(x, t, condition, torch.ones(2)) / teacher.sigma_data
+    F = teacher.velocity(x, t, condition, torch.full((2,), teacher.no_guidance)) / teacher.sigma_data
     torch.testing.assert_close(
         student(x / teacher.sigma_data, t, condition, torch.ones(2)), F, rtol=1e-4, atol=1e-4 * float(F.abs().max())
     )
@@ -221,6 +246,10 @@ AUTOENCODERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "lumina 2": (tiny.make_lumina2, dict(scaling_factor=0.3, shift_factor=0.4, use_post_quant_conv=False)),
     "pixart": (tiny.make_pixart, dict(scaling_factor=0.3, shift_factor=0.4)),
     "flux 2": (tiny.make_flux2_klein, dict(batch_norm_eps=0.5, batch_norm_momentum=0.3, use_quant_conv=False)),
+    "qwen image": (tiny_qwen.make_qwen_image, dict(latents_mean=[1.0, 2, 3, 4], latents_std=[1.0, 2, 3, 4])),
+    "chroma": (tiny_chroma.make_chroma, dict(scaling_factor=0.3, shift_factor=0.4)),
+    "longcat": (tiny_qwen.make_longcat, dict(scaling_factor=0.3, shift_factor=0.4)),
+    "krea 2": (tiny_qwen.make_krea2, dict(latents_mean=[1.0, 2, 3, 4], latents_std=[1.0, 2, 3, 4])),
 }  # fmt: skip
 
 

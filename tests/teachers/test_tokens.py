@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_chroma
+import tiny_qwen
 import torch
 from transformers import ProcessorMixin
 
@@ -24,8 +26,12 @@ MAKERS: dict[str, Any] = {
     "flux 2 dev": tiny.make_flux2,
     "lumina 2": tiny.make_lumina2,
     "wan": tiny.make_wan,
+    "qwen image": tiny_qwen.make_qwen_image,
+    "chroma": tiny_chroma.make_chroma,
+    "longcat": tiny_qwen.make_longcat,
+    "krea 2": tiny_qwen.make_krea2,
 }
-TOKENS = {"sd 1": None, "sdxl": None, "sd3": 200, "lumina 2": 200}  # of SD3, CLIP reads 77 by itself
+TOKENS = {"sd 1": None, "sdxl": None, "sd3": 200, "lumina 2": 200, "longcat": None}  # of SD3, CLIP reads 77 by itself
 
 
 @pytest.mark.parametrize("family", MAKERS)
@@ -37,7 +43,7 @@ def test_what_is_counted_as_cut_is_cut(family: str, tmp_path: Path) -> None:
     teacher = load_teacher(settings, "cpu")
     reader, alone = teacher.text_reader(), load_text_reader(settings)
     assert reader is not None and alone is not None and reader.most == alone.most
-    words = [" ".join("abcdefgh"[i % 8] for i in range(count)) for count in range(1, 110)]
+    words = [" ".join("abcdefgh"[i % 8] for i in range(count)) for count in range(1, max(270, reader.most + 3))]
     counted = reader.count(words)
     assert counted == alone.count(words) == sorted(counted)
     first = next(i for i, count in enumerate(counted) if count >= reader.most)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from forms import cases
-from gaussians import SIGMA_DATA, Law, Perfect, Score, batch_of, gaussian, nothing
+from gaussians import SIGMA_DATA, Guided, Law, Perfect, Score, TwoScores, batch_of, gaussian, nothing
 from torch import Tensor
 
 from stepfold.config import Config, load_config
 from stepfold.errors import NonFiniteError
+from stepfold.maths.routes import level_times
 from stepfold.objectives import denoising
 from stepfold.objectives.adversarial import NAME, Discriminator, adversarial_loss
 from stepfold.objectives.contract import Networks
@@ -23,7 +24,7 @@ from stepfold.students.starting import make_fake
 from stepfold.students.whole import new_student
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.accelerators import make_accelerator
-from stepfold.training.critics import FAKE, fake_loss, noised_times
+from stepfold.training.critics import FAKE, fake_loss, fake_states
 from stepfold.training.distill import distill
 from stepfold.training.runs import checkpoints, read_metrics
 from stepfold.training.states import collect
@@ -41,7 +42,9 @@ def trained_fake(steps: int = 1, updates: int = 400) -> Score:
     for update in range(updates):
         for group in optimiser.param_groups:
             group["lr"] = 2e-2 * (1 - update / updates)
-        fake_loss(networks, batch_of(256, update), nothing(256), config, update).value.mean().backward()
+        batch = batch_of(256, update)
+        states = fake_states(networks, batch, nothing(256), config, update, {})
+        fake_loss(networks, batch, states, config).value.mean().backward()
         optimiser.step()
         optimiser.zero_grad()
     assert student.mean.grad is None and student.log_std.grad is None
@@ -70,11 +73,37 @@ def test_a_wrong_fake_is_seen(monkeypatch: pytest.MonkeyPatch, mistake: str) -> 
     assert abs(fake.mean - 0.7) > 0.1 or abs(fake.log_std.exp() - 0.3) > 0.1
 
 
+def losses_of(fake: Score, *changes: str) -> Tensor:
+    """Of a fake score on the pictures of N(0.7, 0.3^2), under a teacher with classifier-free guidance."""
+    config = load_config("default", ["rollout.steps=1", "training.precision=no", *changes])
+    networks: Any = Networks(Perfect(0.7, 0.3), Guided(0.4, 0.2), {FAKE: fake})  # type: ignore[arg-type]
+    batch = batch_of(32)
+    states = fake_states(networks, batch, nothing(32), config, 0, {})
+    return fake_loss(networks, batch, states, config).value.detach()
+
+
+def test_a_fake_that_is_guided_while_it_learns_should_be_right_under_guidance() -> None:
+    """With equal deviations the guided score is that of the guided mean. Unguided, it is another one."""
+    fake, plain = TwoScores(0.5, 0.3, 0.2, 0.3), Score(0.2 + 3 * (0.5 - 0.2), 0.3)
+    torch.testing.assert_close(losses_of(fake, "fake.guidance=3"), losses_of(plain))
+    assert (losses_of(fake) - losses_of(plain)).abs().max() > 0.1
+
+
+def test_a_share_of_the_pictures_comes_without_its_prompt() -> None:
+    fake = TwoScores(0.5, 0.3, 0.2, 0.25)
+    with_prompt, without = losses_of(Score(0.5, 0.3)), losses_of(Score(0.2, 0.25))
+    torch.testing.assert_close(losses_of(fake), with_prompt)
+    torch.testing.assert_close(losses_of(fake, "fake.unprompted=1"), without)
+    some = losses_of(fake, "fake.unprompted=0.3")
+    gone = (some - without).abs() < 1e-9
+    assert 2 <= gone.sum() <= 18 and torch.allclose(some[~gone], with_prompt[~gone])
+
+
 def test_the_times_of_the_fake_are_even_levels_shifted_and_clamped() -> None:
     uniform = (torch.arange(1000).double() + 0.5) / 1000
-    level = torch.tan(noised_times(uniform, 1.0, 0.02, 0.98)) / (1 + torch.tan(noised_times(uniform, 1.0, 0.02, 0.98)))
+    level = torch.tan(level_times(uniform, 1.0, 0.02, 0.98)) / (1 + torch.tan(level_times(uniform, 1.0, 0.02, 0.98)))
     torch.testing.assert_close(level, uniform.clamp(0.02, 0.98))
-    shifted = torch.tan(noised_times(uniform, 3.0, 0.0, 1.0))
+    shifted = torch.tan(level_times(uniform, 3.0, 0.0, 1.0))
     torch.testing.assert_close(shifted, 3 * uniform / (1 - uniform))  # shift multiplies the odds
 
 

@@ -160,7 +160,7 @@ def test_a_kink_between_the_tangent_backends_is_flagged(teacher: SanaTeacher, pa
 def test_a_kink_at_one_state_is_not_the_backends_fault(
     teacher: SanaTeacher, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seen on a re-timed teacher: rounding put one of 28 states on the other side of a ReLU, and 2e-2 away."""
+    """Seen on a re-timed teacher: rounding put one of the states on the other side of a ReLU, and 2e-2 away."""
     real = doctor.tangent
 
     def rounded(student: Any, pairs: Pairs, backend: str) -> Tensor:

@@ -23,6 +23,7 @@ from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.distill import distill
 from stepfold.training.draws import draw
+from stepfold.training.processes import Processes
 from stepfold.training.runs import checkpoints, read_metrics
 from stepfold.training.states import collect
 
@@ -38,6 +39,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "shortcut": (TWO, "objective=semigroup", MIXED, "semigroup.alpha=0.5", "semigroup.first=student"),
     "average": (TWO, "objective=semigroup", MIXED, "semigroup.second=average"),
     "segments": ("objective=semigroup", "target.rule=edge"),
+    "merging segments": (
+        "objective=semigroup", "target.rule=edge", "target.segments=1",
+        "training.phases=[{steps: 1, set: {target.segments: 2}}]",
+    ),
     "lagrange": (TWO, "objective=lagrange", MIXED),
     "lagrange on the prior": (TWO, "objective=lagrange", MIXED, "space.kind=prior", "training.prompts_per_step=6"),
     "boot": (
@@ -46,6 +51,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """What people know by name -> its settings."""
+LORAS = ("continuous", "pair", "semigroup", "lagrange")
 SHORT = ("continuous", "pair", "semigroup", "lagrange on the prior")
 each_method = pytest.mark.parametrize(
     "method", [pytest.param(name, marks=[] if name in SHORT else pytest.mark.long) for name in METHODS]
@@ -119,6 +125,28 @@ def test_micro_batches_add_up(teacher: SanaTeacher, settings: Settings, prompts:
         assert (found - whole).norm() <= 1e-5 * whole.norm(), size
 
 
+@each_method
+def test_each_process_asks_its_states_for_what_one_process_would(
+    teacher: SanaTeacher, settings: Settings, prompts: PromptFile, method: str
+) -> None:
+    """The shares of several, one after another, are the batch of one: states, targets, and where the walk was there."""
+    config = settings(*METHODS[method], "training.prompts_per_step=5", "training.phases=[]")
+
+    def collected(processes: Processes) -> States:
+        batch = draw(3, prompts, teacher, config, CPU, processes)
+        networks = Networks(student_of(teacher, config), teacher)
+        kind = config.space.first
+        return collect([kind], batch, teacher.encode(batch.prompts), networks, config)[kind]
+
+    whole = collected(Processes())
+    shares = [collected(Processes(2, rank)) for rank in range(2)]
+    assert {len(share) for share in shares} != {len(whole)} and sum(map(len, shares)) == len(whole)
+    for name in ("x", "t", "t_target", "x_target"):
+        if (value := getattr(whole, name, None)) is not None:
+            torch.testing.assert_close(torch.cat([getattr(share, name) for share in shares]), value)
+    assert (whole.t_target is not None and whole.t_target.unique().numel() > 1) or method == "merging segments"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", ["continuous", "lagrange"])
 def test_tangents_agree(
@@ -146,7 +174,7 @@ def test_a_run_is_resumed_to_the_bit(
 ) -> None:
     """Of a LoRA student as of a whole one; every part that is trained moves."""
     same = ("training.steps=2", "training.checkpoint_every=1", "training.micro_batch=4", "training.tangent=two_pass")
-    for lora in ("student.lora=0", "student.lora=4") if method == "continuous" else ("student.lora=0",):
+    for lora in ("student.lora=0", "student.lora=4") if method in LORAS else ("student.lora=0",):
         config = settings(*METHODS[method], *same, lora)
         folder = tmp_path / lora
         student = train(config, folder, teacher, prompts)

@@ -6,7 +6,7 @@ from torch import nn
 
 from stepfold.config import OptimiserSettings
 from stepfold.training import processes
-from stepfold.training.optimisers import learning_rate, make_optimiser
+from stepfold.training.optimisers import add_group, learning_rate, make_optimiser
 
 
 def rates(steps: int, **settings: float) -> list[float]:
@@ -93,3 +93,25 @@ def test_optimisers_reach_a_minimum() -> None:
             (parameter - target).square().sum().backward()
             optimiser.step()
         assert (parameter - target).square().mean() < 0.02 * target.square().mean(), name
+
+
+@pytest.mark.parametrize("name", ["adamw", "came"])
+def test_a_critics_group_walks_as_an_optimiser_of_its_own_and_waits_without_gradients(name: str) -> None:
+    """Its updates stand between the student's, as in a run: a group without gradients neither moves nor decays."""
+    settings = OptimiserSettings(name=name, lr=0.05, weight_decay=0.1, betas=(0.5, 0.9))  # type: ignore[arg-type]
+    starts = [torch.randn(6, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    together, apart = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    both = make_optimiser(together[:1], settings)
+    add_group(both, "fake", together[1:], None)
+    each = [make_optimiser([parameter], settings) for parameter in apart]
+    for update in range(9):
+        turn = 0 if update % 3 == 2 else 1  # two of the critic's, then the student's
+        for parameter in (together[turn], apart[turn]):
+            parameter.grad = torch.sin(7 * parameter.detach() + update)
+        before = together[1 - turn].detach().clone()
+        for optimiser in (both, each[turn]):
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        assert torch.equal(together[1 - turn], before)
+    for ours, theirs, start in zip(together, apart, starts, strict=True):
+        assert torch.equal(ours, theirs) and not torch.equal(ours, start)

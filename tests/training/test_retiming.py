@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+import tiny_qwen
 import torch
 import typer
 from safetensors.torch import load_file
@@ -96,6 +97,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sd3": tiny.make_sd3,
     "flux dev": tiny.make_flux,
     "flux schnell": partial(tiny.make_flux, guidance_embeds=False),
+    "qwen image": tiny_qwen.make_qwen_image,
+    "longcat": tiny_qwen.make_longcat,
 }
 
 

@@ -13,7 +13,10 @@ import torch
 from PIL import Image
 
 from stepfold import assets
+from stepfold.commands.distill import run_distill
 from stepfold.commands.sample import run_sample
+from stepfold.config import load_config
+from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.web import markup
 from stepfold.web.drawing import (
@@ -167,6 +170,32 @@ def test_the_head_and_the_prompts_are_of_the_models_at_hand(emoji: Models, tiny_
     assert tiny.vocabulary == "" and {tiny.random_prompt() for _ in range(20)} <= {"red heart", "a cat", "rocket"}
     gone = tiny.card.model_copy(update={"config": tiny.card.config | {"prompts": "nowhere.txt"}})
     assert Models(tiny.student, tiny.pipeline, tiny.teacher, gone).random_prompt() == "red heart"
+
+
+def test_a_flow_map_draws_with_fresh_noise_where_it_may(tiny_sana: Path, tmp_path: Path) -> None:
+    """As `stepfold sample --gamma` does; other students show no slider for it and refuse it."""
+    (tmp_path / "prompts.txt").write_text("red heart\na cat\n")
+    changes = [
+        "student.times=two", "objective=continuous", "target.rule={gap: 0.7, zero: 0.3}", "training.steps=1",
+        "training.precision=no", "training.walk_precision=no", "space.route_steps=3", "teacher.max_tokens=32",
+        "evaluation.n=0", "training.preview_every=9",
+    ]  # fmt: skip
+    config = load_config("default", changes, teacher__source=str(tiny_sana), prompts=str(tmp_path / "prompts.txt"))
+    run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
+    student = tmp_path / "run" / "student"
+    models, asked = load_models(student, None, "cpu"), ("a cat", 4, 4.5, 3, 2)
+    assert models.takes_gamma
+    half, none = (draw_student(models, checked(models, *asked, gamma)).pictures for gamma in (0.5, 0))
+    alone = run_sample(student, ["a cat"], steps=4, seed=3, guidance=4.5, device="cpu", gamma=0.5)
+    assert difference(half[0], alone[0]) <= 1 and difference(half[0], none[0]) > 1
+    for gamma in (-0.1, 1.1, None, True):
+        with pytest.raises(UserError, match=r"Fresh noise in the student's steps must be a number from 0 to 1\."):
+            checked(models, *asked, gamma)
+    plain = models.card.recipe.model_copy(update={"jumps_anywhere": False})
+    other = dataclasses.replace(models, card=models.card.model_copy(update={"recipe": plain}))
+    assert not other.takes_gamma and checked(other, *asked, 0).gamma == 0
+    with pytest.raises(UserError, match="leave --gamma out"):
+        checked(other, *asked, 0.5)
 
 
 def test_a_student_of_one_number_of_steps_draws_in_that(tiny_student: Path) -> None:

@@ -33,7 +33,7 @@ def test_a_finished_run(runs: Path) -> None:
     run = read_run(runs, "deeper/second")
     assert (run.state, run.step, run.steps, run.previews, run.problem) == ("finished", 3, 3, (0, 1, 2, 3), "")
     assert run.progress == "finished, 3 steps"
-    assert "<h1>second: one-step student" in report_of(run)
+    assert "<h1>second: few-step student of" in report_of(run)
     svgs = curves_of([run, read_run(runs, "first")])
     assert {"loss", "grad_norm", "lr"} <= set(svgs)
     assert "var(--accent)" in svgs["loss"] and "var(--other)" in svgs["loss"]
@@ -109,6 +109,21 @@ def test_curves_have_names(runs: Path) -> None:
     assert html.index("<b>latent_<wbr>error</b>") < html.index("<details class='logged'>") < html.index("<b>loss</b>")
     assert 'role="img" aria-label="lr over the steps of first and deeper/second"' in html
     assert "<span>learning rate</span>" in html and "aria-hidden" not in html
+
+
+def test_the_students_quality_stands_over_network_calls(runs: Path, tmp_path: Path) -> None:
+    """Beside the teacher's at as many, before all that was logged; a report of nonsense has none."""
+    rows = {
+        "student": {k: {"fd": 0.1 / int(k), "calls": int(k)} for k in "1248"},
+        "teacher": {"4": {"fd": 0.2, "calls": 8}},
+    }
+    for name, report in (("a", rows), ("b", {"student": {"1": {"fd": "x", "calls": 1e300}}, "teacher": 3})):
+        shutil.copytree(runs / "first", tmp_path / name)
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+    html = markup.curves([read_run(tmp_path, "a"), read_run(tmp_path, "b")])
+    assert html.index("<b>FD</b>") < html.index("<b>latent_<wbr>error</b>") and "solid the student, dashed" in html
+    assert 'role="img" aria-label="FD over network calls of a and b"' in html
+    assert "solid the student" not in markup.curves([read_run(tmp_path, "b")])
 
 
 def test_the_time_that_is_left_follows_the_pace(runs: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`stepfold distill`: a teacher becomes a one-step student."""
+"""`stepfold distill`: a teacher becomes a few-step student."""
 
 import os
 import time
@@ -20,10 +20,12 @@ from stepfold.commands.options import (
     PresetOption,
     PromptsOption,
     Quiet,
+    RevisionOption,
     SizeOption,
     TeacherLoraOption,
     TeacherOption,
     TrainStepsOption,
+    VariantOption,
     chosen_preset,
     config_of,
     usable_device,
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 def distill(
     teacher: TeacherOption = None,
     teacher_lora: TeacherLoraOption = None,
+    revision: RevisionOption = None,
+    variant: VariantOption = None,
     prompts: PromptsOption = None,
     preset: PresetOption = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/PRESET.", show_default=False)] = None,
@@ -69,7 +73,7 @@ def distill(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Distil a teacher into a one-step student.
+    """Distil a teacher into a few-step student.
 
     Writes checkpoints, previews, report.html and report.json into the run folder, and the student into its `student`
     folder, which plain diffusers loads.
@@ -86,7 +90,7 @@ def distill(
 
     config = config_of(
         preset, changes, teacher=teacher, teacher_lora=teacher_lora, prompts=prompts, init=init,
-        train_steps=train_steps, lora=lora, size=size, dtype=dtype, lr=lr,
+        train_steps=train_steps, lora=lora, size=size, dtype=dtype, lr=lr, revision=revision, variant=variant,
     )  # fmt: skip
     if dry_run:
         typer.echo(to_yaml(config), nl=False)

@@ -1,4 +1,4 @@
-"""`stepfold doctor`: is the teacher understood?"""
+"""`stepfold doctor`: is the teacher read correctly?"""
 
 from typing import Annotated, Literal
 
@@ -10,13 +10,16 @@ from stepfold.commands.options import (
     HeightOption,
     JsonOption,
     RevisionOption,
+    SizeOption,
     TeacherLoraOption,
     VariantOption,
     WidthOption,
+    pixels_of,
     teacher_settings,
     usable_device,
     write_json,
 )
+from stepfold.errors import UserError
 
 
 def doctor(
@@ -27,12 +30,15 @@ def doctor(
     json_file: JsonOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
+    size: SizeOption = None,
     frames: FramesOption = None,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the teacher's weights.")] = "float32",
-    lora: Annotated[int, typer.Option(min=0, help="Of the student: rank of a LoRA; 0 for all weights.")] = 0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Precision of the teacher's weights.")
+    ] = "float32",
+    lora: Annotated[int, typer.Option(min=0, help="Rank of a LoRA student; 0 for all weights.")] = 0,
     device: DeviceOption = "auto",
 ) -> None:
-    """Check that a teacher is understood before a run: each finding with a number and a verdict.
+    """Check that a teacher is read correctly before a run: each finding with a number and a verdict.
 
     A large teacher fits as it will be trained: in half precision, with a LoRA student that shares its weights.
 
@@ -40,13 +46,17 @@ def doctor(
 
     stepfold doctor black-forest-labs/FLUX.1-dev --dtype bfloat16 --lora 64
 
-    stepfold doctor ./my-flux --height 256 --width 256 --json findings.json
+    stepfold doctor ./my-flux --size 256 --json findings.json
     """
     from rich.table import Table
 
     from stepfold.display import quiet_libraries, show_table
     from stepfold.training.doctor import examine
 
+    if size:
+        if height or width:
+            raise UserError(f"--size {size} is height and width; leave out --height and --width, or --size")
+        height, width = pixels_of(size)
     quiet_libraries()
     settings = teacher_settings(
         source=teacher,

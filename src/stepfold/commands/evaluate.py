@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepfold import assets
+from stepfold.commands.launching import typed
 from stepfold.commands.options import DeviceOption, JsonOption, Quiet, usable_device, write_json
 from stepfold.errors import UserError
 
@@ -40,22 +41,25 @@ def evaluate(
     protocol: Annotated[
         str,
         typer.Option(
-            help="teacher: latent error against the student's own teacher. emoji: the bundled teacher's evaluator. "
-            "mjhq30k: FID, CLIP score. geneval: images for its scorer. auto: teacher, or emoji for the bundled one."
+            help="`teacher`: latent error against the student's own teacher. `emoji`: the bundled teacher's evaluator. "
+            "`mjhq30k`: FID, CLIP score. `geneval`: images for its scorer. `auto`: teacher, or emoji for the bundled "
+            "one."
         ),
     ] = "auto",
     steps: Annotated[
         str | None,
         typer.Option(
-            help="Sampling steps, comma-separated. Default: 1,2,4 for students (teacher: 1,2,4,8; geneval: 1), else "
-            "the pipeline's own.",
+            help="Sampling steps, comma-separated. Default: 1,2,4 for students (flow maps, teacher: 1,2,4,8; geneval: "
+            "1), else the pipeline's own.",
             show_default=False,
         ),
     ] = None,
     n: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Images per row. Default: 2000; teacher: 64 prompts; mjhq30k: 30000.", show_default=False
+            min=2,
+            help="Images per row. Default: 2000, with a teacher of your own 64 prompts, with mjhq30k 30000.",
+            show_default=False,
         ),
     ] = None,
     guidance: Annotated[
@@ -131,7 +135,7 @@ def evaluate(
     if protocol == "teacher":
         found = run_own(
             folders, steps=counts, n=n or NUM_PROMPTS, guidance=guidance, prompts=prompts, clip=clip, out=out,
-            display=display, device=usable_device(device),
+            display=display, device=usable_device(device), command=typed(),
         )  # fmt: skip
         write_json(json_file, next(iter(found.values())) if len(found) == 1 else {"students": found})
         for name, row in found.items():
@@ -179,8 +183,8 @@ def run_evaluate(
     """Students and any other diffusers pipelines under the bundled teacher's protocol, beside that teacher.
 
     Students start from the noise of their teacher, and so have an agreement with it; those whose teacher has other
-    settings (a size, a LoRA) stand beside that one. `steps` are 1, 2 and 4 for them if None, and the pipeline's own
-    default for others.
+    settings (a size, a LoRA) stand beside that one. `steps` are 1, 2 and 4 for them if None, 8 too among flow maps, and
+    the pipeline's own default for others.
 
     Raises:
         UserError: a folder is no pipeline; a student's teacher is not the bundled one, so there is no judge for it.
@@ -283,12 +287,12 @@ def measure_students(
         The protocol, and who (`teacher`, `student NAME`) -> steps -> scores.
     """
     from stepfold.evaluation.measure import measure_groups, protocol_samplers
-    from stepfold.evaluation.protocol import EMOJI, rows_by_steps
+    from stepfold.evaluation.protocol import emoji_protocol, rows_by_steps
     from stepfold.teachers.loading import load_teacher
 
     teacher = load_teacher(settings, device)
     scale = teacher.default_guidance if scale is None else scale
-    protocol = replace(EMOJI, n=n, student_steps=tuple(steps or EMOJI.student_steps), guidance=scale)
+    protocol = emoji_protocol([recipe for _, recipe in students.values()], steps, n, scale)
     named = {f"student {name}": student for name, student in students.items()}
     groups = protocol_samplers(teacher, named, protocol, told)
     with display.measuring({name: n for group in groups.values() for name in group}) as tick:

@@ -3,17 +3,20 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from stepfold.commands.options import StudentArgument
 from stepfold.errors import UserError
 
+if TYPE_CHECKING:
+    from stepfold.export.lora_keys import Keys
+
 
 def export(
     student: StudentArgument,
-    to: Annotated[str, typer.Option("--to", help="pipeline, lora, single-file or onnx.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="pipeline, lora, single-file, onnx or anyflow.", show_default=False)],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -22,8 +25,13 @@ def export(
     ] = None,
     steps: Annotated[
         int | None,
+        typer.Option(min=1, help="Fold a flow map for exactly so many steps (pipeline, lora).", show_default=False),
+    ] = None,
+    keys: Annotated[
+        Literal["diffusers", "comfy", "kohya"] | None,
         typer.Option(
-            min=1, help="Of a flow map: fold it for exactly so many steps (pipeline, lora).", show_default=False
+            help="Names in a LoRA file: diffusers (the default), comfy for ComfyUI, kohya for the web UIs.",
+            show_default=False,
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
@@ -32,13 +40,18 @@ def export(
 
     - `pipeline`: a folder for plain diffusers; a LoRA student is merged into its teacher's network.
 
-    - `lora`: the one file of a LoRA student, for `load_lora_weights`.
+    - `lora`: the one file of a LoRA student, for `load_lora_weights`; with `--keys comfy` for ComfyUI, with
+      `--keys kohya` for ComfyUI, Forge and other web UIs.
 
     - `single-file`: the network under the names of its original checkpoint, for ComfyUI's Load Diffusion Model.
 
     - `onnx`: the network as a graph, for onnxruntime (extra onnx).
 
+    - `anyflow`: a flow map of Wan for diffusers' AnyFlowPipeline, in any of its card's numbers of steps.
+
     stepfold export runs/mine/student --to pipeline
+
+    stepfold export runs/mine/student --to lora --keys kohya --out models/loras/mine.safetensors
 
     stepfold export runs/mine/student --to single-file --out models/diffusion_models/mine.safetensors
 
@@ -47,7 +60,7 @@ def export(
     from stepfold.display import quiet_libraries
 
     quiet_libraries()
-    typer.echo(f"{to}: {run_export(student, to, out, force=force, steps=steps)}")
+    typer.echo(f"{to}: {run_export(student, to, out, force=force, steps=steps, keys=keys)}")
     if to in ("lora", "single-file"):
         from stepfold.students.card import student_folder
 
@@ -55,25 +68,29 @@ def export(
         typer.echo(f"the file has no scheduler and no times in it: {readme} says how to sample with it")
 
 
-def run_export(student: Path, to: str, out: Path | None, *, force: bool, steps: int | None = None) -> Path:
+def run_export(
+    student: Path, to: str, out: Path | None, *, force: bool, steps: int | None = None, keys: "Keys | None" = None
+) -> Path:
     """Writes a student as something else; returns where: `out`, or beside the student.
 
-    `steps` folds a flow map for that many steps alone.
+    `steps` folds a flow map for that many steps alone; `keys` names the layers of a LoRA file.
 
     Raises:
         UserError: the student cannot become that, or the place is taken.
     """
+    from stepfold.export.anyflow import export_anyflow
     from stepfold.export.folded import export_folded, export_folded_lora
     from stepfold.export.onnx import export_onnx
     from stepfold.export.pipeline import export_lora, export_pipeline
     from stepfold.export.single_file import export_single_file
-    from stepfold.students.card import is_run, student_folder
+    from stepfold.students.card import is_run, read_card, student_folder
 
     writers: dict[str, tuple[Callable[[Path, Path], None], str]] = {
         "pipeline": (export_pipeline, "-pipeline"),
         "lora": (export_lora, "-lora.safetensors"),
         "single-file": (export_single_file, "-single-file.safetensors"),
         "onnx": (export_onnx, "-onnx"),
+        "anyflow": (export_anyflow, "-anyflow"),
     }
     if to not in writers:
         raise UserError(f"--to is {to!r}; a student becomes {', '.join(writers)}")
@@ -86,9 +103,15 @@ def run_export(student: Path, to: str, out: Path | None, *, force: bool, steps: 
                 f"--steps folds a flow map with --to pipeline or lora; export the folder it makes --to {to}"
             )
         write, ending = partial(folded[to], num_steps=steps), f"-{steps}step{ending.removeprefix('-pipeline')}"
+    if keys:
+        if to != "lora":
+            raise UserError(f"--keys {keys} is for --to lora; leave it out of --to {to}")
+        write = partial(write, keys=keys)
     beside = student / "student" if is_run(student) else student  # of the bundled student: here
     target = out or beside.with_name(beside.name + ending)
     student = student_folder(student).resolve()
+    if steps is None:
+        read_card(student).check_told()
     suffix = Path(ending).suffix
     if target.suffix != suffix and suffix:
         raise UserError(f"--out {target} is no {suffix} file; give a name that ends in {suffix}")

@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,13 +90,12 @@ def finish(run: Run, average: "Student", course: "Course", display: "Display", c
 
 def evaluated(run: Run, teacher: "PipelineTeacher", student: "Student", display: "Display") -> dict[str, Any]:
     """The protocol, and scores of teacher and student under it, as report.json has them; none where `n` is 0."""
-    from stepfold.evaluation.protocol import EMOJI, protocol_record
+    from stepfold.evaluation.protocol import emoji_protocol, protocol_record
 
     n, emoji = run.config.evaluation.n, run.config.teacher.source == "emoji"
     if n and not emoji:
         return measure_own(run, teacher, student, display)
-    steps = tuple(sorted({*(run.config.evaluation.steps or EMOJI.student_steps)}, reverse=True))
-    protocol = replace(EMOJI, n=n or 2, guidance=run.usual, student_steps=steps)
+    protocol = emoji_protocol([run.recipe], run.config.evaluation.steps, n or 2, run.usual)
     scores = measure_student(protocol, teacher, student, run.recipe, display) if n else {"teacher": {}, "student": {}}
     return {"protocol": protocol_record(protocol)} | scores
 
@@ -194,7 +193,7 @@ def report_of(run: Run, course: "Course", scores: dict[str, Any], command: str) 
     student, errors = run.folder / "student", errors_over_steps(run.folder)
     preset, changed = nearest_preset(config)
     return {
-        "title": f"{run.folder.name}: one-step student of {config.teacher.source}",
+        "title": f"{run.folder.name}: few-step student of {config.teacher.source}",
         "facts": facts_of(config, numbers),
         "command": command,
         "next_command": None if scores["student"] else f"stepfold evaluate {shlex.quote(str(student))}",

@@ -10,10 +10,15 @@ from pathlib import Path
 import typer
 
 
+def typed() -> str:
+    """The command of this process, as it can be typed again."""
+    return "stepfold " + shlex.join(sys.argv[1:])
+
+
 @contextmanager
 def continued_by(folder: Path, resume: bool, note: Callable[[str], None]) -> Iterator[str]:
     """Around a run; yields its command. If it is stopped, says what continues it, and exits with 130."""
-    command = "stepfold " + shlex.join(sys.argv[1:])
+    command = typed()
     try:
         yield command
     except KeyboardInterrupt:

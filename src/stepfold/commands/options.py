@@ -2,9 +2,12 @@
 
 import json
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 from typer.core import TyperCommand
@@ -49,7 +52,7 @@ FramesOption = Annotated[
 PromptsOption = Annotated[
     str | None,
     typer.Option(
-        help="txt (one prompt a line), json, jsonl, csv, tsv or parquet; .gz too; or a folder. "
+        help="txt (one prompt a line), json, jsonl, csv, tsv or parquet, also gzipped; or a folder. "
         "Default: the bundled teacher's.",
         show_default=False,
     ),
@@ -59,7 +62,10 @@ PresetOption = Annotated[
     typer.Option(help="Settings to start from: a name that `stepfold presets` lists, or a yaml file."),
 ]
 JsonOption = Annotated[
-    Path | None, typer.Option("--json", help="Write the result here too, as json.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--json", help="Write the result here too, as json. `-`: to standard output alone.", show_default=False
+    ),
 ]
 ChangesOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. training.steps=100.")
@@ -85,7 +91,7 @@ SizeOption = Annotated[
 ]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16"] | None,
-    typer.Option("--dtype", help="Of the teacher's weights: `teacher.dtype`.", show_default=False),
+    typer.Option("--dtype", help="Precision of the teacher's weights: `teacher.dtype`.", show_default=False),
 ]
 LearningRateOption = Annotated[
     float | None, typer.Option("--lr", help="Learning rate: `optimiser.lr`.", show_default=False)
@@ -103,9 +109,16 @@ SETTINGS = {
     "lora": ("student.lora",),
     "size": ("teacher.height", "teacher.width"),
     "dtype": ("teacher.dtype",),
+    "revision": ("teacher.revision",),
+    "variant": ("teacher.variant",),
     "lr": ("optimiser.lr",),
 }
 """Options that are short forms -> the settings that they stand for."""
+
+STANDARD_OUTPUT = Path("-")
+"""As a file's name."""
+_stdout: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
+"""Standard output, while a command prints elsewhere."""
 
 
 def config_of(preset: str | None, changes: Sequence[str] | None, **given: Any) -> "Config":
@@ -159,9 +172,9 @@ def pixels_of(size: str) -> tuple[int, int]:
 
 
 class Command(TyperCommand):
-    """A command that refuses what would go on without a word, or end without a hint.
+    """A command that refuses what would go on silently, or end without a hint; `--json -` has standard output alone.
 
-    That is an option that is given twice and has one value, of which the last would win; and `--steps` of a command
+    Refused is an option that is given twice and has one value, of which the last would win; and `--steps` of a command
     that takes optimiser steps, since elsewhere it counts those of sampling.
     """
 
@@ -184,6 +197,18 @@ class Command(TyperCommand):
                     f"{option.opts[0]} is given {given.count(option)} times and has one value; give it once"
                 )
         return super().parse_args(ctx, args)
+
+    @override
+    def invoke(self, ctx: Any) -> Any:
+        """As the library's; with `--json -`, standard error gets all but the json."""
+        if ctx.params.get("json_file") != STANDARD_OUTPUT:
+            return super().invoke(ctx)
+        before = _stdout.set(sys.stdout)
+        try:
+            with redirect_stdout(sys.stderr):
+                return super().invoke(ctx)
+        finally:
+            _stdout.reset(before)
 
 
 def teacher_settings(**given: Any) -> "TeacherSettings":
@@ -222,12 +247,15 @@ def usable_device(name: str) -> str:
 
 
 def write_json(path: Path | None, value: Any) -> None:
-    """For `--json`: the file whole or not at all; nothing where none is asked for."""
+    """For `--json`: the file whole or not at all, or standard output; nothing where none is asked for."""
     from stepfold.training.runs import writing
 
-    if path:
+    text = json.dumps(value, indent=2) + "\n"
+    if path == STANDARD_OUTPUT:
+        print(text, end="", file=_stdout.get() or sys.stdout)
+    elif path:
         with writing(path) as part:
-            part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            part.write_text(text, encoding="utf-8")
 
 
 def refuse_existing(path: Path, force: bool) -> None:

@@ -40,6 +40,7 @@ def run_own(
     out: Path | None,
     display: "Display",
     device: str,
+    command: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Latent errors of students, each against its own teacher; with `out`, images and a report each.
 
@@ -53,6 +54,7 @@ def run_own(
         out: folder for a report; None for none.
         display: shows how far it is.
         device: torch device.
+        command: for the reports, which say how to get them again; None for none.
 
     Returns:
         name -> what is in its report.json.
@@ -89,6 +91,7 @@ def run_own(
         result = {
             "title": f"{name}: few-step student of {models.card.teacher}",
             "student_folder": name,
+            "command": command,
             "versions": versions(),
             "teacher_calls_per_step": calls_per_step(teacher),
             "facts": [f"device {device}", scores["protocol"]["prompts"]],

@@ -19,10 +19,12 @@ from stepfold.commands.options import (
     PresetOption,
     PromptsOption,
     Quiet,
+    RevisionOption,
     SizeOption,
     TeacherLoraOption,
     TeacherOption,
     TrainStepsOption,
+    VariantOption,
     config_of,
     usable_device,
     write_json,
@@ -38,6 +40,8 @@ TRIAL_PICTURES = 32  # pictures per row of the trial's table; its time grows wit
 def plan(
     teacher: TeacherOption = None,
     teacher_lora: TeacherLoraOption = None,
+    revision: RevisionOption = None,
+    variant: VariantOption = None,
     prompts: PromptsOption = None,
     preset: PresetOption = None,
     train_steps: TrainStepsOption = None,
@@ -66,7 +70,7 @@ def plan(
 
     config = config_of(
         preset, changes, teacher=teacher, teacher_lora=teacher_lora, prompts=prompts,
-        train_steps=train_steps, lora=lora, size=size, dtype=dtype, lr=lr,
+        train_steps=train_steps, lora=lora, size=size, dtype=dtype, lr=lr, revision=revision, variant=variant,
     )  # fmt: skip
     quiet_libraries()
     if device != "auto":
@@ -105,7 +109,9 @@ class Plan:
 
 
 def make_plan(config: "Config", steps: int, display: "Display", device: str = "auto") -> Plan:
-    """Runs the first `steps` steps of a distillation in a folder that is thrown away, and reckons the rest.
+    """Runs `steps` steps of a distillation in a folder that is thrown away, and reckons the rest.
+
+    Of a run in phases they are those of the last one; a head start, in which the student waits, is left out.
 
     Everything is the run itself: loading, the first step with what it compiles, previews, a checkpoint, the table.
 
@@ -123,10 +129,12 @@ def make_plan(config: "Config", steps: int, display: "Display", device: str = "a
 
     training, cycle = config.training, cycle_of(config)
     steps = min(1 + max(1, math.ceil((steps - 1) / cycle)) * cycle, training.steps)
-    changes = {"steps": steps, "preview_every": steps, "checkpoint_every": steps, "look_every": 1}  # each step timed
+    changes: dict[str, Any] = {"steps": steps, "preview_every": steps, "checkpoint_every": steps, "phases": ()}
+    changes["look_every"] = 1  # each step is timed
     trial = config.model_copy(
         update={
             "training": training.model_copy(update=changes),
+            "fake": config.fake.model_copy(update={"head_start": 0}),  # in which the student waits
             "evaluation": config.evaluation.model_copy(update={"n": min(TRIAL_PICTURES, config.evaluation.n)}),
         }
     )
@@ -135,6 +143,14 @@ def make_plan(config: "Config", steps: int, display: "Display", device: str = "a
             trial, Path(folder) / "trial", resume=False, display=display, command="stepfold plan", device=device
         )
     return reckon(config, trial, result)
+
+
+def evaluation_prompts(config: "Config", prompts: int) -> int:
+    """Prompts that a run's evaluation samples: with a teacher of one's own at most NUM_PROMPTS of its `prompts`."""
+    from stepfold.evaluation.latents import NUM_PROMPTS
+
+    n = config.evaluation.n
+    return n if config.teacher.source == "emoji" else min(NUM_PROMPTS, n, prompts)
 
 
 def reckon(config: "Config", trial: "Config", result: dict[str, Any]) -> Plan:
@@ -150,7 +166,8 @@ def reckon(config: "Config", trial: "Config", result: dict[str, Any]) -> Plan:
     previews, checkpoints = (
         math.ceil(training.steps / every) for every in (training.preview_every, training.checkpoint_every)
     )
-    pictures = config.evaluation.n / trial.evaluation.n if trial.evaluation.n else 0
+    timed = result["protocol"]["n"] if trial.evaluation.n else 0
+    pictures = evaluation_prompts(config, result["prompts"]["count"]) / timed if timed else 0
     seconds = {
         "start": stages["load"] + stages["first preview"] + max(step["first"] - again, 0),
         "steps": training.steps * step_sec,

@@ -1,4 +1,4 @@
-"""`stepfold prompts`: files of prompts looked at, cleaned, split and encoded."""
+"""`stepfold prompts`: files of prompts described, cleaned, split and encoded."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -10,14 +10,18 @@ import typer
 from stepfold import assets
 from stepfold.commands.options import (
     DeviceOption,
+    DtypeOption,
     FramesOption,
     HeightOption,
     JsonOption,
+    PresetOption,
     Quiet,
     RevisionOption,
+    SizeOption,
     TeacherLoraOption,
     VariantOption,
     WidthOption,
+    pixels_of,
     refuse_existing,
     teacher_settings,
     usable_device,
@@ -32,8 +36,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Look at files of prompts, clean, split and encode them: txt, json, jsonl, csv, tsv or parquet, gzipped too;"
-    " a folder or a quoted pattern of them, or of captions beside pictures."
+    help="Describe, clean, split and encode files of prompts: txt, json, jsonl, csv, tsv or parquet, also gzipped. "
+    "A folder or a quoted pattern works too, also of captions beside images."
     "\n\n    stepfold prompts clean PartiPrompts.tsv --out prompts.txt"
     "\n\n    stepfold prompts encode prompts.txt --teacher ./my-sana --out my-conditions",
 )
@@ -41,7 +45,7 @@ app = typer.Typer(
 PromptTable = Annotated[
     Path,
     typer.Argument(
-        help="txt (one prompt a line), json, jsonl, csv, tsv or parquet; .gz too; or a folder.", show_default=False
+        help="txt (one prompt a line), json, jsonl, csv, tsv or parquet, also gzipped; or a folder.", show_default=False
     ),
 ]
 Column = Annotated[
@@ -133,7 +137,8 @@ def clean(
     wildcards: Annotated[
         Literal["expand", "keep", "drop"],
         typer.Option(
-            help="Of {a|b}: every combination, 64 a prompt at most; the text as it is; or no such prompt (nor __a__)."
+            help="For {a|b}: every combination, 64 a prompt at most, the text as it is, or no such prompt "
+            "(and none with __a__)."
         ),
     ] = "keep",
     languages: Annotated[
@@ -151,8 +156,8 @@ def clean(
 ) -> None:
     """Make a clean text file of prompts: blank, overlong and repeated ones go; line breaks become spaces.
 
-    Invisible marks go too, and characters are written in NFC. What is no plain text, and what a text encoder would cut,
-    is said.
+    Invisible marks go too, and characters are written in NFC. The command
+    counts what is no plain text, and what a text encoder would cut.
 
     stepfold prompts clean DiffusionDB.parquet --column prompt --out prompts.txt --near 0.8 --languages en
 
@@ -231,7 +236,7 @@ def encode(
     prompts: Annotated[
         Path | None,
         typer.Argument(
-            help="txt (one prompt a line), json, jsonl, csv, tsv or parquet; .gz too; or a folder. "
+            help="txt (one prompt a line), json, jsonl, csv, tsv or parquet, also gzipped; or a folder. "
             "Default: the bundled teacher's.",
             show_default=False,
         ),
@@ -240,6 +245,7 @@ def encode(
         str, typer.Option(help="`emoji` (bundled), a diffusers pipeline folder, or a hub id.")
     ] = "emoji",
     teacher_lora: TeacherLoraOption = None,
+    preset: PresetOption = None,
     revision: RevisionOption = None,
     variant: VariantOption = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/conditions"),
@@ -247,37 +253,39 @@ def encode(
         int | None,
         typer.Option(min=2, help="As teacher.max_tokens of the run. Default: the pipeline's.", show_default=False),
     ] = None,
+    size: SizeOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
     frames: FramesOption = None,
+    dtype: DtypeOption = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 64,
     device: DeviceOption = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Encode prompts once, so that training needs neither text encoder nor autoencoder in memory.
 
-    Stopped, it goes on where it was. Then train with --set conditions=FOLDER and the same teacher.max_tokens, height,
-    width and frames.
+    Stopped, it goes on where it was. Then train with --set conditions=FOLDER and the same teacher, LoRA, size, frames
+    and teacher.max_tokens. `--preset` takes size and dtype from the preset of the run.
 
     stepfold prompts encode --max-tokens 32 --out runs/conditions
 
-    stepfold prompts encode prompts.txt --teacher ./my-sana --out my-conditions
+    stepfold prompts encode prompts.txt --teacher ./my-sdxl --preset sdxl-lora-4step --out my-conditions
     """
+    from stepfold.config import load_config
     from stepfold.display import Display, quiet_libraries
 
     if teacher != "emoji" and prompts is None:
         raise UserError("give a file of prompts; only the bundled teacher has prompts of its own")
     quiet_libraries()
-    settings = teacher_settings(
-        source=teacher,
-        revision=revision,
-        variant=variant,
-        lora=teacher_lora,
-        max_tokens=max_tokens,
-        height=height,
-        width=width,
-        frames=frames,
-    )
+    if size and (height or width):
+        raise UserError("--size gives height and width; leave out --height and --width")
+    height, width = pixels_of(size) if size else (height, width)
+    given = {
+        "source": teacher, "revision": revision, "variant": variant, "lora": teacher_lora, "max_tokens": max_tokens,
+        "height": height, "width": width, "frames": frames, "dtype": dtype,
+    }  # fmt: skip
+    top = {f"teacher__{name}": value for name, value in given.items() if value is not None}
+    settings = load_config(preset, prompts=str(prompts), **top).teacher if preset else teacher_settings(**given)
     run_encode(settings, prompts, out, batch=batch, display=Display(quiet), device=usable_device(device))
     typer.echo(f"conditions: {out}")
 

@@ -1,4 +1,4 @@
-"""`stepfold retime`: a teacher whose time counts to 1000 learns to read [0, 1]."""
+"""`stepfold retime`: a teacher that reads timesteps in [0, 1000] learns to read [0, 1]."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +30,9 @@ SETTINGS = (
 
 
 def retime(
-    teacher: Annotated[str, typer.Argument(help="A Sana, SD3 or FLUX pipeline: folder or hub id.", show_default=False)],
+    teacher: Annotated[
+        str, typer.Argument(help="A Sana, SD3, FLUX, Qwen-Image or LongCat-Image pipeline.", show_default=False)
+    ],
     prompts: Annotated[
         str, typer.Option(help="txt (one prompt a line), jsonl, csv, tsv or parquet; .gz too.", show_default=False)
     ],
@@ -47,10 +49,10 @@ def retime(
     json_file: JsonOption = None,
     quiet: Quiet = False,
 ) -> None:
-    """Re-time a Sana, SD3 or FLUX teacher whose time counts to 1000 to [0, 1], from its own walks, without images.
+    """Re-time a teacher from timesteps in [0, 1000] to [0, 1], on its own trajectories.
 
-    Continuous consistency wants it: its tangent contains dF/dt. Discrete consistency does without. All of the network
-    is trained, in float32; the result is a pipeline of the same class.
+    Continuous consistency needs it: its tangent contains dF/dt. Discrete consistency does not. It takes no images and
+    trains all of the network, in float32. The result is a pipeline of the same class.
 
     stepfold retime ./my-sana --prompts prompts.txt --out runs/retimed
 
@@ -129,8 +131,8 @@ def run_retime(
         raise UserError(f"the time of {source!r} counts to {teacher.time_scale:g}, not to 1000; distil it as it is")
     if teacher.time_embedder(teacher.transformer) is None:
         raise UserError(
-            f"{source!r} is a {type(teacher.pipe).__name__}, but re-timing is for Sana without embedded guidance, SD3 "
-            "and FLUX; distil it as it is, with objective=discrete"
+            f"{source!r} is a {type(teacher.pipe).__name__}, but re-timing is for Sana without embedded guidance, SD3, "
+            "FLUX, Qwen-Image and LongCat-Image; distil it as it is, with objective=discrete"
         )
     for note in notes_on(file, teacher):
         display.note(note)

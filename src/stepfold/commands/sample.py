@@ -1,4 +1,4 @@
-"""`stepfold sample`: pictures of a student."""
+"""`stepfold sample`: images of a student."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def sample(
     student: StudentArgument,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One picture each.", show_default=False)],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One image each.", show_default=False)],
     steps: Annotated[
         int | None,
         typer.Option(
@@ -37,14 +37,14 @@ def sample(
     race: Annotated[
         Path | None,
         typer.Option(
-            help="Let student and teacher draw one prompt side by side, and write it here with the measured times: "
-            "FILE.gif, or FILE.png for the moment in which the student is done.",
+            help="Let student and teacher sample one prompt side by side, and write it here with the measured times. "
+            "Give FILE.gif, or FILE.png for the moment in which the student is done.",
             show_default=False,
         ),
     ] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Draw pictures with a student.
+    """Sample images with a student.
 
     stepfold sample runs/demo "red heart on blue background"
 

@@ -11,6 +11,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LOGGED = {
     "latent_error": "error of one step against the teacher's long trajectory, on the preview prompts",
@@ -42,6 +43,7 @@ _THEME = {
 _INK, _ACCENT, _LINE, _OTHER = _THEME
 
 Curves = Mapping[str, Sequence[Sequence[float | None]]]
+Quality = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
 
 
 def curves_from_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
@@ -98,10 +100,59 @@ def curve_svgs(runs: Sequence[Curves]) -> dict[str, str]:
             figure = Figure(figsize=(4.4, 2.3), layout="constrained")
             figure.patch.set_visible(False)
             _draw(figure.add_subplot(), [curves.get(name, []) for curves in runs], _INK, (_ACCENT, _OTHER), _LINE)
-            buffer = StringIO()
-            figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-            svgs[name] = _inline(buffer.getvalue())
+            svgs[name] = _as_element(figure)
     return svgs
+
+
+def quality_svgs(reports: Sequence[Quality]) -> dict[str, str]:
+    """An SVG element a metric, over the network calls of an image: students solid, their teachers dashed.
+
+    Args:
+        reports: `verdict.curves_over_calls` of one report, or of two in --accent and --other of the page.
+    """
+    names = list(dict.fromkeys(name for report in reports for name in report))
+    if not names:
+        return {}
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    svgs = {}
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "stepfold"}):
+        for name in names:
+            figure = Figure(figsize=(4.4, 2.5), layout="constrained")
+            figure.patch.set_visible(False)
+            _draw_quality(figure.add_subplot(), [report.get(name, {}) for report in reports])
+            svgs[name] = _as_element(figure)
+    return svgs
+
+
+def _draw_quality(axes: "Axes", found: Sequence[Mapping[str, Sequence[tuple[int, float]]]]) -> None:
+    """A teacher that both have is one curve, in the ink's colour, as that of a single report."""
+    teachers = {tuple(curves.get("teacher", ())) for curves in found} - {()}
+    drawn = set()
+    for curves, accent in zip(found, (_ACCENT, _OTHER), strict=False):
+        for who, colour, style in (("teacher", _INK if len(teachers) == 1 else accent, "--"), ("student", accent, "-")):
+            points = tuple(curves.get(who, ()))
+            if not points or (who == "teacher" and points in drawn):
+                continue
+            drawn.add(points)
+            axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.4, marker="o", markersize=3)
+            if len(found) == 1:
+                axes.annotate(
+                    who, points[-1], xytext=(4, 0), textcoords="offset points", color=colour, fontsize=8, va="center"
+                )
+    counts = sorted({calls for curves in found for points in curves.values() for calls, _ in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(calls) for calls in counts])
+    axes.minorticks_off()
+    axes.margins(x=0.12)
+    _plain_axes(axes, _INK, _LINE, "network calls an image")
+
+
+def _as_element(figure: "Figure") -> str:
+    buffer = StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return _inline(buffer.getvalue())
 
 
 def _inline(svg: str) -> str:
@@ -134,12 +185,17 @@ def _draw(
     else:
         axes.ticklabel_format(axis="y", scilimits=(-3, 5))
         axes.yaxis.get_offset_text().set(color=ink, fontsize=8)
+    _plain_axes(axes, ink, line, "step")
+
+
+def _plain_axes(axes: "Axes", ink: str, line: str, label: str) -> None:
+    """No frame, a light grid, and what runs along x."""
     axes.set_facecolor("none")
     axes.grid(axis="y", color=line, linewidth=0.6)
     axes.tick_params(which="both", colors=ink, labelsize=8, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(line)
-    axes.set_xlabel("step", color=ink, fontsize=8)
+    axes.set_xlabel(label, color=ink, fontsize=8)
 
 
 def ordered(curves: Curves) -> dict[str, Sequence[Sequence[float | None]]]:

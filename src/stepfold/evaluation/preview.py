@@ -172,8 +172,8 @@ def make_preview(
         save_grid(rows, path, prompts=texts, notes={"prompts": texts, "latent_error": errors})
         teacher.release_decoder()
         fewest = counted(shown_steps[0]).replace("1 step", "one step")
-        error = (found[f"student {counted(shown_steps[0])}"] - end).square().mean() / teacher.sigma_data**2
-        note(f"step {step}: preview written, error of {fewest} against the teacher's 20: {error:.3f}")
+        error = errors[str(shown_steps[0])]
+        note(f"step {step}: preview written, latent error of {fewest} against the teacher's 20: {error:.3f}")
 
     return preview
 

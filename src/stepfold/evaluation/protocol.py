@@ -5,7 +5,7 @@ import json
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from stepfold.errors import UserError
 from stepfold.evaluation.judge import Judge, image_features, text_features
 from stepfold.evaluation.metrics import StreamingMoments, accuracy, clip_score, diversity, frechet_distance
 from stepfold.prompts.reading import shuffled_index
+from stepfold.sampling.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,23 @@ def teachers_of(result: Mapping[str, Any]) -> list[str]:
 
 
 EMOJI = Protocol(name="emoji", version=1, n=500, seed=0, samples_per_prompt=2)
+MAP_STEPS = 8
+
+
+def emoji_protocol(recipes: Iterable[Recipe], steps: Iterable[int] | None, n: int, guidance: float) -> Protocol:
+    """The bundled teacher's protocol for some students: EMOJI, and for flow maps 8 steps too, the teacher beside them.
+
+    Args:
+        recipes: of the students.
+        steps: that they are measured at; None for the usual ones.
+        n: images a row.
+        guidance: scale of the teacher.
+    """
+    maps = any(recipe.sampler == "flow_map" for recipe in recipes)
+    student = {*(steps or (*EMOJI.student_steps, *[MAP_STEPS] * maps))}
+    teacher = {*EMOJI.teacher_steps, *[MAP_STEPS] * (maps and MAP_STEPS in student)}
+    student_steps, teacher_steps = (tuple(sorted(counts, reverse=True)) for counts in (student, teacher))
+    return replace(EMOJI, n=n, guidance=guidance, student_steps=student_steps, teacher_steps=teacher_steps)
 
 
 @dataclass(frozen=True)

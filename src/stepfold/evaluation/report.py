@@ -18,9 +18,18 @@ from PIL import Image
 
 from stepfold import __version__
 from stepfold.errors import UserError
-from stepfold.evaluation.curves import LOGGED, curve_svgs, moving
+from stepfold.evaluation.curves import LOGGED, curve_svgs, moving, quality_svgs
 from stepfold.evaluation.protocol import counted, fd_title, teachers_of
-from stepfold.evaluation.verdict import METRICS, best_steps, by_steps, calls, figures, number, sentences
+from stepfold.evaluation.verdict import (
+    METRICS,
+    best_steps,
+    by_steps,
+    calls,
+    curves_over_calls,
+    figures,
+    number,
+    sentences,
+)
 from stepfold.training.runs import writing
 
 LEAST_SEC = 0.05  # of a stage that is shown
@@ -91,7 +100,9 @@ def render_html(report: Mapping[str, Any], folder: Path) -> str:
     )
     previews = [(caption, folder / path) for caption, path in report.get("images", {}).items()]
     columns = columns_of(report)
-    return environment.get_template("report.html.jinja").render(
+    return environment.get_template(
+        "report.html.jinja"
+    ).render(
         title=report["title"],
         facts=[fact for fact in report.get("facts", []) if fact],
         command=report.get("command"),
@@ -101,6 +112,10 @@ def render_html(report: Mapping[str, Any], folder: Path) -> str:
         use=report.get("use", []),
         columns=[replace(METRICS[key], label=title(report, key)) for key in columns],
         groups=_table(report, columns),
+        quality=[
+            (title(report, key), Markup(svg))  # noqa: S704 - matplotlib drew it from numbers
+            for key, svg in quality_svgs([curves_over_calls(report)]).items()
+        ],
         lead=(previews[-1][0], _embedded_png(previews[-1][1])) if previews else None,
         strip=[(caption, _embedded_png(path, STRIP_WIDTH)) for caption, path in spread(previews[:-1], STRIP)],
         curves=[

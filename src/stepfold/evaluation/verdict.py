@@ -63,7 +63,7 @@ METRICS = {
         "real",
     ),
     "agreement": Metric(
-        "Latent error²",
+        "Latent MSE",
         "Mean squared latent error against the teacher at its most steps and the student's guidance scale, from the "
         "same noise, in latent variances. 0 is the same image; 2 is an unrelated one. Lower is better.",
         3,
@@ -91,9 +91,30 @@ def taught_teacher(report: Mapping[str, Any]) -> str:
 
 
 def calls(report: Mapping[str, Any], who: str, steps: int) -> int | None:
-    """Network calls of an image; None where the report does not say how many a step of the teacher takes."""
+    """Network calls of an image: as its row says, or the steps' own; None where the report does not say those."""
+    if own := by_steps(report, who).get(steps, {}).get("calls"):
+        return int(own)
     each = 1 if who == "student" else report.get("teacher_calls_per_step")
     return None if each is None else steps * each
+
+
+CURVED = ("latent_error", "accuracy", "fd")
+
+
+def curves_over_calls(report: Mapping[str, Any]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Metric -> `student` and `teacher` -> (network calls of an image, value), fewest calls first.
+
+    A metric that one of the two has no value of, at a known number of calls, is left out.
+    """
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for key in CURVED:
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for who in ("student", "teacher"):
+            rows = ((calls(report, who, steps), row.get(key)) for steps, row in by_steps(report, who).items())
+            curves[who] = sorted((each, value) for each, value in rows if each and value is not None)
+        if all(curves.values()):
+            found[key] = curves
+    return found
 
 
 def best_steps(report: Mapping[str, Any], key: str) -> int | None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepfold.errors import UserError
+from stepfold.export.lora_keys import Keys, renamed
 from stepfold.export.pipeline import use_of, write_cards
 from stepfold.sampling.recipe import Recipe
 from stepfold.students.card import Card, read_card, student_folder
@@ -77,7 +78,7 @@ def counting_to_thousand(teacher: PipelineTeacher, student: Any) -> tuple[Predic
     return predict, 1000.0
 
 
-def export_folded_lora(folder: Path, out: Path, num_steps: int) -> None:
+def export_folded_lora(folder: Path, out: Path, num_steps: int, keys: Keys = "diffusers") -> None:
     """A flow-map LoRA student as one file for exactly `num_steps` deterministic steps.
 
     The time embedder's last layer gets matrices too, of the others' rank, filled up with zeros: diffusers scales all
@@ -85,7 +86,7 @@ def export_folded_lora(folder: Path, out: Path, num_steps: int) -> None:
 
     Raises:
         UserError: the student is no flow map or no LoRA, its card does not list that many steps, or its rank is too
-            small for them.
+            small for them; or its network has no names of `keys`.
     """
     recipe = folded_recipe(read_card(folder), num_steps)
     teacher, student, card = load_student(folder, "cpu")
@@ -103,6 +104,7 @@ def export_folded_lora(folder: Path, out: Path, num_steps: int) -> None:
     prefix = f"{teacher.network_part}.{name}"
     weights = load_file(student_folder(folder) / LORA_WEIGHTS)
     weights |= {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}
+    weights = renamed(weights, teacher.transformer, teacher.network_part, keys)
     use = use_of(teacher, recipe, lora=True)
     how = {"scheduler": use["scheduler"], "call": use["calls"][num_steps], "times": recipe.times[num_steps]}
     with writing(out) as part:

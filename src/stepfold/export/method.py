@@ -10,6 +10,9 @@ OBJECTIVES = {
     "pair": "regression on pairs of states (like CMT)",
     "semigroup": "jumps composed of two (CTM, arXiv:2310.02279)",
     "lagrange": "the Lagrangian residual of a flow map (AYF, arXiv:2506.14603)",
+    "matching": "distribution matching (arXiv:2405.14867)",
+    "decoupled": "decoupled distribution matching (arXiv:2511.22677)",
+    "identity": "score identity distillation (SiD, arXiv:2404.04057)",
     "auto": "consistency",
 }
 SPACES = {
@@ -23,9 +26,17 @@ SPACES = {
 NAMED: dict[tuple[str, tuple[str, ...]], str] = {
     ("continuous", ("generation",)): "trajectory-backward consistency (TBCM, arXiv:2511.20410)",
     ("velocity", ("coupling",)): "reflow (arXiv:2209.03003)",
+    ("matching", ("rollout",)): "distribution matching (DMD2 without its discriminator, arXiv:2405.14867)",
+    ("decoupled", ("rollout",)): "decoupled distribution matching (arXiv:2511.22677)",
+    ("identity", ("rollout",)): "score identity distillation (SiD, arXiv:2404.04057)",
 }
 """Objective on spaces that has a name of its own."""
-ADVERSARIAL = " with an adversarial term (Sana-Sprint, arXiv:2503.09641)"
+BESIDE = {
+    "adversarial.weight": " with an adversarial term (Sana-Sprint, arXiv:2503.09641)",
+    "matching.weight": " with distribution matching beside it (rCM, arXiv:2510.08431)",
+    "anchor.weight": ", its first step on the teacher's trajectory (DP-DMD, arXiv:2602.03139)",
+}
+"""Weight -> the term that it adds."""
 
 
 def method_of(config: Mapping[str, Any]) -> str:
@@ -47,8 +58,7 @@ def parts_of(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     own = {
         "objective": config.get("objective", "continuous"),
         "space.kind": config.get("space", {}).get("kind", "generation"),
-        "adversarial.weight": config.get("adversarial", {}).get("weight", 0),
-    }
+    } | {name: config.get(name.split(".")[0], {}).get("weight", 0) for name in BESIDE}
     training = config.get("training", {})
     phases = training.get("phases") or ()
     yield from (own | phase["set"] for phase in phases)
@@ -67,4 +77,5 @@ def _of_part(part: Mapping[str, Any]) -> str:
     named = NAMED.get((objective, spaces))
     where = " and ".join(SPACES.get(space, space) for space in spaces)
     said = named or f"{OBJECTIVES.get(objective, objective)} on {where}"
-    return said + ADVERSARIAL * bool(part["adversarial.weight"])
+    own = {"matching.weight"} if "rollout" in spaces else set[str]()
+    return said + "".join(text for name, text in BESIDE.items() if part[name] and name not in own)

@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 from stepfold import __version__
 from stepfold.config import Config
 from stepfold.errors import UserError
 from stepfold.evaluation.protocol import counted, teachers_of
 from stepfold.evaluation.report import columns_of, title
 from stepfold.evaluation.verdict import METRICS, number
+from stepfold.export.lora_keys import Keys, renamed
 from stepfold.export.method import method_of, source_of
 from stepfold.sampling.recipe import Recipe, times_of
 from stepfold.sampling.samplers import in_diffusers
-from stepfold.students.card import CARD, Card, read_card, write_card
+from stepfold.students.card import ANYFLOW, CARD, Card, read_card, write_card
 from stepfold.students.loading import load_merged, load_student
 from stepfold.students.lora import LORA_WEIGHTS, lora_files, save_lora
 from stepfold.students.saving import loses_guidance, save_whole
@@ -50,9 +53,20 @@ JUMPS = """
 
 Plain diffusers tells the network one time, and so samples it as a consistency model. `stepfold sample` tells it where
 to jump to as well, which `target_embedder.safetensors` is for."""
+OF_EDGES = """Plain diffusers tells the network one time, and this student has to be told the edge that it jumps to as
+well. `stepfold sample {name}` does so, in {steps} steps. For plain diffusers its jumps are folded into a folder of its
+own:
+
+```
+stepfold export {name} --to pipeline --steps {steps}
+```"""
 FOLDED = """
 
 The network is for these steps alone: other noise levels, or another number of steps, make wrong images."""
+TOLD_BOTH = """
+
+The network is told both times. It takes {fewest} to {most} steps at its scheduler's own noise levels; others, or more
+steps, make wrong images."""
 WORDS = {1: "one", 2: "two", 4: "four"}
 
 RESULTS = {"images": "image", "frames": "video"}
@@ -131,7 +145,7 @@ def use_of(teacher: PipelineTeacher, recipe: Recipe, *, lora: bool, asked: Seque
         asked: numbers of steps besides the usual ones.
     """
     sampler = in_diffusers(recipe.sampler)
-    times = recipe.times if sampler == recipe.sampler else times_of(teacher, sampler)
+    times = recipe.times if sampler == recipe.sampler else recipe.without_target(times_of(teacher, sampler))
     scheduler = teacher.lora_scheduler(sampler) if lora else teacher.student_scheduler(sampler)
     call = teacher.lora_call if lora else teacher.student_call
     said = [k for k in sorted({*CALLED_STEPS[sampler], *asked}) if k in times] or sorted(times)
@@ -174,11 +188,11 @@ def export_pipeline(folder: Path, out: Path) -> None:
             shutil.copytree(folder, part)
 
 
-def export_lora(folder: Path, out: Path) -> None:
-    """A LoRA student as the one file that its teacher's pipeline loads with `load_lora_weights`.
+def export_lora(folder: Path, out: Path, keys: Keys = "diffusers") -> None:
+    """A LoRA student as the one file that its teacher's pipeline loads with `load_lora_weights`, or other tools do.
 
     Raises:
-        UserError: the student has all weights of its own.
+        UserError: the student has all weights of its own, or its network has no names of that tool's.
     """
     if not read_card(folder).lora_rank:
         raise UserError(
@@ -186,8 +200,14 @@ def export_lora(folder: Path, out: Path) -> None:
         )
     if more := read_card(folder).lora_parts:
         raise UserError(f"{folder} has another LoRA for {', '.join(more)}; use the folder, as its README says")
+    if keys == "diffusers":
+        with writing(out) as part:
+            shutil.copyfile(folder / LORA_WEIGHTS, part)
+        return
+    teacher, _, _ = load_student(folder, "cpu")
+    state = renamed(load_file(folder / LORA_WEIGHTS), teacher.transformer, teacher.network_part, keys)
     with writing(out) as part:
-        shutil.copyfile(folder / LORA_WEIGHTS, part)
+        save_file(state, part, {"format": "pt"})
 
 
 def model_card(card: Card, metrics: dict[str, Any] | None = None, name: str = "FOLDER") -> str:
@@ -251,6 +271,8 @@ def several(count: int, one: str, many: str) -> str:
 
 def how_to_use(card: Card, name: str) -> str:
     """The README's code for plain diffusers, and what to change for another number of steps."""
+    if not card.recipe.jumps_to_zero:
+        return OF_EDGES.format(steps=card.asked_steps[0], name=name)
     card.check_calls()
     wished = (*card.asked_steps[:2], *EXAMPLES[in_diffusers(card.recipe.sampler)])
     usual, other = [*dict.fromkeys(k for k in wished if k in card.calls), *[max(card.calls)] * 2][:2]
@@ -287,6 +309,8 @@ def how_to_use(card: Card, name: str) -> str:
     if changed:
         words = ", ".join(f"`{name}={value!r}`" for name, value in changed.items())
         use += f"\n\nFor {WORDS.get(other, other)} step{'s' * (other != 1)}: {words}."
+    if card.pipeline == ANYFLOW:
+        return use + TOLD_BOTH.format(fewest=min(card.calls), most=max(card.calls))
     return use + JUMPS if card.recipe.sampler == "flow_map" else use
 
 

@@ -54,6 +54,42 @@ def logit_normal_times(
     return torch.atan(torch.exp(mean + std * normal) / sigma_data)
 
 
+def level_times(
+    uniform: Tensor, shift: float, lowest: float, highest: float, start_time: float = math.pi / 2
+) -> Tensor:
+    """U[0, 1) -> times whose flow-matching levels are uniform, shifted towards noise, and clamped, elementwise.
+
+    Args:
+        uniform: draws.
+        shift: of the levels, as of a flow-matching teacher's sampler; 1 leaves them.
+        lowest, highest: levels in [0, 1].
+        start_time: no time is above it.
+
+    Reference: arXiv:2506.08009 (Self-Forcing), whose levels are shifted and clamped to 2 ... 98%.
+    """
+    times = trigflow_time(_shifted(uniform, shift).clamp(lowest, highest))
+    return times.clamp(max=at_most(start_time, times.dtype))
+
+
+def unshifted_level(t: Tensor, shift: float) -> Tensor:
+    """The flow-matching level in [0, 1] that a shift moves to that of t, elementwise."""
+    return _shifted(flow_time(t), 1 / shift)
+
+
+def random_ladder(uniform: Tensor, shift: float, start_time: float = math.pi / 2) -> list[float]:
+    """Times of a student's steps without the final 0: the first one's, and below it random levels, shifted, falling.
+
+    Args:
+        uniform: draws of U[0, 1) [n - 1].
+        shift: of `level_times`.
+        start_time: the first time.
+
+    Reference: arXiv:2510.08431 (rCM), whose rollouts have random times.
+    """
+    below = level_times(1 - uniform, shift, 0.0, 1.0, start_time)
+    return [start_time, *below.sort(descending=True).values.tolist()]
+
+
 def random_route(uniform: Tensor, start_time: float = math.pi / 2) -> Tensor:
     """Times uniform on (0, start_time], sorted down, the first set to start_time.
 

@@ -1,14 +1,21 @@
 """The fake score's own loss: a network learns the velocity of noised pictures, here the student's."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from stepfold.maths.formulations import interpolate, interpolate_velocity
 from stepfold.objectives.velocity import velocity_error
-from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.contract import Condition
+
+FAKE = "fake"
+"""Of the fake score among `Networks.critics`."""
+Score = Callable[[Tensor, Tensor, Condition, Tensor], Tensor]
+"""(x / sigma_data [M, ...], t [M], condition, guidance scales [M]) -> F [M, ...]: a student, or one that is guided."""
 
 
 def denoising_error(
-    score: Student, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition, guidance: Tensor, sigma_data: float
+    score: Score, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition, guidance: Tensor, sigma_data: float
 ) -> Tensor:
     """||F(x_t, t) - (cos t z - sin t x_0) / sigma_data||^2 / D per sample [M], at x_t = cos t x_0 + sin t z.
 

@@ -58,6 +58,20 @@ class Recipe(Section):
             raise ValueError(f"a {self.sampler} student's card lists its times; copy the folder again")
         return self
 
+    @property
+    def jumps_to_zero(self) -> bool:
+        """Whether consistency sampling, which tells a student no target but 0, is what it was trained for.
+
+        A map of segments alone is not: but for the last one, 0 lies beyond its edge.
+        """
+        return self.sampler != "flow_map" or self.jumps_anywhere or 1 in self.times
+
+    def without_target(self, listed: dict[int, tuple[float, ...]]) -> dict[int, tuple[float, ...]]:
+        """Those of a consistency model's times that a flow map may be sampled at when it is told no target."""
+        if self.jumps_anywhere or (1 in self.times and len(self.times) > 1):
+            return listed
+        return {1: listed[1]} if self.jumps_to_zero else {}
+
     def sampled_by(self, asked: str | None) -> "Recipe":
         """This recipe with another sampler.
 
@@ -67,6 +81,11 @@ class Recipe(Section):
         Raises:
             UserError: there is no such sampler, or the student was not trained for it.
         """
+        if asked == "consistency" and not self.jumps_to_zero:
+            raise UserError(
+                "--sampler is consistency, but this student was trained to jump from edge to edge of its segments, not "
+                "to 0; leave --sampler out"
+            )
         return self if asked is None else self.model_copy(update={"sampler": check_sampler(self.sampler, asked)})
 
     def times_for(self, num_steps: int) -> tuple[float, ...]:

@@ -33,6 +33,9 @@ TRAINED_FOR: dict[str, SamplerName] = {
     "pair": "consistency",
     "semigroup": "consistency",
     "lagrange": "consistency",
+    "matching": "consistency",
+    "decoupled": "consistency",
+    "identity": "consistency",
 }
 """Objective -> the sampler that its students are for, where they jump to 0. Other targets make a flow map of them."""
 

@@ -16,6 +16,8 @@ from stepfold.settings import Section, TeacherSettings
 CARD = "stepfold.json"
 RUN = "config.yaml"
 BUNDLED_STUDENT = "emoji-student"
+ANYFLOW = "AnyFlowPipeline"
+"""The class of diffusers whose network is told both times; an export, which stepfold itself does not load."""
 
 Count = Annotated[int, Field(strict=True, gt=0)]
 
@@ -97,12 +99,26 @@ class Card(Section):
         """Whether the student is told its target time too."""
         return self.config.get("student", {}).get("times", "one") == "two"
 
+    def check_told(self) -> None:
+        """Refuses a student of segments that has to be told where to jump to: without that its network means 0.
+
+        Raises:
+            UserError: it is one; what plain diffusers can take instead.
+        """
+        if not self.recipe.jumps_to_zero:
+            (steps,) = self.recipe.times
+            raise UserError(
+                f"this student jumps from edge to edge of its {steps} segments, and plain diffusers tells it no edge; "
+                f"export it with --to pipeline --steps {steps}, or use stepfold sample"
+            )
+
     def check_calls(self) -> None:
         """Refuses a card that does not say how plain diffusers samples the student.
 
         Raises:
             UserError: the reason.
         """
+        self.check_told()
         if not self.calls:
             raise UserError(
                 f"{CARD} is of stepfold {self.stepfold} and does not say how plain diffusers calls the student; make a "

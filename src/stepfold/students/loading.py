@@ -6,7 +6,7 @@ import torch
 
 from stepfold.errors import UserError
 from stepfold.sampling.recipe import times_of
-from stepfold.students.card import CARD, Card, read_card, student_folder
+from stepfold.students.card import ANYFLOW, CARD, Card, read_card, student_folder
 from stepfold.students.lora import load_lora, lora_files
 from stepfold.students.saving import load_network_only
 from stepfold.students.two_times import load_embedder
@@ -25,6 +25,10 @@ def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeac
         UserError: the folder is no student that stepfold wrote.
     """
     card, folder = read_card(folder), student_folder(folder)
+    if card.pipeline == ANYFLOW:
+        raise UserError(
+            f"{folder} is an export for diffusers' {ANYFLOW}, as its README says; give the student that it was made of"
+        )
     if card.lora_rank:
         teacher = load_teacher(card.teacher_settings(), device)
         options = {"convolutions": card.lora_convolutions, "two_times": card.two_times}

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from stepfold.errors import UserError
-from stepfold.settings import FakeSettings, StudentSettings, TeacherSettings
+from stepfold.scores import FakeSettings
+from stepfold.settings import StudentSettings, TeacherSettings
 from stepfold.students.card import read_card, student_folder
 from stepfold.students.loading import load_merged, load_student
 from stepfold.students.lora import lora_student

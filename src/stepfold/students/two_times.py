@@ -33,7 +33,7 @@ class TargetEmbedder(nn.Module):
 
         Args:
             network: the student's.
-            part: name of the part of it whose output is the time embedding [B, D].
+            part: name of the part of it whose output is the time embedding [B, D], or [B, 1, D].
 
         Raises:
             UserError: see `embedding_width`.
@@ -85,7 +85,7 @@ def told(network: nn.Module, embedder: TargetEmbedder | None, s: Tensor | None, 
 @torch.compiler.disable()  # compiled code would go on with the first call's s; blocks are compiled apart
 def _told(network: nn.Module, embedder: TargetEmbedder, s: Tensor, call: Callable[[], Result]) -> Result:
     def add(part: nn.Module, args: tuple[Tensor, ...], embedding: Tensor) -> Tensor:
-        return embedding + embedder(s).to(embedding.dtype)
+        return embedding + embedder(s).to(embedding.dtype).view_as(embedding)
 
     handle = network.get_submodule(embedder.part).register_forward_hook(add)
     try:

@@ -1,7 +1,7 @@
 """How a family's pipeline is called: its own steps and a student's, and what stands in for its latents."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,6 +18,14 @@ def parts_of(pipe: Any) -> dict[str, Any]:
     """What makes a pipeline again: its components, and the options that its class takes beside them."""
     taken = inspect.signature(type(pipe).__init__).parameters
     return {name: value for name, value in pipe.config.items() if name in taken} | pipe.components
+
+
+def set_parts(pipe: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives a pipeline other parts, by their names; returns those that it had."""
+    old = {name: getattr(pipe, name) for name in parts}
+    for name, part in parts.items():
+        setattr(pipe, name, part)
+    return old
 
 
 class PipelineCalls(Teacher):

@@ -15,6 +15,10 @@ Module = TypeVar("Module", bound=nn.Module)
 Scale = TypeVar("Scale", float, Tensor)
 GuidanceKind = Literal["classifier_free", "embedded", "none"]
 SamplerName = Literal["consistency", "flow", "flow_map"]
+NO_NULL = (
+    "this teacher has no classifier-free guidance, and so no branch without a prompt; leave matching.fake_guidance and "
+    "fake.guidance at 1 and fake.unprompted at 0"
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,13 @@ class Condition:
     def expand(self, count: int) -> "Condition":
         """Of one sample, `count`."""
         return self.each(lambda values: values.expand(count, *values.shape[1:]))
+
+    def where(self, chosen: Tensor, other: "Condition") -> "Condition":
+        """The rows of `other` where `chosen`, bool [B], and the own ones elsewhere."""
+        length = max(self.mask.shape[1], other.mask.shape[1])
+        both = concatenate([self.padded(length), other.padded(length)])
+        own = torch.arange(len(self), device=chosen.device)
+        return both.rows(own + len(self) * chosen)
 
     def first_tokens(self, length: int) -> "Condition":
         """Without the positions from `length` on; the second text stays whole."""
@@ -187,6 +198,10 @@ class Teacher(Protocol):
         """The weight w of v_u + w (v_c - v_u) that a scale s of the pipeline means: s, or s + 1 in some pipelines."""
         return scale
 
+    def guidance_scale(self, weight: Scale) -> Scale:
+        """The scale of the pipeline that means a weight: the inverse of `guidance_weight`, which adds a constant."""
+        return weight - self.guidance_weight(0.0)
+
     def shift_at(self, num_steps: int) -> float:
         """The shift of the teacher's own flow sampler, where that depends on its number of steps."""
         return self.shift
@@ -208,7 +223,7 @@ class Teacher(Protocol):
         raise NotImplementedError
 
     def velocity(
-        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, *, with_gradient: bool = False
+        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, with_gradient: bool = False
     ) -> Tensor:
         """dx/dt under guidance.
 
@@ -216,7 +231,7 @@ class Teacher(Protocol):
             x: [B, ...].
             t: [B], in [0, pi/2].
             condition: B rows.
-            guidance: scales [B].
+            guidance: scales [B]; None for a scale of 1, which costs half under classifier-free guidance.
             with_gradient: whether the result has a graph to x and t; the teacher's weights never get a gradient.
 
         Returns:
@@ -231,6 +246,14 @@ class Teacher(Protocol):
         guidance rule of their own. A teacher without guidance gives v_c twice. One with embedded guidance has no v_u:
         it is extrapolated, so that the rule holds at w = 1 and at `default_guidance` (at 2 where that is 1 or less),
         and is an approximation elsewhere.
+        """
+        raise NotImplementedError
+
+    def null(self, like: Condition) -> Condition:
+        """The condition of no prompt, for each row of `like`.
+
+        Raises:
+            UserError: a teacher without classifier-free guidance, whose network knows none.
         """
         raise NotImplementedError
 

@@ -105,13 +105,13 @@ class Family(PipelineCalls):
         """Name of a part of the pipeline -> that part of a network like the teacher's; `network_part` is the first."""
         return {self.network_part: network}
 
-    def check_loras(self) -> None:
+    def check_loras(self, loras: Sequence[tuple[str, float]]) -> None:
         """Refuses LoRAs that are to be merged into the teacher.
 
         Raises:
             UserError: the pipeline loads none, or it is not known into which of its networks.
         """
-        if not self.loads_lora:
+        if loras and not self.loads_lora:
             raise UserError(f"{type(self.pipe).__name__} loads no LoRA; give a teacher with it merged, as a folder")
 
     def time_embedder(self, network: Any) -> Any:
@@ -122,9 +122,9 @@ class Family(PipelineCalls):
         return None
 
     def time_part(self, network: Any) -> str | None:
-        """Name of the part of a student's network whose output is its time embedding [B, D], made outside the blocks.
+        """Name of the part of a student's network whose output is its time embedding, made outside the blocks.
 
-        None where there is no such part.
+        [B, D] or [B, 1, D]; None where there is no such part.
         """
         return None
 
@@ -232,6 +232,17 @@ class Family(PipelineCalls):
         """How long a prompt may be unless the settings say."""
         return usual_tokens(self.pipe)
 
+    def check_tokens(self, most: int) -> None:
+        """Refuses a longer prompt than the pipeline reads.
+
+        Raises:
+            UserError: `max_tokens` is more than `most`.
+        """
+        if self.max_tokens > most:
+            raise UserError(
+                f"max_tokens is {self.max_tokens}, but this pipeline reads {most} tokens of a prompt; leave it out"
+            )
+
     @classmethod
     def before_prompts(cls, pipe: Any) -> tuple[str, int]:
         """What the pipeline puts before each prompt, and how many of its tokens do not count to a prompt's length."""
@@ -250,7 +261,8 @@ class Family(PipelineCalls):
             return None
         tokenizer = tokenizer_in(getattr(pipe, there[0]))
         told = "max_sequence_length" in inspect.signature(pipe.__call__).parameters and there[0] == cls.readers[0]
-        most = (max_tokens or usual_tokens(pipe)) if told else tokenizer.model_max_length
+        usual = usual_tokens(pipe) if there[0] == cls.readers[0] else tokenizer.model_max_length
+        most = (max_tokens or usual) if told else usual
         return TextReader(tokenizer, most, *cls.before_prompts(pipe), lowers=cls.lowers)
 
     def text_reader(self) -> TextReader | None:

@@ -1,6 +1,6 @@
 """FLUX.1: flow prediction on latents packed two by two; dev embeds its guidance scale, schnell has none."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -34,6 +34,15 @@ def places(height: int, width: int, like: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(like)
 
 
+def packed_prediction(x_unit: Tensor, t: Tensor, velocity: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """F [B, C, H, W] of a flow velocity of packed tokens: (tokens [B, H/2 W/2, 4 C], flow times [B]) -> tokens."""
+
+    def unpacked(x_flow: Tensor, t_flow: Tensor) -> Tensor:
+        return unpack(velocity(pack(x_flow), t_flow), *x_unit.shape[-2:])
+
+    return flow_prediction(x_unit, t, unpacked)
+
+
 def flux_network(
     transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, time_scale: float
 ) -> Tensor:
@@ -41,23 +50,21 @@ def flux_network(
 
     It multiplies what it is given by 1000 itself, like its guidance, which is 1 where there is none.
     """
-    height, width = x_unit.shape[-2:]
     scales = torch.ones_like(t) if guidance is None else guidance
 
-    def velocity(x_flow: Tensor, t_flow: Tensor) -> Tensor:
-        tokens = transformer(
-            hidden_states=pack(x_flow),
+    def velocity(tokens: Tensor, t_flow: Tensor) -> Tensor:
+        return transformer(
+            hidden_states=tokens,
             timestep=time_scale / 1000 * t_flow,
             guidance=scales if transformer.config.guidance_embeds else None,
             encoder_hidden_states=condition.embeds,
             pooled_projections=condition.pooled,
             txt_ids=condition.embeds.new_zeros(condition.embeds.shape[1], 3),
-            img_ids=places(height, width, condition.embeds),
+            img_ids=places(*x_unit.shape[-2:], condition.embeds),
             return_dict=False,
         )[0]
-        return unpack(tokens, height, width)
 
-    return flow_prediction(x_unit, t, velocity)
+    return packed_prediction(x_unit, t, velocity)
 
 
 def keep_precision(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -68,12 +75,30 @@ def keep_precision(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) 
     return output.to(args[0].dtype)
 
 
-class FluxTeacher(PipelineTeacher):
+class PackedTeacher(PipelineTeacher):
+    """Abstract: what the families share whose pipelines pack latents two by two."""
+
+    even_ladder = True
+
+    @override
+    def geometry(self, factor: int) -> tuple[int, int, int, int]:
+        side = self.pipe.default_sample_size * factor
+        return self.transformer.config.in_channels // 4, 2 * factor, side, side
+
+    @override
+    def pack(self, latents: Tensor) -> Tensor:
+        return pack(latents)
+
+    @override
+    def unpack(self, latents: Tensor) -> Tensor:
+        return unpack(latents, *self.latent_shape[1:])
+
+
+class FluxTeacher(PackedTeacher):
     """FluxPipeline; the student is one too, with guidance embedded as in its teacher."""
 
     pipelines = (FluxPipeline,)
     readers = ("tokenizer_2",)
-    even_ladder = True
     fields: ClassVar[Any] = {"patch_size": ((1,), "the pipeline packs four latents into a token itself")}
 
     @override
@@ -106,11 +131,6 @@ class FluxTeacher(PipelineTeacher):
         return super().usual_tokens() if self.transformer.config.guidance_embeds else 256
 
     @override
-    def geometry(self, factor: int) -> tuple[int, int, int, int]:
-        side = self.pipe.default_sample_size * factor
-        return self.transformer.config.in_channels // 4, 2 * factor, side, side
-
-    @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """Both text encoders read the same prompt, and padding is attended to as in use."""
         embeds, pooled, _ = self.pipe.encode_prompt(
@@ -121,11 +141,3 @@ class FluxTeacher(PipelineTeacher):
     @override
     def block_stacks(self) -> dict[str, str]:
         return super().block_stacks() | {"single_transformer_blocks": "num_single_layers"}
-
-    @override
-    def pack(self, latents: Tensor) -> Tensor:
-        return pack(latents)
-
-    @override
-    def unpack(self, latents: Tensor) -> Tensor:
-        return unpack(latents, *self.latent_shape[1:])

@@ -96,7 +96,7 @@ def load_pipeline(
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in names:
         raise UserError(f"teacher {source!r} is a {name}; here it must be a {' or a '.join(names)}")
-    later = [part for part in index if part.startswith("text_encoder") or part == "vae"]
+    later = [part for part, spec in index.items() if is_part(spec) and part.startswith(("text_encoder", "vae"))]
     kind: Any = names[name]
     folder, absent = source, dict[str, Any](dict.fromkeys(later) if network_only else {})
     if tokenizers_only:

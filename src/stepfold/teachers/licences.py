@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from stepfold import assets
 from stepfold.teachers.folders import load_index
 from stepfold.teachers.loading import folder_of
+from stepfold.teachers.safety import is_part
 
 FIELDS = ("license", "license_name", "license_link")
 Licence = dict[str, Any]
@@ -58,7 +59,7 @@ def licences_of(source: str) -> dict[str, Licence]:
     source = folder_of(source)
     found, bundled = {"teacher": stated_licence(source)}, source == str(assets.TEACHER)
     for part, spec in load_index(source).items():
-        if part.startswith("text_encoder") and spec[0] is not None:
+        if part.startswith("text_encoder") and is_part(spec) and spec[0] is not None:
             found[part] = found["teacher"] if bundled else stated_licence(origin_of(source, part))
     return found
 

@@ -9,6 +9,7 @@ import torch
 from stepfold import assets
 from stepfold.config import Config, TeacherSettings
 from stepfold.errors import NonFiniteError, UserError, first_line
+from stepfold.teachers.chroma import ChromaTeacher
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.flux import FluxTeacher
@@ -24,9 +25,12 @@ from stepfold.teachers.folders import (
     unloadable,
 )
 from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
+from stepfold.teachers.krea2 import Krea2Teacher
+from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
+from stepfold.teachers.qwen_image import QwenImageTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sana_video import SanaVideoTeacher
 from stepfold.teachers.sd3 import SD3Teacher
@@ -49,6 +53,10 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         Lumina2Teacher,
         DiTTeacher,
         WanTeacher,
+        QwenImageTeacher,
+        ChromaTeacher,
+        LongCatImageTeacher,
+        Krea2Teacher,
         SanaVideoTeacher,
         HunyuanVideo15Teacher,
     )

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import flow_prediction, flow_state, flow_velocity, guide, trigflow_output
+from stepfold.maths.formulations import flow_prediction
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.family import Predict
+from stepfold.teachers.guidance import guided_at_length, row_length
 from stepfold.teachers.pipeline import PipelineTeacher
 
 
@@ -69,11 +70,7 @@ class Lumina2Teacher(PipelineTeacher):
     @override
     def guided(self, x_unit: Tensor, t: Tensor, without: Tensor, with_prompt: Tensor, weight: Tensor) -> Tensor:
         """Each row of the flow velocity keeps the length that it has with the prompt."""
-        x_flow, t_flow = flow_state(x_unit, t)
-        prompted = flow_velocity(x_flow, t_flow, with_prompt)
-        velocity = guide(flow_velocity(x_flow, t_flow, without), prompted, weight)
-        kept = prompted.norm(dim=-1, keepdim=True) / velocity.norm(dim=-1, keepdim=True)
-        return trigflow_output(x_flow, t_flow, kept * velocity)
+        return guided_at_length(x_unit, t, without, with_prompt, weight, row_length)
 
     @override
     def tokens_for_shift(self) -> int:

@@ -17,7 +17,7 @@ from stepfold.maths.formulations import (
     guide,
 )
 from stepfold.maths.routes import even_flow_times, few_step_times
-from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName, Teacher, concatenate
+from stepfold.teachers.contract import NO_NULL, Condition, GuidanceKind, SamplerName, Teacher, concatenate
 from stepfold.teachers.family import Predict
 from stepfold.teachers.pipeline import SIGMA_DATA
 
@@ -125,13 +125,14 @@ class ModuleTeacher(Teacher):
 
     @override
     def velocity(
-        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, *, with_gradient: bool = False
+        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, with_gradient: bool = False
     ) -> Tensor:
         """Both branches of the guidance go through the network as one batch."""
         with torch.set_grad_enabled(with_gradient):
-            without, with_prompt = self._branches(x / self.sigma_data, t, condition)
-            weight = self.guidance_weight(guidance)
-            F = with_prompt if self.nothing is None else guide(without, with_prompt, weight)
+            if self.nothing is None or guidance is None:
+                F = self.predict(self.network, x / self.sigma_data, t, condition, None)
+            else:
+                F = guide(*self._branches(x / self.sigma_data, t, condition), self.guidance_weight(guidance))
             return (self.sigma_data * F).to(x.dtype)
 
     @torch.no_grad()
@@ -152,9 +153,23 @@ class ModuleTeacher(Teacher):
         ).chunk(2)
         return without, with_prompt
 
+    @override
+    def null(self, like: Condition) -> Condition:
+        """`nothing`, as often as `like` has rows."""
+        if self.nothing is None:
+            raise UserError(NO_NULL)
+        self.nothing = self._beside_network(self.nothing)
+        return self.nothing.expand(len(like))
+
     def time_part(self, network: nn.Module) -> str | None:
         """The name that it was given."""
         return self._time_part
+
+    def _missing(self, *args: Any, **options: Any) -> Any:
+        """A network of one's own has no autoencoder, no sampler of DDIM's, and nothing inside it is known."""
+        raise NotImplementedError
+
+    ddim_times = features = decode = encode_pictures = black_latent = release_decoder = _missing
 
     @property
     @override

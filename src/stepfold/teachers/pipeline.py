@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError, first_line
-from stepfold.teachers.calls import parts_of
-from stepfold.teachers.contract import Condition, GuidanceKind, concatenate
+from stepfold.teachers.calls import parts_of, set_parts
+from stepfold.teachers.contract import NO_NULL, Condition, GuidanceKind, concatenate
 from stepfold.teachers.family import Family, Predict
 from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_network, load_pipeline
 from stepfold.teachers.lora_merging import merge_lora
 from stepfold.teachers.once import compute_once, forget
+from stepfold.teachers.safety import is_part
 
 SIGMA_DATA = 0.5
 DECODED_AT_ONCE = 512 * 512  # pixels
@@ -83,8 +84,7 @@ class PipelineTeacher(Family):
         self.pipe: Any = load_pipeline(
             self.source, self.index, self.pipelines, dtype, network_only, variant, stand_ins=self.stand_ins
         )
-        if loras:
-            self.check_loras()
+        self.check_loras(loras)
         plain = [merge_lora(self.pipe, lora, scale, self._read_text_encoders) for lora, scale in loras]
         self.loras_in_diffusers = all(plain)
         self.pipe.set_progress_bar_config(disable=True)
@@ -166,7 +166,8 @@ class PipelineTeacher(Family):
         return self.encode_nothing()
 
     def _text_encoders(self) -> list[str]:
-        return [name for name, spec in self.index.items() if name.startswith("text_encoder") and spec[0] is not None]
+        parts = [name for name, spec in self.index.items() if is_part(spec) and spec[0] is not None]
+        return [name for name in parts if name.startswith("text_encoder")]
 
     def _read_text_encoders(self) -> None:
         for name in self._text_encoders():
@@ -197,13 +198,18 @@ class PipelineTeacher(Family):
         self._both = None
         forget(self.of_the_prompt_alone())
 
+    @override
     def null(self, like: Condition) -> Condition:
         """The unconditional branch's condition for each row of `like`.
 
         With `null_mask="own"` it is masked by its own length, as diffusers' pipelines do; with `"prompt"` by the
         prompt's mask, as the public training code does.
+
+        Raises:
+            UserError: a teacher without classifier-free guidance.
         """
-        assert self._null is not None and self._null_trimmed is not None
+        if self._null is None or self._null_trimmed is None:
+            raise UserError(NO_NULL)
         if self.null_mask == "prompt":
             null = self._null.first_tokens(like.mask.shape[1]).expand(len(like))
             return replace(null, mask=like.mask)
@@ -211,16 +217,16 @@ class PipelineTeacher(Family):
 
     @override
     def velocity(
-        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor, *, with_gradient: bool = False
+        self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, with_gradient: bool = False
     ) -> Tensor:
         """Both branches of classifier-free guidance go through the network as one batch."""
         with torch.set_grad_enabled(with_gradient):
             x_unit = x / self.sigma_data
-            if self.guidance_kind == "classifier_free":
+            if self.guidance_kind == "classifier_free" and guidance is not None:
                 weight = self.guidance_weight(guidance)
                 F = self.guided(x_unit, t, *self._branches(x_unit, t, condition), weight)
             else:
-                F = self._unguided(x_unit, t, condition, guidance)
+                F = self._unguided(x_unit, t, condition, torch.ones_like(t) if guidance is None else guidance)
             return (self.sigma_data * F).to(x.dtype)
 
     @torch.no_grad()
@@ -365,19 +371,14 @@ class PipelineTeacher(Family):
     ) -> Tensor:
         """`latents_of` the teacher's pipeline with a scheduler; `plain_scheduler` if None."""
         parts = {"scheduler": scheduler or self.plain_scheduler(num_steps)} | self.own_parts(guidance)
-        old = {name: getattr(self.pipe, name) for name in parts}
-        self._set_parts(parts)
+        old = set_parts(self.pipe, parts)
         self._load_text_encoders()
         self._vae()
         try:
             call = self.usual_call() | self.own_steps(num_steps) | self.own_guidance(guidance)
             return self.latents_of(self.pipe, prompts, draws, **call)
         finally:
-            self._set_parts(old)
-
-    def _set_parts(self, parts: Mapping[str, Any]) -> None:
-        for name, part in parts.items():
-            setattr(self.pipe, name, part)
+            set_parts(self.pipe, old)
 
     def save_retimed(self, network: Any, folder: Path) -> None:
         """Writes this teacher with a network that reads times of [0, 1] in the place of its own."""

@@ -10,7 +10,6 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from typing_extensions import override
 
-from stepfold.errors import UserError
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.vp import Raw, VPTeacher
 
@@ -63,10 +62,7 @@ class StableDiffusionTeacher(VPTeacher):
     @override
     def geometry(self, factor: int) -> tuple[int, int, int, int]:
         config = self.transformer.config
-        if self.max_tokens > (usual := self.usual_tokens()):
-            raise UserError(
-                f"max_tokens is {self.max_tokens}, but this pipeline reads {usual} tokens of a prompt; leave it out"
-            )
+        self.check_tokens(self.usual_tokens())
         side = config.sample_size * factor
         return config.in_channels, math.lcm(factor, 8), side, side
 

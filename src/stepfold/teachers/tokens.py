@@ -38,6 +38,7 @@ def tokenizer_in(part: Any) -> Any:
 
 
 def usual_tokens(pipe: Any) -> int:
-    """How long a prompt may be unless it is said."""
+    """How long a prompt may be unless it is said; what the pipeline has no argument for, it or its tokenizer says."""
     length = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
-    return int(tokenizer_in(pipe.tokenizer).model_max_length if length is None else length.default)
+    own = getattr(pipe, "tokenizer_max_length", None) or tokenizer_in(pipe.tokenizer).model_max_length
+    return int(own if length is None else length.default)

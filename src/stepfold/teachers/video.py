@@ -17,6 +17,21 @@ def filmstrip(videos: Tensor) -> Tensor:
     return videos.transpose(2, 3).flatten(3)
 
 
+def channel_scale(vae: Any, device: torch.device, dimensions: int) -> tuple[Tensor, Tensor]:
+    """`latent_scale` of an autoencoder with a mean and a deviation for each channel.
+
+    Args:
+        vae: the autoencoder.
+        device: of the latents.
+        dimensions: of one sample's latents, the channels first.
+    """
+    shape = (-1,) + (1,) * (dimensions - 1)
+    mean, std = (
+        torch.tensor(values, device=device).view(shape) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return 1 / std, mean
+
+
 class VideoTeacher(PipelineTeacher):
     """Abstract: what families of text to video share.
 
@@ -58,11 +73,7 @@ class VideoTeacher(PipelineTeacher):
 
     @override
     def latent_scale(self, vae: Any) -> tuple[Any, Any]:
-        mean, std = (
-            torch.tensor(values, device=self.device).view(-1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        return 1 / std, mean
+        return channel_scale(vae, self.device, 4)
 
     @override
     def decode(self, x0: Tensor, batch: int = 1) -> Tensor:

@@ -41,6 +41,24 @@ def wan_network(
     return flow_prediction(x_unit, t, velocity)
 
 
+def scheduler_times(scheduler: Any, num_steps: int) -> list[float]:
+    """The times at which a scheduler of flow matching takes so many steps of its own, without the final 0."""
+    scheduler.set_timesteps(num_steps)
+    return trigflow_time(scheduler.sigmas[:-1].double()).tolist()
+
+
+def timesteps(t: Tensor) -> Tensor:
+    """What the network is told of times t [B], as it counts them: to 1000."""
+    return 1000 * flow_time(t)
+
+
+def anyflow_classes() -> tuple[Any, Any, Any]:
+    """Pipeline, network and scheduler of diffusers for networks of Wan's kind that are told both times."""
+    from diffusers import AnyFlowPipeline, AnyFlowTransformer3DModel, FlowMapEulerDiscreteScheduler
+
+    return AnyFlowPipeline, AnyFlowTransformer3DModel, FlowMapEulerDiscreteScheduler
+
+
 class WanTeacher(VideoTeacher):
     """WanPipeline; the student is one too, of as many networks, without guidance. Pictures of it are filmstrips."""
 
@@ -82,8 +100,8 @@ class WanTeacher(VideoTeacher):
         return dict(network.named_children()) if isinstance(network, Experts) else super().network_parts(network)
 
     @override
-    def check_loras(self) -> None:
-        if self.pipe.transformer_2 is not None:
+    def check_loras(self, loras: Sequence[tuple[str, float]]) -> None:
+        if loras and self.pipe.transformer_2 is not None:
             raise UserError(
                 "teacher.lora is for a pipeline of one network, and this WanPipeline has two; merge the LoRAs of each "
                 "with diffusers, save the pipeline and give that folder"
@@ -158,9 +176,7 @@ class WanTeacher(VideoTeacher):
     @override
     def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
         """Those of the scheduler."""
-        scheduler = self.student_scheduler(sampler)
-        scheduler.set_timesteps(num_steps)
-        return trigflow_time(scheduler.sigmas[:-1].double()).tolist()
+        return scheduler_times(self.student_scheduler(sampler), num_steps)
 
     @override
     def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stepfold.config import Config
 from stepfold.prompts.reading import Prompts
+from stepfold.scores import picture_spaces
 from stepfold.spaces.records import States
 from stepfold.teachers.contract import Condition, Teacher
 from stepfold.training.draws import Batch, draw, prompt_index, step_samples
@@ -51,7 +52,10 @@ class Batches:
     _encoded: dict[int, Condition] = field(default_factory=dict)
 
     def walked(self, phase: Phase, step: int) -> tuple[Batch, Condition, dict[str, States]]:
-        """The batch of a step, its conditions, and the states of every space that the phase's terms name."""
+        """The batch of a step, its conditions, and the states of every space that the phase's terms name.
+
+        In a head start, in which the student waits, there are those alone that the fake score learns from.
+        """
         training, number = self.config.training, step // self.config.space.reuse
         with self.stages("data"):
             batch = draw(number, self.prompts, self.teacher, phase.config, self.device, self.processes)
@@ -61,9 +65,13 @@ class Batches:
                 condition = condition.padded(max(self.teacher.max_tokens, condition.mask.shape[1]))
         with self.stages("images"):
             x0 = self.latents(batch.index).to(self.device) if self.latents else None
+        spaces = dict.fromkeys(term.space for term in phase.terms)
+        if step - phase.first < phase.head_start:
+            needed = set(picture_spaces(phase.config)) - {"rollout"}
+            spaces = {space: None for space in spaces if space in needed}
         with self.stages("teacher"):
             states = collect(
-                dict.fromkeys(term.space for term in phase.terms), batch, condition, phase.networks, phase.config, step,
+                spaces, batch, condition, phase.networks, phase.config, step,
                 black=self.blacks[batch.shape_index], x0=x0, pads=self.processes.count > 1,
             )  # fmt: skip
         self.teacher.clear_prompt_cache()  # the memory is the student's now

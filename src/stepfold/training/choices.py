@@ -18,8 +18,9 @@ from stepfold.errors import UserError
 from stepfold.maths.attention import QUERY_CHUNK, LongestAttention
 from stepfold.maths.tangent import total_derivative
 from stepfold.randomness import normal
-from stepfold.spaces.records import pairs_per_prompt
 from stepfold.teachers.contract import Condition, Student
+from stepfold.training.states import states_per_prompt
+from stepfold.training.terms import terms_of
 
 AGREEMENT = 1e-3  # relative difference between exact tangents in float32 that rounding explains
 HALF_AGREEMENT = 5e-2  # and in bfloat16, in which a LoRA on a teacher of such weights computes
@@ -33,6 +34,9 @@ WITHOUT_TANGENT = {
     "velocity": "velocity matching has none",
     "pair": "pairs of states have none",
     "semigroup": "two legs have none",
+    "matching": "distribution matching has none",
+    "decoupled": "distribution matching has none",
+    "identity": "score identity distillation has none",
 }
 
 
@@ -218,7 +222,7 @@ def memory_estimate(
     Infinitely many where not even three pairs have room.
     """
     device = next(student.parameters()).device
-    pairs = num_prompts * pairs_per_prompt(config.space.route_steps, config.space.keep_first)
+    pairs = num_prompts * max(states_per_prompt(term.space, config) for term in terms_of(config))
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in student.parameters() if not p.requires_grad)
 

@@ -1,5 +1,6 @@
 """What a run notes on its way for its report: time, memory, the tangent's backend."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,13 @@ from stepfold.training.stages import Stages
 
 
 def cycle_of(config: Config) -> int:
-    """The number of steps after which times repeat: a walk serves `space.reuse` steps, an encoding several walks."""
-    return config.space.reuse * config.training.encode_ahead
+    """The number of steps after which times repeat: a walk serves `space.reuse` steps, an encoding several walks.
+
+    The student's own rollouts stop at each of their steps in turn; those of cycled lengths repeat on average.
+    """
+    several, steps = config.space.reuse * config.training.encode_ahead, config.rollout.steps
+    rollouts = (steps**2 if config.rollout.lengths == "cycled" else steps) if config.fake.updates else 1
+    return math.lcm(several, rollouts)
 
 
 def step_times(sec: Sequence[float], cycle: int) -> dict[str, float]:

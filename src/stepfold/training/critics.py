@@ -1,28 +1,31 @@
 """Critics: networks that a run trains beside the student and throws away; their updates are part of its steps."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from stepfold.config import Config
 from stepfold.errors import UserError
-from stepfold.maths.formulations import trigflow_time
+from stepfold.maths.formulations import guide
 from stepfold.objectives import adversarial
 from stepfold.objectives.adversarial import Discriminator
 from stepfold.objectives.contract import Loss, Networks
-from stepfold.objectives.denoising import denoising_error
+from stepfold.objectives.denoising import FAKE, Score, denoising_error
+from stepfold.objectives.matching import renoising_noise, renoising_times
 from stepfold.sampling.consistency import predict_data
-from stepfold.spaces.rollout import exit_step
+from stepfold.scores import picture_spaces
+from stepfold.spaces.records import States
 from stepfold.teachers.contract import Condition, Student, Teacher
 from stepfold.training.draws import Batch
 from stepfold.training.states import rollout
 
-FAKE = "fake"
-"""Of the fake score among `Networks.critics`."""
-Own = Callable[[Networks, Batch, Condition, Config, int], Loss]
-"""(networks, batch with the draws of an update, conditions, settings, number of the update in the run) -> its loss."""
+Own = Callable[[Networks, Batch, States, Config], Loss]
+"""(networks, batch with the draws of an update, states of `Critic.states`, settings) -> its loss."""
+Pick = Callable[[Networks, Batch, Condition, Config, int, Mapping[str, States]], States]
+"""(networks, batch with the draws of an update, conditions, settings, number of the update in the run, the step's
+states by space) -> the states of an update, one a prompt."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Critic:
         head_start: first steps of the phase, in which it learns and the student does not.
         lr_factor: learning rate, in units of the student's.
         loss: of an update of its own; None where `updates` is 0.
+        states: that an update learns from; None where `updates` is 0.
     """
 
     module: nn.Module
@@ -42,6 +46,7 @@ class Critic:
     head_start: int = 0
     lr_factor: float = 1.0
     loss: Own | None = None
+    states: Pick | None = None
 
 
 def new_critics(
@@ -68,7 +73,7 @@ def critics_of(config: Config, modules: Mapping[str, nn.Module]) -> dict[str, Cr
     if config.adversarial.weight:
         found[adversarial.NAME] = Critic(modules[adversarial.NAME], lr_factor=config.adversarial.lr_factor)
     if (part := config.fake).updates:
-        found[FAKE] = Critic(modules[FAKE], part.updates, part.head_start, part.lr_factor, fake_loss)
+        found[FAKE] = Critic(modules[FAKE], part.updates, part.head_start, part.lr_factor, fake_loss, fake_states)
     return found
 
 
@@ -95,30 +100,50 @@ def new_fake(make_fake: Callable[[], Student], seed: int) -> Student:
     return fake
 
 
-def fake_loss(networks: Networks, batch: Batch, condition: Condition, config: Config, number: int) -> Loss:
-    """The fake score's loss [B] on pictures of the student's own, noised afresh; see `Own`.
+def fake_states(
+    networks: Networks, batch: Batch, condition: Condition, config: Config, number: int, found: Mapping[str, States]
+) -> States:
+    """States of which the student makes the fake score's pictures, of each space in turn as `number` counts.
 
-    The pictures are those of the rollout's steps in turn, as `number` counts.
+    Rollouts are made for it, and stop at each of their steps in turn. Of other spaces it has one of the step's own
+    states a prompt, drawn.
     """
-    part, teacher, steps = config.fake, networks.teacher, config.rollout.steps
+    spaces = picture_spaces(config)
+    if (space := spaces[number % len(spaces)]) == "rollout":
+        return rollout(batch, condition, networks, config, number // len(spaces))
+    states, num = found[space], len(batch.index)
+    count = len(states) // num
+    pick = (batch.draws.uniform("state", (1,)).squeeze(1) * count).long().clamp(max=count - 1)
+    prompts = torch.arange(num, device=pick.device)
+    return replace(states.rows(prompts * count + pick), number=prompts, num_drawn=num)
+
+
+def fake_loss(networks: Networks, batch: Batch, states: States, config: Config) -> Loss:
+    """The fake score's loss [B] on the student's pictures of the states, noised afresh; see `Own`."""
+    part, teacher, draws, condition = config.fake, networks.teacher, batch.draws, states.condition
     score = networks.critics[FAKE]
     assert isinstance(score, Student)
-    states = rollout(batch, condition, networks, steps, exit_step(number, steps))
     with torch.no_grad(), networks.precision():
-        x0 = predict_data(networks.student, states.x, states.t, condition, batch.guidance, teacher.sigma_data)
-    uniform = batch.draws.uniform("renoise time", (1,)).squeeze(1)
-    t = noised_times(uniform, teacher.shift, part.lowest_level, part.highest_level)
+        x0 = predict_data(networks.student, states.x, states.t, condition, states.guidance, teacher.sigma_data)
+    t = renoising_times(states, draws, config, part, teacher, "renoise time")
+    noise = renoising_noise(states, draws, teacher, "renoise noise")
+    if part.unprompted:
+        gone = draws.uniform("unprompted", (1,)).squeeze(1) < part.unprompted
+        condition = condition.where(gone, teacher.null(condition))
     with networks.precision():
-        error = denoising_error(
-            score, x0, batch.noise("renoise noise"), t, condition, batch.guidance, teacher.sigma_data
-        )  # fmt: skip
+        guided = score if part.guidance == 1 else guided_score(score, teacher, part.guidance)
+        error = denoising_error(guided, x0, noise, t, condition, states.guidance, teacher.sigma_data)
     return Loss(error, {"loss": error.detach()})
 
 
-def noised_times(uniform: Tensor, shift: float, lowest: float, highest: float) -> Tensor:
-    """U[0, 1) [M] -> times [M] whose flow-matching levels are uniform, shifted towards noise, and clamped.
+def guided_score(score: Student, teacher: Teacher, scale: float) -> Score:
+    """A score that learns to be right when it is guided by `scale`.
 
-    Reference: arXiv:2506.08009 (Self-Forcing), whose levels are shifted and clamped to 2 ... 98%.
+    Reference: arXiv:2406.01561 (SiD-LSG).
     """
-    level = shift * uniform / (1 + (shift - 1) * uniform)
-    return trigflow_time(level.clamp(lowest, highest))
+
+    def guided(x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        without = score(x_unit, t, teacher.null(condition), guidance)
+        return guide(without, score(x_unit, t, condition, guidance), scale)
+
+    return guided

@@ -108,7 +108,7 @@ def take_steps(made: Made, batches: Batches, looks: Looks, start: int, preview: 
         batch = condition = states = None
         for step in range(start, training.steps):
             phase = run.phase(step)
-            if batch is None or step % config.space.reuse == 0 or step == phase.first:
+            if batch is None or step % config.space.reuse == 0 or step in (phase.first, phase.first + phase.head_start):
                 batch, condition, states = batches.walked(phase, step)
             assert condition is not None and states is not None
             looks.records.append(train_step(run, step, batch, condition, states))

@@ -1,4 +1,4 @@
-"""`stepfold doctor`: is the teacher understood? Findings with numbers, before hours are spent."""
+"""`stepfold doctor`: is the teacher read correctly? Findings with numbers, before hours are spent."""
 
 import gc
 from collections.abc import Sequence
@@ -31,6 +31,8 @@ from stepfold.training.steepness import of_pairs
 from stepfold.training.terms import add_gradients, terms_of
 
 PROMPTS = ("red heart on blue background", "a picture of pizza", "fox", "green apple on yellow background")
+TRIED, TIMES = 2, 4
+"""Prompts of a trajectory each, and its steps: few, so that a large teacher is checked where it can be trained."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
     """
     teacher = load_teacher(settings, device)
     student = lora_student(teacher, lora) if lora else new_student(teacher)
-    prompts = teacher.examples or PROMPTS
+    prompts = (teacher.examples or PROMPTS)[:TRIED]
     condition = teacher.encode(prompts)
-    count, n = len(prompts), 8
+    count, n = len(prompts), TIMES
     noise = teacher.sigma_data * noise_of(teacher, count)
     guidance = torch.full((count,), teacher.default_guidance, device=device)
     route = reference_route(uniform((1, n), 0, "doctor route")).expand(count, n).to(device)
@@ -215,7 +217,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def one_step(student: Student, pairs: Pairs, teacher: PipelineTeacher, objective: str = "continuous") -> list[Finding]:
-    """One real optimiser step of an objective: every parameter moves, the loss is finite; what it needs in memory."""
+    """One real optimiser step of an objective: every parameter moves, the loss is finite; what it needs in memory.
+
+    A state at a time, and blocks computed again in the backward pass: as little memory as a run can do with.
+    """
     trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
     needed = 4 * sum(p.numel() * p.element_size() for p in trained.values())  # before, gradient, AdamW's two
     if needed > (free := free_bytes(teacher.device)):
@@ -227,8 +232,11 @@ def one_step(student: Student, pairs: Pairs, teacher: PipelineTeacher, objective
             "objective": objective,
             "optimiser": {"name": "adamw", "lr": 1e-4},
             "consistency": {"r_warmup": 0},
+            "training": {"micro_batch": 1},
         }
     )
+    if student.can_recompute:
+        student.recompute_blocks()
     accelerator = make_accelerator("no")
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     optimiser = make_optimiser(list(trained.values()), config.optimiser)

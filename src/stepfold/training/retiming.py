@@ -96,12 +96,12 @@ def fit_time_embedder(
     embedder = target.timestep_embedder
     device, dtype = next(embedder.parameters()).device, next(embedder.parameters()).dtype
     optimiser = torch.optim.AdamW(embedder.parameters(), lr=2e-3, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(0)
+    generator, own = torch.Generator().manual_seed(0), source.time_proj.scale  # a factor that both put on themselves
 
     def both(t: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            wanted = source.timestep_embedder(source.time_proj(from_scale * t).to(dtype))
-        return embedder(target.time_proj(to_scale * t).to(dtype)), wanted
+            wanted = source.timestep_embedder(source.time_proj(from_scale / own * t).to(dtype))
+        return embedder(target.time_proj(to_scale / own * t).to(dtype)), wanted
 
     for step in range(steps):
         ours, wanted = both(torch.rand(batch, generator=generator).to(device, dtype))

@@ -6,16 +6,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stepfold import randomness
 from stepfold.config import Config
 from stepfold.maths.formulations import equivalent_noise
+from stepfold.maths.routes import random_ladder
 from stepfold.objectives.contract import Networks
 from stepfold.sampling.consistency import predict_data
+from stepfold.spaces.anchor import anchored_pairs
 from stepfold.spaces.coupling import coupled_pairs
 from stepfold.spaces.diffusion import noised_pairs
 from stepfold.spaces.generation import Trajectory, brightness_filter, pairs_from, walk
 from stepfold.spaces.prior import prior_states
 from stepfold.spaces.records import States, pairs_per_prompt
-from stepfold.spaces.rollout import exit_step, rolled_states
+from stepfold.spaces.rollout import rolled_states, rollout_length
 from stepfold.spaces.targets import Rules, aimed
 from stepfold.teachers.contract import Condition, Teacher
 from stepfold.training.draws import Batch
@@ -80,7 +83,10 @@ def collect(
     found |= {name: SPACES[name](start) for name in spaces if name not in FROM_CLEAN}
     if config.target.rules == {"zero"}:
         return found
-    return {name: with_targets(states, name, batch, networks.teacher, config) for name, states in found.items()}
+    return {
+        name: states if name in WITHOUT_TARGETS else with_targets(states, name, batch, networks.teacher, config)
+        for name, states in found.items()
+    }
 
 
 def with_targets(states: States, space: str, batch: Batch, teacher: Teacher, config: Config) -> States:
@@ -170,24 +176,37 @@ def from_prior(start: Start) -> States:
     return prior_states(batch.noise(), batch.start_time, start.condition, batch.guidance)
 
 
+def from_anchor(start: Start) -> States:
+    """Anchor space: pure noise, and where the teacher's walk is after `anchor.steps` steps."""
+    batch, steps, velocity = start.batch, start.config.anchor.steps, start.networks.teacher.velocity
+    with start.networks.walk_precision():
+        route = batch.route(start.config.space)[:, : steps + 1]
+        return anchored_pairs(velocity, batch.noise(), route, start.condition, batch.guidance)
+
+
 def from_rollout(start: Start) -> States:
-    """Rollout space: the student's own steps, as many as `rollout.steps`, up to the one that is this step's turn."""
-    count = start.config.rollout.steps
-    return rollout(start.batch, start.condition, start.networks, count, exit_step(start.step, count))
+    """Rollout space: the student's own steps, up to the one that is this step's turn."""
+    return rollout(start.batch, start.condition, start.networks, start.config, start.step)
 
 
-def rollout(batch: Batch, condition: Condition, networks: Networks, num_steps: int, stop: int) -> States:
-    """The student's rollout of a batch; its noise has streams of its own, apart from those of the walks."""
-    teacher, student = networks.teacher, networks.student
+def rollout(batch: Batch, condition: Condition, networks: Networks, config: Config, count: int) -> States:
+    """The student's rollout number `count`, of a batch; its noise has streams of its own, apart from the walks'."""
+    teacher, student, part = networks.teacher, networks.student, config.rollout
+    num_steps, stop = rollout_length(count, part.steps, cycled=part.lengths == "cycled", first=part.first - 1)
+    if part.ladder == "random":
+        seed, update = batch.draws.seed, batch.draws.update
+        uniform = randomness.uniform((num_steps - 1,), seed, "rollout ladder", *update, count)
+        times = random_ladder(uniform, teacher.shift, batch.start_time)
+    else:
+        times = [min(time, batch.start_time) for time in teacher.student_times(num_steps, "consistency")]
 
     def picture(x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
         with networks.precision():
             return predict_data(student, x, t, condition, guidance, teacher.sigma_data)
 
-    times = [min(time, batch.start_time) for time in teacher.student_times(num_steps, "consistency")]
     return rolled_states(
         picture, batch.noise("rollout noise"), times, stop, lambda i: batch.noise(f"rollout noise of step {i}"),
-        condition, batch.guidance,
+        condition, batch.guidance, phased=part.phased,
     )  # fmt: skip
 
 
@@ -198,10 +217,13 @@ SPACES: dict[str, Callable[[Start], States]] = {
     "coupling": from_couplings,
     "prior": from_prior,
     "rollout": from_rollout,
+    "anchor": from_anchor,
 }
 """All sample spaces by the names that settings call them."""
 FROM_WALKS = {"generation", "endpoints", "coupling"}
 FROM_CLEAN = FROM_WALKS | {"images"}
+WITHOUT_TARGETS = {"rollout", "anchor"}
+"""Spaces whose target times do not come from `target`."""
 
 
 def states_per_prompt(space: str, config: Config) -> int:

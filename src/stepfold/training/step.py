@@ -90,7 +90,7 @@ def train_step(run: Run, step: int, batch: Batch, condition: Condition, states: 
     for name, critic in phase.critics.items():
         if critic.updates:
             with run.stages(name):
-                record = update_critic(run, name, critic, record, batch, condition)
+                record = update_critic(run, name, critic, record, batch, condition, states)
     if step - phase.first < phase.head_start:
         return replace(record, head_start=True)
     counts = {name: count_states(run, phase.config, name, part) for name, part in states.items()}
@@ -124,17 +124,23 @@ def finish_step(run: Run, phase: Phase, record: StepRecord) -> StepRecord:
 
 
 def update_critic(
-    run: Run, name: str, critic: Critic, record: StepRecord, batch: Batch, condition: Condition
+    run: Run,
+    name: str,
+    critic: Critic,
+    record: StepRecord,
+    batch: Batch,
+    condition: Condition,
+    states: Mapping[str, States],
 ) -> StepRecord:
     """A critic's own updates within a step, each with draws of its own; the record with their metrics and norm."""
-    assert critic.loss is not None
     phase, config = run.phase(record.step), run.config
     set_learning_rates(run, phase, record.step)
     found, norm = [], torch.zeros(())
     for update in range(critic.updates):
         number = record.step % config.space.reuse * critic.updates + update
         own = replace(batch, draws=batch.draws.of_update(number))
-        found += critic_gradient(run, phase, critic, own, condition, record.step * critic.updates + update)
+        count = record.step * critic.updates + update
+        found += critic_gradient(run, phase, critic, own, condition, states, count)
         norm = clipped_norm(run, critic.module.parameters(), phase.config)
         run.optimiser.step()  # of this critic alone: nothing else has a gradient
         run.optimiser.zero_grad(set_to_none=True)
@@ -146,15 +152,23 @@ def update_critic(
 
 
 def critic_gradient(
-    run: Run, phase: Phase, critic: Critic, batch: Batch, condition: Condition, count: int
+    run: Run,
+    phase: Phase,
+    critic: Critic,
+    batch: Batch,
+    condition: Condition,
+    states: Mapping[str, States],
+    count: int,
 ) -> list[tuple[Tensor, Loss]]:
     """Adds the gradient of one update of a critic, in micro-batches; their prompts and losses."""
-    assert critic.loss is not None
+    assert critic.loss is not None and critic.states is not None
+    own = critic.states(phase.networks, batch, condition, phase.config, count, states)
     found, size = [], phase.config.training.micro_batch or len(batch.index)
     trained = [parameter for parameter in critic.module.parameters() if parameter.requires_grad]
     for start in range(0, len(batch.index), size):
         rows = slice(start, start + size)
-        loss = critic.loss(phase.networks, batch.rows(rows), condition.rows(rows), phase.config, count)
+        part = replace(own.rows(rows), number=own.number[rows] - start, num_drawn=len(own.number[rows]))
+        loss = critic.loss(phase.networks, batch.rows(rows), part, phase.config)
         with student_attention(phase.config.training.precision, loss.value.device):
             run.accelerator.backward(loss.value.sum() / phase.config.training.prompts_per_step, inputs=trained)
         prompt = torch.arange(start, start + len(loss.value), device=loss.value.device)

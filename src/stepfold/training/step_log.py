@@ -12,7 +12,7 @@ from stepfold.errors import NonFiniteError
 from stepfold.spaces.records import States
 from stepfold.training.processes import Processes
 
-UNLOGGED = ("t", "|x|", "|dxdt|", "|F|")
+UNLOGGED = ("t", "|x|", "|dxdt|", "|F|", "|x0|", "|v_real|", "|v_fake|")
 """Metrics that an error message needs and the metrics file does not."""
 
 
@@ -111,7 +111,7 @@ def row_of(record: StepRecord) -> dict[str, Any]:
         places = [nonfinite_place(metrics.values)[0] for metrics in tables.values()]
         place = next((place for place in places if place != "gradient"), "gradient")
         return row | {"skipped": 1, "nonfinite": f"{place} is not finite"}
-    for name, metrics in tables.items():
+    for name, metrics in sorted(tables.items(), key=lambda table: table[0] not in record.critics):  # they come first
         check_finite(record.step, record.prompts, metrics, norm_beside(name, record))
     for name, metrics in tables.items():
         prefix = f"{name}/" if name in record.critics or len(record.spaces) > 1 else ""
@@ -153,8 +153,9 @@ def tangent_by_time(t: Tensor, norm: Tensor, bins: int = 4) -> dict[str, float]:
 
 
 PLACES = {
-    "|x|": "teacher's output", "|dxdt|": "teacher's output", "|F|": "student's output", "tangent_norm": "tangent",
-    "loss": "loss",
+    "|x|": "teacher's output", "|dxdt|": "teacher's output", "|F|": "student's output",
+    "|x0|": "student's output", "|v_real|": "teacher's output", "|v_fake|": "fake score's output",
+    "tangent_norm": "tangent", "loss": "loss",
 }  # fmt: skip
 """Per-state metrics in order of computation -> the quantity that each one measures."""
 

@@ -13,12 +13,16 @@ from stepfold.config import Config
 from stepfold.objectives.adversarial import NAME, adversarial_loss
 from stepfold.objectives.consistency import continuous_loss
 from stepfold.objectives.contract import Loss, Networks, Objective
+from stepfold.objectives.decoupled import decoupled_loss
 from stepfold.objectives.discrete import discrete_loss
+from stepfold.objectives.identity import identity_loss
 from stepfold.objectives.lagrange import lagrange_loss
+from stepfold.objectives.matching import matching_loss
 from stepfold.objectives.pair import pair_loss
 from stepfold.objectives.semigroup import semigroup_loss
 from stepfold.objectives.velocity import velocity_loss
 from stepfold.randomness import Draws
+from stepfold.scores import MATCHING
 from stepfold.spaces.records import Pairs, States
 from stepfold.teachers.contract import Student
 from stepfold.training.precision import student_attention
@@ -33,6 +37,9 @@ OBJECTIVES: dict[str, Objective] = {
     "semigroup": semigroup_loss,
     "lagrange": lagrange_loss,
     "adversarial": adversarial_loss,
+    "matching": matching_loss,
+    "decoupled": decoupled_loss,
+    "identity": identity_loss,
 }
 """All objectives by the names that settings call them."""
 
@@ -62,6 +69,10 @@ def terms_of(config: Config) -> list[Term]:
     terms = [Term(config.objective, space, weight, size) for space, weight in config.space.weights.items() if weight]
     if weight := config.adversarial.weight:
         terms.append(Term("adversarial", config.space.first, weight, size, "adversarial"))
+    if (weight := config.matching.weight) and config.objective not in MATCHING:
+        terms.append(Term("matching", config.matching.space, weight, size))
+    if weight := config.anchor.weight:
+        terms.append(Term("pair", "anchor", weight, size))
     return terms
 
 

@@ -30,6 +30,7 @@ MAX_PROMPT, MAX_STEPS, MAX_PICTURES, MAX_GUIDANCE, MAX_SEED = 300, 8, 9, 8.0, 2*
 FIRST_SEED = 2  # the page begins with it
 TEACHER_STEPS = 20
 STEPS_LABEL, PICTURES_LABEL, SEED_LABEL = "Student's steps", "Images", "Seed"
+GAMMA_LABEL = "Fresh noise in the student's steps"
 SMALL = 256 * 256  # pixels of an image of which nine are drawn at once unless told otherwise
 STRIP = (1, 2, 4, 8)  # steps of the student that stand side by side
 KEPT = 15  # drawings of one kind that a median is taken of
@@ -91,6 +92,11 @@ class Models:
         return MAX_PICTURES if self.teacher.frames == 1 and self.teacher.width * self.teacher.height <= SMALL else 1
 
     @property
+    def takes_gamma(self) -> bool:
+        """Whether the student's steps may have fresh noise in them: a flow map that jumps anywhere."""
+        return self.card.recipe.sampler == "flow_map" and self.card.recipe.jumps_anywhere
+
+    @property
     def vocabulary(self) -> str:
         """What the prompts of a model that knows few words may say; empty for others."""
         if self.card.teacher != "emoji":
@@ -137,6 +143,7 @@ class Request:
     guidance: float = 1.0
     seed: int = 0
     count: int = 1
+    gamma: float = 0.0
 
     @property
     def seeds(self) -> range:
@@ -223,7 +230,7 @@ def warm_up(models: Models) -> None:
     next(draw_teacher(models, request))
 
 
-def checked(models: Models, prompt: Any, steps: Any, guidance: Any, seed: Any, count: Any) -> Request:
+def checked(models: Models, prompt: Any, steps: Any, guidance: Any, seed: Any, count: Any, gamma: Any = 0.0) -> Request:
     """A request out of what the page sends, which may be anything.
 
     Raises:
@@ -241,6 +248,7 @@ def checked(models: Models, prompt: Any, steps: Any, guidance: Any, seed: Any, c
         guidance=_number(models.guidance_label, guidance, 1, MAX_GUIDANCE),
         seed=round(_number(SEED_LABEL, seed, 0, MAX_SEED)),
         count=round(_number(PICTURES_LABEL, count, 1, MAX_PICTURES)),
+        gamma=models.card.recipe.gamma_for(_number(GAMMA_LABEL, gamma, 0, 1)),
     )
 
 
@@ -256,10 +264,12 @@ def draw_student(models: Models, request: Request) -> Drawing:
     noise, condition, guidance = _start(pipeline, request)
     recipe = models.card.recipe
     times = recipe.times_for(request.steps)
+    options = {"gamma": request.gamma} if request.gamma else {}
     began = _now(pipeline)
     x0 = SAMPLERS[recipe.sampler](
         models.student, noise, condition, guidance, times,
         lambda i: _noise(pipeline, request, "evaluation fresh noise", i, 0), recipe.sigma_data,
+        **options,
     )  # fmt: skip
     drawn = _now(pipeline) - began
     pictures = pipeline.decode(x0)

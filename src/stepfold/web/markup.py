@@ -14,7 +14,17 @@ from stepfold.evaluation.curves import LOGGED
 from stepfold.evaluation.report import duration
 from stepfold.web.drawing import TEACHER_STEPS, Drawing, Models, Paces, Request, Walk
 from stepfold.web.race import Race, as_gif, as_png, times
-from stepfold.web.runs import Run, compared, count_of, curves_of, preview_at, report_of, scores_of, time_left
+from stepfold.web.runs import (
+    Run,
+    compared,
+    count_of,
+    curves_of,
+    preview_at,
+    quality_of,
+    report_of,
+    scores_of,
+    time_left,
+)
 
 SCORES = {
     "latent_error": "latent error {:.3f}",
@@ -24,6 +34,7 @@ SCORES = {
     "diversity": "diversity {:.3f}",
 }
 SIDES = ("a", "b")
+OVER_CALLS = "against the teacher at as many network calls: solid the student, dashed the teacher"
 
 
 def join(parts: Iterable[str]) -> Markup:
@@ -230,17 +241,23 @@ def _plain(value: Any) -> str:
 
 
 def curves(runs: Sequence[Run]) -> Markup:
-    """What the runs logged, a panel each, with what it is: the latent error first, the rest folded."""
+    """What the runs reached and logged, a panel each: over network calls first, then over steps; the rest folded."""
     names = " and ".join(run.name for run in runs)
+    reached = [
+        Markup("<figure><figcaption><b>{}</b><span>{}</span></figcaption>{}</figure>").format(
+            name, OVER_CALLS, _labelled(svg, f"{name} over network calls of {names}")
+        )
+        for name, svg in quality_of(runs).items()
+    ]
     figures = {
         name: Markup("<figure><figcaption><b>{}</b><span>{}</span></figcaption>{}</figure>").format(
             breakable(name), LOGGED.get(name, ""), _labelled(svg, f"{name} over the steps of {names}")
         )
         for name, svg in curves_of(runs).items()
     }
-    if not figures:
+    if not figures and not reached:
         return note("Nothing logged yet.")
-    first = [figures.pop(name) for name in ("latent_error",) if name in figures]
+    first = [*reached, *[figures.pop(name) for name in ("latent_error",) if name in figures]]
     lead = Markup('<div class="curves">{}</div>').format(join(first)) if first else Markup("")
     rest = Markup("<details class='logged'{}><summary>{}</summary><div class='curves'>{}</div></details>").format(
         "" if first else Markup(" open"), counted(len(figures), "other curve"), join(figures.values())

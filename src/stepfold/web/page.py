@@ -14,6 +14,7 @@ from stepfold.errors import UserError
 from stepfold.web import markup
 from stepfold.web.drawing import (
     FIRST_SEED,
+    GAMMA_LABEL,
     MAX_GUIDANCE,
     MAX_PICTURES,
     MAX_PROMPT,
@@ -39,7 +40,7 @@ except ImportError:
     raise UserError("the page needs gradio: pip install 'gradio>=6.29,<7'") from None
 
 QUEUE, REFRESH_SEC = 64, 3
-NAMES = json.dumps(["prompt", "steps", "guidance", "seed", "images"])  # of the inputs, in the page's address
+NAMES = json.dumps(["prompt", "steps", "guidance", "seed", "images", "gamma"])  # of the inputs, in the page's address
 KEEP_IN_ADDRESS = (
     f"(...values) => {{ const kept = new URLSearchParams(); {NAMES}.forEach((name, i) => kept.set(name, values[i])); "
     "history.replaceState(null, '', '?' + kept); }"
@@ -91,7 +92,7 @@ def build(models: Models, runs: Path) -> Any:
 
 
 class Parts(NamedTuple):
-    """What the tab shows and listens to: the inputs are prompt, steps, guidance, seed and number of images."""
+    """What the tab shows and listens to: inputs are prompt, steps, guidance, seed, number of images, fresh noise."""
 
     inputs: list[Any]
     student: Any
@@ -122,6 +123,9 @@ def _parts(models: Models) -> Parts:
                 1, MAX_PICTURES, models.usual_count, step=1, label=PICTURES_LABEL, buttons=[], min_width=150
             )
             seed = gr.Number(FIRST_SEED, label=SEED_LABEL, precision=0, minimum=0, maximum=MAX_SEED, min_width=150)
+            gamma = gr.Slider(
+                0, 1, 0, step=0.05, label=GAMMA_LABEL, visible=models.takes_gamma, buttons=[], min_width=150
+            )
             gr.Button("New seed", size="sm", elem_id="dice").click(
                 None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED})", **PRIVATE
             )
@@ -133,7 +137,7 @@ def _parts(models: Models) -> Parts:
     extra = gr.HTML(elem_id="extra")
     with gr.Accordion("The teacher's walk", open=False, elem_id="walk"):
         walk = gr.HTML(markup.note("It appears when the teacher has finished."))
-    return Parts([prompt, steps, guidance, seed, count], student, teacher, ratio, walk, extra, as_strip, as_race)
+    return Parts([prompt, steps, guidance, seed, count, gamma], student, teacher, ratio, walk, extra, as_strip, as_race)
 
 
 def _draw_tab(page: Any, models: Models) -> None:
@@ -142,17 +146,17 @@ def _draw_tab(page: Any, models: Models) -> None:
     newest: dict[str | None, Any] = {}
     """session -> what it asked for last, until that is drawn"""
 
-    async def asks(text: Any, k: Any, scale: Any, first: Any, number: Any, request: gr.Request) -> list[Any]:
+    async def asks(text: Any, k: Any, scale: Any, first: Any, n: Any, gamma: Any, request: gr.Request) -> list[Any]:
         """Notes it as it arrives, before the queue, in which a newer drawing might overtake it; nothing is kept out."""
-        newest[request.session_hash] = text, k, scale, first, number
+        newest[request.session_hash] = text, k, scale, first, n, gamma
         return [gr.validate(True, "")] * len(inputs)
 
     async def nothing(*values: Any) -> None:
         """All has been done by `asks`."""
 
-    def both(text: Any, k: Any, scale: Any, first: Any, number: Any, request: gr.Request) -> Iterator[Any]:
+    def both(text: Any, k: Any, scale: Any, first: Any, n: Any, gamma: Any, request: gr.Request) -> Iterator[Any]:
         """The student's picture, then the teacher's as it forms; nothing more once something newer is asked for."""
-        values = text, k, scale, first, number
+        values = text, k, scale, first, n, gamma
 
         def is_old() -> bool:
             return newest.get(request.session_hash) != values

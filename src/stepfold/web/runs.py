@@ -10,14 +10,17 @@ from typing import Any
 
 from stepfold.config import Config, from_yaml
 from stepfold.errors import UserError
-from stepfold.evaluation.curves import curve_svgs, curves_from_rows, ordered
+from stepfold.evaluation.curves import curve_svgs, curves_from_rows, ordered, quality_svgs
 from stepfold.evaluation.preview import errors_over_steps
+from stepfold.evaluation.verdict import METRICS as SCORED
+from stepfold.evaluation.verdict import curves_over_calls
 from stepfold.training.opening import differences, is_running
 from stepfold.training.runs import CONFIG, METRICS, read_metrics
 
 DEPTH, MOST_RUNS = 3, 200
 LARGEST_METRICS, LARGEST_PICTURE, LARGEST_REPORT = 64 * 2**20, 8 * 2**20, 16 * 2**20  # bytes
 LARGEST_N = 10**9  # pictures of an evaluation
+MOST_CALLS, LARGEST_VALUE = 10**4, 1e6  # of an image, and of a metric
 PNG = b"\x89PNG\r\n\x1a\n"
 SAFE_HEAD = (
     "<!doctype html><meta http-equiv='Content-Security-Policy' "
@@ -247,6 +250,20 @@ def scores_of(run: Run) -> tuple[int, dict[str, float]]:
         return int(steps), {str(name): float(value) for name, value in row.items() if isinstance(value, int | float)}
     except (ValueError, KeyError, TypeError, AttributeError):
         return 1, {}
+
+
+def quality_of(runs: Sequence[Run]) -> dict[str, str]:
+    """Metric's label -> an SVG element with students and their teachers over network calls, of reports that say so."""
+    found = []
+    for run in runs:
+        try:
+            curves = curves_over_calls(_report(run))
+            points = [point for of in curves.values() for each in of.values() for point in each]
+            usual = all(0 < calls <= MOST_CALLS and abs(value) < LARGEST_VALUE for calls, value in points)
+            found.append(curves if usual else {})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            found.append({})
+    return {SCORED[name].label: svg for name, svg in quality_svgs(found).items()}
 
 
 def count_of(run: Run) -> int | None:

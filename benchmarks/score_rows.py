@@ -1,0 +1,129 @@
+"""Steps of methods with a fake score, for `step.py --scores`: counted, in plain forward passes of one image's latent.
+
+The count is of floating-point operations, over as many steps as a rollout's turns take, so that it is exact. The sum
+beside it is of passes: a forward is 1, a backward with gradients of all weights 2, one to the input alone 1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import show
+from step_rows import Bench, Precision, Work, open_bench, settings
+from torch.utils.flop_counter import FlopCounterMode
+
+from stepfold.config import Config, load_config, to_yaml
+from stepfold.objectives.contract import Networks
+from stepfold.objectives.denoising import FAKE
+from stepfold.scores import FakeSettings
+from stepfold.spaces.rollout import rollout_length
+from stepfold.students.starting import make_fake
+from stepfold.training.critics import fake_loss, fake_states
+from stepfold.training.draws import draw
+from stepfold.training.states import collect
+from stepfold.training.terms import add_gradients, terms_of
+
+ROLLED = ("space.kind=rollout", "fake.kind=whole")
+SCORES: dict[str, tuple[str, ...]] = {
+    "dmd, one step": (*ROLLED, "objective=matching", "rollout.steps=1", "fake.updates=5"),
+    "dmd, four steps": (*ROLLED, "objective=matching", "rollout.steps=4", "fake.updates=5"),
+    "vsd": (
+        *ROLLED, "objective=matching", "rollout.steps=1", "fake.updates=1", "matching.fake_guidance=same",
+        "fake.unprompted=0.1",
+    ),
+    "decoupled, four steps": (*ROLLED, "objective=decoupled", "rollout.steps=4", "fake.updates=5"),
+    "sid, four steps": (*ROLLED, "objective=identity", "rollout.steps=4", "fake.updates=1"),
+    "sid, guided, four steps": (
+        *ROLLED, "objective=identity", "rollout.steps=4", "fake.updates=1", "matching.fake_guidance=4.5",
+        "fake.guidance=4.5",
+    ),
+}  # fmt: skip
+"""Row -> settings that differ from TBCM's."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a step of a row costs for each image, in plain forward passes.
+
+    Attributes:
+        units: counted.
+        passes: the sum of the passes that it needs.
+    """
+
+    units: float
+    passes: float
+
+
+def passes_of(config: Config) -> float:
+    """The sum of the passes of a step, for each image."""
+    before = (config.rollout.steps - 1) / 2  # of a rollout, on average
+    fake = 2 if config.matching.fake_guidance != 1 else 1
+    student = before + 3 + 2 + fake  # its own, the teacher's two branches, the fake score's
+    if config.objective == "decoupled":
+        student += 1  # the teacher without guidance, at a time of its own
+    if config.objective == "identity":
+        student += 2 * (2 + fake)  # both again with a graph, and back to the input
+    learns = 2 if config.fake.guidance != 1 else 1
+    return student + config.fake.updates * (before + 1 + 3 * learns)
+
+
+def backward_of_convolution(out: Any, x: Any, weight: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    """Its operations, from shapes; torch 2's own count takes grouped convolutions for whole ones."""
+    to_input, to_weight, _ = rest[-1]
+    return 2 * math.prod(out) * math.prod(weight[1:]) * (to_input + to_weight)
+
+
+def counting() -> FlopCounterMode:
+    """Counts floating-point operations."""
+    return FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: backward_of_convolution}
+    )  # fmt: skip
+
+
+def config_of(bench: Bench, changes: tuple[str, ...]) -> Config:
+    """The settings of a row."""
+    path = bench.work.place.folder / "row.yaml"
+    path.write_text(to_yaml(settings(bench.work, "float32")))
+    return load_config(str(path), changes)
+
+
+def count(bench: Bench, config: Config) -> Count:
+    """See `Count`; mean over the turns of the rollouts."""
+    precision: Any = Precision(bench.device, bf16=False)
+    fake = make_fake(bench.teacher, FakeSettings(kind="whole")).to(bench.device)
+    networks, turns = Networks(bench.student, bench.teacher, {FAKE: fake}), config.rollout.steps
+    assert {rollout_length(turn, turns, cycled=False)[1] for turn in range(turns)} == set(range(turns))
+    batch = draw(0, bench.prompts, bench.teacher, config, bench.device)
+    condition = bench.cache.rows(batch.index).to(bench.device, bench.teacher.dtype)
+    x, t = batch.noise(), torch.full((len(condition),), 0.8, device=bench.device)
+    with torch.no_grad(), counting() as unit:
+        bench.student(x / bench.teacher.sigma_data, t, condition, batch.guidance)
+    with counting() as counter:
+        for turn in range(turns):
+            for update in range(config.fake.updates):
+                number = turn * config.fake.updates + update
+                states = fake_states(networks, batch, condition, config, number, {})
+                fake_loss(networks, batch, states, config).value.mean().backward()
+            found = collect(config.space.weights, batch, condition, networks, config, turn)
+            add_gradients(terms_of(config), networks, found, batch.draws, config, turn, precision)
+    bench.student.zero_grad(set_to_none=True)
+    return Count(counter.get_total_flops() / turns / unit.get_total_flops(), passes_of(config))
+
+
+def count_scores(work: Work, only: Sequence[str] = ()) -> dict[str, Count]:
+    """Every row of SCORES, or those whose names have one of the texts; prints the table."""
+    bench, rows = open_bench(work, ("ours",)), SCORES
+    if only:
+        rows = {name: changes for name, changes in SCORES.items() if any(text in name for text in only)}
+    found = {name: count(bench, config_of(bench, changes)) for name, changes in rows.items()}
+    show(
+        "A step with a fake score, for each image, in plain forward passes",
+        ["", "counted", "sum of passes", "ratio"],
+        [
+            [name, f"{each.units:.1f}", f"{each.passes:g}", f"{each.units / each.passes:.2f}"]
+            for name, each in found.items()
+        ],
+    )
+    return found

@@ -1,0 +1,106 @@
+"""A LoRA's matrices under the names of other tools, from the tables of single files."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stepfold.errors import UserError
+from stepfold.export.single_file import layout, pieces_of
+
+Keys = Literal["diffusers", "comfy", "kohya"]
+"""Whose names: diffusers' and PEFT's, ComfyUI's for any model, or those of kohya's scripts, which web UIs read too."""
+Rows = dict[int, tuple[str, slice]]
+"""Piece of an original tensor -> the layer that has it, and which of the layer's rows."""
+
+
+def renamed(weights: Mapping[str, Tensor], network: Any, part: str, keys: Keys) -> dict[str, Tensor]:
+    """A LoRA in diffusers' names under those of another tool.
+
+    Layers that the original has in one, such as q, k and v, get one pair of matrices: down one below the other, up in
+    the blocks of a diagonal. Their product is the same.
+
+    Args:
+        weights: PART.LAYER.lora_A.weight [R, I, ...] and PART.LAYER.lora_B.weight [O, R, ...], at scale 1.
+        network: the network that they are for; its tensors may be on the meta device.
+        part: of the pipeline, the network's name.
+        keys: whose names.
+
+    Raises:
+        UserError: no names of this class of networks are known, or they have no place for one of the layers.
+    """
+    if keys == "diffusers":
+        return dict(weights)
+    down, up = (
+        {
+            name.removeprefix(f"{part}.").removesuffix(end): value
+            for name, value in weights.items()
+            if name.endswith(end)
+        }
+        for end in (".lora_A.weight", ".lora_B.weight")
+    )
+    if keys == "kohya" and is_first_unet(network):
+        return dict(entry for layer in down for entry in in_kohya(layer, down[layer], up[layer]))
+    found: dict[str, Tensor] = {}
+    for whole, rows in originals(network, down).items():
+        a, b = joined(rows, down, up)
+        if keys == "kohya":
+            found |= dict(in_kohya(whole, a, b))
+        else:
+            found |= {f"diffusion_model.{whole}.lora_A.weight": a, f"diffusion_model.{whole}.lora_B.weight": b}
+    return found
+
+
+def is_first_unet(network: Any) -> bool:
+    """Whether it is a Stable Diffusion 1 or 2, whose layers kohya's scripts call by diffusers' names."""
+    return type(network).__name__ == "UNet2DConditionModel" and network.config.addition_embed_type is None
+
+
+def in_kohya(layer: str, down: Tensor, up: Tensor) -> list[tuple[str, Tensor]]:
+    """A layer's entries; the alpha is its rank, which stands for scale 1."""
+    name = f"lora_unet_{layer.replace('.', '_')}"
+    return [
+        (f"{name}.lora_down.weight", down),
+        (f"{name}.lora_up.weight", up),
+        (f"{name}.alpha", torch.tensor(float(len(down)))),
+    ]
+
+
+def originals(network: Any, layers: Mapping[str, Tensor]) -> dict[str, Rows]:
+    """The original layers that any of `layers` is of, each with all its pieces.
+
+    Raises:
+        UserError: as of `renamed`.
+    """
+    name_of, kind = layout(network), type(network).__name__
+    pieces: dict[str, Rows] = defaultdict(dict)
+    whole_of: dict[str, str] = {}
+    for name, tensor in network.state_dict().items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "weight" and (original := name_of(name)) is not None:
+            whole, places = pieces_of(original)
+            whole_of[layer] = whole.removesuffix(".weight")
+            for i, place in enumerate(places):
+                part = slice(i * len(tensor) // len(places), (i + 1) * len(tensor) // len(places))
+                pieces[whole_of[layer]][place] = (layer, part)
+    if lost := [layer for layer in layers if layer not in whole_of]:
+        raise UserError(f"these names of a {kind} have no place for {lost[0]}; export with --keys diffusers")
+    wanted = {whole_of[layer] for layer in layers}
+    return {whole: rows for whole, rows in pieces.items() if whole in wanted}
+
+
+def joined(rows: Rows, down: Mapping[str, Tensor], up: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """One pair of matrices for an original layer; pieces without a LoRA have rows of zeros."""
+    pieces = [rows[place] for place in sorted(rows)]
+    kept = list(dict.fromkeys(layer for layer, _ in pieces if layer in down))
+    ends = [0, *torch.tensor([len(down[layer]) for layer in kept]).cumsum(0).tolist()]
+    columns = {layer: slice(*ends[i : i + 2]) for i, layer in enumerate(kept)}
+    first, blocks = up[kept[0]], []
+    for layer, part in pieces:
+        block = first.new_zeros(part.stop - part.start, ends[-1], *first.shape[2:])
+        if layer in down:
+            block[:, columns[layer]] = up[layer][part]
+        blocks.append(block)
+    return torch.cat([down[layer] for layer in kept]), torch.cat(blocks)
