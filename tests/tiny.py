@@ -136,12 +136,12 @@ def kl_autoencoder(channels: int, shift: float | None = None) -> AutoencoderKL:
     )  # fmt: skip
 
 
-def sana_tokenizer() -> PreTrainedTokenizerFast:
+def sana_tokenizer(pipeline: type = SanaPipeline) -> PreTrainedTokenizerFast:
     """A byte-level BPE that knows the words of the prompts and of the pipeline's default instruction."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    instruction = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
     tokenizer.train_from_iterator(
         [*PROMPTS, *instruction],
         trainers.BpeTrainer(

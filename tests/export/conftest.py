@@ -11,8 +11,11 @@ import pytest
 import tiny
 import tiny_chroma
 import tiny_ernie_image
+import tiny_hunyuan
 import tiny_prx
 import tiny_qwen
+import tiny_sana_video
+import tiny_wan22
 import tiny_z_image
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -48,6 +51,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "dit": tiny.make_dit,
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
+    "wan 2.2 ti2v": tiny_wan22.make_ti2v,
+    "wan 2.2 a14b": tiny_wan22.make_a14b,
+    "sana video": tiny_sana_video.make_sana_video,
+    "hunyuan video": tiny_hunyuan.make_hunyuan_video,
     "sprint": tiny.make_sprint,
     "qwen": tiny_qwen.make_qwen_image,
     "chroma": tiny_chroma.make_chroma,

@@ -27,12 +27,14 @@ StudentOf = Callable[..., Path]
 Fresh = Callable[..., dict[str, torch.Tensor]]
 KINDS = ("lora", "pipeline", "teacher")
 RECENT = ("qwen", "chroma", "krea")
-WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina", "wan", *RECENT)
+VIDEOS = ("wan 2.2 ti2v", "sana video")
+WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina", "wan", *RECENT, *VIDEOS)
 FEWER = ", fewer blocks"
 DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "pixart", "lumina", "wan")
 DRAWN += (*RECENT, "longcat")
 WITH_LORA += ("ernie-image", "z-image")
 DRAWN += ("ernie-image", "prx", "z-image")
+DRAWN += (*VIDEOS, "wan 2.2 a14b", "hunyuan video")
 DRAWN += tuple(f"{family}{FEWER}" for family in SMALLER)
 
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
@@ -66,7 +68,7 @@ def test_a_lora_student_merged_and_as_a_file(student_of: StudentOf, fresh: Fresh
         ]
         levels = [np.asarray(picture).astype(int) for picture in pictures]
         assert np.abs(levels[0] - levels[1]).max() <= 1
-        what = "video" if family == "wan" else "image"
+        what = "video" if family.startswith("wan") or "video" in family else "image"
         assert f'.from_pretrained("FOLDER")\n{what}' in (whole[family] / "README.md").read_text()
 
 
@@ -206,6 +208,8 @@ TINY_FAMILIES = {
     "Lumina Image 2": "lumina", "Wan 2.1, text to video": "wan", "DiT": "dit",
     "Qwen-Image": "qwen", "Chroma": "chroma", "LongCat-Image": "longcat", "Krea 2": "krea",
     "ERNIE-Image": "ernie-image", "PRX": "prx", "Z-Image": "z-image",
+    "Wan 2.2 TI2V-5B, text to video": "wan 2.2 ti2v", "Wan 2.2 A14B, text to video": "wan 2.2 a14b",
+    "SANA-Video": "sana video", "HunyuanVideo 1.5": "hunyuan video",
 }  # fmt: skip
 
 
@@ -224,7 +228,7 @@ def test_a_student_of_each_family_samples_as_the_docs_say(heading: str, student_
     assert ast.unparse(first) == ("[207]" if heading == "DiT" else "'a red heart'")
     code = re.sub(r'"runs/\w+/student"', repr(str(student)), code)
     code = re.sub(r'(from_pretrained\()"[\w./-]+"', lambda found: found[1] + repr(card.teacher), code)
-    code = re.sub(r"(height|width)=\d+", r"\1=32", code).replace("num_frames=33", "num_frames=5")
+    code = re.sub(r"(height|width)=\d+", r"\1=32", code).replace("frames=33", "frames=5")
     code = re.sub(r"max_sequence_length=\d+", "max_sequence_length=24", code)
     code = code.replace("[207]", "[7]").replace("torch.bfloat16", "torch.float32")
     names: dict[str, Any] = {}

@@ -42,6 +42,7 @@ KLEIN: dict[str, Any] = dict(
     num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
 )  # fmt: skip
 WAN_SMALL: dict[str, Any] = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+WAN_22_5B: dict[str, Any] = dict(in_channels=48, out_channels=48, num_attention_heads=24, ffn_dim=14336, num_layers=30)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,7 @@ WAN_SMALL: dict[str, Any] = dict(num_attention_heads=12, ffn_dim=8960, num_layer
         pytest.param(WanTransformer3DModel, WAN_SMALL, id="wan-1.3b"),
         pytest.param(WanTransformer3DModel, {}, id="wan-14b"),
         pytest.param(ZImageTransformer2DModel, {}, id="z-image"),
+        pytest.param(WanTransformer3DModel, WAN_22_5B, id="wan-2.2-5b"),
     ],
 )
 def test_networks_of_real_size_come_back_to_the_bit(kind: Any, config: dict[str, Any]) -> None:

@@ -326,16 +326,19 @@ def test_operations(name: str) -> None:
     torch.testing.assert_close(ours.dF, exact.dF, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["none", "boolean", "added"])
+@pytest.mark.parametrize("kind", ["none", "boolean", "added", "a query without keys"])
 @pytest.mark.parametrize("chunk", [3, 1000])
 def test_attention_in_chunks(kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
     torch.manual_seed(0)
     x, dx = torch.randn(2, 4, 7, 6, dtype=torch.float64)
     t, dt = torch.rand(2, 4, dtype=torch.float64)
-    mask = {"none": None, "boolean": torch.rand(4, 1, 1, 7) > 0.3, "added": torch.randn(4, 1, 7, 7).double()}[kind]
+    masks = {"none": None, "boolean": torch.rand(4, 1, 1, 7) > 0.3, "added": torch.randn(4, 1, 7, 7).double()}
+    mask = (masks | {"a query without keys": torch.ones(4, 1, 7, 7, dtype=torch.bool)})[kind]
     if kind == "boolean":
         mask[..., 0] = True  # type: ignore[index]
+    if kind == "a query without keys":
+        mask[:, :, 2] = False  # type: ignore[index]
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         q, k, v = (x * t[:, None, None])[:, None].chunk(3, dim=-1)

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,8 +17,11 @@ import pytest
 import tiny
 import tiny_chroma
 import tiny_ernie_image
+import tiny_hunyuan
 import tiny_prx
 import tiny_qwen
+import tiny_sana_video
+import tiny_wan22
 import tiny_z_image
 import torch
 from forms import cases
@@ -66,6 +70,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "flux 2 dev": tiny.make_flux2,
     "lumina 2": tiny.make_lumina2,
     "wan": tiny.make_wan,
+    "wan 2.2 ti2v": tiny_wan22.make_ti2v,
+    "wan 2.2 a14b": tiny_wan22.make_a14b,
+    "sana video": tiny_sana_video.make_sana_video,
+    "hunyuan video": tiny_hunyuan.make_hunyuan_video,
     "sprint": tiny.make_sprint,
     "qwen image": tiny_qwen.make_qwen_image,
     "chroma": tiny_chroma.make_chroma,
@@ -75,16 +83,17 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
 }
-FRAMES = {"WanPipeline": 5}
-WITHOUT_LORA = ("pixart", "dit", "longcat", "prx")
-SANAS = ("SanaPipeline", "SanaSprintPipeline")
-TIME_TO_ONE = ("Lumina2Pipeline", *SANAS)
+FRAMES = {"WanPipeline": 5, "SanaVideoPipeline": 5, "HunyuanVideo15Pipeline": 5}
+WITHOUT_LORA = ("pixart", "dit", "longcat", "hunyuan video", "prx")
+SANAS = ("SanaPipeline", "SanaSprintPipeline", "SanaVideoPipeline")
+TIME_TO_ONE = ("Lumina2Pipeline", "SanaPipeline", "SanaSprintPipeline")
 
 
 NAMES = ("sana", *FAMILIES)
 RECENT = ("qwen image", "chroma", "longcat", "krea 2", "ernie-image", "prx", "z-image")
 """Of which `make test` has fewer forms."""
-WITH_LORA = tuple(name for name in NAMES if name not in WITHOUT_LORA)
+WITH_LORA = tuple(name for name in NAMES if name not in (*WITHOUT_LORA, "wan 2.2 a14b"))
+"""Those whose LoRA is one file; of two networks see tests/export/test_experts.py."""
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +131,9 @@ def frames_of(folder: Path) -> int | None:
 
 
 def low(folder: Path, width: int) -> tuple[int, int]:
-    """Height and width of a low picture: 16 pixels high, and in Sana's multiples of 32 all is twice as large."""
-    return (32, 2 * width) if pipeline_of(folder) in SANAS else (16, width)
+    """Height and width of a low picture: 16 pixels high, and where 32 is the least all is twice as large."""
+    coarse = json.loads((folder / "vae" / "config.json").read_text()).get("scale_factor_spatial") == 16
+    return (32, 2 * width) if coarse or pipeline_of(folder) in SANAS else (16, width)
 
 
 def settings(folder: Path, prompts: Path, *sets: str) -> Any:
@@ -145,7 +155,9 @@ def idle(teacher: Any) -> tuple[str, ...]:
 
 
 def pixels(made: Any) -> np.ndarray:
-    """A picture, or a video [F, H, W, 3] in [0, 1] as a filmstrip, in whole numbers to 255."""
+    """A picture, or a video, of pictures or [F, H, W, 3] in [0, 1], as a filmstrip, in whole numbers to 255."""
+    if isinstance(made, list):
+        return np.hstack([np.asarray(frame).astype(int) for frame in made])
     return np.asarray(made).astype(int) if isinstance(made, Image.Image) else np.hstack(255 * made).round().astype(int)
 
 
@@ -283,7 +295,7 @@ def test_a_pipeline_that_loads_no_lora_gets_none(family: str, prompts_file: Path
     folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
     for change in ("student.lora=4", f"teacher.lora={tmp_path / 'some.safetensors'}"):
         config = settings(folder, prompts_file, change)
-        with pytest.raises(UserError, match=r"(PixArtSigma|DiT|LongCatImage|PRX)Pipeline"):
+        with pytest.raises(UserError, match=r"(PixArtSigma|DiT|LongCatImage|HunyuanVideo15|PRX)Pipeline"):
             run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
         assert not (tmp_path / "run").exists()
 
@@ -716,15 +728,13 @@ def test_frames_are_for_videos(tiny_sana: Path, tmp_path: Path) -> None:
     assert (usual.frames, usual.height, usual.width) == (81, 480, 832) and usual.latent_shape == (4, 21, 60, 104)
 
 
-@pytest.mark.parametrize(
-    "change", [{"boundary_ratio": 0.9}, {"expand_timesteps": True}, {"transformer_2": ["diffusers", "X"]}]
-)
+@pytest.mark.parametrize("change", [{"boundary_ratio": 0.9}, {"transformer_2": ["diffusers", "X"]}])
 def test_wan_of_another_kind_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = tiny.save(tiny.make_wan, tmp_path / "pipeline")
     (folder / "transformer_2").mkdir()
     index = folder / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | change))
-    with pytest.raises(UserError, match=r"is a Wan 2\.2.*give a Wan 2\.1") as caught:
+    with pytest.raises(UserError, match=r"has one of transformer_2 and boundary_ratio .*; copy that file") as caught:
         load_teacher(TeacherSettings(source=str(folder)), "cpu")
     assert "\n" not in str(caught.value)
 
@@ -744,6 +754,62 @@ def test_a_pipeline_that_is_no_teacher_is_told_why(kind: Any, reason: str, tmp_p
     with pytest.raises(UserError, match=rf"is a {kind}{reason} this version distils SanaPipeline") as caught:
         load_teacher(TeacherSettings(source=str(tmp_path)), "cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_wan_that_tells_each_token_its_time_stays_one(tmp_path: Path) -> None:
+    """The student's pipeline is called as the teacher's is; other patches than the pipeline counts are refused."""
+    folder = tiny.save(tiny_wan22.make_ti2v, tmp_path / "pipeline")
+    teacher = load_teacher(TeacherSettings(source=str(folder)), "cpu")
+    assert (teacher.latent_shape, teacher.pipe.config.expand_timesteps) == ((6, 21, 30, 52), True)
+    save_whole(teacher, new_student(teacher), tmp_path / "student", tiny.recipe(teacher))
+    assert json.loads((tmp_path / "student" / "model_index.json").read_text())["expand_timesteps"] is True
+    other = tiny.save(partial(tiny_wan22.make_ti2v, patch_size=(1, 1, 1)), tmp_path / "other")
+    with pytest.raises(UserError, match=r"has patch_size=\(1, 1, 1\), but with expand_timesteps .*; set expand_times"):
+        load_teacher(TeacherSettings(source=str(other)), "cpu")
+
+
+def test_a_sana_video_of_another_autoencoder_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save(tiny_sana_video.make_sana_video, tmp_path / "pipeline")
+    index = folder / "model_index.json"
+    vae = {"vae": ["diffusers", "AutoencoderKLLTX2Video"]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | vae))
+    with pytest.raises(UserError, match=r"has an AutoencoderKLLTX2Video, and .*; give one of 480p") as caught:
+        load_teacher(TeacherSettings(source=str(folder)), "cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change", [{"start": 0.2}, {"use_original_formulation": True}, {"guidance_rescale": 0.7}, {"enabled": False}]
+)
+def test_a_guider_with_another_rule_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = tiny.save(tiny_hunyuan.make_hunyuan_video, tmp_path / "pipeline")
+    config = folder / "guider" / "guider_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(
+        UserError, match=rf"has a ClassifierFreeGuidance with {next(iter(change))}; give it a"
+    ) as caught:
+        load_teacher(TeacherSettings(source=str(folder)), "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_stands_in_quotes_is_a_second_text(tmp_path: Path) -> None:
+    """It counts, and a prompt without has none; a teacher of the network alone needs no autoencoder to be made."""
+    folder = tiny.save(tiny_hunyuan.make_hunyuan_video, tmp_path / "pipeline")
+    settings = SMALL.model_copy(update={"source": str(folder), "frames": 5, "max_tokens": 48})
+    teacher = load_teacher(settings, "cpu")
+    assert (teacher.default_guidance, teacher.usual_tokens()) == (6.0, 1000)
+    both = teacher.encode(["a cat", 'a sign "cat"'])
+    assert both.second is not None and both.second.mask.sum(1).tolist() == [0, len('Text "cat". ') + 1]
+    none = Condition(both.second.embeds, torch.zeros_like(both.second.mask))
+    x, t, scale = torch.randn(2, *teacher.latent_shape), torch.tensor([0.5, 1.2]), torch.full((2,), 4.0)
+    plain, told = (teacher.velocity(x, t, each, scale) for each in (replace(both, second=none), both))
+    assert torch.equal(plain[0], told[0]) and (plain[1] - told[1]).norm() > 1e-3 * plain[1].norm()
+    alone = load_teacher(settings, "cpu", network_only=True, null=teacher.null_condition)
+    assert alone.pipe.vae is None and torch.equal(alone.velocity(x, t, both, scale), told)
+    reader = teacher.text_reader()
+    assert reader is not None and reader.count(["a cat"]) == [5] and reader.most == 47
+    with pytest.raises(UserError, match="max_tokens is 1001, but this pipeline reads 1000 tokens of a prompt; leave"):
+        load_teacher(settings.model_copy(update={"max_tokens": 1001}), "cpu")
 
 
 def test_pictures_teach_no_videos(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import tiny_chroma
 import tiny_ernie_image
+import tiny_hunyuan
 import tiny_prx
 import tiny_qwen
 import tiny_z_image
@@ -28,6 +29,7 @@ from stepfold.teachers.schedules import CLIP_SETTINGS, CLIPS, FLOW, OBEYED, ONLY
 PAGE = Path(__file__).parents[2] / "docs" / "pipeline-options.md"
 NETWORKS = (
     "ChromaTransformer2DModel", "DiTTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel",
+    "HunyuanVideo15Transformer3DModel", "SanaVideoTransformer3DModel",
     "Krea2Transformer2DModel", "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel",
     "PixArtTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel",
     "UNet2DConditionModel", "WanTransformer3DModel",
@@ -39,6 +41,7 @@ CLASSES = {
         "AutoencoderDC",
         "AutoencoderKL",
         "AutoencoderKLFlux2",
+        "AutoencoderKLHunyuanVideo15",
         "AutoencoderKLQwenImage",
         "AutoencoderKLWan",
     ),
@@ -107,6 +110,8 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "num_embeds_ada_norm": (tiny.make_dit, "transformer", {"num_embeds_ada_norm": 500}),
     "patch_size": (tiny.make_flux, "transformer", {"patch_size": 2}),
     "guidance_embeds": (tiny.make_sana, "transformer", {"guidance_embeds": True}),
+    "use_meanflow": (tiny_hunyuan.make_hunyuan_video, "transformer", {"use_meanflow": True}),
+    "patch_size_t": (tiny_hunyuan.make_hunyuan_video, "transformer", {"patch_size_t": 2}),
     "zero_cond_t": (tiny_qwen.make_qwen_image, "transformer", {"zero_cond_t": True}),
     "use_additional_t_cond": (tiny_qwen.make_qwen_image, "transformer", {"use_additional_t_cond": True}),
     "use_layer3d_rope": (tiny_qwen.make_qwen_image, "transformer", {"use_layer3d_rope": True}),

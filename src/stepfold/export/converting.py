@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stepfold.errors import UserError, first_line
 from stepfold.export.single_file import SANA, from_table, layout, pieces_of
+from stepfold.teachers.calls import parts_of
 from stepfold.teachers.folders import load_index, load_pipeline
 from stepfold.teachers.loading import FAMILIES, folder_of
 from stepfold.teachers.pipeline import SIGMA_DATA
@@ -205,7 +206,7 @@ def of_other_family(state: dict[str, Tensor], pipe: Any, source: str, network_on
             changed["vae"] = vae.from_single_file(dict(state), config=source, subfolder="vae")
         if part_of(state, *ENCODERS):
             changed |= text_encoders(state, pipe, source)
-    return type(pipe)(**(pipe.components | changed))
+    return type(pipe)(**(parts_of(pipe) | changed))
 
 
 def text_encoders(state: dict[str, Tensor], pipe: Any, source: str) -> dict[str, Any]:

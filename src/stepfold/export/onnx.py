@@ -121,6 +121,8 @@ def export_onnx(folder: Path, out: Path) -> None:
     condition = teacher.encode((teacher.examples or (card.example, "a cat"))[:2]).each(Tensor.contiguous)
     if condition.second is not None:
         raise UserError(f"{folder} reads two texts, and an onnx graph here takes one; use --to pipeline")
+    if len(parts := teacher.network_parts(teacher.transformer)) > 1:
+        raise UserError(f"{folder} has {len(parts)} networks, and an onnx graph here holds one; use --to pipeline")
     inputs: dict[str, Tensor | None] = {
         "x": torch.randn(2, *teacher.latent_shape),
         "t": torch.tensor([1.5, 0.7]),

@@ -20,7 +20,7 @@ from stepfold.sampling.recipe import Recipe, times_of
 from stepfold.sampling.samplers import in_diffusers
 from stepfold.students.card import ANYFLOW, CARD, Card, read_card, write_card
 from stepfold.students.loading import load_merged, load_student
-from stepfold.students.lora import LORA_WEIGHTS, save_lora
+from stepfold.students.lora import LORA_WEIGHTS, lora_files, save_lora
 from stepfold.students.saving import loses_guidance, save_whole
 from stepfold.students.two_times import save_embedder
 from stepfold.teachers.contract import SamplerName, Student
@@ -77,6 +77,8 @@ LOAD = "pipe = {pipeline}.from_pretrained({name})"
 LOAD_LORA = """pipe = {pipeline}.from_pretrained({teacher}{options})
 {merge}pipe.scheduler = {scheduler}.from_pretrained({name}, subfolder="scheduler")
 pipe.load_lora_weights({name})"""
+LOAD_SECOND = """
+pipe.load_lora_weights({name}, weight_name="{file}", load_into_{part}=True)"""
 
 WHOLE = """# Plain diffusers merges the teacher's own LoRA otherwise than its file says, so make a whole pipeline first:
 # stepfold export {name} --to pipeline --out WHOLE
@@ -120,6 +122,9 @@ def save_student(
         licences=licences_of(config.teacher.source),
         config=config.model_dump(mode="json"),
         loras_in_diffusers=teacher.loras_in_diffusers,
+        lora_parts={k: v for k, v in lora_files(teacher).items() if k != teacher.network_part}
+        if config.student.lora
+        else {},
     )
     with writing(folder) as part:
         if config.student.lora:
@@ -193,6 +198,8 @@ def export_lora(folder: Path, out: Path, keys: Keys = "diffusers") -> None:
         raise UserError(
             f"{folder} has all weights of its own and no LoRA; train with --set student.lora=64, or use --to pipeline"
         )
+    if more := read_card(folder).lora_parts:
+        raise UserError(f"{folder} has another LoRA for {', '.join(more)}; use the folder, as its README says")
     if keys == "diffusers":
         with writing(out) as part:
             shutil.copyfile(folder / LORA_WEIGHTS, part)
@@ -286,6 +293,9 @@ def how_to_use(card: Card, name: str) -> str:
         name=json.dumps(name),
     )  # fmt: skip
     named = FAMILIES.get(card.pipeline, PipelineTeacher).prompt_argument
+    if card.lora_rank and card.loras_in_diffusers:
+        for part, file in card.lora_parts.items():
+            loading += LOAD_SECOND.format(name=json.dumps(name), part=part, file=file)
     use = USE.format(
         classes=f"{card.pipeline}, {card.scheduler}" if card.lora_rank else card.pipeline,
         loading=loading,

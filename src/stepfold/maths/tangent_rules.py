@@ -249,6 +249,8 @@ def _attention(call: Call, out: Tensor) -> Any:
         if part is not None:
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
         weights = scores.softmax(-1)
+        if part is not None and part.dtype == torch.bool:  # a query that attends to nothing gives zero, not 0 / 0
+            weights = weights.masked_fill(~part.any(-1, keepdim=True), 0.0)
         slope = _sum(
             scores,
             None if dq is None else scale * dq[..., span, :] @ k.mT,

@@ -42,6 +42,7 @@ class Card(Section):
         merged: whether a LoRA student was merged into its teacher's network.
         folded_steps: the one number of steps that a flow map was folded for; 0 for other students.
         loras_in_diffusers: whether plain diffusers merges the teacher's own LoRAs as their files say.
+        lora_parts: part of the pipeline -> the file of its LoRA, for networks beside the usual one.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -64,6 +65,7 @@ class Card(Section):
     merged: bool = False
     folded_steps: int = 0
     loras_in_diffusers: bool = True
+    lora_parts: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _has_a_rank(self) -> "Card":

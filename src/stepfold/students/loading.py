@@ -7,7 +7,7 @@ import torch
 from stepfold.errors import UserError
 from stepfold.sampling.recipe import times_of
 from stepfold.students.card import ANYFLOW, CARD, Card, read_card, student_folder
-from stepfold.students.lora import LORA_WEIGHTS, load_lora
+from stepfold.students.lora import load_lora, lora_files
 from stepfold.students.saving import load_network_only
 from stepfold.students.two_times import load_embedder
 from stepfold.students.whole import as_student
@@ -51,7 +51,8 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     if not card.lora_rank:
         return load_student(folder, device)
     teacher = load_teacher(card.teacher_settings(), device, torch.float32)
-    merge_lora(teacher.pipe, str(folder / LORA_WEIGHTS), 1.0, lambda: None)  # a student has none on text encoders
+    for part, file in lora_files(teacher).items():
+        merge_lora(teacher.pipe, str(folder / file), 1.0, lambda: None, part)  # a student has none on text encoders
     student = as_student(teacher, two_times=card.two_times)
     load_embedder(student, folder)
     return teacher, student, checked(card, teacher)

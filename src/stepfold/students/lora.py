@@ -1,5 +1,6 @@
 """LoRA students: the teacher's own network, its weights shared, with small matrices beside its layers."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from stepfold.teachers.once import compute_afresh
 from stepfold.teachers.pipeline import PipelineTeacher
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def lora_files(teacher: PipelineTeacher) -> dict[str, str]:
+    """Part of the teacher's pipeline -> the file of a student's folder that has its matrices."""
+    parts = teacher.network_parts(teacher.transformer)
+    return {part: LORA_WEIGHTS if part == teacher.network_part else f"{part}_lora.safetensors" for part in parts}
 
 
 def lora_student(
@@ -42,13 +49,27 @@ def lora_student(
     """
     if for_export and not teacher.loads_lora:
         raise UserError(f"{type(teacher.pipe).__name__} loads no LoRA; train all weights (leave student.lora at 0)")
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise UserError("student.lora needs peft; pip install peft") from None
+    if find_spec("peft") is None:
+        raise UserError("student.lora needs peft; pip install peft")
     shared = [*teacher.transformer.parameters(), *teacher.transformer.buffers()]
     network = deepcopy_sharing(teacher.transformer, shared)
     compute_afresh(network.modules())
+    for part in teacher.network_parts(network).values():
+        add_matrices(teacher, part, rank, convolutions, for_export)
+    part = time_part(teacher, network) if two_times else None
+    student = NetworkStudent(network, teacher.predict, weight_start(teacher.latent_shape), part).to(teacher.device)
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(teacher.work_dtype)
+    taken = {tensor.data_ptr() for tensor in shared}
+    student.shared = frozenset(name for name, tensor in student.state_dict().items() if tensor.data_ptr() in taken)
+    return student
+
+
+def add_matrices(teacher: PipelineTeacher, network: Any, rank: int, convolutions: bool, for_export: bool) -> None:
+    """Gives one of the pipeline's networks its matrices; arguments as of `lora_student`."""
+    from peft import LoraConfig, inject_adapter_in_model
+
     blocks = {
         name: module
         for name, module in network.named_modules()
@@ -65,14 +86,6 @@ def lora_student(
         network.add_adapter(config)
     else:  # diffusers gives networks whose pipelines load no LoRA no such method
         inject_adapter_in_model(config, network)
-    part = time_part(teacher, network) if two_times else None
-    student = NetworkStudent(network, teacher.predict, weight_start(teacher.latent_shape), part).to(teacher.device)
-    for parameter in student.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(teacher.work_dtype)
-    taken = {tensor.data_ptr() for tensor in shared}
-    student.shared = frozenset(name for name, tensor in student.state_dict().items() if tensor.data_ptr() in taken)
-    return student
 
 
 def is_pointwise(module: nn.Module) -> bool:
@@ -81,13 +94,17 @@ def is_pointwise(module: nn.Module) -> bool:
 
 
 def save_lora(teacher: PipelineTeacher, student: Student, folder: Path, recipe: Recipe) -> None:
-    """Writes a LoRA student in diffusers' own format, its second embedder if it has one, and its scheduler."""
+    """Writes a LoRA student in diffusers' own format, its second embedder if it has one, and its scheduler.
+
+    Each network of the pipeline has a file of its own, under the names of the first.
+    """
     from peft import get_peft_model_state_dict
 
     network: Any = student.get_submodule("transformer")
-    layers = get_peft_model_state_dict(network)
-    options = {f"{teacher.network_part}_lora_layers": layers}
-    teacher.pipe.save_lora_weights(folder, weight_name=LORA_WEIGHTS, **options)
+    parts = teacher.network_parts(network)
+    for part, file in lora_files(teacher).items():
+        options = {f"{teacher.network_part}_lora_layers": get_peft_model_state_dict(parts[part])}
+        teacher.pipe.save_lora_weights(folder, weight_name=file, **options)
     teacher.lora_scheduler(in_diffusers(recipe.sampler)).save_config(folder / "scheduler")
     save_embedder(student, folder)
 
@@ -100,8 +117,8 @@ def load_lora(
 
     student = lora_student(teacher, rank, convolutions=convolutions, two_times=two_times)
     load_embedder(student, folder)
-    weights, prefix = load_file(folder / LORA_WEIGHTS), f"{teacher.network_part}."
-    set_peft_model_state_dict(
-        student.transformer, {name.removeprefix(prefix): value for name, value in weights.items()}
-    )
+    parts, prefix = teacher.network_parts(student.transformer), f"{teacher.network_part}."
+    for part, file in lora_files(teacher).items():
+        weights = {name.removeprefix(prefix): value for name, value in load_file(folder / file).items()}
+        set_peft_model_state_dict(parts[part], weights)
     return student

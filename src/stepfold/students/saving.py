@@ -33,7 +33,7 @@ def save_whole(
         network = plain_transformer(network, recipe.guidance, time_scale / teacher.num_train_timesteps)
     sampler = in_diffusers(recipe.sampler)
     teacher.write_pipeline(
-        teacher.student_class(sampler), lambda: teacher.student_parts(sampler) | {teacher.network_part: network}, folder
+        teacher.student_class(sampler), lambda: teacher.student_parts(sampler) | teacher.network_parts(network), folder
     )
     save_embedder(student, folder)
 

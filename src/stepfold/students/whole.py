@@ -70,7 +70,7 @@ def time_part(teacher: PipelineTeacher | ModuleTeacher, network: nn.Module) -> s
             "time_part, or leave student.times at one"
         )
     raise UserError(
-        f"a {type(network).__name__} embeds its time in each of its blocks, so there is no one place for a second; "
+        f"a {type(network).__name__} embeds its time in several of its parts, so there is no one place for a second; "
         "leave student.times at one"
     )
 
@@ -79,7 +79,8 @@ def own_network(teacher: PipelineTeacher, depth: float) -> Any:
     """A trainable copy of the teacher's network, with the share `depth` of its blocks."""
     network = copy.deepcopy(teacher.transformer).to(teacher.work_dtype).requires_grad_(True)
     compute_afresh(network.modules())
-    drop_blocks(network, teacher.block_stacks(), depth)
+    for part in teacher.network_parts(network).values():
+        drop_blocks(part, teacher.block_stacks(), depth)
     return network
 
 

@@ -1,6 +1,7 @@
 """How a family's pipeline is called: its own steps and a student's, and what stands in for its latents."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,6 +12,20 @@ from typing_extensions import override
 from stepfold.maths.formulations import flow_time, trigflow_time
 from stepfold.maths.routes import even_flow_times, few_step_times
 from stepfold.teachers.contract import SamplerName, Teacher
+
+
+def parts_of(pipe: Any) -> dict[str, Any]:
+    """What makes a pipeline again: its components, and the options that its class takes beside them."""
+    taken = inspect.signature(type(pipe).__init__).parameters
+    return {name: value for name, value in pipe.config.items() if name in taken} | pipe.components
+
+
+def set_parts(pipe: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives a pipeline other parts, by their names; returns those that it had."""
+    old = {name: getattr(pipe, name) for name in parts}
+    for name, part in parts.items():
+        setattr(pipe, name, part)
+    return old
 
 
 class PipelineCalls(Teacher):
@@ -131,7 +146,7 @@ class PipelineCalls(Teacher):
 
     def student_parts(self, sampler: SamplerName) -> dict[str, Any]:
         """The parts of a student's pipeline besides its network."""
-        return self.pipe.components | {"scheduler": self.student_scheduler(sampler)}
+        return parts_of(self.pipe) | {"scheduler": self.student_scheduler(sampler)}
 
     def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:
         """Arguments with which the saved pipeline takes a student's steps at the given times."""
@@ -146,6 +161,10 @@ class PipelineCalls(Teacher):
     def own_guidance(self, guidance: float) -> dict[str, Any]:
         """Arguments with which the pipeline takes steps of its own at a scale."""
         return {self.scale_argument: guidance}
+
+    def own_parts(self, guidance: float) -> dict[str, Any]:
+        """Parts with which the pipeline takes steps of its own at a scale, where one of them holds the scale."""
+        return {}
 
     def student_guidance(self, guidance: float) -> dict[str, Any]:
         """Arguments with which the pipeline calls a student: at its scale if it embeds one, else guidance off."""

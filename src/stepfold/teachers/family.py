@@ -34,6 +34,8 @@ class Family(PipelineCalls):
         readers: the pipeline's tokenizers that its prompts' length depends on; the first one that is there counts.
         lowers: whether the pipeline reads prompts in small letters.
         fields: field of the network's config -> the values that are understood, and what any other means.
+        stand_ins: parts whose configs the pipeline's class reads as it is made, even where the part itself comes later.
+        picture_output: where a block that gives two streams has that of the picture.
         outputs: channels out for each channel in; with a learned variance 2.
         autoencoder_layout: what `to_autoencoder` does, in words that end "which is the last line below, ".
         time_field: field of the network's config, if any, that the network multiplies a time of [0, 1] by.
@@ -55,6 +57,8 @@ class Family(PipelineCalls):
     readers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     lowers: ClassVar[bool] = False
     fields: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+    stand_ins: ClassVar[tuple[str, ...]] = ()
+    picture_output: ClassVar[int] = -1
     outputs: ClassVar[tuple[int, ...]] = (1,)
     autoencoder_layout: ClassVar[str] = ""
     time_field: ClassVar[str] = ""
@@ -96,6 +100,23 @@ class Family(PipelineCalls):
     def predictor(self) -> Predict:
         """How the network is called: a plain function, or a partial of one."""
         raise NotImplementedError
+
+    def whole_network(self) -> nn.Module:
+        """What `predictor` calls: the pipeline's part of the name `network_part`, or several parts as one module."""
+        return getattr(self.pipe, self.network_part)
+
+    def network_parts(self, network: Any) -> dict[str, Any]:
+        """Name of a part of the pipeline -> that part of a network like the teacher's; `network_part` is the first."""
+        return {self.network_part: network}
+
+    def check_loras(self, loras: Sequence[tuple[str, float]]) -> None:
+        """Refuses LoRAs that are to be merged into the teacher.
+
+        Raises:
+            UserError: the pipeline loads none, or it is not known into which of its networks.
+        """
+        if loras and not self.loads_lora:
+            raise UserError(f"{type(self.pipe).__name__} loads no LoRA; give a teacher with it merged, as a folder")
 
     def time_embedder(self, network: Any) -> Any:
         """Of a network like the teacher's, the part with `time_proj` and `timestep_embedder`, for `stepfold retime`.
@@ -275,7 +296,7 @@ class Family(PipelineCalls):
 
     def feature_map(self, output: Any) -> Tensor:
         """What a block of `feature_parts` gives, as [B, tokens, width] or [B, width, H, W]."""
-        return output[-1] if isinstance(output, tuple) else output  # text tokens come first, if at all
+        return output[self.picture_output] if isinstance(output, tuple) else output
 
     def latent_scale(self, vae: Any) -> tuple[Any, Any]:
         """What the network's unit latents are the autoencoder's times and minus: numbers or [C, 1, ...].

@@ -85,10 +85,12 @@ def load_pipeline(
     *,
     tokenizers_only: bool = False,
     unread: Sequence[str] = (),
+    stand_ins: Sequence[str] = (),
 ) -> Any:
     """Loads a pipeline, all or without text encoders and VAE; safetensors only, of a variant where there is one.
 
-    `tokenizers_only` leaves out all its networks; `unread` are optional parts that are left out in any case.
+    `tokenizers_only` leaves out all its networks; `unread` are optional parts that are left out in any case. Those of
+    `stand_ins` are there without weights while the class reads their configs.
 
     Raises:
         UserError: it is of another class, or does not load.
@@ -108,7 +110,13 @@ def load_pipeline(
             folder = kind.download(source, use_safetensors=True, **absent)
             check_files(Path(folder))
         networks = load_networks(folder, index, dtype, variant, absent)
-        return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, variant=variant, **absent, **networks)
+        for part in (hollow := set(stand_ins) & set(absent)):
+            networks[part] = without_weights(folder, part, index[part])
+        given = absent | networks
+        pipe = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, variant=variant, **given)
+        for part in hollow:
+            setattr(pipe, part, None)
+        return pipe
     except (UserError, *DEVICE_ERRORS):
         raise
     except Exception as error:  # what a config can be wrong in is without end, and so are the libraries' errors
@@ -124,6 +132,13 @@ def load_networks(
         for part, spec in index.items()
         if part not in absent and is_part(spec) and is_network(spec)
     }
+
+
+def without_weights(source: str, part: str, spec: Sequence[str]) -> Any:
+    """A network of a pipeline that has its config alone."""
+    kind: Any = getattr(OWNERS[spec[0]], spec[1])
+    with torch.device("meta"):
+        return kind.from_config(kind.load_config(source, subfolder=part))
 
 
 def is_network(spec: Sequence[Any]) -> bool:

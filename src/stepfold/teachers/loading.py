@@ -25,6 +25,7 @@ from stepfold.teachers.folders import (
     load_pipeline,
     unloadable,
 )
+from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
 from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
@@ -33,6 +34,7 @@ from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.prx import PRXTeacher
 from stepfold.teachers.qwen_image import QwenImageTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
+from stepfold.teachers.sana_video import SanaVideoTeacher
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
 from stepfold.teachers.tokens import TextReader
@@ -61,6 +63,8 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         ZImageTeacher,
         ErnieImageTeacher,
         PRXTeacher,
+        SanaVideoTeacher,
+        HunyuanVideo15Teacher,
     )
     for pipeline in family.pipelines
 }
@@ -140,7 +144,14 @@ def load_text_reader(settings: TeacherSettings) -> TextReader | None:
     source = place_of(settings)
     family, index = family_of(source), load_index(source)
     pipe = load_pipeline(
-        source, index, family.pipelines, torch.float32, False, tokenizers_only=True, unread=family.unread
+        source,
+        index,
+        family.pipelines,
+        torch.float32,
+        False,
+        tokenizers_only=True,
+        unread=family.unread,
+        stand_ins=family.stand_ins,
     )
     return family.reader_in(pipe, settings.max_tokens)
 

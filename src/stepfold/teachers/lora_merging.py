@@ -50,7 +50,9 @@ class Place:
 
 
 @torch.no_grad()
-def merge_lora(pipe: Any, source: str, scale: float, read_text_encoders: Callable[[], None]) -> bool:
+def merge_lora(
+    pipe: Any, source: str, scale: float, read_text_encoders: Callable[[], None], network: str | None = None
+) -> bool:
     """Merges a LoRA into a pipeline's weights: W + scale x (what the file makes of W - W).
 
     Which is scale x alpha / rank x up x down, unless the file has magnitudes (DoRA, arXiv:2402.09353, Eq. (5)): then
@@ -61,6 +63,7 @@ def merge_lora(pipe: Any, source: str, scale: float, read_text_encoders: Callabl
         source: file, folder or hub id.
         scale: 1 for the file's own strength.
         read_text_encoders: called where the LoRA changes them; the pipeline may have been loaded without.
+        network: the part that stands for the network, of a pipeline with several; None for the usual one.
 
     Returns:
         Whether plain diffusers merges it to the same, `LoraFile.in_diffusers`.
@@ -74,7 +77,9 @@ def merge_lora(pipe: Any, source: str, scale: float, read_text_encoders: Callabl
         raise UserError(f"LoRA {source!r} changes nothing: all that it holds is zero; leave it out")
     if any("text_encoder" in layer.name or layer.name.startswith("lora_te") for layer in layers):
         read_text_encoders()
-    parts = {name: part for name in (*NETWORK, *ENCODERS) if isinstance(part := getattr(pipe, name, None), nn.Module)}
+    names = {name: (network or name) if name in NETWORK else name for name in (*NETWORK, *ENCODERS)}
+    found = {name: getattr(pipe, own, None) for name, own in names.items() if getattr(pipe, name, None) is not None}
+    parts = {name: part for name, part in found.items() if isinstance(part, nn.Module)}
     places = direct_places(layers, parts)
     if strange := [layer for layer in layers if layer.name not in places]:
         places |= places_in_diffusers(pipe, source, strange, parts)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError, first_line
+from stepfold.teachers.calls import parts_of, set_parts
 from stepfold.teachers.contract import NO_NULL, Condition, GuidanceKind, concatenate
 from stepfold.teachers.family import Family, Predict
 from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_network, load_pipeline
@@ -81,14 +82,14 @@ class PipelineTeacher(Family):
         self.index = load_index(self.source)
         self.check_index()
         self.pipe: Any = load_pipeline(
-            self.source, self.index, self.pipelines, dtype, network_only, variant, unread=self.unread
-        )
-        if loras and not self.loads_lora:
-            raise UserError(f"{type(self.pipe).__name__} loads no LoRA; give a teacher with it merged, as a folder")
+            self.source, self.index, self.pipelines, dtype, network_only, variant,
+            unread=self.unread, stand_ins=self.stand_ins,
+        )  # fmt: skip
+        self.check_loras(loras)
         plain = [merge_lora(self.pipe, lora, scale, self._read_text_encoders) for lora, scale in loras]
         self.loras_in_diffusers = all(plain)
         self.pipe.set_progress_bar_config(disable=True)
-        self.transformer: Any = getattr(self.pipe, self.network_part).to(self.device).eval().requires_grad_(False)
+        self.transformer: Any = self.whole_network().to(self.device).eval().requires_grad_(False)
         compute_once(self.of_the_prompt_alone())
         kinds = self.guidance_kinds()
         self.guidance_kind: GuidanceKind = kinds[0] if guidance_kind == "auto" else guidance_kind
@@ -284,13 +285,19 @@ class PipelineTeacher(Family):
     @override
     def features(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> list[Tensor]:
         """The outputs of evenly spaced blocks, without classifier-free guidance."""
+        return self.maps_of(self.feature_blocks, x, t, condition, guidance)
+
+    def maps_of(
+        self, blocks: Sequence[nn.Module], x: Tensor, t: Tensor, condition: Condition, guidance: Tensor
+    ) -> list[Tensor]:
+        """The outputs of some blocks of the network, as `features`."""
         maps: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             features = self.feature_map(output)
             maps.append(features.flatten(2).mT if features.ndim == 4 else features)
 
-        handles = [block.register_forward_hook(keep) for block in self.feature_blocks]
+        handles = [block.register_forward_hook(keep) for block in blocks]
         try:
             self._unguided(x / self.sigma_data, t, condition, guidance)
         finally:
@@ -364,18 +371,19 @@ class PipelineTeacher(Family):
         scheduler: Any = None,
     ) -> Tensor:
         """`latents_of` the teacher's pipeline with a scheduler; `plain_scheduler` if None."""
-        old, self.pipe.scheduler = self.pipe.scheduler, scheduler or self.plain_scheduler(num_steps)
+        parts = {"scheduler": scheduler or self.plain_scheduler(num_steps)} | self.own_parts(guidance)
+        old = set_parts(self.pipe, parts)
         self._load_text_encoders()
         self._vae()
         try:
             call = self.usual_call() | self.own_steps(num_steps) | self.own_guidance(guidance)
             return self.latents_of(self.pipe, prompts, draws, **call)
         finally:
-            self.pipe.scheduler = old
+            set_parts(self.pipe, old)
 
     def save_retimed(self, network: Any, folder: Path) -> None:
         """Writes this teacher with a network that reads times of [0, 1] in the place of its own."""
-        self.write_pipeline(type(self.pipe), lambda: self.pipe.components | self.retimed_parts(network), folder)
+        self.write_pipeline(type(self.pipe), lambda: parts_of(self.pipe) | self.retimed_parts(network), folder)
 
     def write_pipeline(self, kind: Any, parts: Callable[[], dict[str, Any]], folder: Path) -> None:
         """Writes a pipeline folder.

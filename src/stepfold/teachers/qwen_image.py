@@ -13,7 +13,7 @@ from stepfold.teachers.contract import Condition
 from stepfold.teachers.family import Predict
 from stepfold.teachers.flux import PackedTeacher, keep_precision, packed_prediction
 from stepfold.teachers.guidance import guided_at_length, token_length
-from stepfold.teachers.wan import channel_scale
+from stepfold.teachers.video import channel_scale
 
 NOTHING = " "
 """The prompt of the unconditional branch, which the pipeline's own page uses; it has none by default."""

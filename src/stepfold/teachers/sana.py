@@ -55,7 +55,61 @@ def trigflow_network(
     return flow_prediction(x_unit, t, velocity, clamp=time_scale != 1)
 
 
-class SanaTeacher(PipelineTeacher):
+class GemmaTexts(PipelineTeacher):
+    """Abstract: pipelines that encode a prompt behind an instruction, with Gemma 2, as Sana's.
+
+    Attributes:
+        text_options: arguments of `encode_prompt` beside the usual ones.
+    """
+
+    lowers = True
+    text_options: ClassVar[dict[str, Any]] = {"do_classifier_free_guidance": False}
+
+    @override
+    def encode_texts(self, prompts: Sequence[str]) -> Condition:
+        """Encodes behind the pipeline's default instruction."""
+        return self._encode(
+            prompts, inspect.signature(self.pipe.__call__).parameters["complex_human_instruction"].default
+        )
+
+    @classmethod
+    @override
+    def before_prompts(cls, pipe: Any) -> tuple[str, int]:
+        """The instruction; but for two of its tokens it does not count."""
+        lines = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
+        before = "\n".join(lines)
+        return before, len(pipe.tokenizer.encode(before)) - 2
+
+    @override
+    def encode_nothing(self) -> Condition:
+        """Encodes the empty prompt, without an instruction."""
+        return self._encode([""], None)
+
+    def _encode(self, prompts: Sequence[str], instruction: list[str] | None) -> Condition:
+        encode_prompt: Any = self.pipe.encode_prompt
+        embeds, mask, *_ = encode_prompt(
+            list(prompts),
+            device=self.device,
+            max_sequence_length=self.max_tokens,
+            complex_human_instruction=instruction,
+            **self.text_options,
+        )
+        return Condition(embeds.to(self.work_dtype), mask)
+
+    @override
+    def of_the_prompt_alone(self) -> list[nn.Module]:
+        parts = [self.transformer.caption_projection, self.transformer.caption_norm]
+        for block in self.transformer.transformer_blocks:
+            attention = block.attn2
+            parts += [part for part in (attention.to_k, attention.to_v, attention.norm_k) if part is not None]
+        return parts
+
+    @override
+    def call_options(self) -> dict[str, Any]:
+        return {"use_resolution_binning": False}
+
+
+class SanaTeacher(GemmaTexts):
     """SanaPipeline.
 
     A student is a SanaSprintPipeline where the network reads time on [0, 1], as that pipeline passes it. The student of
@@ -63,9 +117,7 @@ class SanaTeacher(PipelineTeacher):
     """
 
     pipelines = (SanaPipeline,)
-    lowers = True
     fields: ClassVar[Any] = {"guidance_embeds": ((False, None), "SanaPipeline does not tell it the guidance")}
-    text_options: ClassVar[dict[str, Any]] = {"do_classifier_free_guidance": False}
 
     @classmethod
     @override
@@ -114,53 +166,10 @@ class SanaTeacher(PipelineTeacher):
         return config.in_channels, math.lcm(factor, 32), side, side
 
     @override
-    def encode_texts(self, prompts: Sequence[str]) -> Condition:
-        """Encodes behind the pipeline's default instruction."""
-        return self._encode(
-            prompts, inspect.signature(self.pipe.__call__).parameters["complex_human_instruction"].default
-        )
-
-    @classmethod
-    @override
-    def before_prompts(cls, pipe: Any) -> tuple[str, int]:
-        """The instruction; but for two of its tokens it does not count."""
-        lines = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
-        before = "\n".join(lines)
-        return before, len(pipe.tokenizer.encode(before)) - 2
-
-    @override
-    def encode_nothing(self) -> Condition:
-        """Encodes the empty prompt, without an instruction."""
-        return self._encode([""], None)
-
-    def _encode(self, prompts: Sequence[str], instruction: list[str] | None) -> Condition:
-        encode_prompt: Any = self.pipe.encode_prompt
-        embeds, mask, *_ = encode_prompt(
-            list(prompts),
-            device=self.device,
-            max_sequence_length=self.max_tokens,
-            complex_human_instruction=instruction,
-            **self.text_options,
-        )
-        return Condition(embeds.to(self.work_dtype), mask)
-
-    @override
     def idle_parameters(self) -> tuple[str, ...]:
         """Behind a zeroed layer there is a gradient from the second step on."""
         starts_neutral = self.student_is_sprint and not self.transformer.config.guidance_embeds
         return (".guidance_embedder.linear_1.",) if starts_neutral else ()
-
-    @override
-    def of_the_prompt_alone(self) -> list[nn.Module]:
-        parts = [self.transformer.caption_projection, self.transformer.caption_norm]
-        for block in self.transformer.transformer_blocks:
-            attention = block.attn2
-            parts += [part for part in (attention.to_k, attention.to_v, attention.norm_k) if part is not None]
-        return parts
-
-    @override
-    def call_options(self) -> dict[str, Any]:
-        return {"use_resolution_binning": False}
 
     @override
     def student_class(self, sampler: SamplerName) -> type:

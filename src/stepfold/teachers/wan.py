@@ -1,7 +1,5 @@
-"""Wan 2.1, text to video: flow prediction, classifier-free guidance; latents [B, C, F, H, W]."""
+"""Wan 2.1 and 2.2, text to video: flow prediction, classifier-free guidance; latents [B, C, F, H, W]."""
 
-import inspect
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -15,8 +13,9 @@ from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_prediction, flow_time, trigflow_time
 from stepfold.teachers.calls import OwnLevels
 from stepfold.teachers.contract import Condition
+from stepfold.teachers.experts import Experts
 from stepfold.teachers.family import Predict
-from stepfold.teachers.pipeline import PipelineTeacher
+from stepfold.teachers.video import VideoTeacher
 
 LAST_LEVEL = 2 / 3
 """Noise level of a student's last step, of two or more."""
@@ -27,7 +26,8 @@ def wan_network(
 ) -> Tensor:
     """F [B, C, F, H, W] of a WanTransformer3DModel, whose time counts to 1000; it embeds no guidance.
 
-    It attends to padding, which is zero up to `tokens` positions.
+    It attends to padding, which is zero up to `tokens` positions. It is told one time a sample; Wan 2.2's pipeline of
+    text and images tells it to every token, and without an image they are all that one.
     """
     real = condition.embeds * condition.mask[..., None].to(condition.embeds.dtype)
 
@@ -40,26 +40,6 @@ def wan_network(
         )[0]
 
     return flow_prediction(x_unit, t, velocity)
-
-
-def filmstrip(videos: Tensor) -> Tensor:
-    """[B, C, F, H, W] -> the frames side by side, [B, C, H, F W]."""
-    return videos.transpose(2, 3).flatten(3)
-
-
-def channel_scale(vae: Any, device: torch.device, dimensions: int) -> tuple[Tensor, Tensor]:
-    """`latent_scale` of an autoencoder with a mean and a deviation for each channel.
-
-    Args:
-        vae: the autoencoder.
-        device: of the latents.
-        dimensions: of one sample's latents, the channels first.
-    """
-    shape = (-1,) + (1,) * (dimensions - 1)
-    mean, std = (
-        torch.tensor(values, device=device).view(shape) for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return 1 / std, mean
 
 
 def scheduler_times(scheduler: Any, num_steps: int) -> list[float]:
@@ -80,11 +60,10 @@ def anyflow_classes() -> tuple[Any, Any, Any]:
     return AnyFlowPipeline, AnyFlowTransformer3DModel, FlowMapEulerDiscreteScheduler
 
 
-class WanTeacher(OwnLevels, PipelineTeacher):
-    """WanPipeline of Wan 2.1; the student is one too, without guidance. Pictures of it are filmstrips."""
+class WanTeacher(OwnLevels, VideoTeacher):
+    """WanPipeline; the student is one too, of as many networks, without guidance. Pictures of it are filmstrips."""
 
     pipelines = (WanPipeline,)
-    output = "frames"
     fields: ClassVar[Any] = {
         "image_dim": ((None,), "it reads an image beside the text"),
         "added_kv_proj_dim": ((None,), "it reads an image beside the text"),
@@ -92,12 +71,51 @@ class WanTeacher(OwnLevels, PipelineTeacher):
 
     @override
     def check_index(self) -> None:
-        """Refuses Wan 2.2, which has a second network, or a time for each token."""
+        """Refuses a second network without a boundary, which its pipeline never calls, and the reverse."""
         second, _ = self.index.get("transformer_2") or (None, None)
-        if second or self.index.get("boundary_ratio") is not None or self.index.get("expand_timesteps"):
+        if bool(second) != (self.index.get("boundary_ratio") is not None):
             raise UserError(
-                f"teacher {self.source!r} is a Wan 2.2 (transformer_2, boundary_ratio or expand_timesteps is set); "
-                "give a Wan 2.1 text-to-video pipeline, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+                f"teacher {self.source!r} has one of transformer_2 and boundary_ratio in its model_index.json, and "
+                "they go together; copy that file again, or take both out for a Wan of one network"
+            )
+
+    @override
+    def whole_network(self) -> nn.Module:
+        """Of a pipeline with a boundary, both networks."""
+        first, second = self.pipe.transformer, self.pipe.transformer_2
+        if second is None:
+            return super().whole_network()
+        ours, theirs = (
+            {k: v for k, v in network.config.items() if k[0] != "_" and k not in self.block_stacks().values()}
+            for network in (first, second)
+        )
+        if other := [name for name, value in ours.items() if theirs[name] != value]:
+            raise UserError(
+                f"the two networks of teacher {self.source!r} differ in {other[0]} ({ours[other[0]]!r}, "
+                f"{theirs[other[0]]!r}); copy the folder again"
+            )
+        return Experts(first, second, self.index["boundary_ratio"] * self.num_train_timesteps)
+
+    @override
+    def network_parts(self, network: Any) -> dict[str, Any]:
+        return dict(network.named_children()) if isinstance(network, Experts) else super().network_parts(network)
+
+    @override
+    def check_loras(self, loras: Sequence[tuple[str, float]]) -> None:
+        if loras and self.pipe.transformer_2 is not None:
+            raise UserError(
+                "teacher.lora is for a pipeline of one network, and this WanPipeline has two; merge the LoRAs of each "
+                "with diffusers, save the pipeline and give that folder"
+            )
+
+    @override
+    def check_network(self, latent_channels: int) -> None:
+        """The pipeline counts squares of two by two latents where it tells each token its time."""
+        super().check_network(latent_channels)
+        if self.index.get("expand_timesteps") and (patch := tuple(self.transformer.config.patch_size)) != (1, 2, 2):
+            raise UserError(
+                f"this {type(self.transformer).__name__} has patch_size={patch}, but with expand_timesteps WanPipeline "
+                "tells a time to patches of (1, 2, 2); set expand_timesteps to false in model_index.json"
             )
 
     @override
@@ -106,30 +124,7 @@ class WanTeacher(OwnLevels, PipelineTeacher):
 
     @override
     def time_part(self, network: Any) -> str | None:
-        return "condition_embedder.time_embedder"
-
-    @override
-    def pixels_a_latent(self, vae: dict[str, Any]) -> int:
-        return vae.get("scale_factor_spatial", 8)
-
-    @override
-    def geometry(self, factor: int) -> tuple[int, int, int, int]:
-        """The pipeline insists on multiples of 16, and its call has a default size."""
-        config, call = self.transformer.config, inspect.signature(self.pipe.__call__).parameters
-        multiple = math.lcm(factor * config.patch_size[1], 16)
-        return config.in_channels, multiple, call["height"].default, call["width"].default
-
-    @override
-    def time_axis(self, frames: int | None, vae: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
-        frames = frames or inspect.signature(self.pipe.__call__).parameters["num_frames"].default
-        assert frames is not None
-        each = vae.get("scale_factor_temporal", 4)
-        if frames % each != 1:
-            near = round((frames - 1) / each) * each + 1
-            raise UserError(
-                f"teacher.frames is {frames}, but this pipeline needs a multiple of {each} and one more; {near} is near"
-            )
-        return frames, ((frames - 1) // each + 1,)
+        return None if isinstance(network, Experts) else "condition_embedder.time_embedder"
 
     @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
@@ -140,32 +135,32 @@ class WanTeacher(OwnLevels, PipelineTeacher):
         return Condition(embeds.to(self.work_dtype), embeds.abs().amax(-1).gt(0).long())
 
     @override
-    def call_options(self) -> dict[str, Any]:
-        return {"num_frames": self.frames}
-
-    @override
     def block_stacks(self) -> dict[str, str]:
         return {"blocks": "num_layers"}
 
     @override
     def feature_parts(self) -> list[tuple[nn.Module, int]]:
+        """Of two networks, those of the first; see `features`."""
         config = self.transformer.config
         width = config.num_attention_heads * config.attention_head_dim
-        return [(block, width) for block in self.transformer.blocks]
+        first = next(iter(self.network_parts(self.transformer).values()))
+        return [(block, width) for block in first.blocks]
 
     @override
-    def latent_scale(self, vae: Any) -> tuple[Any, Any]:
-        return channel_scale(vae, self.device, 4)
-
-    @override
-    def decode(self, x0: Tensor, batch: int = 1) -> Tensor:
-        """Returns filmstrips [B, 3, H, F W]."""
-        return filmstrip(super().decode(x0, batch))
-
-    @override
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """Takes filmstrips [B, 3, H, F W]."""
-        return super().encode_pictures(pictures.unflatten(3, (self.frames, -1)).transpose(2, 3))
+    def features(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> list[Tensor]:
+        """Of two networks each sample has those of the network that its time picks, in the same places."""
+        network = self.transformer
+        if not isinstance(network, Experts):
+            return super().features(x, t, condition, guidance)
+        blocks: list[Any] = [list(each.blocks) for each in network.children()]
+        shares = network.shares(self.num_train_timesteps * flow_time(t))
+        made = []
+        for expert, rows in shares:
+            own = [expert.blocks[min(blocks[0].index(block), len(expert.blocks) - 1)] for block in self.feature_blocks]
+            of = (values.index_select(0, rows) for values in (x, t))
+            made.append(self.maps_of(own, *of, condition.rows(rows), guidance.index_select(0, rows)))
+        back = torch.cat([rows for _, rows in shares]).argsort()
+        return [torch.cat(maps).index_select(0, back) for maps in zip(*made, strict=True)]
 
     @override
     def fresh_scheduler(self) -> Any:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stepfold.errors import UserError, first_line
+from stepfold.teachers.experts import Experts
 
 BUCKET = 2**26
 """Gradients that are summed in one message, in numbers."""
@@ -82,6 +83,11 @@ class Processes:
         """Sums the gradients that every process has of its own pairs; those of sharded weights come averaged."""
         if self.count == 1:
             return
+        parameters = list(parameters)
+        there = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
+        for parameter, anywhere in zip(parameters, self.sum(there).tolist(), strict=True):
+            if anywhere and parameter.grad is None:  # no sample of this process picked the network that it is in
+                parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in parameters if p.grad is not None]
         averaged = [local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
         if averaged:
@@ -176,6 +182,11 @@ def shard(network: nn.Module, processes: Processes, *methods: str) -> None:
         raise UserError(
             f"training.shard needs torch {SHARDS_SINCE} or newer, this is {torch.__version__}; "
             "install a newer one, or leave the weights whole with training.shard=none"
+        )
+    if any(isinstance(module, Experts) for module in network.modules()):
+        raise UserError(
+            "training.shard spreads one network, and this teacher has two, of which a process may call one alone; "
+            "leave the weights whole with training.shard=none"
         )
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # nothing changes it in place
     mesh = init_device_mesh(processes.device.type, (processes.count,))
