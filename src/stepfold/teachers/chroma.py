@@ -50,7 +50,7 @@ def chroma_network(
                 timestep=time_scale / 1000 * t_flow,
                 encoder_hidden_states=embeds,
                 txt_ids=embeds.new_zeros(embeds.shape[1], 3),
-                img_ids=places(*x_unit.shape[-2:], embeds),
+                img_ids=places(x_unit, embeds),
                 attention_mask=whole,
                 return_dict=False,
             )[0]

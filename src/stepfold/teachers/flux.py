@@ -27,9 +27,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return squares.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
-def places(height: int, width: int, like: Tensor) -> Tensor:
-    """Position ids [H/2 W/2, 3] of the packed tokens: 0, row, column."""
-    sides = (torch.arange(side // 2, device=like.device) for side in (height, width))
+def places(latents: Tensor, like: Tensor) -> Tensor:
+    """Position ids [H/2 W/2, 3] of the packed tokens of latents [B, C, H, W]: 0, row, column."""
+    sides = (torch.arange(side // 2, device=like.device) for side in latents.shape[-2:])
     rows, columns = torch.meshgrid(*sides, indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(like)
 
@@ -60,7 +60,7 @@ def flux_network(
             encoder_hidden_states=condition.embeds,
             pooled_projections=condition.pooled,
             txt_ids=condition.embeds.new_zeros(condition.embeds.shape[1], 3),
-            img_ids=places(*x_unit.shape[-2:], condition.embeds),
+            img_ids=places(x_unit, condition.embeds),
             return_dict=False,
         )[0]
 

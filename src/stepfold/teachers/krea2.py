@@ -26,7 +26,7 @@ def krea2_network(transformer: Any, x_unit: Tensor, t: Tensor, condition: Condit
     layers of the text encoder, one after the other.
     """
     embeds = condition.embeds.unflatten(-1, (transformer.config.num_text_layers, -1))
-    image = places(*x_unit.shape[-2:], embeds)
+    image = places(x_unit, embeds)
     ids = torch.cat([image.new_zeros(embeds.shape[1], 3), image])
 
     def velocity(tokens: Tensor, t_flow: Tensor) -> Tensor:

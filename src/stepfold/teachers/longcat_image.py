@@ -33,7 +33,7 @@ def longcat_network(
             timestep=time_scale / 1000 * t_flow,
             encoder_hidden_states=embeds,
             txt_ids=torch.stack([torch.zeros_like(diagonal), diagonal, diagonal], -1),
-            img_ids=places(*x_unit.shape[-2:], embeds) + start,
+            img_ids=places(x_unit, embeds) + start,
             return_dict=False,
         )[0]
 

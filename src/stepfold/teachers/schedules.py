@@ -254,5 +254,5 @@ def flow_shift(scheduler: Any, tokens: int, mu: float | None = None) -> float:
     if mu is None:
         first, last = own.get("base_image_seq_len", 256), own.get("max_image_seq_len", 4096)
         low, high = own.get("base_shift", 0.5), own.get("max_shift", 1.15)
-        mu = low + (tokens - first) / (last - first) * (high - low)
+        mu = float(low + (tokens - first) / (last - first) * (high - low))
     return math.exp(mu) if own.get("time_shift_type", "exponential") == "exponential" else mu

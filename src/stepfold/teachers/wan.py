@@ -152,13 +152,14 @@ class WanTeacher(OwnLevels, VideoTeacher):
         network = self.transformer
         if not isinstance(network, Experts):
             return super().features(x, t, condition, guidance)
-        blocks: list[Any] = [list(each.blocks) for each in network.children()]
-        shares = network.shares(self.num_train_timesteps * flow_time(t))
+        first: Any = network.transformer
+        blocks = list(first.blocks)
+        shares: list[tuple[Any, Tensor]] = network.shares(self.num_train_timesteps * flow_time(t))
         made = []
         for expert, rows in shares:
-            own = [expert.blocks[min(blocks[0].index(block), len(expert.blocks) - 1)] for block in self.feature_blocks]
-            of = (values.index_select(0, rows) for values in (x, t))
-            made.append(self.maps_of(own, *of, condition.rows(rows), guidance.index_select(0, rows)))
+            own = [expert.blocks[min(blocks.index(block), len(expert.blocks) - 1)] for block in self.feature_blocks]
+            x_own, t_own, scale = (values.index_select(0, rows) for values in (x, t, guidance))
+            made.append(self.maps_of(own, x_own, t_own, condition.rows(rows), scale))
         back = torch.cat([rows for _, rows in shares]).argsort()
         return [torch.cat(maps).index_select(0, back) for maps in zip(*made, strict=True)]
 
