@@ -92,16 +92,19 @@ def make_qwen_image(num_layers: int = 2, **schedule: Any) -> QwenImagePipeline:
 
 
 def make_longcat(num_layers: int = 1) -> LongCatImagePipeline:
-    """With a tokenizer in the place of the processor, which needs torchvision; it serves to write prompts anew only."""
+    """With a tokenizer in the place of the processor, which needs torchvision; it serves to write prompts anew only.
+
+    The pipeline draws noise of 16 channels whatever the network takes.
+    """
     transformer = LongCatImageTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=num_layers, num_single_layers=2, attention_head_dim=16,
+        patch_size=1, in_channels=64, num_layers=num_layers, num_single_layers=2, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     tokenizer = qwen_tokenizer()
     parts: Any = dict(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=tiny.kl_autoencoder(4, shift=0.06),
+        vae=tiny.kl_autoencoder(16, shift=0.06),
         text_encoder=qwen_encoder(len(tokenizer)),
         tokenizer=tokenizer,
         text_processor=tokenizer,

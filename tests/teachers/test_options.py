@@ -289,7 +289,7 @@ AUTOENCODERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 def test_pictures_of_another_autoencoder_are_the_pipelines(family: str, tmp_path: Path) -> None:
     make, fields = AUTOENCODERS[family]
     teacher = load(make, "vae", fields, tmp_path / "pipeline")
-    call = teacher.usual_call() | teacher.own_steps(1) | teacher.own_guidance(teacher.no_guidance)
+    call = teacher.usual_call() | teacher.own_steps(2) | teacher.own_guidance(teacher.no_guidance)
     draws = [torch.Generator().manual_seed(i) for i in range(2)]
     latents = teacher.latents_of(teacher.pipe, ["a", "b"], draws, **call)
     draws = [torch.Generator().manual_seed(i) for i in range(2)]
