@@ -117,6 +117,10 @@ def concatenate(conditions: Sequence[Condition]) -> Condition:
     )
 
 
+class PartlyCalled(nn.Module):
+    """A network of which a call may leave whole parts out, as its samples' times say."""
+
+
 class Student(nn.Module):
     """Abstract: a trainable flow map X(x, t, s) = cos(t - s) x - sin(t - s) sigma_data F(x / sigma_data, t, s).
 

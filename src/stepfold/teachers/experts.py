@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepfold.teachers.contract import PartlyCalled
 
-class Experts(nn.Module):
+
+class Experts(PartlyCalled):
     """The networks of a pipeline with a boundary, under the pipeline's names for them.
 
     Attributes:

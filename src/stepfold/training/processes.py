@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stepfold.errors import UserError, first_line
-from stepfold.teachers.experts import Experts
+from stepfold.teachers.contract import PartlyCalled
 
 BUCKET = 2**26
 """Gradients that are summed in one message, in numbers."""
@@ -183,7 +183,7 @@ def shard(network: nn.Module, processes: Processes, *methods: str) -> None:
             f"training.shard needs torch {SHARDS_SINCE} or newer, this is {torch.__version__}; "
             "install a newer one, or leave the weights whole with training.shard=none"
         )
-    if any(isinstance(module, Experts) for module in network.modules()):
+    if any(isinstance(module, PartlyCalled) for module in network.modules()):
         raise UserError(
             "training.shard spreads one network, and this teacher has two, of which a process may call one alone; "
             "leave the weights whole with training.shard=none"
