@@ -28,6 +28,9 @@ class Gaussian:
     def exact(self, condition: Condition, guidance: Tensor) -> GaussianTeacher:
         return GaussianTeacher((guidance * condition.embeds[:, 0, 0]).reshape(-1, 1, 1, 1), self.std, SIGMA_DATA)
 
+    def shift_at(self, num_steps: int) -> float:
+        return self.shift
+
     def velocity(self, x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
         self.num_calls += 1
         return self.exact(condition, guidance).velocity(x, t)

@@ -90,7 +90,8 @@ TIME_TO_ONE = ("Lumina2Pipeline", "SanaPipeline", "SanaSprintPipeline")
 
 
 NAMES = ("sana", *FAMILIES)
-RECENT = ("qwen image", "chroma", "longcat", "krea 2", "ernie-image", "prx", "z-image")
+RECENT = ("flux 2 dev", "qwen image", "chroma", "longcat", "krea 2", "ernie-image", "prx", "z-image")
+RECENT += ("wan 2.2 ti2v", "wan 2.2 a14b", "sana video", "hunyuan video")
 """Of which `make test` has fewer forms."""
 WITH_LORA = tuple(name for name in NAMES if name not in (*WITHOUT_LORA, "wan 2.2 a14b"))
 """Those whose LoRA is one file; of two networks see tests/export/test_experts.py."""
@@ -102,9 +103,6 @@ def folder(request: pytest.FixtureRequest, tiny_sana: Path, tmp_path_factory: py
     if request.param == "sana":
         return tiny_sana
     return tiny.save(FAMILIES[request.param], tmp_path_factory.mktemp("family") / "pipeline")
-
-
-every_family = pytest.mark.parametrize("folder", NAMES, indirect=True)
 
 
 def families(*short: str, of: tuple[str, ...] = NAMES) -> pytest.MarkDecorator:
@@ -670,7 +668,7 @@ def test_advice_fits_what_went_wrong(
         load_teacher(TeacherSettings(source=str(tiny_sana)), "cpu")
 
 
-@every_family
+@older_families
 def test_a_walk_at_another_size_is_that_of_a_teacher_made_for_it(folder: Path, prompts_file: Path) -> None:
     """Nothing that the size decides is fixed when the teacher is made: positions, sizes that the network is told."""
     base = settings(folder, prompts_file).teacher

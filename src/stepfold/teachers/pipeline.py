@@ -103,7 +103,6 @@ class PipelineTeacher(Family):
         self.takes_length = self.length_argument in defaults
         self.max_tokens = self.usual_tokens() if max_tokens is None else max_tokens
         self.null_mask = null_mask
-
         vae: Any = self._vae_class().load_config(self.source, subfolder="vae")
         self.factor = self.pixels_a_latent(vae)
         self.check_network(self.autoencoder_channels(vae))
