@@ -72,6 +72,11 @@ def test_what_cannot_be_told_both_times_is_refused(student_of: StudentOf, tmp_pa
         run_export(student_of("wan"), "anyflow", tmp_path / "x", force=False)
 
 
+def test_a_wan_that_is_told_a_time_for_each_token_is_refused(student_of: StudentOf, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--to anyflow is for students of Wan 2\.1: .* a time for each token"):
+        run_export(student_of("wan 2.2 ti2v", sampler="flow_map"), "anyflow", tmp_path / "x", force=False)
+
+
 def test_the_fit_is_exact_and_a_narrow_network_is_refused() -> None:
     generator = torch.Generator().manual_seed(0)
     h, e = (torch.randn(6, width, generator=generator, dtype=torch.float64) for width in (8, 5))

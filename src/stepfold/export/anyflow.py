@@ -34,7 +34,7 @@ def export_anyflow(folder: Path, out: Path) -> None:
     """A flow-map student of Wan as an AnyFlowPipeline folder; a LoRA student is merged into its teacher's network.
 
     Raises:
-        UserError: the student is none that jumps anywhere, or not of Wan.
+        UserError: the student is none that jumps anywhere, or not of Wan 2.1.
     """
     card = read_card(folder)
     if not (card.recipe.sampler == "flow_map" and card.recipe.jumps_anywhere):
@@ -47,6 +47,11 @@ def export_anyflow(folder: Path, out: Path) -> None:
         raise UserError(
             f"--to anyflow is for students of Wan, and this one's is a {type(teacher.pipe).__name__}; use --to "
             "pipeline --steps 4, for example"
+        )
+    if teacher.index.get("expand_timesteps"):
+        raise UserError(
+            "--to anyflow is for students of Wan 2.1: this one's network is told a time for each token, and that of "
+            "AnyFlowPipeline one for each frame; use stepfold sample"
         )
     kind, network_kind, scheduler_kind = anyflow_classes()
     scheduler = scheduler_kind(shift=teacher.shift)
