@@ -94,7 +94,7 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
         described = described_pipe(size, Path(folder))
         with fake, counted:
             pipe = with_fake_weights(described, getattr(torch, config.teacher.dtype), encoders=not cached)
-        with patch.object(pipeline, "load_pipeline", lambda *_: pipe):
+        with patch.object(pipeline, "load_pipeline", lambda *_, **__: pipe):
             settings = config.teacher.model_copy(update={"source": folder})
             teacher = load_teacher(settings, CPU, null=fake_condition(size, 1))
         batches = [draw(number, prompts, teacher, config, CPU) for number in range(STEPS)]
