@@ -50,6 +50,7 @@ def test_texts_are_of_their_own_lengths(folder: Path) -> None:
     teacher = load(folder)
     condition = teacher.encode(["a cat", "pizza on a white plate"])
     lengths = [len(text) for text in condition.texts()]
+    assert condition.lengths == lengths and condition.lengths is condition.lengths  # read from the device once
     assert lengths == condition.mask.sum(1).tolist() and lengths[0] < 32 < lengths[1] < 48
     (long,), _ = teacher.pipe.encode_prompt(["pizza on a white plate"], "cpu", False, max_sequence_length=48)
     torch.testing.assert_close(condition.texts()[1], long)

@@ -135,6 +135,12 @@ def test_bad_input_is_a_short_message(emoji: Models) -> None:
             )
 
 
+def test_a_scale_may_be_the_one_that_turns_guidance_off(emoji: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is 0 in pipelines that count their scale from there."""
+    monkeypatch.setattr(emoji.teacher, "no_guidance", 0.0)
+    assert checked(emoji, "a cat", 1, 0.0, 0, 1).guidance == 0
+
+
 def test_a_student_with_a_pipeline_of_its_own(tiny_student: Path, tiny_sana: Path) -> None:
     models = load_models(tiny_student, None, "cpu")
     assert models.pipeline is not models.teacher and models.teacher.source == str(tiny_sana)

@@ -19,8 +19,9 @@ from stepfold.students.card import ANYFLOW, Card, read_card
 from stepfold.students.folding import MOST_ERROR
 from stepfold.students.loading import load_merged
 from stepfold.students.two_times import EMBEDDER
+from stepfold.teachers.calls import scheduler_times
 from stepfold.teachers.pipeline import PipelineTeacher
-from stepfold.teachers.wan import WanTeacher, anyflow_classes, scheduler_times, timesteps
+from stepfold.teachers.wan import WanTeacher, anyflow_classes, timesteps
 from stepfold.training.runs import writing
 
 KEPT = ("tokenizer", "text_encoder", "vae")
@@ -55,7 +56,7 @@ def export_anyflow(folder: Path, out: Path) -> None:
         )
     kind, network_kind, scheduler_kind = anyflow_classes()
     scheduler = scheduler_kind(shift=teacher.shift)
-    times = {steps: tuple(scheduler_times(scheduler, steps)) for steps in card.recipe.times}
+    times = {steps: tuple(scheduler_times(scheduler, num_inference_steps=steps)) for steps in card.recipe.times}
     network = told_both(student, network_kind, target_times(times))
     recipe = card.recipe.model_copy(update={"times": times})
     with writing(out) as part:

@@ -28,6 +28,12 @@ def set_parts(pipe: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
     return old
 
 
+def scheduler_times(scheduler: Any, **steps: Any) -> list[float]:
+    """The times of a flow-matching scheduler's own steps, without the final 0; `steps` as its `set_timesteps` takes."""
+    scheduler.set_timesteps(**steps)
+    return trigflow_time(scheduler.sigmas[:-1].double()).tolist()
+
+
 class PipelineCalls(Teacher):
     """Abstract: the part of `Family` that knows the pipeline's arguments, schedulers and layouts.
 
@@ -190,10 +196,9 @@ class OwnLevels(PipelineCalls):
     @override
     def student_times(self, num_steps: int, sampler: SamplerName) -> list[float]:
         """Those of the scheduler, told what the pipeline tells it."""
-        scheduler = self.student_scheduler(sampler)
         even = {"sigmas": [1 - i / num_steps for i in range(num_steps)]}
-        scheduler.set_timesteps(**(even if self.even_ladder else {"num_inference_steps": num_steps}))
-        return trigflow_time(scheduler.sigmas[:-1].double()).tolist()
+        steps = even if self.even_ladder else {"num_inference_steps": num_steps}
+        return scheduler_times(self.student_scheduler(sampler), **steps)
 
     @override
     def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, Protocol, TypeVar
 
 import torch
@@ -50,9 +51,14 @@ class Condition:
         lengths = torch.tensor([len(text) for text in texts], device=embeds.device)
         return Condition(embeds, (torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]).long())
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """L_i of each text; read from the device once, since a trajectory asks at each of its steps."""
+        return self.mask.sum(1).tolist()
+
     def texts(self) -> list[Tensor]:
         """The B texts [L_i, D] that were given to `ragged`, for networks that take no mask."""
-        return [row[:length] for row, length in zip(self.embeds, self.mask.sum(1).tolist(), strict=True)]
+        return [row[:length] for row, length in zip(self.embeds, self.lengths, strict=True)]
 
     def __len__(self) -> int:
         return len(self.embeds)

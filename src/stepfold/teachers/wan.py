@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import flow_prediction, flow_time, trigflow_time
+from stepfold.maths.formulations import flow_prediction, flow_time
 from stepfold.teachers.calls import OwnLevels
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.experts import Experts
@@ -40,12 +40,6 @@ def wan_network(
         )[0]
 
     return flow_prediction(x_unit, t, velocity)
-
-
-def scheduler_times(scheduler: Any, num_steps: int) -> list[float]:
-    """The times at which a scheduler of flow matching takes so many steps of its own, without the final 0."""
-    scheduler.set_timesteps(num_steps)
-    return trigflow_time(scheduler.sigmas[:-1].double()).tolist()
 
 
 def timesteps(t: Tensor) -> Tensor:

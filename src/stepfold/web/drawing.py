@@ -245,7 +245,7 @@ def checked(models: Models, prompt: Any, steps: Any, guidance: Any, seed: Any, c
     return Request(
         text,
         steps=round(_number(STEPS_LABEL, steps, 1, MAX_STEPS)),
-        guidance=_number(models.guidance_label, guidance, 1, MAX_GUIDANCE),
+        guidance=_number(models.guidance_label, guidance, models.teacher.no_guidance, MAX_GUIDANCE),
         seed=round(_number(SEED_LABEL, seed, 0, MAX_SEED)),
         count=round(_number(PICTURES_LABEL, count, 1, MAX_PICTURES)),
         gamma=models.card.recipe.gamma_for(_number(GAMMA_LABEL, gamma, 0, 1)),

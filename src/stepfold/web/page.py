@@ -105,7 +105,7 @@ class Parts(NamedTuple):
 
 
 def _parts(models: Models) -> Parts:
-    usual = min(MAX_GUIDANCE, max(1.0, models.card.recipe.guidance))
+    usual = min(MAX_GUIDANCE, max(least := models.teacher.no_guidance, models.card.recipe.guidance))
     prompt = gr.Textbox(models.examples[0], label="Prompt", max_lines=4, max_length=MAX_PROMPT, elem_id="prompt")
     with gr.Row(elem_id="examples"):
         for text in models.examples:
@@ -117,7 +117,7 @@ def _parts(models: Models) -> Parts:
             teacher = gr.HTML(markup.waiting("Teacher"), min_width=120, elem_id="teacher")
         with gr.Column(elem_id="controls", min_width=150):
             steps = gr.Slider(1, MAX_STEPS, models.usual_steps, step=1, label=STEPS_LABEL, buttons=[], min_width=150)
-            guidance = gr.Slider(1, MAX_GUIDANCE, usual, step=0.5, label=models.guidance_label, buttons=[],
+            guidance = gr.Slider(least, MAX_GUIDANCE, usual, step=0.5, label=models.guidance_label, buttons=[],
                                  min_width=150)  # fmt: skip
             count = gr.Slider(
                 1, MAX_PICTURES, models.usual_count, step=1, label=PICTURES_LABEL, buttons=[], min_width=150
