@@ -29,6 +29,7 @@ class Family(PipelineCalls):
     Attributes:
         pipelines: classes that the family can load.
         network_part: name of the network's part in the pipeline.
+        time_module: name of the network's part with `time_proj` and `timestep_embedder`, where it has one of these.
         loads_lora: whether the pipeline loads LoRAs.
         lora_blocks: parts of the names of the blocks that a LoRA is for.
         readers: the pipeline's tokenizers that its prompts' length depends on; the first one that is there counts.
@@ -52,6 +53,7 @@ class Family(PipelineCalls):
 
     pipelines: ClassVar[tuple[type, ...]] = ()
     network_part: ClassVar[str] = "transformer"
+    time_module: ClassVar[str] = ""
     loads_lora: ClassVar[bool] = True
     lora_blocks: ClassVar[tuple[str, ...]] = ("block",)
     readers: ClassVar[tuple[str, ...]] = ("tokenizer",)
@@ -123,14 +125,14 @@ class Family(PipelineCalls):
 
         None where it cannot be re-timed; where it can, `predictor` is a partial with `time_scale`.
         """
-        return None
+        return getattr(network, self.time_module) if self.time_module else None
 
     def time_part(self, network: Any) -> str | None:
         """Name of the part of a student's network whose output is its time embedding, made outside the blocks.
 
         [B, D] or [B, 1, D]; None where there is no such part.
         """
-        return None
+        return f"{self.time_module}.timestep_embedder" if self.time_module else None
 
     def retimed_parts(self, network: Any) -> dict[str, Any]:
         """The parts of the pipeline that change when `network` reads times of [0, 1]."""

@@ -98,6 +98,7 @@ class FluxTeacher(PackedTeacher):
     """FluxPipeline; the student is one too, with guidance embedded as in its teacher."""
 
     pipelines = (FluxPipeline,)
+    time_module = "time_text_embed"
     readers = ("tokenizer_2",)
     fields: ClassVar[Any] = {"patch_size": ((1,), "the pipeline packs four latents into a token itself")}
 
@@ -105,14 +106,6 @@ class FluxTeacher(PackedTeacher):
     def predictor(self) -> Predict:
         self.transformer.x_embedder.register_forward_hook(keep_precision)  # a student's copy has it too
         return partial(flux_network, time_scale=self.time_scale)
-
-    @override
-    def time_embedder(self, network: Any) -> Any:
-        return network.time_text_embed
-
-    @override
-    def time_part(self, network: Any) -> str | None:
-        return "time_text_embed.timestep_embedder"
 
     @override
     def guidance_kinds(self) -> tuple[GuidanceKind, ...]:

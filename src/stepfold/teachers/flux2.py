@@ -82,6 +82,7 @@ class Flux2Teacher(PatchedLatents):
     """Flux2Pipeline; the student is one too, with guidance embedded as in its teacher."""
 
     pipelines = (Flux2Pipeline,)
+    time_module = "time_guidance_embed"
     even_ladder = True
     prompt_argument = "prompt"
     fields: ClassVar[Any] = {"patch_size": ((1,), "the pipeline makes patches of the latents itself")}
@@ -89,14 +90,6 @@ class Flux2Teacher(PatchedLatents):
     @override
     def predictor(self) -> Predict:
         return partial(flux2_network, time_scale=self.time_scale)
-
-    @override
-    def time_embedder(self, network: Any) -> Any:
-        return network.time_guidance_embed
-
-    @override
-    def time_part(self, network: Any) -> str | None:
-        return "time_guidance_embed.timestep_embedder"
 
     @override
     def of_the_prompt_alone(self) -> list[nn.Module]:

@@ -44,6 +44,7 @@ class LongCatImageTeacher(PackedTeacher):
     """LongCatImagePipeline; the student is one too, without guidance."""
 
     pipelines = (LongCatImagePipeline,)
+    time_module = "time_embed"
     loads_lora = False
     fields: ClassVar[Any] = {"patch_size": ((1,), "the pipeline packs four latents into a token itself")}
 
@@ -56,14 +57,6 @@ class LongCatImageTeacher(PackedTeacher):
     def predictor(self) -> Predict:
         self.transformer.x_embedder.register_forward_hook(keep_precision)  # a student's copy has it too
         return partial(longcat_network, time_scale=self.time_scale)
-
-    @override
-    def time_embedder(self, network: Any) -> Any:
-        return network.time_embed
-
-    @override
-    def time_part(self, network: Any) -> str | None:
-        return "time_embed.timestep_embedder"
 
     @override
     def guided(self, x_unit: Tensor, t: Tensor, without: Tensor, with_prompt: Tensor, weight: Tensor) -> Tensor:

@@ -61,6 +61,7 @@ class QwenImageTeacher(QwenLatents):
     """QwenImagePipeline; the student is one too, without guidance."""
 
     pipelines = (QwenImagePipeline,)
+    time_module = "time_text_embed"
     scale_argument = "true_cfg_scale"
     fields: ClassVar[Any] = {
         "guidance_embeds": ((False, None), "the pipeline cannot call a network that embeds guidance"),
@@ -84,14 +85,6 @@ class QwenImageTeacher(QwenLatents):
     def predictor(self) -> Predict:
         self.transformer.img_in.register_forward_hook(keep_precision)  # a student's copy has it too
         return partial(qwen_image_network, time_scale=self.time_scale)
-
-    @override
-    def time_embedder(self, network: Any) -> Any:
-        return network.time_text_embed
-
-    @override
-    def time_part(self, network: Any) -> str | None:
-        return "time_text_embed.timestep_embedder"
 
     @override
     def guided(self, x_unit: Tensor, t: Tensor, without: Tensor, with_prompt: Tensor, weight: Tensor) -> Tensor:

@@ -36,19 +36,12 @@ class SD3Teacher(PipelineTeacher):
     """StableDiffusion3Pipeline; the student is one too, and needs no guidance."""
 
     pipelines = (StableDiffusion3Pipeline,)
+    time_module = "time_text_embed"
     readers = ("tokenizer_3", "tokenizer")
 
     @override
     def predictor(self) -> Predict:
         return partial(sd3_network, time_scale=self.time_scale)
-
-    @override
-    def time_embedder(self, network: Any) -> Any:
-        return network.time_text_embed
-
-    @override
-    def time_part(self, network: Any) -> str | None:
-        return "time_text_embed.timestep_embedder"
 
     @property
     @override
