@@ -104,7 +104,6 @@ class Display:
 
             yield tick
 
-
     @contextmanager
     def searching(self, totals: dict[str, int]) -> Iterator[Callable[..., None]]:
         """Bars of searches, by the most calls that each may take; yields the function that moves or ends them."""

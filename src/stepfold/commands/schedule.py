@@ -1,7 +1,7 @@
 """`stepfold schedule`: noise levels at which a teacher is better in a few steps of its own; nothing is trained."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from stepfold.ladders.solvers import Velocity
 
 FEW, LEAST = 16, 4  # prompts of each half: fewer than FEW overfit, fewer than LEAST are refused
-NODES = 24  # of the table that the search starts from
+NODES = 16  # of the table that the search starts from
 SOLVER_NAMES = ("euler", "unipc", "calibrated")
 
 
@@ -103,9 +103,7 @@ def schedule(
     table = Table("solver", "steps", "error", "usual levels", "their error", "verdict", box=None)
     for row in rows:
         verdict = f"[green]{row.error / row.default:.2f} of it[/]" if row.better else "[red]not better[/]"
-        table.add_row(
-            row.solver, str(row.steps), f"{row.error:.4f}", row.default_name, f"{row.default:.4f}", verdict
-        )
+        table.add_row(row.solver, str(row.steps), f"{row.error:.4f}", row.default_name, f"{row.default:.4f}", verdict)
     show_table(table)
     for lines in use:
         typer.echo(f"\n# {lines['name']}, in diffusers:\n{lines['diffusers']}")
@@ -125,7 +123,9 @@ def numbers_of(steps: str) -> list[int]:
     except ValueError:
         raise UserError(f"--steps {steps!r} is no list of numbers; for example --steps 4,6,8") from None
     if found[0] < 2:
-        raise UserError(f"--steps has {found[0]}; a search places the levels between the first and 0, so give 2 or more")
+        raise UserError(
+            f"--steps has {found[0]}; a search places the levels between the first and 0, so give 2 or more"
+        )
     return found
 
 
@@ -155,7 +155,7 @@ def run_schedule(
         UserError: too few prompts, a solver that the teacher's pipeline does not take, or a file of another search.
     """
     from stepfold import assets
-    from stepfold.ladders.record import lines_for, read_schedule, write_schedule
+    from stepfold.ladders.record import lines_for, write_schedule
     from stepfold.prompts.reading import open_prompts, shuffled_index
     from stepfold.teachers.fingerprints import teacher_fingerprint
     from stepfold.teachers.loading import load_teacher
@@ -215,30 +215,51 @@ def kept_rows(out: Path, key: dict[str, Any], force: bool) -> "dict[tuple[str, i
 
 
 def search_rows(
-    teacher: Any, condition: Any, scale: float, wanted: "Sequence[tuple[str, int]]", key: dict[str, Any], batch: int,
+    teacher: Any,
+    condition: Any,
+    scale: float,
+    wanted: "Sequence[tuple[str, int]]",
+    key: dict[str, Any],
+    batch: int,
     display: "Display",
-) -> Any:  # fmt: skip
-    """Yields each row when it is found: the first half of the conditions is searched on, the other one judges."""
-    from stepfold.ladders.search import calls_of_search
+) -> "Iterator[Row]":
+    """Each row when it is found: the first half of the conditions is searched on, the other one judges."""
+    from stepfold.ladders.search import reference
     from stepfold.ladders.solvers import velocity_of
-    from stepfold.teachers.contract import Condition
 
-    half, seed = key["n"], key["seed"]
-    calls = [2 * (key["reference_steps"] + k) + calls_of_search(k, key["sweeps"], 1) + NODES * k for _, k in wanted]
+    half, fine = key["n"], fine_levels(teacher, key["reference_steps"])
+    names = {"the reference": 2 * half * (len(fine) - 1)}
+    names |= {f"{name} {k}": half * most_calls(name, k, key) for name, k in wanted}
+    branches = 2 if teacher.guidance_kind == "classifier_free" and scale != teacher.no_guidance else 1
     display.note(
-        f"at most {sum(calls) * half * (2 if teacher.guidance_kind == 'classifier_free' else 1):,} network calls of "
-        f"one image each, on {half} prompts and {half} others"
+        f"at most {branches * sum(names.values()):,} network calls of one image each: {half} prompts to search on, "
+        f"{half} others for the verdict"
     )
-    names = {f"{name} {k}": total * half for (name, k), total in zip(wanted, calls, strict=True)}
     with display.searching(names) as tick:
+        at = "the reference"
+        sides = []
+        for first in (0, half):
+            rows = condition.rows(slice(first, first + half))
+            velocity = velocity_of(teacher, rows, scale, batch, lambda count: tick(at, count))
+            noise = start_noise(teacher, key["seed"], range(first, first + half))
+            sides.append(Side(velocity, reference(velocity, noise, fine)))
+        tick(at, 0, done=True)
+        starts: dict[int, list[float]] = {}
         for name, k in wanted:
-            sides = []
-            for first in (0, half):
-                rows: Condition = condition.rows(slice(first, first + half))
-                velocity = velocity_of(teacher, rows, scale, batch, lambda count, at=f"{name} {k}": tick(at, count))
-                sides.append((velocity, start_noise(teacher, seed, range(first, first + half))))
-            yield found_row(teacher, name, k, sides, key)
-            tick(f"{name} {k}", 0, done=True)
+            at = f"{name} {k}"
+            yield found_row(teacher, name, k, sides[0], sides[1], key, starts)
+            tick(at, 0, done=True)
+
+
+def most_calls(name: str, k: int, key: dict[str, Any]) -> int:
+    """Network calls of one row for each prompt, at most: of the search, and of the verdict."""
+    from stepfold.ladders.search import calls_of_search
+
+    verdict = 4 * k
+    if name == "calibrated":
+        return key["reference_steps"] + 2 * k + verdict
+    table = NODES * k if key["start"] == "rollout" else NODES * (key["start"] == "local")
+    return calls_of_search(k, key["sweeps"] / 4 + 1) + 4 * k + table + verdict
 
 
 def start_noise(teacher: Any, seed: int, samples: range) -> "Tensor":
@@ -277,21 +298,27 @@ def fine_levels(teacher: Any, steps: int, among: Sequence[float] = ()) -> list[f
     return sorted({*(usual.get("even") or usual["the scheduler's"]), *among}, reverse=True)
 
 
+@dataclass(frozen=True)
+class Side:
+    """One half of the prompts: the teacher's velocity for them, and its long trajectories."""
+
+    velocity: "Velocity"
+    fine: "Reference"
+
+
 def found_row(
-    teacher: Any, name: str, k: int, sides: "Sequence[tuple[Velocity, Tensor]]", key: dict[str, Any]
+    teacher: Any, name: str, k: int, side: Side, other: Side, key: dict[str, Any], starts: dict[int, list[float]]
 ) -> "Row":
-    """The best levels of one solver and number of steps, judged on the second of two sides."""
+    """The best levels of one solver and number of steps on one side, judged on the other; `starts` are kept."""
     from stepfold.ladders.calibrated import calibrate
     from stepfold.ladders.record import Row, end_of
     from stepfold.ladders.search import error, reference
 
-    (velocity, noise), (other, unseen) = sides
     solver: Any = "euler" if name == "calibrated" else name
-    usual = {label: levels for label, levels in usual_ladders(teacher, k).items()}
-    exact = reference(other, unseen, fine_levels(teacher, key["reference_steps"])).end
+    usual = usual_ladders(teacher, k)
 
     def judged(row: Row) -> float:
-        return error(end_of(row, other, unseen), exact)
+        return error(end_of(row, other.velocity, other.fine.noise), other.fine.end)
 
     plain = Row(solver, k, [], 0.0, 0.0, "", False)
     defaults = {label: judged(replace(plain, levels=levels)) for label, levels in usual.items()}
@@ -299,27 +326,31 @@ def found_row(
     weights: list[list[float]] = []
     if name == "calibrated":
         levels = usual[label]
-        fine = reference(velocity, noise, fine_levels(teacher, key["reference_steps"], levels))
-        weights, _ = calibrate(velocity, fine, levels)
+        fine = reference(side.velocity, side.fine.noise, fine_levels(teacher, key["reference_steps"], levels))
+        weights, _ = calibrate(side.velocity, fine, levels)
     else:
-        fine = reference(velocity, noise, fine_levels(teacher, key["reference_steps"]))
-        levels = searched(velocity, fine, list(usual.values()), solver, k, key)
+        levels = searched(side, list(usual.values()), solver, k, key, starts)
     row = Row(name, k, levels, 0.0, defaults[label], label, False, weights)
     reached = judged(row)
     return replace(row, error=reached, better=reached < row.default)
 
 
 def searched(
-    velocity: "Velocity", fine: "Reference", usual: Sequence[list[float]], solver: Any, k: int, key: dict[str, Any]
+    side: Side, usual: Sequence[list[float]], solver: Any, k: int, key: dict[str, Any], starts: dict[int, list[float]]
 ) -> list[float]:
-    """Levels by descent from the best of the usual ladders and of the start that is asked for."""
+    """Levels by descent from the best of the usual ladders and of the start that is asked for.
+
+    The sweeps go by a quarter of the prompts, and a last one by all of them.
+    """
     from stepfold.ladders.search import descend, error, local_start, rollout_start
     from stepfold.ladders.solvers import rollout
 
     makers: dict[str, Callable[..., list[float]]] = {"rollout": rollout_start, "local": local_start}
-    starts = list(usual)
-    if key["start"] in makers:
-        starts.append(makers[key["start"]](velocity, fine.thinned(NODES), k))
-    reached = [error(rollout(velocity, fine.noise, levels, solver)[0], fine.end) for levels in starts]
-    *_, last = descend(velocity, fine, starts[reached.index(min(reached))], solver, key["sweeps"])
+    if key["start"] in makers and k not in starts:
+        starts[k] = makers[key["start"]](side.velocity, side.fine.thinned(NODES), k)
+    tried = [*usual, *([starts[k]] if k in starts else [])]
+    reached = [error(rollout(side.velocity, side.fine.noise, levels, solver)[0], side.fine.end) for levels in tried]
+    first = tried[reached.index(min(reached))]
+    *_, rough = descend(side.velocity, side.fine.first(-(-key["n"] // 4)), first, solver, key["sweeps"])
+    *_, last = descend(side.velocity, side.fine, rough.levels, solver, min(key["sweeps"], 1))
     return last.levels

@@ -9,12 +9,15 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
 from stepfold.evaluation.measure import Sampler
+from stepfold.evaluation.protocol import SEARCHED
 from stepfold.ladders.calibrated import calibrated_rollout
 from stepfold.ladders.solvers import SolverName, rollout, velocity_of
 from stepfold.maths.formulations import trigflow_time
 from stepfold.teachers.contract import Condition, Teacher
+from stepfold.teachers.fingerprints import teacher_fingerprint
 from stepfold.training.runs import writing
 
 SHOWN = 4  # digits of a level
@@ -107,6 +110,18 @@ def searched_sampler(teacher: Teacher, row: Row) -> Sampler:
     return sample
 
 
+def searched_samplers(path: Path, teacher: Teacher, settings: TeacherSettings, guidance: float) -> dict[str, Sampler]:
+    """`teacher, searched SOLVER STEPS` -> sampler, of the rows of a file that beat the usual levels.
+
+    Raises:
+        UserError: it is no such file, or of another teacher, guidance scale or size.
+    """
+    key, rows = read_schedule(path)
+    wanted = {"fingerprint": teacher_fingerprint(settings, network_only=False), "guidance": float(guidance)}
+    check_schedule(path, key, wanted | {name: getattr(teacher, name) for name in ("height", "width")})
+    return {f"{SEARCHED}{row.solver} {row.steps}": searched_sampler(teacher, row) for row in rows if row.better}
+
+
 def end_of(row: Row, velocity: Any, noise: Tensor) -> Tensor:
     """Where a row's steps end, from unit noise [B, ...]."""
     if row.solver == "calibrated":
@@ -136,7 +151,7 @@ def lines_for(teacher: Any, row: Row, guidance: float) -> dict[str, str]:
         ]
         return {"name": name, "diffusers": "\n".join(lines), "comfyui": ""}
     if teacher.ode == "trigflow":
-        sigmas = [round(float(torch.tan(trigflow_time(torch.tensor(level)))), SHOWN) for level in levels]
+        sigmas = [round(float(torch.tan(trigflow_time(torch.tensor(level)))), SHOWN) for level in row.levels]
         lines = [
             "pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, "
             'timestep_spacing="leading")',

@@ -1,12 +1,14 @@
 """The search for noise levels: a start, coordinate descent on the end of the real rollout, a verdict on other prompts.
 
-Local errors do not tell how good the end is, since the flow damps some of them and amplifies others. So the descent goes
-by the distance of the end itself.
+Local errors do not tell how good the end is, since the flow damps some of them and amplifies others. So the descent
+goes by the distance of the end itself.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from stepfold.ladders.solvers import SolverName, Velocity, rollout
 
 Start = Literal["rollout", "local", "default"]
-EVALUATIONS = 8  # of a golden section: the bracket shrinks to a 50th
+EVALUATIONS = 6  # of a golden section: the bracket shrinks to a 10th, and the next sweep has a new one
 LEAST_GAIN = 0.005  # of a sweep over all levels; below it the descent ends
 GOLDEN = (math.sqrt(5) - 1) / 2
 NEAREST = 1e-3  # of two levels
@@ -43,6 +45,10 @@ class Reference:
         """Where it ends [B, ...]."""
         return self.states[-1]
 
+    def first(self, count: int) -> "Reference":
+        """Of the first samples."""
+        return Reference(self.levels, self.states[:, :count])
+
     def thinned(self, most: int) -> "Reference":
         """At `most` steps or fewer, evenly chosen, with both ends."""
         every = -(-(len(self.levels) - 1) // most)
@@ -53,7 +59,7 @@ class Reference:
 def reference(velocity: Velocity, noise: Tensor, levels: Sequence[float]) -> Reference:
     """Euler steps down many levels, each state kept."""
     states = [noise]
-    for level, lower in zip(levels[:-1], levels[1:], strict=True):
+    for level, lower in pairwise(levels):
         states.append(states[-1] + (lower - level) * velocity(states[-1], level))
     return Reference(list(levels), torch.stack(states))
 
@@ -61,14 +67,6 @@ def reference(velocity: Velocity, noise: Tensor, levels: Sequence[float]) -> Ref
 def error(end: Tensor, wanted: Tensor) -> float:
     """Root mean square distance, in standard deviations of the data."""
     return (end - wanted).double().square().mean().sqrt().item()
-
-
-def default_levels(kind: Callable[[int, float], Tensor], num_steps: int, shift: float, first: float) -> list[float]:
-    """Levels of times that `routes` makes, from the teacher's first level on."""
-    from stepfold.maths.formulations import flow_time
-
-    levels = flow_time(kind(num_steps, shift)).tolist()
-    return [first, *(min(level, first) for level in levels[1:-1]), 0.0]
 
 
 def cheapest_path(cost: Tensor, num_steps: int) -> list[int]:
@@ -123,9 +121,7 @@ def rollout_start(velocity: Velocity, fine: Reference, num_steps: int) -> list[f
     paths: list[list[int]] = [[0], *[[] for _ in range(count - 1)]]
     for step in range(num_steps):
         last = step == num_steps - 1
-        slopes = {
-            i: velocity(state, fine.levels[i]) for i, state in enumerate(states[:-1]) if state is not None
-        }
+        slopes = {i: velocity(state, fine.levels[i]) for i, state in enumerate(states[:-1]) if state is not None}
         reached: list[Tensor | None] = [None] * count
         led: list[list[int]] = [[] for _ in range(count)]
         for j in [count - 1] if last else range(step + 1, count - (num_steps - 1 - step)):
@@ -151,7 +147,7 @@ class Found:
 
 
 def golden_section(low: float, high: float, measure: Callable[[float], float], count: int) -> tuple[float, float]:
-    """(place, value) of the least of `count` values of a function between two bounds; exact where it has one minimum."""
+    """(place, value) of the least of `count` values of a function between two bounds, at best where it has one dip."""
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
     tried = {left: measure(left), right: measure(right)}
     for _ in range(count - 2):
@@ -189,23 +185,30 @@ def descend(
     for _ in range(sweeps):
         before = least
         for i in range(1, len(levels) - 1):
-            low, high = levels[i + 1], levels[i - 1]
-            margin = min(NEAREST, (high - low) / 4)
-
-            def measure(level: float, i: int = i) -> float:
-                changed = [*levels[:i], level, *levels[i + 1 :]]
-                return error(rollout(velocity, fine.noise, changed, solver, known[:i])[0], fine.end)
-
-            level, value = golden_section(low + margin, high - margin, measure, EVALUATIONS)
+            margin = min(NEAREST, (levels[i - 1] - levels[i + 1]) / 4)
+            bounds = levels[i + 1] + margin, levels[i - 1] - margin
+            measure = partial(_error_with, velocity, fine, levels, i, solver, known[:i])
+            level, value = golden_section(*bounds, measure, EVALUATIONS)
             if value < least:
-                levels, least = [*levels[:i], level, *levels[i + 1 :]], value
+                levels, least = _with(levels, i, level), value
                 _, known = rollout(velocity, fine.noise, levels, solver, known[:i])
         yield Found(levels, least)
         if least > (1 - LEAST_GAIN) * before:
             return
 
 
-def calls_of_search(num_steps: int, sweeps: int, starts: int) -> int:
-    """Network calls on all prompts that `descend` takes at most, from so many starts."""
-    each = (EVALUATIONS + 1) * (num_steps * (num_steps - 1) // 2)
-    return starts * (num_steps + sweeps * each)
+def _with(levels: Sequence[float], i: int, level: float) -> list[float]:
+    return [*levels[:i], level, *levels[i + 1 :]]
+
+
+def _error_with(
+    velocity: Velocity, fine: Reference, levels: Sequence[float], i: int, solver: SolverName, known: Sequence[Tensor],
+    level: float,
+) -> float:  # fmt: skip
+    """The error of the rollout whose i-th level is another one; the velocities before it are known."""
+    return error(rollout(velocity, fine.noise, _with(levels, i, level), solver, known)[0], fine.end)
+
+
+def calls_of_search(num_steps: int, sweeps: float) -> int:
+    """Network calls for each sample that `descend` takes at most."""
+    return num_steps + round(sweeps * (EVALUATIONS + 1) * num_steps * (num_steps - 1) / 2)

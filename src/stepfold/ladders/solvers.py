@@ -43,7 +43,7 @@ def velocity_of(
         for start in range(0, len(x), batch):
             part = x[start : start + batch].to(condition.mask.device)
             s = torch.full((len(part),), level, dtype=part.dtype, device=part.device)
-            rows = condition.rows(slice(start, start + batch)).trimmed()
+            rows = condition.rows(slice(start, start + len(part))).trimmed()
             scale = torch.full((len(part),), guidance, device=part.device)
             t = trigflow_time(s).clamp(max=highest)
             dxdt = teacher.velocity(trigflow_input(part, s, teacher.sigma_data), t, rows, scale)
