@@ -292,7 +292,7 @@ def measure_students(
     """
     from stepfold.evaluation.measure import measure_groups, protocol_samplers
     from stepfold.evaluation.protocol import emoji_protocol, rows_by_steps
-    from stepfold.ladders.record import searched_samplers
+    from stepfold.levels.record import searched_samplers
     from stepfold.teachers.loading import load_teacher
 
     teacher = load_teacher(settings, device)

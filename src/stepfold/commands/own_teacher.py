@@ -66,7 +66,7 @@ def run_own(
     """
     from stepfold.evaluation.latents import LatentProtocol, calls_per_step, known_steps
     from stepfold.evaluation.report import versions
-    from stepfold.ladders.record import searched_samplers
+    from stepfold.levels.record import searched_samplers
     from stepfold.web.drawing import load_models
 
     names = list(dict.fromkeys(map(str, folders)))

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from stepfold.config import TeacherSettings
     from stepfold.display import Display
-    from stepfold.ladders.record import Row
-    from stepfold.ladders.search import Reference
-    from stepfold.ladders.solvers import Velocity
+    from stepfold.levels.record import Row
+    from stepfold.levels.search import Reference
+    from stepfold.levels.solvers import Velocity
 
 FEW, LEAST = 16, 4  # prompts of each half: fewer than FEW overfit, fewer than LEAST are refused
 NODES = 16  # of the table that the search starts from
@@ -44,7 +44,7 @@ def schedule(
         typer.Option(help="Prompts, as of `distill`. Default: the bundled teacher's.", show_default=False),
     ] = None,
     steps: Annotated[str, typer.Option(help="Numbers of sampling steps.")] = "4,6,8",
-    solvers: Annotated[str, typer.Option(help="Of euler, unipc, calibrated.")] = "euler,unipc,calibrated",
+    solvers: Annotated[str, typer.Option(help="euler, unipc, calibrated: one or several.")] = "euler,unipc,calibrated",
     guidance: Annotated[
         float | None,
         typer.Option(min=0, max=1000, help="Scale. Default: the pipeline's own.", show_default=False),
@@ -53,13 +53,13 @@ def schedule(
     start: Annotated[
         Literal["rollout", "local", "default"],
         typer.Option(
-            help="Where the search starts, besides the usual levels: OSS's table of rollouts, or the least sum of "
-            "local errors (BOSS, GITS)."
+            help="Start of the search, besides the usual levels: a table of short trajectories (OSS), or the least "
+            "sum of local errors (BOSS, GITS)."
         ),
     ] = "rollout",
-    sweeps: Annotated[int, typer.Option(min=0, help="Over all levels, at most.")] = 4,
-    reference_steps: Annotated[int, typer.Option(min=2, help="Of the trajectory that counts as exact.")] = 48,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise and the choice of prompts.")] = 0,
+    sweeps: Annotated[int, typer.Option(min=0, help="Sweeps over all levels, at most.")] = 4,
+    reference_steps: Annotated[int, typer.Option(min=2, help="Steps of the trajectory that counts as exact.")] = 48,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise and the choice of prompts.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images that the network sees at once.")] = 8,
     teacher_lora: TeacherLoraOption = None,
     revision: RevisionOption = None,
@@ -73,8 +73,8 @@ def schedule(
 ) -> None:
     """Search the noise levels at which a teacher is best in a few steps of its own. Nothing is trained.
 
-    Levels are searched on some prompts and judged on others: they count only where they beat the usual ones there. They
-    belong to one teacher, guidance scale and size.
+    Half of the prompts are searched on, and the other half gives the verdict: searched levels count where they beat the
+    usual ones there. They belong to one teacher, guidance scale and image size.
 
     stepfold schedule emoji --guidance 3
 
@@ -155,7 +155,7 @@ def run_schedule(
         UserError: too few prompts, a solver that the teacher's pipeline does not take, or a file of another search.
     """
     from stepfold import assets
-    from stepfold.ladders.record import lines_for, write_schedule
+    from stepfold.levels.record import lines_for, write_schedule
     from stepfold.prompts.reading import open_prompts, shuffled_index
     from stepfold.teachers.fingerprints import teacher_fingerprint
     from stepfold.teachers.loading import load_teacher
@@ -201,7 +201,7 @@ def kept_rows(out: Path, key: dict[str, Any], force: bool) -> "dict[tuple[str, i
     Raises:
         UserError: the file is one of another search, and not to be replaced.
     """
-    from stepfold.ladders.record import read_schedule
+    from stepfold.levels.record import read_schedule
 
     if not out.exists() or force:
         return {}
@@ -224,8 +224,8 @@ def search_rows(
     display: "Display",
 ) -> "Iterator[Row]":
     """Each row when it is found: the first half of the conditions is searched on, the other one judges."""
-    from stepfold.ladders.search import reference
-    from stepfold.ladders.solvers import velocity_of
+    from stepfold.levels.search import reference
+    from stepfold.levels.solvers import velocity_of
 
     half, fine = key["n"], fine_levels(teacher, key["reference_steps"])
     names = {"the reference": 2 * half * (len(fine) - 1)}
@@ -253,7 +253,7 @@ def search_rows(
 
 def most_calls(name: str, k: int, key: dict[str, Any]) -> int:
     """Network calls of one row for each prompt, at most: of the search, and of the verdict."""
-    from stepfold.ladders.search import calls_of_search
+    from stepfold.levels.search import calls_of_search
 
     verdict = 4 * k
     if name == "calibrated":
@@ -273,7 +273,7 @@ def start_noise(teacher: Any, seed: int, samples: range) -> "Tensor":
     return flow_input(noise, torch.full((len(noise),), teacher.start_time), 1.0)
 
 
-def usual_ladders(teacher: Any, k: int) -> dict[str, list[float]]:
+def usual_levels(teacher: Any, k: int) -> dict[str, list[float]]:
     """The hand-made levels of a teacher: its own scheduler's, and even ones."""
     import torch
 
@@ -294,7 +294,7 @@ def usual_ladders(teacher: Any, k: int) -> dict[str, list[float]]:
 
 def fine_levels(teacher: Any, steps: int, among: Sequence[float] = ()) -> list[float]:
     """The levels of the reference: even in the teacher's own coordinates, and `among` with them."""
-    usual = usual_ladders(teacher, steps)
+    usual = usual_levels(teacher, steps)
     return sorted({*(usual.get("even") or usual["the scheduler's"]), *among}, reverse=True)
 
 
@@ -310,12 +310,12 @@ def found_row(
     teacher: Any, name: str, k: int, side: Side, other: Side, key: dict[str, Any], starts: dict[int, list[float]]
 ) -> "Row":
     """The best levels of one solver and number of steps on one side, judged on the other; `starts` are kept."""
-    from stepfold.ladders.calibrated import calibrate
-    from stepfold.ladders.record import Row, end_of
-    from stepfold.ladders.search import error, reference
+    from stepfold.levels.calibrated import calibrate
+    from stepfold.levels.record import Row, end_of
+    from stepfold.levels.search import error, reference
 
     solver: Any = "euler" if name == "calibrated" else name
-    usual = usual_ladders(teacher, k)
+    usual = usual_levels(teacher, k)
 
     def judged(row: Row) -> float:
         return error(end_of(row, other.velocity, other.fine.noise), other.fine.end)
@@ -338,12 +338,12 @@ def found_row(
 def searched(
     side: Side, usual: Sequence[list[float]], solver: Any, k: int, key: dict[str, Any], starts: dict[int, list[float]]
 ) -> list[float]:
-    """Levels by descent from the best of the usual ladders and of the start that is asked for.
+    """Levels by descent from the best of the usual levels and of the start that is asked for.
 
     The sweeps go by a quarter of the prompts, and a last one by all of them.
     """
-    from stepfold.ladders.search import descend, error, local_start, rollout_start
-    from stepfold.ladders.solvers import rollout
+    from stepfold.levels.search import descend, error, local_start, rollout_start
+    from stepfold.levels.solvers import rollout
 
     makers: dict[str, Callable[..., list[float]]] = {"rollout": rollout_start, "local": local_start}
     if key["start"] in makers and k not in starts:

@@ -13,8 +13,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 from typing_extensions import override
 
-from stepfold.ladders.search import Reference
-from stepfold.ladders.solvers import Velocity
+from stepfold.levels.search import Reference
+from stepfold.levels.solvers import Velocity
 
 RIDGE = 1e-3  # of the mean diagonal of the normal equations
 

@@ -12,11 +12,11 @@ import tiny
 import torch
 from forms import cases
 
-from stepfold.commands.schedule import start_noise, usual_ladders
+from stepfold.commands.schedule import start_noise, usual_levels
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
-from stepfold.ladders.record import Row, end_of, lines_for, read_schedule, write_schedule
-from stepfold.ladders.solvers import velocity_of
+from stepfold.levels.record import Row, end_of, lines_for, read_schedule, write_schedule
+from stepfold.levels.solvers import velocity_of
 from stepfold.teachers.loading import load_teacher
 
 LEVELS = [1.0, 0.9, 0.62, 0.25, 0.0]
@@ -32,7 +32,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 
 def row_of(solver: str, teacher: Any) -> Row:
-    first = usual_ladders(teacher, 4)["the scheduler's"][0]
+    first = usual_levels(teacher, 4)["the scheduler's"][0]
     levels = [first, *LEVELS[1:]]
     return Row(solver, 4, levels, 0.1, 0.2, "even", True, WEIGHTS if solver == "calibrated" else [])
 
@@ -68,7 +68,7 @@ def test_plain_diffusers_draws_our_latents(family: str, solver: str, tmp_path: P
     theirs = teacher.made(names["made"][0])
     assert (theirs - ours).norm() / ours.norm() < (2e-3 if family == "sd1" else 1e-4)
     pipe.scheduler = own
-    even = Row(solver, 4, usual_ladders(teacher, 4)["the scheduler's"], 0.1, 0.2, "even", True, row.weights)
+    even = Row(solver, 4, usual_levels(teacher, 4)["the scheduler's"], 0.1, 0.2, "even", True, row.weights)
     other = end_of(even, velocity_of(teacher, teacher.encode(["red heart"]), scale, 1), noise)
     assert (theirs - other).norm() / ours.norm() > 2e-3
 
@@ -93,14 +93,14 @@ def test_a_file_is_read_back_and_a_wrong_one_is_refused(tmp_path: Path) -> None:
         {"levels": LEVELS[:-1]},
         {"levels": [1.2, *LEVELS[1:]]},
         {"solver": "heun"},
-        {"more": 1},
     ):
         path.write_text(json.dumps(good | {"rows": [good["rows"][0] | change]}))
-        with pytest.raises(UserError, match="is no file of `stepfold schedule`"):
+        with pytest.raises(UserError, match="; make it again with `stepfold schedule`"):
             read_schedule(path)
     path.write_text(json.dumps(good | {"rows": [good["rows"][1] | {"weights": WEIGHTS[:2]}]}))
     with pytest.raises(UserError, match="without a weight for each earlier step"):
         read_schedule(path)
-    path.write_text("[]")
-    with pytest.raises(UserError, match="is no file of `stepfold schedule`"):
-        read_schedule(path)
+    for text in ("[]", "{", json.dumps(good | {"rows": [good["rows"][0] | {"more": 1}]})):
+        path.write_text(text)
+        with pytest.raises(UserError, match="is no file of `stepfold schedule`"):
+            read_schedule(path)

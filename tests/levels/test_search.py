@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepfold.ladders.calibrated import CalibratedScheduler, calibrate, calibrated_rollout
-from stepfold.ladders.search import (
+from stepfold.levels.calibrated import CalibratedScheduler, calibrate, calibrated_rollout
+from stepfold.levels.search import (
     Found,
     Reference,
     cheapest_path,
@@ -19,7 +19,7 @@ from stepfold.ladders.search import (
     reference,
     rollout_start,
 )
-from stepfold.ladders.solvers import rollout
+from stepfold.levels.solvers import rollout
 from stepfold.maths.closed_form import MixtureTeacher
 from stepfold.maths.formulations import (
     euler_step,

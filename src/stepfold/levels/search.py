@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepfold.ladders.solvers import SolverName, Velocity, rollout
+from stepfold.levels.solvers import SolverName, Velocity, rollout
 
 Start = Literal["rollout", "local", "default"]
 EVALUATIONS = 6  # of a golden section: the bracket shrinks to a 10th, and the next sweep has a new one

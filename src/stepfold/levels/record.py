@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,8 +14,8 @@ from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
 from stepfold.evaluation.measure import Sampler
 from stepfold.evaluation.protocol import SEARCHED
-from stepfold.ladders.calibrated import calibrated_rollout
-from stepfold.ladders.solvers import SolverName, rollout, velocity_of
+from stepfold.levels.calibrated import calibrated_rollout
+from stepfold.levels.solvers import SolverName, rollout, velocity_of
 from stepfold.maths.formulations import trigflow_time
 from stepfold.teachers.contract import Condition, Teacher
 from stepfold.teachers.fingerprints import teacher_fingerprint
@@ -33,8 +34,8 @@ class Row:
         levels: flow-matching noise levels in [0, 1], steps + 1, falling to 0.
         weights: of a calibrated solver's steps, else empty.
         error: on the prompts of the verdict: distance of the end to the teacher's, in standard deviations of the data.
-        default: the same of the best hand-made ladder under that solver; the calibrated solver's is Euler's.
-        default_name: of that ladder.
+        default: the same of the best of the usual levels under that solver; the calibrated one's is Euler's.
+        default_name: of those levels.
         better: whether it is to be used.
     """
 
@@ -57,26 +58,23 @@ def read_schedule(path: Path) -> tuple[dict[str, Any], list[Row]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         rows = [Row(**row) for row in found["rows"]]
-        for row in rows:
-            check_levels(row)
-        return dict(found["key"]), rows
+        key = dict(found["key"])
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{path} is no file of `stepfold schedule` ({error}); make it with that command") from None
+    if flaws := [flaw for row in rows if (flaw := flaw_of(row))]:
+        raise UserError(f"{path} has {flaws[0]}; make it again with `stepfold schedule`")
+    return key, rows
 
 
-def check_levels(row: Row) -> None:
-    """Levels fall from at most 1 to 0, one for each step, and every calibrated step has its weights.
-
-    Raises:
-        ValueError: they do not.
-    """
-    falling = all(high > low for high, low in zip(row.levels, row.levels[1:], strict=False))
+def flaw_of(row: Row) -> str | None:
+    """What is wrong with a row that was read: levels fall from at most 1 to 0, and calibrated steps have weights."""
     if row.solver not in (*get_args(SolverName), "calibrated") or len(row.levels) != row.steps + 1:
-        raise ValueError(f"a row of {row.solver} with {len(row.levels)} levels for {row.steps} steps")
-    if not falling or row.levels[0] > 1 or row.levels[-1] != 0:
-        raise ValueError(f"levels {row.levels} do not fall from 1 to 0")
+        return f"a row of {row.solver} with {len(row.levels)} levels for {row.steps} steps"
+    if row.levels[0] > 1 or row.levels[-1] != 0 or any(high <= low for high, low in pairwise(row.levels)):
+        return f"levels that do not fall from 1 to 0: {row.levels}"
     if row.solver == "calibrated" and [len(weights) for weights in row.weights] != list(range(row.steps)):
-        raise ValueError("a calibrated row without a weight for each earlier step")
+        return "a calibrated row without a weight for each earlier step"
+    return None
 
 
 def write_schedule(path: Path, key: Mapping[str, Any], rows: Sequence[Row], use: Sequence[Mapping[str, str]]) -> None:
@@ -145,7 +143,7 @@ def lines_for(teacher: Any, row: Row, guidance: float) -> dict[str, str]:
     if row.solver == "calibrated":
         weights = [[round(weight, SHOWN) for weight in step] for step in row.weights]
         lines = [
-            "from stepfold.ladders.calibrated import CalibratedScheduler",
+            "from stepfold.levels.calibrated import CalibratedScheduler",
             f"pipe.scheduler = CalibratedScheduler({levels}, {weights}, {teacher.num_train_timesteps})",
             f"pipe({called({'num_inference_steps': row.steps} | own)})",
         ]
