@@ -88,6 +88,8 @@ class CalibratedScheduler(FlowMatchEulerDiscreteScheduler):
         pipe("a fox in snow", num_inference_steps=4)
     """
 
+    config: Any
+
     @register_to_config
     def __init__(
         self,
@@ -130,4 +132,4 @@ class CalibratedScheduler(FlowMatchEulerDiscreteScheduler):
         self.velocities.append(model_output.float())
         step = self.config.levels[i + 1] - self.config.levels[i]
         x = corrected(sample.float(), step, self.velocities, self.config.weights[i]).to(model_output.dtype)
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x) if return_dict else (x,)
+        return FlowMatchEulerDiscreteSchedulerOutput(x) if return_dict else (x,)  # type: ignore[arg-type]

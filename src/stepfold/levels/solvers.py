@@ -84,7 +84,7 @@ def unipc(levels: Sequence[float]) -> Steps:
     It tells the network whole timesteps of 1000, rounded down; the first level is a hair below 1.
     """
     scheduler = unipc_scheduler()
-    scheduler.set_timesteps(sigmas=np.array(levels[:-1]))
+    scheduler.set_timesteps(sigmas=np.array(levels[:-1]))  # type: ignore[arg-type] # of a list it takes none
     scheduler.set_begin_index(0)
     times = iter(scheduler.timesteps)
 
