@@ -110,7 +110,11 @@ def measure(
 
 
 def protocol_samplers(
-    teacher: Teacher, students: Mapping[str, tuple[Student, Recipe]], protocol: Protocol, guidance: float | None = None
+    teacher: Teacher,
+    students: Mapping[str, tuple[Student, Recipe]],
+    protocol: Protocol,
+    guidance: float | None = None,
+    searched: Mapping[str, Sampler] | None = None,
 ) -> dict[float, dict[str, Sampler]]:
     """Guidance scale -> what is measured at it: the teacher first, then the students that stand for it.
 
@@ -121,6 +125,7 @@ def protocol_samplers(
         students: name -> network, and how it is sampled.
         protocol: step counts and seed.
         guidance: scale that the students are told; None for the usual one of each.
+        searched: the teacher under searched levels, measured at the protocol's own scale too.
 
     Raises:
         UserError: a student was taught one scale, and another one is asked for.
@@ -129,7 +134,7 @@ def protocol_samplers(
     groups: dict[float, dict[str, Sampler]] = {}
     for scale in dict.fromkeys([protocol.guidance, *scales.values()]):
         if scale == protocol.guidance:
-            group = {f"teacher {k}": teacher_sampler(teacher, k) for k in protocol.teacher_steps}
+            group = {f"teacher {k}": teacher_sampler(teacher, k) for k in protocol.teacher_steps} | dict(searched or {})
         else:
             most = protocol.teacher_steps[0]
             group = {f"{teacher_at(scale)} {most}": teacher_sampler(teacher, most)}
