@@ -69,3 +69,17 @@ def test_a_lora_that_its_pipeline_cannot_sample_is_refused_before_the_run(tmp_pa
     with pytest.raises(UserError, match="SanaSprintPipeline adds fresh noise at each step"):
         run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_teacher_may_take_the_first_step(run: Path, tmp_path: Path) -> None:
+    """Its images are others than the student's own, and the same each time; one step or a race is refused."""
+    options: dict[str, Any] = dict(seed=0, guidance=None, device="cpu")
+    own, hybrid, again = (
+        run_sample(run / "student", ["red heart"], steps=2, first_step=who, **options)[0].tobytes()
+        for who in ("student", "teacher", "teacher")
+    )
+    assert hybrid == again != own
+    with pytest.raises(UserError, match="2 steps or more"):
+        run_sample(run / "student", ["red heart"], steps=1, first_step="teacher", **options)
+    race = ["sample", str(run), "red heart", "--first-step", "teacher", "--race", str(tmp_path / "race.gif")]
+    assert "leave out --first-step" in str(CliRunner().invoke(app, race).exception)

@@ -10,6 +10,7 @@ from stepfold.evaluation.judge import Judge
 from stepfold.evaluation.metrics import latent_error
 from stepfold.evaluation.protocol import Protocol, Scores, protocol_prompts, score_images, teacher_at
 from stepfold.randomness import normal
+from stepfold.sampling.hybrid import sample_hybrid
 from stepfold.sampling.recipe import Recipe
 from stepfold.sampling.samplers import SAMPLERS
 from stepfold.sampling.teacher import sample_teacher
@@ -38,13 +39,30 @@ def student_sampler(student: Student, recipe: Recipe, num_steps: int, seed: int,
     options = {"gamma": recipe.gamma_for(gamma)} if gamma else {}
 
     def sample(noise: Tensor, condition: Condition, guidance: Tensor, samples: range) -> Tensor:
-        def fresh(i: int) -> Tensor:
-            parts = [normal(tuple(noise.shape[1:]), seed, "evaluation fresh noise", i, s) for s in samples]
-            return sigma_data * torch.stack(parts).to(noise)
-
+        fresh = _fresh(sigma_data, noise, seed, samples)
         return SAMPLERS[recipe.sampler](student, noise, condition, guidance, times, fresh, sigma_data, **options)
 
     return sample
+
+
+def hybrid_sampler(teacher: Teacher, student: Student, recipe: Recipe, num_steps: int, seed: int) -> Sampler:
+    """The teacher's first step, then the student's; see `sample_hybrid`."""
+
+    def sample(noise: Tensor, condition: Condition, guidance: Tensor, samples: range) -> Tensor:
+        fresh = _fresh(recipe.sigma_data, noise, seed, samples)
+        return sample_hybrid(teacher, student, noise, condition, guidance, recipe, num_steps, fresh)
+
+    return sample
+
+
+def _fresh(sigma_data: float, like: Tensor, seed: int, samples: range) -> Callable[[int], Tensor]:
+    """Step index -> noise of those samples, the same however they are batched."""
+
+    def fresh(i: int) -> Tensor:
+        parts = [normal(tuple(like.shape[1:]), seed, "evaluation fresh noise", i, s) for s in samples]
+        return sigma_data * torch.stack(parts).to(like)
+
+    return fresh
 
 
 def evaluation_noise(protocol_seed: int, samples: range, teacher: Teacher, device: torch.device) -> Tensor:
