@@ -10,6 +10,7 @@ import typer
 
 from stepfold import __version__
 from stepfold.commands.bank import app as bank
+from stepfold.commands.combine import combine
 from stepfold.commands.convert import convert
 from stepfold.commands.demo import demo
 from stepfold.commands.distill import distill
@@ -61,7 +62,7 @@ def options(
 
 
 GROUPS = {
-    "Distil": (distill, plan, schedule),
+    "Distil": (distill, plan, schedule, combine),
     "Look": (sample, demo, evaluate, runs, reproduce),
     "Use": (export, push),
     "Prepare": (doctor, presets, retime, convert),
