@@ -16,6 +16,7 @@ import tiny
 import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
+import tiny_hunyuan_image
 import tiny_prx
 import tiny_qwen
 import tiny_sana_video
@@ -44,6 +45,7 @@ from stepfold.teachers.ernie_image import ErnieImageTeacher
 from stepfold.teachers.family import Family
 from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
+from stepfold.teachers.hunyuan_image import HunyuanImageTeacher
 from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
 from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.loading import family_of
@@ -171,6 +173,9 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
         tiny.save(tiny_sana_video.make_sana_video, empty / "sana"), height=32, width=64, max_tokens=MAX_TOKENS, frames=5
     ),
     "wan 2.2 a14b": lambda _, empty: WanTeacher(tiny.save(tiny_wan22.make_a14b, empty / "wan"), **SMALL, frames=5),
+    "hunyuan image": lambda _, empty: HunyuanImageTeacher(
+        tiny.save(tiny_hunyuan_image.make_hunyuan_image, empty / "hunyuan"), **SMALL
+    ),
 }
 
 
@@ -192,11 +197,13 @@ VARIANTS = (
     "a14b",
     "sana video",
     "hunyuan video",
+    "hunyuan image",
 )
 PADDED = (
     GemmaTexts | HunyuanVideo15Teacher | PixArtTeacher | Lumina2Teacher | WanTeacher | QwenImageTeacher | Krea2Teacher
 )
 PADDED |= ErnieImageTeacher | PRXTeacher | ZImageTeacher
+PADDED |= HunyuanImageTeacher
 """Whose prompts are as long as they are; other networks attend to their padding."""
 
 

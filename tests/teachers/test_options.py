@@ -13,6 +13,7 @@ import tiny
 import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
+import tiny_hunyuan_image
 import tiny_prx
 import tiny_qwen
 import tiny_z_image
@@ -34,6 +35,7 @@ NETWORKS = (
     "PixArtTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel",
     "UNet2DConditionModel", "WanTransformer3DModel",
     "ErnieImageTransformer2DModel", "PRXTransformer2DModel", "ZImageTransformer2DModel",
+    "HunyuanImageTransformer2DModel",
 )  # fmt: skip
 CLASSES = {
     "Networks": NETWORKS,
@@ -41,6 +43,7 @@ CLASSES = {
         "AutoencoderDC",
         "AutoencoderKL",
         "AutoencoderKLFlux2",
+        "AutoencoderKLHunyuanImage",
         "AutoencoderKLHunyuanVideo15",
         "AutoencoderKLQwenImage",
         "AutoencoderKLWan",
@@ -111,6 +114,8 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "patch_size": (tiny.make_flux, "transformer", {"patch_size": 2}),
     "guidance_embeds": (tiny.make_sana, "transformer", {"guidance_embeds": True}),
     "use_meanflow": (tiny_hunyuan.make_hunyuan_video, "transformer", {"use_meanflow": True}),
+    "guidance_embeds, with": (tiny_hunyuan_image.make_hunyuan_image, "transformer", {"guidance_embeds": True}),
+    "use_meanflow, of images": (tiny_hunyuan_image.make_hunyuan_image, "transformer", {"use_meanflow": True}),
     "patch_size_t": (tiny_hunyuan.make_hunyuan_video, "transformer", {"patch_size_t": 2}),
     "zero_cond_t": (tiny_qwen.make_qwen_image, "transformer", {"zero_cond_t": True}),
     "use_additional_t_cond": (tiny_qwen.make_qwen_image, "transformer", {"use_additional_t_cond": True}),
@@ -129,7 +134,9 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
 @pytest.mark.parametrize("field", REFUSED)
 def test_a_network_that_asks_for_more_than_a_text_is_refused(field: str, tmp_path: Path) -> None:
     """A latent consistency model was distilled as if it embedded nothing; others failed inside of a run."""
-    with pytest.raises(UserError, match=rf"this \w+'s config has {field}=.*: .*; use a plain text-to-image model"):
+    with pytest.raises(
+        UserError, match=rf"this \w+'s config has {field.split(',')[0]}=.*: .*; use a plain text-to-image model"
+    ):
         load(*REFUSED[field], tmp_path / "pipeline")
 
 
@@ -242,6 +249,10 @@ OBEYED_FIELDS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
             axes_lens=[100, 40, 16],
         ),
     ),
+    "hunyuan image": (
+        tiny_hunyuan_image.make_hunyuan_image, "transformer",
+        dict(patch_size=(2, 1), rope_theta=100.0, rope_axes_dim=(4, 12), num_refiner_layers=2, text_embed_2_dim=None),
+    ),
 }  # fmt: skip
 
 
@@ -282,6 +293,7 @@ AUTOENCODERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "ernie-image": (tiny_ernie_image.make_ernie_image, dict(batch_norm_eps=0.5, batch_norm_momentum=0.3)),
     "prx": (tiny_prx.make_prx, dict(scaling_factor=0.3, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4])),
     "z-image": (tiny_z_image.make_z_image, dict(scaling_factor=0.3, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4])),
+    "hunyuan image": (tiny_hunyuan_image.make_hunyuan_image, dict(scaling_factor=0.3)),
 }  # fmt: skip
 
 

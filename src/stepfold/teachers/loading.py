@@ -25,6 +25,7 @@ from stepfold.teachers.folders import (
     load_pipeline,
     unloadable,
 )
+from stepfold.teachers.hunyuan_image import HunyuanImageTeacher
 from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
 from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.longcat_image import LongCatImageTeacher
@@ -65,6 +66,7 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         PRXTeacher,
         SanaVideoTeacher,
         HunyuanVideo15Teacher,
+        HunyuanImageTeacher,
     )
     for pipeline in family.pipelines
 }
@@ -84,6 +86,7 @@ NOT_FROM_TEXT = {
     "ImageToVideo": "it starts from an image; give the text-to-video model",
     "I2V": "it starts from an image; give the text-to-video model",
     "KV": "it caches the keys of images that it edits; load the folder as the pipeline without KV and save it again",
+    "Refiner": "it refines an image; give the pipeline that makes it",
     "Upsample": "it enlarges latents; give the pipeline that makes them",
     "ZImageOmni": "it reads images beside the text; give the text-to-image model",
     "Pixel": "it makes pixels, not latents; give the pipeline with an autoencoder",
