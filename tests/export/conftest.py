@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_anima
 import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
@@ -65,6 +66,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
     "hunyuan image": tiny_hunyuan_image.make_hunyuan_image,
+    "anima": tiny_anima.make_anima,
     "retimed sd3": lambda: retimed(tiny.make_sd3()),
     "retimed flux": lambda: retimed(tiny.make_flux()),
     "retimed flux2": lambda: retimed(tiny.make_flux2_klein()),

@@ -212,6 +212,7 @@ TINY_FAMILIES = {
     "Wan 2.2 TI2V-5B, text to video": "wan 2.2 ti2v", "Wan 2.2 A14B, text to video": "wan 2.2 a14b",
     "SANA-Video": "sana video", "HunyuanVideo 1.5": "hunyuan video",
     "HunyuanImage 2.1": "hunyuan image",
+    "Anima": "anima",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_anima
 import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
@@ -38,6 +39,7 @@ from stepfold.sampling.teacher import sample_teacher
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.students.saving import save_whole
 from stepfold.students.whole import as_student, new_student
+from stepfold.teachers.anima import AnimaTeacher
 from stepfold.teachers.chroma import ChromaTeacher
 from stepfold.teachers.contract import Condition, concatenate
 from stepfold.teachers.dit import DiTTeacher
@@ -173,6 +175,7 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
         tiny.save(tiny_sana_video.make_sana_video, empty / "sana"), height=32, width=64, max_tokens=MAX_TOKENS, frames=5
     ),
     "wan 2.2 a14b": lambda _, empty: WanTeacher(tiny.save(tiny_wan22.make_a14b, empty / "wan"), **SMALL, frames=5),
+    "anima": lambda _, empty: AnimaTeacher(tiny.save(tiny_anima.make_anima, empty / "anima"), **SMALL),
     "hunyuan image": lambda _, empty: HunyuanImageTeacher(
         tiny.save(tiny_hunyuan_image.make_hunyuan_image, empty / "hunyuan"), **SMALL
     ),
@@ -198,12 +201,14 @@ VARIANTS = (
     "sana video",
     "hunyuan video",
     "hunyuan image",
+    "anima",
 )
 PADDED = (
     GemmaTexts | HunyuanVideo15Teacher | PixArtTeacher | Lumina2Teacher | WanTeacher | QwenImageTeacher | Krea2Teacher
 )
 PADDED |= ErnieImageTeacher | PRXTeacher | ZImageTeacher
 PADDED |= HunyuanImageTeacher
+PADDED |= AnimaTeacher
 """Whose prompts are as long as they are; other networks attend to their padding."""
 
 

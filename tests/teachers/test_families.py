@@ -15,6 +15,7 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+import tiny_anima
 import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
@@ -51,6 +52,7 @@ from stepfold.students.saving import save_whole
 from stepfold.students.whole import as_student, new_student
 from stepfold.teachers import lora_files
 from stepfold.teachers.contract import Condition
+from stepfold.teachers.folders import load_index
 from stepfold.teachers.loading import choose_objective, load_any_pipeline, load_teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.training import doctor
@@ -84,21 +86,23 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
     "hunyuan image": tiny_hunyuan_image.make_hunyuan_image,
+    "anima": tiny_anima.make_anima,
 }
 FRAMES = {"WanPipeline": 5, "SanaVideoPipeline": 5, "HunyuanVideo15Pipeline": 5}
 WITHOUT_LORA = ("pixart", "dit", "longcat", "hunyuan video", "prx")
 WITHOUT_LORA += ("hunyuan image",)
 SANAS = ("SanaPipeline", "SanaSprintPipeline", "SanaVideoPipeline")
-TIME_TO_ONE = ("Lumina2Pipeline", "SanaPipeline", "SanaSprintPipeline")
+TIME_TO_ONE = ("Lumina2Pipeline", "SanaPipeline", "SanaSprintPipeline", "AnimaModularPipeline")
 
 
 NAMES = ("sana", *FAMILIES)
 RECENT = ("flux 2 dev", "qwen image", "chroma", "longcat", "krea 2", "ernie-image", "prx", "z-image")
 RECENT += ("wan 2.2 ti2v", "wan 2.2 a14b", "sana video", "hunyuan video")
 RECENT += ("hunyuan image",)
+RECENT += ("anima",)
 """Of which `make test` has fewer forms."""
-WITH_LORA = tuple(name for name in NAMES if name not in (*WITHOUT_LORA, "wan 2.2 a14b"))
-"""Those whose LoRA is one file; of two networks see tests/export/test_experts.py."""
+WITH_LORA = tuple(name for name in NAMES if name not in (*WITHOUT_LORA, "wan 2.2 a14b", "anima"))
+"""Those whose LoRA is one file; of two networks see tests/export/test_experts.py, of a modular one test_anima.py."""
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +128,16 @@ def network_of(folder: Path) -> str:
 
 def pipeline_of(folder: Path) -> str:
     """The class of a saved pipeline."""
-    return json.loads((folder / "model_index.json").read_text())["_class_name"]
+    return load_index(str(folder))["_class_name"]
+
+
+def loaded(kind: str, folder: Path) -> Any:
+    """A pipeline of plain diffusers, with its parts."""
+    pipe: Any = getattr(diffusers, kind).from_pretrained(str(folder))
+    if isinstance(pipe, diffusers.ModularPipeline):
+        pipe.load_components()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def frames_of(folder: Path) -> int | None:
@@ -186,8 +199,7 @@ def test_a_teacher_is_distilled_and_its_student_drawn(
 
     card = json.loads((run / "student" / CARD).read_text())
     (ours,) = run_sample(run / "student", ["red heart"], steps=1, seed=0, guidance=None, device="cpu")
-    pipe: Any = getattr(diffusers, card["pipeline"]).from_pretrained(run / "student")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = loaded(card["pipeline"], run / "student")
     inputs = teacher.inputs(["red heart"], [generator(0, "sample", 0)])
     theirs = pixels(getattr(pipe(**inputs, **card["calls"]["1"]), card["output"])[0])
     assert theirs.shape == (32, 32 * teacher.frames, 3)

@@ -9,6 +9,7 @@ import torch
 from stepfold import assets
 from stepfold.config import Config, TeacherSettings
 from stepfold.errors import NonFiniteError, UserError, first_line
+from stepfold.teachers.anima import AnimaTeacher
 from stepfold.teachers.chroma import ChromaTeacher
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
@@ -30,6 +31,7 @@ from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
 from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
+from stepfold.teachers.modular import ModularParts
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.prx import PRXTeacher
@@ -67,6 +69,7 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         SanaVideoTeacher,
         HunyuanVideo15Teacher,
         HunyuanImageTeacher,
+        AnimaTeacher,
     )
     for pipeline in family.pipelines
 }
@@ -90,7 +93,7 @@ NOT_FROM_TEXT = {
     "Upsample": "it enlarges latents; give the pipeline that makes them",
     "ZImageOmni": "it reads images beside the text; give the text-to-image model",
     "Pixel": "it makes pixels, not latents; give the pipeline with an autoencoder",
-    "Modular": "it is in modular parts; give a folder with a model_index.json",
+    "Modular": "it is in modular parts that are not known; give a folder with a model_index.json",
 }
 """Part of the name of a pipeline's class -> why it is no teacher, and what is."""
 
@@ -248,9 +251,12 @@ def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:
             f"{folder} is a {name}, which is no pipeline of diffusers {diffusers.__version__}; "
             "a newer diffusers may have it"
         )
+    family = FAMILIES.get(name)
+    own = [kind for kind in (family.pipelines if family else ()) if issubclass(kind, ModularParts)]
     try:
         networks = load_networks(str(folder), index, torch.float32)
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **networks)
+        kind: Any = own[0] if own else diffusers.DiffusionPipeline
+        pipe = kind.from_pretrained(folder, use_safetensors=True, **networks)
     except UserError:
         raise
     except Exception as error:  # as in folders.load_pipeline
