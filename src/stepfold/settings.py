@@ -59,6 +59,11 @@ class TeacherSettings(Section):
     max_tokens: int | None = Field(
         default=None, ge=2, le=4096, description="longest prompt, in tokens; default: the pipeline's own"
     )
+    image_column: str | None = Field(
+        default=None,
+        description="of FLUX.2: the column of the prompts' table with the path of each prompt's reference image; "
+        "default: no images",
+    )
 
     @field_validator("lora", mode="before")
     @classmethod

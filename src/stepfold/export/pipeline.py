@@ -61,6 +61,9 @@ own:
 ```
 stepfold export {name} --to pipeline --steps {steps}
 ```"""
+WITH_IMAGE = """
+
+Each prompt has a reference image, of the same height and width: `image=PIL.Image.open("reference.png")`."""
 FOLDED = """
 
 The network is for these steps alone: other noise levels, or another number of steps, make wrong images."""
@@ -307,6 +310,8 @@ def how_to_use(card: Card, name: str) -> str:
         result=RESULTS[card.output],
         output=card.output,
     )
+    if theirs.get("image_column"):
+        use += WITH_IMAGE
     if card.folded_steps:
         return use + FOLDED
     if changed:

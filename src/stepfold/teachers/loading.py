@@ -123,7 +123,7 @@ def load_teacher(
 
     `dtype` is the settings' if None; the last two as in `PipelineTeacher`.
     """
-    return make_teacher(
+    teacher = make_teacher(
         place_of(settings),
         variant=settings.variant,
         device=device,
@@ -139,6 +139,12 @@ def load_teacher(
         null=null,
         loras=[(lora.source, lora.scale) for lora in settings.lora],
     )
+    if settings.image_column and not teacher.reads_images:
+        raise UserError(
+            f"teacher.image_column is {settings.image_column!r}, but {type(teacher.pipe).__name__} reads no images "
+            "here; leave it out"
+        )
+    return teacher
 
 
 def load_text_reader(settings: TeacherSettings) -> TextReader | None:

@@ -143,15 +143,20 @@ class PipelineTeacher(Family):
 
     @torch.no_grad()
     @override
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode(self, prompts: Sequence[str], images: Sequence[Tensor] | None = None) -> Condition:
         """Prompts are treated as the pipeline treats them by default.
+
+        Args:
+            prompts: B strings.
+            images: one [3, height, width] in [0, 1] for each, of the teacher's own size; None for text alone.
 
         Raises:
             UserError: the tokenizer or a text encoder breaks on them, as damaged ones do.
         """
         self._load_text_encoders()
         try:
-            return self.encode_texts(list(prompts)).trimmed()
+            texts = self.encode_texts(list(prompts)).trimmed()
+            return texts if images is None else replace(texts, second=self.encode_images(torch.stack(list(images))))
         except (UserError, *DEVICE_ERRORS):
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -202,8 +207,8 @@ class PipelineTeacher(Family):
     def null(self, like: Condition) -> Condition:
         """The unconditional branch's condition for each row of `like`.
 
-        With `null_mask="own"` it is masked by its own length, as diffusers' pipelines do; with `"prompt"` by the
-        prompt's mask, as the public training code does.
+        An image stays: guidance is by the text. With `null_mask="own"` it is masked by its own length, as diffusers'
+        pipelines do; with `"prompt"` by the prompt's mask, as the public training code does.
 
         Raises:
             UserError: a teacher without classifier-free guidance.
@@ -213,7 +218,8 @@ class PipelineTeacher(Family):
         if self.null_mask == "prompt":
             null = self._null.padded(like.mask.shape[1]).expand(len(like))
             return replace(null, mask=like.mask)
-        return self._null_trimmed.expand(len(like))
+        null = self._null_trimmed.expand(len(like))
+        return replace(null, second=like.second) if self.reads_images else null
 
     @override
     def velocity(
