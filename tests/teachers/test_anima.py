@@ -12,11 +12,13 @@ import pytest
 import tiny
 import tiny_anima
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 
 from stepfold.config import TeacherSettings, validate
 from stepfold.errors import UserError
 from stepfold.export.pipeline import save_student
 from stepfold.sampling.consistency import sample_consistency
+from stepfold.sections import LoraSettings
 from stepfold.students.loading import load_student
 from stepfold.students.lora import lora_student
 from stepfold.students.whole import new_student
@@ -151,3 +153,24 @@ def test_what_the_network_cannot_do_is_one_line(folder: Path, tmp_path: Path) ->
     if not diffusers.utils.is_torchvision_available():
         with pytest.raises(UserError, match="needs torchvision for its padding mask; install torchvision"):
             load_teacher(settings(masked), "cpu")
+
+
+def test_a_lora_on_the_teacher_is_merged_into_it(folder: Path, tmp_path: Path) -> None:
+    """The merged teacher's samples are those of diffusers' pipeline with the LoRA loaded."""
+    pipe = in_diffusers(folder)
+    layers = [
+        name for name, m in pipe.transformer.named_modules() if isinstance(m, torch.nn.Linear) and "block" in name
+    ]
+    pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=layers, init_lora_weights=False))
+    matrices = get_peft_model_state_dict(pipe.transformer)
+    diffusers.AnimaModularPipeline.save_lora_weights(tmp_path, transformer_lora_layers=matrices)
+    plain = load_teacher(settings(folder), "cpu")
+    merged = load_teacher(settings(folder).model_copy(update={"lora": (LoraSettings(source=str(tmp_path)),)}), "cpu")
+    call: Any = dict(height=16, width=24, num_inference_steps=2, max_sequence_length=48)
+    noise = noise_of(plain)[:, :, None]
+    theirs = pipe(prompt=PROMPTS, latents=noise.clone(), output="latents", **call)
+    without, ours = (
+        each.pipe(PROMPTS, latents=noise.clone(), output_type="latent", return_dict=False, **call)[0]
+        for each in (plain, merged)
+    )
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm() < 1e-2 * (without - theirs).norm()

@@ -139,6 +139,8 @@ def load_teacher(
         null=null,
         loras=[(lora.source, lora.scale) for lora in settings.lora],
     )
+    if settings.guidance_interval:
+        teacher.guide_between(*settings.guidance_interval)
     if settings.image_column and not teacher.reads_images:
         raise UserError(
             f"teacher.image_column is {settings.image_column!r}, but {type(teacher.pipe).__name__} reads no images "
