@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -224,6 +225,10 @@ class Family(PipelineCalls):
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """Prompts as in use -> condition; text encoders are loaded."""
         raise NotImplementedError
+
+    def with_images(self, texts: Condition, images: Sequence[Tensor] | None) -> Condition:
+        """Texts with an image [3, height, width] in [0, 1] each, of the teacher's own size; None for none."""
+        return replace(texts, second=self.encode_images(torch.stack(list(images)))) if images else texts
 
     def encode_images(self, images: Tensor) -> Condition:
         """Images [B, 3, height, width] in [0, 1], of families with `reads_images` -> a condition's second text."""

@@ -144,19 +144,14 @@ class PipelineTeacher(Family):
     @torch.no_grad()
     @override
     def encode(self, prompts: Sequence[str], images: Sequence[Tensor] | None = None) -> Condition:
-        """Prompts are treated as the pipeline treats them by default.
-
-        Args:
-            prompts: B strings.
-            images: one [3, height, width] in [0, 1] for each, of the teacher's own size; None for text alone.
+        """Prompts are treated as the pipeline treats them by default; `images` are those of `with_images`.
 
         Raises:
             UserError: the tokenizer or a text encoder breaks on them, as damaged ones do.
         """
         self._load_text_encoders()
         try:
-            texts = self.encode_texts(list(prompts)).trimmed()
-            return texts if images is None else replace(texts, second=self.encode_images(torch.stack(list(images))))
+            return self.with_images(self.encode_texts(list(prompts)).trimmed(), images)
         except (UserError, *DEVICE_ERRORS):
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -215,10 +210,9 @@ class PipelineTeacher(Family):
         """
         if self._null is None or self._null_trimmed is None:
             raise UserError(NO_NULL)
-        if self.null_mask == "prompt":
-            null = self._null.padded(like.mask.shape[1]).expand(len(like))
-            return replace(null, mask=like.mask)
         null = self._null_trimmed.expand(len(like))
+        if self.null_mask == "prompt":
+            null = replace(self._null.padded(like.mask.shape[1]).expand(len(like)), mask=like.mask)
         return replace(null, second=like.second) if self.reads_images else null
 
     @override
