@@ -2,18 +2,39 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from transformers import PreTrainedTokenizerBase
 
 from stepfold.errors import UserError
-from stepfold.teachers.folders import load_index
+from stepfold.teachers.folders import is_network, load_index, load_network
 from stepfold.teachers.safety import MODULAR_INDEX, OWNERS, is_part
+
+
+def read_part(folder: str, name: str, spec: Sequence[str], dtype: torch.dtype, variant: str | None) -> Any:
+    """A part from its subfolder: a network, something that a config says all of, or a tokenizer.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if is_network(spec):
+        return load_network(folder, name, spec, dtype, variant)
+    library, kind = spec
+    part: Any = getattr(OWNERS[library], kind)
+    if issubclass(part, ConfigMixin):
+        return part.from_config(part.load_config(folder, subfolder=name))
+    if not issubclass(part, PreTrainedTokenizerBase):
+        raise UserError(
+            f"teacher {folder!r}: its part {name!r} is a {kind}, which is no tokenizer; copy its index again"
+        )
+    Tokenizer: Any = part
+    return Tokenizer.from_pretrained(folder, subfolder=name)
 
 
 class ModularParts(DiffusionPipeline):
@@ -73,10 +94,7 @@ class ModularParts(DiffusionPipeline):
         own = {name: part for name, part in of_class if part is not None and name in cls.parts()}
         for name, spec in load_index(str(folder)).items():
             if name not in given and is_part(spec):
-                library, kind = spec
-                part: Any = getattr(OWNERS[library], kind)
-                network = {"dtype": dtype, "variant": variant} if issubclass(part, torch.nn.Module) else {}
-                given[name] = part.from_pretrained(folder, subfolder=name, **network)
+                given[name] = read_part(str(folder), name, spec, dtype, variant)
         return cls(**own | given)
 
     @classmethod
@@ -84,9 +102,10 @@ class ModularParts(DiffusionPipeline):
         """Names of the parts."""
         return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True) -> None:  # type: ignore[override]
         """Writes a folder that `ModularPipeline.from_pretrained` reads, with all parts, the guider too."""
-        super().save_pretrained(save_directory, **options)
+        assert safe_serialization
+        super().save_pretrained(save_directory, safe_serialization=True)
         index = Path(save_directory) / self.config_name
         parts = json.loads(index.read_text(encoding="utf-8"))
         whole: dict[str, Any] = {name: parts[name] for name in ("_class_name", "_diffusers_version")}
