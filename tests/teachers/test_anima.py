@@ -163,8 +163,8 @@ def test_a_lora_on_the_teacher_is_merged_into_it(folder: Path, tmp_path: Path) -
     ]
     pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=layers, init_lora_weights=False))
     matrices = get_peft_model_state_dict(pipe.transformer)
-    diffusers.AnimaModularPipeline.save_lora_weights(tmp_path, transformer_lora_layers=matrices)
     plain = load_teacher(settings(folder), "cpu")
+    plain.pipe.save_lora_weights(tmp_path, transformer_lora_layers=matrices)
     merged = load_teacher(settings(folder).model_copy(update={"lora": (LoraSettings(source=str(tmp_path)),)}), "cpu")
     call: Any = dict(height=16, width=24, num_inference_steps=2, max_sequence_length=48)
     noise = noise_of(plain)[:, :, None]

@@ -48,6 +48,14 @@ class AnimaModularPipeline(AnimaLoraLoaderMixin, ModularParts):
         call = {"num_inference_steps": num_inference_steps, "max_sequence_length": max_sequence_length}
         return self.run(output_type, return_dict, {"prompt": prompt} | call | kwargs)
 
+    @classmethod
+    def save_lora_weights(  # type: ignore[override]
+        cls, save_directory: Any, transformer_lora_layers: Any, weight_name: str | None = None
+    ) -> None:
+        """As of other pipelines; diffusers has none for Anima, though it loads such a file."""
+        state = cls.pack_weights(transformer_lora_layers, cls.transformer_name)
+        cls.write_lora_layers(state, save_directory, True, weight_name, None, True)  # type: ignore[arg-type]
+
 
 def anima_network(
     transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, tokens: int
