@@ -161,10 +161,10 @@ def settings(folder: Path, table: Path, *sets: str) -> Any:
         "default",
         [
             f"teacher.source={folder}", f"prompts={table}", "teacher.image_column=image", "teacher.height=64",
-            "teacher.width=96", "teacher.max_tokens=24", "space.route_steps=4", "space.filter_rule=off",
-            "training.steps=2", "training.prompts_per_step=2", "training.preview_every=1000", "optimiser.name=adamw",
+            "teacher.width=64", "teacher.max_tokens=24", "space.route_steps=4", "space.filter_rule=off",
+            "training.steps=1", "training.prompts_per_step=2", "training.preview_every=1000", "optimiser.name=adamw",
             "optimiser.lr=1e-3", "optimiser.warmup=0", "training.precision=no", "training.walk_precision=no",
-            "objective=discrete", "evaluation.n=2", *sets,
+            "objective=discrete", "evaluation.n=0", *sets,
         ],
     )  # fmt: skip
 
@@ -185,22 +185,18 @@ def test_others_read_no_images(tiny_sana: Path, table: Path, tmp_path: Path) -> 
 
 
 def test_a_run_with_images_and_its_student_in_diffusers(table: Path, tmp_path: Path) -> None:
-    """From the table, and from conditions on disk; the image counts in training, in samples and in plain diffusers."""
+    """From the table, and from conditions on disk; the image counts in samples as in plain diffusers."""
     folder = tiny.save(tiny.make_flux2_klein, tmp_path / "pipeline")
     config, quiet = settings(folder, table), Display(quiet=True)
     run_encode(config.teacher, table, tmp_path / "cache", batch=3, display=quiet, device="cpu")
     cached = settings(folder, table, f"conditions={tmp_path / 'cache'}")
-    other = shutil.copytree(table.parent, tmp_path / "other")
-    for i in range(8):
-        picture(other / "below" / f"{i}.png", 100 + i)
     losses = {}
-    for name, each in {"run": config, "cached": cached, "other": settings(folder, other / table.name)}.items():
+    for name, each in {"run": config, "cached": cached}.items():
         run_distill(each, tmp_path / name, resume=False, display=quiet, command="test")
         losses[name] = [row["loss"] for row in read_metrics(tmp_path / name)]
     np.testing.assert_allclose(losses["run"], losses["cached"], rtol=0.05)  # the cache is in bfloat16
-    assert abs(np.log(losses["run"][0] / losses["other"][0])) > 1e-4
 
-    student, image = tmp_path / "run" / "student", picture(tmp_path / "image.png", 5)
+    student, image = tmp_path / "run" / "student", picture(tmp_path / "image.png", 5, width=64)
     plain, ours = (
         np.asarray(run_sample(student, ["make it red"], steps=1, seed=0, guidance=None, device="cpu", image=each)[0])
         for each in (None, image)
@@ -213,7 +209,7 @@ def test_a_run_with_images_and_its_student_in_diffusers(table: Path, tmp_path: P
     inputs = teacher.inputs(["make it red"], [generator(0, "sample", 0)])
     theirs = np.asarray(pipe(**inputs, image=Image.open(image), **card["calls"]["1"]).images[0])
     assert np.abs(ours.astype(int) - theirs).max() <= 1 < np.abs(ours.astype(int) - plain).max()
-    found = run_own([tmp_path / "run"], steps=[1], n=2, guidance=None, prompts=None, clip=None, out=None, device="cpu",
+    found = run_own([tmp_path / "run"], steps=[1], n=1, guidance=None, prompts=None, clip=None, out=None, device="cpu",
                     display=quiet)  # fmt: skip
     assert found
     before = load_file(next((folder / "transformer").glob("*.safetensors")))
