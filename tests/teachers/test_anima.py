@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import tiny_anima
 import torch
+from diffusers.models.transformers import transformer_cosmos
 from peft import LoraConfig, get_peft_model_state_dict
 
 from stepfold.config import TeacherSettings, validate
@@ -22,7 +24,9 @@ from stepfold.sections import LoraSettings
 from stepfold.students.loading import load_student
 from stepfold.students.lora import lora_student
 from stepfold.students.whole import new_student
+from stepfold.teachers import anima
 from stepfold.teachers.loading import load_any_pipeline, load_teacher
+from stepfold.teachers.oracle import agreement
 from stepfold.teachers.safety import MODULAR_INDEX
 
 PROMPTS = ["red heart", "a dog on blue background"]
@@ -174,3 +178,15 @@ def test_a_lora_on_the_teacher_is_merged_into_it(folder: Path, tmp_path: Path) -
         for each in (plain, merged)
     )
     assert (ours - theirs).norm() < 1e-4 * theirs.norm() < 1e-2 * (without - theirs).norm()
+
+
+def test_the_padding_mask_is_that_of_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published networks have it. Where torchvision is not installed, its nearest neighbours are torch's here."""
+    if not diffusers.utils.is_torchvision_available():
+        resize = SimpleNamespace(resize=lambda mask, size, interpolation: torch.nn.functional.interpolate(mask, size))
+        stand_in = SimpleNamespace(functional=resize, InterpolationMode=SimpleNamespace(NEAREST="nearest"))
+        monkeypatch.setattr(transformer_cosmos, "transforms", stand_in, raising=False)
+        monkeypatch.setattr(anima, "is_torchvision_available", lambda: True)
+    folder = tiny.save(partial(tiny_anima.make_anima, concat_padding_mask=True), tmp_path / "masked")
+    teacher = load_teacher(settings(folder), "cpu")
+    assert agreement(teacher, PROMPTS, teacher.encode(PROMPTS), torch.full((2,), 4.0), 3).network < 1e-4
