@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import pytest
 import tiny
 import torch
 from diffusers import FluxPipeline
+from forms import cases
+from test_cli import Result
 
 from stepfold.commands.export import run_export
 from stepfold.commands.sample import run_sample
 from stepfold.errors import UserError
-from stepfold.export.pipeline import model_card
+from stepfold.export.pipeline import model_card, use_of
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.students.card import CARD, read_card
 from stepfold.students.loading import load_merged, load_student
@@ -236,6 +239,57 @@ def test_a_student_of_each_family_samples_as_the_docs_say(heading: str, student_
     assert type(names["pipe"]).__name__ == card.pipeline
     assert type(names["pipe"].scheduler).__name__ == card.scheduler
     assert len(names["video"]) == 5 if card.output == "frames" else min(names["image"].size) >= 8
+
+
+COMMANDS = {
+    heading: re.findall(r"^stepfold distill .*$", text.replace("\\\n", " "), re.MULTILINE)
+    for heading, text in re.findall(r"^## ([^\n]+)\n((?:(?!^## ).)*)", FAMILIES_PAGE, re.DOTALL | re.MULTILINE)
+}
+RETIMED = {"Sana": "sana", "Stable Diffusion 3 and 3.5": "retimed sd3"}
+
+
+@pytest.mark.parametrize("heading", cases(TINY_FAMILIES, ("Sana", "Stable Diffusion 3 and 3.5", "Krea 2")))
+def test_the_commands_of_each_family_begin_runs_of_students_that_the_docs_sample(
+    heading: str, student_of: StudentOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All commands of a family one after the other, on tiny teachers and at a tiny size, each up to its first step."""
+    begun: list[Any] = []
+
+    def begin(run: Any, *_: Any) -> None:
+        begun.append((run.folder, run.recipe, run.teacher))
+        raise UserError("its first step")
+
+    monkeypatch.setattr("stepfold.commands.distill.train", begin)
+    monkeypatch.chdir(tmp_path)
+    for name in ("prompts.txt", "classes.txt"):
+        Path(name).write_text("7\n" if heading == "DiT" else "a red heart\n")
+    code, lines = QUICKSTARTS[heading], COMMANDS[heading]
+    for line in lines:
+        of = RETIMED[heading] if "runs/retimed/teacher" in line else TINY_FAMILIES[heading]
+        student = student_of(of, 4 if "load_lora_weights" in code and of not in RETIMED.values() else 0)
+        given = re.sub(r"--set conditions=\w+|--size \S+|--set teacher.frames=\d+", "", line)
+        given = re.sub(r"--teacher \S+", f"--teacher {read_card(student).teacher} --set teacher.max_tokens=24", given)
+        given += "" if heading == "DiT" else " --size 32"
+        given += " --set teacher.frames=5" if "num_frames=" in code or "frames=" in code else ""
+        assert Result(*shlex.split(given)[1:], "--quiet").err == "error: its first step\n", line
+    assert [str(folder) for folder, _, _ in begun] == [re.findall(r"--out (\S+)", line)[0] for line in lines]
+    _, recipe, teacher = begun[0]
+    count = 4 if "lora-4step" in lines[0] else 1
+    calls = use_of(teacher, recipe, lora="load_lora_weights" in code, asked=(count,))["calls"][count]
+    call = next(
+        node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe"
+    )
+    said = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords if str(each.arg) in calls}
+    own = (
+        "height",
+        "width",
+        "max_sequence_length",
+        "tokenizer_max_length",
+        "num_frames",
+        "frames",
+    )  # sizes are tiny here
+    for name in said.keys() - {*own}:
+        assert said[name] == (pytest.approx(calls[name], rel=1e-5) if calls[name] is not None else None), name
 
 
 def test_a_lora_student_is_loaded_as_the_docs_say(student_of: StudentOf) -> None:
