@@ -48,6 +48,5 @@ def steepness(
     if size <= STEEPEST:
         return f"{said}; up to {STEEPEST:g} objective=continuous is fine"
     return (
-        f"{said}; above {STEEPEST:g} take objective=discrete, which does without it, or `stepfold retime` first "
-        "(Sana, SD3, FLUX)"
+        f"{said}; above {STEEPEST:g} take objective=discrete, which does without it, or `stepfold retime` first"
     )
