@@ -25,6 +25,7 @@ from stepfold.commands.reproduce import reproduce
 from stepfold.commands.retime import retime
 from stepfold.commands.runs import runs
 from stepfold.commands.sample import sample
+from stepfold.commands.schedule import schedule
 from stepfold.errors import NonFiniteError, UserError, first_line
 
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # type: ignore[assignment] # typer's own, or click's
@@ -59,7 +60,7 @@ def options(
 
 
 GROUPS = {
-    "Distil": (distill, plan),
+    "Distil": (distill, plan, schedule),
     "Look": (sample, demo, evaluate, runs, reproduce),
     "Use": (export, push),
     "Prepare": (doctor, presets, retime, convert),

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stepfold.config import Config
     from stepfold.display import Display
     from stepfold.evaluation.latents import Chosen, LatentProtocol
+    from stepfold.evaluation.measure import Sampler
     from stepfold.evaluation.mjhq import ClipScorer
     from stepfold.evaluation.protocol import Protocol
     from stepfold.images.reading import ImageFolder
@@ -152,8 +153,9 @@ def latent_scores(
     prompts: "Prompts",
     clip: "ClipScorer | None",
     display: "Display",
+    searched: "Mapping[str, Sampler] | None" = None,
 ) -> dict[str, Any]:
-    """Says what the evaluation costs, does it, and returns what report.json has of it."""
+    """Says what the evaluation costs, does it, and returns what report.json has of it; see `measure_latents`."""
     from stepfold.evaluation.latents import BATCH, cost, measure_latents, samplers_of
     from stepfold.teachers.contract import concatenate
 
@@ -161,8 +163,9 @@ def latent_scores(
     index = chosen.index
     condition = concatenate([conditions(index[i : i + BATCH]) for i in range(0, len(index), BATCH)])
     texts = [prompts.prompt(i) for i in index]
-    with display.measuring(dict.fromkeys(samplers_of(teacher, student, recipe, protocol), protocol.n)) as tick:
-        scores = measure_latents(teacher, student, recipe, protocol, condition, texts, clip, tick)
+    names = (*samplers_of(teacher, student, recipe, protocol), *(searched or {}))
+    with display.measuring(dict.fromkeys(names, protocol.n)) as tick:
+        scores = measure_latents(teacher, student, recipe, protocol, condition, texts, clip, tick, searched)
     return {"protocol": protocol.record() | {"unseen": chosen.unseen, "prompts": chosen.said}} | scores
 
 

@@ -122,7 +122,7 @@ def load_teacher(
 
     `dtype` is the settings' if None; the last two as in `PipelineTeacher`.
     """
-    return make_teacher(
+    teacher = make_teacher(
         place_of(settings),
         variant=settings.variant,
         device=device,
@@ -138,6 +138,9 @@ def load_teacher(
         null=null,
         loras=[(lora.source, lora.scale) for lora in settings.lora],
     )
+    if settings.guidance_interval:
+        teacher.guide_between(*settings.guidance_interval)
+    return teacher
 
 
 def load_text_reader(settings: TeacherSettings) -> TextReader | None:
