@@ -14,11 +14,13 @@ import tiny
 import torch
 from diffusers import FluxPipeline
 from forms import cases
+from safetensors.torch import load_file
 from test_cli import Result
 
 from stepfold.commands.export import run_export
 from stepfold.commands.sample import run_sample
 from stepfold.errors import UserError
+from stepfold.export.casting import round_weights
 from stepfold.export.pipeline import model_card, use_of
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.students.card import CARD, read_card
@@ -197,6 +199,44 @@ def test_a_readme_says_when_plain_diffusers_merges_the_teachers_lora_otherwise(s
     assert readme.count("lora_scale=0.8") == 1
     readme = model_card(card.model_copy(update={"loras_in_diffusers": False}))
     assert "load_lora_weights" not in readme and "stepfold export" in readme and 'from_pretrained("WHOLE")' in readme
+
+
+@pytest.mark.parametrize(("lora", "dtype"), [(4, "float16"), (0, "bfloat16")])
+def test_exports_in_half_precision_are_the_rounded_ones(
+    lora: int, dtype: Any, student_of: StudentOf, tmp_path: Path
+) -> None:
+    """Of a LoRA and of a whole student; the autoencoder and what a folder says besides stay as they are."""
+    student, half = student_of("sd1", lora), getattr(torch, dtype)
+    files = [tmp_path / "whole.safetensors", tmp_path / "half.safetensors"]
+    folders = [tmp_path / "whole", tmp_path / "half"]
+    for given, file, folder in zip((None, dtype), files, folders, strict=True):
+        run_export(student, "single-file", file, force=False, dtype=given)
+        run_export(student, "pipeline", folder, force=False, dtype=given)
+    whole, rounded = map(load_file, files)
+    assert whole.keys() == rounded.keys()
+    assert all(
+        torch.equal(rounded[name], value.to(half)) and value.dtype == torch.float32 for name, value in whole.items()
+    )
+    for part in ("unet", "text_encoder", "vae"):
+        (before,), (after,) = ([*(folder / part).glob("*.safetensors")] for folder in folders)
+        wanted = {name: value.to(value.dtype if part == "vae" else half) for name, value in load_file(before).items()}
+        found = load_file(after)
+        assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    index, card = ([(folder / name).read_text() for folder in folders] for name in ("model_index.json", CARD))
+    assert index[0] == index[1] and card[0] == card[1]
+
+
+def test_half_precision_is_for_whole_networks_that_fit_it(student_of: StudentOf, tmp_path: Path) -> None:
+    student = student_of("sd1", 4)
+    for to, steps in (("lora", None), ("onnx", None), ("pipeline", 4)):
+        with pytest.raises(UserError, match=r"--dtype float16 is for --to pipeline or single-file without --steps"):
+            run_export(student, to, tmp_path / "out.safetensors", force=False, steps=steps, dtype="float16")
+    layer = torch.nn.Linear(2, 2)
+    layer.weight.data[0, 0] = 1e5
+    with pytest.raises(UserError, match=r"weight has a weight that float16 cannot hold; give --dtype bfloat16"):
+        round_weights(layer, "float16")
+    round_weights(layer, "bfloat16")
+    assert layer.weight.dtype == torch.bfloat16
 
 
 FAMILIES_PAGE = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")

@@ -113,7 +113,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 def test_the_table_of_families_names_those_that_can_be_retimed() -> None:
     page = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| .*?re-timed.*$", page, re.MULTILINE)
-    assert {name for row in rows for name in re.findall(r"`(\w+Pipeline)`", row)} - {"SanaSprintPipeline"} == {*retimable()}
+    assert {name for row in rows for name in re.findall(r"`(\w+Pipeline)`", row)} - {"SanaSprintPipeline"} == {
+        *retimable()
+    }
 
 
 @pytest.mark.long
