@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -306,3 +307,15 @@ def test_the_index_of_the_lab_log_has_every_entry_once() -> None:
     linked = [anchor for _, anchor in re.findall(r"\[([\d-]+)\]\(#([^)]+)\)", index)]
     assert len(linked) == len(set(linked)) == len(entries) > 60
     assert set(linked) == anchors("\n".join(f"## {entry}" for entry in entries))
+
+
+def test_the_memory_of_families_is_the_counted_one() -> None:
+    """Each number of the page's table, to its digits; rows that the record lacks are not compared."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "families.json").read_text())["rows"]
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    for row, networks in rows.items():
+        (cells,) = re.findall(rf"^\| {re.escape(row)} \| (.*) \|$", page, re.MULTILINE)
+        for cell, key, unit in zip(cells.split(" | "), ("parameters", "all_gib", "lora_gib"), (1e9, 1, 1), strict=True):
+            said = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", cell)]
+            counted = [each[key] / unit for each in networks.values() if each[key] is not None]
+            assert said == pytest.approx(counted, rel=5e-3, abs=0.06 if unit == 1 else 0.006), (row, cell)
