@@ -379,12 +379,7 @@ def marks_of(network: Any, schedule: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def export_single_file(folder: Path, out: Path, dtype: Half | None = None) -> None:
-    """A student's network in one file; text encoders and autoencoder are the teacher's and not in it.
-
-    Args:
-        folder: the student's.
-        out: the file to write.
-        dtype: that its weights are rounded to; None for float32.
+    """A student's network in one file, rounded to `dtype`; text encoders and autoencoder are the teacher's, not in it.
 
     Raises:
         UserError: no layout is known for it, or a weight is too large for float16.
