@@ -1,6 +1,6 @@
 """The sections of a run's settings: what may be set, in which ranges, and what it means."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -135,6 +135,17 @@ class SpaceSettings(Section):
     images: str | None = Field(
         default=None, description="folder of pictures with a metadata.jsonl of file_name and text, for kind images"
     )
+    bank: str | None = Field(
+        default=None,
+        description="folder of `stepfold bank make`, whose ends kinds coupling and endpoints take in the place of new "
+        "trajectories",
+    )
+    anneal_steps: int = Field(
+        default=0,
+        ge=0,
+        description="of kind coupling: steps in which the noise that is joined to an end goes from a fresh one to the "
+        "trajectory's own (SlimFlow), for students that start far from the teacher; 0 for its own at once",
+    )
     cache_latents: bool = Field(
         default=False, description="encode all images once, before training, instead of each when its turn comes"
     )
@@ -186,6 +197,16 @@ class SpaceSettings(Section):
         if "images" in kind and len(kind) > 1:
             raise ValueError("images go with no other space, whose latents are those of walks; give one kind")
         return kind
+
+    @model_validator(mode="after")
+    def _couplings(self) -> Self:
+        if self.bank and (others := sorted(set(self.weights) - {"coupling", "endpoints"})):
+            raise ValueError(
+                f"bank holds ends of trajectories, and {others[0]} needs more; give kind coupling or endpoints"
+            )
+        if self.anneal_steps and "coupling" not in self.weights:
+            raise ValueError("anneal_steps is for kind coupling; leave it out")
+        return self
 
 
 class ConsistencySettings(Section):
