@@ -310,6 +310,7 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
     Loading `began` at this time of `time.perf_counter`.
     """
     from stepfold.evaluation.preview import make_preview
+    from stepfold.objectives.consistency import short_of_r
     from stepfold.students.starting import make_fake
     from stepfold.teachers.loading import counts_to_thousand
     from stepfold.training.distill import distill as distil
@@ -320,6 +321,8 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
     config, device, first = run.config, run.accelerator.device, run.processes.first
     if config.objective == "continuous" and first and counts_to_thousand(config):
         display.note(steepness(run.teacher, student, run.prompts, run.conditions, config, device))
+    if first and (short := short_of_r(config)):
+        display.note(short)
     preview = make_preview(
         run.folder, run.teacher, run.conditions, run.prompts, run.recipe, config.seed, display.note, writes=first
     )
