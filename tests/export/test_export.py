@@ -40,6 +40,7 @@ DRAWN += (*RECENT, "longcat")
 WITH_LORA += ("ernie-image", "z-image")
 DRAWN += ("ernie-image", "prx", "z-image")
 DRAWN += (*VIDEOS, "wan 2.2 a14b", "hunyuan video")
+DRAWN += ("hunyuan image",)
 DRAWN += tuple(f"{family}{FEWER}" for family in SMALLER)
 
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
@@ -251,6 +252,8 @@ TINY_FAMILIES = {
     "ERNIE-Image": "ernie-image", "PRX": "prx", "Z-Image": "z-image",
     "Wan 2.2 TI2V-5B, text to video": "wan 2.2 ti2v", "Wan 2.2 A14B, text to video": "wan 2.2 a14b",
     "SANA-Video": "sana video", "HunyuanVideo 1.5": "hunyuan video",
+    "HunyuanImage 2.1": "hunyuan image",
+    "Anima": "anima",
 }  # fmt: skip
 
 

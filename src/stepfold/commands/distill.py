@@ -270,9 +270,11 @@ def open_texts(config: "Config") -> "tuple[PromptFile | ImageFolder, ImageFolder
     from stepfold.prompts.reading import open_prompts
 
     if config.space.images:
+        if config.teacher.image_column:
+            raise UserError("teacher.image_column is for prompts of a table, not for space.images; leave one out")
         images = open_images(config.space.images)
         return images, images
-    return open_prompts(config.prompts or assets.PROMPTS), None
+    return open_prompts(config.prompts or assets.PROMPTS, config.teacher.image_column), None
 
 
 def kept_latents(
@@ -339,13 +341,13 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
         if tracker:
             tracker.add(progress.row, progress.step)
 
+    ready = run.conditions if run.cached or config.teacher.image_column else None
     reset_peak_memory(device)
     with display.training(config.training.steps):
         average = distil(
             config, run.folder, run.teacher, student, run.prompts, run.blacks, run.accelerator,
-            processes=run.processes, latents=run.latents, bank=run.bank,
-            conditions=run.conditions if run.cached else None, stages=course.stages, note_tangent=note_tangent,
-            report=report, preview=course.apart(preview),
+            processes=run.processes, latents=run.latents, bank=run.bank, conditions=ready, stages=course.stages,
+            note_tangent=note_tangent, report=report, preview=course.apart(preview),
             make_fake=lambda: make_fake(run.teacher, config.fake),
         )  # fmt: skip
     course.note_memory()

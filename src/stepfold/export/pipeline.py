@@ -24,6 +24,7 @@ from stepfold.students.loading import load_merged, load_student
 from stepfold.students.lora import LORA_WEIGHTS, lora_files, save_lora
 from stepfold.students.saving import loses_guidance, save_whole
 from stepfold.students.two_times import save_embedder
+from stepfold.teachers.calls import set_parts
 from stepfold.teachers.contract import SamplerName, Student
 from stepfold.teachers.folders import check_folder
 from stepfold.teachers.licences import in_words, is_hub_id, licences_of
@@ -61,6 +62,9 @@ own:
 ```
 stepfold export {name} --to pipeline --steps {steps}
 ```"""
+WITH_IMAGE = """
+
+Each prompt has a reference image, of the same height and width: `image=PIL.Image.open("reference.png")`."""
 FOLDED = """
 
 The network is for these steps alone: other noise levels, or another number of steps, make wrong images."""
@@ -73,9 +77,9 @@ WORDS = {1: "one", 2: "two", 4: "four"}
 RESULTS = {"images": "image", "frames": "video"}
 """Where a pipeline's result has what it made -> what that is."""
 
-LOAD = "pipe = {pipeline}.from_pretrained({name})"
+LOAD = "pipe = {pipeline}.from_pretrained({name}){parts}"
 
-LOAD_LORA = """pipe = {pipeline}.from_pretrained({teacher}{options})
+LOAD_LORA = """pipe = {pipeline}.from_pretrained({teacher}{options}){parts}
 {merge}pipe.scheduler = {scheduler}.from_pretrained({name}, subfolder="scheduler")
 pipe.load_lora_weights({name})"""
 LOAD_SECOND = """
@@ -83,7 +87,7 @@ pipe.load_lora_weights({name}, weight_name="{file}", load_into_{part}=True)"""
 
 WHOLE = """# Plain diffusers merges the teacher's own LoRA otherwise than its file says, so make a whole pipeline first:
 # stepfold export {name} --to pipeline --out WHOLE
-pipe = {pipeline}.from_pretrained("WHOLE")"""
+pipe = {pipeline}.from_pretrained("WHOLE"){parts}"""
 
 MERGE = """pipe.load_lora_weights({lora})
 pipe.fuse_lora(components=[*pipe.get_list_adapters()]{scale})  # by itself it leaves some text encoders out
@@ -191,7 +195,8 @@ def export_pipeline(folder: Path, out: Path, dtype: Half | None = None) -> None:
     with writing(out) as part:
         if card.lora_rank:
             teacher, student, card = load_merged(folder, "cpu")
-            teacher.pipe.scheduler = teacher.lora_scheduler(in_diffusers(card.recipe.sampler))
+            scheduler = teacher.lora_scheduler(in_diffusers(card.recipe.sampler))
+            set_parts(teacher.pipe, {"scheduler": scheduler} | teacher.own_parts(teacher.no_guidance))
             if dtype:
                 rounded_parts(teacher.pipe, dtype)
             teacher.pipe.save_pretrained(part, safe_serialization=True)
@@ -297,7 +302,7 @@ def how_to_use(card: Card, name: str) -> str:
     usual, other = [*dict.fromkeys(k for k in wished if k in card.calls), *[max(card.calls)] * 2][:2]
     call = card.calls[usual]
     changed = {name: value for name, value in card.calls[other].items() if value != call[name]}
-    theirs = card.config["teacher"]
+    family, theirs = FAMILIES.get(card.pipeline, PipelineTeacher), card.config["teacher"]
     chosen = {name: theirs[name] for name in ("revision", "variant") if theirs.get(name)}
     merging = "".join(
         MERGE.format(lora=json.dumps(lora.source), scale="" if lora.scale == 1 else f", lora_scale={lora.scale!r}")
@@ -308,10 +313,11 @@ def how_to_use(card: Card, name: str) -> str:
         pipeline=card.pipeline, scheduler=card.scheduler,
         teacher=json.dumps("TEACHER" if card.teacher == "emoji" else card.teacher),
         options="".join(f", {name}={json.dumps(value)}" for name, value in chosen.items()),
+        parts="".join(f"\n{line}" for line in family.after_loading(card.lora_rank > 0)),
         merge=merging,
         name=json.dumps(name),
     )  # fmt: skip
-    named = FAMILIES.get(card.pipeline, PipelineTeacher).prompt_argument
+    named = family.prompt_argument
     if card.lora_rank and card.loras_in_diffusers:
         for part, file in card.lora_parts.items():
             loading += LOAD_SECOND.format(name=json.dumps(name), part=part, file=file)
@@ -323,6 +329,8 @@ def how_to_use(card: Card, name: str) -> str:
         result=RESULTS[card.output],
         output=card.output,
     )
+    if theirs.get("image_column"):
+        use += WITH_IMAGE
     if card.folded_steps:
         return use + FOLDED
     if changed:
