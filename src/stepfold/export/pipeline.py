@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import load_file, save_file
 
@@ -14,6 +14,7 @@ from stepfold.errors import UserError
 from stepfold.evaluation.protocol import counted, teachers_of
 from stepfold.evaluation.report import columns_of, title
 from stepfold.evaluation.verdict import METRICS, number
+from stepfold.export.casting import Half, rounded_parts
 from stepfold.export.lora_keys import Keys, renamed
 from stepfold.export.method import method_of, source_of
 from stepfold.sampling.recipe import Recipe, times_of
@@ -172,10 +173,22 @@ def metrics_beside(folder: Path) -> dict[str, Any] | None:
     return json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
 
 
-def export_pipeline(folder: Path, out: Path) -> None:
-    """A student as a whole pipeline folder for plain diffusers; a LoRA student is merged into its teacher's network."""
+def export_pipeline(folder: Path, out: Path, dtype: Half | None = None) -> None:
+    """A student as a whole pipeline folder for plain diffusers; a LoRA student is merged into its teacher's network.
+
+    Args:
+        folder: the student's.
+        out: the folder to write.
+        dtype: that the weights of networks and text encoders are rounded to; None for those of the student's folder, of
+            a merged LoRA float32.
+
+    Raises:
+        UserError: the bundled student was asked for in half precision, or a weight is too large for float16.
+    """
     card = read_card(folder)
     if card.network_only or not (card.lora_rank or card.calls):
+        if dtype:
+            raise UserError(f"--dtype {dtype} does not go with this small student; leave it out")
         teacher, student, card = load_student(folder, "cpu")  # the bundled one, or one whose card does not say enough
         save_student(teacher, student, out, Config.model_validate(card.config), card.recipe, card.example)
         return
@@ -184,6 +197,8 @@ def export_pipeline(folder: Path, out: Path) -> None:
             teacher, student, card = load_merged(folder, "cpu")
             scheduler = teacher.lora_scheduler(in_diffusers(card.recipe.sampler))
             set_parts(teacher.pipe, {"scheduler": scheduler} | teacher.own_parts(teacher.no_guidance))
+            if dtype:
+                rounded_parts(teacher.pipe, dtype)
             teacher.pipe.save_pretrained(part, safe_serialization=True)
             save_embedder(student, part)
             use = {} if card.calls else use_of(teacher, card.recipe, lora=True, asked=card.asked_steps)
@@ -191,6 +206,10 @@ def export_pipeline(folder: Path, out: Path) -> None:
         else:
             check_folder(folder)
             shutil.copytree(folder, part)
+            for name, module in rounded_parts(load_student(folder, "cpu")[0].pipe, dtype).items() if dtype else ():
+                for file in (part / name).glob("*.safetensors*"):
+                    file.unlink()
+                cast(Any, module).save_pretrained(part / name, safe_serialization=True)
 
 
 def export_lora(folder: Path, out: Path, keys: Keys = "diffusers") -> None:

@@ -76,6 +76,11 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
 """Class of a pipeline -> the family that wraps it. A new family is one file and its name here."""
 
 
+def retimable() -> list[str]:
+    """Classes of the pipelines whose networks `stepfold retime` trains: their time embedder is known by itself."""
+    return [name for name, family in FAMILIES.items() if family.time_module or "time_embedder" in vars(family)]
+
+
 NOT_FROM_TEXT = {
     "Inpaint": "it fills a part of an image; give the text-to-image pipeline of its network",
     "Fill": "it fills a part of an image; give the text-to-image pipeline of its network",
