@@ -27,7 +27,7 @@ StudentOf = Callable[..., Path]
 Fresh = Callable[..., dict[str, torch.Tensor]]
 KINDS = ("lora", "pipeline", "teacher")
 RECENT = ("qwen", "chroma", "krea")
-VIDEOS = ("wan 2.2 ti2v", "sana video")
+VIDEOS = ("wan 2.2 ti2v", "sana video", "kandinsky video")
 WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina", "wan", *RECENT, *VIDEOS)
 FEWER = ", fewer blocks"
 DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "pixart", "lumina", "wan")
@@ -210,6 +210,7 @@ TINY_FAMILIES = {
     "ERNIE-Image": "ernie-image", "PRX": "prx", "Z-Image": "z-image",
     "Wan 2.2 TI2V-5B, text to video": "wan 2.2 ti2v", "Wan 2.2 A14B, text to video": "wan 2.2 a14b",
     "SANA-Video": "sana video", "HunyuanVideo 1.5": "hunyuan video",
+    "Kandinsky 5, images": "kandinsky image", "Kandinsky 5, text to video": "kandinsky video",
 }  # fmt: skip
 
 

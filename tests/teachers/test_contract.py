@@ -16,6 +16,7 @@ import tiny
 import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
+import tiny_kandinsky
 import tiny_prx
 import tiny_qwen
 import tiny_sana_video
@@ -45,6 +46,7 @@ from stepfold.teachers.family import Family
 from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
 from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
+from stepfold.teachers.kandinsky5 import Kandinsky5ImageTeacher, Kandinsky5Teacher, Kandinsky5VideoTeacher
 from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.loading import family_of
 from stepfold.teachers.longcat_image import LongCatImageTeacher
@@ -170,6 +172,12 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "sana video": lambda _, empty: SanaVideoTeacher(
         tiny.save(tiny_sana_video.make_sana_video, empty / "sana"), height=32, width=64, max_tokens=MAX_TOKENS, frames=5
     ),
+    "kandinsky image": lambda _, empty: Kandinsky5ImageTeacher(
+        tiny.save(tiny_kandinsky.make_kandinsky_image, empty / "image"), **SMALL | {"height": 32, "width": 48}
+    ),
+    "kandinsky video": lambda _, empty: Kandinsky5VideoTeacher(
+        tiny.save(tiny_kandinsky.make_kandinsky_video, empty / "video"), **SMALL, frames=5
+    ),
     "wan 2.2 a14b": lambda _, empty: WanTeacher(tiny.save(tiny_wan22.make_a14b, empty / "wan"), **SMALL, frames=5),
 }
 
@@ -192,11 +200,13 @@ VARIANTS = (
     "a14b",
     "sana video",
     "hunyuan video",
+    "kandinsky image",
+    "kandinsky video",
 )
 PADDED = (
     GemmaTexts | HunyuanVideo15Teacher | PixArtTeacher | Lumina2Teacher | WanTeacher | QwenImageTeacher | Krea2Teacher
 )
-PADDED |= ErnieImageTeacher | PRXTeacher | ZImageTeacher
+PADDED |= ErnieImageTeacher | Kandinsky5Teacher | PRXTeacher | ZImageTeacher
 """Whose prompts are as long as they are; other networks attend to their padding."""
 
 
@@ -221,6 +231,15 @@ def drawn(teacher: Any) -> tuple[Tensor, list[torch.Generator]]:
     """Unit noise for each prompt, and generators that will draw it."""
     noise = torch.stack([normal(teacher.latent_shape, 0, "test", i) for i in range(3)]).to(teacher.dtype)
     return noise, [generator(0, "test", i) for i in range(3)]
+
+
+def fresh_noise(teacher: Any, steps: int) -> list[Tensor]:
+    """What the pipelines' schedulers draw after each step [3, ...], in the order in which they do."""
+    shape = teacher.pack(torch.zeros(3, *teacher.latent_shape)).shape
+    if not teacher.one_by_one:
+        return [teacher.sigma_data * teacher.unpack(torch.randn(shape)) for _ in range(steps)]
+    each = [[torch.randn(1, *shape[1:]) for _ in range(steps)] for _ in range(shape[0])]
+    return [teacher.sigma_data * teacher.unpack(torch.cat(rows)) for rows in zip(*each, strict=True)]
 
 
 def count_rows(teacher: Any) -> tuple[list[int], Any]:
@@ -323,11 +342,13 @@ def test_a_scale_means_a_weight(teacher: Any):
 
 def test_a_velocity_lets_a_gradient_through(teacher: Any):
     """To x alone, against a difference in float64; what is kept of the prompt stays right, and nothing changes."""
-    x, t = (values.double() for values in some_states(teacher))
+    rounds = isinstance(teacher, Kandinsky5Teacher)  # to bfloat16 in each attention, and is of float32 alone
+    exact = torch.float32 if rounds else torch.float64
+    x, t = (values.to(exact) for values in some_states(teacher))
     network, was = teacher.transformer, next(teacher.transformer.parameters()).dtype
-    guidance, condition = torch.tensor([3.0, 4.5, 6.0], dtype=torch.float64), teacher.encode(PROMPTS)
-    condition = condition.to("cpu", torch.float64)
-    network.double()
+    guidance, condition = torch.tensor([3.0, 4.5, 6.0], dtype=exact), teacher.encode(PROMPTS)
+    condition = condition.to("cpu", exact)
+    network.to(exact)
     try:
         before = teacher.velocity(x, t, condition, guidance)
         weights = torch.randn_like(x)
@@ -335,10 +356,12 @@ def test_a_velocity_lets_a_gradient_through(teacher: Any):
             v = teacher.velocity(x.requires_grad_(), t, condition, guidance, with_gradient=True)
         (gradient,) = torch.autograd.grad((weights * v).sum(), x)
         assert (gradient.flatten(1).norm(dim=1) > 1e-3).all()
-        x, steepest, h = x.detach(), gradient / gradient.norm(), 1e-3  # networks round some of it to float32
+        x, steepest, h = x.detach(), gradient / gradient.norm(), 0.1 if rounds else 1e-3  # others round to float32
         ahead, behind = (teacher.velocity(x + step * steepest, t, condition, guidance) for step in (h, -h))
-        torch.testing.assert_close((weights * (ahead - behind)).sum() / (2 * h), gradient.norm(), rtol=3e-3, atol=0)
-        torch.testing.assert_close(v.detach(), before, rtol=1e-6, atol=1e-6)
+        found, most = (weights * (ahead - behind)).sum() / (2 * h), 3e-2 if rounds else 3e-3
+        torch.testing.assert_close(found, gradient.norm(), rtol=most, atol=0)
+        near = 1e-2 if rounds else 1e-6
+        torch.testing.assert_close(v.detach(), before, rtol=near, atol=near)
         again = teacher.velocity(x, t, condition, guidance)
         assert torch.equal(again, before) and not again.requires_grad
         assert all(p.grad is None and not p.requires_grad for p in network.parameters())
@@ -518,14 +541,12 @@ def test_plain_diffusers_takes_the_students_steps(teacher: Any, saved: tuple[Any
     torch.manual_seed(5)  # not all pipelines hand a generator to their scheduler
     theirs = teacher.latents_of(pipe, PROMPTS, draws, **teacher.student_call(times, guidance, "consistency"))
 
-    def fresh(i: int) -> Tensor:
-        return teacher.sigma_data * teacher.unpack(torch.randn(teacher.pack(noise).shape))
-
     torch.manual_seed(5)
-    scale = torch.full((3,), guidance)
+    fresh, scale = iter(fresh_noise(teacher, steps)), torch.full((3,), guidance)
     x0 = sample_consistency(
-        student, teacher.sigma_data * noise, teacher.encode(PROMPTS), scale, times, fresh, teacher.sigma_data
-    )
+        student, teacher.sigma_data * noise, teacher.encode(PROMPTS), scale, times, lambda i: next(fresh),
+        teacher.sigma_data,
+    )  # fmt: skip
     assert spread(theirs, x0 / teacher.sigma_data) < 1e-4
 
 
@@ -617,7 +638,7 @@ def test_pictures_are_the_pipelines(teacher: Any):
     latents = teacher.latents_of(teacher.pipe, PROMPTS, drawn(teacher)[1], **call)
     torch.manual_seed(5)
     inputs = teacher.inputs(PROMPTS, drawn(teacher)[1])
-    if isinstance(teacher, HunyuanVideo15Teacher):  # its autoencoder takes one video at once
+    if isinstance(teacher, HunyuanVideo15Teacher) or teacher.one_by_one:  # the former for its autoencoder
         inputs, latents = {name: values[:1] for name, values in inputs.items()}, latents[:1]
     made = teacher.pipe(**inputs, output_type="pt", **call)
     theirs = getattr(made, teacher.output)

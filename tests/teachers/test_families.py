@@ -18,6 +18,7 @@ import tiny
 import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
+import tiny_kandinsky
 import tiny_prx
 import tiny_qwen
 import tiny_sana_video
@@ -74,6 +75,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "wan 2.2 a14b": tiny_wan22.make_a14b,
     "sana video": tiny_sana_video.make_sana_video,
     "hunyuan video": tiny_hunyuan.make_hunyuan_video,
+    "kandinsky image": tiny_kandinsky.make_kandinsky_image,
+    "kandinsky video": tiny_kandinsky.make_kandinsky_video,
     "sprint": tiny.make_sprint,
     "qwen image": tiny_qwen.make_qwen_image,
     "chroma": tiny_chroma.make_chroma,
@@ -83,7 +86,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
 }
-FRAMES = {"WanPipeline": 5, "SanaVideoPipeline": 5, "HunyuanVideo15Pipeline": 5}
+FRAMES = {"WanPipeline": 5, "SanaVideoPipeline": 5, "HunyuanVideo15Pipeline": 5, "Kandinsky5T2VPipeline": 5}
 WITHOUT_LORA = ("pixart", "dit", "longcat", "hunyuan video", "prx")
 SANAS = ("SanaPipeline", "SanaSprintPipeline", "SanaVideoPipeline")
 TIME_TO_ONE = ("Lumina2Pipeline", "SanaPipeline", "SanaSprintPipeline")
@@ -91,7 +94,7 @@ TIME_TO_ONE = ("Lumina2Pipeline", "SanaPipeline", "SanaSprintPipeline")
 
 NAMES = ("sana", *FAMILIES)
 RECENT = ("flux 2 dev", "qwen image", "chroma", "longcat", "krea 2", "ernie-image", "prx", "z-image")
-RECENT += ("wan 2.2 ti2v", "wan 2.2 a14b", "sana video", "hunyuan video")
+RECENT += ("wan 2.2 ti2v", "wan 2.2 a14b", "sana video", "hunyuan video", "kandinsky image", "kandinsky video")
 """Of which `make test` has fewer forms."""
 WITH_LORA = tuple(name for name in NAMES if name not in (*WITHOUT_LORA, "wan 2.2 a14b"))
 """Those whose LoRA is one file; of two networks see tests/export/test_experts.py."""
@@ -741,6 +744,7 @@ def test_wan_of_another_kind_is_refused(tmp_path: Path, change: dict[str, Any]) 
     ("kind", "reason"),
     [
         ("FluxInpaintPipeline", r" \(it fills a part of an image; give the .*\);"),
+        ("Kandinsky5I2IPipeline", r" \(it edits an image; give the .*\);"),
         ("Flux2KleinKVPipeline", r" \(it caches the keys of images .* without KV and save it again\);"),
         ("AuraFlowPipeline", ";"),
         (None, ";"),

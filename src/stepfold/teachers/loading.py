@@ -26,6 +26,7 @@ from stepfold.teachers.folders import (
     unloadable,
 )
 from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
+from stepfold.teachers.kandinsky5 import Kandinsky5ImageTeacher, Kandinsky5VideoTeacher
 from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
@@ -65,6 +66,8 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         PRXTeacher,
         SanaVideoTeacher,
         HunyuanVideo15Teacher,
+        Kandinsky5ImageTeacher,
+        Kandinsky5VideoTeacher,
     )
     for pipeline in family.pipelines
 }
@@ -82,6 +85,7 @@ NOT_FROM_TEXT = {
     "Layered": "it takes an image apart; give the text-to-image model",
     "Redux": "it varies an image; give the text-to-image model",
     "ImageToVideo": "it starts from an image; give the text-to-video model",
+    "I2I": "it edits an image; give the text-to-image model",
     "I2V": "it starts from an image; give the text-to-video model",
     "KV": "it caches the keys of images that it edits; load the folder as the pipeline without KV and save it again",
     "Upsample": "it enlarges latents; give the pipeline that makes them",
