@@ -43,7 +43,7 @@ def transformer(num_layers: int, **fields: Any) -> Kandinsky5Transformer3DModel:
 def with_texts(pipe: Any) -> Any:
     """The pipeline with text encoders, and a tokenizer in the place of a processor, which needs torchvision.
 
-    The tokenizer knows the template's words, three of them in halves: it has as many tokens as the pipeline cuts off.
+    The tokenizer knows the template's words, some of them in halves: it has no fewer tokens than the pipeline cuts off.
     """
     words = pipe.prompt_template
     for half in ("dyn", "post", "sc"):

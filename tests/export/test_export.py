@@ -27,14 +27,14 @@ StudentOf = Callable[..., Path]
 Fresh = Callable[..., dict[str, torch.Tensor]]
 KINDS = ("lora", "pipeline", "teacher")
 RECENT = ("qwen", "chroma", "krea")
-VIDEOS = ("wan 2.2 ti2v", "sana video", "kandinsky video")
+VIDEOS = ("wan 2.2 ti2v", "sana video")
 WITH_LORA = ("sana", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "lumina", "wan", *RECENT, *VIDEOS)
 FEWER = ", fewer blocks"
 DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "sd1", "sdxl", "pixart", "lumina", "wan")
 DRAWN += (*RECENT, "longcat")
 WITH_LORA += ("ernie-image", "z-image")
 DRAWN += ("ernie-image", "prx", "z-image")
-DRAWN += (*VIDEOS, "wan 2.2 a14b", "hunyuan video")
+DRAWN += (*VIDEOS, "wan 2.2 a14b", "hunyuan video", "kandinsky video")
 DRAWN += tuple(f"{family}{FEWER}" for family in SMALLER)
 
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
@@ -88,7 +88,7 @@ def test_a_student_of_every_family_draws_our_latents_in_plain_diffusers(
         rest = card.recipe.times[1], lambda step, noise=noise: noise, sigma_data
         with torch.no_grad():
             x0 = sample_consistency(student, noise, condition, guidance, *rest)
-        assert relative(teacher.made(drawn[family]), x0 / sigma_data) < 1e-4, family
+        assert relative(teacher.made(drawn[family]), x0 / sigma_data) < (1e-3 if teacher.rounds else 1e-4), family
 
 
 def test_a_student_with_weights_of_its_own_is_a_pipeline(student_of: StudentOf, tmp_path: Path) -> None:

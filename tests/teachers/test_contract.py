@@ -253,9 +253,14 @@ def count_rows(teacher: Any) -> tuple[list[int], Any]:
     return rows, hook
 
 
-def same(a: Tensor, b: Tensor) -> None:
+def nearly(teacher: Any) -> float:
+    """How far two ways to the same numbers may differ: a network that rounds within goes either way between two."""
+    return 1e-3 if teacher.rounds else 1e-4
+
+
+def same(teacher: Any, a: Tensor, b: Tensor) -> None:
     """Equal to 1e-5 of the largest: a noise prediction is divided by a small cos t where noise is nearly all."""
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * max(1.0, b.abs().max().item()))
+    torch.testing.assert_close(a, b, rtol=0, atol=0.1 * nearly(teacher) * max(1.0, b.abs().max().item()))
 
 
 def spread(a: Tensor, b: Tensor) -> float:
@@ -311,7 +316,7 @@ def test_the_branches_make_the_velocity_at_every_scale(teacher: Any, scale: floa
     if teacher.exact_branches and teacher.guidance_kind == "classifier_free":
         assert spread(with_prompt, without) > 1e-3
         if getattr(teacher, "null_mask", "own") == "own":
-            same(teacher.branches(x, t, other)[0], without)  # it knows no prompt
+            same(teacher, teacher.branches(x, t, other)[0], without)  # it knows no prompt
     assert spread(with_prompt, teacher.branches(x, t, other)[1]) > 1e-3
     value = {"usual": teacher.default_guidance, "off": teacher.no_guidance}.get(scale, scale)
     if teacher.exact_branches or scale in ("off", "usual"):
@@ -321,9 +326,9 @@ def test_the_branches_make_the_velocity_at_every_scale(teacher: Any, scale: floa
         else:
             sigma, w = teacher.sigma_data, scales(teacher, *[weight] * 3)
             guided = sigma * teacher.guided(x / sigma, t, without / sigma, with_prompt / sigma, w)
-        same(guided, teacher.velocity(x, t, condition, torch.full_like(t, value)))
+        same(teacher, guided, teacher.velocity(x, t, condition, torch.full_like(t, value)))
     rows, hook = count_rows(teacher)
-    same(teacher.velocity(x, t, condition, None), with_prompt)  # unguided, in half the rows
+    same(teacher, teacher.velocity(x, t, condition, None), with_prompt)  # unguided, in half the rows
     hook.remove()
     assert rows == [3]
 
@@ -337,13 +342,17 @@ def test_a_scale_means_a_weight(teacher: Any):
     if teacher.guidance_kind == "classifier_free":
         x, t = some_states(teacher)
         condition = teacher.encode(PROMPTS)
-        same(teacher.velocity(x, t, condition, scales(teacher, off, off, off)), teacher.branches(x, t, condition)[1])
+        same(
+            teacher,
+            teacher.velocity(x, t, condition, scales(teacher, off, off, off)),
+            teacher.branches(x, t, condition)[1],
+        )
 
 
 def test_a_velocity_lets_a_gradient_through(teacher: Any):
     """To x alone, against a difference in float64; what is kept of the prompt stays right, and nothing changes."""
-    rounds = isinstance(teacher, Kandinsky5Teacher)  # to bfloat16 in each attention, and is of float32 alone
-    exact = torch.float32 if rounds else torch.float64
+    rounds = teacher.rounds
+    exact = torch.float32 if rounds else torch.float64  # Kandinsky's class breaks in float64
     x, t = (values.to(exact) for values in some_states(teacher))
     network, was = teacher.transformer, next(teacher.transformer.parameters()).dtype
     guidance, condition = torch.tensor([3.0, 4.5, 6.0], dtype=exact), teacher.encode(PROMPTS)
@@ -378,7 +387,7 @@ def test_rows_do_not_know_of_each_other(teacher: Any, state: tuple[Tensor, Tenso
     for i, prompt in enumerate(PROMPTS):
         row = slice(i, i + 1)
         alone = teacher.velocity(x[row], t[row], teacher.encode([prompt]), guidance[row])
-        same(alone[0], together[i])
+        same(teacher, alone[0], together[i])
 
 
 def test_trimmed_conditions_are_the_untrimmed_ones(teacher: Any, state: tuple[Tensor, Tensor]):
@@ -390,7 +399,7 @@ def test_trimmed_conditions_are_the_untrimmed_ones(teacher: Any, state: tuple[Te
     if teacher.guidance_kind != "classifier_free" or teacher.null_mask == "own":
         whole = condition.padded(300)
         whole.embeds[whole.mask == 0] = 7.0  # what is masked must not matter
-        same(teacher.velocity(*state, whole, guidance), v)
+        same(teacher, teacher.velocity(*state, whole, guidance), v)
 
 
 def test_guidance_in_float64_does_not_promote(teacher: Any, state: tuple[Tensor, Tensor]):
@@ -436,7 +445,7 @@ def test_a_new_student_is_its_teacher(teacher: Any, state: tuple[Tensor, Tensor]
     equal = guidance if teacher.guidance_kind == "embedded" else torch.full_like(guidance, teacher.no_guidance)
     expected = teacher.velocity(*state, condition, equal)
     ours = student_velocity(teacher, student, state, condition, guidance)
-    same(ours, expected)
+    same(teacher, ours, expected)
     again = student_velocity(teacher, student, state, condition, guidance + 3)
     assert (spread(ours, again) > 1e-3) if teacher.guidance_kind == "embedded" else torch.equal(ours, again)
     settled = torch.full_like(guidance, -math.log(math.prod(teacher.latent_shape)))
@@ -547,7 +556,7 @@ def test_plain_diffusers_takes_the_students_steps(teacher: Any, saved: tuple[Any
         student, teacher.sigma_data * noise, teacher.encode(PROMPTS), scale, times, lambda i: next(fresh),
         teacher.sigma_data,
     )  # fmt: skip
-    assert spread(theirs, x0 / teacher.sigma_data) < 1e-4
+    assert spread(theirs, x0 / teacher.sigma_data) < nearly(teacher)
 
 
 @pytest.fixture(scope="module")
@@ -573,7 +582,7 @@ def test_plain_diffusers_takes_a_flow_students_steps(
     theirs = teacher.latents_of(pipe, PROMPTS, draws, **teacher.student_call(times, 4.0, "flow"))
     rest = teacher.sigma_data * noise, teacher.encode(PROMPTS), torch.full((3,), 4.0), times
     x0 = sample_flow(saved[0], *rest, no_fresh_noise, teacher.sigma_data)
-    assert spread(theirs, x0 / teacher.sigma_data) < 1e-4
+    assert spread(theirs, x0 / teacher.sigma_data) < nearly(teacher)
     if steps == 4:  # a consistency sampler's pictures are others
         fresh = torch.randn_like(noise)
         other = sample_consistency(saved[0], *rest, lambda i: teacher.sigma_data * fresh, teacher.sigma_data)
@@ -614,7 +623,7 @@ def test_the_wrapped_teacher_samples_what_its_pipeline_samples(teacher: Any, gui
     ours = sample_teacher(
         teacher, teacher.sigma_data * noise, teacher.encode(PROMPTS), scale, 4, even=teacher.even_ladder
     )
-    assert spread(theirs, ours / teacher.sigma_data) < 1e-4 < spread(theirs, noise)
+    assert spread(theirs, ours / teacher.sigma_data) < nearly(teacher) < spread(theirs, noise)
 
 
 def test_the_pipelines_own_loop_agrees(teacher: Any):
@@ -627,7 +636,7 @@ def test_the_pipelines_own_loop_agrees(teacher: Any):
         else teacher.no_guidance
     )
     found = agreement(teacher, PROMPTS, teacher.encode(PROMPTS), scales(teacher, *[guidance] * 3))
-    assert found.network < 1e-4 and found.schedule < 0.05 and found.end < 0.05
+    assert found.network < nearly(teacher) and found.schedule < 0.05 and found.end < 0.05
     assert bool(found.left_out) == bool(teacher.pipe.scheduler.config.get("clip_sample"))
 
 

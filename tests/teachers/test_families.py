@@ -273,7 +273,8 @@ def test_a_lora_student_shares_its_teachers_weights(folder: Path, prompts_file: 
         read, 0.5 * noise, again.encode(["red heart"]), torch.full((1,), guidance),
         again.student_times(1, "consistency"), torch.zeros_like, 0.5,
     )  # fmt: skip
-    torch.testing.assert_close(drawn, x0 / 0.5, rtol=1e-4, atol=1e-4)
+    nearly = 1e-3 if teacher.rounds else 1e-4
+    torch.testing.assert_close(drawn, x0 / 0.5, rtol=nearly, atol=nearly)
 
     # Adapter off: the teacher, as it was.
     state = noise, torch.ones(1), again.encode(["red heart"]), torch.full((1,), guidance)
@@ -407,7 +408,8 @@ def test_a_lora_on_the_teacher_is_merged_into_it(folder: Path, tmp_path: Path) -
         theirs = merged.pipeline_latents(["red heart"], [generator(0, "test", 0)], scale, 2)
         merged.pipe = merged_pipe
         ours = sample_teacher(merged, 0.5 * noise, condition, scales, 2, even=merged.even_ladder)
-    assert (ours / 0.5 - theirs).norm() / theirs.norm() < 1e-4 < (without - theirs).norm() / theirs.norm()
+    nearly = 1e-3 if merged.rounds else 1e-4
+    assert (ours / 0.5 - theirs).norm() / theirs.norm() < nearly < (without - theirs).norm() / theirs.norm()
 
 
 @pytest.mark.parametrize(

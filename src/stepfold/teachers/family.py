@@ -41,6 +41,7 @@ class Family(PipelineCalls):
         autoencoder_layout: what `to_autoencoder` does, in words that end "which is the last line below, ".
         time_field: field of the network's config, if any, that the network multiplies a time of [0, 1] by.
         unread: optional parts of the pipeline that are left out.
+        rounds: whether the network rounds to bfloat16 within, whatever its weights are.
         video_autoencoder: whether the autoencoder takes videos where the pipeline makes pictures: one frame then.
         source: folder or hub id.
         index: the pipeline's model_index.json.
@@ -65,6 +66,7 @@ class Family(PipelineCalls):
     autoencoder_layout: ClassVar[str] = ""
     time_field: ClassVar[str] = ""
     unread: ClassVar[tuple[str, ...]] = ()
+    rounds: ClassVar[bool] = False
     video_autoencoder: ClassVar[bool] = False
     ode: Literal["flow", "trigflow"] = "flow"
     start_time: float = math.pi / 2

@@ -135,6 +135,7 @@ class Kandinsky5Teacher(OwnLevels, PipelineTeacher):
     """Abstract: what the pipelines of images and videos share; the student is one too, without guidance."""
 
     one_by_one = True
+    rounds = True
     fields: ClassVar[Any] = {"patch_size": (((1, 2, 2), [1, 2, 2]), "the pipeline calls for patches of 1 x 2 x 2")}
 
     def spread(self) -> Callable[[int, int], Sequence[float]]:
