@@ -744,6 +744,8 @@ def test_wan_of_another_kind_is_refused(tmp_path: Path, change: dict[str, Any]) 
     ("kind", "reason"),
     [
         ("FluxInpaintPipeline", r" \(it fills a part of an image; give the .*\);"),
+        ("LTX2Pipeline", r" \(each step moves video and sound together, .*; give a model of videos alone\);"),
+        ("LTX2ImageToVideoPipeline", r" \(it starts from an image; .*\);"),
         ("Kandinsky5I2IPipeline", r" \(it edits an image; give the .*\);"),
         ("Flux2KleinKVPipeline", r" \(it caches the keys of images .* without KV and save it again\);"),
         ("AuraFlowPipeline", ";"),

@@ -2,10 +2,12 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from diffusers import Kandinsky5Transformer3DModel
 from tiny_kandinsky import SIZES, make_kandinsky_image, make_kandinsky_video
 
 from stepfold.config import TeacherSettings
@@ -73,3 +75,27 @@ def test_a_prompt_has_room_for_what_stands_behind_it(tmp_path: Path) -> None:
         UserError, match="max_tokens is 1024, but this pipeline reads 1023 tokens of a prompt; leave it"
     ):
         load_teacher(settings.model_copy(update={"max_tokens": 1024}), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "billions"),
+    [
+        (dict(model_dim=2560, ff_dim=10240, num_visual_blocks=50, axes_dims=(32, 48, 48)), "6.02"),
+        (dict(model_dim=1792, ff_dim=7168, visual_cond=True), "2.01"),
+        (
+            dict(
+                model_dim=4096, ff_dim=16384, time_dim=1024, num_text_blocks=4, num_visual_blocks=60,
+                axes_dims=(32, 48, 48), visual_cond=True,
+            ),
+            "19.31",
+        ),
+    ],
+    ids=["image lite", "video lite", "video pro"],
+)  # fmt: skip
+def test_published_sizes_are_those_of_the_page(config: dict[str, Any], billions: str) -> None:
+    with torch.device("meta"):
+        network = Kandinsky5Transformer3DModel(in_visual_dim=16, out_visual_dim=16, **config)
+    count = sum(p.numel() for p in network.parameters())
+    assert f"{count / 1e9:.2f}" == billions
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    assert billions in "".join(line for line in page.read_text().splitlines() if line.startswith("| Kandinsky 5"))

@@ -91,6 +91,7 @@ NOT_FROM_TEXT = {
     "Upsample": "it enlarges latents; give the pipeline that makes them",
     "ZImageOmni": "it reads images beside the text; give the text-to-image model",
     "Pixel": "it makes pixels, not latents; give the pipeline with an autoencoder",
+    "LTX2": "each step moves video and sound together, and a teacher has one of them; give a model of videos alone",
     "Modular": "it is in modular parts; give a folder with a model_index.json",
 }
 """Part of the name of a pipeline's class -> why it is no teacher, and what is."""
