@@ -111,7 +111,7 @@ class TextAttention(Kandinsky5AttnProcessor):
             norm(values.float()).type_as(values) for norm, values in ((attn.query_norm, query), (attn.key_norm, key))
         )
         if rotary_emb is not None:
-            query, key = (turned(values, rotary_emb.nan_to_num()) for values in (query, key))
+            query, key = (turned(values, rotary_emb.masked_fill(rotary_emb.isnan(), 0)) for values in (query, key))
         query, key, value = (values.transpose(1, 2) for values in (query, key, value))
         found = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=~padding[:, None, None])
         return attn.out_layer(found.transpose(1, 2).flatten(2))
