@@ -7,6 +7,7 @@ The tables here are our own statement of ComfyUI's: nodes, inputs and outputs af
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -227,6 +228,30 @@ def test_the_teachers_loras_come_first(student_of: StudentOf) -> None:
         assert only(graph, "CLIPTextEncode")["clip"] == [last, 1]
         loaded = only(graph, "LoraLoaderModelOnly") if lora else only(graph, "CFGGuider")
         assert loaded["model"] == [last, 0]
+
+
+SD_CPP = {
+    "-m", "--diffusion-model", "--vae", "--clip_l", "--clip_g", "--t5xxl", "--llm", "-p", "-W", "-H", "--cfg-scale",
+    "--guidance", "--sampling-method", "--steps", "--sigmas",
+}  # fmt: skip
+"""Options of sd-cli, after the README of stable-diffusion.cpp in stable-diffusion-cpp-python 0.4.7."""
+
+
+@pytest.mark.parametrize(
+    ("family", "sampler"),
+    cases([("sd3", "flow"), ("flux", "consistency"), ("sdxl", "flow"), ("flux2", "flow")], short=[]),
+)
+def test_the_command_for_stable_diffusion_cpp(family: str, sampler: Any, student_of: StudentOf, tmp_path: Path) -> None:
+    file = run_export(student_of(family, sampler=sampler), "single-file", tmp_path / "fox.safetensors", force=False)
+    graph = json.loads(workflow_of(file).read_text())
+    (line,) = re.findall(r"^sd-cli .+$", card_of(file).read_text(), re.MULTILINE)
+    words = shlex.split(line)[1:]
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    assert given.keys() <= SD_CPP and given["--diffusion-model"] == "fox.safetensors" and given["--cfg-scale"] == "1"
+    levels = only(graph, "ManualSigmas")["sigmas"].split(", ")
+    assert given["--sigmas"].split(",") == levels and int(given["--steps"]) == len(levels) - 1
+    assert given["--sampling-method"] == only(graph, "KSamplerSelect")["sampler_name"]
+    assert ("--guidance" in given) == (family == "flux")
 
 
 def test_where_there_is_no_workflow_the_card_says_why(student_of: StudentOf, tmp_path: Path) -> None:
