@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stepfold.commands.export import run_export
 from stepfold.export.beside import card_of, workflow_of
-from stepfold.export.comfyui import LOADERS, in_text, no_workflow, workflow
+from stepfold.export.comfyui import LOADERS, in_text, no_workflow, steps_of, workflow
 from stepfold.maths.formulations import data_prediction, trigflow_time
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.sampling.flow import sample_flow
@@ -210,6 +210,15 @@ def test_the_number_of_steps_is_that_of_the_run(student_of: StudentOf) -> None:
     asked = card.config | {"evaluation": {"steps": [2, 4]}}
     graph = workflow(card.model_copy(update={"config": asked}), "a", lora=False)
     assert only(graph, "ManualSigmas")["sigmas"] == "1, 0.75, 0"
+
+
+def test_a_flow_map_lists_the_steps_whose_levels_are_known(student_of: StudentOf) -> None:
+    """One of segments that jumps to 0 too has calls for any number of steps, which the scheduler knows the times of."""
+    card = read_card(student_of("sdxl", lora=4))
+    recipe = card.recipe.model_copy(update={"sampler": "flow_map", "times": {1: (1.5,), 2: (1.5, 1.0)}})
+    card = card.model_copy(update={"recipe": recipe})
+    assert set(card.calls) > {1, 2} and steps_of(card) == [1, 2]
+    assert only(workflow(card, "a", lora=True), "ManualSigmas")["sigmas"] == "14.10142, 1.557408, 0"
 
 
 def test_the_teachers_loras_come_first(student_of: StudentOf) -> None:

@@ -65,7 +65,7 @@ def export(
     quiet_libraries()
     target = run_export(student, to, out, force=force, steps=steps, keys=keys)
     typer.echo(f"{to}: {target}")
-    if target.suffix == ".safetensors":
+    if target.is_file():
         from stepfold.export.beside import card_of, workflow_of
 
         workflow = workflow_of(target)

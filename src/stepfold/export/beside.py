@@ -14,6 +14,7 @@ from stepfold.export.comfyui import (
     in_text,
     levels_of,
     no_workflow,
+    steps_of,
     usual_steps,
     workflow,
     yours,
@@ -172,7 +173,7 @@ A student is derived from its teacher: the licences of the teacher's network, te
 
 def settings_of(card: Card) -> str:
     """The card's section about sampler and noise levels."""
-    levels = "\n".join(f"| {steps} | {in_text(levels_of(card, steps))} |" for steps in card.calls)
+    levels = "\n".join(f"| {steps} | {in_text(levels_of(card, steps))} |" for steps in steps_of(card))
     told = f" The guidance scale that the network embeds is {scale_of(card):g}." if LOADERS[card.pipeline].scale else ""
     return SETTINGS.format(sampler=SAMPLERS[in_diffusers(card.recipe.sampler)], scale=told, levels=levels)
 

@@ -95,7 +95,13 @@ def no_workflow(card: Card, keys: Keys | None = None, *, retimed: bool = False) 
 def usual_steps(card: Card) -> int:
     """The number of steps of a workflow: the first that the run's settings name, or the usual one."""
     wished = (*card.asked_steps, USUAL_STEPS[in_diffusers(card.recipe.sampler)])
-    return next((steps for steps in wished if steps in card.calls), max(card.calls))
+    known = steps_of(card)
+    return next((steps for steps in wished if steps in known), max(known))
+
+
+def steps_of(card: Card) -> list[int]:
+    """The numbers of steps whose noise levels a card says; that of a flow map may list calls without levels."""
+    return [steps for steps, call in card.calls.items() if call.get("sigmas") or steps in card.recipe.times]
 
 
 def levels_of(card: Card, num_steps: int) -> list[float]:
@@ -103,7 +109,7 @@ def levels_of(card: Card, num_steps: int) -> list[float]:
 
     Args:
         card: of a family in `LOADERS`, with `calls`.
-        num_steps: one of them.
+        num_steps: one of `steps_of`.
     """
     if listed := card.calls[num_steps].get("sigmas"):
         return [*listed, 0.0]
