@@ -82,6 +82,8 @@ FAMILIES = {
 }  # fmt: skip
 """Family -> names under which ComfyUI reads its LoRAs."""
 SHORT = ["sdxl", "flux"]
+CLOSE = {"v sdxl from noise": 1e-3}
+"""Family -> how close, where ComfyUI's highest noise level, 4519, is no pure noise."""
 
 
 def check_nodes(graph: Graph) -> None:
@@ -175,7 +177,7 @@ def test_a_loras_workflow_draws_our_latents(family: str, student_of: StudentOf, 
     check_nodes(graph)
     assert only(graph, "LoraLoaderModelOnly")["lora_name"] == "fox.safetensors"
     theirs, ours, card = both(student, graph)
-    assert relative(theirs, ours) < 1e-4
+    assert relative(theirs, ours) < CLOSE.get(family, 1e-4)
     sizes = next(node["inputs"] for node in graph.values() if "Latent" in node["class_type"])
     assert (sizes["width"], sizes["height"]) == (card.width, card.height)
     assert sizes.get("length") == (card.frames if card.output == "frames" else None)
@@ -196,7 +198,7 @@ def test_a_networks_workflow_draws_our_latents(
     assert names == ["fox.safetensors"]
     assert only(graph, "KSamplerSelect")["sampler_name"] == {"consistency": "lcm", "flow": "euler"}[sampler]
     theirs, ours, _ = both(student, graph)
-    assert relative(theirs, ours) < 1e-4
+    assert relative(theirs, ours) < CLOSE.get(family, 1e-4)
 
 
 def test_levels_are_decimals() -> None:
