@@ -71,6 +71,7 @@ class Run:
 def finish(run: Run, average: "Student", course: "Course", display: "Display", command: str) -> dict[str, Any]:
     """Writes the student, its scores, the report and the card; returns what is in report.json."""
     from stepfold.evaluation.report import write_report
+    from stepfold.export.files import listing
     from stepfold.export.pipeline import model_card, save_student
     from stepfold.teachers.loading import load_teacher
     from stepfold.training.processes import is_sharded
@@ -86,7 +87,7 @@ def finish(run: Run, average: "Student", course: "Course", display: "Display", c
     result = report_of(run, course, scores, command)
     write_report(run.folder, result)
     with writing(student / "README.md") as part:
-        part.write_text(model_card(card, result), encoding="utf-8")
+        part.write_text(model_card(card, result, files=listing(student)), encoding="utf-8")
     if run.lock:
         run.lock.release()
     return result
