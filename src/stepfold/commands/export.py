@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def export(
     student: StudentArgument,
-    to: Annotated[str, typer.Option("--to", help="pipeline, lora, single-file, onnx or anyflow.", show_default=False)],
+    to: Annotated[
+        str, typer.Option("--to", help="pipeline, lora, single-file, onnx, web or anyflow.", show_default=False)
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -34,9 +36,16 @@ def export(
             show_default=False,
         ),
     ] = None,
+    runtime: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder dist of onnxruntime-web, for --to web. Default: node_modules/onnxruntime-web/dist.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Write a student as a pipeline, a LoRA file, a single file for ComfyUI, or an onnx graph.
+    """Write a student as a pipeline, a LoRA file, a single file for ComfyUI, an onnx graph or a page.
 
     - `pipeline`: a folder for plain diffusers; a LoRA student is merged into its teacher's network.
 
@@ -47,6 +56,8 @@ def export(
 
     - `onnx`: the network as a graph, for onnxruntime (extra onnx).
 
+    - `web`: a page that samples in the browser without a server, for students of the bundled teacher (extra onnx).
+
     - `anyflow`: a flow map of Wan for diffusers' AnyFlowPipeline, in any of its card's numbers of steps.
 
     stepfold export runs/mine/student --to pipeline
@@ -56,11 +67,13 @@ def export(
     stepfold export runs/mine/student --to single-file --out models/diffusion_models/mine.safetensors
 
     stepfold export runs/map/student --to pipeline --steps 4
+
+    stepfold export emoji-student --to web --out page --runtime node_modules/onnxruntime-web/dist
     """
     from stepfold.display import quiet_libraries
 
     quiet_libraries()
-    typer.echo(f"{to}: {run_export(student, to, out, force=force, steps=steps, keys=keys)}")
+    typer.echo(f"{to}: {run_export(student, to, out, force=force, steps=steps, keys=keys, runtime=runtime)}")
     if to in ("lora", "single-file"):
         from stepfold.students.card import student_folder
 
@@ -69,11 +82,19 @@ def export(
 
 
 def run_export(
-    student: Path, to: str, out: Path | None, *, force: bool, steps: int | None = None, keys: "Keys | None" = None
+    student: Path,
+    to: str,
+    out: Path | None,
+    *,
+    force: bool,
+    steps: int | None = None,
+    keys: "Keys | None" = None,
+    runtime: Path | None = None,
 ) -> Path:
     """Writes a student as something else; returns where: `out`, or beside the student.
 
-    `steps` folds a flow map for that many steps alone; `keys` names the layers of a LoRA file.
+    `steps` folds a flow map for that many steps alone; `keys` names the layers of a LoRA file; `runtime` is where
+    onnxruntime-web is.
 
     Raises:
         UserError: the student cannot become that, or the place is taken.
@@ -83,6 +104,7 @@ def run_export(
     from stepfold.export.onnx import export_onnx
     from stepfold.export.pipeline import export_lora, export_pipeline
     from stepfold.export.single_file import export_single_file
+    from stepfold.export.web import export_web
     from stepfold.students.card import is_run, read_card, student_folder
 
     writers: dict[str, tuple[Callable[[Path, Path], None], str]] = {
@@ -90,6 +112,7 @@ def run_export(
         "lora": (export_lora, "-lora.safetensors"),
         "single-file": (export_single_file, "-single-file.safetensors"),
         "onnx": (export_onnx, "-onnx"),
+        "web": (partial(export_web, runtime=runtime), "-web"),
         "anyflow": (export_anyflow, "-anyflow"),
     }
     if to not in writers:
@@ -107,6 +130,8 @@ def run_export(
         if to != "lora":
             raise UserError(f"--keys {keys} is for --to lora; leave it out of --to {to}")
         write = partial(write, keys=keys)
+    if runtime and to != "web":
+        raise UserError(f"--runtime {runtime} is for --to web; leave it out of --to {to}")
     beside = student / "student" if is_run(student) else student  # of the bundled student: here
     target = out or beside.with_name(beside.name + ending)
     student = student_folder(student).resolve()
