@@ -36,13 +36,13 @@ def quiet_wires(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
         return connect(self, to)
 
     monkeypatch.setattr(socket.socket, "connect", watched)
-    for name in ("WANDB_MODE", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(name, raising=False)
+    for name in (*tracking.QUIET, "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.setenv(name, "")  # so that it is as it was afterwards
+        monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.chdir(tmp_path)
     return outside
 
@@ -119,12 +119,14 @@ def test_mlflow_goes_on_with_its_run(tmp_path: Path, quiet_wires: list[Any]) -> 
 def test_trackio_goes_on_with_its_run(tmp_path: Path, quiet_wires: list[Any]) -> None:
     needs("trackio")
     track("trackio", tmp_path / "run")
-    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
 
     run = json.loads((tmp_path / "run" / RUNS).read_text())["trackio"]
-    (found,) = trackio.Api().runs(PROJECT)
-    assert found.name == run
-    assert [each["value"] for each in found.metric_values("loss")] == [4.0, 3.0, 2.0]
+    assert SQLiteStorage.get_runs(PROJECT) == [run]
+    rows = SQLiteStorage.get_logs(PROJECT, run)
+    assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == [(1, 4.0), (2, 3.0), (3, 2.0)]
+    assert [row["step"] for row in rows if "preview" in row] == [2]
+    assert SCORES.items() <= rows[-1].items()
     assert quiet_wires == []
 
 

@@ -127,7 +127,6 @@ def facts_of(teacher: PipelineTeacher, card: Card, tokenizer: dict[str, Any]) ->
     times = card.recipe.times
     return {
         "title": f"A few-step student of {card.teacher}",
-        "example": card.example,
         "times": {n: times[n] for n in NUM_STEPS if n in times} or times,
         "guidance": card.recipe.guidance,
         "shape": list(teacher.latent_shape),

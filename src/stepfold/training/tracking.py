@@ -20,6 +20,9 @@ PROJECT = "stepfold"
 RUNS = "trackers.json"
 """Which runs of its trackers a run folder belongs to: they go on with it."""
 
+QUIET = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+"""Variables of the trackers that a run sets where the environment does not."""
+
 
 def check_trackers(names: Sequence[str]) -> None:
     """Refuses trackers that are not installed.
@@ -117,7 +120,7 @@ class Trackers:
 def started(name: str, folder: Path, run: str | None) -> tuple[GeneralTracker, str]:
     """A tracker, and the name by which it knows the run; tensorboard needs none.
 
-    wandb sends nothing unless WANDB_MODE asks for it.
+    Nothing is sent that the environment does not ask for: wandb is offline, and the libraries report nothing home.
 
     Args:
         name: of the tracker.
@@ -128,12 +131,12 @@ def started(name: str, folder: Path, run: str | None) -> tuple[GeneralTracker, s
         UserError: it does not start.
         OSError: the disk is full.
     """
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
     new = f"{folder.resolve().name}-{uuid4().hex[:8]}"
     trackers: dict[str, Callable[[], GeneralTracker]] = {
         "tensorboard": lambda: TensorBoardTracker(name, folder),
-        "wandb": lambda: WandBTracker(
-            PROJECT, id=run or new, name=run or new, resume="allow", mode=os.environ.get("WANDB_MODE", "offline")
-        ),
+        "wandb": lambda: WandBTracker(PROJECT, id=run or new, name=run or new, resume="allow"),
         "trackio": lambda: TrackioTracker(PROJECT, name=run or new, resume="allow"),
         "mlflow": lambda: MLflowTracker(PROJECT, run_id=run, run_name=new),
     }

@@ -182,9 +182,8 @@ function show(canvas, pixels) {
 
 stepfold.start = async function () {
   const at = (id) => document.getElementById(id);
-  const { example, title, times } = stepfold.student;
+  const { title, times } = stepfold.student;
   document.title = document.querySelector("h1").textContent = title;
-  at("prompt").value = example;
   for (const steps of Object.keys(times)) at("steps").add(new Option(steps, steps));
   const sampleAll = async () => {
     const [prompt, steps, seed] = [at("prompt").value, Number(at("steps").value), Number(at("seed").value) >>> 0];
