@@ -56,6 +56,7 @@ def preview(folder: Path) -> Path:
 
 def track(name: str, folder: Path) -> None:
     """Two steps, a stop, and a third one with the end of the run."""
+    folder.mkdir()
     first = Trackers([name], folder, SETTINGS)
     first.add({"step": 0, "loss": 4.0, "nonfinite": "loss"}, 1)
     first.add({"step": 1, "loss": 3.0}, 2)
