@@ -37,6 +37,9 @@ COMMANDS = (
     "prompts",
     "retime",
     "convert",
+    "schedule",
+    "bank",
+    "combine",
     "export",
     "push",
 )
@@ -679,7 +682,7 @@ def test_help_groups_the_commands_by_what_people_do() -> None:
     }
     assert list(groups) == ["Distil", "Look", "Use", "Prepare"]
     assert sorted(name for names in groups.values() for name in names) == sorted(COMMANDS)
-    assert groups["Distil"] == ["distill", "plan"] and groups["Use"] == ["export", "push"]
+    assert groups["Distil"] == ["distill", "plan", "schedule", "combine"] and groups["Use"] == ["export", "push"]
 
 
 def test_help_says_where_the_presets_are_listed() -> None:

@@ -39,6 +39,7 @@ def test_a_search_goes_on_where_it_was(
     assert again == [euler] and not told
     both, use = search(tiny_sana, prompts_file, out, ("euler", "calibrated"))
     assert both[0] == euler and both[1].solver == "calibrated" and told
+    assert (both[1].levels == euler.levels) == euler.better
     found = json.loads(out.read_text())
     assert found["use"] == use and [row["solver"] for row in found["rows"]] == ["euler", "calibrated"]
     assert [lines["name"] for lines in use] == [f"{row.solver} 3" for row in both if row.better]

@@ -14,7 +14,6 @@ from stepfold.levels.search import (
     cheapest_path,
     descend,
     error,
-    golden_section,
     local_start,
     reference,
     rollout_start,
@@ -144,12 +143,6 @@ def test_the_table_of_rollouts_reaches_what_it_says(sides: tuple[Mixture, Refere
     if k == 2:  # with one level between, a table of all of them is exact
         ends = {s: judged(mixture, searched, [1.0, s, 0.0]) for s in searched.thinned(12).levels[1:-1]}
         assert levels[1] == min(ends, key=ends.__getitem__)
-
-
-def test_golden_section_finds_a_minimum() -> None:
-    tried: list[float] = []
-    place, value = golden_section(0.0, 1.0, lambda x: (tried.append(x), (x - 0.3) ** 2)[1], 8)
-    assert len(tried) == 8 and abs(place - 0.3) < 0.03 and value == (place - 0.3) ** 2
 
 
 @pytest.mark.parametrize(("solver", "share"), [("euler", 0.97), ("unipc", 0.6)])

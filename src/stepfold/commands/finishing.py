@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
     from torch import Tensor
 
+    from stepfold.bank import Bank
     from stepfold.config import Config
     from stepfold.display import Display
     from stepfold.evaluation.latents import Chosen, LatentProtocol
@@ -47,6 +48,7 @@ class Run:
         conditions: numbers of B prompts -> their conditions; `cached` where they come from disk.
         blacks: unit-variance latents of a black picture, one for each latent shape.
         latents: numbers of B images -> clean latents [B, ...]; None where no images are used.
+        bank: of couplings; None where the teacher is sampled.
         lock: on the run folder, held by the first process.
     """
 
@@ -62,6 +64,7 @@ class Run:
     cached: bool
     blacks: "list[Tensor]"
     latents: "Callable[[list[int]], Tensor] | None"
+    bank: "Bank | None"
     lock: "BaseFileLock | None"
 
 

@@ -1,6 +1,6 @@
 """`stepfold schedule`: noise levels at which a teacher is better in a few steps of its own; nothing is trained."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -186,7 +186,7 @@ def run_schedule(
     condition = teacher.encode([file.prompt(i) for i in index])
     teacher.park_text_encoder()
     if wanted:
-        for row in search_rows(teacher, condition, scale, wanted, key, batch, display):
+        for row in search_rows(teacher, condition, scale, wanted, known, key, batch, display):
             known[row.solver, row.steps] = row
             write_schedule(out, key, list(known.values()), [])
     rows = [known[name, k] for name in SOLVER_NAMES for k in steps if (name, k) in known]
@@ -219,11 +219,15 @@ def search_rows(
     condition: Any,
     scale: float,
     wanted: "Sequence[tuple[str, int]]",
+    known: "Mapping[tuple[str, int], Row]",
     key: dict[str, Any],
     batch: int,
     display: "Display",
 ) -> "Iterator[Row]":
-    """Each row when it is found: the first half of the conditions is searched on, the other one judges."""
+    """Each row when it is found: the first half of the conditions is searched on, the other one judges.
+
+    Calibrated steps take the levels of Euler's row, where one is `known` by then and is better than the usual ones.
+    """
     from stepfold.levels.search import reference
     from stepfold.levels.solvers import velocity_of
 
@@ -247,7 +251,9 @@ def search_rows(
         starts: dict[int, list[float]] = {}
         for name, k in wanted:
             at = f"{name} {k}"
-            yield found_row(teacher, name, k, sides[0], sides[1], key, starts)
+            euler = known.get(("euler", k))
+            levels = euler.levels if euler and euler.better else None
+            yield found_row(teacher, name, k, sides[0], sides[1], key, starts, levels)
             tick(at, 0, done=True)
 
 
@@ -307,9 +313,19 @@ class Side:
 
 
 def found_row(
-    teacher: Any, name: str, k: int, side: Side, other: Side, key: dict[str, Any], starts: dict[int, list[float]]
+    teacher: Any,
+    name: str,
+    k: int,
+    side: Side,
+    other: Side,
+    key: dict[str, Any],
+    starts: dict[int, list[float]],
+    found: list[float] | None,
 ) -> "Row":
-    """The best levels of one solver and number of steps on one side, judged on the other; `starts` are kept."""
+    """The best levels of one solver and number of steps on one side, judged on the other.
+
+    `starts` are kept for the next solver; `found` are Euler's levels, for calibrated steps.
+    """
     from stepfold.levels.calibrated import calibrate
     from stepfold.levels.record import Row, end_of
     from stepfold.levels.search import error, reference
@@ -325,7 +341,7 @@ def found_row(
     label = min(defaults, key=defaults.__getitem__)
     weights: list[list[float]] = []
     if name == "calibrated":
-        levels = usual[label]
+        levels = found or usual[label]
         fine = reference(side.velocity, side.fine.noise, fine_levels(teacher, key["reference_steps"], levels))
         weights, _ = calibrate(side.velocity, fine, levels)
     else:

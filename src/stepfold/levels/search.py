@@ -5,7 +5,7 @@ goes by the distance of the end itself.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from stepfold.levels.solvers import SolverName, Velocity, rollout
+from stepfold.maths.golden import golden_section
 
 Start = Literal["rollout", "local", "default"]
 EVALUATIONS = 6  # of a golden section: the bracket shrinks to a 10th, and the next sweep has a new one
 LEAST_GAIN = 0.005  # of a sweep over all levels; below it the descent ends
-GOLDEN = (math.sqrt(5) - 1) / 2
 NEAREST = 1e-3  # of two levels
 
 
@@ -144,23 +144,6 @@ class Found:
 
     levels: list[float]
     error: float
-
-
-def golden_section(low: float, high: float, measure: Callable[[float], float], count: int) -> tuple[float, float]:
-    """(place, value) of the least of `count` values of a function between two bounds, at best where it has one dip."""
-    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-    tried = {left: measure(left), right: measure(right)}
-    for _ in range(count - 2):
-        if tried[left] <= tried[right]:
-            high, right = right, left
-            left = high - GOLDEN * (high - low)
-            tried[left] = measure(left)
-        else:
-            low, left = left, right
-            right = low + GOLDEN * (high - low)
-            tried[right] = measure(right)
-    place = min(tried, key=tried.__getitem__)
-    return place, tried[place]
 
 
 def descend(
