@@ -39,7 +39,7 @@ DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "s
 DRAWN += (*RECENT, "longcat")
 WITH_LORA += ("ernie-image", "z-image")
 DRAWN += ("ernie-image", "prx", "z-image")
-DRAWN += (*VIDEOS, "wan 2.2 a14b", "hunyuan video")
+DRAWN += (*VIDEOS, "wan 2.2 a14b", "hunyuan video", "kandinsky video")
 DRAWN += ("hunyuan image",)
 DRAWN += tuple(f"{family}{FEWER}" for family in SMALLER)
 
@@ -92,7 +92,7 @@ def test_a_student_of_every_family_draws_our_latents_in_plain_diffusers(
         rest = card.recipe.times[1], lambda step, noise=noise: noise, sigma_data
         with torch.no_grad():
             x0 = sample_consistency(student, noise, condition, guidance, *rest)
-        assert relative(teacher.made(drawn[family]), x0 / sigma_data) < 1e-4, family
+        assert relative(teacher.made(drawn[family]), x0 / sigma_data) < (1e-3 if teacher.rounds else 1e-4), family
 
 
 def test_a_student_with_weights_of_its_own_is_a_pipeline(student_of: StudentOf, tmp_path: Path) -> None:
@@ -252,6 +252,7 @@ TINY_FAMILIES = {
     "ERNIE-Image": "ernie-image", "PRX": "prx", "Z-Image": "z-image",
     "Wan 2.2 TI2V-5B, text to video": "wan 2.2 ti2v", "Wan 2.2 A14B, text to video": "wan 2.2 a14b",
     "SANA-Video": "sana video", "HunyuanVideo 1.5": "hunyuan video",
+    "Kandinsky 5, images": "kandinsky image", "Kandinsky 5, text to video": "kandinsky video",
     "HunyuanImage 2.1": "hunyuan image",
     "Anima": "anima",
 }  # fmt: skip

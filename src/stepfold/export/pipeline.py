@@ -74,7 +74,7 @@ The network is told both times. It takes {fewest} to {most} steps at its schedul
 steps, make wrong images."""
 WORDS = {1: "one", 2: "two", 4: "four"}
 
-RESULTS = {"images": "image", "frames": "video"}
+RESULTS = {"images": "image", "image": "image", "frames": "video"}
 """Where a pipeline's result has what it made -> what that is."""
 
 LOAD = "pipe = {pipeline}.from_pretrained({name}){parts}"
