@@ -289,6 +289,11 @@ class TrainingSettings(Section):
         description="how many steps of a run may be left out because their gradient is not finite, each noted in the "
         "metrics; 0: the first one stops the run. Above 0 every step waits for the device",
     )
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        default=("tensorboard",),
+        description="where curves, previews and scores go; tensorboard is in the run folder, the others need the extra "
+        "tracking. wandb stays offline unless WANDB_MODE says otherwise",
+    )
     time_stages: bool = Field(
         default=False, description="wait for the GPU after every stage of a step, so that the stages' times are true"
     )

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from stepfold.teachers.pipeline import PipelineTeacher
     from stepfold.training.course import Course
     from stepfold.training.looks import Progress
+    from stepfold.training.tracking import Trackers
 
 
 def distill(
@@ -140,17 +141,28 @@ def run_distill(
     from stepfold.training.course import Course, cycle_of
     from stepfold.training.processes import lost_process
     from stepfold.training.stages import Stages
+    from stepfold.training.tracking import Trackers, check_trackers
 
+    check_trackers(config.training.trackers)
     with lost_process():
         began = time.perf_counter()
         run, student = load(config, folder, resume, display, device)
         there = run.accelerator.device
         course = Course(there, Stages(there if run.config.training.time_stages else None), cycle_of(run.config))
-        average = train(run, student, course, display, began)
-        del student  # its memory is for what comes now
-        run.processes.wait()  # nobody leaves while another one still sends
-        run.accelerator.end_training()  # the others have nothing left to do
-        return finish(run, average, course, display, command) if run.processes.first else {}
+        names = run.config.training.trackers if run.processes.first else ()
+        trackers = Trackers(names, folder, run.config.model_dump(mode="json"))
+        try:
+            average = train(run, student, course, display, began, trackers)
+            del student  # its memory is for what comes now
+            run.processes.wait()  # nobody leaves while another one still sends
+            run.accelerator.end_training()  # the others have nothing left to do
+            if not run.processes.first:
+                return {}
+            result = finish(run, average, course, display, command)
+            trackers.add_scores(result)
+            return result
+        finally:
+            trackers.end()
 
 
 def load(
@@ -304,7 +316,9 @@ def kept_latents(
     return blacks, latents
 
 
-def train(run: Run, student: "Student", course: "Course", display: "Display", began: float) -> "Student":
+def train(
+    run: Run, student: "Student", course: "Course", display: "Display", began: float, trackers: "Trackers"
+) -> "Student":
     """All steps of the run, with previews, curves and progress; returns the student's average.
 
     Loading `began` at this time of `time.perf_counter`.
@@ -316,7 +330,6 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
     from stepfold.training.distill import distill as distil
     from stepfold.training.memory import reset_peak_memory
     from stepfold.training.steepness import steepness
-    from stepfold.training.tracking import Tracker
 
     config, device, first = run.config, run.accelerator.device, run.processes.first
     if config.objective == "continuous" and first and counts_to_thousand(config):
@@ -324,9 +337,9 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
     if first and (short := short_of_r(config)):
         display.note(short)
     preview = make_preview(
-        run.folder, run.teacher, run.conditions, run.prompts, run.recipe, config.seed, display.note, writes=first
-    )
-    tracker = Tracker(run.folder) if first else None
+        run.folder, run.teacher, run.conditions, run.prompts, run.recipe, config.seed, display.note, writes=first,
+        saved=trackers.add_preview,
+    )  # fmt: skip
     course.stages.seconds["load"] = time.perf_counter() - began
 
     def note_tangent(text: str) -> None:
@@ -338,8 +351,7 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
         display.step(progress)
         if "skipped" in progress.row:
             display.note(f"step {progress.row['step']} skipped: {progress.row['nonfinite']}")
-        if tracker:
-            tracker.add(progress.row, progress.step)
+        trackers.add(progress.row, progress.step)
 
     ready = run.conditions if run.cached or config.teacher.image_column else None
     reset_peak_memory(device)
@@ -351,6 +363,4 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
             make_fake=lambda: make_fake(run.teacher, config.fake),
         )  # fmt: skip
     course.note_memory()
-    if tracker:
-        tracker.close()
     return average
