@@ -126,3 +126,11 @@ def test_one_segment_is_discrete_consistency():
     assert torch.equal(pairs.t_target, torch.zeros_like(pairs.t))  # type: ignore[arg-type]
     told, plain = loss_of(Map(0.3, 0.3), pairs), loss_of(Map(0.3, 0.3), replace(pairs, t_target=None), "zero")
     torch.testing.assert_close(told.value, plain.value, rtol=1e-12, atol=1e-15)
+
+
+def test_what_a_jump_misses_counts_as_often_as_it_is_made():
+    pairs, student = walked(8), Map(0.3, 0.3)
+    once = loss_of(student, pairs).metrics["squared_error"]
+    times = torch.arange(1, len(pairs) + 1).double()
+    often = loss_of(student, replace(pairs, num_jumps=times)).metrics["squared_error"]
+    torch.testing.assert_close(often, times**2 * once, rtol=1e-12, atol=0)

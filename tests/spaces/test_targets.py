@@ -98,7 +98,11 @@ def test_a_state_may_have_several_targets() -> None:
     assert torch.equal(two.x.view(6, 2, 8, 3), one.x.view(6, 1, 8, 3).expand(6, 2, 8, 3))
     assert torch.equal(two.number, torch.arange(96)) and two.num_drawn == 96 and two.walk_length == one.walk_length
     assert torch.equal(two.prompt, torch.arange(6).repeat_interleave(16))
-    assert grids_of_walks(two, 8) == [1, 3] * 6
+    assert grids_of_walks(two, 8) == [1, 3] * 6 and two.num_jumps is not None
+    assert torch.equal(two.num_jumps, torch.tensor([1.0, 3.0]).repeat(6).repeat_interleave(8).to(two.num_jumps))
+    mixed = drawn("{edge: 1, zero: 1}", "target.segments=3")
+    assert mixed.num_jumps is not None and set(mixed.num_jumps.tolist()) == {1.0, 3.0}
+    assert bool((mixed.t_target[mixed.num_jumps == 1] == 0).all()) and drawn("uniform").num_jumps is None  # type: ignore[index]
     dropped = drawn(
         "edge", "target.segments={1: 1, 3: 1}", "target.draws=2", "space.filter_rule=hard",
         "space.filter_threshold=0.3", batch=6, keep=0.0,

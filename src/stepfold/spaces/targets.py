@@ -110,7 +110,11 @@ def aimed(states: Kind, rules: Rules, choice: Tensor, uniform: Tensor, grid: Ten
     stays = picked == names.index("diagonal") if "diagonal" in names else None
     if isinstance(states, Pairs) and set(names) <= {"zero", "later", "diagonal"}:  # states of the walk are known
         states = replace(states, x_target=x_target)
-    return replace(states, t_target=s, stays=stays)
+    jumps = None
+    if "edge" in names:
+        counts = send(torch.tensor([len(edges) for edges in rules.grids], dtype=t.dtype), t.device)
+        jumps = torch.where(code == names.index("edge"), counts[0] if grid is None else counts[grid], 1)
+    return replace(states, t_target=s, stays=stays, num_jumps=jumps)
 
 
 def time_below(rule: str, t: Tensor, uniform: Tensor, rules: Rules, grid: Tensor | None) -> Tensor:
