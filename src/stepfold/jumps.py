@@ -40,13 +40,13 @@ class TargetSettings(Section):
     segments: int | dict[int, Share] = Field(
         default=4,
         description="of rule edge: those between the student's own steps. Several with shares, for students of several "
-        "numbers of steps; each walk draws one: `{1: 0.5, 2: 0.2, 4: 0.2, 8: 0.1}`",
+        "numbers of steps, of which each trajectory has one: `{1: 0.5, 2: 0.2, 4: 0.2, 8: 0.1}`",
     )
     draws: int = Field(
         default=1,
         ge=1,
         le=8,
-        description="targets of each state, each a pair of its own; with more, fewer walks feed as many pairs",
+        description="targets of each state, each a pair of its own; 2 halves the teacher's share of the time",
     )
 
     @field_validator("rule", "segments")
