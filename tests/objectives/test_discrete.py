@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,9 +80,9 @@ def walked(num_steps: int, edges: list[float] = EDGES) -> Pairs:
     return replace(pairs, t_target=edge_below(pairs.t, edges))
 
 
-def loss_of(student: Any, pairs: Pairs, rule: str = "edge") -> Loss:
-    changes = ["student.times=two", "objective=discrete", f"target.rule={rule}"]
-    return discrete_loss(Networks(student, Law(0.4, 0.2)), pairs, batch_of(2).draws, load_config("default", changes), 0)  # type: ignore[arg-type]
+def loss_of(student: Any, pairs: Pairs, rule: str = "edge", changes: Sequence[str] = ()) -> Loss:
+    config = load_config("default", ["student.times=two", "objective=discrete", f"target.rule={rule}", *changes])
+    return discrete_loss(Networks(student, Law(0.4, 0.2)), pairs, batch_of(2).draws, config, 0)  # type: ignore[arg-type]
 
 
 def landings(student: Any, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -128,9 +129,10 @@ def test_one_segment_is_discrete_consistency():
     torch.testing.assert_close(told.value, plain.value, rtol=1e-12, atol=1e-15)
 
 
-def test_what_a_jump_misses_counts_as_often_as_it_is_made():
+def test_what_a_jump_misses_counts_by_the_number_of_jumps():
     pairs, student = walked(8), Map(0.3, 0.3)
     once = loss_of(student, pairs).metrics["squared_error"]
     times = torch.arange(1, len(pairs) + 1).double()
-    often = loss_of(student, replace(pairs, num_jumps=times)).metrics["squared_error"]
-    torch.testing.assert_close(often, times**2 * once, rtol=1e-12, atol=0)
+    for power in (0.0, 0.5, 1.0):
+        often = loss_of(student, replace(pairs, num_jumps=times), changes=[f"discrete.jump_power={power}"])
+        torch.testing.assert_close(often.metrics["squared_error"], times ** (2 * power) * once, rtol=1e-12, atol=0)

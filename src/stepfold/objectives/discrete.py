@@ -70,7 +70,8 @@ def discrete_loss(networks: Networks, pairs: Pairs, draws: Draws, config: Config
         with torch.no_grad():
             target = landing(x_m, m)
     target = torch.where(unsqueeze_like(m > end, x_s), target, x_m)
-    if pairs.num_jumps is not None:  # what each of n jumps misses, an image misses n times
-        x_s, target = (unsqueeze_like(pairs.num_jumps, x) * x for x in (x_s, target))
+    if pairs.num_jumps is not None:
+        scale = unsqueeze_like(pairs.num_jumps**config.discrete.jump_power, x_s)
+        x_s, target = scale * x_s, scale * target
     terms = discrete_terms(x_s, target, config.discrete.huber_constant)
     return Loss(terms.loss, {"squared_error": terms.squared_error})
