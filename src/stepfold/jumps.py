@@ -145,6 +145,11 @@ def check_targets(config: Any) -> None:
             f"target.segments has {' and '.join(map(str, target.grids))} segments for a student that is told one time; "
             "give student.times=two, or one number of segments"
         )
+    if target.draws > 1 and (rules == {"zero"} or (rules == {"edge"} and len(target.grids) == 1)):
+        raise ValueError(
+            f"target.draws={target.draws} gives each state the same target again with target.rule={given}; leave "
+            "target.draws out, or give target.segments shares, for example {1: 0.5, 4: 0.5}"
+        )
     if objective == "discrete" and "diagonal" in rules:
         raise ValueError(
             "objective=discrete compares where jumps land, and rule diagonal asks for a jump of no length; give "

@@ -111,8 +111,8 @@ def test_a_state_may_have_several_targets() -> None:
     assert torch.equal(dropped.t_target, two.t_target[dropped.number])  # type: ignore[arg-type]
     each = drawn("uniform", "target.draws=2", batch=1)
     assert each.t_target is not None and not torch.equal(*each.t_target.view(2, 8))
-    assert states_per_prompt("generation", load_config("default", [*TWO, "target.rule=edge", "target.draws=2"])) == 30
-    assert states_per_prompt("generation", load_config("default", [*TWO, "target.draws=2"])) == 15
+    assert states_per_prompt("generation", load_config("default", [*TWO, "target.rule=gap", "target.draws=2"])) == 30
+    assert states_per_prompt("generation", load_config("default", [*TWO, "target.rule=gap"])) == 15
 
 
 def test_later_states_are_of_the_same_walk_and_equally_likely() -> None:
@@ -202,6 +202,8 @@ def test_rules_by_hand() -> None:
             [*TWO, "objective=discrete", "target.rule={zero: 1, diagonal: 1}"],
             r"a jump of no length; give target\.rule without diagonal",
         ),
+        ([*TWO, "target.draws=2"], r"the same target again with target\.rule=zero; leave target\.draws out, or give"),
+        ([*TWO, "target.rule=edge", "target.draws=3"], r"target\.draws=3 gives each state the same target again with"),
         (["target.segments={4: 0}"], r"none has a share above 0; give one, for example \{1: 0.5, 4: 0.5\}"),
         (["target.rule=uniform"], r"objective=auto, which has no target time; give objective=continuous, discrete"),
         (["target.rule=uniform", "objective=continuous"], r"needs a student that is told where to jump to; give"),

@@ -268,5 +268,5 @@ WITHOUT_TARGETS = {"rollout", "anchor"}
 
 def states_per_prompt(space: str, config: Config) -> int:
     """How many states a space has of each prompt."""
-    draws = 1 if space in WITHOUT_TARGETS or config.target.rules == {"zero"} else config.target.draws
+    draws = 1 if space in WITHOUT_TARGETS else config.target.draws
     return draws * (pairs_per_prompt(config.space.route_steps, config.space.keep_first) if space in FROM_CLEAN else 1)
