@@ -135,6 +135,7 @@ def make_plan(config: "Config", steps: int, display: "Display", device: str = "a
         update={
             "training": training.model_copy(update=changes),
             "fake": config.fake.model_copy(update={"head_start": 0}),  # in which the student waits
+            "reward": config.reward.model_copy(update={"from_step": 0}),
             "evaluation": config.evaluation.model_copy(update={"n": min(TRIAL_PICTURES, config.evaluation.n)}),
         }
     )
