@@ -60,7 +60,7 @@ RUNS = {
     "late fake score": Run(updates=1, lr_factor=0.03),
     "guidance too strong": Run(w=7.0),
 }
-RATE, HEAD_START, BATCH = 1e-3, 20, 64
+RATE, HEAD_START, BATCH = 3e-4, 40, 64
 
 
 def mixture() -> MixtureTeacher:
@@ -190,7 +190,7 @@ def parts(points: list[list[float]]) -> str:
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Runs, prints, draws and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=260, help="of each run (260)")
+    parser.add_argument("--steps", type=int, default=340, help="of each run (340)")
     parser.add_argument("--fit", type=int, default=800, help="steps of fitting what student and fake begin as (800)")
     parser.add_argument("--figure", type=Path, help="PNG with the curves of all runs")
     parser.add_argument("--out", type=Path, help="json file with the curves")

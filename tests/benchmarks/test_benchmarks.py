@@ -309,7 +309,7 @@ def test_methods_with_a_fake_score_are_counted(tmp_path: Path) -> None:
 def test_the_curves_of_a_fake_score_are_logged_as_a_runs_are(tmp_path: Path) -> None:
     """A few steps of each run: they differ in the fake score's updates or in guidance alone."""
     curves = importlib.import_module("score_curves")
-    record = curves.main(["--steps", "24", "--fit", "2", "--figure", str(tmp_path / "curves.png")])
+    record = curves.main(["--steps", "44", "--fit", "2", "--figure", str(tmp_path / "curves.png")])
     assert list(record["curves"]) == list(record["said"]) == ["healthy", "late fake score", "guidance too strong"]
     for of in record["curves"].values():
         assert list(of) == list(curves.SHOWN) and all(len(points) == 4 for points in of.values())

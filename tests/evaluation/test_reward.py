@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from clips import save_clip
-from conftest import make_judge_folder
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from stepfold.errors import UserError
 from stepfold.evaluation.judge import image_features, load_judge, text_features
@@ -20,7 +20,13 @@ PROMPTS = ["a red cat", "a fish", "a house and a moon"]
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_clip(tmp_path_factory.mktemp("clip"))
+    folder = save_clip(tmp_path_factory.mktemp("clip"))
+    weights = load_file(folder / "model.safetensors")
+    for name, value in weights.items():  # the default scale gives nearly equal features for all inputs
+        if value.is_floating_point() and name != "logit_scale":
+            torch.nn.init.normal_(value, std=0.3)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def smooth(height: int, width: int) -> torch.Tensor:
@@ -45,24 +51,20 @@ def test_the_score_is_the_scorers_with_a_gradient(clip: Path, size: tuple[int, i
     assert (raised > found).all()
 
 
-def test_an_evaluators_folder_scores_too(tmp_path: Path) -> None:
-    folder = make_judge_folder(tmp_path)
-    judge, pictures = load_judge(folder, "cpu"), torch.rand(2, 3, 48, 48).requires_grad_(True)
+def test_an_evaluators_folder_scores_too(judge_folder: Path) -> None:
+    judge, pictures = load_judge(judge_folder, "cpu"), torch.rand(2, 3, 48, 48).requires_grad_(True)
     texts = ["cat on teal background", "red heart on white background"]
-    found = clip_reward(str(folder), "cpu")(pictures, texts)
+    found = clip_reward(str(judge_folder), "cpu")(pictures, texts)
     exact = (image_features(judge, pictures.detach()) * text_features(judge, texts)).sum(1)
     torch.testing.assert_close(found, exact)
     assert torch.autograd.grad(found.sum(), pictures)[0].abs().max() > 0
 
 
-def test_what_measures_is_no_reward_wherever_a_copy_of_it_lies(clip: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(clip, tmp_path / "copy")
+def test_what_measures_is_no_reward_wherever_a_copy_of_it_lies(clip: Path, judge_folder: Path) -> None:
+    copy = shutil.copytree(clip, judge_folder / "copy")
     with pytest.raises(UserError, match="has the weights of the evaluator"):
         refuse_own_evaluator(str(copy), [str(clip)])
     with pytest.raises(UserError, match="has the weights of the evaluator some/hub-id"):
         refuse_own_evaluator("some/hub-id", ["some/hub-id"])
-    other = tmp_path / "other"
-    other.mkdir()
-    make_judge_folder(other)
-    refuse_own_evaluator(str(copy), [str(other)])
+    refuse_own_evaluator(str(copy), [str(judge_folder)])
     refuse_own_evaluator("some/hub-id", ["another/hub-id"])

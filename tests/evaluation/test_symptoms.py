@@ -19,7 +19,7 @@ STEPS = 100
 
 def curves(prefix: str = "", steps: int = STEPS, **ends: tuple[float, float]) -> dict[str, list[list[float]]]:
     """Curves that go from one number to another, with some noise; healthy where nothing else is given."""
-    healthy = {"gap": (0.9, 0.5), "cosine": (0.8, 0.95), "std": (0.7, 0.8), "spread": (0.7, 0.75), "miss": (-0.2, -0.4)}
+    healthy = {"gap": (0.9, 0.5), "cosine": (0.8, 0.95), "std": (0.75, 0.8), "spread": (0.7, 0.75), "miss": (-0.2, -0.4)}
 
     def at(first: float, last: float, step: int) -> float:
         return (first + (last - first) * step / (steps - 1)) * (1 + 0.03 * math.sin(7 * step))
@@ -37,6 +37,8 @@ CASES: list[tuple[dict[str, tuple[float, float]], list[str]]] = [
     (LATE, ["The fake score looks late"]),
     (OVER, ["Guidance looks too strong"]),
     (OVER | {"cosine": (0.9, 0.6)}, ["Guidance looks too strong"]),
+    ({"gap": (0.85, 0.8), "std": (0.7, 1.4)}, ["Guidance looks too strong"]),
+    (OVER | {"miss": (-0.3, -1.5)}, ["The fake score looks late"]),
     ({"spread": (0.8, 0.2)}, ["The student's images look collapsed"]),
     (LATE | {"spread": (0.8, 0.2)}, ["The fake score looks late", "The student's images look collapsed"]),
     ({"miss": (1.4, 1.5)}, ["The fake score looks late: the images moved 1.5 times"]),

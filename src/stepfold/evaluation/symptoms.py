@@ -15,9 +15,11 @@ FIRST = 1
 """The part that the last one is compared with: in the one before it student and fake score still find each other."""
 MISSES = 1.0
 """Size of `miss` in any later part: the images have moved as far as the fake score sees them from the teacher."""
+GAP_STAYS = 0.7
+"""`gap` at the end, of a run whose fake score keeps up and whose guidance pulls on all the same."""
 GAP_RISES = 1.25
 COSINE_FALLS = 0.05
-STD_RISES = 1.25
+STD_RISES = 1.1
 SPREAD_FALLS = 0.6
 """The spread at the end, in units of its highest before."""
 DIVERSITY_FALLS = 0.5
@@ -29,8 +31,8 @@ LAG = (
     "optimiser.lr."
 )
 OVER = (
-    "Guidance looks too strong: the contrast of the student's images (std) grew {rise:.1f}-fold while the fake score "
-    "moved away from the teacher. Lower matching.guidance, stop earlier, or take objective=decoupled."
+    "Guidance looks too strong: the contrast of the student's images (std) grew {rise:.1f}-fold while the teacher "
+    "pulled on (gap). Lower matching.guidance, stop earlier, or take objective=decoupled."
 )
 COLLAPSE = (
     "The student's images look collapsed: their spread fell to {share:.0%} of its highest. Lower matching.guidance or "
@@ -91,9 +93,10 @@ def _of_space(curves: Mapping[str, Points], prefix: str) -> list[str]:
     if not gap or not cosine or not std:
         return []
     said = []
-    if gap.rise >= GAP_RISES and std.rise >= STD_RISES:
+    late = miss is not None and miss.farthest >= MISSES
+    if std.rise >= STD_RISES and not late and (gap.rise >= GAP_RISES or gap.late >= GAP_STAYS):
         said.append(OVER.format(rise=std.rise))
-    elif miss and miss.farthest >= MISSES:
+    elif miss and late:
         why = f"the images moved {miss.farthest:.1f} times as far as it saw them from the teacher (miss)"
         said.append(LAG.format(why=why))
     elif gap.rise >= GAP_RISES and cosine.early - cosine.late >= COSINE_FALLS:

@@ -232,9 +232,9 @@ def figures(x0: Tensor, found: Predictions, sigma_data: float) -> dict[str, Tens
     """What tells a late fake score from too much guidance, of each picture [M].
 
     `gap` is |D| / |x_0 - x_real|, `cosine` that between both velocities, `std` the deviation of a picture's numbers in
-    units of sigma_data; for `sketch_0`, ... see `sketches`. `missed` over `apart` is logged as `miss`. It is 0 for a fake
-    score that is exact: x_fake is then the mean of x_0, given the noised picture that D depends on. Where laws differ in
-    their means m, m_fake and m_real alone, it is (m - m_fake) / (m_fake - m_real).
+    units of sigma_data; for `sketch_0`, ... see `sketches`. `missed` over `apart` is logged as `miss`. It is 0 for a
+    fake score that is exact: x_fake is then the mean of x_0, given the noised picture that D depends on. Where laws
+    differ in their means m, m_fake and m_real alone, it is (m - m_fake) / (m_fake - m_real).
     """
     x0, real, fake, v_real, v_fake = (in_float32(values.detach()).flatten(1) for values in (x0, *found))
     return {
