@@ -19,7 +19,8 @@ STEPS = 100
 
 def curves(prefix: str = "", steps: int = STEPS, **ends: tuple[float, float]) -> dict[str, list[list[float]]]:
     """Curves that go from one number to another, with some noise; healthy where nothing else is given."""
-    healthy = {"gap": (0.9, 0.5), "cosine": (0.8, 0.95), "std": (0.75, 0.8), "spread": (0.7, 0.75), "miss": (-0.2, -0.4)}
+    healthy = {"gap": (0.9, 0.5), "cosine": (0.8, 0.95), "std": (0.75, 0.8), "spread": (0.7, 0.75)}
+    healthy |= {"miss": (-0.2, -0.4)}
 
     def at(first: float, last: float, step: int) -> float:
         return (first + (last - first) * step / (steps - 1)) * (1 + 0.03 * math.sin(7 * step))
