@@ -28,7 +28,7 @@ SECOND, GUIDED, APART = "AYF, MeanFlow", "VSD, SiD-LSG", "Decoupled DMD"
 EXPERTS, LORA, IMAGES = "Phased DMD", "LoRA student", "sCM over images"
 SAID = {
     "sana": {
-        SECOND: "yes: time_embed embeds", GUIDED: "yes: the network has", APART: "yes: both branches",
+        SECOND: "yes: time_embed.emb.timestep_embedder embeds", GUIDED: "yes: the network has", APART: "yes: both branches",
         EXPERTS: "no: the pipeline has one network", LORA: "yes: ", IMAGES: "yes: ",
     },
     "flux": {
@@ -41,7 +41,7 @@ SAID = {
         LORA: "no: DiTPipeline loads no LoRA",
     },
     "wan 2.2": {
-        SECOND: "no: an Experts embeds", EXPERTS: "yes: the pipeline has 2 networks (transformer, transformer_2)",
+        SECOND: "no: a Experts embeds", EXPERTS: "yes: the pipeline has 2 networks (transformer, transformer_2)",
         IMAGES: "no: this teacher makes videos", LORA: "yes: ",
     },
 }  # fmt: skip

@@ -45,7 +45,7 @@ def prepared(pictures: Tensor, processor: Any) -> Tensor:
     """Pictures [M, 3, H, W] in [0, 1] as a CLIP's image processor makes its pixels: resized, cut, normed."""
     side, size = processor.size["shortest_edge"], pictures.shape[-2:]
     if min(size) != side:
-        scaled = [max(side, round(length * side / min(size))) for length in size]
+        scaled = [int(side * length / min(size)) for length in size]  # as transformers rounds
         pictures = F.interpolate(pictures, scaled, mode="bicubic", antialias=True).clamp(0, 1)
     height, width = processor.crop_size["height"], processor.crop_size["width"]
     top, left = ((length - cut) // 2 for length, cut in zip(pictures.shape[-2:], (height, width), strict=True))
