@@ -43,8 +43,9 @@ def pages() -> dict[str, str]:
         ),
         "api.md": (
             "API",
-            "The public functions and classes, from their docstrings. The commands are built on them. "
-            "[Your own network](../teachers.md) shows how to use `stepfold.api`.",
+            "The first section is public, and changes only with a note in the changelog. The other sections are internal: "
+            "they are documented for readers and may change without notice. "
+            "[Your own network](../teachers.md#a-network-of-your-own) shows how to use `stepfold.api`.",
             api(),
         ),
     }

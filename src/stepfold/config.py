@@ -30,6 +30,7 @@ from stepfold.scores import (
     RolloutSettings,
     check_scores,
 )
+from stepfold.sections import Section, TeacherSettings
 from stepfold.settings import (
     LARGEST,
     AdversarialSettings,
@@ -38,10 +39,8 @@ from stepfold.settings import (
     EvaluationSettings,
     ObjectiveName,
     OptimiserSettings,
-    Section,
     SpaceSettings,
     StudentSettings,
-    TeacherSettings,
     TrainingSettings,
 )
 

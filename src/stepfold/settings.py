@@ -1,13 +1,12 @@
 """The sections of a run's settings: what may be set, in which ranges, and what it means."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from stepfold.maths.schedules import TangentSchedule
-from stepfold.sections import LARGEST, Beta, LoraSettings, Section, lora_of
+from stepfold.sections import LARGEST, Beta, Section
 
-Pixels = Annotated[int, Field(gt=0, le=65536)]
 PriorWeight = Literal["inverse_tangent", "none"]
 Normalisation = Literal["l2", "l2_per_element", "none"]
 TangentWeight = Literal["trig", "meanflow", "ayf"]
@@ -15,57 +14,6 @@ SpaceName = Literal["generation", "endpoints", "images", "coupling", "prior", "r
 ObjectiveName = Literal[
     "continuous", "discrete", "velocity", "pair", "semigroup", "lagrange", "matching", "decoupled", "identity"
 ]
-
-
-class TeacherSettings(Section):
-    """Which teacher, and how it is called."""
-
-    source: str = Field(default="emoji", description="'emoji' (bundled), a diffusers pipeline folder, or a hub id")
-    revision: str | None = Field(
-        default=None, description="of a hub id: branch, tag or commit; default: its main branch"
-    )
-    variant: str | None = Field(
-        default=None,
-        description="of the weights' files, for example fp16 (model.fp16.safetensors); default: the plain ones",
-    )
-    lora: tuple[LoraSettings, ...] = Field(
-        default=(),
-        description="LoRAs merged into the teacher's weights, one after the other: safetensors files, folders or hub "
-        "ids, each with a scale where it is not 1: `[style.safetensors:0.8, OWNER/NAME]`",
-    )
-    guidance: Literal["auto", "classifier_free", "embedded", "none"] = Field(
-        default="auto", description="how the teacher takes guidance; auto reads it from the network's config"
-    )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="of the teacher's weights; bfloat16 halves them, and calls to them run under autocast (a student's "
-        "own weights stay in float32)",
-    )
-    null_mask: Literal["own", "prompt"] = Field(
-        default="own",
-        description="mask of the unconditional branch: its own (diffusers) or the prompt's (public training code)",
-    )
-    height: Pixels | None = Field(default=None, description="pixels; default: what the transformer was trained on")
-    width: Pixels | None = Field(default=None, description="pixels")
-    sizes: tuple[tuple[Pixels, Pixels], ...] | None = Field(
-        default=None,
-        min_length=1,
-        description="sizes to train at, [height, width] in pixels, one drawn per step; previews and samples are still "
-        "of height and width. Default: those alone",
-    )
-    frames: int | None = Field(
-        default=None, ge=1, le=65536, description="of a video; default: the pipeline's own; for pictures leave it out"
-    )
-    max_tokens: int | None = Field(
-        default=None, ge=2, le=4096, description="longest prompt, in tokens; default: the pipeline's own"
-    )
-
-    @field_validator("lora", mode="before")
-    @classmethod
-    def _one_or_several(cls, given: Any) -> Any:
-        """Takes one, as settings of earlier versions have it, and none."""
-        several = given if isinstance(given, list | tuple) else [] if given is None else [given]
-        return [lora_of(each) for each in several]
 
 
 class StudentSettings(Section):
@@ -122,6 +70,17 @@ class SpaceSettings(Section):
     images: str | None = Field(
         default=None, description="folder of pictures with a metadata.jsonl of file_name and text, for kind images"
     )
+    bank: str | None = Field(
+        default=None,
+        description="folder of `stepfold bank make`, whose ends kinds coupling and endpoints take in the place of new "
+        "trajectories",
+    )
+    anneal_steps: int = Field(
+        default=0,
+        ge=0,
+        description="of kind coupling: steps in which the noise that is joined to an end goes from a fresh one to the "
+        "trajectory's own (SlimFlow), for students that start far from the teacher; 0 for its own at once",
+    )
     cache_latents: bool = Field(
         default=False, description="encode all images once, before training, instead of each when its turn comes"
     )
@@ -173,6 +132,16 @@ class SpaceSettings(Section):
         if "images" in kind and len(kind) > 1:
             raise ValueError("images go with no other space, whose latents are those of walks; give one kind")
         return kind
+
+    @model_validator(mode="after")
+    def _couplings(self) -> Self:
+        if self.bank and (others := sorted(set(self.weights) - {"coupling", "endpoints"})):
+            raise ValueError(
+                f"bank holds ends of trajectories, and {others[0]} needs more; give kind coupling or endpoints"
+            )
+        if self.anneal_steps and "coupling" not in self.weights:
+            raise ValueError("anneal_steps is for kind coupling; leave it out")
+        return self
 
 
 class ConsistencySettings(Section):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forms import cases
 
 from stepfold.commands.distill import run_distill
 from stepfold.commands.plan import evaluation_prompts, make_plan, plan_rows, reckon
@@ -70,7 +71,7 @@ def test_a_plan_of_matching_times_whole_turns_and_no_head_start(monkeypatch: pyt
         assert given[-1].fake.updates == load_config(preset).fake.updates > 0
 
 
-@pytest.mark.parametrize("n", [0, 4])
+@pytest.mark.parametrize("n", cases([0, 4], short=[0]))
 def test_a_plan_leaves_nothing_behind(n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -82,7 +83,13 @@ def test_a_plan_leaves_nothing_behind(n: int, tmp_path: Path, monkeypatch: pytes
             "training.precision=no", "training.walk_precision=no", "objective=continuous",
         ],
     )  # fmt: skip
-    plan = make_plan(config, 3, Display(quiet=True))
+    notes: list[str] = []
+    display = Display(quiet=True)
+    monkeypatch.setattr(display, "note", notes.append)
+    plan = make_plan(config, 3, display)
+    assert [note[:25] for note in notes if "r_warmup" in note] == [
+        "r ends at 0.65 after 40 s"
+    ]  # of the run, not of the trial
     assert plan.trial_steps == 3 and plan.step_sec > 0 and plan.device == "cpu" and plan.tangent.startswith("one_pass")
     assert (plan.parts_sec["evaluation"] > 0) == bool(n)
     assert plan.total_sec >= 40 * plan.step_sec
@@ -105,6 +112,7 @@ def test_times_of_steps_that_differ(sec: list[float], cycle: int, again: float, 
     assert (times["first"], times["again"], times["mean"]) == (9.0, again, mean)
 
 
+@pytest.mark.long
 def test_a_plan_is_what_the_run_takes(
     tiny_sana: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -570,6 +570,7 @@ def settings_text(draw: Any) -> str:
     return draw(TEXT)
 
 
+@pytest.mark.long
 @fuzz(60)
 @given(data=st.data())
 def test_settings(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
@@ -605,7 +606,8 @@ class Numbered:
         return "x" * (index + 1)
 
 
-def fake_encode(texts: list[str]) -> Condition:
+def fake_encode(index: Sequence[int]) -> Condition:
+    texts = [Numbered().prompt(i) for i in index]
     mask = torch.tensor([[i < len(text) for i in range(6)] for text in texts]).long()
     return Condition(torch.randn(len(texts), 6, 4), mask, torch.randn(len(texts), 3))
 
@@ -621,6 +623,7 @@ def conditions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_conditions(tmp_path_factory.mktemp("whole") / "conditions")
 
 
+@pytest.mark.long
 @fuzz(80)
 @given(data=st.data())
 def test_encoded_prompts(conditions: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
@@ -706,6 +709,7 @@ NEW_IN_A_RUN = (
 )  # fmt: skip
 
 
+@pytest.mark.long
 @fuzz(80)
 @given(data=st.data())
 def test_run_folders(run_folder: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
@@ -746,6 +750,7 @@ def test_run_folders(run_folder: Path, tmp_path_factory: pytest.TempPathFactory,
 PARTS = ("model_index.json", "transformer", "vae", "text_encoder", "tokenizer", "scheduler", "stepfold.json")
 
 
+@pytest.mark.long
 @fuzz(40)
 @given(data=st.data())
 def test_pipeline_folders(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:

@@ -15,9 +15,12 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+import tiny_anima
 import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
+import tiny_hunyuan_image
+import tiny_kandinsky
 import tiny_prx
 import tiny_qwen
 import tiny_sana_video
@@ -50,6 +53,7 @@ from stepfold.students.saving import save_whole
 from stepfold.students.whole import as_student, new_student
 from stepfold.teachers import lora_files
 from stepfold.teachers.contract import Condition
+from stepfold.teachers.folders import load_index
 from stepfold.teachers.loading import choose_objective, load_any_pipeline, load_teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.training import doctor
@@ -74,6 +78,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "wan 2.2 a14b": tiny_wan22.make_a14b,
     "sana video": tiny_sana_video.make_sana_video,
     "hunyuan video": tiny_hunyuan.make_hunyuan_video,
+    "kandinsky image": tiny_kandinsky.make_kandinsky_image,
+    "kandinsky video": tiny_kandinsky.make_kandinsky_video,
     "sprint": tiny.make_sprint,
     "qwen image": tiny_qwen.make_qwen_image,
     "chroma": tiny_chroma.make_chroma,
@@ -82,19 +88,19 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "ernie-image": tiny_ernie_image.make_ernie_image,
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
+    "hunyuan image": tiny_hunyuan_image.make_hunyuan_image,
+    "anima": tiny_anima.make_anima,
 }
-FRAMES = {"WanPipeline": 5, "SanaVideoPipeline": 5, "HunyuanVideo15Pipeline": 5}
+FRAMES = {"WanPipeline": 5, "SanaVideoPipeline": 5, "HunyuanVideo15Pipeline": 5, "Kandinsky5T2VPipeline": 5}
 WITHOUT_LORA = ("pixart", "dit", "longcat", "hunyuan video", "prx")
+WITHOUT_LORA += ("hunyuan image",)
 SANAS = ("SanaPipeline", "SanaSprintPipeline", "SanaVideoPipeline")
-TIME_TO_ONE = ("Lumina2Pipeline", "SanaPipeline", "SanaSprintPipeline")
+TIME_TO_ONE = ("Lumina2Pipeline", "SanaPipeline", "SanaSprintPipeline", "AnimaModularPipeline")
 
 
 NAMES = ("sana", *FAMILIES)
-RECENT = ("flux 2 dev", "qwen image", "chroma", "longcat", "krea 2", "ernie-image", "prx", "z-image")
-RECENT += ("wan 2.2 ti2v", "wan 2.2 a14b", "sana video", "hunyuan video")
-"""Of which `make test` has fewer forms."""
-WITH_LORA = tuple(name for name in NAMES if name not in (*WITHOUT_LORA, "wan 2.2 a14b"))
-"""Those whose LoRA is one file; of two networks see tests/export/test_experts.py."""
+WITH_LORA = tuple(name for name in NAMES if name not in (*WITHOUT_LORA, "wan 2.2 a14b", "anima"))
+"""Those whose LoRA is one file; of two networks see tests/export/test_experts.py, of a modular one test_anima.py."""
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +116,7 @@ def families(*short: str, of: tuple[str, ...] = NAMES) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("folder", cases(of, short), indirect=True)
 
 
-older_families = families(*(name for name in NAMES if name not in RECENT))
+each_kind = families("sana", "sd 1", "flux dev", "dit", "wan")
 
 
 def network_of(folder: Path) -> str:
@@ -120,7 +126,16 @@ def network_of(folder: Path) -> str:
 
 def pipeline_of(folder: Path) -> str:
     """The class of a saved pipeline."""
-    return json.loads((folder / "model_index.json").read_text())["_class_name"]
+    return load_index(str(folder))["_class_name"]
+
+
+def loaded(kind: str, folder: Path) -> Any:
+    """A pipeline of plain diffusers, with its parts."""
+    pipe: Any = getattr(diffusers, kind).from_pretrained(str(folder))
+    if isinstance(pipe, diffusers.ModularPipeline):
+        pipe.load_components()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def frames_of(folder: Path) -> int | None:
@@ -163,7 +178,7 @@ def pixels(made: Any) -> np.ndarray:
     ("folder", "objective"),
     cases(
         product(NAMES, ("discrete", "continuous")),
-        short=[("sana", "continuous"), *product(("sana", "sd 1", "sdxl", "flux dev", "wan", "dit"), ["discrete"])],
+        short=[("sana", "continuous"), *product(("sana", "sd 1", "dit"), ["discrete"])],
     ),
     indirect=["folder"],
 )
@@ -182,8 +197,7 @@ def test_a_teacher_is_distilled_and_its_student_drawn(
 
     card = json.loads((run / "student" / CARD).read_text())
     (ours,) = run_sample(run / "student", ["red heart"], steps=1, seed=0, guidance=None, device="cpu")
-    pipe: Any = getattr(diffusers, card["pipeline"]).from_pretrained(run / "student")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = loaded(card["pipeline"], run / "student")
     inputs = teacher.inputs(["red heart"], [generator(0, "sample", 0)])
     theirs = pixels(getattr(pipe(**inputs, **card["calls"]["1"]), card["output"])[0])
     assert theirs.shape == (32, 32 * teacher.frames, 3)
@@ -196,7 +210,7 @@ def contents(condition: Condition) -> torch.Tensor:
     return torch.cat([condition.embeds[condition.mask.bool()].flatten(), *pooled])
 
 
-@families("sana", "sdxl")
+@families("sana")
 def test_conditions_from_disk_are_those_of_the_encoders(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = settings(folder, prompts_file)
     run_encode(config.teacher, prompts_file, tmp_path / "cache", batch=5, display=Display(quiet=True), device="cpu")
@@ -238,7 +252,7 @@ def test_doctor_understands_it(folder: Path) -> None:
     assert moved and wanted and int(wanted[1]) <= int(moved[1]) <= int(moved[2])
 
 
-@families("sana", "sd 1", of=WITH_LORA)
+@families("sana", of=WITH_LORA)
 def test_a_lora_student_shares_its_teachers_weights(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = settings(folder, prompts_file, "student.lora=4", "training.steps=4", "training.checkpoint_every=2")
     run = tmp_path / "run"
@@ -270,7 +284,8 @@ def test_a_lora_student_shares_its_teachers_weights(folder: Path, prompts_file: 
         read, 0.5 * noise, again.encode(["red heart"]), torch.full((1,), guidance),
         again.student_times(1, "consistency"), torch.zeros_like, 0.5,
     )  # fmt: skip
-    torch.testing.assert_close(drawn, x0 / 0.5, rtol=1e-4, atol=1e-4)
+    nearly = 1e-3 if teacher.rounds else 1e-4
+    torch.testing.assert_close(drawn, x0 / 0.5, rtol=nearly, atol=nearly)
 
     # Adapter off: the teacher, as it was.
     state = noise, torch.ones(1), again.encode(["red heart"]), torch.full((1,), guidance)
@@ -293,7 +308,7 @@ def test_a_pipeline_that_loads_no_lora_gets_none(family: str, prompts_file: Path
     folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
     for change in ("student.lora=4", f"teacher.lora={tmp_path / 'some.safetensors'}"):
         config = settings(folder, prompts_file, change)
-        with pytest.raises(UserError, match=r"(PixArtSigma|DiT|LongCatImage|HunyuanVideo15|PRX)Pipeline"):
+        with pytest.raises(UserError, match=r"(PixArtSigma|DiT|LongCatImage|HunyuanVideo15|HunyuanImage|PRX)Pipeline"):
             run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
         assert not (tmp_path / "run").exists()
 
@@ -404,11 +419,12 @@ def test_a_lora_on_the_teacher_is_merged_into_it(folder: Path, tmp_path: Path) -
         theirs = merged.pipeline_latents(["red heart"], [generator(0, "test", 0)], scale, 2)
         merged.pipe = merged_pipe
         ours = sample_teacher(merged, 0.5 * noise, condition, scales, 2, even=merged.even_ladder)
-    assert (ours / 0.5 - theirs).norm() / theirs.norm() < 1e-4 < (without - theirs).norm() / theirs.norm()
+    nearly = 1e-3 if merged.rounds else 1e-4
+    assert (ours / 0.5 - theirs).norm() / theirs.norm() < nearly < (without - theirs).norm() / theirs.norm()
 
 
 @pytest.mark.parametrize(
-    ("folder", "lora"), cases(product(WITH_LORA, (0, 4)), short=[("sana", 0), ("sd 1", 4)]), indirect=["folder"]
+    ("folder", "lora"), cases(product(WITH_LORA, (0, 4)), short=[("sana", 0)]), indirect=["folder"]
 )
 def test_a_teacher_in_bfloat16(folder: Path, prompts_file: Path, tmp_path: Path, lora: int) -> None:
     """Its weights take half the memory; it walks about as before, and its student learns in float32."""
@@ -510,6 +526,7 @@ def test_a_lora_of_which_some_is_not_taken_is_refused(part: str, dtype: Any, tmp
         load_teacher(settings, "cpu")
 
 
+@pytest.mark.long
 def test_a_lora_on_the_text_encoder_counts_with_conditions_from_disk(prompts_file: Path, tmp_path: Path) -> None:
     """The pipeline has no text encoder then until the LoRA is merged."""
     folder = tiny.save(tiny.make_sd1, tmp_path / "pipeline")
@@ -562,7 +579,7 @@ def test_a_lora_that_does_not_fit_is_one_line(tiny_sana: Path, tmp_path: Path) -
         assert "\n" not in str(caught.value)
 
 
-@older_families
+@families("sana", "flux dev", "sd3")
 def test_several_scales_need_a_network_that_can_be_told(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = settings(folder, prompts_file, "space.guidance=[3.0, 5.0]")
     teacher = load_teacher(config.teacher, "cpu")
@@ -578,7 +595,7 @@ def test_several_scales_need_a_network_that_can_be_told(folder: Path, prompts_fi
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("family", ["flux schnell", "sd 1"])
+@pytest.mark.parametrize("family", cases(("flux schnell", "sd 1"), short=["flux schnell"]))
 def test_a_student_of_a_teacher_without_guidance_says_no_scale(family: str, prompts_file: Path, tmp_path: Path) -> None:
     """FLUX schnell has none, others may be told to go without: no scale is taught, and none is on the card."""
     folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
@@ -591,7 +608,7 @@ def test_a_student_of_a_teacher_without_guidance_says_no_scale(family: str, prom
     assert recipe["taught"] == [1.0] and recipe["guidance"] == 1.0
 
 
-@pytest.mark.parametrize("family", ["flux dev", "flux schnell"])
+@pytest.mark.parametrize("family", cases(("flux dev", "flux schnell"), short=["flux schnell"]))
 def test_a_flux_that_was_tuned_back_has_classifier_free_guidance(
     family: str, prompts_file: Path, tmp_path: Path
 ) -> None:
@@ -668,7 +685,7 @@ def test_advice_fits_what_went_wrong(
         load_teacher(TeacherSettings(source=str(tiny_sana)), "cpu")
 
 
-@older_families
+@each_kind
 def test_a_walk_at_another_size_is_that_of_a_teacher_made_for_it(folder: Path, prompts_file: Path) -> None:
     """Nothing that the size decides is fixed when the teacher is made: positions, sizes that the network is told."""
     base = settings(folder, prompts_file).teacher
@@ -688,7 +705,7 @@ def test_a_walk_at_another_size_is_that_of_a_teacher_made_for_it(folder: Path, p
         load_teacher(base.model_copy(update={"sizes": ((32, 17),)}), "cpu")
 
 
-@families("sana", "sdxl")
+@families("sana")
 def test_a_run_at_several_sizes(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     """One is drawn for every step, walks are filtered by the black picture of their size, and the student is saved."""
     if pipeline_of(folder) == "DiTPipeline":
@@ -705,7 +722,7 @@ def test_a_run_at_several_sizes(folder: Path, prompts_file: Path, tmp_path: Path
     assert picture.size == (32 * (frames_of(folder) or 1), 32)
 
 
-@older_families
+@each_kind
 def test_the_objective_follows_the_networks_time(folder: Path, tiny_sana: Path, prompts_file: Path) -> None:
     """Left to itself a run has no tangent where dF/dt explodes; what is asked for is done."""
     fast = pipeline_of(folder) not in TIME_TO_ONE
@@ -741,6 +758,9 @@ def test_wan_of_another_kind_is_refused(tmp_path: Path, change: dict[str, Any]) 
     ("kind", "reason"),
     [
         ("FluxInpaintPipeline", r" \(it fills a part of an image; give the .*\);"),
+        ("LTX2Pipeline", r" \(each step moves video and sound together, .*; give a model of videos alone\);"),
+        ("LTX2ImageToVideoPipeline", r" \(it starts from an image; .*\);"),
+        ("Kandinsky5I2IPipeline", r" \(it edits an image; give the .*\);"),
         ("Flux2KleinKVPipeline", r" \(it caches the keys of images .* without KV and save it again\);"),
         ("AuraFlowPipeline", ";"),
         (None, ";"),
@@ -788,6 +808,58 @@ def test_a_guider_with_another_rule_is_refused(tmp_path: Path, change: dict[str,
     ) as caught:
         load_teacher(TeacherSettings(source=str(folder)), "cpu")
     assert "\n" not in str(caught.value)
+
+
+NO_PROJECTION = {"adaptive_projected_guidance_scale": 1.0}
+
+
+def mix(**options: Any) -> diffusers.AdaptiveProjectedMixGuidance:
+    """A guider as published, at its defaults but for `options`."""
+    return diffusers.AdaptiveProjectedMixGuidance(guidance_scale=3.5, **options)
+
+
+def hunyuan_image(**guiders: Any) -> Any:
+    pipe = tiny_hunyuan_image.make_hunyuan_image()
+    return type(pipe)(**pipe.components | guiders)
+
+
+@pytest.mark.parametrize(
+    ("guiders", "said"),
+    [
+        ({"guider": mix()}, r"late steps of its guider depend .*; write .*: 1 into guider/guider_config.json"),
+        ({"ocr_guider": mix()}, r"late steps of its ocr_guider depend .*; write .*: 1 into ocr_guider/guider_con"),
+        ({"guider": mix(**NO_PROJECTION, start=0.1)}, "has a AdaptiveProjectedMixGuidance with start; give it a Class"),
+        ({"guider": None}, "has no guider, as pipelines of distilled networks; give the model"),
+        (
+            {"ocr_guider": mix(**NO_PROJECTION).new(guidance_scale=5.0)},
+            r"has guiders of scales 3\.5 and 5\.0; write one guidan",
+        ),
+    ],
+)
+def test_guiders_that_are_no_velocity_are_refused(tmp_path: Path, guiders: dict[str, Any], said: str) -> None:
+    """Guidance with a momentum depends on the steps before; two scales would need to know which prompt is asked for."""
+    folder = tiny.save(partial(hunyuan_image, **guiders), tmp_path / "pipeline")
+    with pytest.raises(UserError, match=said) as caught:
+        load_teacher(SMALL.model_copy(update={"source": str(folder)}), "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mixed_guider_without_projection_is_plain_guidance(tmp_path: Path) -> None:
+    """As a published folder is with that one option, by its own guiders, at more steps than they would begin after."""
+    both = {name: mix(**NO_PROJECTION, adaptive_projected_guidance_start_step=1) for name in ("guider", "ocr_guider")}
+    folder = tiny.save(partial(hunyuan_image, **both), tmp_path / "pipeline")
+    teacher = load_teacher(SMALL.model_copy(update={"source": str(folder), "max_tokens": 64}), "cpu")
+    assert teacher.default_guidance == 3.5
+    prompts = ["a cat", "a sign that says \"a cat\" and 'no'"]
+    draws = [torch.Generator().manual_seed(i) for i in range(2)]
+    teacher.encode(prompts)
+    theirs = teacher.latents_of(teacher.pipe, prompts, draws, **teacher.usual_call(), num_inference_steps=4)
+    noise = torch.stack([torch.randn(teacher.latent_shape, generator=torch.Generator().manual_seed(i)) for i in (0, 1)])
+    ours = sample_teacher(teacher, 0.5 * noise, teacher.encode(prompts), torch.full((2,), 3.5), 4, even=True)
+    assert (ours / 0.5 - theirs).norm() < 1e-4 * theirs.norm()
+    save_whole(teacher, new_student(teacher), tmp_path / "student", tiny.recipe(teacher))
+    saved = diffusers.HunyuanImagePipeline.from_pretrained(tmp_path / "student")
+    assert saved.ocr_guider is None and saved.guider.config.guidance_scale == 1
 
 
 def test_what_stands_in_quotes_is_a_second_text(tmp_path: Path) -> None:

@@ -10,9 +10,12 @@ from typing import Any
 import diffusers
 import pytest
 import tiny
+import tiny_anima
 import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
+import tiny_hunyuan_image
+import tiny_kandinsky
 import tiny_prx
 import tiny_qwen
 import tiny_z_image
@@ -29,11 +32,13 @@ from stepfold.teachers.schedules import CLIP_SETTINGS, CLIPS, FLOW, OBEYED, ONLY
 PAGE = Path(__file__).parents[2] / "docs" / "pipeline-options.md"
 NETWORKS = (
     "ChromaTransformer2DModel", "DiTTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel",
-    "HunyuanVideo15Transformer3DModel", "SanaVideoTransformer3DModel",
+    "HunyuanVideo15Transformer3DModel", "Kandinsky5Transformer3DModel", "SanaVideoTransformer3DModel",
     "Krea2Transformer2DModel", "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel",
     "PixArtTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel",
     "UNet2DConditionModel", "WanTransformer3DModel",
     "ErnieImageTransformer2DModel", "PRXTransformer2DModel", "ZImageTransformer2DModel",
+    "HunyuanImageTransformer2DModel",
+    "CosmosTransformer3DModel",
 )  # fmt: skip
 CLASSES = {
     "Networks": NETWORKS,
@@ -41,6 +46,8 @@ CLASSES = {
         "AutoencoderDC",
         "AutoencoderKL",
         "AutoencoderKLFlux2",
+        "AutoencoderKLHunyuanVideo",
+        "AutoencoderKLHunyuanImage",
         "AutoencoderKLHunyuanVideo15",
         "AutoencoderKLQwenImage",
         "AutoencoderKLWan",
@@ -48,6 +55,9 @@ CLASSES = {
     "Schedulers": (*VP, *FLOW, "SCMScheduler"),
     "Pipelines": tuple(FAMILIES),
 }
+
+PIPELINES: dict[str, Any] = {kind.__name__: kind for family in FAMILIES.values() for kind in family.pipelines}
+"""Those of diffusers; of modular ones the parts and the call that they have here."""
 
 
 def rows_of(title: str) -> list[list[str]]:
@@ -67,12 +77,13 @@ def holds(title: str, there: set[str]) -> bool:
 
 
 def test_the_page_has_every_argument_and_no_other() -> None:
-    assert holds("Arguments of a call", parameters(getattr(diffusers, name).__call__ for name in FAMILIES))
+    assert holds("Arguments of a call", parameters(kind.__call__ for kind in PIPELINES.values()))
 
 
 @pytest.mark.parametrize("title", CLASSES)
 def test_the_page_has_every_field_and_no_other(title: str) -> None:
-    assert holds(title, parameters(getattr(diffusers, name).__init__ for name in CLASSES[title]))
+    kinds = (PIPELINES.get(name) or getattr(diffusers, name) for name in CLASSES[title])
+    assert holds(title, parameters(kind.__init__ for kind in kinds))
 
 
 def test_the_page_sorts_a_schedulers_options_as_the_code_does() -> None:
@@ -92,7 +103,7 @@ def changed(make: Callable[[], Any], part: str, fields: dict[str, Any]) -> Any:
 def load(make: Callable[[], Any], part: str, fields: dict[str, Any], folder: Path) -> Any:
     tiny.save(partial(changed, make, part, fields), folder)
     call: dict[str, Any] = {"height": 32, "width": 32, "max_tokens": 48}
-    if "Wan" in type(make()).__name__:
+    if "Wan" in type(make()).__name__ or make is tiny_kandinsky.make_kandinsky_video:
         call["frames"] = 5
     if make in (tiny.make_sd1, tiny.make_sdxl):
         del call["max_tokens"]
@@ -111,7 +122,11 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "patch_size": (tiny.make_flux, "transformer", {"patch_size": 2}),
     "guidance_embeds": (tiny.make_sana, "transformer", {"guidance_embeds": True}),
     "use_meanflow": (tiny_hunyuan.make_hunyuan_video, "transformer", {"use_meanflow": True}),
+    "guidance_embeds, with": (tiny_hunyuan_image.make_hunyuan_image, "transformer", {"guidance_embeds": True}),
+    "use_meanflow, of images": (tiny_hunyuan_image.make_hunyuan_image, "transformer", {"use_meanflow": True}),
+    "img_context_dim_in": (tiny_anima.make_anima, "transformer", {"img_context_dim_in": 8}),
     "patch_size_t": (tiny_hunyuan.make_hunyuan_video, "transformer", {"patch_size_t": 2}),
+    "visual_cond": (tiny_kandinsky.make_kandinsky_image, "transformer", {"visual_cond": True}),
     "zero_cond_t": (tiny_qwen.make_qwen_image, "transformer", {"zero_cond_t": True}),
     "use_additional_t_cond": (tiny_qwen.make_qwen_image, "transformer", {"use_additional_t_cond": True}),
     "use_layer3d_rope": (tiny_qwen.make_qwen_image, "transformer", {"use_layer3d_rope": True}),
@@ -129,7 +144,9 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
 @pytest.mark.parametrize("field", REFUSED)
 def test_a_network_that_asks_for_more_than_a_text_is_refused(field: str, tmp_path: Path) -> None:
     """A latent consistency model was distilled as if it embedded nothing; others failed inside of a run."""
-    with pytest.raises(UserError, match=rf"this \w+'s config has {field}=.*: .*; use a plain text-to-image model"):
+    with pytest.raises(
+        UserError, match=rf"this \w+'s config has {field.split(',')[0]}=.*: .*; use a plain text-to-image model"
+    ):
         load(*REFUSED[field], tmp_path / "pipeline")
 
 
@@ -218,6 +235,10 @@ OBEYED_FIELDS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "qwen image": (
         tiny_qwen.make_qwen_image, "transformer", dict(patch_size=1, out_channels=16, axes_dims_rope=(8, 4, 4)),
     ),
+    "kandinsky video": (
+        tiny_kandinsky.make_kandinsky_video, "transformer",
+        dict(visual_cond=False, axes_dims=(2, 4, 6), attention_type="flash", attention_window=3, num_text_blocks=1),
+    ),
     "chroma": (tiny_chroma.make_chroma, "transformer", dict(axes_dims_rope=(8, 4, 4), approximator_layers=1)),
     "longcat": (tiny_qwen.make_longcat, "transformer", dict(axes_dims_rope=[8, 4, 4])),
     "krea 2": (
@@ -242,6 +263,17 @@ OBEYED_FIELDS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
             axes_lens=[100, 40, 16],
         ),
     ),
+    "anima": (
+        tiny_anima.make_anima, "transformer",
+        dict(
+            extra_pos_embed_type="learnable", rope_scale=(2.0, 1.0, 2.0), max_size=(4, 40, 40),
+            use_crossattn_projection=True, crossattn_proj_in_channels=20, encoder_hidden_states_channels=20,
+        ),
+    ),
+    "hunyuan image": (
+        tiny_hunyuan_image.make_hunyuan_image, "transformer",
+        dict(patch_size=(2, 1), rope_theta=100.0, rope_axes_dim=(4, 12), num_refiner_layers=2, text_embed_2_dim=None),
+    ),
 }  # fmt: skip
 
 
@@ -253,7 +285,7 @@ def test_a_network_of_other_fields_is_its_pipelines(family: str, tmp_path: Path)
     condition, guidance = teacher.encode(prompts), torch.full((2,), 3.0)
     if teacher.guidance_kind == "none":
         guidance = torch.ones(2)
-    assert agreement(teacher, prompts, condition, guidance, 4).network < 1e-4
+    assert agreement(teacher, prompts, condition, guidance, 4).network < (1e-3 if teacher.rounds else 1e-4)
     x, t = torch.randn(2, *teacher.latent_shape), torch.tensor([0.5, 1.2])
     student = new_student(teacher)
     F = teacher.velocity(x, t, condition, torch.full((2,), teacher.no_guidance)) / teacher.sigma_data
@@ -278,10 +310,13 @@ AUTOENCODERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "qwen image": (tiny_qwen.make_qwen_image, dict(latents_mean=[1.0, 2, 3, 4], latents_std=[1.0, 2, 3, 4])),
     "chroma": (tiny_chroma.make_chroma, dict(scaling_factor=0.3, shift_factor=0.4)),
     "longcat": (tiny_qwen.make_longcat, dict(scaling_factor=0.3, shift_factor=0.4)),
+    "kandinsky image": (tiny_kandinsky.make_kandinsky_image, dict(scaling_factor=0.3, shift_factor=0.4)),
     "krea 2": (tiny_qwen.make_krea2, dict(latents_mean=[1.0, 2, 3, 4], latents_std=[1.0, 2, 3, 4])),
     "ernie-image": (tiny_ernie_image.make_ernie_image, dict(batch_norm_eps=0.5, batch_norm_momentum=0.3)),
     "prx": (tiny_prx.make_prx, dict(scaling_factor=0.3, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4])),
     "z-image": (tiny_z_image.make_z_image, dict(scaling_factor=0.3, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4])),
+    "hunyuan image": (tiny_hunyuan_image.make_hunyuan_image, dict(scaling_factor=0.3)),
+    "anima": (tiny_anima.make_anima, dict(latents_mean=[1.0, 2, 3, 4], latents_std=[1.0, 2, 3, 4])),
 }  # fmt: skip
 
 
@@ -293,5 +328,6 @@ def test_pictures_of_another_autoencoder_are_the_pipelines(family: str, tmp_path
     draws = [torch.Generator().manual_seed(i) for i in range(2)]
     latents = teacher.latents_of(teacher.pipe, ["a", "b"], draws, **call)
     draws = [torch.Generator().manual_seed(i) for i in range(2)]
-    made = teacher.pipe(**teacher.inputs(["a", "b"], draws), output_type="pt", **call).images
-    torch.testing.assert_close(teacher.decode(teacher.sigma_data * latents), made.float(), rtol=0, atol=1e-5)
+    made = teacher.pipe(**teacher.inputs(["a", "b"], draws), output_type="pt", **call)
+    theirs = getattr(made, teacher.output)
+    torch.testing.assert_close(teacher.decode(teacher.sigma_data * latents), theirs.float(), rtol=0, atol=1e-5)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
+    from stepfold.bank import Bank
     from stepfold.config import Config
     from stepfold.display import Display
     from stepfold.images.reading import ImageFolder
@@ -206,6 +207,7 @@ def load(
             f"the student keeps {config.student.depth:.0%} of the teacher's blocks: it starts far from the teacher, "
             "and needs many more steps than a whole one"
         )
+    bank = bank_of(config, teacher, prompts)
     student = make_student(teacher, config.student, config.teacher)
     usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
     recipe = make_recipe(config, teacher, guidance_scales(config, teacher), usual)
@@ -219,6 +221,8 @@ def load(
             Source("prompts", str(prompts.source), prompts.sha256, len(prompts)),
             Source("teacher", config.teacher.source, weights),
         ]
+        if bank:
+            sources.append(Source("bank", str(bank.folder), bank.fingerprint(), len(bank)))
         if images:
             sources.append(Source("images", str(images.path), images.fingerprint()))
         lock = prepare_run(folder, config, resume, sources, display.note)
@@ -227,7 +231,7 @@ def load(
     run = Run(
         config, folder, accelerator, processes, prompts, teacher, usual, recipe,
         conditions=conditions_from(cache, teacher, prompts), cached=cache is not None,
-        blacks=blacks, latents=latents, lock=lock, score=score,
+        blacks=blacks, latents=latents, bank=bank, lock=lock, score=score,
     )  # fmt: skip
     return run, student
 
@@ -251,15 +255,46 @@ def open_score(config: "Config", teacher: "PipelineTeacher") -> "PictureScore | 
     return clip_reward(clip, teacher.device)
 
 
+def bank_of(config: "Config", teacher: "PipelineTeacher", prompts: "PromptFile | ImageFolder") -> "Bank | None":
+    """The bank that the settings name; None where they name none.
+
+    Raises:
+        UserError: it is of another teacher, prompts, size or guidance scale.
+    """
+    from stepfold.bank import open_bank
+    from stepfold.teachers.fingerprints import teacher_fingerprint
+    from stepfold.training.draws import guidance_scales
+
+    if not config.space.bank:
+        return None
+    shape, *others = teacher.latent_shapes
+    if others:
+        raise UserError("space.bank holds images of one size; leave out teacher.sizes")
+    wanted = {
+        "fingerprint": teacher_fingerprint(config.teacher, network_only=False), "prompts_sha256": prompts.sha256,
+        "latent_shape": list(shape),
+    }  # fmt: skip
+    bank = open_bank(Path(config.space.bank), wanted)
+    scale = float(bank.index["guidance"])
+    if set(guidance_scales(config, teacher)) != {scale}:
+        raise UserError(
+            f"{bank.folder} was sampled at guidance scale {scale:g}; add --set space.guidance=[{scale:g}], which the "
+            "student then stands for"
+        )
+    return bank
+
+
 def open_texts(config: "Config") -> "tuple[PromptFile | ImageFolder, ImageFolder | None]":
     """The training prompts, and the image folder that they are the captions of, if they are."""
     from stepfold.images.reading import open_images
     from stepfold.prompts.reading import open_prompts
 
     if config.space.images:
+        if config.teacher.image_column:
+            raise UserError("teacher.image_column is for prompts of a table, not for space.images; leave one out")
         images = open_images(config.space.images)
         return images, images
-    return open_prompts(config.prompts or assets.PROMPTS), None
+    return open_prompts(config.prompts or assets.PROMPTS, config.teacher.image_column), None
 
 
 def kept_latents(
@@ -295,6 +330,7 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
     Loading `began` at this time of `time.perf_counter`.
     """
     from stepfold.evaluation.preview import make_preview
+    from stepfold.objectives.consistency import short_of_r
     from stepfold.students.starting import make_fake
     from stepfold.teachers.loading import counts_to_thousand
     from stepfold.training.distill import distill as distil
@@ -305,6 +341,8 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
     config, device, first = run.config, run.accelerator.device, run.processes.first
     if config.objective == "continuous" and first and counts_to_thousand(config):
         display.note(steepness(run.teacher, student, run.prompts, run.conditions, config, device))
+    if first and (short := short_of_r(config)):
+        display.note(short)
     preview = make_preview(
         run.folder, run.teacher, run.conditions, run.prompts, run.recipe, config.seed, display.note, writes=first
     )
@@ -323,12 +361,13 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
         if tracker:
             tracker.add(progress.row, progress.step)
 
+    ready = run.conditions if run.cached or config.teacher.image_column else None
     reset_peak_memory(device)
     with display.training(config.training.steps):
         average = distil(
             config, run.folder, run.teacher, student, run.prompts, run.blacks, run.accelerator,
-            processes=run.processes, latents=run.latents, conditions=run.conditions if run.cached else None,
-            stages=course.stages, note_tangent=note_tangent, report=report, preview=course.apart(preview),
+            processes=run.processes, latents=run.latents, bank=run.bank, conditions=ready, stages=course.stages,
+            note_tangent=note_tangent, report=report, preview=course.apart(preview),
             make_fake=lambda: make_fake(run.teacher, config.fake), score=run.score,
         )  # fmt: skip
     course.note_memory()

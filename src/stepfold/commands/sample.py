@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -29,9 +29,17 @@ def sample(
     gamma: Annotated[
         float, typer.Option(min=0, max=1, help="Share of fresh noise in a flow map's steps; 0 is deterministic.")
     ] = 0.0,
+    first_step: Annotated[
+        Literal["student", "teacher"],
+        typer.Option(help="Who takes the first step. The teacher's is slower, and keeps more of its diversity."),
+    ] = "student",
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     guidance: Annotated[
         float | None, typer.Option(min=0, max=1000, help="Guidance scale. Default: the usual one of the student's run.")
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="Reference image of all prompts, for a student of FLUX.2.", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option(help="PNG to write; several prompts go side by side.")] = Path("sample.png"),
     race: Annotated[
@@ -51,6 +59,8 @@ def sample(
     stepfold sample emoji-student "pizza" "fox" --steps 2 --seed 3 --out two.png
 
     stepfold sample emoji-student "pizza on white background" --race race.gif
+
+    stepfold sample runs/mine "a fox in snow" --steps 4 --first-step teacher
     """
     from PIL import Image
 
@@ -61,14 +71,18 @@ def sample(
         raise UserError(f"--out {out} is no PNG; give a name that ends in .png")
     quiet_libraries()
     if race:
+        if image:
+            raise UserError("--race samples from text alone; leave out --image")
         if sampler:
             raise UserError("--race uses the student's own sampler; leave out --sampler")
+        if first_step == "teacher":
+            raise UserError("--race is between student and teacher; leave out --first-step")
         run_race(student, prompts, race, steps=steps, seed=seed, guidance=guidance, device=usable_device(device))
         typer.echo(race)
         return
     pictures = run_sample(
-        student, prompts, steps=steps, seed=seed, guidance=guidance, sampler=sampler, gamma=gamma,
-        device=usable_device(device),
+        student, prompts, steps=steps, seed=seed, guidance=guidance, sampler=sampler, gamma=gamma, image=image,
+        first_step=first_step, device=usable_device(device),
     )  # fmt: skip
     strip = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
     left = 0
@@ -136,6 +150,8 @@ def run_sample(
     device: str,
     sampler: str | None = None,
     gamma: float = 0.0,
+    image: Path | None = None,
+    first_step: str = "student",
 ) -> "list[Image.Image]":
     """Pictures of a student, one a prompt; the same as its pipeline's with the same noise.
 
@@ -149,27 +165,43 @@ def run_sample(
         device: of torch.
         sampler: its name; None for the student's own.
         gamma: share of fresh noise in a flow map's steps, in [0, 1].
+        image: reference image of all prompts; None for text alone.
+        first_step: `student`, or `teacher`, which is loaded too then.
 
     Raises:
-        UserError: the folder is no student, or it was not trained for this scale, sampler, gamma or number of steps.
+        UserError: the folder is no student, it reads no image, or it was not trained for this scale, sampler,
+            gamma or number of steps.
     """
     import torch
 
-    from stepfold.evaluation.measure import student_sampler
+    from stepfold.evaluation.measure import hybrid_sampler, student_sampler
     from stepfold.evaluation.preview import to_image
+    from stepfold.images.files import read_picture
     from stepfold.randomness import normal
     from stepfold.students.card import read_card
     from stepfold.students.loading import load_student
+    from stepfold.teachers.loading import load_teacher
 
+    if first_step == "teacher" and gamma:
+        raise UserError("--gamma adds fresh noise to the student's own steps alone; leave it or --first-step out")
     asked = read_card(folder).recipe.sampled_by(sampler)
     asked.gamma_for(gamma)  # refused before anything is loaded
     scale = asked.scale_for(guidance)
     pipeline, student, card = load_student(folder, device)
     recipe = card.recipe.sampled_by(sampler)
-    condition = pipeline.encode(prompts)
+    if image and not pipeline.reads_images:
+        raise UserError(f"--image is for students of FLUX.2, and this one is a {card.pipeline}; leave it out")
+    pictures = [read_picture(image, pipeline.height, pipeline.width)] * len(prompts) if image else None
+    condition = pipeline.encode(prompts, pictures)
     shape = pipeline.latent_shape
     noise = torch.stack([normal(shape, seed, "sample", i) for i in range(len(prompts))])
-    x0 = student_sampler(student, recipe, steps or next(iter(card.asked_steps), 1), seed, gamma)(
+    count = steps or next(iter(card.asked_steps), 1)
+    if first_step == "teacher":
+        teacher = load_teacher(card.teacher_settings(), device)
+        drawn_by = hybrid_sampler(teacher, student, recipe, count, seed)
+    else:
+        drawn_by = student_sampler(student, recipe, count, seed, gamma)
+    x0 = drawn_by(
         pipeline.sigma_data * noise.to(device),
         condition,
         torch.full((len(prompts),), scale, device=device),

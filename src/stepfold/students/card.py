@@ -11,7 +11,7 @@ from stepfold import assets
 from stepfold.config import renamed
 from stepfold.errors import UserError, first_line
 from stepfold.sampling.recipe import Recipe
-from stepfold.settings import Section, TeacherSettings
+from stepfold.sections import Section, TeacherSettings
 
 CARD = "stepfold.json"
 RUN = "config.yaml"
@@ -54,7 +54,7 @@ class Card(Section):
     frames: Count | None = None
     max_tokens: Count
     recipe: Recipe
-    output: Literal["images", "frames"] = "images"
+    output: Literal["images", "image", "frames"] = "images"
     pipeline: str = ""
     scheduler: str = ""
     calls: dict[int, dict[str, Any]] = Field(default_factory=dict)

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import guide
+from stepfold.maths.formulations import guide, trigflow_time
 from stepfold.teachers.calls import PipelineCalls
 from stepfold.teachers.contract import Condition, GuidanceKind
 from stepfold.teachers.schedules import Schedule, flow_shift, read_flow
@@ -40,7 +41,9 @@ class Family(PipelineCalls):
         outputs: channels out for each channel in; with a learned variance 2.
         autoencoder_layout: what `to_autoencoder` does, in words that end "which is the last line below, ".
         time_field: field of the network's config, if any, that the network multiplies a time of [0, 1] by.
+        reads_images: whether a condition may hold an image beside the text, as its second text.
         unread: optional parts of the pipeline that are left out.
+        rounds: whether the network rounds to bfloat16 within, whatever its weights are.
         video_autoencoder: whether the autoencoder takes videos where the pipeline makes pictures: one frame then.
         source: folder or hub id.
         index: the pipeline's model_index.json.
@@ -49,6 +52,7 @@ class Family(PipelineCalls):
         frames: of a video; 1 where the pipeline makes pictures.
         factor: pixels a latent, along each side.
         schedule: the pipeline's noise schedule.
+        guided_times: lowest and highest time at which classifier-free guidance acts; None for all.
     """
 
     pipelines: ClassVar[tuple[type, ...]] = ()
@@ -64,10 +68,13 @@ class Family(PipelineCalls):
     outputs: ClassVar[tuple[int, ...]] = (1,)
     autoencoder_layout: ClassVar[str] = ""
     time_field: ClassVar[str] = ""
+    reads_images: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
+    rounds: ClassVar[bool] = False
     video_autoencoder: ClassVar[bool] = False
     ode: Literal["flow", "trigflow"] = "flow"
     start_time: float = math.pi / 2
+    guided_times: tuple[float, float] | None = None
 
     source: str
     index: dict[str, Any]
@@ -221,6 +228,14 @@ class Family(PipelineCalls):
         """Prompts as in use -> condition; text encoders are loaded."""
         raise NotImplementedError
 
+    def with_images(self, texts: Condition, images: Sequence[Tensor] | None) -> Condition:
+        """Texts with an image [3, height, width] in [0, 1] each, of the teacher's own size; None for none."""
+        return replace(texts, second=self.encode_images(torch.stack(list(images)))) if images else texts
+
+    def encode_images(self, images: Tensor) -> Condition:
+        """Images [B, 3, height, width] in [0, 1], of families with `reads_images` -> a condition's second text."""
+        raise NotImplementedError
+
     def encode_nothing(self) -> Condition:
         """The condition of the unconditional branch, one row."""
         return self.encode_texts([""])
@@ -331,6 +346,32 @@ class Family(PipelineCalls):
             weight: w [B], `guidance_weight` of the scales.
         """
         return guide(without, with_prompt, weight)
+
+    def guide_between(self, lowest: float, highest: float) -> None:
+        """Lets classifier-free guidance act between two flow-matching noise levels alone.
+
+        Reference: arXiv:2404.07724 (guidance in a limited interval), whose levels are EDM's.
+
+        Raises:
+            UserError: this teacher's guidance is not classifier-free.
+        """
+        if self.guidance_kind != "classifier_free":
+            raise UserError(
+                f"teacher.guidance_interval is set, but the guidance of {self.source!r} is {self.guidance_kind}, not "
+                "classifier_free, and cannot be switched off; leave it out"
+            )
+        low, high = trigflow_time(torch.tensor([lowest, highest], dtype=torch.float64)).tolist()
+        self.guided_times = low, high
+
+    def weight_at(self, t: Tensor, guidance: Tensor | None) -> Tensor | None:
+        """Weights w [B] of classifier-free guidance at times t [B]; None where none acts, which costs half."""
+        if guidance is None or self.guidance_kind != "classifier_free":
+            return None
+        weight = self.guidance_weight(guidance)
+        if self.guided_times is None:
+            return weight
+        acts = (t >= self.guided_times[0]) & (t <= self.guided_times[1])
+        return torch.where(acts, weight, 1.0) if acts.any() else None
 
     def usual_guidance(self) -> float:
         """The scale of the pipeline's own call."""

@@ -143,15 +143,15 @@ class PipelineTeacher(Family):
 
     @torch.no_grad()
     @override
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Prompts are treated as the pipeline treats them by default.
+    def encode(self, prompts: Sequence[str], images: Sequence[Tensor] | None = None) -> Condition:
+        """Prompts are treated as the pipeline treats them by default; `images` are those of `with_images`.
 
         Raises:
             UserError: the tokenizer or a text encoder breaks on them, as damaged ones do.
         """
         self._load_text_encoders()
         try:
-            return self.encode_texts(list(prompts)).trimmed()
+            return self.with_images(self.encode_texts(list(prompts)).trimmed(), images)
         except (UserError, *DEVICE_ERRORS):
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -202,18 +202,18 @@ class PipelineTeacher(Family):
     def null(self, like: Condition) -> Condition:
         """The unconditional branch's condition for each row of `like`.
 
-        With `null_mask="own"` it is masked by its own length, as diffusers' pipelines do; with `"prompt"` by the
-        prompt's mask, as the public training code does.
+        An image stays: guidance is by the text. With `null_mask="own"` it is masked by its own length, as diffusers'
+        pipelines do; with `"prompt"` by the prompt's mask, as the public training code does.
 
         Raises:
             UserError: a teacher without classifier-free guidance.
         """
         if self._null is None or self._null_trimmed is None:
             raise UserError(NO_NULL)
+        null = self._null_trimmed.expand(len(like))
         if self.null_mask == "prompt":
-            null = self._null.padded(like.mask.shape[1]).expand(len(like))
-            return replace(null, mask=like.mask)
-        return self._null_trimmed.expand(len(like))
+            null = replace(self._null.padded(like.mask.shape[1]).expand(len(like)), mask=like.mask)
+        return replace(null, second=like.second) if self.reads_images else null
 
     @override
     def velocity(
@@ -222,8 +222,8 @@ class PipelineTeacher(Family):
         """Both branches of classifier-free guidance go through the network as one batch."""
         with torch.set_grad_enabled(with_gradient):
             x_unit = x / self.sigma_data
-            if self.guidance_kind == "classifier_free" and guidance is not None:
-                weight = self.guidance_weight(guidance)
+            weight = self.weight_at(t, guidance)
+            if weight is not None:
                 F = self.guided(x_unit, t, *self._branches(x_unit, t, condition), weight)
             else:
                 F = self._unguided(x_unit, t, condition, torch.ones_like(t) if guidance is None else guidance)

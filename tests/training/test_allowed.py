@@ -14,8 +14,8 @@ from stepfold.errors import UserError
 from stepfold.students.lora import lora_student
 from stepfold.students.whole import new_student
 from stepfold.teachers.loading import load_teacher
-from stepfold.training import doctor, methods
-from stepfold.training.methods import allowed_methods
+from stepfold.training import allowed, doctor
+from stepfold.training.allowed import allowed_methods
 
 TEACHERS: dict[str, Callable[[], Any]] = {
     "sana": tiny.make_sana,
@@ -65,16 +65,16 @@ def test_what_is_said_is_what_a_run_would_do(name: str, tmp_path: Path) -> None:
             return False
         return True
 
-    allowed = {method.partition(" (")[0]: line.startswith("yes") for method, line in found.items()}
-    assert allowed["AYF, MeanFlow, CTM"] == works(lambda: new_student(teacher, two_times=True))
-    assert allowed["VSD, SiD-LSG"] == works(lambda: teacher.null(teacher.encode(["7"])))
-    assert allowed["LoRA student"] == works(lambda: lora_student(teacher, 2))
-    assert allowed["DMD, SiD, DP-DMD"] and works(lambda: lora_student(teacher, 2, for_export=False))
+    can = {method.partition(" (")[0]: line.startswith("yes") for method, line in found.items()}
+    assert can["AYF, MeanFlow, CTM"] == works(lambda: new_student(teacher, two_times=True))
+    assert can["VSD, SiD-LSG"] == works(lambda: teacher.null(teacher.encode(["7"])))
+    assert can["LoRA student"] == works(lambda: lora_student(teacher, 2))
+    assert can["DMD, SiD, DP-DMD"] and works(lambda: lora_student(teacher, 2, for_export=False))
 
 
 def test_without_peft_there_is_no_lora(monkeypatch: pytest.MonkeyPatch, tiny_sana: Path) -> None:
     teacher = load_teacher(TeacherSettings(source=str(tiny_sana), max_tokens=16), "cpu")
-    monkeypatch.setattr(methods, "find_spec", lambda name: None)
+    monkeypatch.setattr(allowed, "find_spec", lambda name: None)
     found = allowed_methods(teacher, "dF/dt is large")
     assert (
         found["LoRA student"].startswith("no: peft") and "fake.kind=whole" in found["DMD, SiD, DP-DMD (a fake score)"]
