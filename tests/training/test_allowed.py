@@ -28,8 +28,8 @@ SECOND, GUIDED, APART = "AYF, MeanFlow", "VSD, SiD-LSG", "Decoupled DMD"
 EXPERTS, LORA, IMAGES = "Phased DMD", "LoRA student", "sCM over images"
 SAID = {
     "sana": {
-        SECOND: "yes: time_embed.emb.timestep_embedder embeds", GUIDED: "yes: the network has", APART: "yes: both branches",
-        EXPERTS: "no: the pipeline has one network", LORA: "yes: ", IMAGES: "yes: ",
+        SECOND: "yes: time_embed.emb.timestep_embedder embeds", GUIDED: "yes: the network has",
+        APART: "yes: both branches", EXPERTS: "no: the pipeline has one network", LORA: "yes: ", IMAGES: "yes: ",
     },
     "flux": {
         SECOND: "yes: time_text_embed.timestep_embedder embeds", GUIDED: "no: guidance is embedded",
