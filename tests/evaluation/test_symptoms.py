@@ -13,6 +13,7 @@ from stepfold.evaluation import symptoms
 from stepfold.evaluation.symptoms import LEAST, symptoms_of
 from stepfold.evaluation.verdict import sentences
 from stepfold.training.runs import CONFIG, METRICS
+from stepfold.web.runs import read_run, symptoms_in
 
 STEPS = 100
 
@@ -107,3 +108,10 @@ def test_runs_says_it(tmp_path: Path) -> None:
     assert line.startswith("late: The fake score looks late")
     looks = {row["name"]: row["looks"] for row in json.loads((tmp_path / "runs.json").read_text())}
     assert looks["healthy"] == [] and len(looks["late"]) == 1
+
+
+def test_numbers_that_are_too_large_say_nothing(tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text("seed: 0\n")
+    row = {"gap": 10**400, "cosine": 1, "std": 1}
+    (tmp_path / METRICS).write_text("".join(json.dumps({"step": step, **row}) + "\n" for step in range(STEPS)))
+    assert symptoms_in(read_run(tmp_path.parent, tmp_path.name)) == []

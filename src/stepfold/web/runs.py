@@ -184,7 +184,7 @@ def symptoms_in(run: Run) -> list[str]:
     """What a run's logged numbers look like, in sentences; none where they look healthy or cannot be read."""
     try:
         return symptoms_of(curves_from_rows(rows_of(run.folder)))
-    except UserError:
+    except (UserError, OverflowError):  # a whole number of hundreds of digits
         return []
 
 
