@@ -123,7 +123,9 @@ def test_the_method_that_the_docs_add_is_the_packages_own(
     assert terms.OBJECTIVES["mine"] is names["velocity_loss"] is not terms.OBJECTIVES["velocity"]
     assert METHODS["mine"] == METHODS["velocity"] and METHODS["mine"] is not METHODS["velocity"]
     assert (
-        set(METHODS) - {"auto", "mine"} == {*get_args(ObjectiveName)} == set(terms.OBJECTIVES) - {"adversarial", "mine"}
+        set(METHODS) - {"auto", "mine"}
+        == {*get_args(ObjectiveName)}
+        == set(terms.OBJECTIVES) - {"adversarial", "reward", "mine"}
     )
     assert set(names["ROWS"]) <= set(runpy.run_path(str(ROOT / "tests" / "objectives" / "test_terms.py"))["ROWS"])
     (preset,) = blocks(page, "yaml")

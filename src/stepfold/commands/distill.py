@@ -232,11 +232,9 @@ def load(
         sources = [
             Source("prompts", str(prompts.source), prompts.sha256, len(prompts)),
             Source("teacher", config.teacher.source, weights),
+            *([Source("bank", str(bank.folder), bank.fingerprint(), len(bank))] if bank else ()),
+            *([Source("images", str(images.path), images.fingerprint())] if images else ()),
         ]
-        if bank:
-            sources.append(Source("bank", str(bank.folder), bank.fingerprint(), len(bank)))
-        if images:
-            sources.append(Source("images", str(images.path), images.fingerprint()))
         lock = prepare_run(folder, config, resume, sources, display.note)
     processes.wait()
     blacks, latents = kept_latents(folder, config, accelerator, teacher, cache, images, display)

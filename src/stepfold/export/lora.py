@@ -93,12 +93,12 @@ def write_peft(
         {name.removeprefix(f"{part}.").removesuffix(end) for name in weights for end in ENDS if name.endswith(end)}
     )
     (rank,) = {len(value) for name, value in weights.items() if name.endswith(ENDS[0])}
-    config = LoraConfig(
+    adapter_config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=layers, base_model_name_or_path=card.teacher, inference_mode=True
     )
     with writing(out) as folder:
         folder.mkdir()
-        config.save_pretrained(folder)
+        adapter_config.save_pretrained(folder)
         path = folder / "adapter_config.json"  # its layers are a set, in any order
         settings = json.loads(path.read_text(encoding="utf-8")) | {"target_modules": layers}
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
