@@ -40,6 +40,7 @@ class Family(PipelineCalls):
         outputs: channels out for each channel in; with a learned variance 2.
         autoencoder_layout: what `to_autoencoder` does, in words that end "which is the last line below, ".
         time_field: field of the network's config, if any, that the network multiplies a time of [0, 1] by.
+        rises_to: where the network's time is largest, and where its flow velocity points.
         unread: optional parts of the pipeline that are left out.
         video_autoencoder: whether the autoencoder takes videos where the pipeline makes pictures: one frame then.
         source: folder or hub id.
@@ -64,6 +65,7 @@ class Family(PipelineCalls):
     outputs: ClassVar[tuple[int, ...]] = (1,)
     autoencoder_layout: ClassVar[str] = ""
     time_field: ClassVar[str] = ""
+    rises_to: ClassVar[Literal["noise", "data"]] = "noise"
     unread: ClassVar[tuple[str, ...]] = ()
     video_autoencoder: ClassVar[bool] = False
     ode: Literal["flow", "trigflow"] = "flow"

@@ -20,6 +20,7 @@ from stepfold.spaces.records import Pairs
 from stepfold.students.lora import lora_student
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.conventions import conventions
 from stepfold.teachers.loading import choose_objective, load_teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.teachers.pipeline import SIGMA_DATA, PipelineTeacher
@@ -89,8 +90,7 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
         chosen_backend(student, condition.rows(slice(0, 1)), teacher.latent_shape, config, lora),
         size,
         guidance_effect(teacher, pairs),
-        scale_meaning(teacher),
-        time_range(teacher),
+        *[Finding(name, words, "any", True) for name, words in conventions(teacher).items()],
         *one_step(student, pairs, teacher, config.objective),
     ]
 
@@ -211,23 +211,6 @@ def guidance_effect(teacher: PipelineTeacher, pairs: Pairs) -> Finding:
     return Finding(
         "guidance changes the velocity", f"{effect:.1%}", ">= 1%" if wanted else "any", effect >= 0.01 or not wanted
     )
-
-
-def scale_meaning(teacher: PipelineTeacher) -> Finding:
-    """How the pipeline counts its guidance scale s: the weight w of v_u + w (v_c - v_u), and which s turns it off."""
-    s = teacher.default_guidance
-    said = {
-        "classifier_free": f"s = {s:g} of the pipeline is w = {teacher.guidance_weight(s):g}; "
-        f"s = {teacher.no_guidance:g} turns guidance off",
-        "embedded": f"the network is told s, {s:g} by default; one call a step",
-        "none": "no guidance; one call a step",
-    }
-    return Finding("guidance scale s and weight w", said[teacher.guidance_kind], "any", True)
-
-
-def time_range(teacher: PipelineTeacher) -> Finding:
-    """What the network's own time counts to; dF/dt grows with it."""
-    return Finding("timesteps of the network", f"in [0, {teacher.time_scale:g}]", "any", True)
 
 
 def free_bytes(device: torch.device) -> int:
