@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepfold.errors import UserError
-from stepfold.export.single_file import layout, pieces_of
+from stepfold.export.layouts import layout, pieces_of
 
 Keys = Literal["diffusers", "comfy", "kohya"]
 """Whose names: diffusers' and PEFT's, ComfyUI's for any model, or those of kohya's scripts, which web UIs read too."""
