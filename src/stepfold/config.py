@@ -42,6 +42,7 @@ from stepfold.settings import (
     StudentSettings,
     TeacherSettings,
     TrainingSettings,
+    check_quantised,
 )
 
 RENAMED = {"training.rollout_precision": "training.walk_precision"}
@@ -116,6 +117,7 @@ class Config(Section):
     def _targets_fit(self) -> "Config":
         check_targets(self)
         check_scores(self)
+        check_quantised(self)
         return self
 
     @property

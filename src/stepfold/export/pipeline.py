@@ -209,7 +209,7 @@ def export_lora(folder: Path, out: Path, keys: Keys = "diffusers") -> None:
         with writing(out) as part:
             shutil.copyfile(folder / LORA_WEIGHTS, part)
         return
-    teacher, _, _ = load_student(folder, "cpu")
+    teacher, _, _ = load_student(folder, "cpu", quantise="none")
     state = renamed(load_file(folder / LORA_WEIGHTS), teacher.transformer, teacher.network_part, keys)
     with writing(out) as part:
         save_file(state, part, {"format": "pt"})

@@ -132,6 +132,7 @@ def load_teacher(
         network_only=network_only,
         null=null,
         loras=[(lora.source, lora.scale) for lora in settings.lora],
+        quantised=settings.quantise,
     )
 
 
