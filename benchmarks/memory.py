@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                                the bundled teacher, some minutes
     python benchmarks/memory.py --size sana-0.6b --count       by count: no GPU, no weights (see counting.py)
+    python benchmarks/memory.py --count --presets flux --set teacher.quantise=nf4    flux-lora-4step, by count
 
 The methods are those of table T3 of `stepfold reproduce`. The batch size counts TBCM's prompts; the others, whose
 images are noised to one time each, get as many images as that makes pairs. Each number is the peak of a process of its
@@ -18,8 +19,9 @@ from typing import Any, cast
 
 import torch
 from common import PeakMemory, console, in_child, make_parser, open_record, show, training_device, write_record
-from counting import STEPS, count_step
+from counting import STEPS, count_preset, count_step, count_weights
 from models import SIZES, Place, make_place, open_teacher
+from shapes import SHAPES
 from torch import Tensor
 
 from stepfold.config import Config
@@ -127,6 +129,16 @@ def draw(records: dict[str, list[dict[str, Any]]], out: Path, what: str) -> None
     figure.savefig(out.with_suffix(".png"), dpi=120)
 
 
+def count_presets(families: Sequence[str], changes: Sequence[str], weights_only: bool) -> list[dict[str, Any]]:
+    """A row for each FAMILY-lora-4step: its weights by `teacher.quantise`, its LoRA, and a step of it."""
+    rows = []
+    for family in families:
+        rows.append({"preset": f"{family}-lora-4step", **count_weights(family)})
+        rows[-1] |= {} if weights_only else count_preset(family, changes)
+        console.print(rows[-1])
+    return rows
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures, prints, draws and writes."""
     parser = make_parser(__doc__, "memory", device=False)
@@ -137,7 +149,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     add("--steps", type=int, default=3, help="steps a process (3)")
     add("--count", action="store_true", help="add up the bytes of a step's tensors instead, on this machine")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that differs from T3's")
+    add("--presets", nargs="+", choices=SHAPES, default=[], help="with --count: families of presets FAMILY-lora-4step")
+    add("--weights-only", action="store_true", help="with --presets: no step")
     args = parser.parse_args(argv)
+    if args.presets:
+        record = open_record("memory", argv, torch.device("cpu"))
+        record |= {"set": args.set, "counted": True, "rows": count_presets(args.presets, args.set, args.weights_only)}
+        write_record(args.out, record)
+        return record
     if args.count and args.size == "emoji":
         parser.error("--count takes a shape of Sana: add --size tiny, sana-0.6b or sana-1.6b")
 
