@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from test_cli import Result
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stepfold.config import TeacherSettings, load_config
 from stepfold.errors import UserError
@@ -74,6 +75,15 @@ def test_it_is_the_layer_of_its_weights(kind: Any) -> None:
     (plain(wanted) * up).sum().backward()
     torch.testing.assert_close(x.grad, wanted.grad)
     torch.testing.assert_close(layer(x), plain(wanted))
+
+
+def test_a_block_of_it_is_computed_again() -> None:
+    (first, plain_first), (last, plain_last) = layer_of("nf4"), layer_of("int8")
+    back = torch.randn(96, 128)
+    x, wanted = (torch.linspace(-2, 2, 256).view(2, 128).requires_grad_() for _ in range(2))
+    checkpoint(lambda x: last(torch.tanh(first(x)) @ back), x, use_reentrant=False).sum().backward()
+    plain_last(torch.tanh(plain_first(wanted)) @ back).sum().backward()
+    torch.testing.assert_close(x.grad, wanted.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
