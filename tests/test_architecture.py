@@ -17,7 +17,15 @@ FILES = sorted(p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*.py"))
 
 EXTERNAL = {
     "accelerate": ("training/", "commands/distill.py", "commands/finishing.py"),
-    "diffusers": ("teachers/", "students/", "export/converting.py", "display.py", "training/doctor.py", "evaluation/"),
+    "diffusers": (
+        "teachers/",
+        "students/",
+        "export/converting.py",
+        "levels/",
+        "display.py",
+        "training/doctor.py",
+        "evaluation/",
+    ),
     "transformers": ("evaluation/judge.py", "evaluation/mjhq.py", "teachers/", "display.py"),
     "huggingface_hub": ("teachers/", "export/hub.py"),
     "torch_fidelity": ("evaluation/mjhq.py",),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forms import cases
 from PIL import Image
 
 import stepfold
@@ -36,6 +37,9 @@ COMMANDS = (
     "prompts",
     "retime",
     "convert",
+    "schedule",
+    "bank",
+    "combine",
     "export",
     "push",
 )
@@ -655,8 +659,8 @@ def test_the_shell_completes(typed: str, offered: str) -> None:
     assert offered in found.stdout.split(), found.stdout + found.stderr
 
 
-@pytest.mark.parametrize("words", [(), *((command,) for command in COMMANDS)])
-def test_help_is_quick(words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("command", cases(("", *COMMANDS), short=["", "distill"]))
+def test_help_is_quick(command: str) -> None:
     """Its own process loads nothing that it does not show: 0.4 s of this processor at most, torch alone takes more."""
     code = (
         "import sys, time; from stepfold.cli import main; sys.argv = ['stepfold', *sys.argv[1:], '--help']\n"
@@ -664,7 +668,7 @@ def test_help_is_quick(words: tuple[str, ...]) -> None:
         "except SystemExit: pass\n"
         "print('loaded', [n for n in ('torch', 'diffusers', 'transformers', 'numpy', 'gradio') if n in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code, *" ".join(words).split()], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True)
     assert done.stdout.endswith("loaded []\n") and "Usage" in done.stdout, done.stdout[-300:] + done.stderr
 
 
@@ -678,7 +682,7 @@ def test_help_groups_the_commands_by_what_people_do() -> None:
     }
     assert list(groups) == ["Distil", "Look", "Use", "Prepare"]
     assert sorted(name for names in groups.values() for name in names) == sorted(COMMANDS)
-    assert groups["Distil"] == ["distill", "plan"] and groups["Use"] == ["export", "push"]
+    assert groups["Distil"] == ["distill", "plan", "schedule", "combine"] and groups["Use"] == ["export", "push"]
 
 
 def test_help_says_where_the_presets_are_listed() -> None:
@@ -688,6 +692,7 @@ def test_help_says_where_the_presets_are_listed() -> None:
     assert not set(re.findall(r"[\w-]+", named)) & set(preset_names())
 
 
+@pytest.mark.long
 def test_no_stack_trace_from_a_real_process(tmp_path: Path) -> None:
     options = ("--preset", "paper", "--prompts", "none.txt", "--out", "run")
     done = subprocess.run(

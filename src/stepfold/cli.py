@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from stepfold import __version__
+from stepfold.commands.bank import app as bank
+from stepfold.commands.combine import combine
 from stepfold.commands.convert import convert
 from stepfold.commands.demo import demo
 from stepfold.commands.distill import distill
@@ -25,6 +27,7 @@ from stepfold.commands.reproduce import reproduce
 from stepfold.commands.retime import retime
 from stepfold.commands.runs import runs
 from stepfold.commands.sample import sample
+from stepfold.commands.schedule import schedule
 from stepfold.errors import NonFiniteError, UserError, first_line
 
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # type: ignore[assignment] # typer's own, or click's
@@ -59,7 +62,7 @@ def options(
 
 
 GROUPS = {
-    "Distil": (distill, plan),
+    "Distil": (distill, plan, schedule, combine),
     "Look": (sample, demo, evaluate, runs, reproduce),
     "Use": (export, push),
     "Prepare": (doctor, presets, retime, convert),
@@ -68,9 +71,10 @@ GROUPS = {
 for group, commands in GROUPS.items():
     for command in commands:
         app.command(rich_help_panel=group)(command)
-for command in (*app.registered_commands, *prompts.registered_commands):
+for command in (*app.registered_commands, *prompts.registered_commands, *bank.registered_commands):
     command.cls = Command
 app.add_typer(prompts, name="prompts", rich_help_panel="Prepare")
+app.add_typer(bank, name="bank", rich_help_panel="Prepare")
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from stepfold.scores import (
     RolloutSettings,
     check_scores,
 )
+from stepfold.sections import check_quantised
 from stepfold.settings import (
     LARGEST,
     AdversarialSettings,
@@ -42,7 +43,6 @@ from stepfold.settings import (
     StudentSettings,
     TeacherSettings,
     TrainingSettings,
-    check_quantised,
 )
 
 RENAMED = {"training.rollout_precision": "training.walk_precision"}

@@ -104,6 +104,21 @@ class Display:
 
             yield tick
 
+    @contextmanager
+    def searching(self, totals: dict[str, int]) -> Iterator[Callable[..., None]]:
+        """Bars of searches, by the most calls that each may take; yields the function that moves or ends them."""
+        with self._open() as bars:
+            tasks = {name: bars.add_task(f"search {name}", total=total) for name, total in totals.items()}
+
+            def tick(name: str, count: int, done: bool = False) -> None:
+                bars.advance(tasks[name], count)
+                if done:
+                    bars.update(tasks[name], completed=totals[name])
+                    if not self.console.is_terminal:
+                        self.note(f"searched {name}")
+
+            yield tick
+
 
 def show_table(table: Table) -> None:
     """A result, on standard output, whether quiet or not; where that is no terminal, wide enough not to be folded."""

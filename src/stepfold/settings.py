@@ -1,6 +1,6 @@
 """The sections of a run's settings: what may be set, in which ranges, and what it means."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -8,6 +8,7 @@ from stepfold.maths.schedules import TangentSchedule
 from stepfold.sections import LARGEST, Beta, LoraSettings, Section, lora_of
 
 Pixels = Annotated[int, Field(gt=0, le=65536)]
+NoiseLevel = Annotated[float, Field(ge=0, le=1)]
 PriorWeight = Literal["inverse_tangent", "none"]
 Normalisation = Literal["l2", "l2_per_element", "none"]
 TangentWeight = Literal["trig", "meanflow", "ayf"]
@@ -25,8 +26,7 @@ class TeacherSettings(Section):
         default=None, description="of a hub id: branch, tag or commit; default: its main branch"
     )
     variant: str | None = Field(
-        default=None,
-        description="of the weights' files, for example fp16 (model.fp16.safetensors); default: the plain ones",
+        default=None, description="of the weights' files, such as fp16 (model.fp16.safetensors); default: plain ones"
     )
     lora: tuple[LoraSettings, ...] = Field(
         default=(),
@@ -36,15 +36,18 @@ class TeacherSettings(Section):
     guidance: Literal["auto", "classifier_free", "embedded", "none"] = Field(
         default="auto", description="how the teacher takes guidance; auto reads it from the network's config"
     )
+    guidance_interval: tuple[NoiseLevel, NoiseLevel] | None = Field(
+        default=None,
+        description="flow-matching noise levels, [lowest, highest] in [0, 1], between which classifier-free guidance "
+        "acts; elsewhere the teacher follows its prompt alone, at half the cost, for more diverse images",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="of the teacher's weights; bfloat16 halves them, and calls to them run under autocast (a student's "
         "own weights stay in float32)",
     )
     quantise: Literal["none", "int8", "fp8", "nf4"] = Field(
-        default="none",
-        description="of the frozen weights of the network's blocks, beneath a LoRA student: int8 and fp8 take a byte a "
-        "weight, nf4 half a byte; its LoRA is for the plain weights, too",
+        default="none", description="of the weights beneath a LoRA: int8 and fp8 take a byte each, nf4 half a byte"
     )
     null_mask: Literal["own", "prompt"] = Field(
         default="own",
@@ -64,6 +67,13 @@ class TeacherSettings(Section):
     max_tokens: int | None = Field(
         default=None, ge=2, le=4096, description="longest prompt, in tokens; default: the pipeline's own"
     )
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _rises(cls, given: tuple[float, float] | None) -> tuple[float, float] | None:
+        if given and given[0] >= given[1]:
+            raise ValueError(f"{list(given)} is no interval; give the lower level first, for example [0.1, 0.8]")
+        return given
 
     @field_validator("lora", mode="before")
     @classmethod
@@ -89,7 +99,6 @@ class StudentSettings(Section):
     depth: float = Field(
         default=1.0, gt=0, le=1, description="share of the teacher's blocks that the student keeps, evenly chosen"
     )
-
     times: Literal["one", "two"] = Field(
         default="one",
         description="what the student is told: `one`, the time of the state; `two`, the time to jump to as well (flow "
@@ -110,24 +119,6 @@ class StudentSettings(Section):
         return self
 
 
-def check_quantised(config: Any) -> None:
-    """Refuses networks with all weights of their own beside a quantised teacher; `config` is `config.Config`.
-
-    Raises:
-        ValueError: which, and the way out.
-    """
-    way_out = f"but teacher.quantise={config.teacher.quantise} leaves no weights to train;"
-    if config.teacher.quantise != "none" and not config.student.lora:
-        raise ValueError(f"student.lora is 0, {way_out} give student.lora=64, or teacher.quantise=none")
-    if config.teacher.quantise != "none" and config.training.compile:
-        raise ValueError(
-            f"training.compile is not tested with teacher.quantise={config.teacher.quantise}; give "
-            "training.compile=false, or teacher.quantise=none"
-        )
-    if config.teacher.quantise != "none" and config.fake.updates and config.fake.kind == "whole":
-        raise ValueError(f"fake.kind is whole, {way_out} give fake.kind=lora, or teacher.quantise=none")
-
-
 Weight = Annotated[float, Field(ge=0, le=LARGEST)]
 
 
@@ -144,6 +135,17 @@ class SpaceSettings(Section):
     )
     images: str | None = Field(
         default=None, description="folder of pictures with a metadata.jsonl of file_name and text, for kind images"
+    )
+    bank: str | None = Field(
+        default=None,
+        description="folder of `stepfold bank make`, whose ends kinds coupling and endpoints take in the place of new "
+        "trajectories",
+    )
+    anneal_steps: int = Field(
+        default=0,
+        ge=0,
+        description="of kind coupling: steps in which the noise that is joined to an end goes from a fresh one to the "
+        "trajectory's own (SlimFlow), for students that start far from the teacher; 0 for its own at once",
     )
     cache_latents: bool = Field(
         default=False, description="encode all images once, before training, instead of each when its turn comes"
@@ -196,6 +198,16 @@ class SpaceSettings(Section):
         if "images" in kind and len(kind) > 1:
             raise ValueError("images go with no other space, whose latents are those of walks; give one kind")
         return kind
+
+    @model_validator(mode="after")
+    def _couplings(self) -> Self:
+        if self.bank and (others := sorted(set(self.weights) - {"coupling", "endpoints"})):
+            raise ValueError(
+                f"bank holds ends of trajectories, and {others[0]} needs more; give kind coupling or endpoints"
+            )
+        if self.anneal_steps and "coupling" not in self.weights:
+            raise ValueError("anneal_steps is for kind coupling; leave it out")
+        return self
 
 
 class ConsistencySettings(Section):
@@ -287,9 +299,7 @@ class TrainingSettings(Section):
     )
     prompts_per_step: int = Field(default=1, ge=1, le=65536, description="trajectories per optimiser step")
     micro_batch: int = Field(
-        default=0,
-        ge=0,
-        description="pairs per backward pass, 0 for all at once; same gradient, less memory",
+        default=0, ge=0, description="pairs per backward pass, 0 for all at once; same gradient, less memory"
     )
     encode_ahead: int = Field(
         default=1,

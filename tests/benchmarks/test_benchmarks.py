@@ -85,6 +85,7 @@ def test_practice_computes_everything_at_every_call(tiny_sana: Path) -> None:
     assert not torch.equal(plain.caption_projection(embeds), transformer.caption_projection(embeds))
 
 
+@pytest.mark.long
 def test_stages_are_those_of_a_step(tmp_path: Path) -> None:
     record = run("stages", tmp_path, "--rounds", "1", "--steps", "1", "--set", "training.prompts_per_step=1")
     assert len(record["rows"]) == 4
@@ -94,6 +95,7 @@ def test_stages_are_those_of_a_step(tmp_path: Path) -> None:
         assert not {"preview", "first preview", "checkpoint", "load"} & set(row["shares"])
 
 
+@pytest.mark.long
 def test_checkpoints_are_timed_in_turns(tmp_path: Path) -> None:
     record = run("checkpoints", tmp_path, "--rounds", "1", "--steps", "2", "--set", "training.prompts_per_step=1")
     assert record["work"]["checkpoint_bytes"] > 1e6
@@ -101,6 +103,7 @@ def test_checkpoints_are_timed_in_turns(tmp_path: Path) -> None:
         assert row["sec_waited_for_each"] > 0 and (row["sec_more_for_each"] == 0) == (name == "the last one alone")
 
 
+@pytest.mark.long
 def test_memory_draws_what_it_measured(tmp_path: Path) -> None:
     record = run("memory", tmp_path, "--prompts", "1", "--steps", "1", "--methods", "sCM with its VAE", "TBCM")
     rows = record["rows"]

@@ -18,6 +18,7 @@ def evaluate(*folders: Path) -> dict[str, Any]:
     return run_evaluate(folders, steps=[1], n=2, guidance=None, display=Display(quiet=True), device="cpu")
 
 
+@pytest.mark.long
 def test_a_folder_twice_and_a_folder_called_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first was a KeyError; the second's scores stood in the teacher's row."""
     monkeypatch.chdir(tmp_path)
@@ -27,6 +28,7 @@ def test_a_folder_twice_and_a_folder_called_teacher(tmp_path: Path, monkeypatch:
     assert result["student"]["1"]["agreement"] != result["teacher"]["1"]["agreement"]
 
 
+@pytest.mark.long
 def test_students_of_two_sizes_stand_each_beside_its_own_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forms import cases
 
 from stepfold.commands.distill import run_distill
 from stepfold.commands.plan import evaluation_prompts, make_plan, plan_rows, reckon
@@ -70,7 +71,7 @@ def test_a_plan_of_matching_times_whole_turns_and_no_head_start(monkeypatch: pyt
         assert given[-1].fake.updates == load_config(preset).fake.updates > 0
 
 
-@pytest.mark.parametrize("n", [0, 4])
+@pytest.mark.parametrize("n", cases([0, 4], short=[0]))
 def test_a_plan_leaves_nothing_behind(n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -105,6 +106,7 @@ def test_times_of_steps_that_differ(sec: list[float], cycle: int, again: float, 
     assert (times["first"], times["again"], times["mean"]) == (9.0, again, mean)
 
 
+@pytest.mark.long
 def test_a_plan_is_what_the_run_takes(
     tiny_sana: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

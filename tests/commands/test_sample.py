@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
 from stepfold.cli import app
@@ -69,3 +70,38 @@ def test_a_lora_that_its_pipeline_cannot_sample_is_refused_before_the_run(tmp_pa
     with pytest.raises(UserError, match="SanaSprintPipeline adds fresh noise at each step"):
         run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_teacher_may_take_the_first_step(run: Path, tmp_path: Path) -> None:
+    """Its images are others than the student's own, and the same each time; one step or a race is refused."""
+    options: dict[str, Any] = dict(seed=0, guidance=None, device="cpu")
+    own, hybrid, again = (
+        run_sample(run / "student", ["red heart"], steps=2, first_step=who, **options)[0].tobytes()
+        for who in ("student", "teacher", "teacher")
+    )
+    assert hybrid == again != own
+    with pytest.raises(UserError, match="2 steps or more"):
+        run_sample(run / "student", ["red heart"], steps=1, first_step="teacher", **options)
+    race = ["sample", str(run), "red heart", "--first-step", "teacher", "--race", str(tmp_path / "race.gif")]
+    assert "leave out --first-step" in str(CliRunner().invoke(app, race).exception)
+
+
+def test_a_student_that_has_its_guidance_inside_is_a_teacher_of_half_the_cost(run: Path) -> None:
+    """It is no longer told a scale; its velocity is the one that it was taught at its trajectories' scale."""
+    from stepfold.config import TeacherSettings
+    from stepfold.teachers.loading import load_teacher
+
+    teacher = load_teacher(
+        TeacherSettings(source=str(run / "student"), height=32, width=32, max_tokens=24, guidance="none"), "cpu"
+    )
+    assert type(teacher).__name__ == "SanaTeacher" and teacher.guidance_kind == "none"
+    _, student, card = load_student(run / "student", "cpu")
+    x, t = 0.5 * torch.randn(2, *teacher.latent_shape), torch.tensor([0.4, 1.2])
+    condition, scale = teacher.encode(["red heart", "a cat"]), torch.full((2,), card.recipe.guidance)
+    rows: list[int] = []
+    teacher.transformer.register_forward_hook(lambda module, args, out: rows.append(len(out[0])))
+    ours = teacher.velocity(x, t, condition, scale)
+    with torch.no_grad():
+        told = 0.5 * student(x / 0.5, t, condition, scale)
+    torch.testing.assert_close(ours, told, rtol=1e-4, atol=1e-5)
+    assert rows == [2]

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 from diffusers import Flux2Transformer2DModel, SanaPipeline, SanaSprintPipeline, StableDiffusionPipeline
+from forms import cases
 from safetensors.torch import save_file
 from tiny import enliven, make_sana, sana_transformer
 from torch import Tensor
@@ -97,8 +99,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("prefix", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "prefix"), cases(product(FAMILIES, (True, False)), short=[("sd1", True), ("flux", True), ("wan", False)])
+)
 def test_a_network_of_any_family_is_read_to_the_bit(family: str, prefix: bool, tmp_path: Path) -> None:
     """As trainers and model sites save it, alone; a trainer's wrappers are taken off its names."""
     base = tiny.save(FAMILIES[family], tmp_path / "base")

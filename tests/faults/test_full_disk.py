@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from forms import cases
 from typer.testing import CliRunner
 
 from stepfold.cli import app
@@ -43,7 +44,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", cases(COMMANDS, short=["clean", "split", "single file"]))
 def test_no_room_for_a_file_of_a_command(name: str, tiny_sana: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("".join(f"a cat with {i} hats\n" for i in range(40)))
     (tmp_path / "table.csv").write_text("prompt\n" + "".join(f"a cat with {i} hats\n" for i in range(40)))

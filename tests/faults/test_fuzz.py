@@ -570,6 +570,7 @@ def settings_text(draw: Any) -> str:
     return draw(TEXT)
 
 
+@pytest.mark.long
 @fuzz(60)
 @given(data=st.data())
 def test_settings(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
@@ -621,6 +622,7 @@ def conditions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_conditions(tmp_path_factory.mktemp("whole") / "conditions")
 
 
+@pytest.mark.long
 @fuzz(80)
 @given(data=st.data())
 def test_encoded_prompts(conditions: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
@@ -706,6 +708,7 @@ NEW_IN_A_RUN = (
 )  # fmt: skip
 
 
+@pytest.mark.long
 @fuzz(80)
 @given(data=st.data())
 def test_run_folders(run_folder: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
@@ -746,6 +749,7 @@ def test_run_folders(run_folder: Path, tmp_path_factory: pytest.TempPathFactory,
 PARTS = ("model_index.json", "transformer", "vae", "text_encoder", "tokenizer", "scheduler", "stepfold.json")
 
 
+@pytest.mark.long
 @fuzz(40)
 @given(data=st.data())
 def test_pipeline_folders(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:

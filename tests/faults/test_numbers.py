@@ -148,7 +148,7 @@ def test_it_stops_names_the_place_and_keeps_the_last_checkpoint(
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("place", cases(PLACES, short=["teacher", "gradient"]))
+@pytest.mark.parametrize("place", cases(PLACES, short=["gradient"]))
 def test_steps_are_skipped_where_that_is_asked_for(
     tmp_path: Path, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

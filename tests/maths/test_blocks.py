@@ -38,7 +38,7 @@ def _no_code_of_other_tests() -> None:
     torch.compiler.reset()
 
 
-@pytest.fixture(scope="module", params=cases(FAMILIES, short=["sana"]))
+@pytest.fixture(scope="module", params=cases(FAMILIES, short=[]))
 def teacher(request: pytest.FixtureRequest, tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return FAMILIES[request.param](tiny_sana, tmp_path_factory.mktemp("teacher"))
 

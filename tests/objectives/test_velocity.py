@@ -7,7 +7,7 @@ import torch
 from gaussians import SIGMA_DATA, Score, gaussian, nothing
 from torch import Tensor
 
-from stepfold.maths.formulations import interpolate
+from stepfold.maths.formulations import guide, interpolate
 from stepfold.objectives.denoising import denoising_error
 from stepfold.objectives.velocity import velocity_error
 
@@ -69,3 +69,24 @@ def test_a_noise_of_the_wrong_sign_is_seen() -> None:
 def test_half_precision_is_compared_in_float32(dtype: torch.dtype) -> None:
     F, dxdt = torch.randn(2, 3), torch.randn(2, 3)
     assert velocity_error(F.to(dtype), dxdt, SIGMA_DATA).dtype == torch.float32
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_a_student_that_starts_as_its_teacher_lacks_the_guidance_alone(weight: float) -> None:
+    """The loss at step 0 is (w - 1)^2 of the distance of the two branches, and 0 with no gradient at w = 1."""
+    x, t = torch.randn(7, 3).double(), torch.rand(7).double() * math.pi / 2
+    without, with_prompt = gaussian(0.1, 0.3).velocity(x, t), gaussian(0.6, 0.3).velocity(x, t)
+    F = (with_prompt / SIGMA_DATA).requires_grad_()
+    error = velocity_error(F, guide(without, with_prompt, weight), SIGMA_DATA)
+    wanted = (weight - 1) ** 2 * ((with_prompt - without) / SIGMA_DATA).square().mean(1)
+    torch.testing.assert_close(error, wanted, rtol=1e-12, atol=1e-30)
+    (gradient,) = torch.autograd.grad(error.sum(), F)
+    assert (gradient.abs().max() < 1e-15) == (weight == 1)
+
+
+def test_an_added_shift_is_enough_for_gaussian_classes_of_one_spread() -> None:
+    """Their branches differ by no function of x, so that the guided law is a Gaussian with a mean further out."""
+    x, t = torch.randn(7, 3).double(), torch.rand(7).double() * math.pi / 2
+    guided = guide(gaussian(0.1, 0.3).velocity(x, t), gaussian(0.6, 0.3).velocity(x, t), 3.0)
+    further = gaussian(0.1 + 3 * 0.5, 0.3).velocity(x, t)
+    torch.testing.assert_close(guided, further, rtol=1e-12, atol=1e-12)

@@ -249,6 +249,7 @@ def test_a_target_read_late_or_not_at_all_is_noticed(sana: Any, monkeypatch: pyt
         assert not torch.allclose(found[name], expected[name], rtol=1e-3, atol=0)
 
 
+@pytest.mark.long
 def test_compiled_blocks_and_networks_follow_the_target(sana: Any) -> None:
     """Compiled code is made at the first call, and must not keep its target."""
     student, batch, targets = lively(new_student(sana, two_times=True)), batch_of(sana), (TARGETS, 0.3 * TARGETS)

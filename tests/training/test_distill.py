@@ -445,6 +445,7 @@ def test_compiled_steps_are_the_same_steps(
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
 
 
+@pytest.mark.long
 def test_a_missing_compiler_is_named(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -686,7 +687,8 @@ def test_what_is_exported_is_the_average(tmp_path: Path, settings: Settings, ten
     assert json.loads((folder / "report.json").read_text())["config"] == card.config
 
 
-@pytest.mark.parametrize("at", [("000001", "student"), pytest.param((), marks=pytest.mark.long)], ids=["two", "any"])
+@pytest.mark.long
+@pytest.mark.parametrize("at", [("000001", "student"), ()], ids=["two", "any"])
 def test_a_disk_that_is_full_at_any_file_of_a_run_is_one_error_and_the_run_goes_on(
     tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, at: tuple[str, ...]
 ) -> None:

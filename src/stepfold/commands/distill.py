@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
+    from stepfold.bank import Bank
     from stepfold.config import Config
     from stepfold.display import Display
     from stepfold.images.reading import ImageFolder
@@ -206,6 +207,7 @@ def load(
             f"the student keeps {config.student.depth:.0%} of the teacher's blocks: it starts far from the teacher, "
             "and needs many more steps than a whole one"
         )
+    bank = bank_of(config, teacher, prompts)
     student = make_student(teacher, config.student, config.teacher)
     usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
     recipe = make_recipe(config, teacher, guidance_scales(config, teacher), usual)
@@ -218,6 +220,8 @@ def load(
             Source("prompts", str(prompts.source), prompts.sha256, len(prompts)),
             Source("teacher", config.teacher.source, weights),
         ]
+        if bank:
+            sources.append(Source("bank", str(bank.folder), bank.fingerprint(), len(bank)))
         if images:
             sources.append(Source("images", str(images.path), images.fingerprint()))
         lock = prepare_run(folder, config, resume, sources, display.note)
@@ -226,9 +230,38 @@ def load(
     run = Run(
         config, folder, accelerator, processes, prompts, teacher, usual, recipe,
         conditions=conditions_from(cache, teacher, prompts), cached=cache is not None,
-        blacks=blacks, latents=latents, lock=lock,
+        blacks=blacks, latents=latents, bank=bank, lock=lock,
     )  # fmt: skip
     return run, student
+
+
+def bank_of(config: "Config", teacher: "PipelineTeacher", prompts: "PromptFile | ImageFolder") -> "Bank | None":
+    """The bank that the settings name; None where they name none.
+
+    Raises:
+        UserError: it is of another teacher, prompts, size or guidance scale.
+    """
+    from stepfold.bank import open_bank
+    from stepfold.teachers.fingerprints import teacher_fingerprint
+    from stepfold.training.draws import guidance_scales
+
+    if not config.space.bank:
+        return None
+    shape, *others = teacher.latent_shapes
+    if others:
+        raise UserError("space.bank holds images of one size; leave out teacher.sizes")
+    wanted = {
+        "fingerprint": teacher_fingerprint(config.teacher, network_only=False), "prompts_sha256": prompts.sha256,
+        "latent_shape": list(shape),
+    }  # fmt: skip
+    bank = open_bank(Path(config.space.bank), wanted)
+    scale = float(bank.index["guidance"])
+    if set(guidance_scales(config, teacher)) != {scale}:
+        raise UserError(
+            f"{bank.folder} was sampled at guidance scale {scale:g}; add --set space.guidance=[{scale:g}], which the "
+            "student then stands for"
+        )
+    return bank
 
 
 def open_texts(config: "Config") -> "tuple[PromptFile | ImageFolder, ImageFolder | None]":
@@ -307,8 +340,9 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
     with display.training(config.training.steps):
         average = distil(
             config, run.folder, run.teacher, student, run.prompts, run.blacks, run.accelerator,
-            processes=run.processes, latents=run.latents, conditions=run.conditions if run.cached else None,
-            stages=course.stages, note_tangent=note_tangent, report=report, preview=course.apart(preview),
+            processes=run.processes, latents=run.latents, bank=run.bank,
+            conditions=run.conditions if run.cached else None, stages=course.stages, note_tangent=note_tangent,
+            report=report, preview=course.apart(preview),
             make_fake=lambda: make_fake(run.teacher, config.fake),
         )  # fmt: skip
     course.note_memory()

@@ -12,7 +12,7 @@ import typer
 
 from stepfold import assets
 from stepfold.commands.launching import typed
-from stepfold.commands.options import DeviceOption, JsonOption, Quiet, usable_device, write_json
+from stepfold.commands.options import DeviceOption, JsonOption, Quiet, ScheduleOption, usable_device, write_json
 from stepfold.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def evaluate(
     steps: Annotated[
         str | None,
         typer.Option(
-            help="Sampling steps, comma-separated. Default: 1,2,4 for students (flow maps, teacher: 1,2,4,8; geneval: "
-            "1), else the pipeline's own.",
+            help="Sampling steps, such as 1,4. Default: 1,2,4 for students (8 too: flow maps, teacher; geneval: 1).",
             show_default=False,
         ),
     ] = None,
@@ -91,6 +90,7 @@ def evaluate(
             help=f"Folder or hub id of a CLIP. Default: none (teacher); {CLIP} (mjhq30k).", show_default=False
         ),
     ] = None,
+    schedule: ScheduleOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -104,8 +104,8 @@ def evaluate(
 ) -> None:
     """Measure a student against its teacher, or students and other pipelines side by side.
 
-    A student of any teacher gets a latent error for each number of steps: nothing is downloaded, no images are needed.
-    The bundled teacher has an evaluator of its own, which scores other pipelines too.
+    A student of any teacher gets a latent error for each number of steps; no images are needed. The bundled teacher has
+    an evaluator of its own, which scores other pipelines too.
 
     stepfold evaluate runs/mine --out runs/mine-report
 
@@ -135,7 +135,7 @@ def evaluate(
     if protocol == "teacher":
         found = run_own(
             folders, steps=counts, n=n or NUM_PROMPTS, guidance=guidance, prompts=prompts, clip=clip, out=out,
-            display=display, device=usable_device(device), command=typed(),
+            display=display, device=usable_device(device), schedule=schedule, command=typed(),
         )  # fmt: skip
         write_json(json_file, next(iter(found.values())) if len(found) == 1 else {"students": found})
         for name, row in found.items():
@@ -162,8 +162,9 @@ def evaluate(
         table = mjhq_table(result)
     else:
         result = run_evaluate(
-            folders, steps=counts, n=n or 2000, guidance=guidance, display=display, device=usable_device(device)
-        )
+            folders, steps=counts, n=n or 2000, guidance=guidance, display=display, device=usable_device(device),
+            schedule=schedule,
+        )  # fmt: skip
         table = results_table(result)
     write_json(json_file, result)
     show_table(table)
@@ -179,6 +180,7 @@ def run_evaluate(
     guidance: float | None,
     display: "Display",
     device: str,
+    schedule: Path | None = None,
 ) -> dict[str, Any]:
     """Students and any other diffusers pipelines under the bundled teacher's protocol, beside that teacher.
 
@@ -206,7 +208,7 @@ def run_evaluate(
         whose = teacher_of(next(iter(group))) if protocols else "teacher"
         protocols[whose], found = measure_students(
             judge, settings, usual if guidance is None else guidance, guidance, group,
-            steps=steps, n=n, display=display, device=device,
+            steps=steps, n=n, display=display, device=device, schedule=schedule,
         )  # fmt: skip
         pipelines |= {name: found.pop(f"student {name}") for name in group}
         teachers |= {who.replace("teacher", whose, 1): row for who, row in found.items() if row}
@@ -269,6 +271,7 @@ def measure_students(
     n: int,
     display: "Display",
     device: str,
+    schedule: Path | None = None,
 ) -> "tuple[Protocol, dict[str, dict[str, Any]]]":
     """Students of one teacher beside it.
 
@@ -282,19 +285,22 @@ def measure_students(
         n: pictures a row.
         display: shows how far it is.
         device: torch device.
+        schedule: levels that were searched for this teacher; None for none.
 
     Returns:
         The protocol, and who (`teacher`, `student NAME`) -> steps -> scores.
     """
     from stepfold.evaluation.measure import measure_groups, protocol_samplers
     from stepfold.evaluation.protocol import emoji_protocol, rows_by_steps
+    from stepfold.levels.record import searched_samplers
     from stepfold.teachers.loading import load_teacher
 
     teacher = load_teacher(settings, device)
     scale = teacher.default_guidance if scale is None else scale
     protocol = emoji_protocol([recipe for _, recipe in students.values()], steps, n, scale)
     named = {f"student {name}": student for name, student in students.items()}
-    groups = protocol_samplers(teacher, named, protocol, told)
+    searched = searched_samplers(schedule, teacher, settings, scale) if schedule else {}
+    groups = protocol_samplers(teacher, named, protocol, told, searched)
     with display.measuring({name: n for group in groups.values() for name in group}) as tick:
         return protocol, rows_by_steps(measure_groups(judge, protocol, teacher, groups, teacher.device, tick))
 

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
     from torch import Tensor
 
+    from stepfold.bank import Bank
     from stepfold.config import Config
     from stepfold.display import Display
     from stepfold.evaluation.latents import Chosen, LatentProtocol
+    from stepfold.evaluation.measure import Sampler
     from stepfold.evaluation.mjhq import ClipScorer
     from stepfold.evaluation.protocol import Protocol
     from stepfold.images.reading import ImageFolder
@@ -46,6 +48,7 @@ class Run:
         conditions: numbers of B prompts -> their conditions; `cached` where they come from disk.
         blacks: unit-variance latents of a black picture, one for each latent shape.
         latents: numbers of B images -> clean latents [B, ...]; None where no images are used.
+        bank: of couplings; None where the teacher is sampled.
         lock: on the run folder, held by the first process.
     """
 
@@ -61,6 +64,7 @@ class Run:
     cached: bool
     blacks: "list[Tensor]"
     latents: "Callable[[list[int]], Tensor] | None"
+    bank: "Bank | None"
     lock: "BaseFileLock | None"
 
 
@@ -152,8 +156,9 @@ def latent_scores(
     prompts: "Prompts",
     clip: "ClipScorer | None",
     display: "Display",
+    searched: "Mapping[str, Sampler] | None" = None,
 ) -> dict[str, Any]:
-    """Says what the evaluation costs, does it, and returns what report.json has of it."""
+    """Says what the evaluation costs, does it, and returns what report.json has of it; see `measure_latents`."""
     from stepfold.evaluation.latents import BATCH, cost, measure_latents, samplers_of
     from stepfold.teachers.contract import concatenate
 
@@ -161,8 +166,9 @@ def latent_scores(
     index = chosen.index
     condition = concatenate([conditions(index[i : i + BATCH]) for i in range(0, len(index), BATCH)])
     texts = [prompts.prompt(i) for i in index]
-    with display.measuring(dict.fromkeys(samplers_of(teacher, student, recipe, protocol), protocol.n)) as tick:
-        scores = measure_latents(teacher, student, recipe, protocol, condition, texts, clip, tick)
+    names = (*samplers_of(teacher, student, recipe, protocol), *(searched or {}))
+    with display.measuring(dict.fromkeys(names, protocol.n)) as tick:
+        scores = measure_latents(teacher, student, recipe, protocol, condition, texts, clip, tick, searched)
     return {"protocol": protocol.record() | {"unseen": chosen.unseen, "prompts": chosen.said}} | scores
 
 

@@ -61,6 +61,14 @@ PresetOption = Annotated[
     str | None,
     typer.Option(help="Settings to start from: a name that `stepfold presets` lists, or a yaml file."),
 ]
+ScheduleOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--schedule",
+        help="Levels that `stepfold schedule` found: the teacher is measured at them too.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[
     Path | None,
     typer.Option(

@@ -41,6 +41,7 @@ def run_own(
     display: "Display",
     device: str,
     command: str | None = None,
+    schedule: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Latent errors of students, each against its own teacher; with `out`, images and a report each.
 
@@ -55,6 +56,7 @@ def run_own(
         display: shows how far it is.
         device: torch device.
         command: for the reports, which say how to get them again; None for none.
+        schedule: levels that were searched for the teacher; None for none.
 
     Returns:
         name -> what is in its report.json.
@@ -64,6 +66,7 @@ def run_own(
     """
     from stepfold.evaluation.latents import LatentProtocol, calls_per_step, known_steps
     from stepfold.evaluation.report import versions
+    from stepfold.levels.record import searched_samplers
     from stepfold.web.drawing import load_models
 
     names = list(dict.fromkeys(map(str, folders)))
@@ -87,6 +90,7 @@ def run_own(
             protocol, chosen, teacher, models.student, recipe,
             lambda index, teacher=teacher, texts=texts: teacher.encode([texts.prompt(i) for i in index]),
             texts, open_clip(clip, teacher), display,
+            searched_samplers(schedule, teacher, models.card.teacher_settings(), protocol.guidance) if schedule else {},
         )  # fmt: skip
         result = {
             "title": f"{name}: few-step student of {models.card.teacher}",

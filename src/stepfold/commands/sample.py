@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -29,6 +29,10 @@ def sample(
     gamma: Annotated[
         float, typer.Option(min=0, max=1, help="Share of fresh noise in a flow map's steps; 0 is deterministic.")
     ] = 0.0,
+    first_step: Annotated[
+        Literal["student", "teacher"],
+        typer.Option(help="Who takes the first step. The teacher's is slower, and keeps more of its diversity."),
+    ] = "student",
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     guidance: Annotated[
         float | None, typer.Option(min=0, max=1000, help="Guidance scale. Default: the usual one of the student's run.")
@@ -51,6 +55,8 @@ def sample(
     stepfold sample emoji-student "pizza" "fox" --steps 2 --seed 3 --out two.png
 
     stepfold sample emoji-student "pizza on white background" --race race.gif
+
+    stepfold sample runs/mine "a fox in snow" --steps 4 --first-step teacher
     """
     from PIL import Image
 
@@ -63,12 +69,14 @@ def sample(
     if race:
         if sampler:
             raise UserError("--race uses the student's own sampler; leave out --sampler")
+        if first_step == "teacher":
+            raise UserError("--race is between student and teacher; leave out --first-step")
         run_race(student, prompts, race, steps=steps, seed=seed, guidance=guidance, device=usable_device(device))
         typer.echo(race)
         return
     pictures = run_sample(
         student, prompts, steps=steps, seed=seed, guidance=guidance, sampler=sampler, gamma=gamma,
-        device=usable_device(device),
+        first_step=first_step, device=usable_device(device),
     )  # fmt: skip
     strip = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
     left = 0
@@ -136,6 +144,7 @@ def run_sample(
     device: str,
     sampler: str | None = None,
     gamma: float = 0.0,
+    first_step: str = "student",
 ) -> "list[Image.Image]":
     """Pictures of a student, one a prompt; the same as its pipeline's with the same noise.
 
@@ -149,18 +158,22 @@ def run_sample(
         device: of torch.
         sampler: its name; None for the student's own.
         gamma: share of fresh noise in a flow map's steps, in [0, 1].
+        first_step: `student`, or `teacher`, which is loaded too then.
 
     Raises:
         UserError: the folder is no student, or it was not trained for this scale, sampler, gamma or number of steps.
     """
     import torch
 
-    from stepfold.evaluation.measure import student_sampler
+    from stepfold.evaluation.measure import hybrid_sampler, student_sampler
     from stepfold.evaluation.preview import to_image
     from stepfold.randomness import normal
     from stepfold.students.card import read_card
     from stepfold.students.loading import load_student
+    from stepfold.teachers.loading import load_teacher
 
+    if first_step == "teacher" and gamma:
+        raise UserError("--gamma adds fresh noise to the student's own steps alone; leave it or --first-step out")
     asked = read_card(folder).recipe.sampled_by(sampler)
     asked.gamma_for(gamma)  # refused before anything is loaded
     scale = asked.scale_for(guidance)
@@ -169,7 +182,13 @@ def run_sample(
     condition = pipeline.encode(prompts)
     shape = pipeline.latent_shape
     noise = torch.stack([normal(shape, seed, "sample", i) for i in range(len(prompts))])
-    x0 = student_sampler(student, recipe, steps or next(iter(card.asked_steps), 1), seed, gamma)(
+    count = steps or next(iter(card.asked_steps), 1)
+    if first_step == "teacher":
+        teacher = load_teacher(card.teacher_settings(), device)
+        drawn_by = hybrid_sampler(teacher, student, recipe, count, seed)
+    else:
+        drawn_by = student_sampler(student, recipe, count, seed, gamma)
+    x0 = drawn_by(
         pipeline.sigma_data * noise.to(device),
         condition,
         torch.full((len(prompts),), scale, device=device),

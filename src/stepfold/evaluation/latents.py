@@ -1,6 +1,6 @@
 """The latent error: how far few steps end from the teacher's long trajectory. It needs no images and no evaluator."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -124,6 +124,7 @@ def measure_latents(
     prompts: Sequence[str],
     clip: ClipScorer | None = None,
     tick: Callable[[str, int], None] = lambda name, count: None,
+    searched: Mapping[str, Sampler] | None = None,
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """Latent errors of student and teacher at few steps against the teacher's long trajectory, from the same noise.
 
@@ -136,14 +137,15 @@ def measure_latents(
         prompts: n strings, for the CLIP.
         clip: scores decoded images; None for none.
         tick: called with (name of `samplers_of`, samples made) after every batch.
+        searched: the teacher under searched levels, `teacher, searched SOLVER STEPS` -> sampler.
 
     Returns:
-        {"teacher": {steps: scores}, "student": {steps: scores}}; the reference has no error.
+        {"teacher": {steps: scores}, "student": {steps: scores}}, and searched ones; the reference has no error.
     """
     batch = BATCH if teacher.frames == 1 else VIDEO_BATCH
     rows: dict[str, dict[str, dict[str, float | None]]] = {"teacher": {}, "student": {}}
     reference: list[Tensor] = []
-    for name, sampler in samplers_of(teacher, student, recipe, protocol).items():
+    for name, sampler in (samplers_of(teacher, student, recipe, protocol) | dict(searched or {})).items():
         errors, scores = [], []
         for i, start in enumerate(range(0, protocol.n, batch)):
             samples = range(start, min(start + batch, protocol.n))
@@ -159,11 +161,11 @@ def measure_latents(
                 pictures = [to_image(picture) for picture in teacher.decode(x0)]
                 scores.append(clip.score(pictures, prompts[samples.start : samples.stop]))
             tick(name, len(samples))
-        who, steps = name.split(" ", 1)
+        who, steps = name.rsplit(" ", 1)
         row: dict[str, float | None] = {"latent_error": torch.cat(errors).mean().item() if errors else None}
         if clip:
             row["clip_score"] = torch.cat(scores).mean().item()
-        rows["student" if who == "student" else "teacher"][steps] = row
+        rows.setdefault("teacher" if who == "reference" else who, {})[steps] = row
     return rows
 
 

@@ -10,6 +10,7 @@ from stepfold.evaluation.judge import Judge
 from stepfold.evaluation.metrics import latent_error
 from stepfold.evaluation.protocol import Protocol, Scores, protocol_prompts, score_images, teacher_at
 from stepfold.randomness import normal
+from stepfold.sampling.hybrid import sample_hybrid
 from stepfold.sampling.recipe import Recipe
 from stepfold.sampling.samplers import SAMPLERS
 from stepfold.sampling.teacher import sample_teacher
@@ -38,13 +39,30 @@ def student_sampler(student: Student, recipe: Recipe, num_steps: int, seed: int,
     options = {"gamma": recipe.gamma_for(gamma)} if gamma else {}
 
     def sample(noise: Tensor, condition: Condition, guidance: Tensor, samples: range) -> Tensor:
-        def fresh(i: int) -> Tensor:
-            parts = [normal(tuple(noise.shape[1:]), seed, "evaluation fresh noise", i, s) for s in samples]
-            return sigma_data * torch.stack(parts).to(noise)
-
+        fresh = _fresh(sigma_data, noise, seed, samples)
         return SAMPLERS[recipe.sampler](student, noise, condition, guidance, times, fresh, sigma_data, **options)
 
     return sample
+
+
+def hybrid_sampler(teacher: Teacher, student: Student, recipe: Recipe, num_steps: int, seed: int) -> Sampler:
+    """The teacher's first step, then the student's; see `sample_hybrid`."""
+
+    def sample(noise: Tensor, condition: Condition, guidance: Tensor, samples: range) -> Tensor:
+        fresh = _fresh(recipe.sigma_data, noise, seed, samples)
+        return sample_hybrid(teacher, student, noise, condition, guidance, recipe, num_steps, fresh)
+
+    return sample
+
+
+def _fresh(sigma_data: float, like: Tensor, seed: int, samples: range) -> Callable[[int], Tensor]:
+    """Step index -> noise of those samples, the same however they are batched."""
+
+    def fresh(i: int) -> Tensor:
+        parts = [normal(tuple(like.shape[1:]), seed, "evaluation fresh noise", i, s) for s in samples]
+        return sigma_data * torch.stack(parts).to(like)
+
+    return fresh
 
 
 def evaluation_noise(protocol_seed: int, samples: range, teacher: Teacher, device: torch.device) -> Tensor:
@@ -110,7 +128,11 @@ def measure(
 
 
 def protocol_samplers(
-    teacher: Teacher, students: Mapping[str, tuple[Student, Recipe]], protocol: Protocol, guidance: float | None = None
+    teacher: Teacher,
+    students: Mapping[str, tuple[Student, Recipe]],
+    protocol: Protocol,
+    guidance: float | None = None,
+    searched: Mapping[str, Sampler] | None = None,
 ) -> dict[float, dict[str, Sampler]]:
     """Guidance scale -> what is measured at it: the teacher first, then the students that stand for it.
 
@@ -121,6 +143,7 @@ def protocol_samplers(
         students: name -> network, and how it is sampled.
         protocol: step counts and seed.
         guidance: scale that the students are told; None for the usual one of each.
+        searched: the teacher under searched levels, measured at the protocol's own scale too.
 
     Raises:
         UserError: a student was taught one scale, and another one is asked for.
@@ -129,7 +152,7 @@ def protocol_samplers(
     groups: dict[float, dict[str, Sampler]] = {}
     for scale in dict.fromkeys([protocol.guidance, *scales.values()]):
         if scale == protocol.guidance:
-            group = {f"teacher {k}": teacher_sampler(teacher, k) for k in protocol.teacher_steps}
+            group = {f"teacher {k}": teacher_sampler(teacher, k) for k in protocol.teacher_steps} | dict(searched or {})
         else:
             most = protocol.teacher_steps[0]
             group = {f"{teacher_at(scale)} {most}": teacher_sampler(teacher, most)}

@@ -60,7 +60,7 @@ def fields_hash(record: Any) -> str:
     return hashlib.sha256(json.dumps(asdict(record), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-TEACHER_AT, TEACHER_OF = "teacher at guidance ", "teacher of "
+TEACHER_AT, TEACHER_OF, SEARCHED = "teacher at guidance ", "teacher of ", "teacher, searched "
 
 
 def teacher_at(guidance: float) -> str:
@@ -75,7 +75,7 @@ def teacher_of(name: str) -> str:
 
 def teachers_of(result: Mapping[str, Any]) -> list[str]:
     """Which keys of a report are results of a teacher: the protocol's scale first."""
-    return [who for who in result if who == "teacher" or who.startswith((TEACHER_AT, TEACHER_OF))]
+    return [who for who in result if who == "teacher" or who.startswith((TEACHER_AT, TEACHER_OF, SEARCHED))]
 
 
 EMOJI = Protocol(name="emoji", version=1, n=500, seed=0, samples_per_prompt=2)

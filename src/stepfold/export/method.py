@@ -26,6 +26,7 @@ SPACES = {
 NAMED: dict[tuple[str, tuple[str, ...]], str] = {
     ("continuous", ("generation",)): "trajectory-backward consistency (TBCM, arXiv:2511.20410)",
     ("velocity", ("coupling",)): "reflow (arXiv:2209.03003)",
+    ("velocity", ("generation",)): "guidance distillation on trajectories (arXiv:2503.07274)",
     ("matching", ("rollout",)): "distribution matching (DMD2 without its discriminator, arXiv:2405.14867)",
     ("decoupled", ("rollout",)): "decoupled distribution matching (arXiv:2511.22677)",
     ("identity", ("rollout",)): "score identity distillation (SiD, arXiv:2404.04057)",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import guide
+from stepfold.maths.formulations import guide, trigflow_time
 from stepfold.teachers.calls import PipelineCalls
 from stepfold.teachers.contract import Condition, GuidanceKind
 from stepfold.teachers.schedules import Schedule, flow_shift, read_flow
@@ -50,6 +50,7 @@ class Family(PipelineCalls):
         frames: of a video; 1 where the pipeline makes pictures.
         factor: pixels a latent, along each side.
         schedule: the pipeline's noise schedule.
+        guided_times: lowest and highest time at which classifier-free guidance acts; None for all.
     """
 
     pipelines: ClassVar[tuple[type, ...]] = ()
@@ -70,6 +71,7 @@ class Family(PipelineCalls):
     video_autoencoder: ClassVar[bool] = False
     ode: Literal["flow", "trigflow"] = "flow"
     start_time: float = math.pi / 2
+    guided_times: tuple[float, float] | None = None
 
     source: str
     index: dict[str, Any]
@@ -333,6 +335,32 @@ class Family(PipelineCalls):
             weight: w [B], `guidance_weight` of the scales.
         """
         return guide(without, with_prompt, weight)
+
+    def guide_between(self, lowest: float, highest: float) -> None:
+        """Lets classifier-free guidance act between two flow-matching noise levels alone.
+
+        Reference: arXiv:2404.07724 (guidance in a limited interval), whose levels are EDM's.
+
+        Raises:
+            UserError: this teacher's guidance is not classifier-free.
+        """
+        if self.guidance_kind != "classifier_free":
+            raise UserError(
+                f"teacher.guidance_interval is set, but the guidance of {self.source!r} is {self.guidance_kind}, not "
+                "classifier_free, and cannot be switched off; leave it out"
+            )
+        low, high = trigflow_time(torch.tensor([lowest, highest], dtype=torch.float64)).tolist()
+        self.guided_times = low, high
+
+    def weight_at(self, t: Tensor, guidance: Tensor | None) -> Tensor | None:
+        """Weights w [B] of classifier-free guidance at times t [B]; None where none acts, which costs half."""
+        if guidance is None or self.guidance_kind != "classifier_free":
+            return None
+        weight = self.guidance_weight(guidance)
+        if self.guided_times is None:
+            return weight
+        acts = (t >= self.guided_times[0]) & (t <= self.guided_times[1])
+        return torch.where(acts, weight, 1.0) if acts.any() else None
 
     def usual_guidance(self) -> float:
         """The scale of the pipeline's own call."""

@@ -117,7 +117,7 @@ def load_teacher(
 
     `dtype` is the settings' if None; the last two as in `PipelineTeacher`.
     """
-    return make_teacher(
+    teacher = make_teacher(
         place_of(settings),
         variant=settings.variant,
         device=device,
@@ -134,6 +134,9 @@ def load_teacher(
         loras=[(lora.source, lora.scale) for lora in settings.lora],
         quantised=settings.quantise,
     )
+    if settings.guidance_interval:
+        teacher.guide_between(*settings.guidance_interval)
+    return teacher
 
 
 def load_text_reader(settings: TeacherSettings) -> TextReader | None:

@@ -225,8 +225,8 @@ class PipelineTeacher(Family):
         """Both branches of classifier-free guidance go through the network as one batch."""
         with torch.set_grad_enabled(with_gradient):
             x_unit = x / self.sigma_data
-            if self.guidance_kind == "classifier_free" and guidance is not None:
-                weight = self.guidance_weight(guidance)
+            weight = self.weight_at(t, guidance)
+            if weight is not None:
                 F = self.guided(x_unit, t, *self._branches(x_unit, t, condition), weight)
             else:
                 F = self._unguided(x_unit, t, condition, torch.ones_like(t) if guidance is None else guidance)

@@ -1,14 +1,16 @@
 """The batches of a run: prompts drawn, encoded and walked, in the order of the steps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
 from torch import Tensor
 
+from stepfold.bank import Bank
 from stepfold.config import Config
-from stepfold.prompts.reading import Prompts
+from stepfold.prompts.reading import Prompts, shuffled_index
+from stepfold.randomness import send
 from stepfold.scores import picture_spaces
 from stepfold.spaces.records import States
 from stepfold.teachers.contract import Condition, Teacher
@@ -38,6 +40,7 @@ class Batches:
         stages: notes the time of every stage.
         conditions: of prompts that are encoded already; None to have the teacher do so.
         latents: of images; None where there are none.
+        bank: whose couplings are taken in the place of trajectories; None for none.
     """
 
     config: Config
@@ -49,6 +52,7 @@ class Batches:
     stages: Stages
     conditions: Conditions | None = None
     latents: Latents | None = None
+    bank: Bank | None = None
     _encoded: dict[int, Condition] = field(default_factory=dict)
 
     def walked(self, phase: Phase, step: int) -> tuple[Batch, Condition, dict[str, States]]:
@@ -59,12 +63,16 @@ class Batches:
         training, number = self.config.training, step // self.config.space.reuse
         with self.stages("data"):
             batch = draw(number, self.prompts, self.teacher, phase.config, self.device, self.processes)
+            batch, x0, noise = self.of_bank(batch)
         with self.stages("text"):
-            condition = self.conditions(batch.index) if self.conditions else self.encode_ahead(number)
+            if self.bank and not self.conditions:
+                condition = self.teacher.encode(batch.prompts)
+            else:
+                condition = self.conditions(batch.index) if self.conditions else self.encode_ahead(number)
             if training.compile:
                 condition = at_full_length(condition, self.teacher)
         with self.stages("images"):
-            x0 = self.latents(batch.index).to(self.device) if self.latents else None
+            x0 = self.latents(batch.index).to(self.device) if self.latents else x0
         spaces = dict.fromkeys(term.space for term in phase.terms)
         if step - phase.first < phase.head_start:
             needed = set(picture_spaces(phase.config)) - {"rollout"}
@@ -72,10 +80,20 @@ class Batches:
         with self.stages("teacher"):
             states = collect(
                 spaces, batch, condition, phase.networks, phase.config, step,
-                black=self.blacks[batch.shape_index], x0=x0, pads=self.processes.count > 1,
+                black=self.blacks[batch.shape_index], x0=x0, noise=noise,
+                pads=self.processes.count > 1,
             )  # fmt: skip
         self.teacher.clear_prompt_cache()  # the memory is the student's now
         return batch, condition, states
+
+    def of_bank(self, batch: Batch) -> tuple[Batch, Tensor | None, Tensor | None]:
+        """A batch with prompts, scales, ends and noise of the bank, in the run's own order; as it is without one."""
+        if self.bank is None:
+            return batch, None, None
+        rows = self.bank.rows([shuffled_index(i, len(self.bank), self.config.seed) for i in batch.draws.samples])
+        prompts = [self.prompts.prompt(i) for i in rows.prompt]
+        batch = replace(batch, index=rows.prompt, prompts=prompts, guidance=send(rows.guidance, self.device))
+        return batch, send(rows.x0, self.device), send(rows.noise, self.device)
 
     def encode_ahead(self, number: int) -> Condition:
         """The condition of batch `number`; its group is encoded with it, the same one however a run began."""

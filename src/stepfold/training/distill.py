@@ -7,6 +7,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
+from stepfold.bank import Bank
 from stepfold.config import Config
 from stepfold.prompts.reading import Prompts
 from stepfold.teachers.contract import Student, Teacher
@@ -39,6 +40,7 @@ def distill(
     *,
     processes: Processes = ALONE,
     latents: Latents | None = None,
+    bank: Bank | None = None,
     conditions: Conditions | None = None,
     stages: Stages | None = None,
     note_tangent: Callable[[str], None] = lambda text: None,
@@ -59,6 +61,7 @@ def distill(
         accelerator: device, precision.
         processes: that share every step. All of them call this function; the first one writes.
         latents: numbers of B prompts -> clean latents [B, ...] of their images, for `space.kind=images`.
+        bank: whose couplings are taken in the place of trajectories.
         conditions: numbers of B prompts -> what the teacher would encode them to; None to have it do so.
         stages: notes the time of every stage.
         note_tangent: called with the tangent's backend and the reason for it.
@@ -86,7 +89,7 @@ def distill(
         rewind_metrics(folder, start)
     processes.wait()
     batches = Batches(
-        config, teacher, prompts, list(blacks), accelerator.device, processes, stages, conditions, latents
+        config, teacher, prompts, list(blacks), accelerator.device, processes, stages, conditions, latents, bank
     )  # fmt: skip
     looks = Looks(made.run, folder, prompts, report, sum("skipped" in row for row in read_metrics(folder)))
     take_steps(made, batches, looks, start, preview if processes.first or made.sharded else lambda average, step: None)

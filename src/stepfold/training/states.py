@@ -1,5 +1,6 @@
 """From a batch to the states of every sample space that the run's terms name."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -38,6 +39,7 @@ class Start:
         x0: clean latents [B, ...]: the walk's end, or those of the images; None where there are none.
         keep: bool [B], from the brightness filter; None for all.
         is_padding: the filter left nothing; what is kept counts for nothing.
+        noise: that the trajectories of a bank began with [B, ...]; None where they are walked.
     """
 
     batch: Batch
@@ -49,6 +51,7 @@ class Start:
     x0: Tensor | None = None
     keep: Tensor | None = None
     is_padding: bool = False
+    noise: Tensor | None = None
 
 
 def collect(
@@ -61,6 +64,7 @@ def collect(
     *,
     black: Tensor | None = None,
     x0: Tensor | None = None,
+    noise: Tensor | None = None,
     pads: bool = False,
 ) -> dict[str, States]:
     """The states of each space; the teacher is walked once for all of them, and dark pictures are dropped.
@@ -73,12 +77,13 @@ def collect(
         config: the settings.
         step: the number of the step, which counts rollouts.
         black: the unit-variance latent of a black picture [...], where `space.filter_rule` is on.
-        x0: clean latents [B, ...] of the images, for the space `images`.
+        x0: clean latents [B, ...] of the images, for the space `images`, or of a bank.
+        noise: of a bank [B, ...], whose ends `x0` are; the teacher is not walked then.
         pads: whether a batch of which the filter leaves nothing becomes states that count for nothing.
     """
     spaces = list(spaces)
     with networks.walk_precision():
-        start = started(spaces, batch, condition, networks, config, step, black=black, x0=x0, pads=pads)
+        start = started(spaces, batch, condition, networks, config, step, black=black, x0=x0, noise=noise, pads=pads)
         found = {name: SPACES[name](start) for name in spaces if name in FROM_CLEAN}
     found |= {name: SPACES[name](start) for name in spaces if name not in FROM_CLEAN}
     if config.target.rules == {"zero"}:
@@ -121,11 +126,12 @@ def started(
     *,
     black: Tensor | None,
     x0: Tensor | None,
+    noise: Tensor | None,
     pads: bool,
 ) -> Start:
     """Walks the teacher where a space needs it, and filters; arguments as of `collect`."""
     space, trajectory, keep, padding = config.space, None, None, False
-    if any(name in FROM_WALKS for name in spaces):
+    if noise is None and any(name in FROM_WALKS for name in spaces):
         trajectory = walk(networks.teacher.velocity, batch.noise(), batch.route(space), condition, batch.guidance)
         x0 = trajectory.x0
     if x0 is not None and space.filter_rule != "off":
@@ -137,7 +143,7 @@ def started(
         if pads and not keep.any():
             keep[0] = True
             padding = True
-    return Start(batch, condition, networks, config, step, trajectory, x0, keep, padding)
+    return Start(batch, condition, networks, config, step, trajectory, x0, keep, padding, noise)
 
 
 def from_walk(start: Start) -> States:
@@ -159,9 +165,16 @@ def from_clean(start: Start) -> States:
 
 
 def from_couplings(start: Start) -> States:
-    """Coupling space: each walk's own noise and end."""
+    """Coupling space: each walk's own noise and end; at first another noise, where that is annealed.
+
+    Reference: arXiv:2407.12718 (SlimFlow), z' = sqrt(1 - b^2) z + b e with b falling from 1 to 0.
+    """
     assert start.x0 is not None
-    batch, noise = start.batch, start.batch.noise()
+    batch, noise, anneal = start.batch, start.noise, start.config.space.anneal_steps
+    noise = batch.noise() if noise is None else noise
+    if start.step < anneal:
+        share = 1 - start.step / anneal
+        noise = math.sqrt(1 - share**2) * noise + share * batch.noise("annealed noise")
     if batch.start_time < torch.pi / 2:  # the walk began beside pure noise: what lies behind its first state
         t = torch.full((len(noise),), batch.start_time, dtype=noise.dtype, device=noise.device)
         noise = equivalent_noise(noise, t, start.x0)

@@ -1,0 +1,156 @@
+"""`stepfold combine`: the checkpoints of a finished run as one student, if that is nearer to the teacher."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stepfold.commands.options import DeviceOption, Quiet, refuse_existing, usable_device
+from stepfold.errors import UserError
+
+if TYPE_CHECKING:
+    from stepfold.display import Display
+    from stepfold.teachers.pipeline import PipelineTeacher
+
+FEW = 8
+"""Prompts of either half, at least."""
+
+
+def combine(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run with its checkpoints.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the new student.", show_default=False)],
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps. Default: what it was made for.", show_default=False)
+    ] = None,
+    n: Annotated[int, typer.Option(min=1, help="Prompts to search on, and as many others for the verdict.")] = 64,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts. Default: the run's that it did not train on.", show_default=False)
+    ] = None,
+    sweeps: Annotated[int, typer.Option(min=1, help="Sweeps over all checkpoints, at most.")] = 3,
+    force: Annotated[bool, typer.Option("--force", help="Replace what --out holds.")] = False,
+    device: DeviceOption = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Combine the checkpoints of a run into one student: a weighted sum, whose weights may be negative.
+
+    The weights are those whose images end nearest to the teacher's. A student is written only if it is nearer on other
+    prompts too. Keep more checkpoints for it: training.keep_checkpoints.
+
+    stepfold combine runs/mine --out runs/mine/combined
+
+    stepfold combine runs/mine --out runs/combined --steps 4 --prompts others.txt
+    """
+    from stepfold.display import Display, quiet_libraries
+
+    quiet_libraries()
+    refuse_existing(out, force)
+    found = run_combine(
+        run, out, steps=steps, n=n, prompts=prompts, sweeps=sweeps, display=Display(quiet),
+        device=usable_device(device),
+    )  # fmt: skip
+    for name, coefficient in zip(found["states"], found["coefficients"], strict=True):
+        typer.echo(f"{name:24} {coefficient:+.3f}")
+    typer.echo(f"latent error on other prompts: {found['before']:.4f} before, {found['after']:.4f} now\nstudent: {out}")
+
+
+def run_combine(
+    folder: Path,
+    out: Path,
+    *,
+    steps: int | None,
+    n: int,
+    prompts: Path | None,
+    sweeps: int,
+    display: "Display",
+    device: str,
+) -> dict[str, Any]:
+    """Searches the coefficients and writes the student; arguments as of the command.
+
+    Raises:
+        UserError: too few checkpoints or prompts, or the sum is not nearer on the prompts of the verdict.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from stepfold.commands.own_teacher import choose
+    from stepfold.config import validate
+    from stepfold.evaluation.measure import student_sampler
+    from stepfold.evaluation.metrics import relative_error
+    from stepfold.export.pipeline import save_student
+    from stepfold.students.card import read_card
+    from stepfold.students.combining import combine as search
+    from stepfold.students.combining import put_sum
+    from stepfold.students.starting import make_student
+    from stepfold.teachers.loading import load_teacher
+    from stepfold.training.runs import checkpoints, damage
+
+    card = read_card(folder)
+    config = validate(card.config)
+    saved = [path for path in checkpoints(folder) if damage(path) is None]
+    if len(saved) < 2:
+        raise UserError(
+            f"{folder} has {len(saved)} whole checkpoints, and a sum needs 2 or more; train with "
+            "--set training.keep_checkpoints=8"
+        )
+    texts, chosen = choose(folder, card, prompts, 2 * n)
+    half = len(chosen.index) // 2
+    if half < FEW:
+        raise UserError(f"{len(chosen.index)} prompts, half of them for the verdict; give {2 * FEW} or more")
+    teacher = load_teacher(card.teacher_settings(), device)
+    student = make_student(teacher, config.student.model_copy(update={"init": None}), card.teacher_settings())
+    names = [f"{part} {path.name}" for path in saved for part in ("average", "student")]
+    states = [load_file(path / f"{part}.safetensors") for path in saved for part in ("average", "student")]
+    reference = names.index(f"average {saved[-1].name}")
+    count = steps or next(iter(card.asked_steps), 1)
+    sampler = student_sampler(student, card.recipe, count, 0)
+    with display.measuring({"the teacher": 2 * half}) as tick:
+        asked = [texts.prompt(i) for i in chosen.index]
+        halves = [
+            teacher_ends(teacher, card.recipe.guidance, asked, range(first, first + half), partial(tick, "the teacher"))
+            for first in (0, half)
+        ]
+
+    def error_on(batches: "Sequence[Any]", coefficients: "Sequence[float]") -> float:
+        put_sum(student, states, coefficients)
+        errors = [
+            relative_error(sampler(noise, condition, scales, samples).cpu(), end.cpu())
+            for noise, condition, scales, samples, end in batches
+        ]
+        return torch.cat(errors).mean().item()
+
+    display.note(f"{len(states)} states of {len(saved)} checkpoints, {half} prompts, {count} sampling steps")
+    with display.searching({"coefficients": 1}) as tick:
+        found, _ = search(lambda a: error_on(halves[0], a), len(states), reference, sweeps)
+        tick("coefficients", 1, done=True)
+    alone = [float(i == reference) for i in range(len(states))]
+    before, after = error_on(halves[1], alone), error_on(halves[1], found)
+    if not after < before:
+        raise UserError(
+            f"the sum is not nearer to the teacher on the prompts of the verdict ({after:.4f}, {before:.4f} without); "
+            "nothing was written: keep the run's own student"
+        )
+    put_sum(student, states, found)
+    save_student(teacher, student, out, config, card.recipe, card.example)
+    return {"states": names, "coefficients": found, "before": before, "after": after}
+
+
+def teacher_ends(
+    teacher: "PipelineTeacher", scale: float, prompts: Sequence[str], samples: range, tick: Callable[[int], None]
+) -> list[Any]:
+    """(noise, condition, scales, sample numbers, the teacher's end) of each batch of samples, in 20 steps."""
+    import torch
+
+    from stepfold.evaluation.latents import BATCH, TEACHER_STEPS
+    from stepfold.evaluation.measure import evaluation_noise, teacher_sampler
+
+    batches, exact = [], teacher_sampler(teacher, TEACHER_STEPS)
+    for start in range(samples.start, samples.stop, BATCH):
+        these = range(start, min(start + BATCH, samples.stop))
+        condition = teacher.encode([prompts[i] for i in these])
+        noise = evaluation_noise(0, these, teacher, teacher.device)
+        scales = torch.full((len(these),), scale, device=teacher.device)
+        batches.append((noise, condition, scales, these, exact(noise, condition, scales, these)))
+        tick(len(these))
+    return batches

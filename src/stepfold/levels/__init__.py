@@ -1,0 +1,1 @@
+"""Searched noise levels for a teacher's own few steps: nothing is trained."""
