@@ -39,6 +39,7 @@ ROWS: dict[str, list[str]] = {
     "TBCM": [],
     "T2: sCM over teacher endpoints": ["space.kind=endpoints", "space.route=logit_normal"],
     "T2: discrete consistency on the walk": ["objective=discrete"],
+    "T2: discrete, first state kept": ["objective=discrete", "space.keep_first=true"],
     "T4: random route": ["space.route=random"],
     "T4: logit-normal route": ["space.route=logit_normal"],
     "T6: r_final = 0.25": ["consistency.r_final=0.25"],

@@ -164,7 +164,7 @@ def test_maths_is_torch_only(file: str) -> None:
     assert not libraries & {"os", "pathlib", "json", "io", "random", "time"}
 
 
-WITHOUT_WEIGHTS = ("PreTrainedTokenizerFast", "AutoTokenizer", "CLIPImageProcessorPil")
+WITHOUT_WEIGHTS = ("PreTrainedTokenizerFast", "AutoTokenizer", "Tokenizer", "CLIPImageProcessorPil")
 
 
 @pytest.mark.parametrize("library", EXTERNAL)

@@ -2,12 +2,13 @@
 
 import doctest
 import importlib
+import json
 import re
 import runpy
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pytest
 import tiny
@@ -19,8 +20,10 @@ from typer.testing import CliRunner
 
 from stepfold.cli import app
 from stepfold.commands.distill import run_distill
-from stepfold.config import load_config, setting_names
+from stepfold.config import Config, load_config, setting_names
 from stepfold.display import Display
+from stepfold.methods import METHODS
+from stepfold.settings import ObjectiveName
 from stepfold.teachers import loading
 from stepfold.teachers.contract import Condition
 from stepfold.training import terms
@@ -109,27 +112,34 @@ def test_the_student_loads_as_the_first_page_says(tmp_path: Path, monkeypatch: p
 def test_the_method_that_the_docs_add_is_the_packages_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_sana: Path, prompts_file: Path
 ) -> None:
-    """The page's objective, its preset and its proof run; a run with it has the numbers of a run with ours."""
+    """The page's objective, its preset and its proof run under a name that is new; a run has the numbers of ours."""
     page = ROOT / "docs" / "add-a-method.md"
-    monkeypatch.setattr(terms, "OBJECTIVES", dict(terms.OBJECTIVES))
-    ours = terms.OBJECTIVES["velocity"]
+    monkeypatch.setitem(terms.OBJECTIVES, "mine", terms.OBJECTIVES["velocity"])
+    monkeypatch.setitem(METHODS, "mine", METHODS["auto"])
+    field = Config.model_fields["objective"]
     names: dict[str, Any] = {}
     for code in blocks(page, "python"):
-        exec(code, names)
-    assert terms.OBJECTIVES["velocity"] is names["velocity_loss"] is not ours
+        exec(re.sub(r'(METHODS|OBJECTIVES)\["velocity"\]', r'\1["mine"]', code), names)
+    assert terms.OBJECTIVES["mine"] is names["velocity_loss"] is not terms.OBJECTIVES["velocity"]
+    assert METHODS["mine"] == METHODS["velocity"] and METHODS["mine"] is not METHODS["velocity"]
+    assert (
+        set(METHODS) - {"auto", "mine"} == {*get_args(ObjectiveName)} == set(terms.OBJECTIVES) - {"adversarial", "mine"}
+    )
     assert set(names["ROWS"]) <= set(runpy.run_path(str(ROOT / "tests" / "objectives" / "test_terms.py"))["ROWS"])
     (preset,) = blocks(page, "yaml")
-    (tmp_path / "reflow.yaml").write_text(preset)
     small = ("training.steps=2", "training.preview_every=9", "space.route_steps=3", "training.prompts_per_step=1")
-    rows = []
-    for name, loss in (("page", names["velocity_loss"]), ("package", ours)):
-        monkeypatch.setitem(terms.OBJECTIVES, "velocity", loss)
-        config = load_config(
-            str(tmp_path / "reflow.yaml"), small, teacher__source=str(tiny_sana), prompts=str(prompts_file)
-        )
-        run_distill(config, tmp_path / name, resume=False, display=Display(quiet=True), command="test")
-        rows.append(read_metrics(tmp_path / name))
+    rows, file = [], tmp_path / "reflow.yaml"
+    with monkeypatch.context() as patch:
+        patch.setattr(field, "annotation", Literal[ObjectiveName, "auto", "mine"])  # the name in settings.py
+        Config.model_rebuild(force=True)
+        for name in ("mine", "velocity"):
+            file.write_text(preset.replace("objective: velocity", f"objective: {name}"))
+            config = load_config(str(file), small, teacher__source=str(tiny_sana), prompts=str(prompts_file))
+            run_distill(config, tmp_path / name, resume=False, display=Display(quiet=True), command="test")
+            rows.append(read_metrics(tmp_path / name))
+    Config.model_rebuild(force=True)
     assert rows[0] == rows[1] and len(rows[0]) == 2
+    assert "velocity matching" in (tmp_path / "mine" / "student" / "README.md").read_text()
 
 
 def test_the_family_that_the_docs_add_is_a_teacher(
@@ -313,3 +323,15 @@ def test_the_index_of_the_lab_log_has_every_entry_once() -> None:
     linked = [anchor for _, anchor in re.findall(r"\[([\d-]+)\]\(#([^)]+)\)", index)]
     assert len(linked) == len(set(linked)) == len(entries) > 60
     assert set(linked) == anchors("\n".join(f"## {entry}" for entry in entries))
+
+
+def test_the_memory_of_families_is_the_counted_one() -> None:
+    """Each number of the page's table, to its digits; rows that the record lacks are not compared."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "families.json").read_text())["rows"]
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    for row, networks in rows.items():
+        (cells,) = re.findall(rf"^\| {re.escape(row)} \| (.*) \|$", page, re.MULTILINE)
+        for cell, key, unit in zip(cells.split(" | "), ("parameters", "all_gib", "lora_gib"), (1e9, 1, 1), strict=True):
+            said = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", cell)]
+            counted = [each[key] / unit for each in networks.values() if each[key] is not None]
+            assert said == pytest.approx(counted, rel=5e-3, abs=0.06 if unit == 1 else 0.006), (row, cell)

@@ -45,7 +45,7 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_there_is_one_for_every_family_that_loads_a_lora() -> None:
+def test_these_families_have_one() -> None:
     assert {name for name in preset_names() if name.endswith("-lora-4step")} == set(NAMES)
 
 

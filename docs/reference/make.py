@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import typer.main
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SCMScheduler
 from diffusers.configuration_utils import FrozenDict
@@ -54,8 +53,9 @@ def pages() -> dict[str, str]:
         ),
         "api.md": (
             "API",
-            "The public functions and classes, from their docstrings. The commands are built on them. "
-            "[Your own network](../teachers.md) shows how to use `stepfold.api`.",
+            "The first section is public, and changes only with a note in the changelog. The other sections are internal: "
+            "they are documented for readers and may change without notice. "
+            "[Your own network](../teachers.md#a-network-of-your-own) shows how to use `stepfold.api`.",
             api(),
         ),
     }
@@ -312,7 +312,10 @@ def convention_row(name: str, family: type[PipelineTeacher]) -> tuple[str, ...]:
 
 def without_networks(name: str, family: type[PipelineTeacher]) -> PipelineTeacher:
     """A family's teacher without networks: its pipeline's class, with the first scheduler that it understands."""
-    teacher, pipe = object.__new__(family), object.__new__(getattr(diffusers, name))
+    teacher, pipe = (
+        object.__new__(family),
+        object.__new__(next(kind for kind in family.pipelines if kind.__name__ == name)),
+    )
     taken = family.fields.get("guidance_embeds", ((True,), ""))[0]
     teacher.transformer = SimpleNamespace(config=FrozenDict(guidance_embeds=taken[0]))
     teacher.pipe = pipe

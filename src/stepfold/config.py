@@ -29,7 +29,7 @@ from stepfold.scores import (
     RolloutSettings,
     check_scores,
 )
-from stepfold.sections import check_quantised
+from stepfold.sections import Section, TeacherSettings, check_quantised
 from stepfold.settings import (
     LARGEST,
     AdversarialSettings,
@@ -38,10 +38,8 @@ from stepfold.settings import (
     EvaluationSettings,
     ObjectiveName,
     OptimiserSettings,
-    Section,
     SpaceSettings,
     StudentSettings,
-    TeacherSettings,
     TrainingSettings,
 )
 

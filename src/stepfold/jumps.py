@@ -4,14 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from stepfold.methods import METHODS
 from stepfold.sections import LARGEST, Section
 
 TargetRule = Literal["zero", "diagonal", "gap", "uniform", "edge", "later"]
 Leg = Literal["teacher", "student", "average"]
 Share = Annotated[float, Field(ge=0, le=LARGEST)]
 
-AIMED = ("continuous", "pair", "semigroup", "lagrange")
-"""Objectives that take a target time."""
 ON_WALKS = {"zero", "later", "diagonal"}
 """Rules whose targets are states of a walk."""
 ANYWHERE = {"gap", "uniform", "later"}
@@ -101,7 +100,7 @@ def check_targets(config: Any) -> None:
     target, objective, spaces = config.target, config.objective, set(config.space.weights)
     rules, told_one = target.rules, config.student.times == "one"
     given = ", ".join(sorted(rules))
-    if rules != {"zero"} and objective not in AIMED:
+    if rules != {"zero"} and not METHODS[objective].aimed:
         raise ValueError(
             f"target.rule={given} does not go with objective={objective}, which has no target time; give "
             "objective=continuous, pair, semigroup or lagrange"

@@ -1,8 +1,8 @@
-"""What all sections of settings have in common, and the smallest of them: a LoRA and its scale."""
+"""What all sections of settings have in common, and the teacher's: its source, its LoRAs, how it is called."""
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -55,6 +55,81 @@ def lora_of(given: Any) -> Any:
     except (OSError, ValueError):  # a path that no file can have
         whole = False
     return {"source": given} if whole or not found else found.groupdict()
+
+
+Pixels = Annotated[int, Field(gt=0, le=65536)]
+NoiseLevel = Annotated[float, Field(ge=0, le=1)]
+
+
+class TeacherSettings(Section):
+    """Which teacher, and how it is called."""
+
+    source: str = Field(default="emoji", description="'emoji' (bundled), a diffusers pipeline folder, or a hub id")
+    revision: str | None = Field(
+        default=None, description="of a hub id: branch, tag or commit; default: its main branch"
+    )
+    variant: str | None = Field(
+        default=None,
+        description="of the weights' files, for example fp16 (model.fp16.safetensors); default: the plain ones",
+    )
+    lora: tuple[LoraSettings, ...] = Field(
+        default=(),
+        description="LoRAs merged into the teacher's weights, one after the other: safetensors files, folders or hub "
+        "ids, each with a scale where it is not 1: `[style.safetensors:0.8, OWNER/NAME]`",
+    )
+    guidance: Literal["auto", "classifier_free", "embedded", "none"] = Field(
+        default="auto", description="how the teacher takes guidance; auto reads it from the network's config"
+    )
+    guidance_interval: tuple[NoiseLevel, NoiseLevel] | None = Field(
+        default=None,
+        description="flow-matching noise levels, [lowest, highest] in [0, 1], between which classifier-free guidance "
+        "acts; elsewhere the teacher follows its prompt alone, at half the cost, for more diverse images",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of the teacher's weights; bfloat16 halves them, and calls to them run under autocast (a student's "
+        "own weights stay in float32)",
+    )
+    quantise: Literal["none", "int8", "fp8", "nf4"] = Field(
+        default="none", description="of the weights beneath a LoRA: int8 and fp8 take a byte each, nf4 half a byte"
+    )
+    null_mask: Literal["own", "prompt"] = Field(
+        default="own",
+        description="mask of the unconditional branch: its own (diffusers) or the prompt's (public training code)",
+    )
+    height: Pixels | None = Field(default=None, description="pixels; default: what the transformer was trained on")
+    width: Pixels | None = Field(default=None, description="pixels")
+    sizes: tuple[tuple[Pixels, Pixels], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="sizes to train at, [height, width] in pixels, one drawn per step; previews and samples are still "
+        "of height and width. Default: those alone",
+    )
+    frames: int | None = Field(
+        default=None, ge=1, le=65536, description="of a video; default: the pipeline's own; for pictures leave it out"
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=2, le=4096, description="longest prompt, in tokens; default: the pipeline's own"
+    )
+    image_column: str | None = Field(
+        default=None,
+        description="of FLUX.2: the column of the prompts' table with the path of each prompt's reference image; "
+        "default: no images",
+    )
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _rises(cls, given: tuple[float, float] | None) -> tuple[float, float] | None:
+        if given and given[0] >= given[1]:
+            raise ValueError(f"{list(given)} is no interval; give the lower level first, for example [0.1, 0.8]")
+        return given
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: Any) -> Any:
+        """Takes one, as settings of earlier versions have it, and none."""
+        several = given if isinstance(given, list | tuple) else [] if given is None else [given]
+        return [lora_of(each) for each in several]
 
 
 def check_quantised(config: Any) -> None:

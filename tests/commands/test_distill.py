@@ -51,6 +51,18 @@ class Noted(Display):
         self.lines.append(text)
 
 
+def test_a_run_too_short_for_the_course_of_r_says_so(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
+    display = Noted()
+    run_distill(
+        settings(tiny_sana, prompts_file, "objective=continuous"),
+        tmp_path / "run",
+        resume=False,
+        display=display,
+        command="",
+    )
+    assert [line[:22] for line in display.lines if "r_warmup" in line] == ["r ends at 0 after 1 st"]
+
+
 @pytest.mark.parametrize("command", ["distill", "encode", "retime"])
 def test_what_is_wrong_with_the_prompts_is_said_before_it_begins(
     command: str, first_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

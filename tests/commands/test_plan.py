@@ -83,7 +83,13 @@ def test_a_plan_leaves_nothing_behind(n: int, tmp_path: Path, monkeypatch: pytes
             "training.precision=no", "training.walk_precision=no", "objective=continuous",
         ],
     )  # fmt: skip
-    plan = make_plan(config, 3, Display(quiet=True))
+    notes: list[str] = []
+    display = Display(quiet=True)
+    monkeypatch.setattr(display, "note", notes.append)
+    plan = make_plan(config, 3, display)
+    assert [note[:25] for note in notes if "r_warmup" in note] == [
+        "r ends at 0.65 after 40 s"
+    ]  # of the run, not of the trial
     assert plan.trial_steps == 3 and plan.step_sec > 0 and plan.device == "cpu" and plan.tangent.startswith("one_pass")
     assert (plan.parts_sec["evaluation"] > 0) == bool(n)
     assert plan.total_sec >= 40 * plan.step_sec

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_anima
 import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
+import tiny_hunyuan_image
 import tiny_prx
 import tiny_qwen
 import tiny_sana_video
@@ -63,6 +65,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "ernie-image": tiny_ernie_image.make_ernie_image,
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
+    "hunyuan image": tiny_hunyuan_image.make_hunyuan_image,
+    "anima": tiny_anima.make_anima,
     "retimed sd3": lambda: retimed(tiny.make_sd3()),
     "retimed flux": lambda: retimed(tiny.make_flux()),
     "retimed flux2": lambda: retimed(tiny.make_flux2_klein()),
@@ -81,6 +85,7 @@ SMALLER: dict[str, Callable[..., Any]] = {
     "ernie-image": tiny_ernie_image.make_ernie_image,
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
+    "hunyuan image": tiny_hunyuan_image.make_hunyuan_image,
 }
 """Families whose students may have fewer blocks than the teacher, which has three here."""
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ import tiny
 import torch
 from diffusers import FluxPipeline
 from forms import cases
+from safetensors.torch import load_file
+from test_cli import Result
 
 from stepfold.commands.export import run_export
 from stepfold.commands.sample import run_sample
 from stepfold.errors import UserError
-from stepfold.export.pipeline import model_card
+from stepfold.export.casting import round_weights
+from stepfold.export.pipeline import model_card, use_of
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.students.card import CARD, read_card
 from stepfold.students.loading import load_merged, load_student
@@ -36,6 +40,7 @@ DRAWN += (*RECENT, "longcat")
 WITH_LORA += ("ernie-image", "z-image")
 DRAWN += ("ernie-image", "prx", "z-image")
 DRAWN += (*VIDEOS, "wan 2.2 a14b", "hunyuan video")
+DRAWN += ("hunyuan image",)
 DRAWN += tuple(f"{family}{FEWER}" for family in SMALLER)
 
 PIPE = "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)"
@@ -197,6 +202,44 @@ def test_a_readme_says_when_plain_diffusers_merges_the_teachers_lora_otherwise(s
     assert "load_lora_weights" not in readme and "stepfold export" in readme and 'from_pretrained("WHOLE")' in readme
 
 
+@pytest.mark.parametrize(("lora", "dtype"), [(4, "float16"), (0, "bfloat16")])
+def test_exports_in_half_precision_are_the_rounded_ones(
+    lora: int, dtype: Any, student_of: StudentOf, tmp_path: Path
+) -> None:
+    """Of a LoRA and of a whole student; the autoencoder and what a folder says besides stay as they are."""
+    student, half = student_of("sd1", lora), getattr(torch, dtype)
+    files = [tmp_path / "whole.safetensors", tmp_path / "half.safetensors"]
+    folders = [tmp_path / "whole", tmp_path / "half"]
+    for given, file, folder in zip((None, dtype), files, folders, strict=True):
+        run_export(student, "single-file", file, force=False, dtype=given)
+        run_export(student, "pipeline", folder, force=False, dtype=given)
+    whole, rounded = map(load_file, files)
+    assert whole.keys() == rounded.keys()
+    assert all(
+        torch.equal(rounded[name], value.to(half)) and value.dtype == torch.float32 for name, value in whole.items()
+    )
+    for part in ("unet", "text_encoder", "vae"):
+        (before,), (after,) = ([*(folder / part).glob("*.safetensors")] for folder in folders)
+        wanted = {name: value.to(value.dtype if part == "vae" else half) for name, value in load_file(before).items()}
+        found = load_file(after)
+        assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    index, card = ([(folder / name).read_text() for folder in folders] for name in ("model_index.json", CARD))
+    assert index[0] == index[1] and card[0] == card[1]
+
+
+def test_half_precision_is_for_whole_networks_that_fit_it(student_of: StudentOf, tmp_path: Path) -> None:
+    student = student_of("sd1", 4)
+    for to, steps in (("lora", None), ("onnx", None), ("pipeline", 4)):
+        with pytest.raises(UserError, match=r"--dtype float16 is for --to pipeline or single-file without --steps"):
+            run_export(student, to, tmp_path / "out.safetensors", force=False, steps=steps, dtype="float16")
+    layer = torch.nn.Linear(2, 2)
+    layer.weight.data[0, 0] = 1e5
+    with pytest.raises(UserError, match=r"weight has a weight that float16 cannot hold; give --dtype bfloat16"):
+        round_weights(layer, "float16")
+    round_weights(layer, "bfloat16")
+    assert layer.weight.dtype == torch.bfloat16
+
+
 FAMILIES_PAGE = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
 QUICKSTARTS = dict(
     re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", FAMILIES_PAGE, re.DOTALL | re.MULTILINE)
@@ -209,6 +252,8 @@ TINY_FAMILIES = {
     "ERNIE-Image": "ernie-image", "PRX": "prx", "Z-Image": "z-image",
     "Wan 2.2 TI2V-5B, text to video": "wan 2.2 ti2v", "Wan 2.2 A14B, text to video": "wan 2.2 a14b",
     "SANA-Video": "sana video", "HunyuanVideo 1.5": "hunyuan video",
+    "HunyuanImage 2.1": "hunyuan image",
+    "Anima": "anima",
 }  # fmt: skip
 
 
@@ -235,6 +280,57 @@ def test_a_student_of_each_family_samples_as_the_docs_say(heading: str, student_
     assert type(names["pipe"]).__name__ == card.pipeline
     assert type(names["pipe"].scheduler).__name__ == card.scheduler
     assert len(names["video"]) == 5 if card.output == "frames" else min(names["image"].size) >= 8
+
+
+COMMANDS = {
+    heading: re.findall(r"^stepfold distill .*$", text.replace("\\\n", " "), re.MULTILINE)
+    for heading, text in re.findall(r"^## ([^\n]+)\n((?:(?!^## ).)*)", FAMILIES_PAGE, re.DOTALL | re.MULTILINE)
+}
+RETIMED = {"Sana": "sana", "Stable Diffusion 3 and 3.5": "retimed sd3"}
+
+
+@pytest.mark.parametrize("heading", cases(TINY_FAMILIES, ("Sana", "Stable Diffusion 3 and 3.5", "Krea 2")))
+def test_the_commands_of_each_family_begin_runs_of_students_that_the_docs_sample(
+    heading: str, student_of: StudentOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All commands of a family one after the other, on tiny teachers and at a tiny size, each up to its first step."""
+    begun: list[Any] = []
+
+    def begin(run: Any, *_: Any) -> None:
+        begun.append((run.folder, run.recipe, run.teacher))
+        raise UserError("its first step")
+
+    monkeypatch.setattr("stepfold.commands.distill.train", begin)
+    monkeypatch.chdir(tmp_path)
+    for name in ("prompts.txt", "classes.txt"):
+        Path(name).write_text("7\n" if heading == "DiT" else "a red heart\n")
+    code, lines = QUICKSTARTS[heading], COMMANDS[heading]
+    for line in lines:
+        of = RETIMED[heading] if "runs/retimed/teacher" in line else TINY_FAMILIES[heading]
+        student = student_of(of, 4 if "load_lora_weights" in code and of not in RETIMED.values() else 0)
+        given = re.sub(r"--set conditions=\w+|--size \S+|--set teacher.frames=\d+", "", line)
+        given = re.sub(r"--teacher \S+", f"--teacher {read_card(student).teacher} --set teacher.max_tokens=24", given)
+        given += "" if heading == "DiT" else " --size 32"
+        given += " --set teacher.frames=5" if "num_frames=" in code or "frames=" in code else ""
+        assert Result(*shlex.split(given)[1:], "--quiet").err.endswith("error: its first step\n"), line
+    assert [str(folder) for folder, _, _ in begun] == [re.findall(r"--out (\S+)", line)[0] for line in lines]
+    _, recipe, teacher = begun[0]
+    count = 4 if "lora-4step" in lines[0] else 1
+    calls = use_of(teacher, recipe, lora="load_lora_weights" in code, asked=(count,))["calls"][count]
+    call = next(
+        node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe"
+    )
+    said = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords if str(each.arg) in calls}
+    own = (
+        "height",
+        "width",
+        "max_sequence_length",
+        "tokenizer_max_length",
+        "num_frames",
+        "frames",
+    )  # sizes are tiny here
+    for name in said.keys() - {*own}:
+        assert said[name] == (pytest.approx(calls[name], rel=1e-5) if calls[name] is not None else None), name
 
 
 def test_a_lora_student_is_loaded_as_the_docs_say(student_of: StudentOf) -> None:

@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,7 +184,8 @@ class Numbered:
         return "x" * (index + 1)
 
 
-def encode(texts: list[str]) -> Condition:
+def encode(index: Sequence[int]) -> Condition:
+    texts = [Numbered().prompt(i) for i in index]
     mask = torch.tensor([[i < len(text) for i in range(4)] for text in texts]).long()
     return Condition(torch.randn(len(texts), 4, 4), mask)
 

@@ -606,7 +606,8 @@ class Numbered:
         return "x" * (index + 1)
 
 
-def fake_encode(texts: list[str]) -> Condition:
+def fake_encode(index: Sequence[int]) -> Condition:
+    texts = [Numbered().prompt(i) for i in index]
     mask = torch.tensor([[i < len(text) for i in range(6)] for text in texts]).long()
     return Condition(torch.randn(len(texts), 6, 4), mask, torch.randn(len(texts), 3))
 

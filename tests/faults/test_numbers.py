@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -238,8 +238,8 @@ class TwoPrompts:
         return "x"
 
 
-def encode(texts: list[str]) -> Condition:
-    return Condition(torch.zeros(len(texts), 2, 2), torch.ones(len(texts), 2).long())
+def encode(index: Sequence[int]) -> Condition:
+    return Condition(torch.zeros(len(index), 2, 2), torch.ones(len(index), 2).long())
 
 
 def text(folder: Path) -> None:

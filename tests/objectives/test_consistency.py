@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stepfold.config import load_config, phases_of, preset_names
 from stepfold.maths.closed_form import GaussianTeacher
 from stepfold.maths.formulations import (
     data_prediction,
@@ -23,6 +24,8 @@ from stepfold.objectives.consistency import (
     consistency_terms,
     normalise_tangent,
     prior_weight,
+    r_of,
+    short_of_r,
     tangent_direction,
 )
 
@@ -231,3 +234,34 @@ def test_a_student_in_bfloat16_gets_its_loss_in_float32():
     terms, expected = consistency_terms(**half, **settings), consistency_terms(**rounded, **settings)
     assert terms.loss.dtype == torch.float32
     assert torch.equal(terms.loss, expected.loss)
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_r_reaches_its_end_in_the_steps_of_every_preset(preset: str):
+    config = load_config(preset, teacher__source="x/y", prompts=None if preset in ("scm", "sana-sprint") else "p")
+    if config.objective == "auto":
+        config = config.model_copy(update={"objective": "continuous"})
+    first, last = phases_of(config)[-1]
+    if last.objective == "continuous":
+        assert r_of(last, config.training.steps - 1 - first) == pytest.approx(last.consistency.r_final)
+    assert short_of_r(config) is None
+
+
+def test_a_run_too_short_for_the_course_of_r_is_told_so():
+    config = load_config("default", ["objective=continuous", "training.steps=2000"], teacher__source="x", prompts="p")
+    assert short_of_r(config) == (
+        "r ends at 0.5 after 2000 steps, not at consistency.r_final=0.75: its course is given in steps; for this run "
+        "take --set consistency.r_warmup=400 --set consistency.r_cooldown_start=1500 "
+        "--set consistency.r_cooldown_steps=200"
+    )
+    assert short_of_r(config.model_copy(update={"objective": "discrete"})) is None
+    scaled = ["consistency.r_warmup=400", "consistency.r_cooldown_start=1500", "consistency.r_cooldown_steps=200"]
+    config = load_config(
+        "default", ["objective=continuous", "training.steps=2000", *scaled], teacher__source="x", prompts="p"
+    )
+    assert short_of_r(config) is None
+    phases = "training.phases=[{steps: 1500, set: {objective: discrete}}]"
+    config = load_config(
+        "default", ["objective=continuous", "training.steps=2000", *scaled, phases], teacher__source="x", prompts="p"
+    )
+    assert "after 500 steps" in (short_of_r(config) or "")

@@ -84,8 +84,8 @@ def test_a_second_text_is_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "prompts.txt").write_text("\n".join(texts) + "\n")
     null, sizes = two_texts([""]), list[str]()
     encode_prompts(
-        tmp_path / "cache", {}, open_prompts(tmp_path / "prompts.txt"), two_texts, null, torch.zeros(1), batch=2,
-        note=sizes.append,
+        tmp_path / "cache", {}, open_prompts(tmp_path / "prompts.txt"),
+        lambda index: two_texts([texts[i] for i in index]), null, torch.zeros(1), batch=2, note=sizes.append,
     )  # fmt: skip
     cache = open_conditions(tmp_path / "cache", {}, len(texts))
     for index in ([0], [1, 2], [4, 1, 0, 3]):

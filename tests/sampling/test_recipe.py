@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from stepfold.config import validate
 from stepfold.errors import UserError
 from stepfold.maths.routes import few_step_times
+from stepfold.methods import METHODS
 from stepfold.sampling.recipe import NUM_STEPS, Recipe, make_recipe
-from stepfold.sampling.samplers import SAMPLERS, TRAINED_FOR, UNFIT, SamplerName, check_sampler, sampler_of
+from stepfold.sampling.samplers import SAMPLERS, UNFIT, SamplerName, check_sampler, sampler_of
 from stepfold.settings import ObjectiveName
 
 FIELDS: dict[str, Any] = {
@@ -101,7 +102,7 @@ def test_a_runs_sampler_is_that_of_what_it_is_trained_on_last():
     ):
         values = {"prompts": "x", "objective": objective, "training": {"steps": steps, "phases": changes}}
         assert sampler_of(validate(values)) == sampler
-    assert set(TRAINED_FOR) == {"auto", *get_args(ObjectiveName)}
+    assert set(METHODS) == {"auto", *get_args(ObjectiveName)}
 
 
 def test_the_recipe_of_a_run():

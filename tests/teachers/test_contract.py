@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_anima
 import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
+import tiny_hunyuan_image
 import tiny_prx
 import tiny_qwen
 import tiny_sana_video
@@ -37,6 +39,7 @@ from stepfold.sampling.teacher import sample_teacher
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.students.saving import save_whole
 from stepfold.students.whole import as_student, new_student
+from stepfold.teachers.anima import AnimaTeacher
 from stepfold.teachers.chroma import ChromaTeacher
 from stepfold.teachers.contract import Condition, concatenate
 from stepfold.teachers.dit import DiTTeacher
@@ -44,6 +47,7 @@ from stepfold.teachers.ernie_image import ErnieImageTeacher
 from stepfold.teachers.family import Family
 from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
+from stepfold.teachers.hunyuan_image import HunyuanImageTeacher
 from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
 from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.loading import family_of
@@ -172,6 +176,10 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
         tiny.save(tiny_sana_video.make_sana_video, empty / "sana"), height=32, width=64, max_tokens=MAX_TOKENS, frames=5
     ),
     "wan 2.2 a14b": lambda _, empty: WanTeacher(tiny.save(tiny_wan22.make_a14b, empty / "wan"), **SMALL, frames=5),
+    "anima": lambda _, empty: AnimaTeacher(tiny.save(tiny_anima.make_anima, empty / "anima"), **SMALL),
+    "hunyuan image": lambda _, empty: HunyuanImageTeacher(
+        tiny.save(tiny_hunyuan_image.make_hunyuan_image, empty / "hunyuan"), **SMALL
+    ),
 }
 
 
@@ -181,6 +189,8 @@ PADDED = (
     GemmaTexts | HunyuanVideo15Teacher | PixArtTeacher | Lumina2Teacher | WanTeacher | QwenImageTeacher | Krea2Teacher
 )
 PADDED |= ErnieImageTeacher | PRXTeacher | ZImageTeacher
+PADDED |= HunyuanImageTeacher
+PADDED |= AnimaTeacher
 """Whose prompts are as long as they are; other networks attend to their padding."""
 
 

@@ -15,9 +15,11 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+import tiny_anima
 import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
+import tiny_hunyuan_image
 import tiny_prx
 import tiny_qwen
 import tiny_sana_video
@@ -50,6 +52,7 @@ from stepfold.students.saving import save_whole
 from stepfold.students.whole import as_student, new_student
 from stepfold.teachers import lora_files
 from stepfold.teachers.contract import Condition
+from stepfold.teachers.folders import load_index
 from stepfold.teachers.loading import choose_objective, load_any_pipeline, load_teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.training import doctor
@@ -82,16 +85,19 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "ernie-image": tiny_ernie_image.make_ernie_image,
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
+    "hunyuan image": tiny_hunyuan_image.make_hunyuan_image,
+    "anima": tiny_anima.make_anima,
 }
 FRAMES = {"WanPipeline": 5, "SanaVideoPipeline": 5, "HunyuanVideo15Pipeline": 5}
 WITHOUT_LORA = ("pixart", "dit", "longcat", "hunyuan video", "prx")
+WITHOUT_LORA += ("hunyuan image",)
 SANAS = ("SanaPipeline", "SanaSprintPipeline", "SanaVideoPipeline")
-TIME_TO_ONE = ("Lumina2Pipeline", "SanaPipeline", "SanaSprintPipeline")
+TIME_TO_ONE = ("Lumina2Pipeline", "SanaPipeline", "SanaSprintPipeline", "AnimaModularPipeline")
 
 
 NAMES = ("sana", *FAMILIES)
-WITH_LORA = tuple(name for name in NAMES if name not in (*WITHOUT_LORA, "wan 2.2 a14b"))
-"""Those whose LoRA is one file; of two networks see tests/export/test_experts.py."""
+WITH_LORA = tuple(name for name in NAMES if name not in (*WITHOUT_LORA, "wan 2.2 a14b", "anima"))
+"""Those whose LoRA is one file; of two networks see tests/export/test_experts.py, of a modular one test_anima.py."""
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +123,16 @@ def network_of(folder: Path) -> str:
 
 def pipeline_of(folder: Path) -> str:
     """The class of a saved pipeline."""
-    return json.loads((folder / "model_index.json").read_text())["_class_name"]
+    return load_index(str(folder))["_class_name"]
+
+
+def loaded(kind: str, folder: Path) -> Any:
+    """A pipeline of plain diffusers, with its parts."""
+    pipe: Any = getattr(diffusers, kind).from_pretrained(str(folder))
+    if isinstance(pipe, diffusers.ModularPipeline):
+        pipe.load_components()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def frames_of(folder: Path) -> int | None:
@@ -179,8 +194,7 @@ def test_a_teacher_is_distilled_and_its_student_drawn(
 
     card = json.loads((run / "student" / CARD).read_text())
     (ours,) = run_sample(run / "student", ["red heart"], steps=1, seed=0, guidance=None, device="cpu")
-    pipe: Any = getattr(diffusers, card["pipeline"]).from_pretrained(run / "student")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = loaded(card["pipeline"], run / "student")
     inputs = teacher.inputs(["red heart"], [generator(0, "sample", 0)])
     theirs = pixels(getattr(pipe(**inputs, **card["calls"]["1"]), card["output"])[0])
     assert theirs.shape == (32, 32 * teacher.frames, 3)
@@ -290,7 +304,7 @@ def test_a_pipeline_that_loads_no_lora_gets_none(family: str, prompts_file: Path
     folder = tiny.save(FAMILIES[family], tmp_path / "pipeline")
     for change in ("student.lora=4", f"teacher.lora={tmp_path / 'some.safetensors'}"):
         config = settings(folder, prompts_file, change)
-        with pytest.raises(UserError, match=r"(PixArtSigma|DiT|LongCatImage|HunyuanVideo15|PRX)Pipeline"):
+        with pytest.raises(UserError, match=r"(PixArtSigma|DiT|LongCatImage|HunyuanVideo15|HunyuanImage|PRX)Pipeline"):
             run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
         assert not (tmp_path / "run").exists()
 
@@ -786,6 +800,58 @@ def test_a_guider_with_another_rule_is_refused(tmp_path: Path, change: dict[str,
     ) as caught:
         load_teacher(TeacherSettings(source=str(folder)), "cpu")
     assert "\n" not in str(caught.value)
+
+
+NO_PROJECTION = {"adaptive_projected_guidance_scale": 1.0}
+
+
+def mix(**options: Any) -> diffusers.AdaptiveProjectedMixGuidance:
+    """A guider as published, at its defaults but for `options`."""
+    return diffusers.AdaptiveProjectedMixGuidance(guidance_scale=3.5, **options)
+
+
+def hunyuan_image(**guiders: Any) -> Any:
+    pipe = tiny_hunyuan_image.make_hunyuan_image()
+    return type(pipe)(**pipe.components | guiders)
+
+
+@pytest.mark.parametrize(
+    ("guiders", "said"),
+    [
+        ({"guider": mix()}, r"late steps of its guider depend .*; write .*: 1 into guider/guider_config.json"),
+        ({"ocr_guider": mix()}, r"late steps of its ocr_guider depend .*; write .*: 1 into ocr_guider/guider_con"),
+        ({"guider": mix(**NO_PROJECTION, start=0.1)}, "has a AdaptiveProjectedMixGuidance with start; give it a Class"),
+        ({"guider": None}, "has no guider, as pipelines of distilled networks; give the model"),
+        (
+            {"ocr_guider": mix(**NO_PROJECTION).new(guidance_scale=5.0)},
+            r"has guiders of scales 3\.5 and 5\.0; write one guidan",
+        ),
+    ],
+)
+def test_guiders_that_are_no_velocity_are_refused(tmp_path: Path, guiders: dict[str, Any], said: str) -> None:
+    """Guidance with a momentum depends on the steps before; two scales would need to know which prompt is asked for."""
+    folder = tiny.save(partial(hunyuan_image, **guiders), tmp_path / "pipeline")
+    with pytest.raises(UserError, match=said) as caught:
+        load_teacher(SMALL.model_copy(update={"source": str(folder)}), "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mixed_guider_without_projection_is_plain_guidance(tmp_path: Path) -> None:
+    """As a published folder is with that one option, by its own guiders, at more steps than they would begin after."""
+    both = {name: mix(**NO_PROJECTION, adaptive_projected_guidance_start_step=1) for name in ("guider", "ocr_guider")}
+    folder = tiny.save(partial(hunyuan_image, **both), tmp_path / "pipeline")
+    teacher = load_teacher(SMALL.model_copy(update={"source": str(folder), "max_tokens": 64}), "cpu")
+    assert teacher.default_guidance == 3.5
+    prompts = ["a cat", "a sign that says \"a cat\" and 'no'"]
+    draws = [torch.Generator().manual_seed(i) for i in range(2)]
+    teacher.encode(prompts)
+    theirs = teacher.latents_of(teacher.pipe, prompts, draws, **teacher.usual_call(), num_inference_steps=4)
+    noise = torch.stack([torch.randn(teacher.latent_shape, generator=torch.Generator().manual_seed(i)) for i in (0, 1)])
+    ours = sample_teacher(teacher, 0.5 * noise, teacher.encode(prompts), torch.full((2,), 3.5), 4, even=True)
+    assert (ours / 0.5 - theirs).norm() < 1e-4 * theirs.norm()
+    save_whole(teacher, new_student(teacher), tmp_path / "student", tiny.recipe(teacher))
+    saved = diffusers.HunyuanImagePipeline.from_pretrained(tmp_path / "student")
+    assert saved.ocr_guider is None and saved.guider.config.guidance_scale == 1
 
 
 def test_what_stands_in_quotes_is_a_second_text(tmp_path: Path) -> None:

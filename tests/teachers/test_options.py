@@ -10,9 +10,11 @@ from typing import Any
 import diffusers
 import pytest
 import tiny
+import tiny_anima
 import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
+import tiny_hunyuan_image
 import tiny_prx
 import tiny_qwen
 import tiny_z_image
@@ -34,6 +36,8 @@ NETWORKS = (
     "PixArtTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel",
     "UNet2DConditionModel", "WanTransformer3DModel",
     "ErnieImageTransformer2DModel", "PRXTransformer2DModel", "ZImageTransformer2DModel",
+    "HunyuanImageTransformer2DModel",
+    "CosmosTransformer3DModel",
 )  # fmt: skip
 CLASSES = {
     "Networks": NETWORKS,
@@ -41,6 +45,7 @@ CLASSES = {
         "AutoencoderDC",
         "AutoencoderKL",
         "AutoencoderKLFlux2",
+        "AutoencoderKLHunyuanImage",
         "AutoencoderKLHunyuanVideo15",
         "AutoencoderKLQwenImage",
         "AutoencoderKLWan",
@@ -48,6 +53,9 @@ CLASSES = {
     "Schedulers": (*VP, *FLOW, "SCMScheduler"),
     "Pipelines": tuple(FAMILIES),
 }
+
+PIPELINES: dict[str, Any] = {kind.__name__: kind for family in FAMILIES.values() for kind in family.pipelines}
+"""Those of diffusers; of modular ones the parts and the call that they have here."""
 
 
 def rows_of(title: str) -> list[list[str]]:
@@ -67,12 +75,13 @@ def holds(title: str, there: set[str]) -> bool:
 
 
 def test_the_page_has_every_argument_and_no_other() -> None:
-    assert holds("Arguments of a call", parameters(getattr(diffusers, name).__call__ for name in FAMILIES))
+    assert holds("Arguments of a call", parameters(kind.__call__ for kind in PIPELINES.values()))
 
 
 @pytest.mark.parametrize("title", CLASSES)
 def test_the_page_has_every_field_and_no_other(title: str) -> None:
-    assert holds(title, parameters(getattr(diffusers, name).__init__ for name in CLASSES[title]))
+    kinds = (PIPELINES.get(name) or getattr(diffusers, name) for name in CLASSES[title])
+    assert holds(title, parameters(kind.__init__ for kind in kinds))
 
 
 def test_the_page_sorts_a_schedulers_options_as_the_code_does() -> None:
@@ -111,6 +120,9 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "patch_size": (tiny.make_flux, "transformer", {"patch_size": 2}),
     "guidance_embeds": (tiny.make_sana, "transformer", {"guidance_embeds": True}),
     "use_meanflow": (tiny_hunyuan.make_hunyuan_video, "transformer", {"use_meanflow": True}),
+    "guidance_embeds, with": (tiny_hunyuan_image.make_hunyuan_image, "transformer", {"guidance_embeds": True}),
+    "use_meanflow, of images": (tiny_hunyuan_image.make_hunyuan_image, "transformer", {"use_meanflow": True}),
+    "img_context_dim_in": (tiny_anima.make_anima, "transformer", {"img_context_dim_in": 8}),
     "patch_size_t": (tiny_hunyuan.make_hunyuan_video, "transformer", {"patch_size_t": 2}),
     "zero_cond_t": (tiny_qwen.make_qwen_image, "transformer", {"zero_cond_t": True}),
     "use_additional_t_cond": (tiny_qwen.make_qwen_image, "transformer", {"use_additional_t_cond": True}),
@@ -129,7 +141,9 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
 @pytest.mark.parametrize("field", REFUSED)
 def test_a_network_that_asks_for_more_than_a_text_is_refused(field: str, tmp_path: Path) -> None:
     """A latent consistency model was distilled as if it embedded nothing; others failed inside of a run."""
-    with pytest.raises(UserError, match=rf"this \w+'s config has {field}=.*: .*; use a plain text-to-image model"):
+    with pytest.raises(
+        UserError, match=rf"this \w+'s config has {field.split(',')[0]}=.*: .*; use a plain text-to-image model"
+    ):
         load(*REFUSED[field], tmp_path / "pipeline")
 
 
@@ -242,6 +256,17 @@ OBEYED_FIELDS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
             axes_lens=[100, 40, 16],
         ),
     ),
+    "anima": (
+        tiny_anima.make_anima, "transformer",
+        dict(
+            extra_pos_embed_type="learnable", rope_scale=(2.0, 1.0, 2.0), max_size=(4, 40, 40),
+            use_crossattn_projection=True, crossattn_proj_in_channels=20, encoder_hidden_states_channels=20,
+        ),
+    ),
+    "hunyuan image": (
+        tiny_hunyuan_image.make_hunyuan_image, "transformer",
+        dict(patch_size=(2, 1), rope_theta=100.0, rope_axes_dim=(4, 12), num_refiner_layers=2, text_embed_2_dim=None),
+    ),
 }  # fmt: skip
 
 
@@ -282,6 +307,8 @@ AUTOENCODERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "ernie-image": (tiny_ernie_image.make_ernie_image, dict(batch_norm_eps=0.5, batch_norm_momentum=0.3)),
     "prx": (tiny_prx.make_prx, dict(scaling_factor=0.3, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4])),
     "z-image": (tiny_z_image.make_z_image, dict(scaling_factor=0.3, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4])),
+    "hunyuan image": (tiny_hunyuan_image.make_hunyuan_image, dict(scaling_factor=0.3)),
+    "anima": (tiny_anima.make_anima, dict(latents_mean=[1.0, 2, 3, 4], latents_std=[1.0, 2, 3, 4])),
 }  # fmt: skip
 
 

@@ -1,9 +1,12 @@
 """Batches of a compiled run: equal shapes, whatever the prompts."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import tiny
 import tiny_hunyuan
+import tiny_hunyuan_image
 import torch
 
 from stepfold.config import TeacherSettings
@@ -11,10 +14,13 @@ from stepfold.teachers.loading import load_teacher
 from stepfold.training.batches import at_full_length
 
 
-def test_a_second_text_is_as_long_in_every_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "frames"), [(tiny_hunyuan.make_hunyuan_video, 5), (tiny_hunyuan_image.make_hunyuan_image, None)]
+)
+def test_a_second_text_is_as_long_in_every_batch(make: Any, frames: int | None, tmp_path: Path) -> None:
     """Of a prompt with words in quotes and of one without; what is padded does not matter."""
-    folder = tiny.save(tiny_hunyuan.make_hunyuan_video, tmp_path / "teacher")
-    settings = TeacherSettings(source=str(folder), height=16, width=32, max_tokens=48, frames=5)
+    folder = tiny.save(make, tmp_path / "teacher")
+    settings = TeacherSettings(source=str(folder), height=16, width=32, max_tokens=48, frames=frames)
     teacher = load_teacher(settings, "cpu")
     assert teacher.second_tokens == teacher.pipe.tokenizer_2_max_length
     shapes = set()

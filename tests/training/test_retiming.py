@@ -1,6 +1,7 @@
 """A network whose time counts to 1000 learns to read [0, 1]: the bundled teacher, put into thousands on purpose."""
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from stepfold.export.single_file import export_single_file
 from stepfold.randomness import generator
 from stepfold.students.card import CARD
 from stepfold.teachers.licences import in_words, licences_of
-from stepfold.teachers.loading import load_teacher
+from stepfold.teachers.loading import load_teacher, retimable
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training import doctor
 from stepfold.training.looks import Progress
@@ -100,12 +101,21 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sd3": tiny.make_sd3,
     "flux dev": tiny.make_flux,
     "flux schnell": partial(tiny.make_flux, guidance_embeds=False),
+    "flux2 klein": tiny.make_flux2_klein,
     "qwen image": tiny_qwen.make_qwen_image,
     "longcat": tiny_qwen.make_longcat,
     "ernie-image": tiny_ernie_image.make_ernie_image,
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
 }
+
+
+def test_the_table_of_families_names_those_that_can_be_retimed() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .*?re-timed.*$", page, re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+Pipeline)`", row)} - {"SanaSprintPipeline"} == {
+        *retimable()
+    }
 
 
 @pytest.mark.long
@@ -274,7 +284,7 @@ def test_where_there_is_nothing_to_retime(prompts_file: Path, tmp_path: Path) ->
         (
             pixart,
             ["teacher.height=32", "teacher.width=32"],
-            r"a PixArtSigmaPipeline, but re-timing is for Sana .*; distil it",
+            r"a PixArtSigmaPipeline, but re-timing is for SanaPipeline, .*, Flux2Pipeline, .*; distil it",
         ),
         ("emoji", ["training.skip_nonfinite=3"], r"leave training\.skip_nonfinite out"),
     ):

@@ -30,7 +30,7 @@ def convert(
     ] = 1000,
     force: Annotated[bool, typer.Option("--force", help="Replace a pipeline folder that is there.")] = False,
 ) -> None:
-    """Make a pipeline folder of one file: Stable Diffusion 1, 2, XL, 3, FLUX, Lumina 2, PixArt, Sana, Wan.
+    """Make a pipeline folder of one file: Stable Diffusion 1, 2, XL, 3, FLUX.1, FLUX.2, Lumina 2, PixArt, Sana, Wan.
 
     Nothing in the file is run.
 

@@ -270,9 +270,11 @@ def open_texts(config: "Config") -> "tuple[PromptFile | ImageFolder, ImageFolder
     from stepfold.prompts.reading import open_prompts
 
     if config.space.images:
+        if config.teacher.image_column:
+            raise UserError("teacher.image_column is for prompts of a table, not for space.images; leave one out")
         images = open_images(config.space.images)
         return images, images
-    return open_prompts(config.prompts or assets.PROMPTS), None
+    return open_prompts(config.prompts or assets.PROMPTS, config.teacher.image_column), None
 
 
 def kept_latents(
@@ -308,6 +310,7 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
     Loading `began` at this time of `time.perf_counter`.
     """
     from stepfold.evaluation.preview import make_preview
+    from stepfold.objectives.consistency import short_of_r
     from stepfold.students.starting import make_fake
     from stepfold.teachers.loading import counts_to_thousand
     from stepfold.training.distill import distill as distil
@@ -318,6 +321,8 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
     config, device, first = run.config, run.accelerator.device, run.processes.first
     if config.objective == "continuous" and first and counts_to_thousand(config):
         display.note(steepness(run.teacher, student, run.prompts, run.conditions, config, device))
+    if first and (short := short_of_r(config)):
+        display.note(short)
     preview = make_preview(
         run.folder, run.teacher, run.conditions, run.prompts, run.recipe, config.seed, display.note, writes=first
     )
@@ -336,13 +341,13 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
         if tracker:
             tracker.add(progress.row, progress.step)
 
+    ready = run.conditions if run.cached or config.teacher.image_column else None
     reset_peak_memory(device)
     with display.training(config.training.steps):
         average = distil(
             config, run.folder, run.teacher, student, run.prompts, run.blacks, run.accelerator,
-            processes=run.processes, latents=run.latents, bank=run.bank,
-            conditions=run.conditions if run.cached else None, stages=course.stages, note_tangent=note_tangent,
-            report=report, preview=course.apart(preview),
+            processes=run.processes, latents=run.latents, bank=run.bank, conditions=ready, stages=course.stages,
+            note_tangent=note_tangent, report=report, preview=course.apart(preview),
             make_fake=lambda: make_fake(run.teacher, config.fake),
         )  # fmt: skip
     course.note_memory()

@@ -11,6 +11,7 @@ from stepfold.commands.options import StudentArgument
 from stepfold.errors import UserError
 
 if TYPE_CHECKING:
+    from stepfold.export.casting import Half
     from stepfold.export.lora_keys import Keys
 
 
@@ -34,6 +35,13 @@ def export(
             show_default=False,
         ),
     ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16"] | None,
+        typer.Option(
+            help="Precision of the weights (pipeline, single-file). Default: the student's own, merged LoRAs float32.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write a student as a pipeline, a LoRA file, a single file for ComfyUI, or an onnx graph.
@@ -53,14 +61,14 @@ def export(
 
     stepfold export runs/mine/student --to lora --keys kohya --out models/loras/mine.safetensors
 
-    stepfold export runs/mine/student --to single-file --out models/diffusion_models/mine.safetensors
+    stepfold export runs/mine/student --to single-file --dtype float16 --out models/diffusion_models/mine.safetensors
 
     stepfold export runs/map/student --to pipeline --steps 4
     """
     from stepfold.display import quiet_libraries
 
     quiet_libraries()
-    typer.echo(f"{to}: {run_export(student, to, out, force=force, steps=steps, keys=keys)}")
+    typer.echo(f"{to}: {run_export(student, to, out, force=force, steps=steps, keys=keys, dtype=dtype)}")
     if to in ("lora", "single-file"):
         from stepfold.students.card import student_folder
 
@@ -69,11 +77,19 @@ def export(
 
 
 def run_export(
-    student: Path, to: str, out: Path | None, *, force: bool, steps: int | None = None, keys: "Keys | None" = None
+    student: Path,
+    to: str,
+    out: Path | None,
+    *,
+    force: bool,
+    steps: int | None = None,
+    keys: "Keys | None" = None,
+    dtype: "Half | None" = None,
 ) -> Path:
     """Writes a student as something else; returns where: `out`, or beside the student.
 
-    `steps` folds a flow map for that many steps alone; `keys` names the layers of a LoRA file.
+    `steps` folds a flow map for that many steps alone; `keys` names the layers of a LoRA file; `dtype` is that of the
+    weights of a pipeline or a single file.
 
     Raises:
         UserError: the student cannot become that, or the place is taken.
@@ -107,6 +123,10 @@ def run_export(
         if to != "lora":
             raise UserError(f"--keys {keys} is for --to lora; leave it out of --to {to}")
         write = partial(write, keys=keys)
+    if dtype:
+        if to not in ("pipeline", "single-file") or steps is not None:
+            raise UserError(f"--dtype {dtype} is for --to pipeline or single-file without --steps; leave it out")
+        write = partial(write, dtype=dtype)
     beside = student / "student" if is_run(student) else student  # of the bundled student: here
     target = out or beside.with_name(beside.name + ending)
     student = student_folder(student).resolve()

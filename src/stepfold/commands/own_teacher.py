@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,7 @@ def run_own(
     from stepfold.evaluation.latents import LatentProtocol, calls_per_step, known_steps
     from stepfold.evaluation.report import versions
     from stepfold.levels.record import searched_samplers
+    from stepfold.prompts.conditions import encoded
     from stepfold.web.drawing import load_models
 
     names = list(dict.fromkeys(map(str, folders)))
@@ -88,7 +90,7 @@ def run_own(
         )
         scores = latent_scores(
             protocol, chosen, teacher, models.student, recipe,
-            lambda index, teacher=teacher, texts=texts: teacher.encode([texts.prompt(i) for i in index]),
+            partial(encoded, teacher, texts),
             texts, open_clip(clip, teacher), display,
             searched_samplers(schedule, teacher, models.card.teacher_settings(), protocol.guidance) if schedule else {},
         )  # fmt: skip
@@ -119,14 +121,14 @@ def choose(
     from stepfold.prompts.reading import open_prompts
 
     if prompts:
-        texts = open_prompts(prompts)
+        texts = open_prompts(prompts, card.teacher_settings().image_column)
         return texts, Chosen(tuple(range(min(n, len(texts)))), None)
     try:
         config = validate(card.config)
         own: PromptFile | ImageFolder = (
             open_images(config.space.images)
             if config.space.images
-            else open_prompts(config.prompts or assets.PROMPTS)
+            else open_prompts(config.prompts or assets.PROMPTS, config.teacher.image_column)
         )  # fmt: skip
     except UserError as error:
         raise UserError(f"the run's own prompts cannot be read ({error}); give others with --prompts FILE") from None
@@ -153,16 +155,18 @@ def write_images(
     from stepfold.evaluation.preview import NUM_FRAMES, sample_rows, save_grid, thinned
     from stepfold.evaluation.protocol import counted
     from stepfold.evaluation.report import write_report
+    from stepfold.prompts.conditions import encoded
 
     teacher, recipe = models.teacher, models.card.recipe
-    shown = [texts.prompt(i) for i in protocol.index[: SHOWN if teacher.frames == 1 else 2]]
+    index = protocol.index[: SHOWN if teacher.frames == 1 else 2]
+    shown = [texts.prompt(i) for i in index]
     most, fewest = protocol.teacher_steps, min(protocol.steps)
     samplers = {f"teacher {counted(most)}": teacher_sampler(teacher, most)}
     for k in reversed(protocol.steps):
         samplers[f"student {counted(k)}"] = student_sampler(models.student, recipe, k, protocol.seed)
     samplers[f"teacher {counted(fewest)}"] = teacher_sampler(teacher, fewest)
     noise = evaluation_noise(protocol.seed, range(len(shown)), teacher, teacher.device)
-    latents = sample_rows(samplers, noise, teacher.encode(shown), protocol.guidance)
+    latents = sample_rows(samplers, noise, encoded(teacher, texts, index), protocol.guidance)
     rows = {name: thinned(teacher.decode(x0), teacher.frames, NUM_FRAMES) for name, x0 in latents.items()}
     save_grid(rows, folder / "images.png", prompts=shown)
     report = result | {"images": {"Teacher and student, from the same noise": "images.png"}}

@@ -125,8 +125,12 @@ def make_plan(config: "Config", steps: int, display: "Display", device: str = "a
     Raises:
         UserError: as the run would.
     """
+    from stepfold.objectives.consistency import short_of_r
+    from stepfold.teachers.loading import choose_objective
     from stepfold.training.course import cycle_of
 
+    if short := short_of_r(choose_objective(config)):
+        display.note(short)
     training, cycle = config.training, cycle_of(config)
     steps = min(1 + max(1, math.ceil((steps - 1) / cycle)) * cycle, training.steps)
     changes: dict[str, Any] = {"steps": steps, "preview_every": steps, "checkpoint_every": steps, "phases": ()}
@@ -134,6 +138,9 @@ def make_plan(config: "Config", steps: int, display: "Display", device: str = "a
     trial = config.model_copy(
         update={
             "training": training.model_copy(update=changes),
+            "consistency": config.consistency.model_copy(
+                update={"r_schedule": "none"}
+            ),  # of the run's steps, not these
             "fake": config.fake.model_copy(update={"head_start": 0}),  # in which the student waits
             "evaluation": config.evaluation.model_copy(update={"n": min(TRIAL_PICTURES, config.evaluation.n)}),
         }

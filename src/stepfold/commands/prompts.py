@@ -258,6 +258,10 @@ def encode(
     width: WidthOption = None,
     frames: FramesOption = None,
     dtype: DtypeOption = None,
+    image_column: Annotated[
+        str | None,
+        typer.Option(help="As teacher.image_column of the run: a table's column of images.", show_default=False),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 64,
     device: DeviceOption = "auto",
     quiet: Quiet = False,
@@ -282,7 +286,7 @@ def encode(
     height, width = pixels_of(size) if size else (height, width)
     given = {
         "source": teacher, "revision": revision, "variant": variant, "lora": teacher_lora, "max_tokens": max_tokens,
-        "height": height, "width": width, "frames": frames, "dtype": dtype,
+        "height": height, "width": width, "frames": frames, "dtype": dtype, "image_column": image_column,
     }  # fmt: skip
     top = {f"teacher__{name}": value for name, value in given.items() if value is not None}
     settings = load_config(preset, prompts=str(prompts), **top).teacher if preset else teacher_settings(**given)
@@ -305,11 +309,11 @@ def run_encode(
         UserError: see `encode_prompts`.
     """
     from stepfold.prompts.cache import encode_prompts
-    from stepfold.prompts.conditions import conditions_key, notes_on
+    from stepfold.prompts.conditions import conditions_from, conditions_key, notes_on
     from stepfold.prompts.reading import open_prompts
     from stepfold.teachers.loading import load_teacher
 
-    file = open_prompts(prompts or assets.PROMPTS)
+    file = open_prompts(prompts or assets.PROMPTS, settings.image_column)
     teacher = load_teacher(settings, device)
     for note in notes_on(file, teacher):
         display.note(note)
@@ -317,6 +321,6 @@ def run_encode(
     black = teacher.black_latent(teacher.latent_shape)
     with display.measuring({"prompts": len(file)}) as tick:
         encode_prompts(
-            folder, key, file, teacher.encode, teacher.null_condition, black, batch=batch,
+            folder, key, file, conditions_from(None, teacher, file), teacher.null_condition, black, batch=batch,
             note=display.note, tick=partial(tick, "prompts"),
         )  # fmt: skip

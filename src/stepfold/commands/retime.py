@@ -31,7 +31,7 @@ SETTINGS = (
 
 def retime(
     teacher: Annotated[
-        str, typer.Argument(help="A Sana, SD3, FLUX, Qwen-Image or LongCat-Image pipeline.", show_default=False)
+        str, typer.Argument(help="A pipeline of a family that can be re-timed (docs/teachers.md).", show_default=False)
     ],
     prompts: Annotated[
         str, typer.Option(help="txt (one prompt a line), jsonl, csv, tsv or parquet; .gz too.", show_default=False)
@@ -108,7 +108,7 @@ def run_retime(
     from stepfold.prompts.conditions import cache_of, conditions_from, notes_on
     from stepfold.prompts.reading import open_prompts
     from stepfold.teachers.fingerprints import teacher_fingerprint
-    from stepfold.teachers.loading import load_teacher
+    from stepfold.teachers.loading import load_teacher, retimable
     from stepfold.training.accelerators import make_accelerator
     from stepfold.training.choices import choose_precision
     from stepfold.training.opening import Source, as_begun, check_run, prepare_run
@@ -131,8 +131,8 @@ def run_retime(
         raise UserError(f"the time of {source!r} counts to {teacher.time_scale:g}, not to 1000; distil it as it is")
     if teacher.time_embedder(teacher.transformer) is None:
         raise UserError(
-            f"{source!r} is a {type(teacher.pipe).__name__}, but re-timing is for Sana without embedded guidance, SD3, "
-            "FLUX, Qwen-Image, LongCat-Image, ERNIE-Image, PRX and Z-Image; distil it as it is, with objective=discrete"
+            f"{source!r} is a {type(teacher.pipe).__name__}, but re-timing is for {', '.join(retimable())}; distil it "
+            "as it is, with objective=discrete"
         )
     for note in notes_on(file, teacher):
         display.note(note)

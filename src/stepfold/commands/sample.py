@@ -37,6 +37,10 @@ def sample(
     guidance: Annotated[
         float | None, typer.Option(min=0, max=1000, help="Guidance scale. Default: the usual one of the student's run.")
     ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="Reference image of all prompts, for a student of FLUX.2.", show_default=False),
+    ] = None,
     out: Annotated[Path, typer.Option(help="PNG to write; several prompts go side by side.")] = Path("sample.png"),
     race: Annotated[
         Path | None,
@@ -67,6 +71,8 @@ def sample(
         raise UserError(f"--out {out} is no PNG; give a name that ends in .png")
     quiet_libraries()
     if race:
+        if image:
+            raise UserError("--race samples from text alone; leave out --image")
         if sampler:
             raise UserError("--race uses the student's own sampler; leave out --sampler")
         if first_step == "teacher":
@@ -75,7 +81,7 @@ def sample(
         typer.echo(race)
         return
     pictures = run_sample(
-        student, prompts, steps=steps, seed=seed, guidance=guidance, sampler=sampler, gamma=gamma,
+        student, prompts, steps=steps, seed=seed, guidance=guidance, sampler=sampler, gamma=gamma, image=image,
         first_step=first_step, device=usable_device(device),
     )  # fmt: skip
     strip = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
@@ -144,6 +150,7 @@ def run_sample(
     device: str,
     sampler: str | None = None,
     gamma: float = 0.0,
+    image: Path | None = None,
     first_step: str = "student",
 ) -> "list[Image.Image]":
     """Pictures of a student, one a prompt; the same as its pipeline's with the same noise.
@@ -158,15 +165,18 @@ def run_sample(
         device: of torch.
         sampler: its name; None for the student's own.
         gamma: share of fresh noise in a flow map's steps, in [0, 1].
+        image: reference image of all prompts; None for text alone.
         first_step: `student`, or `teacher`, which is loaded too then.
 
     Raises:
-        UserError: the folder is no student, or it was not trained for this scale, sampler, gamma or number of steps.
+        UserError: the folder is no student, it reads no image, or it was not trained for this scale, sampler,
+            gamma or number of steps.
     """
     import torch
 
     from stepfold.evaluation.measure import hybrid_sampler, student_sampler
     from stepfold.evaluation.preview import to_image
+    from stepfold.images.files import read_picture
     from stepfold.randomness import normal
     from stepfold.students.card import read_card
     from stepfold.students.loading import load_student
@@ -179,7 +189,10 @@ def run_sample(
     scale = asked.scale_for(guidance)
     pipeline, student, card = load_student(folder, device)
     recipe = card.recipe.sampled_by(sampler)
-    condition = pipeline.encode(prompts)
+    if image and not pipeline.reads_images:
+        raise UserError(f"--image is for students of FLUX.2, and this one is a {card.pipeline}; leave it out")
+    pictures = [read_picture(image, pipeline.height, pipeline.width)] * len(prompts) if image else None
+    condition = pipeline.encode(prompts, pictures)
     shape = pipeline.latent_shape
     noise = torch.stack([normal(shape, seed, "sample", i) for i in range(len(prompts))])
     count = steps or next(iter(card.asked_steps), 1)

@@ -3,18 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-OBJECTIVES = {
-    "continuous": "continuous-time consistency (sCM, arXiv:2410.11081)",
-    "discrete": "discrete consistency (like LCM, arXiv:2310.04378)",
-    "velocity": "velocity matching (arXiv:2209.03003)",
-    "pair": "regression on pairs of states (like CMT)",
-    "semigroup": "jumps composed of two (CTM, arXiv:2310.02279)",
-    "lagrange": "the Lagrangian residual of a flow map (AYF, arXiv:2506.14603)",
-    "matching": "distribution matching (arXiv:2405.14867)",
-    "decoupled": "decoupled distribution matching (arXiv:2511.22677)",
-    "identity": "score identity distillation (SiD, arXiv:2404.04057)",
-    "auto": "consistency",
-}
+from stepfold.methods import METHODS
+
 SPACES = {
     "generation": "the teacher's own sampling trajectories",
     "endpoints": "noised ends of the teacher's trajectories",
@@ -77,6 +67,6 @@ def _of_part(part: Mapping[str, Any]) -> str:
     objective, spaces = part["objective"], spaces_of(part)
     named = NAMED.get((objective, spaces))
     where = " and ".join(SPACES.get(space, space) for space in spaces)
-    said = named or f"{OBJECTIVES.get(objective, objective)} on {where}"
+    said = named or f"{METHODS[objective].words if objective in METHODS else objective} on {where}"
     own = {"matching.weight"} if "rollout" in spaces else set[str]()
     return said + "".join(text for name, text in BESIDE.items() if part[name] and name not in own)

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import load_file, save_file
 
@@ -14,6 +14,7 @@ from stepfold.errors import UserError
 from stepfold.evaluation.protocol import counted, teachers_of
 from stepfold.evaluation.report import columns_of, title
 from stepfold.evaluation.verdict import METRICS, number
+from stepfold.export.casting import Half, rounded_parts
 from stepfold.export.lora_keys import Keys, renamed
 from stepfold.export.method import method_of, source_of
 from stepfold.sampling.recipe import Recipe, times_of
@@ -23,6 +24,7 @@ from stepfold.students.loading import load_merged, load_student
 from stepfold.students.lora import LORA_WEIGHTS, lora_files, save_lora
 from stepfold.students.saving import loses_guidance, save_whole
 from stepfold.students.two_times import save_embedder
+from stepfold.teachers.calls import set_parts
 from stepfold.teachers.contract import SamplerName, Student
 from stepfold.teachers.conventions import conventions
 from stepfold.teachers.folders import check_folder
@@ -61,6 +63,9 @@ own:
 ```
 stepfold export {name} --to pipeline --steps {steps}
 ```"""
+WITH_IMAGE = """
+
+Each prompt has a reference image, of the same height and width: `image=PIL.Image.open("reference.png")`."""
 FOLDED = """
 
 The network is for these steps alone: other noise levels, or another number of steps, make wrong images."""
@@ -75,9 +80,9 @@ WORDS = {1: "one", 2: "two", 4: "four"}
 RESULTS = {"images": "image", "frames": "video"}
 """Where a pipeline's result has what it made -> what that is."""
 
-LOAD = "pipe = {pipeline}.from_pretrained({name})"
+LOAD = "pipe = {pipeline}.from_pretrained({name}){parts}"
 
-LOAD_LORA = """pipe = {pipeline}.from_pretrained({teacher}{options})
+LOAD_LORA = """pipe = {pipeline}.from_pretrained({teacher}{options}){parts}
 {merge}pipe.scheduler = {scheduler}.from_pretrained({name}, subfolder="scheduler")
 pipe.load_lora_weights({name})"""
 LOAD_SECOND = """
@@ -85,7 +90,7 @@ pipe.load_lora_weights({name}, weight_name="{file}", load_into_{part}=True)"""
 
 WHOLE = """# Plain diffusers merges the teacher's own LoRA otherwise than its file says, so make a whole pipeline first:
 # stepfold export {name} --to pipeline --out WHOLE
-pipe = {pipeline}.from_pretrained("WHOLE")"""
+pipe = {pipeline}.from_pretrained("WHOLE"){parts}"""
 
 MERGE = """pipe.load_lora_weights({lora})
 pipe.fuse_lora(components=[*pipe.get_list_adapters()]{scale})  # by itself it leaves some text encoders out
@@ -173,17 +178,32 @@ def metrics_beside(folder: Path) -> dict[str, Any] | None:
     return json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
 
 
-def export_pipeline(folder: Path, out: Path) -> None:
-    """A student as a whole pipeline folder for plain diffusers; a LoRA student is merged into its teacher's network."""
+def export_pipeline(folder: Path, out: Path, dtype: Half | None = None) -> None:
+    """A student as a whole pipeline folder for plain diffusers; a LoRA student is merged into its teacher's network.
+
+    Args:
+        folder: the student's.
+        out: the folder to write.
+        dtype: that the weights of networks and text encoders are rounded to; None for those of the student's folder, of
+            a merged LoRA float32.
+
+    Raises:
+        UserError: the bundled student was asked for in half precision, or a weight is too large for float16.
+    """
     card = read_card(folder)
     if card.network_only or not (card.lora_rank or card.calls):
+        if dtype:
+            raise UserError(f"--dtype {dtype} does not go with this small student; leave it out")
         teacher, student, card = load_student(folder, "cpu")  # the bundled one, or one whose card does not say enough
         save_student(teacher, student, out, Config.model_validate(card.config), card.recipe, card.example)
         return
     with writing(out) as part:
         if card.lora_rank:
             teacher, student, card = load_merged(folder, "cpu")
-            teacher.pipe.scheduler = teacher.lora_scheduler(in_diffusers(card.recipe.sampler))
+            scheduler = teacher.lora_scheduler(in_diffusers(card.recipe.sampler))
+            set_parts(teacher.pipe, {"scheduler": scheduler} | teacher.own_parts(teacher.no_guidance))
+            if dtype:
+                rounded_parts(teacher.pipe, dtype)
             teacher.pipe.save_pretrained(part, safe_serialization=True)
             save_embedder(student, part)
             use = {} if card.calls else use_of(teacher, card.recipe, lora=True, asked=card.asked_steps)
@@ -191,6 +211,10 @@ def export_pipeline(folder: Path, out: Path) -> None:
         else:
             check_folder(folder)
             shutil.copytree(folder, part)
+            for name, module in rounded_parts(load_student(folder, "cpu")[0].pipe, dtype).items() if dtype else ():
+                for file in (part / name).glob("*.safetensors*"):
+                    file.unlink()
+                cast(Any, module).save_pretrained(part / name, safe_serialization=True)
 
 
 def export_lora(folder: Path, out: Path, keys: Keys = "diffusers") -> None:
@@ -283,7 +307,7 @@ def how_to_use(card: Card, name: str) -> str:
     usual, other = [*dict.fromkeys(k for k in wished if k in card.calls), *[max(card.calls)] * 2][:2]
     call = card.calls[usual]
     changed = {name: value for name, value in card.calls[other].items() if value != call[name]}
-    theirs = card.config["teacher"]
+    family, theirs = FAMILIES.get(card.pipeline, PipelineTeacher), card.config["teacher"]
     chosen = {name: theirs[name] for name in ("revision", "variant") if theirs.get(name)}
     merging = "".join(
         MERGE.format(lora=json.dumps(lora.source), scale="" if lora.scale == 1 else f", lora_scale={lora.scale!r}")
@@ -294,10 +318,11 @@ def how_to_use(card: Card, name: str) -> str:
         pipeline=card.pipeline, scheduler=card.scheduler,
         teacher=json.dumps("TEACHER" if card.teacher == "emoji" else card.teacher),
         options="".join(f", {name}={json.dumps(value)}" for name, value in chosen.items()),
+        parts="".join(f"\n{line}" for line in family.after_loading(card.lora_rank > 0)),
         merge=merging,
         name=json.dumps(name),
     )  # fmt: skip
-    named = FAMILIES.get(card.pipeline, PipelineTeacher).prompt_argument
+    named = family.prompt_argument
     if card.lora_rank and card.loras_in_diffusers:
         for part, file in card.lora_parts.items():
             loading += LOAD_SECOND.format(name=json.dumps(name), part=part, file=file)
@@ -309,6 +334,8 @@ def how_to_use(card: Card, name: str) -> str:
         result=RESULTS[card.output],
         output=card.output,
     )
+    if theirs.get("image_column"):
+        use += WITH_IMAGE
     if card.folded_steps:
         return use + FOLDED
     if changed:

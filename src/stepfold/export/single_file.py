@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepfold.errors import UserError
+from stepfold.export.casting import Half, round_weights
 from stepfold.export.layouts import layout, pieces_of
 from stepfold.students.loading import load_merged
 from stepfold.training.runs import writing
@@ -54,11 +55,11 @@ def marks_of(network: Any, schedule: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: torch.empty(0) for name in names}
 
 
-def export_single_file(folder: Path, out: Path) -> None:
-    """A student's network in one file; text encoders and autoencoder are the teacher's and not in it.
+def export_single_file(folder: Path, out: Path, dtype: Half | None = None) -> None:
+    """A student's network in one file, rounded to `dtype`; text encoders and autoencoder are the teacher's, not in it.
 
     Raises:
-        UserError: no layout is known for it.
+        UserError: no layout is known for it, or a weight is too large for float16.
     """
     teacher, _, _ = load_merged(folder, "cpu")
     if teacher.num_train_timesteps == 1 or (teacher.time_field and teacher.time_scale < 10):
@@ -66,6 +67,8 @@ def export_single_file(folder: Path, out: Path) -> None:
             "this network was re-timed to read [0, 1], and nothing in a single file says so, so that others would give "
             "it times up to 1000; use --to pipeline"
         )
+    if dtype:
+        round_weights(teacher.transformer, dtype)
     state = original_state(teacher.transformer) | marks_of(teacher.transformer, teacher.pipe.scheduler.config)
     with writing(out) as part:
         save_file(state, part, {"format": "pt"})

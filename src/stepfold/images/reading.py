@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from stepfold.errors import UserError, first_line
 from stepfold.fingerprints import sampled_sha256
+from stepfold.images.files import BROKEN, fitted
 
 CAPTION = "text"
 METADATA = "metadata.jsonl"
@@ -48,17 +46,15 @@ class ImageFolder:
         return self.rows[CAPTION][index]
 
     def picture(self, index: int, height: int, width: int) -> Tensor:
-        """Picture `index` as float32 [3, height, width] in [0, 1]: scaled to cover, then cropped around the centre.
+        """Picture `index` as `fitted`.
 
         Raises:
             UserError: the file is gone or is no picture.
         """
         try:
-            image = self.rows[index]["image"].convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # SyntaxError is what Pillow says of a broken PNG
+            return fitted(self.rows[index]["image"], height, width)
+        except BROKEN as error:
             raise UserError(f"{self.path}: picture {index} cannot be read ({error}); replace it") from None
-        fitted = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
 
     def fingerprint(self) -> str:
         """Changes with the names, the sizes and, as good as surely, the contents of the files; see `sampled_sha256`."""

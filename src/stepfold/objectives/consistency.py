@@ -4,12 +4,13 @@ With a target time s the student is a flow map X(x, t, s), and D = t - s stands 
 sCM (s = 0), AYF's Eulerian map distillation, and MeanFlow with a teacher. At s = t it is velocity matching.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from stepfold.config import Config
+from stepfold.config import Config, phases_of
 from stepfold.maths.formulations import in_float32, unsqueeze_like
 from stepfold.maths.schedules import tangent_warmup
 from stepfold.maths.tangent import Network, Tangent, total_derivative
@@ -222,10 +223,10 @@ def metrics_of(terms: ConsistencyTerms, F: Tensor, log_variance: Tensor) -> dict
     }
 
 
-def continuous_loss(networks: Networks, pairs: Pairs, draws: Draws, config: Config, step: int) -> Loss:
-    """Continuous-time consistency of each pair; see `Objective`."""
-    c, student, sigma_data = config.consistency, networks.student, networks.teacher.sigma_data
-    r = tangent_warmup(
+def r_of(config: Config, step: int) -> float:
+    """r at a step of a phase, in [0, 1]."""
+    c = config.consistency
+    return tangent_warmup(
         step,
         warmup=c.r_warmup,
         final=c.r_final,
@@ -233,6 +234,27 @@ def continuous_loss(networks: Networks, pairs: Pairs, draws: Draws, config: Conf
         cooldown_steps=c.r_cooldown_steps,
         schedule=c.r_schedule,
     )
+
+
+def short_of_r(config: Config) -> str | None:
+    """A note for a run whose steps are too few for the course of r; None where r ends at r_final, or does not count."""
+    first, last = phases_of(config)[-1]
+    steps, c = config.training.steps - first, last.consistency
+    r = r_of(last, steps - 1)
+    if last.objective != "continuous" or math.isclose(r, c.r_final, abs_tol=0.01):
+        return None
+    shares = {"r_warmup": 0.2, "r_cooldown_start": 0.75, "r_cooldown_steps": 0.1}
+    scaled = " ".join(f"--set consistency.{name}={max(1, round(steps * share))}" for name, share in shares.items())
+    return (
+        f"r ends at {r:.2g} after {steps} steps, not at consistency.r_final={c.r_final:g}: its course is given in "
+        f"steps; for this run take {scaled}"
+    )
+
+
+def continuous_loss(networks: Networks, pairs: Pairs, draws: Draws, config: Config, step: int) -> Loss:
+    """Continuous-time consistency of each pair; see `Objective`."""
+    c, student, sigma_data = config.consistency, networks.student, networks.teacher.sigma_data
+    r = r_of(config, step)
 
     def weight_of(part: Pairs) -> Tensor | None:
         return None if part.t_target is None else tangent_weight(part.t, part.t_target, c.tangent_weight)

@@ -62,7 +62,7 @@ def encode_prompts(
     folder: Path,
     key: dict[str, Any],
     prompts: Prompts,
-    encode: Callable[[list[str]], Condition],
+    encode: Callable[[Sequence[int]], Condition],
     null: Condition | None,
     black: Tensor,
     *,
@@ -76,7 +76,7 @@ def encode_prompts(
         folder: new, or of a run that was stopped.
         key: what the result depends on: teacher, encoder, prompts; json values.
         prompts: the prompts.
-        encode: strings -> conditions.
+        encode: numbers of prompts -> their conditions.
         null, black: see `ConditionCache`.
         batch: prompts a call of `encode`.
         note: told the size before it starts.
@@ -91,7 +91,7 @@ def encode_prompts(
     elif folder.exists() and holds_files(folder):
         raise UserError(f"{folder} is not empty and holds no encoded prompts; choose another --out")
     make_folder(folder)
-    first = encode([prompts.prompt(i) for i in range(min(batch, len(prompts)))])
+    first = encode(range(min(batch, len(prompts))))
     each = [text.embeds.shape[2] * float(text.mask.sum()) / len(first) for text in texts_of(first).values()]
     size = 2 * sum(each) * len(prompts)
     note(f"{len(prompts)} prompts, about {size / 2**30:.3g} GiB in {folder}")
@@ -116,7 +116,7 @@ def encode_prompts(
             shard = Shard()
             for start in range(members.start, members.stop, batch):
                 these = range(start, min(start + batch, members.stop))
-                shard.add(encode([prompts.prompt(i) for i in these]))
+                shard.add(encode(these))
                 tick(len(these))
             with writing(path) as part:
                 save_file(shard.tensors(), part)

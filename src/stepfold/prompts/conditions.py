@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stepfold.config import Config, TeacherSettings
+from stepfold.images.files import read_picture
 from stepfold.images.reading import ImageFolder
 from stepfold.prompts.cache import ConditionCache, open_conditions
 from stepfold.prompts.lengths import Tokens, cut_by
@@ -40,9 +41,17 @@ def conditions_from(
     def conditions(index: Sequence[int]) -> Condition:
         if cache:
             return cache.rows(index).each(partial(send, device=teacher.device)).to(teacher.device, teacher.work_dtype)
-        return teacher.encode([prompts.prompt(i) for i in index])
+        return encoded(teacher, prompts, index)
 
     return conditions
+
+
+def encoded(teacher: PipelineTeacher, prompts: Prompts, index: Sequence[int]) -> Condition:
+    """What the teacher encodes the prompts of these numbers to, with their images where they have some."""
+    texts = [prompts.prompt(i) for i in index]
+    if not (isinstance(prompts, PromptFile) and prompts.images):
+        return teacher.encode(texts)
+    return teacher.encode(texts, [read_picture(prompts.image(i), teacher.height, teacher.width) for i in index])
 
 
 def notes_on(prompts: Prompts, teacher: PipelineTeacher) -> Iterator[str]:

@@ -11,6 +11,8 @@ KINDS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """Suffixes of files of prompts, in folders; `.gz` may follow. What is in a file, its content says."""
 CAPTIONS = (".txt", ".caption")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl", ".mp4", ".webm", ".mov")
+BETWEEN = "\t"
+"""Parts a prompt, its image's path and that file's fingerprint in a line; it is in none of the three."""
 ALLOWED = "text, one prompt a line, or json, jsonl, csv, tsv or parquet"
 
 

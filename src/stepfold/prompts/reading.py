@@ -9,7 +9,7 @@ import weakref
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -17,7 +17,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from stepfold.errors import UserError
-from stepfold.prompts.files import parts_of
+from stepfold.prompts.files import BETWEEN, parts_of
 from stepfold.prompts.formats import WhichColumn, encoding_fix, form_of
 from stepfold.prompts.syntax import count_foreign, count_hidden, is_blank
 from stepfold.prompts.tables import one_line, read_texts
@@ -50,6 +50,7 @@ class PromptFile:
         lengths: int32 [P], bytes of every kept line (without trailing spaces and line end).
         num_blank: lines dropped in which nothing is to be seen.
         num_duplicate: lines dropped because the same line came before.
+        images: the folder below which each prompt's image lies, of a table with a column of images; else None.
         foreign: how many lines hold each kind of foreign syntax or hidden mark, see `syntax.notes_of`.
         sha256: of the whole file, in hexadecimal.
         state: size in bytes and time of change in ns that the file had when its content was last known to be this.
@@ -64,6 +65,7 @@ class PromptFile:
     foreign: Mapping[str, int]
     sha256: str
     state: list[tuple[int, int]]
+    images: Path | None = None
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -74,6 +76,15 @@ class PromptFile:
         Raises:
             UserError: the file is gone or has changed since it was opened.
         """
+        line = self._line(index)
+        return line.partition(BETWEEN)[0] if self.images else line
+
+    def image(self, index: int) -> Path:
+        """The file of the image of prompt `index`, where there are `images`; raises as `prompt`."""
+        assert self.images is not None
+        return self.images / self._line(index).split(BETWEEN)[1]
+
+    def _line(self, index: int) -> str:
         assert 0 <= index < len(self), f"prompt {index} of {len(self)}"
         length = int(self.lengths[index])
         try:
@@ -96,7 +107,7 @@ class PromptFile:
             self.state.append(now)
 
 
-def open_prompts(path: str | os.PathLike[str]) -> PromptFile:
+def open_prompts(path: str | os.PathLike[str], image_column: str | None = None) -> PromptFile:
     """Checks a file of prompts in one streaming pass and notes where each prompt lies.
 
     CRLF, a BOM, blank lines and spaces around a prompt are accepted; a line that came before is dropped. Lines are
@@ -107,6 +118,7 @@ def open_prompts(path: str | os.PathLike[str]) -> PromptFile:
         path: a text file with one prompt a line, or a table or JSON (jsonl, json, csv, tsv, parquet) with a column
             `prompt`, `text` or `caption`, gzipped or not; or a folder or pattern of such files, or of captions beside
             pictures, see `parts_of`. UTF-8, or UTF-16 with its mark. At most MAX_CHARACTERS characters a prompt.
+        image_column: of a table, the column with the path of each prompt's image, from the table's folder.
 
     Raises:
         UserError: no such file, not a regular file, unreadable, no prompts in it, no such column, or a line (named by
@@ -114,6 +126,8 @@ def open_prompts(path: str | os.PathLike[str]) -> PromptFile:
     """
     path = Path(path)
     try:
+        if image_column is not None:
+            return _from_table(path, image_column)
         parts = parts_of(path)
         if len(parts) == 1 and not parts[0].is_caption and _is_plain(parts[0].path):
             with parts[0].path.open("rb") as file:
@@ -131,16 +145,17 @@ def _is_plain(path: Path) -> bool:
         return False
 
 
-def _from_table(path: Path) -> PromptFile:
+def _from_table(path: Path, image_column: str | None = None) -> PromptFile:
     """Of what is not plain text, by way of text with a line for every prompt, which is deleted when the result is."""
     text = opened = None
     try:
         handle, name = tempfile.mkstemp(prefix="stepfold-", suffix=".txt")
         text = Path(name)
         with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(one_line(prompt) + "\n" for prompt in read_texts(path))
-        with text.open("rb") as lines:
-            opened = replace(_scan(path, lines), path=text)
+            file.writelines(line + "\n" for line in _lines(path, image_column))
+        with text.open("rb") as file:
+            folder = None if image_column is None else parts_of(path)[0].path.parent
+            opened = replace(_scan(path, file, image_column is not None), path=text, images=folder)
         weakref.finalize(opened, text.unlink, missing_ok=True)
         return opened
     except WhichColumn as error:
@@ -154,13 +169,22 @@ def _from_table(path: Path) -> PromptFile:
             text.unlink(missing_ok=True)
 
 
+def _lines(path: Path, image_column: str | None) -> Iterator[str]:
+    """A line for every prompt of a table, with its image if there is a column of them."""
+    if image_column is None:
+        return map(one_line, read_texts(path))
+    from stepfold.prompts.pictures import lines_with_images  # torch takes seconds
+
+    return lines_with_images(path, image_column)
+
+
 def _state(file: BinaryIO) -> tuple[int, int]:
     """Size in bytes and time of the last change in ns of an open file."""
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns
 
 
-def _scan(path: Path, file: BinaryIO) -> PromptFile:
+def _scan(path: Path, file: BinaryIO, with_images: bool = False) -> PromptFile:
     """The streaming pass of `open_prompts`; a line is read in bounded pieces, whatever the file holds."""
     digest, state = hashlib.sha256(), _state(file)
     offsets, lengths, hashes = array("q"), array("i"), array("Q")
@@ -173,8 +197,9 @@ def _scan(path: Path, file: BinaryIO) -> PromptFile:
         text = _checked(raw[skipped:], path, line)
         if not is_blank(text):
             prompt = text.strip().encode()
-            count_foreign(text, foreign)
-            count_hidden(text, foreign)
+            seen = text.partition(BETWEEN)[0] if with_images else text
+            count_foreign(seen, foreign)
+            count_hidden(seen, foreign)
             skipped += len(text[: len(text) - len(text.lstrip())].encode())
             offsets.append(position + skipped)
             lengths.append(len(prompt))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stepfold.config import Config, phases_of
 from stepfold.errors import UserError
+from stepfold.methods import METHODS
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.sampling.flow import sample_flow
 from stepfold.sampling.flow_map import sample_flow_map
@@ -24,20 +25,6 @@ SAMPLERS: dict[SamplerName, StudentSampler] = {
     "flow_map": sample_flow_map,
 }
 """A new sampler is one file and its name here."""
-
-TRAINED_FOR: dict[str, SamplerName] = {
-    "auto": "consistency",  # continuous or discrete
-    "continuous": "consistency",
-    "discrete": "consistency",
-    "velocity": "flow",
-    "pair": "consistency",
-    "semigroup": "consistency",
-    "lagrange": "consistency",
-    "matching": "consistency",
-    "decoupled": "consistency",
-    "identity": "consistency",
-}
-"""Objective -> the sampler that its students are for, where they jump to 0. Other targets make a flow map of them."""
 
 NO_TARGET = "it is told one time and does not know where to jump"
 UNFIT: dict[tuple[SamplerName, SamplerName], str] = {
@@ -80,7 +67,7 @@ def sampler_of(config: Config) -> SamplerName:
     _, last = phases_of(config)[-1]
     if last.target.jumps:
         return "flow_map" if last.student.times == "two" else "flow"
-    return TRAINED_FOR[last.objective]
+    return METHODS[last.objective].sampler
 
 
 def in_diffusers(sampler: SamplerName) -> SamplerName:

@@ -11,7 +11,7 @@ from stepfold import assets
 from stepfold.config import renamed
 from stepfold.errors import UserError, first_line
 from stepfold.sampling.recipe import Recipe
-from stepfold.settings import Section, TeacherSettings
+from stepfold.sections import Section, TeacherSettings
 
 CARD = "stepfold.json"
 RUN = "config.yaml"

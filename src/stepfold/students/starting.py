@@ -8,7 +8,8 @@ from torch import nn
 
 from stepfold.errors import UserError
 from stepfold.scores import FakeSettings
-from stepfold.settings import StudentSettings, TeacherSettings
+from stepfold.sections import TeacherSettings
+from stepfold.settings import StudentSettings
 from stepfold.students.card import read_card, student_folder
 from stepfold.students.loading import load_merged, load_student
 from stepfold.students.lora import lora_student

@@ -68,6 +68,15 @@ class PipelineCalls(Teacher):
         """What the pipeline's scheduler counts to: 1 of a re-timed network whose own time it is."""
         return self.pipe.scheduler.config.num_train_timesteps
 
+    @classmethod
+    def after_loading(cls, lora: bool) -> list[str]:
+        """Lines of code that plain diffusers needs after the pipeline's `from_pretrained`, of a README.
+
+        Args:
+            lora: whether it is the teacher's pipeline, which a LoRA student is put into.
+        """
+        return []
+
     def in_call(self, prompt: str) -> Any:
         """A prompt as the first argument of the pipeline's call."""
         return prompt

@@ -30,8 +30,8 @@ class Condition:
         embeds: [B, L, D].
         mask: int64 [B, L], 1 where attention may look.
         pooled: [B, P], of the whole prompt, for networks that take such a vector.
-        second: of the same B prompts, for networks that read two texts; its length is its own, and its mask may be
-            all zeros.
+        second: of the same B prompts, for networks that read two texts, or an image's latents as tokens; its length is
+            its own, and its mask may be all zeros.
     """
 
     embeds: Tensor

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -41,6 +42,7 @@ class Family(PipelineCalls):
         autoencoder_layout: what `to_autoencoder` does, in words that end "which is the last line below, ".
         time_field: field of the network's config, if any, that the network multiplies a time of [0, 1] by.
         rises_to: where the network's time is largest, and where its flow velocity points.
+        reads_images: whether a condition may hold an image beside the text, as its second text.
         unread: optional parts of the pipeline that are left out.
         video_autoencoder: whether the autoencoder takes videos where the pipeline makes pictures: one frame then.
         source: folder or hub id.
@@ -67,6 +69,7 @@ class Family(PipelineCalls):
     autoencoder_layout: ClassVar[str] = ""
     time_field: ClassVar[str] = ""
     rises_to: ClassVar[Literal["noise", "data"]] = "noise"
+    reads_images: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
     video_autoencoder: ClassVar[bool] = False
     ode: Literal["flow", "trigflow"] = "flow"
@@ -223,6 +226,14 @@ class Family(PipelineCalls):
 
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """Prompts as in use -> condition; text encoders are loaded."""
+        raise NotImplementedError
+
+    def with_images(self, texts: Condition, images: Sequence[Tensor] | None) -> Condition:
+        """Texts with an image [3, height, width] in [0, 1] each, of the teacher's own size; None for none."""
+        return replace(texts, second=self.encode_images(torch.stack(list(images)))) if images else texts
+
+    def encode_images(self, images: Tensor) -> Condition:
+        """Images [B, 3, height, width] in [0, 1], of families with `reads_images` -> a condition's second text."""
         raise NotImplementedError
 
     def encode_nothing(self) -> Condition:

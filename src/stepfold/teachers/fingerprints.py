@@ -13,7 +13,7 @@ from stepfold.errors import UserError
 from stepfold.fingerprints import sampled_sha256
 from stepfold.teachers.loading import family_of, folder_of, place_of
 
-ENCODERS = ("text_encoder", "tokenizer", "vae")
+ENCODERS = ("text_encoder", "tokenizer", "vae", "text_conditioner", "t5_tokenizer")
 """How the names of parts begin that conditions and pictures are made with."""
 
 

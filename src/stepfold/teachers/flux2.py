@@ -10,6 +10,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 from typing_extensions import override
 
+from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_prediction
 from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName
 from stepfold.teachers.family import Predict
@@ -21,28 +22,50 @@ MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Where a prompt stands in a template."""
 
 
-def places(*sides: int, device: torch.device) -> Tensor:
-    """Position ids [product of the sides, 4] of frame, row, column and token of the text."""
-    return torch.cartesian_prod(*(torch.arange(side, device=device) for side in sides))
+REFERENCE_FRAME = 10
+"""Where the frame of a reference image stands among the positions."""
+SMALLEST_SIDE, LONGEST_RATIO, LARGEST_REFERENCE = 64, 8, 1024 * 1024
+"""Of a reference image, in pixels; the pipeline refuses others, and makes larger ones smaller."""
+
+
+def places(*sides: int, device: torch.device, first: int = 0) -> Tensor:
+    """Position ids [product of the sides, 4] of frame, row, column and token of the text; frames begin at `first`."""
+    ids = torch.cartesian_prod(*(torch.arange(side, device=device) for side in sides))
+    return ids + torch.tensor([first, 0, 0, 0], device=device)
 
 
 def flux2_network(
-    transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, time_scale: float
+    transformer: Any,
+    x_unit: Tensor,
+    t: Tensor,
+    condition: Condition,
+    guidance: Tensor | None,
+    *,
+    time_scale: float,
+    reference: tuple[int, int],
 ) -> Tensor:
-    """F [B, C, H, W] of a Flux2Transformer2DModel, whose time counts to `time_scale`; it multiplies it by 1000."""
+    """F [B, C, H, W] of a Flux2Transformer2DModel, whose time counts to `time_scale`; it multiplies it by 1000.
+
+    The condition's second text is a reference image: clean latents of height and width `reference` behind the noisy
+    ones.
+    """
     height, width = x_unit.shape[-2:]
+    ids, image = places(1, height, width, 1, device=x_unit.device), condition.second
+    if image is not None:
+        ids = torch.cat([ids, places(1, *reference, 1, device=x_unit.device, first=REFERENCE_FRAME)])
 
     def velocity(x_flow: Tensor, t_flow: Tensor) -> Tensor:
+        noisy = x_flow.flatten(2).mT
         tokens = transformer(
-            hidden_states=x_flow.flatten(2).mT,
+            hidden_states=noisy if image is None else torch.cat([noisy, image.embeds.to(noisy.dtype)], 1),
             timestep=time_scale / 1000 * t_flow,
             guidance=guidance,
             encoder_hidden_states=condition.embeds,
             txt_ids=places(1, 1, 1, condition.embeds.shape[1], device=x_flow.device),
-            img_ids=places(1, height, width, 1, device=x_flow.device),
+            img_ids=ids,
             return_dict=False,
         )[0]
-        return tokens.mT.unflatten(2, (height, width))
+        return tokens[:, : height * width].mT.unflatten(2, (height, width))
 
     return flow_prediction(x_unit, t, velocity)
 
@@ -85,11 +108,13 @@ class Flux2Teacher(PatchedLatents):
     time_module = "time_guidance_embed"
     even_ladder = True
     prompt_argument = "prompt"
+    reads_images = True
     fields: ClassVar[Any] = {"patch_size": ((1,), "the pipeline makes patches of the latents itself")}
 
     @override
     def predictor(self) -> Predict:
-        return partial(flux2_network, time_scale=self.time_scale)
+        height, width = self.latent_shape[1:]
+        return partial(flux2_network, time_scale=self.time_scale, reference=(height, width))
 
     @override
     def of_the_prompt_alone(self) -> list[nn.Module]:
@@ -124,6 +149,17 @@ class Flux2Teacher(PatchedLatents):
         """Layers of the text encoder, joined; the padding is attended to, as in use."""
         embeds, _ = self.pipe.encode_prompt(list(prompts), device=self.device, max_sequence_length=self.max_tokens)
         return Condition.whole(embeds.to(self.work_dtype))
+
+    @override
+    def encode_images(self, images: Tensor) -> Condition:
+        """Tokens of the clean latents."""
+        short, long = sorted((self.height, self.width))
+        if short < SMALLEST_SIDE or long > LONGEST_RATIO * short or short * long > LARGEST_REFERENCE:
+            raise UserError(
+                f"reference images are {self.height} x {self.width}, as teacher.height and width say; this pipeline "
+                f"reads sides of at least {SMALLEST_SIDE}, up to {LONGEST_RATIO} to 1, of {LARGEST_REFERENCE:,} pixels"
+            )
+        return Condition.whole((self.encode_pictures(images) / self.sigma_data).flatten(2).mT)
 
     @override
     def block_stacks(self) -> dict[str, str]:

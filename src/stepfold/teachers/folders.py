@@ -14,7 +14,7 @@ from transformers import T5GemmaConfig
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from stepfold.errors import UserError, first_line
-from stepfold.teachers.safety import OWNERS, check_files, check_index, is_part, read_json
+from stepfold.teachers.safety import MODULAR_INDEX, OWNERS, check_files, check_index, is_part, modular_index, read_json
 
 FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 """Endings of one file's name, which no hub id has."""
@@ -222,20 +222,20 @@ def check_folder(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: naming what is missing or not allowed.
     """
-    index = folder / "model_index.json"
+    index, modular = folder / "model_index.json", (folder / MODULAR_INDEX).is_file()
     inside = [] if (folder / "config.yaml").exists() else sorted(folder.glob("*.safetensors"))  # a run has one, too
     single = folder if folder.is_file() else next(iter(inside), None)
-    if not index.is_file() and single:
+    if not index.is_file() and single and not modular:
         raise UserError(
             f"teacher {str(folder)!r} is one file, and a pipeline folder is needed; make one: "
             f"stepfold convert {single} --base PIPELINE --out FOLDER"
         )
-    if not index.is_file():
+    if not index.is_file() and not modular:
         raise UserError(
             f"teacher folder {str(folder)!r} has no model_index.json; give a folder written by save_pretrained"
         )
     check_files(folder)
-    parts = read_json(index, str(index))
+    parts = read_json(index, str(index)) if index.is_file() else modular_index(folder)
     if not isinstance(parts, dict):
         raise UserError(f"{index} describes no pipeline; save the pipeline again with save_pretrained")
     check_index(str(folder), parts)

@@ -1,21 +1,18 @@
 """HunyuanVideo 1.5: flow prediction, guidance by a guider, two texts; latents [B, C, F, H, W]."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import ClassifierFreeGuidance, HunyuanVideo15Pipeline
+from diffusers import HunyuanVideo15Pipeline
 from torch import Tensor
 from typing_extensions import override
 
-from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_prediction
-from stepfold.teachers.contract import Condition, SamplerName
+from stepfold.teachers.contract import Condition
 from stepfold.teachers.family import Predict
+from stepfold.teachers.guiders import GuiderTeacher, QuotedTexts
 from stepfold.teachers.tokens import TextReader
 from stepfold.teachers.video import VideoTeacher
-
-MOST_TOKENS = 1000
 
 
 def hunyuan_video15_network(
@@ -45,7 +42,7 @@ def hunyuan_video15_network(
     return flow_prediction(x_unit, t, velocity)
 
 
-class HunyuanVideo15Teacher(VideoTeacher):
+class HunyuanVideo15Teacher(QuotedTexts, GuiderTeacher, VideoTeacher):
     """HunyuanVideo15Pipeline; the student is one too, with a guider at scale 1. Pictures of it are filmstrips."""
 
     pipelines = (HunyuanVideo15Pipeline,)
@@ -68,19 +65,6 @@ class HunyuanVideo15Teacher(VideoTeacher):
         return "time_embed"
 
     @override
-    def check_network(self, latent_channels: int) -> None:
-        """The guider's kind and options are part of what the pipeline predicts."""
-        super().check_network(latent_channels)
-        guider = self.pipe.guider
-        plain = dict(guidance_rescale=0.0, use_original_formulation=False, start=0.0, stop=1.0, enabled=True)
-        other = [name for name, value in plain.items() if guider.config.get(name, value) != value]
-        if type(guider) is not ClassifierFreeGuidance or other:
-            raise UserError(
-                f"teacher {self.source!r} has a {type(guider).__name__} with {other[0] if other else 'its own rule'}; "
-                "give it a ClassifierFreeGuidance with guidance_scale alone"
-            )
-
-    @override
     def idle_parameters(self) -> tuple[str, ...]:
         """No image is read, few prompts have a second text, and the first ends in the last block."""
         last = f".transformer_blocks.{self.transformer.config.num_layers - 1}."
@@ -100,14 +84,6 @@ class HunyuanVideo15Teacher(VideoTeacher):
         usual = self.pipe.video_processor.calculate_default_height_width(height, width, self.pipe.target_size)
         return self.network_channels()[0], factor * config.patch_size, *usual
 
-    @override
-    def usual_guidance(self) -> float:
-        return float(self.pipe.guider.config.guidance_scale)
-
-    @override
-    def usual_tokens(self) -> int:
-        return MOST_TOKENS
-
     @classmethod
     @override
     def reader_in(cls, pipe: Any, max_tokens: int | None = None) -> TextReader | None:
@@ -115,22 +91,7 @@ class HunyuanVideo15Teacher(VideoTeacher):
         empty = [{"role": "system", "content": pipe.system_message}, {"role": "user", "content": ""}]
         around = pipe.tokenizer.apply_chat_template(empty, add_generation_prompt=True, return_dict=True)["input_ids"]
         behind = max(0, len(around) - pipe.prompt_template_encode_start_idx)
-        return TextReader(pipe.tokenizer, (max_tokens or MOST_TOKENS) - behind, "", 0)
-
-    @override
-    def encode_texts(self, prompts: Sequence[str]) -> Condition:
-        """The second text is what stands in quotes in a prompt; most have none."""
-        if self.max_tokens > MOST_TOKENS:
-            raise UserError(
-                f"max_tokens is {self.max_tokens}, but this pipeline reads {MOST_TOKENS} tokens of a prompt; "
-                "leave it out"
-            )
-        self.pipe.tokenizer_max_length = self.max_tokens
-        embeds, mask, glyphs, glyph_mask = self.pipe.encode_prompt(
-            list(prompts), device=self.device, batch_size=len(prompts)
-        )
-        second = Condition(glyphs.to(self.work_dtype), glyph_mask.long())
-        return Condition(embeds.to(self.work_dtype), mask.long(), second=second)
+        return TextReader(pipe.tokenizer, (max_tokens or cls.most_tokens) - behind, "", 0)
 
     @override
     def latent_scale(self, vae: Any) -> tuple[Any, Any]:
@@ -145,19 +106,3 @@ class HunyuanVideo15Teacher(VideoTeacher):
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """One video at once, as `decode`."""
         return torch.cat([super(HunyuanVideo15Teacher, self).encode_pictures(part) for part in pictures.split(1)])
-
-    @override
-    def own_parts(self, guidance: float) -> dict[str, Any]:
-        return {"guider": ClassifierFreeGuidance(guidance_scale=guidance)}
-
-    @override
-    def own_guidance(self, guidance: float) -> dict[str, Any]:
-        return {}
-
-    @override
-    def student_parts(self, sampler: SamplerName) -> dict[str, Any]:
-        return super().student_parts(sampler) | self.own_parts(self.no_guidance)
-
-    @override
-    def student_guidance(self, guidance: float) -> dict[str, Any]:
-        return {}

@@ -9,6 +9,7 @@ import torch
 from stepfold import assets
 from stepfold.config import Config, TeacherSettings
 from stepfold.errors import NonFiniteError, UserError, first_line
+from stepfold.teachers.anima import AnimaTeacher
 from stepfold.teachers.chroma import ChromaTeacher
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
@@ -25,10 +26,12 @@ from stepfold.teachers.folders import (
     load_pipeline,
     unloadable,
 )
+from stepfold.teachers.hunyuan_image import HunyuanImageTeacher
 from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
 from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
+from stepfold.teachers.modular import ModularParts
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.prx import PRXTeacher
@@ -65,10 +68,17 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         PRXTeacher,
         SanaVideoTeacher,
         HunyuanVideo15Teacher,
+        HunyuanImageTeacher,
+        AnimaTeacher,
     )
     for pipeline in family.pipelines
 }
 """Class of a pipeline -> the family that wraps it. A new family is one file and its name here."""
+
+
+def retimable() -> list[str]:
+    """Classes of the pipelines whose networks `stepfold retime` trains: their time embedder is known by itself."""
+    return [name for name, family in FAMILIES.items() if family.time_module or "time_embedder" in vars(family)]
 
 
 NOT_FROM_TEXT = {
@@ -84,10 +94,11 @@ NOT_FROM_TEXT = {
     "ImageToVideo": "it starts from an image; give the text-to-video model",
     "I2V": "it starts from an image; give the text-to-video model",
     "KV": "it caches the keys of images that it edits; load the folder as the pipeline without KV and save it again",
+    "Refiner": "it refines an image; give the pipeline that makes it",
     "Upsample": "it enlarges latents; give the pipeline that makes them",
     "ZImageOmni": "it reads images beside the text; give the text-to-image model",
     "Pixel": "it makes pixels, not latents; give the pipeline with an autoencoder",
-    "Modular": "it is in modular parts; give a folder with a model_index.json",
+    "Modular": "it is in modular parts that are not known; give a folder with a model_index.json",
 }
 """Part of the name of a pipeline's class -> why it is no teacher, and what is."""
 
@@ -136,6 +147,11 @@ def load_teacher(
     )
     if settings.guidance_interval:
         teacher.guide_between(*settings.guidance_interval)
+    if settings.image_column and not teacher.reads_images:
+        raise UserError(
+            f"teacher.image_column is {settings.image_column!r}, but {type(teacher.pipe).__name__} reads no images "
+            "here; leave it out"
+        )
     return teacher
 
 
@@ -249,9 +265,12 @@ def load_any_pipeline(folder: Path, device: torch.device | str) -> Any:
             f"{folder} is a {name}, which is no pipeline of diffusers {diffusers.__version__}; "
             "a newer diffusers may have it"
         )
+    family = FAMILIES.get(name)
+    own = [kind for kind in (family.pipelines if family else ()) if issubclass(kind, ModularParts)]
     try:
         networks = load_networks(str(folder), index, torch.float32)
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **networks)
+        kind: Any = own[0] if own else diffusers.DiffusionPipeline
+        pipe = kind.from_pretrained(folder, use_safetensors=True, **networks)
     except UserError:
         raise
     except Exception as error:  # as in folders.load_pipeline

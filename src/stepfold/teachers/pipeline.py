@@ -146,15 +146,15 @@ class PipelineTeacher(Family):
 
     @torch.no_grad()
     @override
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Prompts are treated as the pipeline treats them by default.
+    def encode(self, prompts: Sequence[str], images: Sequence[Tensor] | None = None) -> Condition:
+        """Prompts are treated as the pipeline treats them by default; `images` are those of `with_images`.
 
         Raises:
             UserError: the tokenizer or a text encoder breaks on them, as damaged ones do.
         """
         self._load_text_encoders()
         try:
-            return self.encode_texts(list(prompts)).trimmed()
+            return self.with_images(self.encode_texts(list(prompts)).trimmed(), images)
         except (UserError, *DEVICE_ERRORS):
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -205,18 +205,18 @@ class PipelineTeacher(Family):
     def null(self, like: Condition) -> Condition:
         """The unconditional branch's condition for each row of `like`.
 
-        With `null_mask="own"` it is masked by its own length, as diffusers' pipelines do; with `"prompt"` by the
-        prompt's mask, as the public training code does.
+        An image stays: guidance is by the text. With `null_mask="own"` it is masked by its own length, as diffusers'
+        pipelines do; with `"prompt"` by the prompt's mask, as the public training code does.
 
         Raises:
             UserError: a teacher without classifier-free guidance.
         """
         if self._null is None or self._null_trimmed is None:
             raise UserError(NO_NULL)
+        null = self._null_trimmed.expand(len(like))
         if self.null_mask == "prompt":
-            null = self._null.padded(like.mask.shape[1]).expand(len(like))
-            return replace(null, mask=like.mask)
-        return self._null_trimmed.expand(len(like))
+            null = replace(self._null.padded(like.mask.shape[1]).expand(len(like)), mask=like.mask)
+        return replace(null, second=like.second) if self.reads_images else null
 
     @override
     def velocity(

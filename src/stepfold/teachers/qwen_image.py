@@ -13,6 +13,7 @@ from stepfold.teachers.contract import Condition
 from stepfold.teachers.family import Predict
 from stepfold.teachers.flux import PackedTeacher, keep_precision, packed_prediction
 from stepfold.teachers.guidance import guided_at_length, token_length
+from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.video import channel_scale
 
 NOTHING = " "
@@ -43,7 +44,7 @@ def qwen_image_network(
     return packed_prediction(x_unit, t, velocity)
 
 
-class QwenLatents(PackedTeacher):
+class QwenAutoencoder(PipelineTeacher):
     """Abstract: what the families share that draw with Qwen-Image's autoencoder, which is one of videos."""
 
     video_autoencoder = True
@@ -55,6 +56,10 @@ class QwenLatents(PackedTeacher):
     @override
     def latent_scale(self, vae: Any) -> tuple[Any, Any]:
         return channel_scale(vae, self.device, 3)
+
+
+class QwenLatents(QwenAutoencoder, PackedTeacher):
+    """Abstract: of these families those that pack latents two by two."""
 
 
 class QwenImageTeacher(QwenLatents):

@@ -11,6 +11,8 @@ import transformers
 
 from stepfold.errors import UserError
 
+MODULAR_INDEX, MODULAR_CODE = "modular_model_index.json", "modular_config.json"
+"""Of a modular pipeline: its parts, and its own code if it has some."""
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 CONVERT = (
     "convert it once with save_pretrained(..., safe_serialization=True) where you trust it, "
@@ -160,6 +162,35 @@ def check_index(source: str, index: Mapping[str, Any]) -> None:
                 f"teacher {source!r} does not load: part {part!r} is a {name!r}, which is no class of {library} "
                 f"{OWNERS[library].__version__}; a newer one may have it"
             )
+
+
+def modular_index(folder: Path) -> dict[str, Any]:
+    """What a modular pipeline's index says of its parts, in the words of a model_index.json; nothing of it is run.
+
+    Raises:
+        UserError: it has code of its own, or a part that does not lie in a subfolder of the part's name.
+    """
+    code = folder / MODULAR_CODE
+    if code.is_file() and "auto_map" in (read_json(code, str(code)) or {}):
+        raise UserError(
+            f"teacher {str(folder)!r} is a modular pipeline with code of its own, {MODULAR_CODE}, which is not run; "
+            "give one of diffusers' own blocks"
+        )
+    found = read_json(folder / MODULAR_INDEX, str(folder / MODULAR_INDEX))
+    if not isinstance(found, dict):
+        raise UserError(f"{folder / MODULAR_INDEX} describes no pipeline; save the pipeline again")
+    index: dict[str, Any] = {name: value for name, value in found.items() if name.startswith("_")}
+    for part, spec in found.items():
+        if part in index or not isinstance(spec, list):
+            continue
+        said = spec[2] if len(spec) == 3 and isinstance(spec[2], dict) else {}
+        if not is_part(hint := said.get("type_hint")) or hint[0] is None or said.get("subfolder") != part:
+            raise UserError(
+                f"{folder / MODULAR_INDEX} says of {part!r} no class with subfolder {part!r}; save the pipeline again "
+                "with save_pretrained"
+            )
+        index[part] = hint
+    return index
 
 
 OWNERS: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}

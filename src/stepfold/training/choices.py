@@ -17,6 +17,7 @@ from stepfold.config import Config
 from stepfold.errors import UserError
 from stepfold.maths.attention import QUERY_CHUNK, LongestAttention
 from stepfold.maths.tangent import total_derivative
+from stepfold.methods import METHODS
 from stepfold.randomness import normal
 from stepfold.teachers.contract import Condition, Student
 from stepfold.training.states import states_per_prompt
@@ -28,16 +29,6 @@ TRIALS = 3  # states at which they may differ by more before they are said to
 MEMORY_SHARE = 0.8  # of the device's memory, that the estimate of a step may take
 LARGEST_HEAP_BLOCK = 32 * 2**20  # bytes; glibc takes larger ones from the system whatever it is told
 STATES_PER_WEIGHT = {"adamw": 5, "came": 4}  # weight, gradient, average, first moment; AdamW's second
-
-WITHOUT_TANGENT = {
-    "discrete": "discrete consistency has none",
-    "velocity": "velocity matching has none",
-    "pair": "pairs of states have none",
-    "semigroup": "two legs have none",
-    "matching": "distribution matching has none",
-    "decoupled": "distribution matching has none",
-    "identity": "score identity distillation has none",
-}
 
 
 def choose_precision(config: Config, device: str = "auto") -> Config:
@@ -115,7 +106,7 @@ def choose_tangent(
 ) -> TangentChoice:
     """The backend of `training.tangent`; `auto` follows this rule, in this order.
 
-    1. The objectives of WITHOUT_TANGENT have no tangent.
+    1. Most objectives have no tangent (`METHODS`).
     2. `one_pass`, if on this model it runs and agrees with `two_pass` (on one pair, in float32); else `two_pass`, or
        where that does not run either, `finite_difference`.
     3. Compiled, `one_pass` becomes `two_pass` where block and tangent cannot be one piece of code: torch does not
@@ -134,13 +125,13 @@ def choose_tangent(
         critics: networks that are trained beside the student.
     """
     training = config.training
-    if config.objective not in WITHOUT_TANGENT and training.tangent != "auto":
+    if not (without := METHODS[config.objective].no_tangent) and training.tangent != "auto":
         return TangentChoice(training.tangent, training.checkpointing or training.tangent == "block", "as set")
     count = num_prompts or training.prompts_per_step
     need, fits = memory_estimate(config, student, condition, latent_shape, count, critics)
     recompute = training.checkpointing or (not fits and student.can_recompute)
-    if config.objective in WITHOUT_TANGENT:
-        name, reason = "none", WITHOUT_TANGENT[config.objective]
+    if without:
+        name, reason = "none", without
     else:
         half = config.student_in_half
         name, reason = runs_here(student, condition, latent_shape, HALF_AGREEMENT if half else AGREEMENT)

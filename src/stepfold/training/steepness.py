@@ -47,7 +47,4 @@ def steepness(
     said = f"this teacher's time counts to 1000, and its dF/dt is {size:.3g} (root mean square over one walk)"
     if size <= STEEPEST:
         return f"{said}; up to {STEEPEST:g} objective=continuous is fine"
-    return (
-        f"{said}; above {STEEPEST:g} take objective=discrete, which does without it, or `stepfold retime` first "
-        "(Sana, SD3, FLUX)"
-    )
+    return f"{said}; above {STEEPEST:g} take objective=discrete, which does without it, or `stepfold retime` first"

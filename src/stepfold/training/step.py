@@ -133,7 +133,8 @@ def update_critic(
     states: Mapping[str, States],
 ) -> StepRecord:
     """A critic's own updates within a step, each with draws of its own; the record with their metrics and norm."""
-    phase, config = run.phase(record.step), run.config
+    phase = run.phase(record.step)
+    config = phase.config
     set_learning_rates(run, phase, record.step)
     found, norm = [], torch.zeros(())
     for update in range(critic.updates):
@@ -141,7 +142,7 @@ def update_critic(
         own = replace(batch, draws=batch.draws.of_update(number))
         count = record.step * critic.updates + update
         found += critic_gradient(run, phase, critic, own, condition, states, count)
-        norm = clipped_norm(run, critic.module.parameters(), phase.config)
+        norm = clipped_norm(run, critic.module.parameters(), config)
         run.optimiser.step()  # of this critic alone: nothing else has a gradient
         run.optimiser.zero_grad(set_to_none=True)
     prompts, losses = zip(*found, strict=True)
