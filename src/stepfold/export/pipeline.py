@@ -77,7 +77,7 @@ OTHER_TOOLS = """Tools count guidance, time and noise levels in different ways. 
 A tool that shifts them needs those before the shift. A student that embeds no guidance is called with it off."""
 WORDS = {1: "one", 2: "two", 4: "four"}
 
-RESULTS = {"images": "image", "frames": "video"}
+RESULTS = {"images": "image", "image": "image", "frames": "video"}
 """Where a pipeline's result has what it made -> what that is."""
 
 LOAD = "pipe = {pipeline}.from_pretrained({name}){parts}"

@@ -41,9 +41,9 @@ class Family(PipelineCalls):
         outputs: channels out for each channel in; with a learned variance 2.
         autoencoder_layout: what `to_autoencoder` does, in words that end "which is the last line below, ".
         time_field: field of the network's config, if any, that the network multiplies a time of [0, 1] by.
-        rises_to: where the network's time is largest, and where its flow velocity points.
         reads_images: whether a condition may hold an image beside the text, as its second text.
         unread: optional parts of the pipeline that are left out.
+        rounds: whether the network rounds to bfloat16 within, whatever its weights are.
         video_autoencoder: whether the autoencoder takes videos where the pipeline makes pictures: one frame then.
         source: folder or hub id.
         index: the pipeline's model_index.json.
@@ -68,9 +68,9 @@ class Family(PipelineCalls):
     outputs: ClassVar[tuple[int, ...]] = (1,)
     autoencoder_layout: ClassVar[str] = ""
     time_field: ClassVar[str] = ""
-    rises_to: ClassVar[Literal["noise", "data"]] = "noise"
     reads_images: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
+    rounds: ClassVar[bool] = False
     video_autoencoder: ClassVar[bool] = False
     ode: Literal["flow", "trigflow"] = "flow"
     start_time: float = math.pi / 2

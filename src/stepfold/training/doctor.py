@@ -49,6 +49,8 @@ class Finding:
 
 ROUNDING = {"float32": 1e-4, "bfloat16": 5e-2}
 """How far two ways to the same result may differ, by the dtype of the teacher's weights."""
+ROUNDED = 1e-3
+"""And two calls in float32 of a network that rounds to bfloat16 within: a number between two of it goes either way."""
 SAMPLED = 0.3
 """And two calls in bfloat16: FLUX's pipeline rounds its time to steps of 4 in 1000."""
 QUANTISED = {"int8": 0.05, "fp8": 0.1, "nf4": 0.3}
@@ -131,7 +133,7 @@ def own_loop(teacher: PipelineTeacher, prompts: Sequence[str], condition: Condit
         guidance: scales, all the same.
     """
     found = agreement(teacher, prompts, condition, guidance)
-    most = SAMPLED if teacher.dtype == torch.bfloat16 else ROUNDING["float32"]
+    most = SAMPLED if teacher.dtype == torch.bfloat16 else ROUNDED if teacher.rounds else ROUNDING["float32"]
     scheduler = type(teacher.pipe.scheduler).__name__ + (f" without {found.left_out}" if found.left_out else "")
     off = max(found.schedule, found.end)
     return [
