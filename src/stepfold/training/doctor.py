@@ -26,6 +26,7 @@ from stepfold.teachers.loading import choose_objective, load_teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.teachers.pipeline import SIGMA_DATA, PipelineTeacher
 from stepfold.training.accelerators import make_accelerator
+from stepfold.training.allowed import allowed_methods
 from stepfold.training.choices import choose_tangent, full_float32
 from stepfold.training.memory import peak_memory_gib
 from stepfold.training.optimisers import make_optimiser
@@ -88,6 +89,7 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
     config = choose_objective(validate({"prompts": "", "teacher": settings.model_dump(), "student": {"lora": lora}}))
     rounding = ROUNDING[settings.dtype if lora else "float32"]
     tangents = [backends_agree(student, pairs, rounding), tangent_size(student, pairs)]
+    allowed = allowed_methods(teacher, why_no_tangent(*tangents))
     if config.objective != "continuous":
         tangents = [without_need(finding) for finding in tangents]
     agree, size = tangents
@@ -99,9 +101,18 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
         chosen_backend(student, condition.rows(slice(0, 1)), teacher.latent_shape, config, lora),
         size,
         guidance_effect(teacher, pairs),
+        latent_statistics(pairs),
         *[Finding(name, words, "any", True) for name, words in conventions(teacher).items()],
         *one_step(student, pairs, teacher, config.objective),
+        *(Finding(f"method: {name}", said, "any", True) for name, said in allowed.items()),
     ]
+
+
+def why_no_tangent(agree: Finding, size: Finding) -> str:
+    """Why the continuous objective is not for a teacher, from findings about its tangent; empty where it is."""
+    if not size.ok:
+        return f"dF/dt is {size.number}, above {STEEPEST:g}; take objective=discrete, or stepfold retime"
+    return "" if agree.ok else "the tangent's backends do not agree; take objective=discrete"
 
 
 def without_need(finding: Finding) -> Finding:
@@ -250,6 +261,13 @@ def guidance_effect(teacher: PipelineTeacher, pairs: Pairs) -> Finding:
     return Finding(
         "guidance changes the velocity", f"{effect:.1%}", ">= 1%" if wanted else "any", effect >= 0.01 or not wanted
     )
+
+
+def latent_statistics(pairs: Pairs) -> Finding:
+    """Mean and deviation of a picture's latents, for `decoupled.statistics`; root mean square over pictures."""
+    y = pairs.x0.float().flatten(1) / SIGMA_DATA
+    std = y.var(1).mean().sqrt()
+    return Finding(f"an image's latents after {TIMES} steps", f"mean {y.mean():.2f}, deviation {std:.2f}", "any", True)
 
 
 def free_bytes(device: torch.device) -> int:
