@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                                the bundled teacher, some minutes
     python benchmarks/memory.py --size sana-0.6b --count       by count: no GPU, no weights (see counting.py)
+    python benchmarks/memory.py --count --presets flux --set teacher.quantise=nf4    flux-lora-4step, by count
     python benchmarks/memory.py --size flux --count --scores    methods with a fake score, by count; of FLUX.1 too
 
 The methods are those of table T3 of `stepfold reproduce`. The batch size counts TBCM's prompts; the others, whose
@@ -19,8 +20,9 @@ from typing import Any, cast
 
 import torch
 from common import PeakMemory, console, in_child, make_parser, open_record, show, training_device, write_record
-from counting import STEPS, count_step
+from counting import STEPS, count_preset, count_step, count_weights
 from models import COUNTED, Place, make_place, open_teacher
+from shapes import SHAPES
 from torch import Tensor
 
 from stepfold.config import Config
@@ -144,6 +146,16 @@ def draw(records: dict[str, list[dict[str, Any]]], out: Path, what: str) -> None
     figure.savefig(out.with_suffix(".png"), dpi=120)
 
 
+def count_presets(families: Sequence[str], changes: Sequence[str], weights_only: bool) -> list[dict[str, Any]]:
+    """A row for each FAMILY-lora-4step: its weights by `teacher.quantise`, its LoRA, and a step of it."""
+    rows = []
+    for family in families:
+        rows.append({"preset": f"{family}-lora-4step", **count_weights(family)})
+        rows[-1] |= {} if weights_only else count_preset(family, changes)
+        console.print(rows[-1])
+    return rows
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures, prints, draws and writes."""
     parser = make_parser(__doc__, "memory", device=False)
@@ -154,8 +166,15 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     add("--steps", type=int, default=3, help="steps a process (3)")
     add("--count", action="store_true", help="add up the bytes of a step's tensors instead, on this machine")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that differs from T3's")
+    add("--presets", nargs="+", choices=SHAPES, default=[], help="with --count: families of presets FAMILY-lora-4step")
+    add("--weights-only", action="store_true", help="with --presets: no step")
     add("--scores", action="store_true", help="methods with a fake score instead; with --count")
     args = parser.parse_args(argv)
+    if args.presets:
+        record = open_record("memory", argv, torch.device("cpu"))
+        record |= {"set": args.set, "counted": True, "rows": count_presets(args.presets, args.set, args.weights_only)}
+        write_record(args.out, record)
+        return record
     if args.scores:
         args.methods = list(SCORES)
     if (args.size == "flux" or args.scores) and not args.count:

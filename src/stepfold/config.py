@@ -30,7 +30,7 @@ from stepfold.scores import (
     RolloutSettings,
     check_scores,
 )
-from stepfold.sections import Section, TeacherSettings
+from stepfold.sections import Section, TeacherSettings, check_quantised
 from stepfold.settings import (
     LARGEST,
     AdversarialSettings,
@@ -117,6 +117,7 @@ class Config(Section):
     def _targets_fit(self) -> "Config":
         check_targets(self)
         check_scores(self)
+        check_quantised(self)
         return self
 
     @property

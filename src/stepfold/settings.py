@@ -32,7 +32,6 @@ class StudentSettings(Section):
     depth: float = Field(
         default=1.0, gt=0, le=1, description="share of the teacher's blocks that the student keeps, evenly chosen"
     )
-
     times: Literal["one", "two"] = Field(
         default="one",
         description="what the student is told: `one`, the time of the state; `two`, the time to jump to as well (flow "
@@ -258,9 +257,7 @@ class TrainingSettings(Section):
     )
     prompts_per_step: int = Field(default=1, ge=1, le=65536, description="trajectories per optimiser step")
     micro_batch: int = Field(
-        default=0,
-        ge=0,
-        description="pairs per backward pass, 0 for all at once; same gradient, less memory",
+        default=0, ge=0, description="pairs per backward pass, 0 for all at once; same gradient, less memory"
     )
     encode_ahead: int = Field(
         default=1,

@@ -127,6 +127,16 @@ def test_bytes_are_counted_while_they_are_there() -> None:
 
 
 @pytest.mark.long
+def test_weights_of_a_preset_by_count(tmp_path: Path) -> None:
+    """Those of Z-Image, as its page has them; a quantised base is smaller by what its blocks save."""
+    path = tmp_path / "memory.json"
+    given = ["--count", "--weights-only", "--presets", "z-image", "--out", str(path)]
+    importlib.import_module("memory").main(given)
+    (row,) = json.loads(path.read_text())["rows"]
+    rounded = {what: round(row[what], 1) for what in ("none", "int8", "fp8", "nf4", "lora")}
+    assert rounded == {"none": 11.5, "int8": 5.8, "fp8": 5.8, "nf4": 3.2, "lora": 3.6}
+
+
 def test_memory_by_count(tmp_path: Path) -> None:
     names = ["sCM with its VAE", "TBCM, conditions from a cache", "TBCM, conditions from a cache, in parts"]
     recomputed = ["--set", "training.checkpointing=true"]

@@ -47,7 +47,7 @@ def export_lora(folder: Path, out: Path, keys: Keys = "diffusers") -> None:
         retimed = scheduler.is_file() and json.loads(scheduler.read_text()).get("num_train_timesteps") == 1
         write_file(out, partial(shutil.copyfile, file), card, keys=keys, retimed=retimed)
     else:
-        teacher, _, card = load_student(folder, "cpu")
+        teacher, _, card = load_student(folder, "cpu", quantise="none")
         weights = renamed(load_file(file), teacher.transformer, teacher.network_part, keys)
         write_lora(out, weights, card, keys, teacher)
 

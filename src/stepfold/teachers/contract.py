@@ -106,11 +106,13 @@ class Condition:
         second = None if self.second is None else self.second.trimmed()
         return replace(self.first_tokens(int(attended.max()) + 1 if len(attended) else 1), second=second)
 
-    def padded(self, length: int) -> "Condition":
-        """With masked positions appended up to `length`; the second text stays as long as it is."""
-        extra = length - self.mask.shape[1]
+    def padded(self, length: int, second: int = 0) -> "Condition":
+        """With masked positions appended up to `length`; a second text that is shorter than `second`, up to that."""
+        extra, other = length - self.mask.shape[1], self.second
+        if other is not None and other.mask.shape[1] < second:
+            other = other.padded(second)
         pad = nn.functional.pad
-        return replace(self, embeds=pad(self.embeds, (0, 0, 0, extra)), mask=pad(self.mask, (0, extra)))
+        return replace(self, embeds=pad(self.embeds, (0, 0, 0, extra)), mask=pad(self.mask, (0, extra)), second=other)
 
 
 def concatenate(conditions: Sequence[Condition]) -> Condition:
@@ -204,6 +206,7 @@ class Teacher(Protocol):
     latent_shape: tuple[int, ...]  # of previews and samples
     latent_shapes: tuple[tuple[int, ...], ...]  # that training draws from
     max_tokens: int  # of a prompt
+    second_tokens: int = 0  # of a second text
     start_time: float  # where pure noise stands: pi/2, or a little below
     ode: Literal["flow", "trigflow"]  # coordinates in which its own sampler takes straight steps; trigflow is DDIM
     shift: float  # of the teacher's own flow sampler at its usual number of steps

@@ -49,6 +49,7 @@ class HunyuanVideo15Teacher(QuotedTexts, GuiderTeacher, VideoTeacher):
     loads_lora = False
     even_ladder = True
     stand_ins = ("vae",)
+    second_tokens = 256
     picture_output = 0
     fields: ClassVar[Any] = {
         "use_meanflow": ((False, None), "it is told two times"),

@@ -69,8 +69,8 @@ class Batches:
                 condition = self.teacher.encode(batch.prompts)
             else:
                 condition = self.conditions(batch.index) if self.conditions else self.encode_ahead(number)
-            if training.compile:  # equal shapes: one graph, and a resumed run has the same one
-                condition = condition.padded(max(self.teacher.max_tokens, condition.mask.shape[1]))
+            if training.compile:
+                condition = at_full_length(condition, self.teacher)
         with self.stages("images"):
             x0 = self.latents(batch.index).to(self.device) if self.latents else x0
         spaces = dict.fromkeys(term.space for term in phase.terms_at(step))
@@ -109,3 +109,8 @@ class Batches:
             if ahead > 1:
                 self.teacher.park_text_encoder()
         return self._encoded[number]
+
+
+def at_full_length(condition: Condition, teacher: Teacher) -> Condition:
+    """With both texts as long as any of the teacher's: equal shapes make one graph, and a resumed run has the same."""
+    return condition.padded(max(teacher.max_tokens, condition.mask.shape[1]), teacher.second_tokens)

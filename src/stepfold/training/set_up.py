@@ -74,7 +74,9 @@ def set_up(
     if len(set(guidance_scales(config, teacher))) == 1:
         for network in networks:
             network.freeze_guidance()
-    average = deepcopy_sharing(student, [p for p in student.parameters() if not p.requires_grad]).requires_grad_(False)
+    still = [p for p in student.parameters() if not p.requires_grad]
+    still += [value for name, value in student.named_buffers() if name in student.shared]  # a quantised teacher's
+    average = deepcopy_sharing(student, still).requires_grad_(False)
     unsharded = deepcopy_sharing(student, ()).cpu() if sharded and processes.first else None
     if sharded:
         for network in (student, average):
