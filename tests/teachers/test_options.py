@@ -237,7 +237,7 @@ OBEYED_FIELDS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     ),
     "kandinsky video": (
         tiny_kandinsky.make_kandinsky_video, "transformer",
-        dict(visual_cond=False, axes_dims=(2, 4, 6), attention_type="flash", attention_window=3, num_text_blocks=1),
+        dict(visual_cond=False, axes_dims=(8, 4, 4), attention_type="flash", attention_window=3, num_text_blocks=1),
     ),
     "chroma": (tiny_chroma.make_chroma, "transformer", dict(axes_dims_rope=(8, 4, 4), approximator_layers=1)),
     "longcat": (tiny_qwen.make_longcat, "transformer", dict(axes_dims_rope=[8, 4, 4])),
