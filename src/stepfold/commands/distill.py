@@ -219,13 +219,12 @@ def load(
             f"the student keeps {config.student.depth:.0%} of the teacher's blocks: it starts far from the teacher, "
             "and needs many more steps than a whole one"
         )
-    bank = bank_of(config, teacher, prompts)
+    bank, score = bank_of(config, teacher, prompts), open_score(config, teacher)
     student = make_student(teacher, config.student, config.teacher)
     usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
     recipe = make_recipe(config, teacher, guidance_scales(config, teacher), usual)
     if config.student.lora:
         teacher.lora_scheduler(in_diffusers(recipe.sampler))  # refused now, not when the student is saved
-    score = open_score(config, teacher)
     lock = None
     if processes.first:  # only now: a teacher that does not load leaves no run behind
         weights = teacher_fingerprint(config.teacher, network_only=cache is not None)
