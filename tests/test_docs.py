@@ -215,6 +215,17 @@ def test_the_notebook_runs_and_its_student_finds_its_way(monkeypatch: pytest.Mon
     assert names["distance"](names["blur"]) > 1.5
 
 
+@pytest.mark.long
+def test_the_notebook_goes_from_a_teacher_to_a_student(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("IPython", reason="the notebook needs IPython, as Jupyter has it")
+    names = runpy.run_path(str(ROOT / "docs" / "notebook.py"))
+    assert len(read_metrics(names["RUN"])) == names["STEPS"]
+    assert (names["RUN"] / "student" / "README.md").is_file()
+    assert names["images"][0].size == (64, 64)
+    said = capsys.readouterr().out
+    assert "LOOK" not in said and "peak memory" in said
+
+
 @pytest.mark.parametrize(
     ("module", "at_least"),
     [

@@ -1,6 +1,7 @@
 """Tiny pipelines with text encoders of Qwen, and with Qwen-Image's autoencoder."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import tiny
@@ -33,15 +34,15 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 ROPE: dict[str, Any] = dict(rope_type="default", mrope_section=[2, 1, 1], rope_theta=10000.0)
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
+def qwen_tokenizer(words: Sequence[str] = TEMPLATE) -> Qwen2Tokenizer:
     """A byte-level BPE to which other words are bytes."""
     own = Qwen2Tokenizer(vocab={SPECIAL[0]: 0}, merges=[])
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = own.backend_tokenizer.pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     learner.train_from_iterator(
-        TEMPLATE,
-        trainers.BpeTrainer(vocab_size=600, special_tokens=[*SPECIAL], initial_alphabet=alphabet, show_progress=False),
+        words,
+        trainers.BpeTrainer(vocab_size=1000, special_tokens=[*SPECIAL], initial_alphabet=alphabet, show_progress=False),
     )
     merges: Any = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     special: Any = {"additional_special_tokens": [*SPECIAL[1:]]}

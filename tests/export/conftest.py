@@ -14,6 +14,7 @@ import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
 import tiny_hunyuan_image
+import tiny_kandinsky
 import tiny_prx
 import tiny_qwen
 import tiny_sana_video
@@ -57,6 +58,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "wan 2.2 a14b": tiny_wan22.make_a14b,
     "sana video": tiny_sana_video.make_sana_video,
     "hunyuan video": tiny_hunyuan.make_hunyuan_video,
+    "kandinsky image": tiny_kandinsky.make_kandinsky_image,
+    "kandinsky video": tiny_kandinsky.make_kandinsky_video,
     "sprint": tiny.make_sprint,
     "qwen": tiny_qwen.make_qwen_image,
     "chroma": tiny_chroma.make_chroma,
@@ -82,6 +85,7 @@ SMALLER: dict[str, Callable[..., Any]] = {
     "qwen": tiny_qwen.make_qwen_image,
     "longcat": tiny_qwen.make_longcat,
     "krea": tiny_qwen.make_krea2,
+    "kandinsky video": tiny_kandinsky.make_kandinsky_video,
     "ernie-image": tiny_ernie_image.make_ernie_image,
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,

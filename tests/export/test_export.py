@@ -39,7 +39,7 @@ DRAWN = ("sana", "first sana", "sprint", "sd3", "flux", "flux2", "flux2 dev", "s
 DRAWN += (*RECENT, "longcat")
 WITH_LORA += ("ernie-image", "z-image")
 DRAWN += ("ernie-image", "prx", "z-image")
-DRAWN += (*VIDEOS, "wan 2.2 a14b", "hunyuan video")
+DRAWN += (*VIDEOS, "wan 2.2 a14b", "hunyuan video", "kandinsky video")
 DRAWN += ("hunyuan image",)
 DRAWN += tuple(f"{family}{FEWER}" for family in SMALLER)
 
@@ -92,7 +92,7 @@ def test_a_student_of_every_family_draws_our_latents_in_plain_diffusers(
         rest = card.recipe.times[1], lambda step, noise=noise: noise, sigma_data
         with torch.no_grad():
             x0 = sample_consistency(student, noise, condition, guidance, *rest)
-        assert relative(teacher.made(drawn[family]), x0 / sigma_data) < 1e-4, family
+        assert relative(teacher.made(drawn[family]), x0 / sigma_data) < (1e-3 if teacher.rounds else 1e-4), family
 
 
 def test_a_student_with_weights_of_its_own_is_a_pipeline(student_of: StudentOf, tmp_path: Path) -> None:
@@ -252,6 +252,7 @@ TINY_FAMILIES = {
     "ERNIE-Image": "ernie-image", "PRX": "prx", "Z-Image": "z-image",
     "Wan 2.2 TI2V-5B, text to video": "wan 2.2 ti2v", "Wan 2.2 A14B, text to video": "wan 2.2 a14b",
     "SANA-Video": "sana video", "HunyuanVideo 1.5": "hunyuan video",
+    "Kandinsky 5, images": "kandinsky image", "Kandinsky 5, text to video": "kandinsky video",
     "HunyuanImage 2.1": "hunyuan image",
     "Anima": "anima",
 }  # fmt: skip
@@ -308,10 +309,10 @@ def test_the_commands_of_each_family_begin_runs_of_students_that_the_docs_sample
     for line in lines:
         of = RETIMED[heading] if "runs/retimed/teacher" in line else TINY_FAMILIES[heading]
         student = student_of(of, 4 if "load_lora_weights" in code and of not in RETIMED.values() else 0)
-        given = re.sub(r"--set conditions=\w+|--size \S+|--set teacher.frames=\d+", "", line)
+        given = re.sub(r"--set conditions=\w+|--size \S+|--set teacher.(frames|height|width)=\d+", "", line)
         given = re.sub(r"--teacher \S+", f"--teacher {read_card(student).teacher} --set teacher.max_tokens=24", given)
         given += "" if heading == "DiT" else " --size 32"
-        given += " --set teacher.frames=5" if "num_frames=" in code or "frames=" in code else ""
+        given += " --set teacher.frames=5" if "frames=" in code else ""
         assert Result(*shlex.split(given)[1:], "--quiet").err.endswith("error: its first step\n"), line
     assert [str(folder) for folder, _, _ in begun] == [re.findall(r"--out (\S+)", line)[0] for line in lines]
     _, recipe, teacher = begun[0]
@@ -320,17 +321,20 @@ def test_the_commands_of_each_family_begin_runs_of_students_that_the_docs_sample
     call = next(
         node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe"
     )
-    said = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords if str(each.arg) in calls}
-    own = (
-        "height",
-        "width",
-        "max_sequence_length",
-        "tokenizer_max_length",
-        "num_frames",
-        "frames",
-    )  # sizes are tiny here
-    for name in said.keys() - {*own}:
-        assert said[name] == (pytest.approx(calls[name], rel=1e-5) if calls[name] is not None else None), name
+    compared = (
+        "sigmas",
+        "timesteps",
+        "num_inference_steps",
+        "intermediate_timesteps",
+        "guidance_scale",
+        "true_cfg_scale",
+    )
+    for each in call.keywords:
+        if each.arg in compared:
+            wanted = calls[each.arg]
+            assert ast.literal_eval(each.value) == (wanted if wanted is None else pytest.approx(wanted, rel=1e-5)), (
+                heading
+            )
 
 
 def test_a_lora_student_is_loaded_as_the_docs_say(student_of: StudentOf) -> None:

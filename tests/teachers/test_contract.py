@@ -18,6 +18,7 @@ import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
 import tiny_hunyuan_image
+import tiny_kandinsky
 import tiny_prx
 import tiny_qwen
 import tiny_sana_video
@@ -49,6 +50,7 @@ from stepfold.teachers.flux import FluxTeacher
 from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
 from stepfold.teachers.hunyuan_image import HunyuanImageTeacher
 from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
+from stepfold.teachers.kandinsky5 import Kandinsky5ImageTeacher, Kandinsky5Teacher, Kandinsky5VideoTeacher
 from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.loading import family_of
 from stepfold.teachers.longcat_image import LongCatImageTeacher
@@ -174,6 +176,12 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
     "sana video": lambda _, empty: SanaVideoTeacher(
         tiny.save(tiny_sana_video.make_sana_video, empty / "sana"), height=32, width=64, max_tokens=MAX_TOKENS, frames=5
     ),
+    "kandinsky image": lambda _, empty: Kandinsky5ImageTeacher(
+        tiny.save(tiny_kandinsky.make_kandinsky_image, empty / "image"), **SMALL | {"height": 32, "width": 48}
+    ),
+    "kandinsky video": lambda _, empty: Kandinsky5VideoTeacher(
+        tiny.save(tiny_kandinsky.make_kandinsky_video, empty / "video"), **SMALL, frames=5
+    ),
     "wan 2.2 a14b": lambda _, empty: WanTeacher(tiny.save(tiny_wan22.make_a14b, empty / "wan"), **SMALL, frames=5),
     "anima": lambda _, empty: AnimaTeacher(tiny.save(tiny_anima.make_anima, empty / "anima"), **SMALL),
     "hunyuan image": lambda _, empty: HunyuanImageTeacher(
@@ -187,7 +195,7 @@ SHORT = ("sana", "sprint", "sd3", "sd 1", "sdxl", "flux dev", "pixart", "dit", "
 PADDED = (
     GemmaTexts | HunyuanVideo15Teacher | PixArtTeacher | Lumina2Teacher | WanTeacher | QwenImageTeacher | Krea2Teacher
 )
-PADDED |= ErnieImageTeacher | PRXTeacher | ZImageTeacher
+PADDED |= ErnieImageTeacher | Kandinsky5Teacher | PRXTeacher | ZImageTeacher
 PADDED |= HunyuanImageTeacher
 PADDED |= AnimaTeacher
 """Whose prompts are as long as they are; other networks attend to their padding."""
@@ -214,6 +222,15 @@ def drawn(teacher: Any) -> tuple[Tensor, list[torch.Generator]]:
     return noise, [generator(0, "test", i) for i in range(3)]
 
 
+def fresh_noise(teacher: Any, steps: int) -> list[Tensor]:
+    """What the pipelines' schedulers draw after each step [3, ...], in the order in which they do."""
+    shape = teacher.pack(torch.zeros(3, *teacher.latent_shape)).shape
+    if not teacher.one_by_one:
+        return [teacher.sigma_data * teacher.unpack(torch.randn(shape)) for _ in range(steps)]
+    each = [[torch.randn(1, *shape[1:]) for _ in range(steps)] for _ in range(shape[0])]
+    return [teacher.sigma_data * teacher.unpack(torch.cat(rows)) for rows in zip(*each, strict=True)]
+
+
 def count_rows(teacher: Any) -> tuple[list[int], Any]:
     """The batch size of every call of the network from now on, and the handle that ends the count."""
     rows: list[int] = []
@@ -225,9 +242,15 @@ def count_rows(teacher: Any) -> tuple[list[int], Any]:
     return rows, hook
 
 
-def same(a: Tensor, b: Tensor) -> None:
+def nearly(teacher: Any) -> float:
+    """How far two ways to the same numbers may differ: a network that rounds within goes either way between two."""
+    return 1e-3 if teacher.rounds else 1e-4
+
+
+def same(teacher: Any, a: Tensor, b: Tensor) -> None:
     """Equal to 1e-5 of the largest: a noise prediction is divided by a small cos t where noise is nearly all."""
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * max(1.0, b.abs().max().item()))
+    most = nearly(teacher) if teacher.rounds else 1e-5
+    torch.testing.assert_close(a, b, rtol=0, atol=most * max(1.0, b.abs().max().item()))
 
 
 def spread(a: Tensor, b: Tensor) -> float:
@@ -283,7 +306,7 @@ def test_the_branches_make_the_velocity_at_every_scale(teacher: Any, scale: floa
     if teacher.exact_branches and teacher.guidance_kind == "classifier_free":
         assert spread(with_prompt, without) > 1e-3
         if getattr(teacher, "null_mask", "own") == "own":
-            same(teacher.branches(x, t, other)[0], without)  # it knows no prompt
+            same(teacher, teacher.branches(x, t, other)[0], without)  # it knows no prompt
     assert spread(with_prompt, teacher.branches(x, t, other)[1]) > 1e-3
     value = {"usual": teacher.default_guidance, "off": teacher.no_guidance}.get(scale, scale)
     if teacher.exact_branches or scale in ("off", "usual"):
@@ -293,9 +316,9 @@ def test_the_branches_make_the_velocity_at_every_scale(teacher: Any, scale: floa
         else:
             sigma, w = teacher.sigma_data, scales(teacher, *[weight] * 3)
             guided = sigma * teacher.guided(x / sigma, t, without / sigma, with_prompt / sigma, w)
-        same(guided, teacher.velocity(x, t, condition, torch.full_like(t, value)))
+        same(teacher, guided, teacher.velocity(x, t, condition, torch.full_like(t, value)))
     rows, hook = count_rows(teacher)
-    same(teacher.velocity(x, t, condition, None), with_prompt)  # unguided, in half the rows
+    same(teacher, teacher.velocity(x, t, condition, None), with_prompt)  # unguided, in half the rows
     hook.remove()
     assert rows == [3]
 
@@ -309,16 +332,22 @@ def test_a_scale_means_a_weight(teacher: Any):
     if teacher.guidance_kind == "classifier_free":
         x, t = some_states(teacher)
         condition = teacher.encode(PROMPTS)
-        same(teacher.velocity(x, t, condition, scales(teacher, off, off, off)), teacher.branches(x, t, condition)[1])
+        same(
+            teacher,
+            teacher.velocity(x, t, condition, scales(teacher, off, off, off)),
+            teacher.branches(x, t, condition)[1],
+        )
 
 
 def test_a_velocity_lets_a_gradient_through(teacher: Any):
     """To x alone, against a difference in float64; what is kept of the prompt stays right, and nothing changes."""
-    x, t = (values.double() for values in some_states(teacher))
+    rounds = teacher.rounds
+    exact = torch.float32 if rounds else torch.float64  # Kandinsky's class breaks in float64
+    x, t = (values.to(exact) for values in some_states(teacher))
     network, was = teacher.transformer, next(teacher.transformer.parameters()).dtype
-    guidance, condition = torch.tensor([3.0, 4.5, 6.0], dtype=torch.float64), teacher.encode(PROMPTS)
-    condition = condition.to("cpu", torch.float64)
-    network.double()
+    guidance, condition = torch.tensor([3.0, 4.5, 6.0], dtype=exact), teacher.encode(PROMPTS)
+    condition = condition.to("cpu", exact)
+    network.to(exact)
     try:
         before = teacher.velocity(x, t, condition, guidance)
         weights = torch.randn_like(x)
@@ -326,10 +355,12 @@ def test_a_velocity_lets_a_gradient_through(teacher: Any):
             v = teacher.velocity(x.requires_grad_(), t, condition, guidance, with_gradient=True)
         (gradient,) = torch.autograd.grad((weights * v).sum(), x)
         assert (gradient.flatten(1).norm(dim=1) > 1e-3).all()
-        x, steepest, h = x.detach(), gradient / gradient.norm(), 1e-3  # networks round some of it to float32
+        x, steepest, h = x.detach(), gradient / gradient.norm(), 0.1 if rounds else 1e-3  # others round to float32
         ahead, behind = (teacher.velocity(x + step * steepest, t, condition, guidance) for step in (h, -h))
-        torch.testing.assert_close((weights * (ahead - behind)).sum() / (2 * h), gradient.norm(), rtol=3e-3, atol=0)
-        torch.testing.assert_close(v.detach(), before, rtol=1e-6, atol=1e-6)
+        found, most = (weights * (ahead - behind)).sum() / (2 * h), 3e-2 if rounds else 3e-3
+        torch.testing.assert_close(found, gradient.norm(), rtol=most, atol=0)
+        near = 1e-2 if rounds else 1e-6
+        torch.testing.assert_close(v.detach(), before, rtol=near, atol=near)
         again = teacher.velocity(x, t, condition, guidance)
         assert torch.equal(again, before) and not again.requires_grad
         assert all(p.grad is None and not p.requires_grad for p in network.parameters())
@@ -346,7 +377,7 @@ def test_rows_do_not_know_of_each_other(teacher: Any, state: tuple[Tensor, Tenso
     for i, prompt in enumerate(PROMPTS):
         row = slice(i, i + 1)
         alone = teacher.velocity(x[row], t[row], teacher.encode([prompt]), guidance[row])
-        same(alone[0], together[i])
+        same(teacher, alone[0], together[i])
 
 
 def test_trimmed_conditions_are_the_untrimmed_ones(teacher: Any, state: tuple[Tensor, Tensor]):
@@ -358,7 +389,7 @@ def test_trimmed_conditions_are_the_untrimmed_ones(teacher: Any, state: tuple[Te
     if teacher.guidance_kind != "classifier_free" or teacher.null_mask == "own":
         whole = condition.padded(300)
         whole.embeds[whole.mask == 0] = 7.0  # what is masked must not matter
-        same(teacher.velocity(*state, whole, guidance), v)
+        same(teacher, teacher.velocity(*state, whole, guidance), v)
 
 
 def test_guidance_in_float64_does_not_promote(teacher: Any, state: tuple[Tensor, Tensor]):
@@ -404,7 +435,7 @@ def test_a_new_student_is_its_teacher(teacher: Any, state: tuple[Tensor, Tensor]
     equal = guidance if teacher.guidance_kind == "embedded" else torch.full_like(guidance, teacher.no_guidance)
     expected = teacher.velocity(*state, condition, equal)
     ours = student_velocity(teacher, student, state, condition, guidance)
-    same(ours, expected)
+    same(teacher, ours, expected)
     again = student_velocity(teacher, student, state, condition, guidance + 3)
     assert (spread(ours, again) > 1e-3) if teacher.guidance_kind == "embedded" else torch.equal(ours, again)
     settled = torch.full_like(guidance, -math.log(math.prod(teacher.latent_shape)))
@@ -509,15 +540,13 @@ def test_plain_diffusers_takes_the_students_steps(teacher: Any, saved: tuple[Any
     torch.manual_seed(5)  # not all pipelines hand a generator to their scheduler
     theirs = teacher.latents_of(pipe, PROMPTS, draws, **teacher.student_call(times, guidance, "consistency"))
 
-    def fresh(i: int) -> Tensor:
-        return teacher.sigma_data * teacher.unpack(torch.randn(teacher.pack(noise).shape))
-
     torch.manual_seed(5)
-    scale = torch.full((3,), guidance)
+    fresh, scale = iter(fresh_noise(teacher, steps)), torch.full((3,), guidance)
     x0 = sample_consistency(
-        student, teacher.sigma_data * noise, teacher.encode(PROMPTS), scale, times, fresh, teacher.sigma_data
-    )
-    assert spread(theirs, x0 / teacher.sigma_data) < 1e-4
+        student, teacher.sigma_data * noise, teacher.encode(PROMPTS), scale, times, lambda i: next(fresh),
+        teacher.sigma_data,
+    )  # fmt: skip
+    assert spread(theirs, x0 / teacher.sigma_data) < nearly(teacher)
 
 
 @pytest.fixture(scope="module")
@@ -543,7 +572,7 @@ def test_plain_diffusers_takes_a_flow_students_steps(
     theirs = teacher.latents_of(pipe, PROMPTS, draws, **teacher.student_call(times, 4.0, "flow"))
     rest = teacher.sigma_data * noise, teacher.encode(PROMPTS), torch.full((3,), 4.0), times
     x0 = sample_flow(saved[0], *rest, no_fresh_noise, teacher.sigma_data)
-    assert spread(theirs, x0 / teacher.sigma_data) < 1e-4
+    assert spread(theirs, x0 / teacher.sigma_data) < nearly(teacher)
     if steps == 4:  # a consistency sampler's pictures are others
         fresh = torch.randn_like(noise)
         other = sample_consistency(saved[0], *rest, lambda i: teacher.sigma_data * fresh, teacher.sigma_data)
@@ -584,7 +613,7 @@ def test_the_wrapped_teacher_samples_what_its_pipeline_samples(teacher: Any, gui
     ours = sample_teacher(
         teacher, teacher.sigma_data * noise, teacher.encode(PROMPTS), scale, 4, even=teacher.even_ladder
     )
-    assert spread(theirs, ours / teacher.sigma_data) < 1e-4 < spread(theirs, noise)
+    assert spread(theirs, ours / teacher.sigma_data) < nearly(teacher) < spread(theirs, noise)
 
 
 def test_the_pipelines_own_loop_agrees(teacher: Any):
@@ -597,7 +626,7 @@ def test_the_pipelines_own_loop_agrees(teacher: Any):
         else teacher.no_guidance
     )
     found = agreement(teacher, PROMPTS, teacher.encode(PROMPTS), scales(teacher, *[guidance] * 3))
-    assert found.network < 1e-4 and found.schedule < 0.05 and found.end < 0.05
+    assert found.network < nearly(teacher) and found.schedule < 0.05 and found.end < 0.05
     assert bool(found.left_out) == bool(teacher.pipe.scheduler.config.get("clip_sample"))
 
 
@@ -608,7 +637,7 @@ def test_pictures_are_the_pipelines(teacher: Any):
     latents = teacher.latents_of(teacher.pipe, PROMPTS, drawn(teacher)[1], **call)
     torch.manual_seed(5)
     inputs = teacher.inputs(PROMPTS, drawn(teacher)[1])
-    if isinstance(teacher, HunyuanVideo15Teacher):  # its autoencoder takes one video at once
+    if isinstance(teacher, HunyuanVideo15Teacher) or teacher.one_by_one:  # the former for its autoencoder
         inputs, latents = {name: values[:1] for name, values in inputs.items()}, latents[:1]
     made = teacher.pipe(**inputs, output_type="pt", **call)
     theirs = getattr(made, teacher.output)

@@ -20,6 +20,7 @@ import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
 import tiny_hunyuan_image
+import tiny_kandinsky
 import tiny_prx
 import tiny_qwen
 import tiny_sana_video
@@ -77,6 +78,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "wan 2.2 a14b": tiny_wan22.make_a14b,
     "sana video": tiny_sana_video.make_sana_video,
     "hunyuan video": tiny_hunyuan.make_hunyuan_video,
+    "kandinsky image": tiny_kandinsky.make_kandinsky_image,
+    "kandinsky video": tiny_kandinsky.make_kandinsky_video,
     "sprint": tiny.make_sprint,
     "qwen image": tiny_qwen.make_qwen_image,
     "chroma": tiny_chroma.make_chroma,
@@ -88,7 +91,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "hunyuan image": tiny_hunyuan_image.make_hunyuan_image,
     "anima": tiny_anima.make_anima,
 }
-FRAMES = {"WanPipeline": 5, "SanaVideoPipeline": 5, "HunyuanVideo15Pipeline": 5}
+FRAMES = {"WanPipeline": 5, "SanaVideoPipeline": 5, "HunyuanVideo15Pipeline": 5, "Kandinsky5T2VPipeline": 5}
 WITHOUT_LORA = ("pixart", "dit", "longcat", "hunyuan video", "prx")
 WITHOUT_LORA += ("hunyuan image",)
 SANAS = ("SanaPipeline", "SanaSprintPipeline", "SanaVideoPipeline")
@@ -281,7 +284,8 @@ def test_a_lora_student_shares_its_teachers_weights(folder: Path, prompts_file: 
         read, 0.5 * noise, again.encode(["red heart"]), torch.full((1,), guidance),
         again.student_times(1, "consistency"), torch.zeros_like, 0.5,
     )  # fmt: skip
-    torch.testing.assert_close(drawn, x0 / 0.5, rtol=1e-4, atol=1e-4)
+    nearly = 1e-3 if teacher.rounds else 1e-4
+    torch.testing.assert_close(drawn, x0 / 0.5, rtol=nearly, atol=nearly)
 
     # Adapter off: the teacher, as it was.
     state = noise, torch.ones(1), again.encode(["red heart"]), torch.full((1,), guidance)
@@ -415,7 +419,8 @@ def test_a_lora_on_the_teacher_is_merged_into_it(folder: Path, tmp_path: Path) -
         theirs = merged.pipeline_latents(["red heart"], [generator(0, "test", 0)], scale, 2)
         merged.pipe = merged_pipe
         ours = sample_teacher(merged, 0.5 * noise, condition, scales, 2, even=merged.even_ladder)
-    assert (ours / 0.5 - theirs).norm() / theirs.norm() < 1e-4 < (without - theirs).norm() / theirs.norm()
+    nearly = 1e-3 if merged.rounds else 1e-4
+    assert (ours / 0.5 - theirs).norm() / theirs.norm() < nearly < (without - theirs).norm() / theirs.norm()
 
 
 @pytest.mark.parametrize(
@@ -753,6 +758,9 @@ def test_wan_of_another_kind_is_refused(tmp_path: Path, change: dict[str, Any]) 
     ("kind", "reason"),
     [
         ("FluxInpaintPipeline", r" \(it fills a part of an image; give the .*\);"),
+        ("LTX2Pipeline", r" \(each step moves video and sound together, .*; give a model of videos alone\);"),
+        ("LTX2ImageToVideoPipeline", r" \(it starts from an image; .*\);"),
+        ("Kandinsky5I2IPipeline", r" \(it edits an image; give the .*\);"),
         ("Flux2KleinKVPipeline", r" \(it caches the keys of images .* without KV and save it again\);"),
         ("AuraFlowPipeline", ";"),
         (None, ";"),

@@ -15,6 +15,7 @@ import tiny_chroma
 import tiny_ernie_image
 import tiny_hunyuan
 import tiny_hunyuan_image
+import tiny_kandinsky
 import tiny_prx
 import tiny_qwen
 import tiny_z_image
@@ -31,7 +32,7 @@ from stepfold.teachers.schedules import CLIP_SETTINGS, CLIPS, FLOW, OBEYED, ONLY
 PAGE = Path(__file__).parents[2] / "docs" / "pipeline-options.md"
 NETWORKS = (
     "ChromaTransformer2DModel", "DiTTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel",
-    "HunyuanVideo15Transformer3DModel", "SanaVideoTransformer3DModel",
+    "HunyuanVideo15Transformer3DModel", "Kandinsky5Transformer3DModel", "SanaVideoTransformer3DModel",
     "Krea2Transformer2DModel", "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel",
     "PixArtTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel",
     "UNet2DConditionModel", "WanTransformer3DModel",
@@ -45,6 +46,7 @@ CLASSES = {
         "AutoencoderDC",
         "AutoencoderKL",
         "AutoencoderKLFlux2",
+        "AutoencoderKLHunyuanVideo",
         "AutoencoderKLHunyuanImage",
         "AutoencoderKLHunyuanVideo15",
         "AutoencoderKLQwenImage",
@@ -101,7 +103,7 @@ def changed(make: Callable[[], Any], part: str, fields: dict[str, Any]) -> Any:
 def load(make: Callable[[], Any], part: str, fields: dict[str, Any], folder: Path) -> Any:
     tiny.save(partial(changed, make, part, fields), folder)
     call: dict[str, Any] = {"height": 32, "width": 32, "max_tokens": 48}
-    if "Wan" in type(make()).__name__:
+    if "Wan" in type(make()).__name__ or make is tiny_kandinsky.make_kandinsky_video:
         call["frames"] = 5
     if make in (tiny.make_sd1, tiny.make_sdxl):
         del call["max_tokens"]
@@ -124,6 +126,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "use_meanflow, of images": (tiny_hunyuan_image.make_hunyuan_image, "transformer", {"use_meanflow": True}),
     "img_context_dim_in": (tiny_anima.make_anima, "transformer", {"img_context_dim_in": 8}),
     "patch_size_t": (tiny_hunyuan.make_hunyuan_video, "transformer", {"patch_size_t": 2}),
+    "visual_cond": (tiny_kandinsky.make_kandinsky_image, "transformer", {"visual_cond": True}),
     "zero_cond_t": (tiny_qwen.make_qwen_image, "transformer", {"zero_cond_t": True}),
     "use_additional_t_cond": (tiny_qwen.make_qwen_image, "transformer", {"use_additional_t_cond": True}),
     "use_layer3d_rope": (tiny_qwen.make_qwen_image, "transformer", {"use_layer3d_rope": True}),
@@ -232,6 +235,10 @@ OBEYED_FIELDS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "qwen image": (
         tiny_qwen.make_qwen_image, "transformer", dict(patch_size=1, out_channels=16, axes_dims_rope=(8, 4, 4)),
     ),
+    "kandinsky video": (
+        tiny_kandinsky.make_kandinsky_video, "transformer",
+        dict(visual_cond=False, axes_dims=(2, 4, 6), attention_type="flash", attention_window=3, num_text_blocks=1),
+    ),
     "chroma": (tiny_chroma.make_chroma, "transformer", dict(axes_dims_rope=(8, 4, 4), approximator_layers=1)),
     "longcat": (tiny_qwen.make_longcat, "transformer", dict(axes_dims_rope=[8, 4, 4])),
     "krea 2": (
@@ -278,7 +285,7 @@ def test_a_network_of_other_fields_is_its_pipelines(family: str, tmp_path: Path)
     condition, guidance = teacher.encode(prompts), torch.full((2,), 3.0)
     if teacher.guidance_kind == "none":
         guidance = torch.ones(2)
-    assert agreement(teacher, prompts, condition, guidance, 4).network < 1e-4
+    assert agreement(teacher, prompts, condition, guidance, 4).network < (1e-3 if teacher.rounds else 1e-4)
     x, t = torch.randn(2, *teacher.latent_shape), torch.tensor([0.5, 1.2])
     student = new_student(teacher)
     F = teacher.velocity(x, t, condition, torch.full((2,), teacher.no_guidance)) / teacher.sigma_data
@@ -303,6 +310,7 @@ AUTOENCODERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "qwen image": (tiny_qwen.make_qwen_image, dict(latents_mean=[1.0, 2, 3, 4], latents_std=[1.0, 2, 3, 4])),
     "chroma": (tiny_chroma.make_chroma, dict(scaling_factor=0.3, shift_factor=0.4)),
     "longcat": (tiny_qwen.make_longcat, dict(scaling_factor=0.3, shift_factor=0.4)),
+    "kandinsky image": (tiny_kandinsky.make_kandinsky_image, dict(scaling_factor=0.3, shift_factor=0.4)),
     "krea 2": (tiny_qwen.make_krea2, dict(latents_mean=[1.0, 2, 3, 4], latents_std=[1.0, 2, 3, 4])),
     "ernie-image": (tiny_ernie_image.make_ernie_image, dict(batch_norm_eps=0.5, batch_norm_momentum=0.3)),
     "prx": (tiny_prx.make_prx, dict(scaling_factor=0.3, shift_factor=0.4, latents_mean=[1.0, 2, 3, 4])),
@@ -320,5 +328,6 @@ def test_pictures_of_another_autoencoder_are_the_pipelines(family: str, tmp_path
     draws = [torch.Generator().manual_seed(i) for i in range(2)]
     latents = teacher.latents_of(teacher.pipe, ["a", "b"], draws, **call)
     draws = [torch.Generator().manual_seed(i) for i in range(2)]
-    made = teacher.pipe(**teacher.inputs(["a", "b"], draws), output_type="pt", **call).images
-    torch.testing.assert_close(teacher.decode(teacher.sigma_data * latents), made.float(), rtol=0, atol=1e-5)
+    made = teacher.pipe(**teacher.inputs(["a", "b"], draws), output_type="pt", **call)
+    theirs = getattr(made, teacher.output)
+    torch.testing.assert_close(teacher.decode(teacher.sigma_data * latents), theirs.float(), rtol=0, atol=1e-5)

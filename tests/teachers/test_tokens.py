@@ -7,6 +7,7 @@ import pytest
 import tiny
 import tiny_chroma
 import tiny_ernie_image
+import tiny_kandinsky
 import tiny_prx
 import tiny_qwen
 import tiny_z_image
@@ -34,6 +35,7 @@ MAKERS: dict[str, Any] = {
     "chroma": tiny_chroma.make_chroma,
     "longcat": tiny_qwen.make_longcat,
     "krea 2": tiny_qwen.make_krea2,
+    "kandinsky": tiny_kandinsky.make_kandinsky_image,
     "ernie-image": tiny_ernie_image.make_ernie_image,
     "prx": tiny_prx.make_prx,
     "z-image": tiny_z_image.make_z_image,
@@ -42,7 +44,8 @@ TOKENS = {"sd 1": None, "sdxl": None, "sd3": 200, "lumina 2": 200, "longcat": No
 
 
 @pytest.mark.parametrize(
-    "family", cases(MAKERS, short=[name for name in MAKERS if name not in ("ernie-image", "prx", "z-image")])
+    "family",
+    cases(MAKERS, short=[name for name in MAKERS if name not in ("ernie-image", "kandinsky", "prx", "z-image")]),
 )
 def test_what_is_counted_as_cut_is_cut(family: str, tmp_path: Path) -> None:
     settings = TeacherSettings(

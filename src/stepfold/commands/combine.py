@@ -12,6 +12,7 @@ from stepfold.errors import UserError
 
 if TYPE_CHECKING:
     from stepfold.display import Display
+    from stepfold.teachers.contract import Condition
     from stepfold.teachers.pipeline import PipelineTeacher
 
 FEW = 8
@@ -79,6 +80,7 @@ def run_combine(
     from stepfold.evaluation.measure import student_sampler
     from stepfold.evaluation.metrics import relative_error
     from stepfold.export.pipeline import save_student
+    from stepfold.prompts.conditions import encoded
     from stepfold.students.card import read_card
     from stepfold.students.combining import combine as search
     from stepfold.students.combining import put_sum
@@ -106,10 +108,10 @@ def run_combine(
     count = steps or next(iter(card.asked_steps), 1)
     sampler = student_sampler(student, card.recipe, count, 0)
     with display.measuring({"the teacher": 2 * half}) as tick:
-        asked = [texts.prompt(i) for i in chosen.index]
+        encode, scale = partial(encoded, teacher, texts), card.recipe.guidance
         halves = [
-            teacher_ends(teacher, card.recipe.guidance, asked, range(first, first + half), partial(tick, "the teacher"))
-            for first in (0, half)
+            teacher_ends(teacher, scale, encode, chosen.index[i : i + half], i, partial(tick, "the teacher"))
+            for i in (0, half)
         ]
 
     def error_on(batches: "Sequence[Any]", coefficients: "Sequence[float]") -> float:
@@ -137,18 +139,31 @@ def run_combine(
 
 
 def teacher_ends(
-    teacher: "PipelineTeacher", scale: float, prompts: Sequence[str], samples: range, tick: Callable[[int], None]
+    teacher: "PipelineTeacher",
+    scale: float,
+    encode: "Callable[[Sequence[int]], Condition]",
+    index: Sequence[int],
+    first: int,
+    tick: Callable[[int], None],
 ) -> list[Any]:
-    """(noise, condition, scales, sample numbers, the teacher's end) of each batch of samples, in 20 steps."""
+    """(noise, condition, scales, sample numbers, the teacher's end) of each batch of prompts, in 20 steps.
+
+    Args:
+        teacher, scale: and its scale.
+        encode: numbers of prompts -> their conditions.
+        index: numbers of the prompts.
+        first: number of the first sample.
+        tick: called with the number of samples done.
+    """
     import torch
 
     from stepfold.evaluation.latents import BATCH, TEACHER_STEPS
     from stepfold.evaluation.measure import evaluation_noise, teacher_sampler
 
     batches, exact = [], teacher_sampler(teacher, TEACHER_STEPS)
-    for start in range(samples.start, samples.stop, BATCH):
-        these = range(start, min(start + BATCH, samples.stop))
-        condition = teacher.encode([prompts[i] for i in these])
+    for start in range(0, len(index), BATCH):
+        these = range(first + start, first + min(start + BATCH, len(index)))
+        condition = encode(index[start : start + BATCH])
         noise = evaluation_noise(0, these, teacher, teacher.device)
         scales = torch.full((len(these),), scale, device=teacher.device)
         batches.append((noise, condition, scales, these, exact(noise, condition, scales, these)))

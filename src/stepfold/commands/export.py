@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def export(
     student: StudentArgument,
-    to: Annotated[str, typer.Option("--to", help="pipeline, lora, single-file, onnx or anyflow.", show_default=False)],
+    to: Annotated[
+        str, typer.Option("--to", help="pipeline, lora, single-file, onnx, web or anyflow.", show_default=False)
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -29,9 +31,17 @@ def export(
         typer.Option(min=1, help="Fold a flow map for exactly so many steps (pipeline, lora).", show_default=False),
     ] = None,
     keys: Annotated[
-        Literal["diffusers", "comfy", "kohya"] | None,
+        Literal["diffusers", "comfy", "kohya", "peft"] | None,
         typer.Option(
-            help="Names in a LoRA file: diffusers (the default), comfy for ComfyUI, kohya for the web UIs.",
+            help="Names in a LoRA: diffusers (the default), comfy for ComfyUI, kohya for the web UIs, peft for a "
+            "folder that PEFT loads.",
+            show_default=False,
+        ),
+    ] = None,
+    runtime: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder dist of onnxruntime-web, for --to web. Default: node_modules/onnxruntime-web/dist.",
             show_default=False,
         ),
     ] = None,
@@ -44,16 +54,20 @@ def export(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Write a student as a pipeline, a LoRA file, a single file for ComfyUI, or an onnx graph.
+    """Write a student as a pipeline, a LoRA file, a single file for ComfyUI, an onnx graph or a page.
 
     - `pipeline`: a folder for plain diffusers; a LoRA student is merged into its teacher's network.
 
     - `lora`: the one file of a LoRA student, for `load_lora_weights`; with `--keys comfy` for ComfyUI, with
-      `--keys kohya` for ComfyUI, Forge and other web UIs.
+      `--keys kohya` for ComfyUI, Forge and other web UIs, and with `--keys peft` a folder for PEFT.
 
     - `single-file`: the network under the names of its original checkpoint, for ComfyUI's Load Diffusion Model.
 
+    A file gets its card and, for ComfyUI, a workflow beside it.
+
     - `onnx`: the network as a graph, for onnxruntime (extra onnx).
+
+    - `web`: a page that samples in the browser without a server, for students of the bundled teacher (extra onnx).
 
     - `anyflow`: a flow map of Wan for diffusers' AnyFlowPipeline, in any of its card's numbers of steps.
 
@@ -64,16 +78,20 @@ def export(
     stepfold export runs/mine/student --to single-file --dtype float16 --out models/diffusion_models/mine.safetensors
 
     stepfold export runs/map/student --to pipeline --steps 4
+
+    stepfold export emoji-student --to web --out page --runtime node_modules/onnxruntime-web/dist
     """
     from stepfold.display import quiet_libraries
 
     quiet_libraries()
-    typer.echo(f"{to}: {run_export(student, to, out, force=force, steps=steps, keys=keys, dtype=dtype)}")
-    if to in ("lora", "single-file"):
-        from stepfold.students.card import student_folder
+    target = run_export(student, to, out, force=force, steps=steps, keys=keys, runtime=runtime, dtype=dtype)
+    typer.echo(f"{to}: {target}")
+    if target.is_file():
+        from stepfold.export.beside import card_of, workflow_of
 
-        readme = student_folder(student) / "README.md"
-        typer.echo(f"the file has no scheduler and no times in it: {readme} says how to sample with it")
+        workflow = workflow_of(target)
+        typer.echo(f"ComfyUI: {workflow if workflow.is_file() else f'no workflow; {card_of(target)} says why'}")
+        typer.echo(f"the file has no scheduler and no times in it: {card_of(target)} says how to sample with it")
 
 
 def run_export(
@@ -84,21 +102,25 @@ def run_export(
     force: bool,
     steps: int | None = None,
     keys: "Keys | None" = None,
+    runtime: Path | None = None,
     dtype: "Half | None" = None,
 ) -> Path:
     """Writes a student as something else; returns where: `out`, or beside the student.
 
-    `steps` folds a flow map for that many steps alone; `keys` names the layers of a LoRA file; `dtype` is that of the
-    weights of a pipeline or a single file.
+    `steps` folds a flow map for that many steps alone; `keys` names the layers of a LoRA file; `runtime` is where
+    onnxruntime-web is; `dtype` is that of the weights of a pipeline or a single file.
 
     Raises:
         UserError: the student cannot become that, or the place is taken.
     """
     from stepfold.export.anyflow import export_anyflow
+    from stepfold.export.beside import check_free
     from stepfold.export.folded import export_folded, export_folded_lora
+    from stepfold.export.lora import export_lora
     from stepfold.export.onnx import export_onnx
-    from stepfold.export.pipeline import export_lora, export_pipeline
+    from stepfold.export.pipeline import export_pipeline
     from stepfold.export.single_file import export_single_file
+    from stepfold.export.web import export_web
     from stepfold.students.card import is_run, read_card, student_folder
 
     writers: dict[str, tuple[Callable[[Path, Path], None], str]] = {
@@ -106,6 +128,7 @@ def run_export(
         "lora": (export_lora, "-lora.safetensors"),
         "single-file": (export_single_file, "-single-file.safetensors"),
         "onnx": (export_onnx, "-onnx"),
+        "web": (partial(export_web, runtime=runtime), "-web"),
         "anyflow": (export_anyflow, "-anyflow"),
     }
     if to not in writers:
@@ -123,10 +146,13 @@ def run_export(
         if to != "lora":
             raise UserError(f"--keys {keys} is for --to lora; leave it out of --to {to}")
         write = partial(write, keys=keys)
+        ending = ending.replace("-lora.safetensors", "-peft") if keys == "peft" else ending
     if dtype:
         if to not in ("pipeline", "single-file") or steps is not None:
             raise UserError(f"--dtype {dtype} is for --to pipeline or single-file without --steps; leave it out")
         write = partial(write, dtype=dtype)
+    if runtime and to != "web":
+        raise UserError(f"--runtime {runtime} is for --to web; leave it out of --to {to}")
     beside = student / "student" if is_run(student) else student  # of the bundled student: here
     target = out or beside.with_name(beside.name + ending)
     student = student_folder(student).resolve()
@@ -139,6 +165,8 @@ def run_export(
         raise UserError(f"--out {target} is the student itself, or in it; choose another --out")
     if target.exists() and not (force and replaceable(target, to_file=bool(suffix))):
         raise UserError(f"{target} is there already; choose another --out, or --force to replace an earlier export")
+    if suffix == ".safetensors" and not force:
+        check_free(target)
     write(student, target)
     return target
 

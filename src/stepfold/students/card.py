@@ -54,7 +54,7 @@ class Card(Section):
     frames: Count | None = None
     max_tokens: Count
     recipe: Recipe
-    output: Literal["images", "frames"] = "images"
+    output: Literal["images", "image", "frames"] = "images"
     pipeline: str = ""
     scheduler: str = ""
     calls: dict[int, dict[str, Any]] = Field(default_factory=dict)

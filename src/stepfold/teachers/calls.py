@@ -13,6 +13,9 @@ from stepfold.maths.formulations import flow_time, trigflow_time
 from stepfold.maths.routes import even_flow_times, few_step_times
 from stepfold.teachers.contract import SamplerName, Teacher
 
+LAST_LEVEL = 2 / 3
+"""Noise level of a student's last step, of two or more."""
+
 
 def parts_of(pipe: Any) -> dict[str, Any]:
     """What makes a pipeline again: its components, and the options that its class takes beside them."""
@@ -28,6 +31,15 @@ def set_parts(pipe: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
     return old
 
 
+def by_equal_factors() -> Any:
+    """A scheduler for `OwnLevels.fresh_scheduler`: levels fall from 1 to LAST_LEVEL by equal factors.
+
+    Its lowest one is 1 in 1000, and it shifts that twice.
+    """
+    shift = (999 * LAST_LEVEL / (1 - LAST_LEVEL)) ** 0.5
+    return FlowMatchEulerDiscreteScheduler(shift=shift, use_exponential_sigmas=True, stochastic_sampling=True)
+
+
 def scheduler_times(scheduler: Any, **steps: Any) -> list[float]:
     """The times of a flow-matching scheduler's own steps, without the final 0; `steps` as its `set_timesteps` takes."""
     scheduler.set_timesteps(**steps)
@@ -41,6 +53,7 @@ class PipelineCalls(Teacher):
         even_ladder: the pipeline's own sampler walks noise levels 1, 1 - 1/n, ..., 1/n.
         output: where the pipeline's result has what it made.
         scale_argument: name of the guidance scale in the pipeline's call.
+        one_by_one: whether the pipeline is called with a prompt at once: in a batch it has padding attended to.
         prompt_argument: name of the prompt in the pipeline's call, where another argument comes first; else empty.
         pipe: the pipeline.
         device: where its networks are.
@@ -51,7 +64,8 @@ class PipelineCalls(Teacher):
     """
 
     even_ladder: bool = False
-    output: ClassVar[Literal["images", "frames"]] = "images"
+    output: ClassVar[Literal["images", "image", "frames"]] = "images"
+    one_by_one: ClassVar[bool] = False
     scale_argument: ClassVar[str] = "guidance_scale"
     prompt_argument: ClassVar[str] = ""
     length_argument: ClassVar[str] = "max_sequence_length"
@@ -132,6 +146,11 @@ class PipelineCalls(Teacher):
 
     def latents_of(self, pipe: Any, prompts: Sequence[str], draws: Sequence[torch.Generator], **call: Any) -> Tensor:
         """Unit latents [B, ...] that a pipeline of this family makes in its own loop; for arguments see `inputs`."""
+        if self.one_by_one and len(prompts) > 1:
+            each = [
+                self.latents_of(pipe, [prompt], [draw], **call) for prompt, draw in zip(prompts, draws, strict=True)
+            ]
+            return torch.cat(each)
         made = pipe(**self.inputs(prompts, draws), output_type="latent", return_dict=False, **call)
         return self.made(made[0])
 

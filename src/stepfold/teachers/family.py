@@ -43,6 +43,7 @@ class Family(PipelineCalls):
         time_field: field of the network's config, if any, that the network multiplies a time of [0, 1] by.
         reads_images: whether a condition may hold an image beside the text, as its second text.
         unread: optional parts of the pipeline that are left out.
+        rounds: whether the network rounds to bfloat16 within, whatever its weights are.
         video_autoencoder: whether the autoencoder takes videos where the pipeline makes pictures: one frame then.
         source: folder or hub id.
         index: the pipeline's model_index.json.
@@ -69,6 +70,7 @@ class Family(PipelineCalls):
     time_field: ClassVar[str] = ""
     reads_images: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
+    rounds: ClassVar[bool] = False
     video_autoencoder: ClassVar[bool] = False
     ode: Literal["flow", "trigflow"] = "flow"
     start_time: float = math.pi / 2

@@ -30,7 +30,7 @@ class GuiderTeacher(PipelineTeacher):
         """The guider's kind and options are part of what the pipeline predicts."""
         super().check_network(latent_channels)
         there = {name: getattr(self.pipe, name) for name in self.guiders}
-        there = {name: guider for name, guider in there.items() if guider is not None or name == self.guiders[0]}
+        there = {name: guider for name, guider in there.items() if guider is not None}
         for name, guider in there.items():
             self.check_guider(name, guider)
         scales = [guider.config.guidance_scale for guider in there.values()]
@@ -46,12 +46,7 @@ class GuiderTeacher(PipelineTeacher):
         Raises:
             UserError: what it has, and what to change.
         """
-        kind, options = type(guider), getattr(guider, "config", {})
-        if guider is None:
-            raise UserError(
-                f"teacher {self.source!r} has no {name}, as pipelines of distilled networks; give the model that is "
-                "not distilled, or save the pipeline with a ClassifierFreeGuidance"
-            )
+        kind, options = type(guider), guider.config
         if kind is AdaptiveProjectedMixGuidance and options[NOT_PROJECTED] != 1:
             raise UserError(
                 f"teacher {self.source!r}: the late steps of its {name} depend on the steps before; write "
@@ -66,7 +61,12 @@ class GuiderTeacher(PipelineTeacher):
 
     @override
     def usual_guidance(self) -> float:
-        return float(getattr(self.pipe, self.guiders[0]).config.guidance_scale)
+        if (guider := getattr(self.pipe, self.guiders[0])) is None:
+            raise UserError(
+                f"teacher {self.source!r} has no {self.guiders[0]}, as pipelines of distilled networks; give the model "
+                "that is not distilled, or save the pipeline with a ClassifierFreeGuidance"
+            )
+        return float(guider.config.guidance_scale)
 
     @override
     def own_parts(self, guidance: float) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from stepfold.teachers.folders import (
 )
 from stepfold.teachers.hunyuan_image import HunyuanImageTeacher
 from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
+from stepfold.teachers.kandinsky5 import Kandinsky5ImageTeacher, Kandinsky5VideoTeacher
 from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
@@ -68,6 +69,8 @@ FAMILIES: dict[str, type[PipelineTeacher]] = {
         PRXTeacher,
         SanaVideoTeacher,
         HunyuanVideo15Teacher,
+        Kandinsky5ImageTeacher,
+        Kandinsky5VideoTeacher,
         HunyuanImageTeacher,
         AnimaTeacher,
     )
@@ -92,12 +95,14 @@ NOT_FROM_TEXT = {
     "Layered": "it takes an image apart; give the text-to-image model",
     "Redux": "it varies an image; give the text-to-image model",
     "ImageToVideo": "it starts from an image; give the text-to-video model",
+    "I2I": "it edits an image; give the text-to-image model",
     "I2V": "it starts from an image; give the text-to-video model",
     "KV": "it caches the keys of images that it edits; load the folder as the pipeline without KV and save it again",
     "Refiner": "it refines an image; give the pipeline that makes it",
     "Upsample": "it enlarges latents; give the pipeline that makes them",
     "ZImageOmni": "it reads images beside the text; give the text-to-image model",
     "Pixel": "it makes pixels, not latents; give the pipeline with an autoencoder",
+    "LTX2": "each step moves video and sound together, and a teacher has one of them; give a model of videos alone",
     "Modular": "it is in modular parts that are not known; give a folder with a model_index.json",
 }
 """Part of the name of a pipeline's class -> why it is no teacher, and what is."""

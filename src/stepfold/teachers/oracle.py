@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -91,6 +91,10 @@ def agreement(
         guidance: scales [B], all the same.
         num_steps: of the scheduler; the fewer, the further some solvers stray from their own schedule.
     """
+    if teacher.one_by_one and len(prompts) > 1:
+        rows = [slice(i, i + 1) for i in range(len(prompts))]
+        each = [agreement(teacher, prompts[i], condition.rows(i), guidance[i], num_steps) for i in rows]
+        return Agreement(*(max(getattr(found, field.name) for found in each) for field in fields(Agreement)))
     scheduler, left_out = without_clipping(teacher.pipe.scheduler)
     known = KnownPicture(teacher.schedule, scheduler, teacher.latent_shape, teacher.device)
     network, step, count = list[float](), scheduler.step, len(prompts)

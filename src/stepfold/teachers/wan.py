@@ -5,20 +5,17 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import WanPipeline
 from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_prediction, flow_time
-from stepfold.teachers.calls import OwnLevels
+from stepfold.teachers.calls import OwnLevels, by_equal_factors
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.experts import Experts
 from stepfold.teachers.family import Predict
 from stepfold.teachers.video import VideoTeacher
-
-LAST_LEVEL = 2 / 3
-"""Noise level of a student's last step, of two or more."""
 
 
 def wan_network(
@@ -159,6 +156,4 @@ class WanTeacher(OwnLevels, VideoTeacher):
 
     @override
     def fresh_scheduler(self) -> Any:
-        """Levels fall from 1 to LAST_LEVEL by equal factors; its lowest one is 1 in 1000, and it shifts that twice."""
-        shift = (999 * LAST_LEVEL / (1 - LAST_LEVEL)) ** 0.5
-        return FlowMatchEulerDiscreteScheduler(shift=shift, use_exponential_sigmas=True, stochastic_sampling=True)
+        return by_equal_factors()

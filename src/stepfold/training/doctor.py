@@ -24,6 +24,7 @@ from stepfold.teachers.loading import choose_objective, load_teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.teachers.pipeline import SIGMA_DATA, PipelineTeacher
 from stepfold.training.accelerators import make_accelerator
+from stepfold.training.allowed import allowed_methods
 from stepfold.training.choices import choose_tangent, full_float32
 from stepfold.training.memory import peak_memory_gib
 from stepfold.training.optimisers import make_optimiser
@@ -47,6 +48,8 @@ class Finding:
 
 ROUNDING = {"float32": 1e-4, "bfloat16": 5e-2}
 """How far two ways to the same result may differ, by the dtype of the teacher's weights."""
+ROUNDED = 1e-3
+"""And two calls in float32 of a network that rounds to bfloat16 within: a number between two of it goes either way."""
 SAMPLED = 0.3
 """And two calls in bfloat16: FLUX's pipeline rounds its time to steps of 4 in 1000."""
 MISREAD = 0.1
@@ -79,6 +82,7 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
     config = choose_objective(validate({"prompts": "", "teacher": settings.model_dump()}))
     rounding = ROUNDING[settings.dtype if lora else "float32"]
     tangents = [backends_agree(student, pairs, rounding), tangent_size(student, pairs)]
+    allowed = allowed_methods(teacher, why_no_tangent(*tangents))
     if config.objective != "continuous":
         tangents = [without_need(finding) for finding in tangents]
     agree, size = tangents
@@ -90,9 +94,18 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
         size,
         guidance_effect(teacher, pairs),
         scale_meaning(teacher),
+        latent_statistics(pairs),
         time_range(teacher),
         *one_step(student, pairs, teacher, config.objective),
+        *(Finding(f"method: {name}", said, "any", True) for name, said in allowed.items()),
     ]
+
+
+def why_no_tangent(agree: Finding, size: Finding) -> str:
+    """Why the continuous objective is not for a teacher, from findings about its tangent; empty where it is."""
+    if not size.ok:
+        return f"dF/dt is {size.number}, above {STEEPEST:g}; take objective=discrete, or stepfold retime"
+    return "" if agree.ok else "the tangent's backends do not agree; take objective=discrete"
 
 
 def without_need(finding: Finding) -> Finding:
@@ -124,7 +137,7 @@ def own_loop(teacher: PipelineTeacher, prompts: Sequence[str], condition: Condit
         guidance: scales, all the same.
     """
     found = agreement(teacher, prompts, condition, guidance)
-    most = SAMPLED if teacher.dtype == torch.bfloat16 else ROUNDING["float32"]
+    most = SAMPLED if teacher.dtype == torch.bfloat16 else ROUNDED if teacher.rounds else ROUNDING["float32"]
     scheduler = type(teacher.pipe.scheduler).__name__ + (f" without {found.left_out}" if found.left_out else "")
     off = max(found.schedule, found.end)
     return [
@@ -223,6 +236,13 @@ def scale_meaning(teacher: PipelineTeacher) -> Finding:
         "none": "no guidance; one call a step",
     }
     return Finding("guidance scale s and weight w", said[teacher.guidance_kind], "any", True)
+
+
+def latent_statistics(pairs: Pairs) -> Finding:
+    """Mean and deviation of a picture's latents, for `decoupled.statistics`; root mean square over pictures."""
+    y = pairs.x0.float().flatten(1) / SIGMA_DATA
+    std = y.var(1).mean().sqrt()
+    return Finding(f"an image's latents after {TIMES} steps", f"mean {y.mean():.2f}, deviation {std:.2f}", "any", True)
 
 
 def time_range(teacher: PipelineTeacher) -> Finding:
