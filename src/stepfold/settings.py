@@ -169,7 +169,7 @@ class DiscreteSettings(Section):
         default=0.03, ge=0, description="of the pseudo-Huber distance, per square root of elements, in latent units"
     )
     jump_power: float = Field(
-        default=0.5,
+        default=1.0,
         ge=0,
         le=1,
         description="p of the factor n^p of the distance where n jumps lead from edge to edge (target.rule=edge): 0, "
