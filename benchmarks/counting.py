@@ -5,7 +5,6 @@ besides is not in the count: workspaces of its libraries, what its allocator rou
 encoder while it works (its weights are). AdamW is the fused one, as on a GPU.
 """
 
-import copy
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -16,8 +15,27 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import torch
-from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
-from models import DC_AE_F32C32, DC_AE_TINY, GEMMA_2B, GEMMA_TINY, MAX_TOKENS, TRANSFORMERS, Size
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
+from models import (
+    DC_AE_F32C32,
+    DC_AE_TINY,
+    FLUX,
+    FLUX_SCHEDULE,
+    FLUX_VAE,
+    GEMMA_2B,
+    GEMMA_TINY,
+    MAX_TOKENS,
+    TRANSFORMERS,
+    Size,
+)
 from step_rows import Precision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,15 +45,17 @@ from transformers import Gemma2Config, Gemma2Model
 
 from stepfold import assets
 from stepfold.config import Config
-from stepfold.objectives.adversarial import NAME
 from stepfold.objectives.contract import Networks
+from stepfold.objectives.denoising import FAKE
 from stepfold.prompts.reading import open_prompts
+from stepfold.students.lora import lora_student
+from stepfold.students.starting import make_fake
 from stepfold.students.whole import new_student
 from stepfold.teachers import pipeline
-from stepfold.teachers.contract import Condition
+from stepfold.teachers.contract import Condition, Student, deepcopy_sharing
 from stepfold.teachers.loading import load_teacher
-from stepfold.training.critics import new_discriminator
-from stepfold.training.draws import draw
+from stepfold.training.critics import fake_loss, fake_states, new_critics
+from stepfold.training.draws import Batch, draw
 from stepfold.training.optimisers import add_group, make_optimiser
 from stepfold.training.precision import student_precision, walk_precision
 from stepfold.training.states import collect
@@ -90,7 +110,9 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
     training, fake, counted = config.training, FakeTensorMode(allow_non_fake_inputs=True), CountedBytes()
     from_images = "images" in config.space.weights
     prompts = open_prompts(assets.PROMPTS)
-    with tempfile.TemporaryDirectory() as folder, patch.object(nn.Module, "to", lambda module, *_, **__: module):
+    in_place = patch.object(nn.Module, "to", lambda module, *_, **__: module)
+    by_storage = patch.object(Tensor, "data_ptr", lambda tensor: tensor.untyped_storage()._cdata)
+    with tempfile.TemporaryDirectory() as folder, in_place, by_storage:
         described = described_pipe(size, Path(folder))
         with fake, counted:
             pipe = with_fake_weights(described, getattr(torch, config.teacher.dtype), encoders=not cached)
@@ -101,16 +123,19 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
         if not from_images or config.space.cache_latents:
             teacher.release_decoder()
         with fake, counted:
-            student = new_student(teacher)
-            if training.checkpointing:
-                student.recompute_blocks()
-            average = copy.deepcopy(student).requires_grad_(False)
-            optimiser = make_optimiser(student.parameters(), config.optimiser)
+            student = lora_student(teacher, config.student.lora) if config.student.lora else new_student(teacher)
+            average = deepcopy_sharing(student, [p for p in student.parameters() if not p.requires_grad])
+            average.requires_grad_(False)
+            critics = new_critics([config], teacher, CPU, lambda: make_fake(teacher, config.fake))
+            networks_of_run = [student, *(critic for critic in critics.values() if isinstance(critic, Student))]
+            for network in networks_of_run if training.checkpointing else ():
+                network.recompute_blocks()
+            trained = [p for p in student.parameters() if p.requires_grad]
+            optimiser = make_optimiser(trained, config.optimiser)
             if config.optimiser.name == "adamw":
-                optimiser = torch.optim.AdamW(student.parameters(), fused=True)
-            heads = new_discriminator(teacher, config.seed) if config.adversarial.weight else None
-            if heads:
-                add_group(optimiser, NAME, list(heads.parameters()), None)
+                optimiser = torch.optim.AdamW(trained, fused=True)
+            for name, critic in critics.items():
+                add_group(optimiser, name, [p for p in critic.parameters() if p.requires_grad], None)
             precision: Any = Precision(CPU, training.precision == "bf16", cached=not training.checkpointing)
 
             def step(number: int) -> None:
@@ -121,15 +146,19 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
                 elif from_images:
                     x0 = teacher.encode_pictures(torch.rand(count, 3, teacher.height, teacher.width))
                 networks = Networks(
-                    student, teacher, {NAME: heads} if heads else {},
+                    student, teacher, critics,
                     tangent="block" if training.checkpointing else "one_pass",
                     precision=partial(student_precision, precision, training.precision),
                     walk_precision=partial(walk_precision, training.walk_precision, CPU, teacher.network),
                 )  # fmt: skip
-                spaces = [config.space.first]
-                states = collect(spaces, batch, fake_condition(size, count), networks, config, x0=x0)
+                condition = fake_condition(size, count)
+                if FAKE in critics:
+                    update_fake(networks, batch, condition, config, optimiser)
+                terms = terms_of(config)
+                spaces = dict.fromkeys(term.space for term in terms)
+                states = collect(spaces, batch, condition, networks, config, x0=x0)
                 teacher.clear_prompt_cache()
-                add_gradients(terms_of(config), networks, states, batch.draws, config, number, precision)
+                add_gradients(terms, networks, states, batch.draws, config, number, precision)
                 torch.nn.utils.clip_grad_norm_(student.parameters(), config.optimiser.clip)
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
@@ -142,8 +171,22 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
     return {"peak_gib": peak, "before_gib": 0.0, "above_gib": peak, "between_steps_gib": counted.now / 2**30}
 
 
+def update_fake(
+    networks: Networks, batch: Batch, condition: Condition, config: Config, optimiser: torch.optim.Optimizer
+) -> None:
+    """One update of the fake score, as `training.step.update_critic` makes it; several take no more memory."""
+    states = fake_states(networks, batch, condition, config, 0, {})
+    loss = fake_loss(networks, batch, states, config).value.mean()
+    loss.backward(inputs=[p for p in networks.critics[FAKE].parameters() if p.requires_grad])
+    torch.nn.utils.clip_grad_norm_(networks.critics[FAKE].parameters(), config.optimiser.clip)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
 def described_pipe(size: Size, folder: Path) -> Any:
     """A pipeline without any weights, and in `folder` what a teacher reads of one besides them."""
+    if size == "flux":
+        return described_flux(folder)
     tiny = size == "tiny"
     with torch.device("meta"):
         networks: dict[str, Any] = {
@@ -160,14 +203,30 @@ def described_pipe(size: Size, folder: Path) -> Any:
     return pipe
 
 
+def described_flux(folder: Path) -> Any:
+    """The same of FLUX.1-dev, whose text encoders are left out."""
+    with torch.device("meta"):
+        transformer, vae = FluxTransformer2DModel(**FLUX), AutoencoderKL(**FLUX_VAE)
+    scheduler = FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULE)
+    absent: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe: Any = FluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **absent)
+    pipe.save_config(folder)
+    for name in ("transformer", "vae", "scheduler"):
+        getattr(pipe, name).save_config(folder / name)
+    return pipe
+
+
 def with_fake_weights(pipe: Any, dtype: torch.dtype, encoders: bool) -> Any:
     """The pipeline with networks of fake tensors; to be called in their mode.
 
     Text encoder and autoencoder are in bfloat16, as users load them on a GPU. The first is as many weights and no more.
     """
-    count = sum(parameter.numel() for parameter in pipe.text_encoder.parameters())
     with default_dtype(dtype):
-        pipe.transformer = SanaTransformer2DModel.from_config(pipe.transformer.config)
+        pipe.transformer = type(pipe.transformer).from_config(pipe.transformer.config)
+    if pipe.text_encoder is None:
+        pipe.vae = None
+        return pipe
+    count = sum(parameter.numel() for parameter in pipe.text_encoder.parameters())
     with default_dtype(torch.bfloat16):
         pipe.vae = AutoencoderDC.from_config(pipe.vae.config) if encoders else None
         pipe.text_encoder = nn.ParameterList([torch.empty(count)]) if encoders else None
@@ -177,6 +236,9 @@ def with_fake_weights(pipe: Any, dtype: torch.dtype, encoders: bool) -> Any:
 def fake_condition(size: Size, count: int) -> Condition:
     """Of prompts that fill all tokens."""
     tokens = MAX_TOKENS[size]
+    if size == "flux":
+        width = FLUX["joint_attention_dim"]
+        return Condition.whole(torch.zeros(count, tokens, width), torch.zeros(count, FLUX["pooled_projection_dim"]))
     embeds = torch.zeros(count, tokens, TRANSFORMERS[size]["caption_channels"])
     return Condition(embeds, torch.ones(count, tokens, dtype=torch.long))
 

@@ -44,7 +44,7 @@ EXTERNAL = {
     "yaml": ("config.py", "reproduction/experiments.py"),
     "datasets": ("images/reading.py",),
     "matplotlib": ("evaluation/curves.py", "reproduction/figures.py"),
-    "peft": ("students/lora.py",),
+    "peft": ("export/lora.py", "students/lora.py"),
     "pyarrow": ("prompts/tables.py",),
     "py3langid": ("prompts/cleaning.py",),
     "rensa": ("prompts/cleaning.py",),

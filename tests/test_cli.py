@@ -180,7 +180,9 @@ def test_export_and_push_from_the_command_line(run: tuple[Path, Result], tmp_pat
     assert Result("export", student, "--to", "pipeline", "--out", out, "--force").code == 0
     assert_one_line(Result("export", student, "--to", "lora"), "no LoRA", "student.lora=64")
     file = Result("export", student, "--to", "single-file", "--out", out.with_name("one.safetensors"))
-    assert file.code == 0 and f"no scheduler and no times in it: {student / 'README.md'} says how" in file.out
+    card = out.with_name("one.README.md")
+    assert file.code == 0 and f"no scheduler and no times in it: {card} says how" in file.out
+    assert f"ComfyUI: no workflow; {card} says why" in file.out
     shown = Result("push", student, "you/mine", "--dry-run")
     assert shown.code == 0 and "MiB  model_index.json" in shown.out and 'from_pretrained("you/mine")' in shown.out
     file = run[0].parent / "push.json"
@@ -418,7 +420,7 @@ def test_doctor_says_ok_and_writes_its_findings(tiny_sana: Path, tmp_path: Path)
     result = Result("doctor", tiny_sana, "--json", path)
     assert result.code == 0, result.out
     findings = json.loads(path.read_text())
-    assert result.out.count(" ok") == len(findings) == 12
+    assert result.out.count(" ok") == len(findings) == 24
     assert all(f["ok"] is True and f["number"] for f in findings)
 
 

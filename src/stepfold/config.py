@@ -26,6 +26,7 @@ from stepfold.scores import (
     FakeSettings,
     IdentitySettings,
     MatchingSettings,
+    RewardSettings,
     RolloutSettings,
     check_scores,
 )
@@ -80,6 +81,7 @@ class Config(Section):
     decoupled: DecoupledSettings = DecoupledSettings()
     identity: IdentitySettings = IdentitySettings()
     anchor: AnchorSettings = AnchorSettings()
+    reward: RewardSettings = RewardSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

@@ -13,8 +13,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
+from stepfold.export.lora import export_lora
 from stepfold.export.onnx import export_onnx
-from stepfold.export.pipeline import export_lora, export_pipeline
+from stepfold.export.pipeline import export_pipeline
 from stepfold.export.single_file import export_single_file
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.students.loading import load_merged, load_student

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepfold import assets
-from stepfold.commands.finishing import Run
+from stepfold.commands.finishing import Run, evaluators_of
 from stepfold.commands.launching import continued_by, leave, other_process
 from stepfold.commands.options import (
     ChangesOption,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from stepfold.images.reading import ImageFolder
     from stepfold.prompts.cache import ConditionCache
     from stepfold.prompts.reading import PromptFile
-    from stepfold.teachers.contract import Student
+    from stepfold.teachers.contract import PictureScore, Student
     from stepfold.teachers.pipeline import PipelineTeacher
     from stepfold.training.course import Course
     from stepfold.training.looks import Progress
@@ -225,6 +225,7 @@ def load(
     recipe = make_recipe(config, teacher, guidance_scales(config, teacher), usual)
     if config.student.lora:
         teacher.lora_scheduler(in_diffusers(recipe.sampler))  # refused now, not when the student is saved
+    score = open_score(config, teacher)
     lock = None
     if processes.first:  # only now: a teacher that does not load leaves no run behind
         weights = teacher_fingerprint(config.teacher, network_only=cache is not None)
@@ -242,9 +243,28 @@ def load(
     run = Run(
         config, folder, accelerator, processes, prompts, teacher, usual, recipe,
         conditions=conditions_from(cache, teacher, prompts), cached=cache is not None,
-        blacks=blacks, latents=latents, bank=bank, lock=lock,
+        blacks=blacks, latents=latents, bank=bank, lock=lock, score=score,
     )  # fmt: skip
     return run, student
+
+
+def open_score(config: "Config", teacher: "PipelineTeacher") -> "PictureScore | None":
+    """What the student's pictures are scored by, where a phase has a reward.
+
+    Raises:
+        UserError: it does not load, is what evaluates, or the teacher makes videos.
+    """
+    from stepfold.config import phases_of
+    from stepfold.evaluation.reward import clip_reward, refuse_own_evaluator
+
+    if not any(each.reward.weight for _, each in phases_of(config)):
+        return None
+    if (clip := config.reward.clip) is None:
+        raise UserError("reward.weight needs a score; give the folder of a CLIP as reward.clip")
+    if teacher.frames > 1:
+        raise UserError("reward.clip scores images, and this teacher makes videos; set reward.weight=0")
+    refuse_own_evaluator(clip, evaluators_of(config))
+    return clip_reward(clip, teacher.device)
 
 
 def bank_of(config: "Config", teacher: "PipelineTeacher", prompts: "PromptFile | ImageFolder") -> "Bank | None":
@@ -360,7 +380,7 @@ def train(
             config, run.folder, run.teacher, student, run.prompts, run.blacks, run.accelerator,
             processes=run.processes, latents=run.latents, bank=run.bank, conditions=ready, stages=course.stages,
             note_tangent=note_tangent, report=report, preview=course.apart(preview),
-            make_fake=lambda: make_fake(run.teacher, config.fake),
+            make_fake=lambda: make_fake(run.teacher, config.fake), score=run.score,
         )  # fmt: skip
     course.note_memory()
     return average

@@ -31,9 +31,10 @@ def export(
         typer.Option(min=1, help="Fold a flow map for exactly so many steps (pipeline, lora).", show_default=False),
     ] = None,
     keys: Annotated[
-        Literal["diffusers", "comfy", "kohya"] | None,
+        Literal["diffusers", "comfy", "kohya", "peft"] | None,
         typer.Option(
-            help="Names in a LoRA file: diffusers (the default), comfy for ComfyUI, kohya for the web UIs.",
+            help="Names in a LoRA: diffusers (the default), comfy for ComfyUI, kohya for the web UIs, peft for a "
+            "folder that PEFT loads.",
             show_default=False,
         ),
     ] = None,
@@ -58,9 +59,11 @@ def export(
     - `pipeline`: a folder for plain diffusers; a LoRA student is merged into its teacher's network.
 
     - `lora`: the one file of a LoRA student, for `load_lora_weights`; with `--keys comfy` for ComfyUI, with
-      `--keys kohya` for ComfyUI, Forge and other web UIs.
+      `--keys kohya` for ComfyUI, Forge and other web UIs, and with `--keys peft` a folder for PEFT.
 
     - `single-file`: the network under the names of its original checkpoint, for ComfyUI's Load Diffusion Model.
+
+    A file gets its card and, for ComfyUI, a workflow beside it.
 
     - `onnx`: the network as a graph, for onnxruntime (extra onnx).
 
@@ -81,13 +84,14 @@ def export(
     from stepfold.display import quiet_libraries
 
     quiet_libraries()
-    made = run_export(student, to, out, force=force, steps=steps, keys=keys, runtime=runtime, dtype=dtype)
-    typer.echo(f"{to}: {made}")
-    if to in ("lora", "single-file"):
-        from stepfold.students.card import student_folder
+    target = run_export(student, to, out, force=force, steps=steps, keys=keys, runtime=runtime, dtype=dtype)
+    typer.echo(f"{to}: {target}")
+    if target.is_file():
+        from stepfold.export.beside import card_of, workflow_of
 
-        readme = student_folder(student) / "README.md"
-        typer.echo(f"the file has no scheduler and no times in it: {readme} says how to sample with it")
+        workflow = workflow_of(target)
+        typer.echo(f"ComfyUI: {workflow if workflow.is_file() else f'no workflow; {card_of(target)} says why'}")
+        typer.echo(f"the file has no scheduler and no times in it: {card_of(target)} says how to sample with it")
 
 
 def run_export(
@@ -110,9 +114,11 @@ def run_export(
         UserError: the student cannot become that, or the place is taken.
     """
     from stepfold.export.anyflow import export_anyflow
+    from stepfold.export.beside import check_free
     from stepfold.export.folded import export_folded, export_folded_lora
+    from stepfold.export.lora import export_lora
     from stepfold.export.onnx import export_onnx
-    from stepfold.export.pipeline import export_lora, export_pipeline
+    from stepfold.export.pipeline import export_pipeline
     from stepfold.export.single_file import export_single_file
     from stepfold.export.web import export_web
     from stepfold.students.card import is_run, read_card, student_folder
@@ -140,6 +146,7 @@ def run_export(
         if to != "lora":
             raise UserError(f"--keys {keys} is for --to lora; leave it out of --to {to}")
         write = partial(write, keys=keys)
+        ending = ending.replace("-lora.safetensors", "-peft") if keys == "peft" else ending
     if dtype:
         if to not in ("pipeline", "single-file") or steps is not None:
             raise UserError(f"--dtype {dtype} is for --to pipeline or single-file without --steps; leave it out")
@@ -158,6 +165,8 @@ def run_export(
         raise UserError(f"--out {target} is the student itself, or in it; choose another --out")
     if target.exists() and not (force and replaceable(target, to_file=bool(suffix))):
         raise UserError(f"{target} is there already; choose another --out, or --force to replace an earlier export")
+    if suffix == ".safetensors" and not force:
+        check_free(target)
     write(student, target)
     return target
 

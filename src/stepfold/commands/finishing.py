@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stepfold.images.reading import ImageFolder
     from stepfold.prompts.reading import PromptFile, Prompts
     from stepfold.sampling.recipe import Recipe
-    from stepfold.teachers.contract import Condition, Student
+    from stepfold.teachers.contract import Condition, PictureScore, Student
     from stepfold.teachers.pipeline import PipelineTeacher
     from stepfold.training.course import Course
     from stepfold.training.processes import Processes
@@ -50,6 +50,7 @@ class Run:
         latents: numbers of B images -> clean latents [B, ...]; None where no images are used.
         bank: of couplings; None where the teacher is sampled.
         lock: on the run folder, held by the first process.
+        score: that the student raises; None for none.
     """
 
     config: "Config"
@@ -66,11 +67,13 @@ class Run:
     latents: "Callable[[list[int]], Tensor] | None"
     bank: "Bank | None"
     lock: "BaseFileLock | None"
+    score: "PictureScore | None" = None
 
 
 def finish(run: Run, average: "Student", course: "Course", display: "Display", command: str) -> dict[str, Any]:
     """Writes the student, its scores, the report and the card; returns what is in report.json."""
     from stepfold.evaluation.report import write_report
+    from stepfold.export.files import listing
     from stepfold.export.pipeline import model_card, save_student
     from stepfold.teachers.loading import load_teacher
     from stepfold.training.processes import is_sharded
@@ -86,7 +89,7 @@ def finish(run: Run, average: "Student", course: "Course", display: "Display", c
     result = report_of(run, course, scores, command)
     write_report(run.folder, result)
     with writing(student / "README.md") as part:
-        part.write_text(model_card(card, result), encoding="utf-8")
+        part.write_text(model_card(card, result, files=listing(student)), encoding="utf-8")
     if run.lock:
         run.lock.release()
     return result
@@ -234,7 +237,26 @@ def facts_of(config: "Config", numbers: dict[str, Any]) -> list[str]:
         f"{duration(sum(numbers['stages_sec'].values()))} in all",
         f"{config.training.steps:,} steps",
         f"{config.objective}, {student}",
+        raised_score(config),
     ]
+
+
+def evaluators_of(config: "Config") -> list[str]:
+    """Folders or hub ids of the CLIPs that a run is measured by."""
+    if config.teacher.source == "emoji" and config.evaluation.n:
+        return [str(assets.JUDGE)]
+    return [config.evaluation.clip] if config.evaluation.clip else []
+
+
+def raised_score(config: "Config") -> str:
+    """Which score a run raised and which it is measured by; empty without a reward."""
+    from stepfold.config import phases_of
+
+    if not any(each.reward.weight for _, each in phases_of(config)):
+        return ""
+    bundled = config.teacher.source == "emoji" and config.evaluation.n
+    measured = "the bundled evaluator" if bundled else config.evaluation.clip or "the latent error"
+    return f"trained to raise the score of {config.reward.clip or 'a function'}, measured by {measured}"
 
 
 def how_to_use(student: Path, prompt: str, scores: dict[str, Any]) -> list[tuple[str, str]]:

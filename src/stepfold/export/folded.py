@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stepfold.errors import UserError
-from stepfold.export.lora_keys import Keys, renamed
+from stepfold.export.comfyui import Keys
+from stepfold.export.lora import write_lora, write_peft
+from stepfold.export.lora_keys import renamed
 from stepfold.export.pipeline import use_of, write_cards
 from stepfold.sampling.recipe import Recipe
 from stepfold.students.card import Card, read_card, student_folder
@@ -106,11 +108,14 @@ def export_folded_lora(folder: Path, out: Path, num_steps: int, keys: Keys = "di
     prefix = f"{teacher.network_part}.{name}"
     weights = load_file(student_folder(folder) / LORA_WEIGHTS)
     weights |= {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}
-    weights = renamed(weights, teacher.transformer, teacher.network_part, keys)
     use = use_of(teacher, recipe, lora=True)
+    card = card.model_copy(update={"recipe": recipe, "folded_steps": num_steps, **use})
+    if keys == "peft":
+        write_peft(out, weights, card, teacher.lora_scheduler(recipe.sampler).save_config)
+        return
     how = {"scheduler": use["scheduler"], "call": use["calls"][num_steps], "times": recipe.times[num_steps]}
-    with writing(out) as part:
-        save_file(weights, part, {"format": "pt", "stepfold": json.dumps(how)})
+    weights = renamed(weights, teacher.transformer, teacher.network_part, keys)
+    write_lora(out, weights, card, keys, teacher, stepfold=json.dumps(how))
 
 
 def folded_recipe(card: Card, num_steps: int) -> Recipe:

@@ -8,6 +8,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from stepfold.errors import UserError, first_line
+from stepfold.export.files import listing
 from stepfold.export.pipeline import metrics_beside, model_card
 from stepfold.students.card import read_card
 from stepfold.teachers.folders import check_folder
@@ -30,7 +31,8 @@ def hub_card(folder: Path, repo: str) -> str:
     card = read_card(folder)
     if not card.lora_rank:
         check_folder(folder)
-    return model_card(card.model_copy(update={"licences": licences_of(card.teacher)}), metrics_beside(folder), repo)
+    card = card.model_copy(update={"licences": licences_of(card.teacher)})
+    return model_card(card, metrics_beside(folder), repo, listing(folder))
 
 
 def teacher_of_nobody_else(folder: Path) -> str | None:

@@ -2,16 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepfold.errors import UserError
+from stepfold.export.comfyui import Keys
 from stepfold.export.single_file import layout, pieces_of
 
-Keys = Literal["diffusers", "comfy", "kohya"]
-"""Whose names: diffusers' and PEFT's, ComfyUI's for any model, or those of kohya's scripts, which web UIs read too."""
 Rows = dict[int, tuple[str, slice]]
 """Piece of an original tensor -> the layer that has it, and which of the layer's rows."""
 
@@ -31,7 +30,7 @@ def renamed(weights: Mapping[str, Tensor], network: Any, part: str, keys: Keys) 
     Raises:
         UserError: no names of this class of networks are known, or they have no place for one of the layers.
     """
-    if keys == "diffusers":
+    if keys in ("diffusers", "peft"):
         return dict(weights)
     down, up = (
         {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stepfold.errors import UserError, first_line
+from stepfold.export.files import listing
 from stepfold.sampling.samplers import in_diffusers
 from stepfold.students.card import CARD, Card, write_card
 from stepfold.students.loading import load_merged
@@ -208,6 +209,7 @@ def export_onnx(folder: Path, out: Path) -> None:
                 offset=in_numpy(offset),
                 layout=f", {teacher.autoencoder_layout}" if teacher.autoencoder_layout else "",
             )
+            + listing(part)
         )
 
 

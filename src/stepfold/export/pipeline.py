@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors.torch import load_file, save_file
-
 from stepfold import __version__
 from stepfold.config import Config
 from stepfold.errors import UserError
@@ -15,13 +13,13 @@ from stepfold.evaluation.protocol import counted, teachers_of
 from stepfold.evaluation.report import columns_of, title
 from stepfold.evaluation.verdict import METRICS, number
 from stepfold.export.casting import Half, rounded_parts
-from stepfold.export.lora_keys import Keys, renamed
+from stepfold.export.files import FILES, README, listing
 from stepfold.export.method import method_of, source_of
 from stepfold.sampling.recipe import Recipe, times_of
 from stepfold.sampling.samplers import in_diffusers
 from stepfold.students.card import ANYFLOW, CARD, Card, read_card, write_card
 from stepfold.students.loading import load_merged, load_student
-from stepfold.students.lora import LORA_WEIGHTS, lora_files, save_lora
+from stepfold.students.lora import lora_files, save_lora
 from stepfold.students.saving import loses_guidance, save_whole
 from stepfold.students.two_times import save_embedder
 from stepfold.teachers.calls import set_parts
@@ -81,7 +79,9 @@ LOAD = "pipe = {pipeline}.from_pretrained({name}){parts}"
 
 LOAD_LORA = """pipe = {pipeline}.from_pretrained({teacher}{options}){parts}
 {merge}pipe.scheduler = {scheduler}.from_pretrained({name}, subfolder="scheduler")
-pipe.load_lora_weights({name})"""
+"""
+LORA_LINE = "pipe.load_lora_weights({name})"
+PEFT_LINE = "pipe.{part} = PeftModel.from_pretrained(pipe.{part}, {name}).merge_and_unload()"
 LOAD_SECOND = """
 pipe.load_lora_weights({name}, weight_name="{file}", load_into_{part}=True)"""
 
@@ -161,10 +161,11 @@ def use_of(teacher: PipelineTeacher, recipe: Recipe, *, lora: bool, asked: Seque
     }
 
 
-def write_cards(folder: Path, card: Card, metrics: dict[str, Any] | None = None) -> None:
-    """A student folder's `stepfold.json` and README."""
+def write_cards(folder: Path, card: Card, metrics: dict[str, Any] | None = None, adapted: str = "") -> None:
+    """A student folder's `stepfold.json` and README; arguments as of `model_card`."""
     write_card(folder, card)
-    (folder / "README.md").write_text(model_card(card, metrics), encoding="utf-8")
+    text = model_card(card, metrics, files=listing(folder), adapted=adapted)
+    (folder / README).write_text(text, encoding="utf-8")
 
 
 def metrics_beside(folder: Path) -> dict[str, Any] | None:
@@ -206,41 +207,27 @@ def export_pipeline(folder: Path, out: Path, dtype: Half | None = None) -> None:
         else:
             check_folder(folder)
             shutil.copytree(folder, part)
+            readme = part / README
+            text = readme.read_text(encoding="utf-8") if readme.is_file() else model_card(card, metrics_beside(folder))
+            if FILES not in text:  # of an earlier version
+                readme.write_text(text + listing(part), encoding="utf-8")
             for name, module in rounded_parts(load_student(folder, "cpu")[0].pipe, dtype).items() if dtype else ():
                 for file in (part / name).glob("*.safetensors*"):
                     file.unlink()
                 cast(Any, module).save_pretrained(part / name, safe_serialization=True)
 
 
-def export_lora(folder: Path, out: Path, keys: Keys = "diffusers") -> None:
-    """A LoRA student as the one file that its teacher's pipeline loads with `load_lora_weights`, or other tools do.
-
-    Raises:
-        UserError: the student has all weights of its own, or its network has no names of that tool's.
-    """
-    if not read_card(folder).lora_rank:
-        raise UserError(
-            f"{folder} has all weights of its own and no LoRA; train with --set student.lora=64, or use --to pipeline"
-        )
-    if more := read_card(folder).lora_parts:
-        raise UserError(f"{folder} has another LoRA for {', '.join(more)}; use the folder, as its README says")
-    if keys == "diffusers":
-        with writing(out) as part:
-            shutil.copyfile(folder / LORA_WEIGHTS, part)
-        return
-    teacher, _, _ = load_student(folder, "cpu")
-    state = renamed(load_file(folder / LORA_WEIGHTS), teacher.transformer, teacher.network_part, keys)
-    with writing(out) as part:
-        save_file(state, part, {"format": "pt"})
-
-
-def model_card(card: Card, metrics: dict[str, Any] | None = None, name: str = "FOLDER") -> str:
+def model_card(
+    card: Card, metrics: dict[str, Any] | None = None, name: str = "FOLDER", files: str = "", adapted: str = ""
+) -> str:
     """The student's README: use, recipe, metrics, licences.
 
     Args:
         card: what `stepfold.json` says.
         metrics: the run's report.json.
         name: what loads the student: the folder, or a hub id.
+        files: the section about the folder's files, as `files.listing` writes it.
+        adapted: the pipeline's part that a folder for PEFT is for; empty for others.
 
     Raises:
         UserError: the card is of a version that did not say how plain diffusers calls a student.
@@ -267,8 +254,8 @@ It took {steps} of {per_step}, {space["route_steps"]} route steps, guidance
 
 ## Use
 
-{how_to_use(card, name)}
-{measured(metrics)}
+{how_to_use(card, name, adapted)}
+{files}{measured(metrics)}
 ## Licence
 
 A student is derived from its teacher: the licences of the teacher's network, text encoders and autoencoder apply.
@@ -293,8 +280,8 @@ def several(count: int, one: str, many: str) -> str:
     return f"{count:,} {one if count == 1 else many}"
 
 
-def how_to_use(card: Card, name: str) -> str:
-    """The README's code for plain diffusers, and what to change for another number of steps."""
+def how_to_use(card: Card, name: str, adapted: str = "") -> str:
+    """The README's code for plain diffusers, and what to change for another number of steps; see `model_card`."""
     if not card.recipe.jumps_to_zero:
         return OF_EDGES.format(steps=card.asked_steps[0], name=name)
     card.check_calls()
@@ -308,7 +295,8 @@ def how_to_use(card: Card, name: str) -> str:
         MERGE.format(lora=json.dumps(lora.source), scale="" if lora.scale == 1 else f", lora_scale={lora.scale!r}")
         for lora in card.teacher_settings().lora
     )
-    beside = LOAD_LORA if card.loras_in_diffusers else WHOLE
+    last = PEFT_LINE.replace("{part}", adapted) if adapted else LORA_LINE
+    beside = LOAD_LORA + last if card.loras_in_diffusers else WHOLE
     loading = (beside if card.lora_rank else LOAD).format(
         pipeline=card.pipeline, scheduler=card.scheduler,
         teacher=json.dumps("TEACHER" if card.teacher == "emoji" else card.teacher),
@@ -321,8 +309,9 @@ def how_to_use(card: Card, name: str) -> str:
     if card.lora_rank and card.loras_in_diffusers:
         for part, file in card.lora_parts.items():
             loading += LOAD_SECOND.format(name=json.dumps(name), part=part, file=file)
+    classes = f"{card.pipeline}, {card.scheduler}" if card.lora_rank else card.pipeline
     use = USE.format(
-        classes=f"{card.pipeline}, {card.scheduler}" if card.lora_rank else card.pipeline,
+        classes=classes + "\nfrom peft import PeftModel" * bool(adapted),
         loading=loading,
         prompt=(f"{named}=" if named else "") + json.dumps(card.example, ensure_ascii=False),
         arguments="\n".join(f"    {name}={value!r}," for name, value in call.items()),

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepfold.errors import UserError
+from stepfold.export.beside import is_retimed, write_file
 from stepfold.export.casting import Half, round_weights
 from stepfold.students.loading import load_merged
-from stepfold.training.runs import writing
 
 Table = dict[str, str]
 """diffusers' name of a layer or a tensor -> the original name. `*` is the number of a block. `[1]`: the second of the
@@ -384,14 +384,15 @@ def export_single_file(folder: Path, out: Path, dtype: Half | None = None) -> No
     Raises:
         UserError: no layout is known for it, or a weight is too large for float16.
     """
-    teacher, _, _ = load_merged(folder, "cpu")
-    if teacher.num_train_timesteps == 1 or (teacher.time_field and teacher.time_scale < 10):
+    teacher, _, card = load_merged(folder, "cpu")
+    if is_retimed(teacher):
         raise UserError(
             "this network was re-timed to read [0, 1], and nothing in a single file says so, so that others would give "
             "it times up to 1000; use --to pipeline"
         )
     if dtype:
         round_weights(teacher.transformer, dtype)
-    state = original_state(teacher.transformer) | marks_of(teacher.transformer, teacher.pipe.scheduler.config)
-    with writing(out) as part:
-        save_file(state, part, {"format": "pt"})
+    marks = marks_of(teacher.transformer, teacher.pipe.scheduler.config)
+    state = original_state(teacher.transformer) | marks
+    save = partial(save_file, state, metadata={"format": "pt"})
+    write_file(out, save, card, per_token=bool(teacher.index.get("expand_timesteps")), predicts_v=bool(marks))

@@ -106,7 +106,7 @@ class Card(Section):
             UserError: it is one; what plain diffusers can take instead.
         """
         if not self.recipe.jumps_to_zero:
-            (steps,) = self.recipe.times
+            steps = max(self.recipe.times)
             raise UserError(
                 f"this student jumps from edge to edge of its {steps} segments, and plain diffusers tells it no edge; "
                 f"export it with --to pipeline --steps {steps}, or use stepfold sample"

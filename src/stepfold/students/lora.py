@@ -112,13 +112,19 @@ def save_lora(teacher: PipelineTeacher, student: Student, folder: Path, recipe: 
 def load_lora(
     teacher: PipelineTeacher, folder: Path, rank: int, *, convolutions: bool = False, two_times: bool = False
 ) -> NetworkStudent:
-    """The LoRA student that `save_lora` wrote; arguments as of `lora_student`."""
+    """The LoRA student that `save_lora` wrote; arguments as of `lora_student`.
+
+    Raises:
+        UserError: a file is missing.
+    """
     from peft import set_peft_model_state_dict
 
     student = lora_student(teacher, rank, convolutions=convolutions, two_times=two_times)
     load_embedder(student, folder)
     parts, prefix = teacher.network_parts(student.transformer), f"{teacher.network_part}."
     for part, file in lora_files(teacher).items():
+        if not (folder / file).is_file():
+            raise UserError(f"{folder} lacks {file}; give the student's own folder, not an export, or copy it again")
         weights = {name.removeprefix(prefix): value for name, value in load_file(folder / file).items()}
         set_peft_model_state_dict(parts[part], weights)
     return student

@@ -16,6 +16,10 @@ Module = TypeVar("Module", bound=nn.Module)
 Scale = TypeVar("Scale", float, Tensor)
 GuidanceKind = Literal["classifier_free", "embedded", "none"]
 SamplerName = Literal["consistency", "flow", "flow_map"]
+PictureScore = Callable[[Tensor, Sequence[str]], Tensor]
+"""(pictures [M, 3, H, W] in [0, 1] with a graph, prompts [M]) -> scores [M] with a graph to the pictures.
+
+A network without an autoencoder has its latents of unit variance as pictures."""
 NO_NULL = (
     "this teacher has no classifier-free guidance, and so no branch without a prompt; leave matching.fake_guidance and "
     "fake.guidance at 1 and fake.unprompted at 0"
@@ -291,7 +295,7 @@ class Teacher(Protocol):
         """What the network sees inside at x [B, ...], t [B]: maps [B, tokens, width], with a gradient to x."""
         raise NotImplementedError
 
-    def decode(self, x0: Tensor) -> Tensor:
+    def decode(self, x0: Tensor, *, with_gradient: bool = False) -> Tensor:
         """Clean latents (of standard deviation sigma_data) [B, ...] -> pictures [B, 3, H, W] in [0, 1]."""
         raise NotImplementedError
 

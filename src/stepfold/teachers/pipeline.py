@@ -333,17 +333,17 @@ class PipelineTeacher(Family):
     def release_decoder(self) -> None:
         self.pipe.vae = None
 
-    @torch.no_grad()
     @override
-    def decode(self, x0: Tensor, batch: int | None = None) -> Tensor:
+    def decode(self, x0: Tensor, batch: int | None = None, *, with_gradient: bool = False) -> Tensor:
         """Decodes `batch` at once; by default as many as have the pixels of one picture of 512 x 512."""
         vae, batch = self._vae(), batch or max(1, DECODED_AT_ONCE // (self.height * self.width))
-        latents = (self.autoencoder_latents(part / self.sigma_data).to(vae.dtype) for part in x0.split(batch))
-        if self.video_autoencoder:
-            parts = (vae.decode(part.unsqueeze(2), return_dict=False)[0].squeeze(2) for part in latents)
-        else:
-            parts = (vae.decode(part, return_dict=False)[0] for part in latents)
-        return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
+        with torch.set_grad_enabled(with_gradient):
+            latents = (self.autoencoder_latents(part / self.sigma_data).to(vae.dtype) for part in x0.split(batch))
+            if self.video_autoencoder:
+                parts = (vae.decode(part.unsqueeze(2), return_dict=False)[0].squeeze(2) for part in latents)
+            else:
+                parts = (vae.decode(part, return_dict=False)[0] for part in latents)
+            return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
 
     @torch.no_grad()
     @override

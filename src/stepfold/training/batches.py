@@ -11,7 +11,7 @@ from stepfold.bank import Bank
 from stepfold.config import Config
 from stepfold.prompts.reading import Prompts, shuffled_index
 from stepfold.randomness import send
-from stepfold.scores import picture_spaces
+from stepfold.scores import critic_spaces
 from stepfold.spaces.records import States
 from stepfold.teachers.contract import Condition, Teacher
 from stepfold.training.draws import Batch, draw, prompt_index, step_samples
@@ -58,7 +58,7 @@ class Batches:
     def walked(self, phase: Phase, step: int) -> tuple[Batch, Condition, dict[str, States]]:
         """The batch of a step, its conditions, and the states of every space that the phase's terms name.
 
-        In a head start, in which the student waits, there are those alone that the fake score learns from.
+        In a head start, in which the student waits, there are those alone that critics learn from.
         """
         training, number = self.config.training, step // self.config.space.reuse
         with self.stages("data"):
@@ -73,9 +73,9 @@ class Batches:
                 condition = condition.padded(max(self.teacher.max_tokens, condition.mask.shape[1]))
         with self.stages("images"):
             x0 = self.latents(batch.index).to(self.device) if self.latents else x0
-        spaces = dict.fromkeys(term.space for term in phase.terms)
+        spaces = dict.fromkeys(term.space for term in phase.terms_at(step))
         if step - phase.first < phase.head_start:
-            needed = set(picture_spaces(phase.config)) - {"rollout"}
+            needed = critic_spaces(phase.config)
             spaces = {space: None for space in spaces if space in needed}
         with self.stages("teacher"):
             states = collect(

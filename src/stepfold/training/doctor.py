@@ -24,6 +24,7 @@ from stepfold.teachers.loading import choose_objective, load_teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.teachers.pipeline import SIGMA_DATA, PipelineTeacher
 from stepfold.training.accelerators import make_accelerator
+from stepfold.training.allowed import allowed_methods
 from stepfold.training.choices import choose_tangent, full_float32
 from stepfold.training.memory import peak_memory_gib
 from stepfold.training.optimisers import make_optimiser
@@ -81,6 +82,7 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
     config = choose_objective(validate({"prompts": "", "teacher": settings.model_dump()}))
     rounding = ROUNDING[settings.dtype if lora else "float32"]
     tangents = [backends_agree(student, pairs, rounding), tangent_size(student, pairs)]
+    allowed = allowed_methods(teacher, why_no_tangent(*tangents))
     if config.objective != "continuous":
         tangents = [without_need(finding) for finding in tangents]
     agree, size = tangents
@@ -92,9 +94,18 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
         size,
         guidance_effect(teacher, pairs),
         scale_meaning(teacher),
+        latent_statistics(pairs),
         time_range(teacher),
         *one_step(student, pairs, teacher, config.objective),
+        *(Finding(f"method: {name}", said, "any", True) for name, said in allowed.items()),
     ]
+
+
+def why_no_tangent(agree: Finding, size: Finding) -> str:
+    """Why the continuous objective is not for a teacher, from findings about its tangent; empty where it is."""
+    if not size.ok:
+        return f"dF/dt is {size.number}, above {STEEPEST:g}; take objective=discrete, or stepfold retime"
+    return "" if agree.ok else "the tangent's backends do not agree; take objective=discrete"
 
 
 def without_need(finding: Finding) -> Finding:
@@ -225,6 +236,13 @@ def scale_meaning(teacher: PipelineTeacher) -> Finding:
         "none": "no guidance; one call a step",
     }
     return Finding("guidance scale s and weight w", said[teacher.guidance_kind], "any", True)
+
+
+def latent_statistics(pairs: Pairs) -> Finding:
+    """Mean and deviation of a picture's latents, for `decoupled.statistics`; root mean square over pictures."""
+    y = pairs.x0.float().flatten(1) / SIGMA_DATA
+    std = y.var(1).mean().sqrt()
+    return Finding(f"an image's latents after {TIMES} steps", f"mean {y.mean():.2f}, deviation {std:.2f}", "any", True)
 
 
 def time_range(teacher: PipelineTeacher) -> Finding:

@@ -1,0 +1,108 @@
+"""A LoRA student as one file for other programs, or as a folder for PEFT."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepfold.errors import UserError
+from stepfold.export.beside import is_retimed, write_file
+from stepfold.export.comfyui import Keys
+from stepfold.export.lora_keys import renamed
+from stepfold.export.pipeline import metrics_beside, write_cards
+from stepfold.students.card import Card, read_card
+from stepfold.students.loading import load_student
+from stepfold.students.lora import LORA_WEIGHTS
+from stepfold.teachers.pipeline import PipelineTeacher
+from stepfold.training.runs import writing
+
+ADAPTER = "adapter_model.safetensors"
+ENDS = (".lora_A.weight", ".lora_B.weight")
+
+
+def export_lora(folder: Path, out: Path, keys: Keys = "diffusers") -> None:
+    """A LoRA student as one file for its teacher's pipeline or other programs, or as a folder for PEFT.
+
+    Raises:
+        UserError: the student has all weights of its own, or its network has no names of that tool's.
+    """
+    card = read_card(folder)
+    if not card.lora_rank:
+        raise UserError(
+            f"{folder} has all weights of its own and no LoRA; train with --set student.lora=64, or use --to pipeline"
+        )
+    if more := card.lora_parts:
+        raise UserError(f"{folder} has another LoRA for {', '.join(more)}; use the folder, as its README says")
+    file = folder / LORA_WEIGHTS
+    if keys == "peft":
+        write_scheduler = partial(shutil.copytree, folder / "scheduler")
+        write_peft(out, load_file(file), card, write_scheduler, metrics_beside(folder))
+    elif keys == "diffusers":  # the teacher, which may be large, is not needed
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        retimed = scheduler.is_file() and json.loads(scheduler.read_text()).get("num_train_timesteps") == 1
+        write_file(out, partial(shutil.copyfile, file), card, keys=keys, retimed=retimed)
+    else:
+        teacher, _, card = load_student(folder, "cpu")
+        weights = renamed(load_file(file), teacher.transformer, teacher.network_part, keys)
+        write_lora(out, weights, card, keys, teacher)
+
+
+def write_lora(
+    out: Path, weights: dict[str, Tensor], card: Card, keys: Keys, teacher: PipelineTeacher, **notes: str
+) -> None:
+    """A LoRA's file, its card and its workflow.
+
+    Args:
+        out: the file.
+        weights: under the names of `keys`.
+        card: the student's, as it is sampled from this file.
+        keys: whose names.
+        teacher: the student's.
+        notes: what the file says beside the weights.
+    """
+    save = partial(save_file, weights, metadata={"format": "pt"} | notes)
+    per_token = bool(teacher.index.get("expand_timesteps"))
+    write_file(out, save, card, keys=keys, retimed=is_retimed(teacher), per_token=per_token)
+
+
+def write_peft(
+    out: Path,
+    weights: Mapping[str, Tensor],
+    card: Card,
+    write_scheduler: Callable[[Path], object],
+    metrics: dict[str, Any] | None = None,
+) -> None:
+    """A folder that `PeftModel.from_pretrained` reads, with the card and the scheduler.
+
+    Args:
+        out: the folder.
+        weights: PART.LAYER.lora_A.weight [R, I, ...] and PART.LAYER.lora_B.weight [O, R, ...], at scale 1.
+        card: the student's, as it is sampled with this adapter.
+        write_scheduler: writes the scheduler's folder.
+        metrics: the run's report.json.
+    """
+    from peft import LoraConfig
+
+    part, _, _ = next(iter(weights)).partition(".")
+    layers = sorted(
+        {name.removeprefix(f"{part}.").removesuffix(end) for name in weights for end in ENDS if name.endswith(end)}
+    )
+    (rank,) = {len(value) for name, value in weights.items() if name.endswith(ENDS[0])}
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=layers, base_model_name_or_path=card.teacher, inference_mode=True
+    )
+    with writing(out) as folder:
+        folder.mkdir()
+        config.save_pretrained(folder)
+        path = folder / "adapter_config.json"  # its layers are a set, in any order
+        settings = json.loads(path.read_text(encoding="utf-8")) | {"target_modules": layers}
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        state = {f"base_model.model.{name.removeprefix(f'{part}.')}": value for name, value in weights.items()}
+        save_file(state, folder / ADAPTER, {"format": "pt"})
+        write_scheduler(folder / "scheduler")
+        write_cards(folder, card, metrics, adapted=part)
