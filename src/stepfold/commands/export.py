@@ -49,8 +49,8 @@ def export(
 
     - `pipeline`: a folder for plain diffusers; a LoRA student is merged into its teacher's network.
 
-    - `lora`: the one file of a LoRA student, for `load_lora_weights`; with `--keys comfy` for ComfyUI, with
-      `--keys kohya` for ComfyUI, Forge and other web UIs, and with `--keys peft` a folder for PEFT.
+    - `lora`: the one file of a LoRA student, for `load_lora_weights`. `--keys comfy` is for ComfyUI, `--keys kohya` for
+      ComfyUI, Forge and other web UIs; `--keys peft` writes a folder for PEFT.
 
     - `single-file`: the network under the names of its original checkpoint, for ComfyUI's Load Diffusion Model.
 

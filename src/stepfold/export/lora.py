@@ -98,10 +98,9 @@ def write_peft(
     )
     with writing(out) as folder:
         folder.mkdir()
-        config.save_pretrained(folder)
-        path = folder / "adapter_config.json"  # its layers are a set, in any order
-        settings = json.loads(path.read_text(encoding="utf-8")) | {"target_modules": layers}
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        settings = config.to_dict() | {"target_modules": layers}  # its own are a set, in any order
+        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
         state = {f"base_model.model.{name.removeprefix(f'{part}.')}": value for name, value in weights.items()}
         save_file(state, folder / ADAPTER, {"format": "pt"})
         write_scheduler(folder / "scheduler")
