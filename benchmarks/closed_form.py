@@ -60,6 +60,10 @@ MAPS: dict[str, list[str]] = {
     "velocity matching": ["objective=velocity"],
     "TBCM": [],
     "discrete consistency": ["objective=discrete"],
+    "discrete, 1, 2, 4 and 8 segments": [
+        TWO, "objective=discrete", "target.rule=edge", "target.segments={1: 0.5, 2: 0.1, 4: 0.2, 8: 0.2}",
+        "target.draws=2", "discrete.huber_constant=10",  # squares
+    ],
     "AYF, Eulerian": [TWO, GAP, *PLAIN, "consistency.r_final=0.99"],
     "MeanFlow's weight": [TWO, GAP, *PLAIN, "consistency.r_final=0.99", "consistency.tangent_weight=meanflow"],
     "AYF's weight": [

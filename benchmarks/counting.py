@@ -5,19 +5,39 @@ besides is not in the count: workspaces of its libraries, what its allocator rou
 encoder while it works (its weights are). AdamW is the fused one, as on a GPU.
 """
 
-import copy
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
 
+import diffusers
 import torch
-from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
-from models import DC_AE_F32C32, DC_AE_TINY, GEMMA_2B, GEMMA_TINY, MAX_TOKENS, TRANSFORMERS, Size
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
+from models import (
+    DC_AE_F32C32,
+    DC_AE_TINY,
+    FLUX,
+    FLUX_SCHEDULE,
+    FLUX_VAE,
+    GEMMA_2B,
+    GEMMA_TINY,
+    MAX_TOKENS,
+    TRANSFORMERS,
+    Size,
+)
+from shapes import SHAPES, Shape
 from step_rows import Precision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,16 +46,19 @@ from torch.utils._pytree import tree_iter
 from transformers import Gemma2Config, Gemma2Model
 
 from stepfold import assets
-from stepfold.config import Config
-from stepfold.objectives.adversarial import NAME
+from stepfold.config import Config, load_config
 from stepfold.objectives.contract import Networks
+from stepfold.objectives.denoising import FAKE
 from stepfold.prompts.reading import open_prompts
+from stepfold.students.lora import lora_student
+from stepfold.students.starting import make_fake
 from stepfold.students.whole import new_student
 from stepfold.teachers import pipeline
-from stepfold.teachers.contract import Condition
-from stepfold.teachers.loading import load_teacher
-from stepfold.training.critics import new_discriminator
-from stepfold.training.draws import draw
+from stepfold.teachers.contract import Condition, Student, deepcopy_sharing
+from stepfold.teachers.loading import FAMILIES, load_teacher
+from stepfold.teachers.quantised import quantise
+from stepfold.training.critics import fake_loss, fake_states, new_critics
+from stepfold.training.draws import Batch, draw
 from stepfold.training.optimisers import add_group, make_optimiser
 from stepfold.training.precision import student_precision, walk_precision
 from stepfold.training.states import collect
@@ -90,7 +113,9 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
     training, fake, counted = config.training, FakeTensorMode(allow_non_fake_inputs=True), CountedBytes()
     from_images = "images" in config.space.weights
     prompts = open_prompts(assets.PROMPTS)
-    with tempfile.TemporaryDirectory() as folder, patch.object(nn.Module, "to", lambda module, *_, **__: module):
+    in_place = patch.object(nn.Module, "to", lambda module, *_, **__: module)
+    by_storage = patch.object(Tensor, "data_ptr", lambda tensor: tensor.untyped_storage()._cdata)
+    with tempfile.TemporaryDirectory() as folder, in_place, by_storage:
         described = described_pipe(size, Path(folder))
         with fake, counted:
             pipe = with_fake_weights(described, getattr(torch, config.teacher.dtype), encoders=not cached)
@@ -101,16 +126,19 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
         if not from_images or config.space.cache_latents:
             teacher.release_decoder()
         with fake, counted:
-            student = new_student(teacher)
-            if training.checkpointing:
-                student.recompute_blocks()
-            average = copy.deepcopy(student).requires_grad_(False)
-            optimiser = make_optimiser(student.parameters(), config.optimiser)
+            student = lora_student(teacher, config.student.lora) if config.student.lora else new_student(teacher)
+            average = deepcopy_sharing(student, [p for p in student.parameters() if not p.requires_grad])
+            average.requires_grad_(False)
+            critics = new_critics([config], teacher, CPU, lambda: make_fake(teacher, config.fake))
+            networks_of_run = [student, *(critic for critic in critics.values() if isinstance(critic, Student))]
+            for network in networks_of_run if training.checkpointing else ():
+                network.recompute_blocks()
+            trained = [p for p in student.parameters() if p.requires_grad]
+            optimiser = make_optimiser(trained, config.optimiser)
             if config.optimiser.name == "adamw":
-                optimiser = torch.optim.AdamW(student.parameters(), fused=True)
-            heads = new_discriminator(teacher, config.seed) if config.adversarial.weight else None
-            if heads:
-                add_group(optimiser, NAME, list(heads.parameters()), None)
+                optimiser = torch.optim.AdamW(trained, fused=True)
+            for name, critic in critics.items():
+                add_group(optimiser, name, [p for p in critic.parameters() if p.requires_grad], None)
             precision: Any = Precision(CPU, training.precision == "bf16", cached=not training.checkpointing)
 
             def step(number: int) -> None:
@@ -121,15 +149,19 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
                 elif from_images:
                     x0 = teacher.encode_pictures(torch.rand(count, 3, teacher.height, teacher.width))
                 networks = Networks(
-                    student, teacher, {NAME: heads} if heads else {},
+                    student, teacher, critics,
                     tangent="block" if training.checkpointing else "one_pass",
                     precision=partial(student_precision, precision, training.precision),
                     walk_precision=partial(walk_precision, training.walk_precision, CPU, teacher.network),
                 )  # fmt: skip
-                spaces = [config.space.first]
-                states = collect(spaces, batch, fake_condition(size, count), networks, config, x0=x0)
+                condition = fake_condition(size, count)
+                if FAKE in critics:
+                    update_fake(networks, batch, condition, config, optimiser)
+                terms = terms_of(config)
+                spaces = dict.fromkeys(term.space for term in terms)
+                states = collect(spaces, batch, condition, networks, config, x0=x0)
                 teacher.clear_prompt_cache()
-                add_gradients(terms_of(config), networks, states, batch.draws, config, number, precision)
+                add_gradients(terms, networks, states, batch.draws, config, number, precision)
                 torch.nn.utils.clip_grad_norm_(student.parameters(), config.optimiser.clip)
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
@@ -142,8 +174,22 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
     return {"peak_gib": peak, "before_gib": 0.0, "above_gib": peak, "between_steps_gib": counted.now / 2**30}
 
 
+def update_fake(
+    networks: Networks, batch: Batch, condition: Condition, config: Config, optimiser: torch.optim.Optimizer
+) -> None:
+    """One update of the fake score, as `training.step.update_critic` makes it; several take no more memory."""
+    states = fake_states(networks, batch, condition, config, 0, {})
+    loss = fake_loss(networks, batch, states, config).value.mean()
+    loss.backward(inputs=[p for p in networks.critics[FAKE].parameters() if p.requires_grad])
+    torch.nn.utils.clip_grad_norm_(networks.critics[FAKE].parameters(), config.optimiser.clip)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
 def described_pipe(size: Size, folder: Path) -> Any:
     """A pipeline without any weights, and in `folder` what a teacher reads of one besides them."""
+    if size == "flux":
+        return described_flux(folder)
     tiny = size == "tiny"
     with torch.device("meta"):
         networks: dict[str, Any] = {
@@ -160,14 +206,30 @@ def described_pipe(size: Size, folder: Path) -> Any:
     return pipe
 
 
+def described_flux(folder: Path) -> Any:
+    """The same of FLUX.1-dev, whose text encoders are left out."""
+    with torch.device("meta"):
+        transformer, vae = FluxTransformer2DModel(**FLUX), AutoencoderKL(**FLUX_VAE)
+    scheduler = FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULE)
+    absent: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe: Any = FluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **absent)
+    pipe.save_config(folder)
+    for name in ("transformer", "vae", "scheduler"):
+        getattr(pipe, name).save_config(folder / name)
+    return pipe
+
+
 def with_fake_weights(pipe: Any, dtype: torch.dtype, encoders: bool) -> Any:
     """The pipeline with networks of fake tensors; to be called in their mode.
 
     Text encoder and autoencoder are in bfloat16, as users load them on a GPU. The first is as many weights and no more.
     """
-    count = sum(parameter.numel() for parameter in pipe.text_encoder.parameters())
     with default_dtype(dtype):
-        pipe.transformer = SanaTransformer2DModel.from_config(pipe.transformer.config)
+        pipe.transformer = type(pipe.transformer).from_config(pipe.transformer.config)
+    if pipe.text_encoder is None:
+        pipe.vae = None
+        return pipe
+    count = sum(parameter.numel() for parameter in pipe.text_encoder.parameters())
     with default_dtype(torch.bfloat16):
         pipe.vae = AutoencoderDC.from_config(pipe.vae.config) if encoders else None
         pipe.text_encoder = nn.ParameterList([torch.empty(count)]) if encoders else None
@@ -177,6 +239,9 @@ def with_fake_weights(pipe: Any, dtype: torch.dtype, encoders: bool) -> Any:
 def fake_condition(size: Size, count: int) -> Condition:
     """Of prompts that fill all tokens."""
     tokens = MAX_TOKENS[size]
+    if size == "flux":
+        width = FLUX["joint_attention_dim"]
+        return Condition.whole(torch.zeros(count, tokens, width), torch.zeros(count, FLUX["pooled_projection_dim"]))
     embeds = torch.zeros(count, tokens, TRANSFORMERS[size]["caption_channels"])
     return Condition(embeds, torch.ones(count, tokens, dtype=torch.long))
 
@@ -190,3 +255,126 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def count_preset(family: str, changes: Sequence[str] = ()) -> dict[str, float]:
+    """GiB of a step of FAMILY-lora-4step, conditions from a cache; where blocks are equal, counted on few of them.
+
+    Memory is linear in the number of blocks of a kind: one more has its weights, its LoRA and that one's states, and
+    its input for the backward pass. So it is counted on one of each kind, and on one more of each.
+
+    Args:
+        family: one of `shapes.SHAPES`.
+        changes: settings besides the preset's.
+
+    Returns:
+        `peak_gib`, `between_steps_gib`.
+    """
+    shape = SHAPES[family]
+    one = dict.fromkeys(shape.stacks, 1)
+    first = count_lora_step(family, shape, one, changes)
+    total = dict(first)
+    for stack, count in shape.stacks.items():
+        more = count_lora_step(family, shape, one | {stack: 2}, changes)
+        total = {what: total[what] + (count - 1) * (more[what] - first[what]) for what in total}
+    return total
+
+
+def count_weights(family: str, rank: int = 64) -> dict[str, float]:
+    """GiB of FAMILY-lora-4step's network in bfloat16 and quantised, and of a LoRA with all that goes with it.
+
+    Quantised are the linear layers of its blocks, as `teacher.quantise` does it; the rest stays in bfloat16.
+
+    Args:
+        family: one of `shapes.SHAPES`.
+        rank: of the LoRA: weight, gradient, average and AdamW's two moments, in float32.
+
+    Returns:
+        `none`, `int8`, `fp8`, `nf4` and `lora`.
+    """
+    shape = SHAPES[family]
+    blocks = FAMILIES[shape.pipeline].lora_blocks
+    with torch.device("meta"):
+        network = shape.make_network()
+    weights = sum(p.numel() for p in network.parameters())
+    layers = [
+        layer.weight.shape
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear) and any(part in name for part in blocks)
+    ]
+    inside, rows = sum(o * i for o, i in layers), sum(o for o, _ in layers)
+    matrices = rank * sum(o + i for o, i in layers)
+    taken = {
+        "none": 2 * weights,
+        "int8": 2 * (weights - inside) + inside + 4 * rows,
+        "nf4": 2 * (weights - inside) + inside / 2 + inside / 64 * 4,
+        "lora": 5 * 4 * matrices,
+    }
+    return {what: count / 2**30 for what, count in (taken | {"fp8": taken["int8"]}).items()}
+
+
+def count_lora_step(family: str, shape: Shape, stacks: dict[str, int], changes: Sequence[str]) -> dict[str, float]:
+    """The same of a network of so many blocks; one step, whose optimiser's states are there from its beginning."""
+    few = ("space.route_steps=2", "training.precision=bf16", "training.walk_precision=bf16")  # states are small
+    fake, counted = FakeTensorMode(allow_non_fake_inputs=True), CountedBytes()
+    address, ragged = (
+        patch.object(Tensor, "data_ptr", id),
+        patch.object(Condition, "texts", lambda own: list(own.embeds)),
+    )
+    with tempfile.TemporaryDirectory() as name, patch.object(nn.Module, "to", lambda module, *_, **__: module), address:
+        folder = Path(name)
+        given = load_config(f"{family}-lora-4step", [*few, *changes], teacher__source=name, prompts=str(assets.PROMPTS))
+        kind, kept = given.teacher.quantise, given.teacher.model_copy(update={"quantise": "none"})
+        config = given.model_copy(update={"teacher": kept})
+        pipe = pipe_of(shape, stacks, folder)
+        with fake, counted, default_dtype(getattr(torch, config.teacher.dtype)):
+            network = shape.make_network(**stacks).requires_grad_(False)
+            setattr(pipe, shape.network_part, quantise(network, kind, FAMILIES[shape.pipeline].lora_blocks, CPU))
+            del network
+        with patch.object(pipeline, "load_pipeline", lambda *_, **__: pipe):
+            teacher = load_teacher(config.teacher, CPU, null=texts_of(shape, 1))
+        batch = draw(0, open_prompts(assets.PROMPTS), teacher, config, CPU)
+        with fake, counted, ragged:
+            student = lora_student(teacher, config.student.lora)
+            student.recompute_blocks()
+            still = [*(p for p in student.parameters() if not p.requires_grad), *student.buffers()]
+            average = deepcopy_sharing(student, still).requires_grad_(False)
+            trained = [p for p in student.parameters() if p.requires_grad]
+            moments = [torch.zeros_like(p) for p in trained for _ in range(2)]  # AdamW's
+            precision: Any = Precision(CPU, True, cached=False)
+            networks = Networks(
+                student, teacher, tangent="none", precision=partial(student_precision, precision, "bf16"),
+                walk_precision=partial(walk_precision, "bf16", CPU, teacher.network), average=average,
+            )  # fmt: skip
+            counted.peak = counted.now
+            conditions = texts_of(shape, len(batch.index))
+            states = collect(list(config.space.weights), batch, conditions, networks, config, 0)
+            teacher.clear_prompt_cache()
+            add_gradients(terms_of(config), networks, states, batch.draws, config, 0, precision)
+            move_average(average, student, config.training.ema)
+            for parameter in trained:
+                parameter.grad = None
+            del states, moments
+    return {"peak_gib": counted.peak / 2**30, "between_steps_gib": counted.now / 2**30}
+
+
+def pipe_of(shape: Shape, stacks: dict[str, int], folder: Path) -> Any:
+    """A pipeline without weights, and in `folder` what a teacher reads of one besides them."""
+    kind: Any = getattr(diffusers, shape.pipeline)
+    made, options = shape.vae
+    with torch.device("meta"):
+        network, vae = shape.make_network(**stacks), made(**options)
+    parts: dict[str, Any] = dict.fromkeys(kind._get_signature_keys(kind)[0] - {"self"})
+    pipe = kind(**parts | {shape.network_part: network, "scheduler": shape.scheduler()})
+    pipe.register_modules(vae=vae)
+    pipe.save_config(folder)
+    vae.save_config(folder / "vae")
+    pipe.vae = None
+    return pipe
+
+
+def texts_of(shape: Shape, count: int) -> Condition:
+    """Of prompts that fill all tokens."""
+    tokens, width = shape.text
+    pooled = None if shape.pooled is None else torch.zeros(count, shape.pooled)
+    return Condition.whole(torch.zeros(count, tokens, width), pooled)

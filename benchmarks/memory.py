@@ -2,6 +2,8 @@
 
     python benchmarks/memory.py                                the bundled teacher, some minutes
     python benchmarks/memory.py --size sana-0.6b --count       by count: no GPU, no weights (see counting.py)
+    python benchmarks/memory.py --count --presets flux --set teacher.quantise=nf4    flux-lora-4step, by count
+    python benchmarks/memory.py --size flux --count --scores    methods with a fake score, by count; of FLUX.1 too
 
 The methods are those of table T3 of `stepfold reproduce`. The batch size counts TBCM's prompts; the others, whose
 images are noised to one time each, get as many images as that makes pairs. Each number is the peak of a process of its
@@ -18,8 +20,9 @@ from typing import Any, cast
 
 import torch
 from common import PeakMemory, console, in_child, make_parser, open_record, show, training_device, write_record
-from counting import STEPS, count_step
-from models import SIZES, Place, make_place, open_teacher
+from counting import STEPS, count_preset, count_step, count_weights
+from models import COUNTED, Place, make_place, open_teacher
+from shapes import SHAPES
 from torch import Tensor
 
 from stepfold.config import Config
@@ -48,6 +51,21 @@ METHODS = {
 }
 """Ours -> the row of T3 that it is."""
 PART = 5  # pairs a backward pass, of the last one
+RANK = 64
+MATCHING = (
+    "objective=matching", "space.kind=rollout", "rollout.steps=4", "fake.updates=5", "space.filter_rule=off",
+    f"fake.rank={RANK}",
+)  # fmt: skip
+SCORES: dict[str, tuple[str, ...]] = {
+    "TBCM, LoRA student": (f"student.lora={RANK}",),
+    "TBCM, whole student": (),
+    "dmd, LoRA student, LoRA fake score": (*MATCHING, f"student.lora={RANK}"),
+    "dmd, whole student, LoRA fake score": MATCHING,
+    "dmd, whole student, whole fake score": (*MATCHING, "fake.kind=whole"),
+    "rcm, LoRA student, LoRA fake score": (f"student.lora={RANK}", "matching.weight=0.02", "rollout.steps=4",
+                                           "fake.updates=4", f"fake.rank={RANK}"),
+}  # fmt: skip
+"""Methods with a fake score, and what they are compared with -> settings that differ from TBCM's in T3."""
 
 
 class Pictures:
@@ -72,10 +90,11 @@ def settings(place: Place, method: str, prompts: int, steps: int, changes: Seque
         given = [change.replace(IMAGES, "pictures") for change in experiments.tables[TABLE].rows[row]]
         return make_run(experiments, TABLE, row, (*given, *changes, *more)).config
 
-    ours, config = config_of("TBCM"), config_of(METHODS[method])
+    row, own = METHODS.get(method, "TBCM"), SCORES.get(method, ())
+    ours, config = config_of("TBCM"), config_of(row, *own)
     count = prompts * per_prompt(ours) // per_prompt(config)
     parts = [f"training.micro_batch={PART}"] if method == IN_PARTS else []
-    config = config_of(METHODS[method], f"training.prompts_per_step={count}", f"training.steps={steps}", *parts)
+    config = config_of(row, *own, f"training.prompts_per_step={count}", f"training.steps={steps}", *parts)
     teacher = place.teacher.model_copy(update={"dtype": config.teacher.dtype})
     texts = None if config.space.images else str(place.folder / "prompts.txt")
     return choose_precision(config.model_copy(update={"teacher": teacher, "prompts": texts}))
@@ -127,17 +146,39 @@ def draw(records: dict[str, list[dict[str, Any]]], out: Path, what: str) -> None
     figure.savefig(out.with_suffix(".png"), dpi=120)
 
 
+def count_presets(families: Sequence[str], changes: Sequence[str], weights_only: bool) -> list[dict[str, Any]]:
+    """A row for each FAMILY-lora-4step: its weights by `teacher.quantise`, its LoRA, and a step of it."""
+    rows = []
+    for family in families:
+        rows.append({"preset": f"{family}-lora-4step", **count_weights(family)})
+        rows[-1] |= {} if weights_only else count_preset(family, changes)
+        console.print(rows[-1])
+    return rows
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures, prints, draws and writes."""
     parser = make_parser(__doc__, "memory", device=False)
     add = parser.add_argument
-    add("--size", choices=SIZES, default="emoji", help="emoji is the bundled teacher")
+    add("--size", choices=COUNTED, default="emoji", help="emoji is the bundled teacher; flux is for --count")
     add("--prompts", type=int, nargs="+", default=[1, 2, 4, 8], help="TBCM's prompts a step (1 2 4 8)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="some of the methods")
     add("--steps", type=int, default=3, help="steps a process (3)")
     add("--count", action="store_true", help="add up the bytes of a step's tensors instead, on this machine")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that differs from T3's")
+    add("--presets", nargs="+", choices=SHAPES, default=[], help="with --count: families of presets FAMILY-lora-4step")
+    add("--weights-only", action="store_true", help="with --presets: no step")
+    add("--scores", action="store_true", help="methods with a fake score instead; with --count")
     args = parser.parse_args(argv)
+    if args.presets:
+        record = open_record("memory", argv, torch.device("cpu"))
+        record |= {"set": args.set, "counted": True, "rows": count_presets(args.presets, args.set, args.weights_only)}
+        write_record(args.out, record)
+        return record
+    if args.scores:
+        args.methods = list(SCORES)
+    if (args.size == "flux" or args.scores) and not args.count:
+        parser.error("--scores and --size flux are counted: add --count")
     if args.count and args.size == "emoji":
         parser.error("--count takes a shape of Sana: add --size tiny, sana-0.6b or sana-1.6b")
 
@@ -154,7 +195,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             for method, rows in records.items():
                 config = settings(place, method, prompts, args.steps, args.set)
                 pairs = config.training.prompts_per_step * per_prompt(config)
-                cached = method in (ENCODED, IN_PARTS)
+                cached = method in (ENCODED, IN_PARTS, *SCORES)
                 try:
                     peak = (
                         count_step(args.size, config, cached)

@@ -18,9 +18,11 @@ from stepfold.teachers.contract import Condition
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher
 
-Size = Literal["emoji", "tiny", "sana-0.6b", "sana-1.6b"]
+Size = Literal["emoji", "tiny", "sana-0.6b", "sana-1.6b", "flux"]
 SIZES: tuple[Size, ...] = ("emoji", "tiny", "sana-0.6b", "sana-1.6b")
-MAX_TOKENS = {"emoji": 32, "tiny": 32, "sana-0.6b": 300, "sana-1.6b": 300}
+COUNTED: tuple[Size, ...] = (*SIZES, "flux")
+"""Those that can be counted; of FLUX.1 there is no pipeline here with weights."""
+MAX_TOKENS = {"emoji": 32, "tiny": 32, "sana-0.6b": 300, "sana-1.6b": 300, "flux": 512}
 NUM_PROMPTS = 32
 LONG_PROMPT = 1_500  # characters, more than MAX_TOKENS hold
 VOCABULARY = 600
@@ -45,6 +47,18 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
         cross_attention_head_dim=32, cross_attention_dim=64, caption_channels=32, sample_size=8,
     ),
 }  # fmt: skip
+FLUX: dict[str, Any] = dict(  # as FLUX.1-dev has it: 11.9 billion weights
+    in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
+    joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
+)  # fmt: skip
+FLUX_VAE: dict[str, Any] = dict(
+    latent_channels=16, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=1024,
+    scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
+)  # fmt: skip
+FLUX_SCHEDULE: dict[str, Any] = dict(
+    shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
+)
 GEMMA_2B: dict[str, Any] = {}  # transformers' defaults are its shape
 GEMMA_TINY: dict[str, Any] = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,

@@ -18,6 +18,7 @@ from stepfold.config import Config, load_config, to_yaml
 from stepfold.objectives.contract import Networks
 from stepfold.objectives.denoising import FAKE
 from stepfold.scores import FakeSettings
+from stepfold.spaces.records import pairs_per_prompt
 from stepfold.spaces.rollout import rollout_length
 from stepfold.students.starting import make_fake
 from stepfold.training.critics import fake_loss, fake_states
@@ -34,6 +35,12 @@ SCORES: dict[str, tuple[str, ...]] = {
         "fake.unprompted=0.1",
     ),
     "decoupled, four steps": (*ROLLED, "objective=decoupled", "rollout.steps=4", "fake.updates=5"),
+    "phased, four steps": (*ROLLED, "objective=matching", "rollout.phased=true", "rollout.steps=4", "fake.updates=5"),
+    "dp-dmd, four steps": (
+        *ROLLED, "objective=matching", "rollout.steps=4", "rollout.first=2", "anchor.weight=0.05", "anchor.steps=1",
+        "fake.updates=5",
+    ),
+    "rcm, four steps": ("fake.kind=whole", "matching.weight=0.02", "rollout.steps=4", "fake.updates=4"),
     "sid, four steps": (*ROLLED, "objective=identity", "rollout.steps=4", "fake.updates=1"),
     "sid, guided, four steps": (
         *ROLLED, "objective=identity", "rollout.steps=4", "fake.updates=1", "matching.fake_guidance=4.5",
@@ -58,13 +65,19 @@ class Count:
 
 def passes_of(config: Config) -> float:
     """The sum of the passes of a step, for each image."""
-    before = (config.rollout.steps - 1) / 2  # of a rollout, on average
+    first, last = config.rollout.first - 1, config.rollout.steps - 1
+    before = (first + last) / 2  # of a rollout, on average
     fake = 2 if config.matching.fake_guidance != 1 else 1
     student = before + 3 + 2 + fake  # its own, the teacher's two branches, the fake score's
     if config.objective == "decoupled":
         student += 1  # the teacher without guidance, at a time of its own
     if config.objective == "identity":
         student += 2 * (2 + fake)  # both again with a graph, and back to the input
+    if config.anchor.weight:
+        student += 3 + 2 * config.anchor.steps  # its first step, and the teacher's walk
+    if config.objective == "continuous":
+        pairs = pairs_per_prompt(config.space.route_steps, config.space.keep_first)
+        student += 2 * config.space.route_steps + 4 * pairs  # the teacher's walk; the tangent's pass and back
     learns = 2 if config.fake.guidance != 1 else 1
     return student + config.fake.updates * (before + 1 + 3 * learns)
 
@@ -93,8 +106,11 @@ def count(bench: Bench, config: Config) -> Count:
     """See `Count`; mean over the turns of the rollouts."""
     precision: Any = Precision(bench.device, bf16=False)
     fake = make_fake(bench.teacher, FakeSettings(kind="whole")).to(bench.device)
-    networks, turns = Networks(bench.student, bench.teacher, {FAKE: fake}), config.rollout.steps
-    assert {rollout_length(turn, turns, cycled=False)[1] for turn in range(turns)} == set(range(turns))
+    networks = Networks(bench.student, bench.teacher, {FAKE: fake}, tangent="one_pass")
+    steps, first = config.rollout.steps, config.rollout.first - 1
+    turns = steps - first
+    stops = {rollout_length(turn, steps, cycled=False, first=first)[1] for turn in range(turns)}
+    assert stops == set(range(first, steps))
     batch = draw(0, bench.prompts, bench.teacher, config, bench.device)
     condition = bench.cache.rows(batch.index).to(bench.device, bench.teacher.dtype)
     x, t = batch.noise(), torch.full((len(condition),), 0.8, device=bench.device)
@@ -106,8 +122,9 @@ def count(bench: Bench, config: Config) -> Count:
                 number = turn * config.fake.updates + update
                 states = fake_states(networks, batch, condition, config, number, {})
                 fake_loss(networks, batch, states, config).value.mean().backward()
-            found = collect(config.space.weights, batch, condition, networks, config, turn)
-            add_gradients(terms_of(config), networks, found, batch.draws, config, turn, precision)
+            terms = terms_of(config)
+            found = collect(dict.fromkeys(term.space for term in terms), batch, condition, networks, config, turn)
+            add_gradients(terms, networks, found, batch.draws, config, turn, precision)
     bench.student.zero_grad(set_to_none=True)
     return Count(counter.get_total_flops() / turns / unit.get_total_flops(), passes_of(config))
 

@@ -420,7 +420,7 @@ def test_doctor_says_ok_and_writes_its_findings(tiny_sana: Path, tmp_path: Path)
     result = Result("doctor", tiny_sana, "--json", path)
     assert result.code == 0, result.out
     findings = json.loads(path.read_text())
-    assert result.out.count(" ok") == len(findings) == 12
+    assert result.out.count(" ok") == len(findings) == 24
     assert all(f["ok"] is True and f["number"] for f in findings)
 
 
@@ -481,7 +481,7 @@ def test_presets_are_listed(tmp_path: Path) -> None:
     assert sorted(line.split()[0] for line in lines) == preset_names()
     assert all(line.startswith("  ") and line.endswith(".") and len(line.split()) > 4 for line in lines)
     lora, whole, demos, methods = ([line.split()[0] for line in rows] for rows in groups.values())
-    assert all(name.endswith("lora-4step") for name in lora) and len(lora) == 8
+    assert all(name.endswith("lora-4step") for name in lora) and len(lora) == 13
     assert whole == ["default", "paper", "released"] and demos == ["demo", "emoji-long"]
     images = {"scm", "sana-sprint"}
     configs = [load_config(name, ["space.images=x"] if name in images else []) for name in methods]

@@ -123,7 +123,9 @@ def test_the_method_that_the_docs_add_is_the_packages_own(
     assert terms.OBJECTIVES["mine"] is names["velocity_loss"] is not terms.OBJECTIVES["velocity"]
     assert METHODS["mine"] == METHODS["velocity"] and METHODS["mine"] is not METHODS["velocity"]
     assert (
-        set(METHODS) - {"auto", "mine"} == {*get_args(ObjectiveName)} == set(terms.OBJECTIVES) - {"adversarial", "mine"}
+        set(METHODS) - {"auto", "mine"}
+        == {*get_args(ObjectiveName)}
+        == set(terms.OBJECTIVES) - {"adversarial", "reward", "mine"}
     )
     assert set(names["ROWS"]) <= set(runpy.run_path(str(ROOT / "tests" / "objectives" / "test_terms.py"))["ROWS"])
     (preset,) = blocks(page, "yaml")
@@ -215,6 +217,17 @@ def test_the_notebook_runs_and_its_student_finds_its_way(monkeypatch: pytest.Mon
     assert names["distance"](names["blur"]) > 1.5
 
 
+@pytest.mark.long
+def test_the_notebook_goes_from_a_teacher_to_a_student(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("IPython", reason="the notebook needs IPython, as Jupyter has it")
+    names = runpy.run_path(str(ROOT / "docs" / "notebook.py"))
+    assert len(read_metrics(names["RUN"])) == names["STEPS"]
+    assert (names["RUN"] / "student" / "README.md").is_file()
+    assert names["images"][0].size == (64, 64)
+    said = capsys.readouterr().out
+    assert "LOOK" not in said and "peak memory" in said
+
+
 @pytest.mark.parametrize(
     ("module", "at_least"),
     [
@@ -229,10 +242,15 @@ def test_examples_in_docstrings_run(module: str, at_least: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference() -> dict[str, str]:
+def reference_code() -> dict[str, Any]:
+    """The functions of `make reference`."""
+    return runpy.run_path(str(ROOT / "docs" / "reference" / "make.py"))
+
+
+@pytest.fixture(scope="module")
+def reference(reference_code: dict[str, Any]) -> dict[str, str]:
     """What the reference pages should hold."""
-    made = runpy.run_path(str(ROOT / "docs" / "reference" / "make.py"))["pages"]()
-    return made
+    return reference_code["pages"]()
 
 
 @pytest.mark.skipif(
@@ -260,6 +278,17 @@ def test_reference_pages_are_whole(reference: dict[str, str]) -> None:
     assert "`inverse_tangent`" in spans and not [span for span in spans if re.search(r"\\[^|]", span)]
     assert all(f"`stepfold {name}`" in reference["commands.md"] for name in leaf_help())
     assert "#### `distill_module`" in reference["api.md"] and "**Raises**" in reference["api.md"]
+
+
+def test_the_table_of_conventions_is_that_of_the_code(reference_code: dict[str, Any]) -> None:
+    """Of every family, made without weights."""
+    page = (ROOT / "docs" / "teachers.md").read_text(encoding="utf-8")
+    assert page == reference_code["teachers_page"](), "run make reference"
+    rows = {row.split("`")[1]: row for row in page.splitlines() if re.match(r"\| `\w+Pipeline` \|.* \| in \[0, ", row)}
+    assert rows.keys() == loading.FAMILIES.keys()
+    assert "| `guidance_scale` 5 | s + 1 | 0 | in [0, 1000], data at 1000 | velocity x_0 - z" in rows["ZImagePipeline"]
+    assert "| the network is told s | never |" in rows["FluxPipeline"]
+    assert rows["Flux2KleinPipeline"].endswith("| by size and number of steps |")
 
 
 def test_settings_in_the_docs_are_settings() -> None:

@@ -8,10 +8,15 @@ from typing import Any
 import diffusers
 import pytest
 import tiny
+import tiny_chroma
+import tiny_qwen
+import tiny_wan22
+import tiny_z_image
 from test_cli import Result
 
 from stepfold.config import load_config, preset_names, preset_purpose
 from stepfold.students.card import read_card
+from stepfold.teachers.loading import FAMILIES
 
 PIPELINES = {
     "sd1": "StableDiffusionPipeline",
@@ -21,10 +26,17 @@ PIPELINES = {
     "sana": "SanaPipeline",
     "lumina2": "Lumina2Pipeline",
     "wan": "WanPipeline",
+    "flux2-klein": "Flux2KleinPipeline",
+    "z-image": "ZImagePipeline",
+    "qwen-image": "QwenImagePipeline",
+    "chroma": "ChromaPipeline",
+    "wan22-ti2v": "WanPipeline",
 }
 MAKERS = {
     "sd1": tiny.make_sd1, "sdxl": tiny.make_sdxl, "sd3": tiny.make_sd3, "flux": tiny.make_flux, "sana": tiny.make_sana,
-    "lumina2": tiny.make_lumina2, "wan": tiny.make_wan,
+    "lumina2": tiny.make_lumina2, "wan": tiny.make_wan, "flux2-klein": tiny.make_flux2_klein,
+    "z-image": tiny_z_image.make_z_image, "qwen-image": tiny_qwen.make_qwen_image, "chroma": tiny_chroma.make_chroma,
+    "wan22-ti2v": tiny_wan22.make_ti2v,
 }  # fmt: skip
 NAMES = [f"{family}-lora-4step" for family in PIPELINES]
 SMALL = (
@@ -46,7 +58,7 @@ def test_its_settings_are_for_four_steps_on_one_card(family: str) -> None:
     assert set(config.space.weights) == {"generation", "endpoints"} and config.space.keep_first
     assert config.evaluation.steps == (4, 2, 1) and config.objective == "auto"
     call: Any = getattr(diffusers, PIPELINES[family]).__call__
-    own = inspect.signature(call).parameters["guidance_scale"].default
+    own = inspect.signature(call).parameters[FAMILIES[PIPELINES[family]].scale_argument].default
     assert config.space.guidance and own in config.space.guidance
     assert preset_purpose(name).endswith("on one GPU; counted, not measured on a published model.")
     text = (resources.files("stepfold") / "presets" / f"{name}.yaml").read_text()
@@ -62,15 +74,17 @@ def test_its_settings_are_for_four_steps_on_one_card(family: str) -> None:
         pytest.param("sd3", marks=pytest.mark.long),
         pytest.param("sana", marks=pytest.mark.long),
         pytest.param("lumina2", marks=pytest.mark.long),
-        pytest.param("wan", marks=pytest.mark.long),
+        *(pytest.param(family, marks=pytest.mark.long) for family in list(PIPELINES)[6:]),
     ],
 )
 def test_a_run_of_it_makes_a_student_of_four_steps(family: str, tmp_path: Path, prompts_file: Path) -> None:
     teacher, out = tiny.save(MAKERS[family], tmp_path / "teacher"), tmp_path / "run"
-    changes = [*SMALL, *(["teacher.frames=5"] if family == "wan" else [])]
+    changes = [*SMALL, *(["teacher.frames=5"] if "wan" in family else [])]
     given = [part for change in changes if change != "student.lora=2" for part in ("--set", change)]
     common = ("--preset", f"{family}-lora-4step", "--teacher", teacher, "--prompts", prompts_file, "--quiet")
-    result = Result("distill", *common, "--size", 32, "--lora", 2, "--out", out, *given)
+    result = Result(
+        "distill", *common, "--size", 64 if family == "wan22-ti2v" else 32, "--lora", 2, "--out", out, *given
+    )
     assert result.code == 0, result.err
     card = read_card(out)
     assert card.asked_steps == (4, 2, 1) and {1, 2, 4} <= set(card.calls)

@@ -1,4 +1,4 @@
-"""Writes the reference pages beside it from the code: commands, settings, messages, API (`make reference`)."""
+"""Writes the reference pages beside it, and a table of ../teachers.md, from the code (`make reference`)."""
 
 import ast
 import importlib
@@ -6,17 +6,27 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import typer.main
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SCMScheduler
+from diffusers.configuration_utils import FrozenDict
 from pydantic import BaseModel
 from typer.cli import get_docs_for_click
 
 from stepfold.cli import app
 from stepfold.config import Config
+from stepfold.errors import UserError
 from stepfold.reproduction.experiments import load_experiments
+from stepfold.teachers.conventions import levels_seen, output_meaning, time_range
+from stepfold.teachers.family import Family
+from stepfold.teachers.loading import FAMILIES
+from stepfold.teachers.pipeline import PipelineTeacher
+from stepfold.teachers.schedules import FlowSchedule, VPSchedule
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "src" / "stepfold"
@@ -261,10 +271,69 @@ def cell(text: str) -> str:
     )
 
 
+CONVENTIONS = ("<!-- conventions: written by `make reference` -->\n", "<!-- end of the conventions -->\n")
+"""What stands before and after the table of conventions in docs/teachers.md."""
+SCHEDULERS = (
+    FlowMatchEulerDiscreteScheduler(),
+    DDIMScheduler(),
+    SCMScheduler(prediction_type="trigflow", sigma_data=0.5),
+)
+HEAD = ("pipeline", "guidance scale s, default", "weight w", "off at", "timesteps", "output", "four steps at", "shift")
+
+
+def teachers_page() -> str:
+    """docs/teachers.md with the table of conventions as the code has it."""
+    page = (HERE.parent / "teachers.md").read_text(encoding="utf-8")
+    before, rest = page.split(CONVENTIONS[0])
+    _, after = rest.split(CONVENTIONS[1])
+    rows = [HEAD, ("---",) * len(HEAD), *(convention_row(name, family) for name, family in FAMILIES.items())]
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return before + CONVENTIONS[0] + "\n" + table + "\n" + CONVENTIONS[1] + after
+
+
+def convention_row(name: str, family: type[PipelineTeacher]) -> tuple[str, ...]:
+    """A family's row: what its class and those of diffusers say, without any weights."""
+    teacher = without_networks(name, family)
+    kind, noisy = teacher.guidance_kinds()[0], isinstance(teacher.schedule, VPSchedule)
+    own = "by size and number of steps" if family.shift_at is not Family.shift_at else "the scheduler's"
+    scale = inspect.signature(teacher.pipe.__call__).parameters.get(family.scale_argument)
+    plus = teacher.guidance_weight(0.0)
+    return (
+        f"`{name}`",
+        f"`{family.scale_argument}` {scale.default:g}" if scale else "in the guider",
+        {"classifier_free": "s" + f" + {plus:g}" * (plus > 0), "embedded": "the network is told s"}[kind],
+        f"{teacher.no_guidance:g}" if kind == "classifier_free" else "never",
+        time_range(teacher),
+        "noise, or v" if noisy else output_meaning(teacher).split(",")[0],
+        levels_seen(teacher, teacher.student_times(4, "consistency"), "consistency"),
+        own if isinstance(teacher.schedule, FlowSchedule) else "none",
+    )
+
+
+def without_networks(name: str, family: type[PipelineTeacher]) -> PipelineTeacher:
+    """A family's teacher without networks: its pipeline's class, with the first scheduler that it understands."""
+    teacher, pipe = (
+        object.__new__(family),
+        object.__new__(next(kind for kind in family.pipelines if kind.__name__ == name)),
+    )
+    taken = family.fields.get("guidance_embeds", ((True,), ""))[0]
+    teacher.transformer = SimpleNamespace(config=FrozenDict(guidance_embeds=taken[0]))
+    teacher.pipe = pipe
+    pipe._internal_dict = FrozenDict(is_distilled=False)
+    for scheduler in SCHEDULERS:
+        pipe.scheduler = scheduler
+        with suppress(UserError):
+            teacher.schedule = teacher.read_schedule()
+            break
+    teacher.times = getattr(teacher.schedule, "times", None)
+    return teacher
+
+
 def main() -> None:
     """Writes all pages."""
     for name, text in pages().items():
         (HERE / name).write_text(text, encoding="utf-8")
+    (HERE.parent / "teachers.md").write_text(teachers_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

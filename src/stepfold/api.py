@@ -17,7 +17,7 @@ from stepfold.randomness import normal
 from stepfold.sampling.samplers import SAMPLERS, sampler_of
 from stepfold.students.two_times import EMBEDDER
 from stepfold.students.whole import new_student
-from stepfold.teachers.contract import Student
+from stepfold.teachers.contract import PictureScore, Student
 from stepfold.teachers.fingerprints import module_fingerprint
 from stepfold.teachers.module import ModuleTeacher
 from stepfold.training.accelerators import make_accelerator
@@ -38,6 +38,7 @@ def distill_module(
     changes: Sequence[str] = (),
     *,
     student: Student | None = None,
+    score: PictureScore | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> Student:
@@ -49,6 +50,8 @@ def distill_module(
         folder: of the run; new, or to be resumed. The student's weights are written into it, in safetensors.
         changes: settings as for `--set`, on top of the preset `default`, such as `objective=discrete`.
         student: what is trained, in place; None for a student that starts as the teacher.
+        score: (samples of unit variance [M, ...] with a graph, prompts [M]) -> scores [M], which the student raises
+            where `reward.weight` is above 0.
         resume: continue the run that the folder holds.
         quiet: show no progress.
 
@@ -84,7 +87,7 @@ def distill_module(
     with display.training(config.training.steps):
         average = distill(
             config, folder, wrapped, student, file, blacks, accelerator,
-            report=display.step, make_fake=lambda: new_student(teacher),
+            report=display.step, make_fake=lambda: new_student(teacher), score=score,
         )  # fmt: skip
     average.sampler = sampler_of(config)
     with writing(folder / WEIGHTS) as part:
@@ -112,6 +115,8 @@ def refuse_what_modules_lack(config: Config, source: str) -> None:
         raise UserError("a network of one's own has no black picture to filter by; leave space.filter_rule=off")
     if any(each.fake.updates and each.fake.kind == "lora" for each in phases):
         raise UserError("a network of one's own has a whole fake score; give fake.kind=whole and fake.lr_factor=2")
+    if config.reward.clip:
+        raise UserError("a CLIP scores pictures; leave reward.clip out and give distill_module a `score` of samples")
     if any(each.adversarial.weight for each in phases):
         raise UserError("the discriminator reads features of a pipeline's network; leave adversarial.weight at 0")
 

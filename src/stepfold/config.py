@@ -26,10 +26,11 @@ from stepfold.scores import (
     FakeSettings,
     IdentitySettings,
     MatchingSettings,
+    RewardSettings,
     RolloutSettings,
     check_scores,
 )
-from stepfold.sections import Section, TeacherSettings
+from stepfold.sections import Section, TeacherSettings, check_quantised
 from stepfold.settings import (
     LARGEST,
     AdversarialSettings,
@@ -80,6 +81,7 @@ class Config(Section):
     decoupled: DecoupledSettings = DecoupledSettings()
     identity: IdentitySettings = IdentitySettings()
     anchor: AnchorSettings = AnchorSettings()
+    reward: RewardSettings = RewardSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -115,6 +117,7 @@ class Config(Section):
     def _targets_fit(self) -> "Config":
         check_targets(self)
         check_scores(self)
+        check_quantised(self)
         return self
 
     @property

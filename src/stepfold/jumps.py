@@ -1,20 +1,28 @@
 """Settings of students that are told where to jump to, and what goes together with them."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stepfold.methods import METHODS
 from stepfold.sections import LARGEST, Section
 
 TargetRule = Literal["zero", "diagonal", "gap", "uniform", "edge", "later"]
+Key = TypeVar("Key")
 Leg = Literal["teacher", "student", "average"]
 Share = Annotated[float, Field(ge=0, le=LARGEST)]
+MOST_SEGMENTS = 8
 
 ON_WALKS = {"zero", "later", "diagonal"}
 """Rules whose targets are states of a walk."""
 ANYWHERE = {"gap", "uniform", "later"}
 """Rules whose students jump from any time to any other."""
+
+
+def normalised(shares: dict[Key, float]) -> dict[Key, float]:
+    """Shares that sum to 1, without those of 0."""
+    total = sum(shares.values())
+    return {key: share / total for key, share in shares.items() if share}
 
 
 class TargetSettings(Section):
@@ -28,21 +36,48 @@ class TargetSettings(Section):
     )
     gap_mean: float = Field(default=-0.8, description="of the logit of the gap, in flow-matching time")
     gap_std: float = Field(default=1.0, gt=0, description="of the logit of the gap")
-    segments: int = Field(default=4, ge=1, le=8, description="of rule edge: those between the student's own steps")
+    segments: int | dict[int, Share] = Field(
+        default=4,
+        description="of rule edge: those between the student's own steps. Several with shares, for students of several "
+        "numbers of steps, of which each trajectory has one: `{1: 0.5, 2: 0.2, 4: 0.2, 8: 0.1}`",
+    )
+    draws: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="targets of each state, each a pair of its own; 2 halves the teacher's share of the time",
+    )
 
-    @field_validator("rule")
+    @field_validator("rule", "segments")
     @classmethod
-    def _some_share(cls, rule: Any) -> Any:
-        if not isinstance(rule, str) and not any(rule.values()):
-            raise ValueError("no rule has a share above 0; give one, for example {uniform: 0.75, diagonal: 0.25}")
-        return rule
+    def _some_share(cls, given: Any, info: ValidationInfo) -> Any:
+        if isinstance(given, dict) and not any(given.values()):
+            example = "{uniform: 0.75, diagonal: 0.25}" if info.field_name == "rule" else "{1: 0.5, 4: 0.5}"
+            raise ValueError(f"none has a share above 0; give one, for example {example}")
+        return given
+
+    @field_validator("segments")
+    @classmethod
+    def _as_many_as_steps(cls, given: Any) -> Any:
+        wrong = [count for count in ([given] if isinstance(given, int) else given) if not 1 <= count <= MOST_SEGMENTS]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is no number of segments; give 1 to {MOST_SEGMENTS}, such as 4")
+        return given
 
     @property
     def shares(self) -> dict[TargetRule, float]:
         """Rule -> its share of the states; they sum to 1, and those of share 0 are left out."""
-        shares: dict[TargetRule, float] = {self.rule: 1.0} if isinstance(self.rule, str) else self.rule
-        total = sum(shares.values())
-        return {name: share / total for name, share in shares.items() if share}
+        return normalised({self.rule: 1.0} if isinstance(self.rule, str) else self.rule)
+
+    @property
+    def grids(self) -> dict[int, float]:
+        """Number of segments -> its share of the walks, of those that the rule edge draws from; they sum to 1."""
+        return normalised({self.segments: 1.0} if isinstance(self.segments, int) else self.segments)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the states of a walk have one target until they reach it."""
+        return self.rules in ({"zero"}, {"edge"})
 
     @property
     def rules(self) -> set[str]:
@@ -103,7 +138,22 @@ def check_targets(config: Any) -> None:
     if rules != {"zero"} and not METHODS[objective].aimed:
         raise ValueError(
             f"target.rule={given} does not go with objective={objective}, which has no target time; give "
-            "objective=continuous, pair, semigroup or lagrange"
+            "objective=continuous, discrete, pair, semigroup or lagrange"
+        )
+    if told_one and "edge" in rules and len(target.grids) > 1:
+        raise ValueError(
+            f"target.segments has {' and '.join(map(str, target.grids))} segments for a student that is told one time; "
+            "give student.times=two, or one number of segments"
+        )
+    if target.draws > 1 and (rules == {"zero"} or (rules == {"edge"} and len(target.grids) == 1)):
+        raise ValueError(
+            f"target.draws={target.draws} gives each state the same target again with target.rule={given}; leave "
+            "target.draws out, or give target.segments shares, for example {1: 0.5, 4: 0.5}"
+        )
+    if objective == "discrete" and "diagonal" in rules:
+        raise ValueError(
+            "objective=discrete compares where jumps land, and rule diagonal asks for a jump of no length; give "
+            "target.rule without diagonal"
         )
     if rules == {"diagonal"}:
         raise ValueError("target.rule=diagonal alone is velocity matching; give objective=velocity")

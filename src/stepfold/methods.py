@@ -24,7 +24,9 @@ class Method:
 METHODS: dict[str, Method] = {
     "auto": Method("consistency"),  # continuous or discrete
     "continuous": Method("continuous-time consistency (sCM, arXiv:2410.11081)", aimed=True),
-    "discrete": Method("discrete consistency (like LCM, arXiv:2310.04378)", "discrete consistency has none"),
+    "discrete": Method(
+        "discrete consistency (like LCM, arXiv:2310.04378)", "discrete consistency has none", aimed=True
+    ),
     "velocity": Method("velocity matching (arXiv:2209.03003)", "velocity matching has none", "flow"),
     "pair": Method("regression on pairs of states (like CMT)", "pairs of states have none", aimed=True),
     "semigroup": Method("jumps composed of two (CTM, arXiv:2310.02279)", "two legs have none", aimed=True),

@@ -143,6 +143,17 @@ class DecoupledSettings(Section):
         default="below",
         description="times of guidance's part: `below`, less noisy than the student's own step; `all`, as matching's",
     )
+    statistics_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="of the divergence of each picture's mean and variance from `statistics`, which holds saturation "
+        "back; 0 for none",
+    )
+    statistics: tuple[Scale, Annotated[float, Field(gt=0, le=LARGEST)]] = Field(
+        default=(0.0, 1.0),
+        description="mean and standard deviation of a picture's latents, in units of sigma_data; `stepfold doctor` "
+        "prints the teacher's own",
+    )
 
 
 class AnchorSettings(Section):
@@ -158,6 +169,19 @@ class AnchorSettings(Section):
     )
 
 
+class RewardSettings(Section):
+    """A differentiable score of the student's decoded pictures, which it raises beside its other terms (ReFL)."""
+
+    weight: float = Field(default=0.0, ge=0, description="beta, small (DMDR: 0.05); 0 for none")
+    clip: str | None = Field(
+        default=None,
+        description="folder or hub id of a CLIP in safetensors (CLIP, PickScore, HPS), whose cosine of picture and "
+        "prompt is the score; never the one that evaluates. Default: `score` of the Python API",
+    )
+    from_step: int = Field(default=0, ge=0, description="first step of the run that has it; late is safer")
+    space: PictureSpace = Field(default="rollout", description="states of which the student makes its pictures")
+
+
 def matches(config: Any) -> bool:
     """Whether a term of these settings compares two scores."""
     return config.objective in MATCHING or config.matching.weight > 0
@@ -166,6 +190,12 @@ def matches(config: Any) -> bool:
 def picture_spaces(config: Any) -> list[str]:
     """The spaces whose states the student makes its pictures of, for the fake score too; in turn, if several."""
     return list(config.space.weights) if config.objective in MATCHING else [config.matching.space]
+
+
+def critic_spaces(config: Any) -> set[str]:
+    """The spaces whose states critics' own updates learn from, without rollouts, which are made for each update."""
+    heads = {config.space.first} if config.adversarial.weight and config.adversarial.updates else set()
+    return (set(picture_spaces(config)) | heads) - {"rollout"}
 
 
 def check_scores(config: Any) -> None:
@@ -214,6 +244,8 @@ def check_scores(config: Any) -> None:
             "give rollout.phased=false"
         )
     check_anchor(config)
+    check_heads(config)
+    check_reward(config)
     if fake.updates and fake.kind == "lora" and fake.rank < config.student.lora:
         raise ValueError(
             f"a fake score of rank {fake.rank} cannot follow a student of rank {config.student.lora}; give "
@@ -223,6 +255,34 @@ def check_scores(config: Any) -> None:
         raise ValueError(
             f"matching.fake_guidance={kappa} asks the fake score without a prompt, which it does not learn; give "
             "fake.unprompted=0.1, or fake.guidance"
+        )
+
+
+def check_heads(config: Any) -> None:
+    """Refuses updates of the discriminator's own where a filter takes prompts away.
+
+    Raises:
+        ValueError: as `check_scores`.
+    """
+    heads = config.adversarial
+    if heads.weight and heads.updates and config.space.filter_rule != "off":
+        raise ValueError(
+            f"adversarial.updates={heads.updates} learns from every prompt, so nothing may be filtered; give "
+            "space.filter_rule=off, or adversarial.updates=0"
+        )
+
+
+def check_reward(config: Any) -> None:
+    """Refuses a reward that the run is measured by, or whose CLIP nobody needs.
+
+    Raises:
+        ValueError: as `check_scores`.
+    """
+    part = config.reward
+    if part.weight and part.clip is not None and part.clip == config.evaluation.clip:
+        raise ValueError(
+            f"reward.clip={part.clip} is the CLIP that evaluates, which would then measure how well it was fooled; "
+            "give another one as evaluation.clip"
         )
 
 

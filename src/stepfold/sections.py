@@ -90,6 +90,9 @@ class TeacherSettings(Section):
         description="of the teacher's weights; bfloat16 halves them, and calls to them run under autocast (a student's "
         "own weights stay in float32)",
     )
+    quantise: Literal["none", "int8", "fp8", "nf4"] = Field(
+        default="none", description="of the weights beneath a LoRA: int8 and fp8 take a byte each, nf4 half a byte"
+    )
     null_mask: Literal["own", "prompt"] = Field(
         default="own",
         description="mask of the unconditional branch: its own (diffusers) or the prompt's (public training code)",
@@ -127,3 +130,21 @@ class TeacherSettings(Section):
         """Takes one, as settings of earlier versions have it, and none."""
         several = given if isinstance(given, list | tuple) else [] if given is None else [given]
         return [lora_of(each) for each in several]
+
+
+def check_quantised(config: Any) -> None:
+    """Refuses networks with all weights of their own beside a quantised teacher; `config` is `config.Config`.
+
+    Raises:
+        ValueError: which, and the way out.
+    """
+    way_out = f"but teacher.quantise={config.teacher.quantise} leaves no weights to train;"
+    if config.teacher.quantise != "none" and not config.student.lora:
+        raise ValueError(f"student.lora is 0, {way_out} give student.lora=64, or teacher.quantise=none")
+    if config.teacher.quantise != "none" and config.training.compile:
+        raise ValueError(
+            f"training.compile is not tested with teacher.quantise={config.teacher.quantise}; give "
+            "training.compile=false, or teacher.quantise=none"
+        )
+    if config.teacher.quantise != "none" and config.fake.updates and config.fake.kind == "whole":
+        raise ValueError(f"fake.kind is whole, {way_out} give fake.kind=lora, or teacher.quantise=none")

@@ -32,7 +32,6 @@ class StudentSettings(Section):
     depth: float = Field(
         default=1.0, gt=0, le=1, description="share of the teacher's blocks that the student keeps, evenly chosen"
     )
-
     times: Literal["one", "two"] = Field(
         default="one",
         description="what the student is told: `one`, the time of the state; `two`, the time to jump to as well (flow "
@@ -169,6 +168,13 @@ class DiscreteSettings(Section):
     huber_constant: float = Field(
         default=0.03, ge=0, description="of the pseudo-Huber distance, per square root of elements, in latent units"
     )
+    jump_power: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="p of the factor n^p of the distance where n jumps lead from edge to edge (target.rule=edge): 0, "
+        "all jumps count alike; 1, errors of one image's jumps add up",
+    )
 
 
 class AdversarialSettings(Section):
@@ -179,6 +185,24 @@ class AdversarialSettings(Section):
         default=0.5, ge=0, le=1, description="share of the judged pictures that are made from pure noise, t = pi/2"
     )
     lr_factor: float = Field(default=1.0, gt=0, description="learning rate of the heads, in units of the student's")
+    updates: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="of the heads alone, before each of the student's (alternating); 0: they learn on the student's "
+        "passes",
+    )
+    r1_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="of the heads' approximate R1, by which a small noise on real latents should not change their "
+        "logits; 0 for none (APT: 100 and more)",
+    )
+    r1_noise: float = Field(default=0.1, gt=0, description="its standard deviation, in units of sigma_data")
+    neighbours: bool = Field(
+        default=False,
+        description="whether each head has convolutions over tokens, so that it sees a token's neighbours",
+    )
     logit_mean: float = Field(default=-0.6, description="of the times that pictures are re-noised to")
     logit_std: float = Field(default=1.0, gt=0, description="of the times that pictures are re-noised to")
 
@@ -202,8 +226,8 @@ Precision = Literal["no", "bf16", "auto"]
 
 PHASE_SETTINGS = ("objective", "space", "target", "consistency", "discrete", "semigroup", "adversarial")
 PHASE_SETTINGS += ("optimiser.lr", "optimiser.clip", "training.micro_batch", "training.tangent")
-PHASE_SETTINGS += ("fake.updates", "rollout", "matching", "decoupled", "identity", "anchor")
-FIXED_IN_PHASES = ("space.reuse", "space.images", "space.cache_latents", "space.guidance")
+PHASE_SETTINGS += ("fake.updates", "rollout", "matching", "decoupled", "identity", "anchor", "reward")
+FIXED_IN_PHASES = ("adversarial.neighbours", "space.reuse", "space.images", "space.cache_latents", "space.guidance")
 
 
 class Phase(Section):
@@ -233,9 +257,7 @@ class TrainingSettings(Section):
     )
     prompts_per_step: int = Field(default=1, ge=1, le=65536, description="trajectories per optimiser step")
     micro_batch: int = Field(
-        default=0,
-        ge=0,
-        description="pairs per backward pass, 0 for all at once; same gradient, less memory",
+        default=0, ge=0, description="pairs per backward pass, 0 for all at once; same gradient, less memory"
     )
     encode_ahead: int = Field(
         default=1,
@@ -288,6 +310,11 @@ class TrainingSettings(Section):
         ge=0,
         description="how many steps of a run may be left out because their gradient is not finite, each noted in the "
         "metrics; 0: the first one stops the run. Above 0 every step waits for the device",
+    )
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        default=("tensorboard",),
+        description="where curves, previews and scores go; tensorboard is in the run folder, the others need the extra "
+        "tracking. wandb stays offline unless WANDB_MODE says otherwise",
     )
     time_stages: bool = Field(
         default=False, description="wait for the GPU after every stage of a step, so that the stages' times are true"

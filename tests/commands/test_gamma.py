@@ -134,6 +134,7 @@ NAMED = {
     "ayf": ("continuous", "flow_map", None),
     "ctm": ("semigroup", "flow_map", None),
     "direct-cm": ("pair", "consistency", None),
+    "flow-map": ("discrete", "flow_map", {1, 2, 4, 8}),
     "progressive": ("semigroup", "flow", {1}),
     "segments": ("semigroup", "flow", {4}),
     "tcd": ("semigroup", "flow_map", None),

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers import SanaPipeline, SanaSprintPipeline, StableDiffusionPipeline
+from diffusers import Flux2Transformer2DModel, SanaPipeline, SanaSprintPipeline, StableDiffusionPipeline
 from forms import cases
 from safetensors.torch import save_file
 from tiny import enliven, make_sana, sana_transformer
@@ -193,6 +194,17 @@ def test_what_a_file_says_of_itself_is_heard(tmp_path: Path) -> None:
     ):
         convert(tmp_path / "flux.safetensors", flux_base, tmp_path / "out")
     assert convert(tmp_path / "flux.safetensors", flux_base, tmp_path / "out", network_only=True) == "FluxPipeline"
+
+
+@pytest.mark.parametrize("is_distilled", [False, True])
+def test_what_the_base_says_of_itself_stays(is_distilled: bool, tmp_path: Path) -> None:
+    """FLUX.2 klein says in its index alone whether it is distilled."""
+    base = tiny.save(partial(tiny.make_flux2_klein, is_distilled=is_distilled), tmp_path / "base")
+    network: Any = Flux2Transformer2DModel.from_pretrained(base / "transformer")
+    file = tmp_path / "klein.safetensors"
+    save_file({name: value.contiguous() for name, value in original_state(network).items()}, file)
+    assert convert(file, str(base), tmp_path / "out") == "Flux2KleinPipeline"
+    assert load_index(str(tmp_path / "out"))["is_distilled"] is is_distilled
 
 
 def test_the_average_is_asked_about(tiny_sana: Path, tmp_path: Path) -> None:

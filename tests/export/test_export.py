@@ -309,7 +309,7 @@ def test_the_commands_of_each_family_begin_runs_of_students_that_the_docs_sample
     for line in lines:
         of = RETIMED[heading] if "runs/retimed/teacher" in line else TINY_FAMILIES[heading]
         student = student_of(of, 4 if "load_lora_weights" in code and of not in RETIMED.values() else 0)
-        given = re.sub(r"--set conditions=\w+|--size \S+|--set teacher.frames=\d+", "", line)
+        given = re.sub(r"--set conditions=\w+|--size \S+|--set teacher.(frames|height|width)=\d+", "", line)
         given = re.sub(r"--teacher \S+", f"--teacher {read_card(student).teacher} --set teacher.max_tokens=24", given)
         given += "" if heading == "DiT" else " --size 32"
         given += " --set teacher.frames=5" if "frames=" in code else ""

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel
+from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from forms import cases
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,7 +20,10 @@ from stepfold.export.single_file import PREFIXES, original_state
 from stepfold.students.loading import load_merged
 from stepfold.teachers.loading import load_teacher
 
-FAMILIES = ("sd1", "sdxl", "sd3", "flux", "lumina", "wan", "sprint", "z-image")
+FAMILIES = (
+    "sd1", "sdxl", "sd3", "flux", "lumina", "wan", "sprint", "z-image", "flux2", "qwen", "chroma", "ernie-image",
+    "wan 2.2 ti2v",
+)  # fmt: skip
 
 
 def change(state: dict[str, Tensor], name: str, down: str, up: str) -> Tensor:
@@ -28,7 +33,7 @@ def change(state: dict[str, Tensor], name: str, down: str, up: str) -> Tensor:
 
 
 @pytest.mark.parametrize("keys", ["comfy", "kohya"])
-@pytest.mark.parametrize("family", cases(FAMILIES, short=["sdxl", "flux"]))
+@pytest.mark.parametrize("family", cases(FAMILIES, short=["sdxl", "flux", "qwen"]))
 def test_each_layer_of_the_original_changes_as_in_the_student(
     family: str, keys: Any, student_of: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -59,14 +64,17 @@ def test_each_layer_of_the_original_changes_as_in_the_student(
 @pytest.mark.parametrize(
     ("family", "keys"),
     cases(
-        [("sd1", "kohya"), ("sdxl", "kohya"), ("wan", "comfy")],
-        short=[("sdxl", "kohya")],
+        [
+            *((family, "kohya") for family in ("sd1", "sdxl", "flux2", "qwen", "z-image")),
+            *((family, "comfy") for family in ("wan", "wan 2.2 ti2v", "flux2", "qwen", "ernie-image")),
+        ],
+        short=[("sdxl", "kohya"), ("flux2", "comfy")],
     ),
 )
 def test_diffusers_reads_the_names(family: str, keys: Any, student_of: Callable[..., Path], tmp_path: Path) -> None:
     """It has converters of its own for these layouts; merged by its names, the teacher's network is the student's.
 
-    Its converter of FLUX's knows the published widths alone.
+    Its converter of FLUX.1's knows the published widths alone; see below.
     """
     student = student_of(family, lora=4)
     file = run_export(student, "lora", tmp_path / "lora.safetensors", force=False, keys=keys)
@@ -75,6 +83,30 @@ def test_diffusers_reads_the_names(family: str, keys: Any, student_of: Callable[
     found, wanted = load_teacher(settings, "cpu").transformer.state_dict(), merged.transformer.state_dict()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [FluxTransformer2DModel, ChromaTransformer2DModel])
+def test_diffusers_reads_flux_and_chroma_at_their_published_width(kind: Any) -> None:
+    """Its converter of kohya's names for both; the network is two blocks that have no weights."""
+    with torch.device("meta"):
+        network = kind(num_layers=1, num_single_layers=1)
+    layers = {
+        name: value for name, value in network.named_modules() if "blocks." in name and hasattr(value, "in_features")
+    }
+    weights = {}
+    for name, layer in layers.items():
+        weights[f"transformer.{name}.lora_A.weight"] = torch.randn(2, layer.in_features)
+        weights[f"transformer.{name}.lora_B.weight"] = torch.randn(layer.out_features, 2)
+    again = _convert_kohya_flux_lora_to_diffusers(renamed(weights, network, "transformer", "kohya"))
+    assert again.keys() == weights.keys()
+    for name, layer in layers.items():
+        x = torch.randn(layer.in_features)
+        ends = [
+            (state[f"transformer.{name}.lora_A.weight"], state[f"transformer.{name}.lora_B.weight"])
+            for state in (again, weights)
+        ]
+        found, wanted = (up @ (down @ x) for down, up in ends)
+        torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-4)
 
 
 def test_pieces_without_a_lora_stay_as_they_are() -> None:

@@ -26,6 +26,7 @@ from stepfold.students.card import CARD, read_card
 from stepfold.students.loading import load_student
 from stepfold.students.sana import SanaStudent
 from stepfold.students.whole import new_student
+from stepfold.teachers.conventions import conventions
 from stepfold.teachers.sana import SanaTeacher
 
 PROMPTS = ["red heart", "dog on blue background", "pizza on a white plate"]
@@ -186,6 +187,17 @@ def test_the_card_shows_what_was_measured(folder: Path):
     assert "| CLIP score | FD (n = 480) | Diversity |" in text
     assert "77 optimiser steps of 5 trajectories" in text and "with consistency on the teacher's own" in text
     assert "accuracy" not in model_card(card)
+
+
+def test_the_card_says_how_the_pipeline_counts(folder: Path, teacher: SanaTeacher):
+    card = read_card(folder)
+    assert card.conventions == conventions(teacher, {k: card.recipe.times[k] for k in card.calls})
+    text, named = model_card(card), "guidance scale s and weight w"
+    assert (
+        f"| {named} | {card.conventions[named]} |" in text
+        and "| noise levels, 4 steps | 1, 0.7071, 0.5, 0.2929; no shift |" in text
+    )
+    assert "In other tools" not in model_card(card.model_copy(update={"conventions": {}}))  # an earlier card
 
 
 def test_a_student_is_replaced_whole_or_not_at_all(

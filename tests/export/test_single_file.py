@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
+    ErnieImageTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -37,7 +40,7 @@ SDXL: dict[str, Any] = dict(
     attention_head_dim=[5, 10, 20],
 )  # fmt: skip
 SD35: dict[str, Any] = dict(qk_norm="rms_norm", dual_attention_layers=tuple(range(13)), num_layers=24)
-READ = ("sd1", "sdxl", "sd3", "first sana", "wan", "z-image")
+READ = ("sd1", "sdxl", "sd3", "first sana", "wan", "z-image", "qwen")
 KLEIN: dict[str, Any] = dict(
     num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
 )  # fmt: skip
@@ -62,6 +65,9 @@ WAN_22_5B: dict[str, Any] = dict(in_channels=48, out_channels=48, num_attention_
         pytest.param(WanTransformer3DModel, {}, id="wan-14b"),
         pytest.param(ZImageTransformer2DModel, {}, id="z-image"),
         pytest.param(WanTransformer3DModel, WAN_22_5B, id="wan-2.2-5b"),
+        pytest.param(QwenImageTransformer2DModel, {}, id="qwen-image"),
+        pytest.param(ChromaTransformer2DModel, {}, id="chroma"),
+        pytest.param(ErnieImageTransformer2DModel, {}, id="ernie-image"),
     ],
 )
 def test_networks_of_real_size_come_back_to_the_bit(kind: Any, config: dict[str, Any]) -> None:
@@ -88,6 +94,8 @@ def test_names_are_those_of_the_checkpoints(student_of: Callable[..., Path]) -> 
         "lumina": "context_refiner.0.attention_norm1.weight",
         "wan": "blocks.0.self_attn.norm_q.weight",
         "z-image": "noise_refiner.0.attention.q_norm.weight",
+        "qwen": "transformer_blocks.0.attn.add_q_proj.weight",
+        "chroma": "distilled_guidance_layer.norms.0.scale",
     }
     for family, name in wanted.items():
         teacher, _, _ = load_merged(student_of(family), "cpu")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stepfold.objectives.adversarial import Discriminator, discriminator_loss, generator_loss
+from stepfold.objectives.adversarial import AROUND, Around, Discriminator, discriminator_loss, generator_loss
 
 WIDTHS = (6, 6, 8)
 
@@ -66,3 +66,25 @@ def test_no_layer_has_a_gain_above_one():
         layers = [m for m in discriminator.modules() if isinstance(m, torch.nn.Linear)]
         norms = torch.stack([torch.linalg.matrix_norm(layer.weight, ord=2) for layer in layers])
     assert torch.allclose(norms, torch.ones(9), atol=1e-3)
+
+
+def test_a_head_with_neighbours_sees_those_around_a_token_and_no_others():
+    for neighbours, reach in ((False, 0), (True, 2 * (AROUND // 2))):
+        discriminator = Discriminator((6,), neighbours).eval()
+        tokens = torch.randn(2, 40, 6)
+        before = discriminator([tokens])
+        tokens[0, 20] += torch.randn(6)
+        changed = ((discriminator([tokens]) - before).abs() > 1e-7).nonzero()
+        assert changed[:, 0].unique().tolist() == [0]
+        assert {abs(place - 20) for place in changed[:, 1].tolist()} == set(range(reach + 1))
+
+
+def test_what_sees_around_has_no_gain_above_one():
+    around = Around(4)
+    with torch.no_grad():
+        around.across.bias.zero_()
+        for _ in range(50):
+            around(torch.randn(1, 30, 4))
+        units = torch.eye(120).reshape(120, 30, 4)
+        gain = torch.linalg.matrix_norm(around.eval()(units).flatten(1), ord=2)
+    assert 0.3 < gain <= 1 + 1e-4

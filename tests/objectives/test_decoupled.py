@@ -12,7 +12,7 @@ from torch import Tensor
 from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_time, interpolate
 from stepfold.objectives import decoupled
-from stepfold.objectives.decoupled import decoupled_loss, guidance_direction, times_below
+from stepfold.objectives.decoupled import decoupled_loss, guidance_direction, statistics_loss, times_below
 from stepfold.objectives.matching import matching_direction
 
 W = 4.5
@@ -106,3 +106,35 @@ def test_times_of_guidance_are_even_levels_below_the_students_own(shift: float) 
 def test_a_guided_fake_score_is_refused() -> None:
     with pytest.raises(UserError, match=r"matching\.fake_guidance=1"):
         settings("objective=decoupled", "matching.fake_guidance=3", "fake.unprompted=0.1")
+
+
+def divergence(mean: Tensor, std: Tensor, to: tuple[float, float]) -> Tensor:
+    """KL(N(mean, std^2) || N(to)) by torch's own rule."""
+    law, theirs = torch.distributions.Normal(mean, std), torch.distributions.Normal(*(torch.tensor(v) for v in to))
+    return torch.distributions.kl_divergence(law, theirs)
+
+
+def test_a_pictures_mean_and_variance_are_held_to_the_teachers() -> None:
+    x0 = (torch.randn(4, 3, 5, 5) * torch.tensor([0.3, 0.5, 1.0, 2.0])[:, None, None, None]).double()
+    y = (x0 / SIGMA_DATA).flatten(1)
+    found = statistics_loss(x0, 0.1, 0.8, SIGMA_DATA)
+    torch.testing.assert_close(found, divergence(y.mean(1), y.std(1, correction=0), (0.1, 0.8)).double())
+    own = (y - y.mean(1, keepdim=True)) / y.std(1, correction=0, keepdim=True)
+    assert statistics_loss(SIGMA_DATA * (0.1 + 0.8 * own), 0.1, 0.8, SIGMA_DATA).abs().max() < 1e-12
+    x0.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(statistics_loss(x0, 0.0, 1.0, SIGMA_DATA).sum(), x0)
+    assert ((gradient * x0).sum((1, 2, 3)) > 0).tolist() == [False, False, True, True]  # saturated ones shrink
+
+
+def test_the_term_is_added_with_its_weight_and_only_then() -> None:
+    states, draws = states_of(guidance=W)
+
+    def loss(*changes: str) -> Any:
+        networks = networks_of(Perfect(0.9, 0.2), TEACHER, Score(0.4, 0.2))
+        return decoupled_loss(networks, states, draws, settings("objective=decoupled", *changes), 0)
+
+    plain, held = loss(), loss("decoupled.statistics_weight=0.3", "decoupled.statistics=[0.2, 0.9]")
+    torch.testing.assert_close(held.value, plain.value + 0.3 * held.metrics["statistics"])
+    assert "statistics" not in plain.metrics and held.metrics["statistics"].min() > 0
+    with pytest.raises(UserError, match=r"decoupled\.statistics"):
+        settings("decoupled.statistics=[0, 0]")

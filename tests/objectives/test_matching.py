@@ -31,6 +31,7 @@ from stepfold.objectives.denoising import denoising_error
 from stepfold.objectives.matching import along, matching_direction, matching_loss, matching_weight
 from stepfold.scores import Weighting
 from stepfold.spaces.records import Pairs
+from stepfold.training.step_log import Metrics, means, spread_of
 from stepfold.training.terms import terms_of
 
 Direction = Callable[..., Tensor]
@@ -410,3 +411,111 @@ def test_a_direction_of_the_wrong_sign_drives_the_student_away(monkeypatch: pyte
 def test_settings_that_do_not_go_together_are_refused(changes: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config("demo", list(changes))
+
+
+# Identities beside the package's own choices.
+
+
+def f_divergence(kind: str, rho: Tensor) -> Tensor:
+    """f(rho) of D_f = E_fake[f(p_real / p_fake)]."""
+    return {
+        "reverse KL": lambda: -rho.log(),
+        "forward KL": lambda: rho * rho.log(),
+        "Jensen-Shannon": lambda: (rho * rho.log() - (1 + rho) * ((1 + rho) / 2).log()) / 2,
+        "chi square": lambda: (rho - 1).square(),
+    }[kind]()
+
+
+WEIGHT_OF: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse KL": torch.ones_like,
+    "forward KL": lambda rho: rho,
+    "Jensen-Shannon": lambda rho: rho / (2 * (1 + rho)),
+    "chi square": lambda rho: 2 * rho.square(),
+}
+"""h(rho) = f''(rho) rho^2."""
+
+
+@pytest.mark.parametrize("kind", WEIGHT_OF)
+def test_kls_direction_times_a_function_of_the_density_ratio_is_another_divergences_gradient(kind: str) -> None:
+    """With h = 1 it is ours, reverse KL; another kind's weight misses by far."""
+    t, teacher, law = 0.8, gaussian(0.4, 0.2), torch.tensor([0.3, 0.23], dtype=torch.float64, requires_grad=True)
+
+    def variance(std: Tensor) -> Tensor:
+        return (math.cos(t) * std) ** 2 + (math.sin(t) * SIGMA_DATA) ** 2
+
+    def log_density(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return -((x - math.cos(t) * mean) ** 2) / (2 * variance(std)) - (2 * math.pi * variance(std)).log() / 2
+
+    grid = torch.linspace(-4, 4, 8001, dtype=torch.float64)
+    p, q = (log_density(grid, *each) for each in ((teacher.mean, teacher.std), (law[0], law[1])))
+    exact = torch.autograd.grad(torch.trapezoid(q.exp() * f_divergence(kind, (p - q).exp()), grid), law)[0]
+
+    z0, z, weight = quadrature(80)
+    x0, times = law[0] + law[1] * z0, torch.full((len(z0),), t, dtype=torch.float64)
+    x = interpolate(x0.detach(), SIGMA_DATA * z, times)
+    fake = GaussianTeacher(law[0].detach(), law[1].detach(), SIGMA_DATA)
+    real, theirs = (data_prediction(x, times, each.velocity(x, times)) for each in (teacher, fake))
+    along_kl = along(matching_direction(x0.detach(), real, theirs, times, "kl", SIGMA_DATA), x0, SIGMA_DATA, "sum")
+    logs = [log_density(x, *each) for each in ((teacher.mean, teacher.std), (fake.mean, fake.std))]
+    rho = (logs[0] - logs[1]).exp().squeeze(1)
+    for name, h in WEIGHT_OF.items():
+        ours = torch.autograd.grad((weight * h(rho) * along_kl).sum(), law, retain_graph=True)[0]
+        off = float((ours - exact).norm() / exact.norm())
+        assert off < 1e-9 if name == kind else off > 0.05
+
+
+@pytest.mark.parametrize("s", [0.0, 0.6])
+def test_targets_given_what_a_phase_hands_over_have_the_velocity_as_their_regression(s: float) -> None:
+    """Phases with a student that predicts x_0 take the ordinary target: its regression is that of the subinterval's.
+
+    x_t = cos u x_s + sin u n with cos u = cos t / cos s, and v* = sin t / (cos s sin u) (cos u n - sin u x_s).
+    """
+    t, teacher = 1.1, gaussian(0.4, 0.2)
+    u, cos, sin = math.acos(math.cos(t) / math.cos(s)), math.cos, math.sin
+    # x_0 = mean + std a, x_s = cos s x_0 + sin s sigma_data b, n = sigma_data c with a, b, c of N(0, 1)
+    std, mean = float(teacher.std), float(teacher.mean)
+    x_s = torch.tensor([cos(s) * std, sin(s) * SIGMA_DATA, 0.0], dtype=torch.float64)
+    n = torch.tensor([0.0, 0.0, SIGMA_DATA], dtype=torch.float64)
+    x_0 = torch.tensor([std, 0.0, 0.0], dtype=torch.float64)
+    x_t = cos(u) * x_s + sin(u) * n
+    rate = sin(t) / (cos(s) * sin(u))
+    star = rate * (cos(u) * n - sin(u) * x_s)
+    noise = (x_t - cos(t) * x_0) / sin(t)  # the z of x_t = cos t x_0 + sin t z
+    ordinary = cos(t) * noise - sin(t) * x_0
+    for target, at_mean in ((star, -rate * sin(u) * cos(s) * mean), (ordinary, -sin(t) * mean)):
+        slope = (target @ x_t) / (x_t @ x_t)
+        x, times = torch.randn(5, 1).double(), torch.full((5,), t, dtype=torch.float64)
+        regression = at_mean + slope * (x - cos(t) * mean)
+        torch.testing.assert_close(regression, teacher.velocity(x, times), rtol=1e-12, atol=1e-12)
+    naive = cos(t) * n - sin(t) * x_s  # the ordinary rule with x_s in the place of x_0
+    assert s == 0 or abs((naive @ x_t) / (x_t @ x_t) - slope) > 0.1
+    if s == 0:
+        torch.testing.assert_close(star, ordinary)
+
+
+@pytest.mark.parametrize(("numel", "within"), [(3, 1e-9), (8, 1e-9), (1000, 0.1)])
+def test_the_spread_of_pictures_is_known_from_a_few_numbers_of_each(numel: int, within: float) -> None:
+    pictures = torch.randn(400, numel).double() * torch.linspace(0.1, 2, numel) + torch.linspace(-5, 5, numel)
+    exact = pictures.var(0).mean().sqrt()
+    parts = torch.cat([matching.sketches(some) for some in pictures.split(7)])
+    assert parts.shape == (400, matching.SKETCHES)
+    values = {f"sketch_{i}": part for i, part in enumerate(parts.unbind(1))}
+    found = spread_of(Metrics(torch.arange(400), values, 400, 400))
+    assert found == pytest.approx(float(exact), rel=within)
+    collapsed = {name: part[:1].expand(400) for name, part in values.items()}
+    assert spread_of(Metrics(torch.arange(400), collapsed, 400, 400)) == pytest.approx(0, abs=1e-9)
+    alone = {name: part[:1] for name, part in values.items()}
+    assert (
+        spread_of(Metrics(torch.arange(1), alone, 1, 1)) is None and spread_of(Metrics(parts[:, 0], {}, 1, 1)) is None
+    )
+
+
+@pytest.mark.parametrize("seen", [0.1, 0.7, 0.5])
+def test_what_a_late_fake_score_misses_is_how_far_the_pictures_moved_since(seen: float) -> None:
+    """Of means alone: (m - m_fake) / (m_fake - m_real), at every time; 0 for a fake score that is exact."""
+    m, real = 0.5, 0.4
+    states, draws = states_of(4000)
+    student, fake = Perfect(m, 0.2), Score(seen, 0.2)
+    loss = matching_loss(networks_of(student, Law(real, 0.2), fake), states, draws, settings(), 0)
+    metrics = Metrics(states.prompt, loss.metrics | {"t": states.t}, 4000, 4000)
+    assert means(metrics)["miss"] == pytest.approx((m - seen) / (seen - real), abs=0.1)

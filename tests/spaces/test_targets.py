@@ -14,7 +14,7 @@ from stepfold.maths.formulations import flow_time
 from stepfold.objectives.contract import Networks
 from stepfold.spaces.records import Pairs, States
 from stepfold.spaces.targets import Rules, aimed, edge_below, gap_below, later_state
-from stepfold.training.states import collect
+from stepfold.training.states import collect, states_per_prompt
 
 TWO = ("student.times=two", "objective=continuous", "space.filter_rule=off", "training.precision=no")
 
@@ -69,6 +69,50 @@ def test_the_edge_is_the_lower_end_of_the_segment() -> None:
     assert found.t_target is not None
     wanted = [max(time for time in times.tolist() if time < t) for t in found.t.tolist()]
     assert found.t_target.tolist() == pytest.approx(wanted)
+
+
+def grids_of_walks(found: States, count: int) -> list[int]:
+    """How many segments each walk's states have been given; every state's target fits."""
+    assert found.t_target is not None
+    edges = {n: torch.tensor([*Law().student_times(n, "flow_map")[1:], 0.0]) for n in (1, 3)}
+    walks = []
+    for t, s in zip(found.t.view(-1, count), found.t_target.view(-1, count), strict=True):
+        below = {n: torch.stack([edge[edge < time].max() for time in t]) for n, edge in edges.items()}
+        walks.append(next(n for n, wanted in below.items() if torch.allclose(s, wanted)))
+    return walks
+
+
+def test_each_walk_draws_a_number_of_segments() -> None:
+    changes = ("target.segments={1: 1, 3: 3}", "objective=discrete")
+    found = drawn("edge", *changes, batch=400)
+    walks = grids_of_walks(found, 8)
+    assert len(walks) == 400 and walks.count(3) / 400 == pytest.approx(0.75, abs=0.05)
+    alone = [drawn("edge", *changes, "space.route_per=prompt", batch=1, number=i) for i in range(8)]
+    assert [grids_of_walks(part, 8)[0] for part in alone] == walks[:8]
+
+
+def test_a_state_may_have_several_targets() -> None:
+    """A walk's states come once for each, in the same order; the draws of a walk are stratified."""
+    one, two = (drawn("edge", "target.segments={1: 1, 3: 1}", f"target.draws={n}", batch=6) for n in (1, 2))
+    assert isinstance(one, Pairs) and isinstance(two, Pairs) and two.t_target is not None
+    assert torch.equal(two.x.view(6, 2, 8, 3), one.x.view(6, 1, 8, 3).expand(6, 2, 8, 3))
+    assert torch.equal(two.number, torch.arange(96)) and two.num_drawn == 96 and two.walk_length == one.walk_length
+    assert torch.equal(two.prompt, torch.arange(6).repeat_interleave(16))
+    assert grids_of_walks(two, 8) == [1, 3] * 6 and two.num_jumps is not None
+    assert torch.equal(two.num_jumps, torch.tensor([1.0, 3.0]).repeat(6).repeat_interleave(8).to(two.num_jumps))
+    mixed = drawn("{edge: 1, zero: 1}", "target.segments=3")
+    assert mixed.num_jumps is not None and set(mixed.num_jumps.tolist()) == {1.0, 3.0}
+    assert bool((mixed.t_target[mixed.num_jumps == 1] == 0).all()) and drawn("uniform").num_jumps is None  # type: ignore[index]
+    dropped = drawn(
+        "edge", "target.segments={1: 1, 3: 1}", "target.draws=2", "space.filter_rule=hard",
+        "space.filter_threshold=0.3", batch=6, keep=0.0,
+    )  # fmt: skip
+    assert 0 < len(dropped) < 96 and torch.equal(dropped.number // 16, dropped.prompt)
+    assert torch.equal(dropped.t_target, two.t_target[dropped.number])  # type: ignore[arg-type]
+    each = drawn("uniform", "target.draws=2", batch=1)
+    assert each.t_target is not None and not torch.equal(*each.t_target.view(2, 8))
+    assert states_per_prompt("generation", load_config("default", [*TWO, "target.rule=gap", "target.draws=2"])) == 30
+    assert states_per_prompt("generation", load_config("default", [*TWO, "target.rule=gap"])) == 15
 
 
 def test_later_states_are_of_the_same_walk_and_equally_likely() -> None:
@@ -149,8 +193,19 @@ def test_rules_by_hand() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["target.rule=uniform", "objective=discrete"], r"objective=discrete, which has no target time; give obj"),
-        (["target.rule=uniform"], r"objective=auto, which has no target time; give objective=continuous, pair"),
+        (["target.rule=uniform", "objective=velocity"], r"objective=velocity, which has no target time; give obj"),
+        (
+            ["target.rule=edge", "target.segments={1: 1, 2: 1}", "objective=discrete"],
+            r"1 and 2 segments for .*times=two, or one number",
+        ),
+        (
+            [*TWO, "objective=discrete", "target.rule={zero: 1, diagonal: 1}"],
+            r"a jump of no length; give target\.rule without diagonal",
+        ),
+        ([*TWO, "target.draws=2"], r"the same target again with target\.rule=zero; leave target\.draws out, or give"),
+        ([*TWO, "target.rule=edge", "target.draws=3"], r"target\.draws=3 gives each state the same target again with"),
+        (["target.segments={4: 0}"], r"none has a share above 0; give one, for example \{1: 0.5, 4: 0.5\}"),
+        (["target.rule=uniform"], r"objective=auto, which has no target time; give objective=continuous, discrete"),
         (["target.rule=uniform", "objective=continuous"], r"needs a student that is told where to jump to; give"),
         (["target.rule={edge: 1, zero: 1}", "objective=semigroup"], r"edge, zero needs a student .*; give student"),
         (["target.rule=diagonal", "objective=continuous"], r"alone is velocity matching; give objective=velocity"),
@@ -176,8 +231,9 @@ def test_rules_by_hand() -> None:
         ),
         (["objective=semigroup", "space.kind=prior"], r"no route whose next time could be m; give semi"),
         (["semigroup.alpha_final=0.1"], r"where a course of alpha ends; give semigroup\.alpha=1 and"),
-        (["target.rule={gap: 0}"], r"no rule has a share above 0; give one"),
-        (["target.segments=9"], r"target\.segments is 9"),
+        (["target.rule={gap: 0}"], r"none has a share above 0; give one, for example \{uniform"),
+        (["target.segments=9"], r"target\.segments is 9: 9 is no number of segments; give 1 to 8"),
+        (["target.segments={2: 1, 0: 1}"], r"target\.segments: 0 is no number of segments; give 1 to 8"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_one_line(changes: list[str], message: str) -> None:

@@ -61,6 +61,7 @@ from stepfold.teachers.prx import PRXTeacher
 from stepfold.teachers.qwen_image import QwenImageTeacher
 from stepfold.teachers.sana import GemmaTexts, SanaTeacher, SprintTeacher
 from stepfold.teachers.sana_video import SanaVideoTeacher
+from stepfold.teachers.schedules import FlowSchedule, VPSchedule
 from stepfold.teachers.sd3 import SD3Teacher
 from stepfold.teachers.stable_diffusion import StableDiffusionTeacher, StableDiffusionXLTeacher
 from stepfold.teachers.wan import WanTeacher
@@ -704,6 +705,9 @@ def test_a_second_text_goes_where_the_first_goes():
     assert of(whole.trimmed()).embeds.shape == (2, 2, 3) and whole.trimmed().embeds.shape == (2, 2, 4)
     assert of(whole.rows(slice(1, 2)).trimmed()).embeds.shape == (1, 1, 3)
     assert of(whole.padded(6)).embeds.shape == (2, 4, 3) and of(whole.first_tokens(1)).embeds.shape == (2, 4, 3)
+    longer = of(whole.padded(6, 5))
+    assert longer.embeds.shape == (2, 5, 3) and longer.mask[:, 4].tolist() == [0, 0]
+    assert of(whole.padded(6, 3)).embeds.shape == (2, 4, 3)
     assert torch.equal(of(whole.rows(torch.tensor([1, 0]))).embeds, second.embeds[[1, 0]])
     assert torch.equal(of(whole.repeat_interleave(2)).mask, second.mask[[0, 0, 1, 1]])
     assert torch.equal(of(whole.rows(slice(0, 1)).expand(3)).embeds, second.embeds[[0, 0, 0]])
@@ -711,3 +715,32 @@ def test_a_second_text_goes_where_the_first_goes():
     joined = concatenate([whole.rows(slice(0, 1)).trimmed(), whole.rows(slice(1, 2)).trimmed()])
     assert of(joined).mask.tolist() == [[1, 1], [0, 0]] and joined.mask.tolist() == [[1, 1], [1, 0]]
     assert torch.equal(of(joined).pooled, second.pooled)
+
+
+def test_time_and_output_are_as_the_family_says(teacher: Any):
+    """The largest timestep is that of noise, or of data; what the network gives is the flow velocity or its reverse."""
+    x, t = some_states(teacher)
+    condition, guidance = teacher.encode(PROMPTS).rows(slice(0, 1)), scales(teacher, teacher.no_guidance)
+    told, given = [], []
+
+    def watch(module: nn.Module, args: Any, named: dict[str, Any], output: Any) -> None:
+        times = (
+            [named["timestep"]] if "timestep" in named else [v for v in args if isinstance(v, Tensor) and v.ndim == 1]
+        )
+        told.append(float(times[0].flatten()[0]))
+        out = output[0] if isinstance(output, tuple) else output
+        given.append(float(sum(part.sum() for part in out)))
+
+    hook = teacher.transformer.register_forward_hook(watch, with_kwargs=True)
+    totals = []
+    for i in range(3):
+        v = teacher.velocity(
+            x[i : i + 1], t[i : i + 1], condition, guidance if teacher.guidance_kind == "embedded" else None
+        )
+        x_unit = x[i : i + 1] / teacher.sigma_data
+        totals.append(float(FlowSchedule(1000).output(x_unit, t[i : i + 1], v / teacher.sigma_data).sum()))
+    hook.remove()
+    assert sorted(told, reverse=teacher.rises_to == "data") == told and len(set(told)) == 3
+    if not isinstance(teacher.schedule, VPSchedule):
+        sign = -1 if teacher.rises_to == "data" else 1
+        assert [sign * value for value in given] == pytest.approx(totals, rel=1e-3, abs=1e-2)

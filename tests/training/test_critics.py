@@ -13,10 +13,10 @@ from gaussians import SIGMA_DATA, Guided, Law, Perfect, Score, TwoScores, batch_
 from torch import Tensor
 
 from stepfold.config import Config, load_config
-from stepfold.errors import NonFiniteError
+from stepfold.errors import NonFiniteError, UserError
 from stepfold.maths.routes import level_times
 from stepfold.objectives import denoising
-from stepfold.objectives.adversarial import NAME, Discriminator, adversarial_loss
+from stepfold.objectives.adversarial import NAME, Discriminator, adversarial_loss, judged_draws
 from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.spaces.records import Pairs
@@ -110,8 +110,9 @@ def test_the_times_of_the_fake_are_even_levels_shifted_and_clamped() -> None:
 # The discriminator on two Gaussians: the student's pictures N(m, .) and the teacher's ends.
 
 
-def judged(student: Score, discriminator: Discriminator, number: int) -> Any:
-    config = load_config("default", ["space.filter_rule=off", "space.route_steps=12", "adversarial.weight=1"])
+def judged(student: Score, discriminator: Discriminator, number: int, *changes: str) -> Any:
+    more = ("space.filter_rule=off", "space.route_steps=12", "adversarial.weight=1")
+    config = load_config("default", [*more, *changes])
     teacher: Any = Law(0.4, 0.1)
     networks = Networks(student, teacher, {NAME: discriminator})
     batch = batch_of(16, number)
@@ -293,3 +294,109 @@ def test_the_memory_estimate_counts_a_critics_states(teacher: SanaTeacher, setti
     with_fake, _ = memory_estimate(settings(), student, condition, shape, 1, [fake])
     weights = sum(parameter.numel() * 4 for parameter in fake.parameters())
     assert (with_fake - plain) * 2**30 == pytest.approx(4 * weights)  # itself, its gradient, AdamW's two; no average
+
+
+ALTERNATING = ("space.kind=endpoints", "adversarial.weight=0.5", "adversarial.updates=2")
+BETTER = (*ALTERNATING, "adversarial.r1_weight=100", "adversarial.neighbours=true")
+
+
+@pytest.mark.parametrize("changes", [BETTER, (*BETTER, "training.micro_batch=1"), ALTERNATING])
+def test_alternating_heads_learn_in_updates_of_their_own_and_resume_to_the_bit(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, tensors: Callable,
+    monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...],
+) -> None:  # fmt: skip
+    from stepfold.objectives import adversarial
+
+    trained: list[bool] = []
+    right = adversarial.heads_loss
+    monkeypatch.setattr(adversarial, "heads_loss", lambda *a: trained.append(torch.is_grad_enabled()) or right(*a))
+    config = settings(*changes)
+    ours = run(config, tmp_path / "run", teacher, prompts)
+    parts = 2 if "training.micro_batch=1" in changes else 1
+    assert len(trained) == 2 * parts * config.training.steps  # none on the student's own passes
+    first, last = (tensors(path) for path in checkpoints(tmp_path / "run"))
+    for who in ("student", NAME):
+        assert any(name.startswith(f"{who}.") and not torch.equal(last[name], first[name]) for name in last)
+    assert any(".across." in name for name in last) == ("adversarial.neighbours=true" in changes)
+    rows = read_metrics(tmp_path / "run")
+    for row in rows:
+        assert row["generator_loss"] and "discriminator_loss" not in row and row["grad_norm/discriminator"] > 0
+        assert ("discriminator/roughness" in row) == (changes is not ALTERNATING) and row["discriminator/loss"] > 0
+    shutil.rmtree(checkpoints(tmp_path / "run")[-1])
+    assert equal(run(config, tmp_path / "run", teacher, prompts), ours)
+    assert equal(tensors(checkpoints(tmp_path / "run")[-1]), last) and read_metrics(tmp_path / "run") == rows
+
+
+def test_micro_batches_of_alternating_heads_add_up(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    found = []
+    for parts in (0, 1):
+        config = settings(*BETTER, f"training.micro_batch={parts}")
+        run(config, tmp_path / str(parts), teacher, prompts)
+        found.append(read_metrics(tmp_path / str(parts)))
+    for whole, in_parts in zip(*found, strict=True):
+        assert in_parts == pytest.approx(whole, rel=1e-3, abs=1e-3)
+
+
+def test_in_a_fakes_head_start_alternating_heads_have_their_pairs(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+) -> None:
+    run(settings(*RCM_AND_HEADS, "training.steps=2"), tmp_path / "run", teacher, prompts)
+    rows = read_metrics(tmp_path / "run")
+    assert [("discriminator/loss" in row, "loss" in row) for row in rows] == [(True, False), (True, True)]
+
+
+RCM_AND_HEADS = (*ALTERNATING, *FAKE_ON, "fake.head_start=1", "matching.weight=0.1")
+
+
+def test_alternating_heads_take_no_filter() -> None:
+    with pytest.raises(UserError, match=r"adversarial\.updates=1 .*give space\.filter_rule=off"):
+        load_config("default", ["adversarial.weight=1", "adversarial.updates=1", "space.filter_rule=hard"])
+    load_config("default", ["adversarial.updates=1", "space.filter_rule=hard"])
+    with pytest.raises(UserError, match=r"adversarial\.neighbours stays the same in all phases"):
+        load_config("default", ["training.phases=[{steps: 1, set: {adversarial.neighbours: true}}]"])
+
+
+class Linear(torch.nn.Module):
+    """A head whose gradient is known: w times the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([0.3, -1.0, 2.0]).double())
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return maps[0].double() @ self.w
+
+
+def test_roughness_is_the_squared_gradient_times_the_noises_variance() -> None:
+    """Of a linear head, in the mean over pictures, noised to times t: cos^2 t |w|^2 d^2."""
+    changes = ["adversarial.weight=1", "adversarial.r1_weight=1", "adversarial.r1_noise=0.02", "space.filter_rule=off"]
+    config = load_config("default", [*changes, "space.route_steps=12"])
+    teacher: Any = Law(0.4, 0.1)
+    networks = Networks(Perfect(0.4, 0.1), teacher, {NAME: Linear()})
+    found, expected = [], []
+    for number in range(8):
+        batch = batch_of(64, number)
+        pairs = collect(["generation"], batch, nothing(64), networks, config)["generation"]
+        assert isinstance(pairs, Pairs)
+        found.append(adversarial_loss(networks, pairs, batch.draws, config, 0).metrics["roughness"])
+        t = judged_draws(pairs, batch.draws, config, SIGMA_DATA).t
+        expected.append(t.cos().square() * (0.02 * SIGMA_DATA) ** 2 * (0.09 + 1 + 4))
+    assert float(torch.cat(found).mean() / torch.cat(expected).mean()) == pytest.approx(1, rel=0.05)
+
+
+def test_the_penalty_holds_the_heads_back() -> None:
+    """Heads that are told two laws apart are flatter with it."""
+    sizes = []
+    for weight in (0, 300):
+        torch.manual_seed(0)
+        heads, student = Mean(), Perfect(-0.4, 0.1)
+        optimiser = torch.optim.Adam(heads.parameters(), lr=2e-2)
+        for number in range(40):
+            judged(student, heads, number, f"adversarial.r1_weight={weight}").of_critic.mean().backward()  # type: ignore[arg-type]
+            optimiser.step()
+            optimiser.zero_grad()
+        with torch.no_grad():
+            sizes.append(float((heads.out.weight.abs() @ heads.line.weight.abs()).sum()))
+    assert sizes[1] < 0.8 * sizes[0]

@@ -273,6 +273,13 @@ ASKING = {
     "pair": ("student.times=two", "target.rule={later: 0.75, diagonal: 0.25}", "objective=pair"),
     "semigroup": (*AIMED, "objective=semigroup"),
     "segments": ("target.rule=edge", "objective=semigroup"),
+    "edges": (
+        "student.times=two",
+        "objective=discrete",
+        "target.rule=edge",
+        "target.segments={1: 1, 2: 1}",
+        "target.draws=2",
+    ),
     "lagrange": (*AIMED, "objective=lagrange", "space.kind=prior"),
 }
 
@@ -283,7 +290,7 @@ def test_a_step_asks_the_device_for_nothing(
 ) -> None:
     """From the drawn numbers to the gradient: no value is read, so a GPU is never waited for; nor is anything float64,
     which a GPU is slow at and some do not have. The numbers themselves are drawn on the CPU."""
-    for kind, name in ((Batch, "route"), (Batch, "times"), (Draws, "_draw"), (states_of_spaces, "grid_of")):
+    for kind, name in ((Batch, "route"), (Batch, "times"), (Draws, "_draw"), (states_of_spaces, "grids_of")):
         monkeypatch.setattr(kind, name, unwatched(getattr(kind, name)))
     config, accelerator = settings("space.filter_rule=off", *ASKING.get(backend, ())), make_accelerator("no")
     student = new_student(teacher, two_times=config.student.times == "two")

@@ -22,6 +22,7 @@ from stepfold.config import TeacherSettings
 from stepfold.spaces.generation import pairs_from, walk
 from stepfold.spaces.records import Pairs
 from stepfold.students.whole import new_student
+from stepfold.teachers.conventions import conventions
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher, trigflow_network
 from stepfold.teachers.stable_diffusion import StableDiffusionXLTeacher
@@ -47,8 +48,10 @@ def pairs(teacher: SanaTeacher) -> Pairs:
 def test_sound_teacher_passes_every_check(tiny_sana: Path) -> None:
     findings = doctor.examine(TeacherSettings(source=str(tiny_sana), max_tokens=64), "cpu")
     assert [f for f in findings if not f.ok] == []
-    assert len({f.check for f in findings}) == len(findings) == 12
+    assert len({f.check for f in findings}) == len(findings) == 28
     assert all(f.number and f.want for f in findings)
+    said = conventions(load_teacher(TeacherSettings(source=str(tiny_sana), max_tokens=64), "cpu"))
+    assert said.items() <= {f.check: f.number for f in findings}.items()
 
 
 @pytest.mark.parametrize(
@@ -58,7 +61,7 @@ def test_sound_teacher_passes_every_check(tiny_sana: Path) -> None:
 def test_it_looks_at_a_teacher_as_it_will_be_trained(tiny_sana: Path, dtype: Any, lora: int) -> None:
     settings = TeacherSettings(source=str(tiny_sana), max_tokens=64, dtype=dtype)
     findings = {finding.check: finding for finding in doctor.examine(settings, "cpu", lora)}
-    assert [f for f in findings.values() if not f.ok] == [] and len(findings) == 12
+    assert [f for f in findings.values() if not f.ok] == [] and len(findings) == 24
     steps = findings["network = the pipeline's own, 4 calls"]
     assert steps.want == ("<= 1e-04" if dtype == "float32" else "<= 3e-01")
     assert 0 < float(steps.number.split()[-1]) < (1e-4 if dtype == "float32" else 0.05)
@@ -234,27 +237,3 @@ def test_a_deaf_teacher_on_disk_is_flagged(tiny_sana: Path, tmp_path: Path) -> N
     save_file({n: torch.zeros_like(v) if ".attn2.to_out.0." in n else v for n, v in weights.items()}, file)
     flagged = [f.check for f in doctor.examine(TeacherSettings(source=str(folder), max_tokens=64), "cpu") if not f.ok]
     assert flagged[0] == "guidance changes the velocity"
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({}, r"s = 4\.5 of the pipeline is w = 4\.5; s = 1 turns guidance off"),
-        (
-            {"default_guidance": 4.0, "no_guidance": 0.0, "guidance_weight": lambda s: s + 1},
-            r"s = 4 .* w = 5; s = 0 turns",
-        ),
-        ({"guidance_kind": "embedded"}, r"the network is told s, 4\.5 by default; one call"),
-        ({"guidance_kind": "none"}, r"no guidance"),
-    ],
-)
-def test_it_says_what_a_scale_means(teacher: SanaTeacher, change: dict[str, Any], said: str) -> None:
-    for name, value in change.items():
-        setattr(teacher, name, value)
-    assert re.match(said, doctor.scale_meaning(teacher).number)
-
-
-def test_it_says_what_the_networks_time_counts_to(teacher: SanaTeacher, first_sana: Path) -> None:
-    assert doctor.time_range(teacher).number == "in [0, 1]"
-    other = load_teacher(TeacherSettings(source=str(first_sana), max_tokens=64), "cpu")
-    assert doctor.time_range(other).number == "in [0, 1000]"

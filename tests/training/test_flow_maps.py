@@ -35,6 +35,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "continuous": (TWO, "objective=continuous", "target.rule={gap: 0.5, zero: 0.25, diagonal: 0.25}"),
     "meanflow": (TWO, "objective=continuous", MIXED, "consistency.tangent_weight=meanflow"),
     "pair": (TWO, "objective=pair", "target.rule={later: 0.5, zero: 0.25, diagonal: 0.25}"),
+    "discrete": (TWO, "objective=discrete", "target.rule=edge", "target.segments={1: 1, 3: 1}"),
     "semigroup": (TWO, "objective=semigroup", MIXED),
     "shortcut": (TWO, "objective=semigroup", MIXED, "semigroup.alpha=0.5", "semigroup.first=student"),
     "average": (TWO, "objective=semigroup", MIXED, "semigroup.second=average"),

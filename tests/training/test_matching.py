@@ -92,7 +92,8 @@ def test_a_run_resumes_to_the_bit_and_moves_student_and_fake(
     before = "rollout/" if method in ("rcm", "dp-dmd", "mixed") else ""
     for row in rows:
         assert row["fake/loss"] > 0 and row["grad_norm"] > 0 and row[f"{before}gap"] >= 0
-        assert -1 <= row[f"{before}cosine"] <= 1.0001 and row[f"{before}std"] > 0
+        assert -1 <= row[f"{before}cosine"] <= 1.0001 and row[f"{before}std"] > 0 and row[f"{before}spread"] > 0
+        assert not any("sketch" in name for name in row)
         assert (f"{before}fisher" in row) == (method == "sid") and not any("|" in name for name in row)
     shutil.rmtree(checkpoints(tmp_path / "run")[-1])
     assert equal(run(config, tmp_path / "run", teacher, prompts), ours)

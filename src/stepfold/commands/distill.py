@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepfold import assets
-from stepfold.commands.finishing import Run
+from stepfold.commands.finishing import Run, evaluators_of
 from stepfold.commands.launching import continued_by, leave, other_process
 from stepfold.commands.options import (
     ChangesOption,
@@ -42,10 +42,11 @@ if TYPE_CHECKING:
     from stepfold.images.reading import ImageFolder
     from stepfold.prompts.cache import ConditionCache
     from stepfold.prompts.reading import PromptFile
-    from stepfold.teachers.contract import Student
+    from stepfold.teachers.contract import PictureScore, Student
     from stepfold.teachers.pipeline import PipelineTeacher
     from stepfold.training.course import Course
     from stepfold.training.looks import Progress
+    from stepfold.training.tracking import Trackers
 
 
 def distill(
@@ -140,17 +141,28 @@ def run_distill(
     from stepfold.training.course import Course, cycle_of
     from stepfold.training.processes import lost_process
     from stepfold.training.stages import Stages
+    from stepfold.training.tracking import Trackers, check_trackers
 
+    check_trackers(config.training.trackers)
     with lost_process():
         began = time.perf_counter()
         run, student = load(config, folder, resume, display, device)
         there = run.accelerator.device
         course = Course(there, Stages(there if run.config.training.time_stages else None), cycle_of(run.config))
-        average = train(run, student, course, display, began)
-        del student  # its memory is for what comes now
-        run.processes.wait()  # nobody leaves while another one still sends
-        run.accelerator.end_training()  # the others have nothing left to do
-        return finish(run, average, course, display, command) if run.processes.first else {}
+        names = run.config.training.trackers if run.processes.first else ()
+        trackers = Trackers(names, folder, run.config.model_dump(mode="json"))
+        try:
+            average = train(run, student, course, display, began, trackers)
+            del student  # its memory is for what comes now
+            run.processes.wait()  # nobody leaves while another one still sends
+            run.accelerator.end_training()  # the others have nothing left to do
+            if not run.processes.first:
+                return {}
+            result = finish(run, average, course, display, command)
+            trackers.add_scores(result)
+            return result
+        finally:
+            trackers.end()
 
 
 def load(
@@ -213,26 +225,44 @@ def load(
     recipe = make_recipe(config, teacher, guidance_scales(config, teacher), usual)
     if config.student.lora:
         teacher.lora_scheduler(in_diffusers(recipe.sampler))  # refused now, not when the student is saved
+    score = open_score(config, teacher)
     lock = None
     if processes.first:  # only now: a teacher that does not load leaves no run behind
         weights = teacher_fingerprint(config.teacher, network_only=cache is not None)
         sources = [
             Source("prompts", str(prompts.source), prompts.sha256, len(prompts)),
             Source("teacher", config.teacher.source, weights),
+            *([Source("bank", str(bank.folder), bank.fingerprint(), len(bank))] if bank else ()),
+            *([Source("images", str(images.path), images.fingerprint())] if images else ()),
         ]
-        if bank:
-            sources.append(Source("bank", str(bank.folder), bank.fingerprint(), len(bank)))
-        if images:
-            sources.append(Source("images", str(images.path), images.fingerprint()))
         lock = prepare_run(folder, config, resume, sources, display.note)
     processes.wait()
     blacks, latents = kept_latents(folder, config, accelerator, teacher, cache, images, display)
     run = Run(
         config, folder, accelerator, processes, prompts, teacher, usual, recipe,
         conditions=conditions_from(cache, teacher, prompts), cached=cache is not None,
-        blacks=blacks, latents=latents, bank=bank, lock=lock,
+        blacks=blacks, latents=latents, bank=bank, lock=lock, score=score,
     )  # fmt: skip
     return run, student
+
+
+def open_score(config: "Config", teacher: "PipelineTeacher") -> "PictureScore | None":
+    """What the student's pictures are scored by, where a phase has a reward.
+
+    Raises:
+        UserError: it does not load, is what evaluates, or the teacher makes videos.
+    """
+    from stepfold.config import phases_of
+    from stepfold.evaluation.reward import clip_reward, refuse_own_evaluator
+
+    if not any(each.reward.weight for _, each in phases_of(config)):
+        return None
+    if (clip := config.reward.clip) is None:
+        raise UserError("reward.weight needs a score; give the folder of a CLIP as reward.clip")
+    if teacher.frames > 1:
+        raise UserError("reward.clip scores images, and this teacher makes videos; set reward.weight=0")
+    refuse_own_evaluator(clip, evaluators_of(config))
+    return clip_reward(clip, teacher.device)
 
 
 def bank_of(config: "Config", teacher: "PipelineTeacher", prompts: "PromptFile | ImageFolder") -> "Bank | None":
@@ -304,7 +334,9 @@ def kept_latents(
     return blacks, latents
 
 
-def train(run: Run, student: "Student", course: "Course", display: "Display", began: float) -> "Student":
+def train(
+    run: Run, student: "Student", course: "Course", display: "Display", began: float, trackers: "Trackers"
+) -> "Student":
     """All steps of the run, with previews, curves and progress; returns the student's average.
 
     Loading `began` at this time of `time.perf_counter`.
@@ -316,7 +348,6 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
     from stepfold.training.distill import distill as distil
     from stepfold.training.memory import reset_peak_memory
     from stepfold.training.steepness import steepness
-    from stepfold.training.tracking import Tracker
 
     config, device, first = run.config, run.accelerator.device, run.processes.first
     if config.objective == "continuous" and first and counts_to_thousand(config):
@@ -324,9 +355,9 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
     if first and (short := short_of_r(config)):
         display.note(short)
     preview = make_preview(
-        run.folder, run.teacher, run.conditions, run.prompts, run.recipe, config.seed, display.note, writes=first
-    )
-    tracker = Tracker(run.folder) if first else None
+        run.folder, run.teacher, run.conditions, run.prompts, run.recipe, config.seed, display.note, writes=first,
+        saved=trackers.add_preview,
+    )  # fmt: skip
     course.stages.seconds["load"] = time.perf_counter() - began
 
     def note_tangent(text: str) -> None:
@@ -338,8 +369,7 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
         display.step(progress)
         if "skipped" in progress.row:
             display.note(f"step {progress.row['step']} skipped: {progress.row['nonfinite']}")
-        if tracker:
-            tracker.add(progress.row, progress.step)
+        trackers.add(progress.row, progress.step)
 
     ready = run.conditions if run.cached or config.teacher.image_column else None
     reset_peak_memory(device)
@@ -348,9 +378,7 @@ def train(run: Run, student: "Student", course: "Course", display: "Display", be
             config, run.folder, run.teacher, student, run.prompts, run.blacks, run.accelerator,
             processes=run.processes, latents=run.latents, bank=run.bank, conditions=ready, stages=course.stages,
             note_tangent=note_tangent, report=report, preview=course.apart(preview),
-            make_fake=lambda: make_fake(run.teacher, config.fake),
+            make_fake=lambda: make_fake(run.teacher, config.fake), score=run.score,
         )  # fmt: skip
     course.note_memory()
-    if tracker:
-        tracker.close()
     return average

@@ -35,6 +35,10 @@ def doctor(
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Precision of the teacher's weights.")
     ] = "float32",
+    quantise: Annotated[
+        Literal["none", "int8", "fp8", "nf4"],
+        typer.Option(help="Keep the weights of its blocks in 8 or 4 bits, beneath a LoRA student."),
+    ] = "none",
     lora: Annotated[int, typer.Option(min=0, help="Rank of a LoRA student; 0 for all weights.")] = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -64,6 +68,7 @@ def doctor(
         variant=variant,
         lora=teacher_lora,
         dtype=dtype,
+        quantise=quantise,
         height=height,
         width=width,
         frames=frames,

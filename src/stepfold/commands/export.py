@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def export(
     student: StudentArgument,
-    to: Annotated[str, typer.Option("--to", help="pipeline, lora, single-file, onnx or anyflow.", show_default=False)],
+    to: Annotated[
+        str, typer.Option("--to", help="pipeline, lora, single-file, onnx, web or anyflow.", show_default=False)
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -36,6 +38,13 @@ def export(
             show_default=False,
         ),
     ] = None,
+    runtime: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder dist of onnxruntime-web, for --to web. Default: node_modules/onnxruntime-web/dist.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16"] | None,
         typer.Option(
@@ -45,18 +54,20 @@ def export(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Write a student as a pipeline, a LoRA file, a single file for ComfyUI, or an onnx graph.
+    """Write a student as a pipeline, a LoRA file, a single file for ComfyUI, an onnx graph or a page.
 
     - `pipeline`: a folder for plain diffusers; a LoRA student is merged into its teacher's network.
 
     - `lora`: the one file of a LoRA student, for `load_lora_weights`. `--keys comfy` is for ComfyUI, `--keys kohya` for
-      ComfyUI, Forge and other web UIs; `--keys peft` writes a folder for PEFT.
+      ComfyUI, Forge and other web UIs. `--keys peft` makes a folder for PEFT.
 
     - `single-file`: the network under the names of its original checkpoint, for ComfyUI's Load Diffusion Model.
 
     A file gets its card and, for ComfyUI, a workflow beside it.
 
     - `onnx`: the network as a graph, for onnxruntime (extra onnx).
+
+    - `web`: a page that samples in the browser without a server, for students of the bundled teacher (extra onnx).
 
     - `anyflow`: a flow map of Wan for diffusers' AnyFlowPipeline, in any of its card's numbers of steps.
 
@@ -67,11 +78,13 @@ def export(
     stepfold export runs/mine/student --to single-file --dtype float16 --out models/diffusion_models/mine.safetensors
 
     stepfold export runs/map/student --to pipeline --steps 4
+
+    stepfold export emoji-student --to web --out page --runtime node_modules/onnxruntime-web/dist
     """
     from stepfold.display import quiet_libraries
 
     quiet_libraries()
-    target = run_export(student, to, out, force=force, steps=steps, keys=keys, dtype=dtype)
+    target = run_export(student, to, out, force=force, steps=steps, keys=keys, runtime=runtime, dtype=dtype)
     typer.echo(f"{to}: {target}")
     if target.is_file():
         from stepfold.export.beside import card_of, workflow_of
@@ -89,12 +102,13 @@ def run_export(
     force: bool,
     steps: int | None = None,
     keys: "Keys | None" = None,
+    runtime: Path | None = None,
     dtype: "Half | None" = None,
 ) -> Path:
     """Writes a student as something else; returns where: `out`, or beside the student.
 
-    `steps` folds a flow map for that many steps alone; `keys` names the layers of a LoRA file; `dtype` is that of the
-    weights of a pipeline or a single file.
+    `steps` folds a flow map for that many steps alone; `keys` names the layers of a LoRA file; `runtime` is where
+    onnxruntime-web is; `dtype` is that of the weights of a pipeline or a single file.
 
     Raises:
         UserError: the student cannot become that, or the place is taken.
@@ -106,6 +120,7 @@ def run_export(
     from stepfold.export.onnx import export_onnx
     from stepfold.export.pipeline import export_pipeline
     from stepfold.export.single_file import export_single_file
+    from stepfold.export.web import export_web
     from stepfold.students.card import is_run, read_card, student_folder
 
     writers: dict[str, tuple[Callable[[Path, Path], None], str]] = {
@@ -113,6 +128,7 @@ def run_export(
         "lora": (export_lora, "-lora.safetensors"),
         "single-file": (export_single_file, "-single-file.safetensors"),
         "onnx": (export_onnx, "-onnx"),
+        "web": (partial(export_web, runtime=runtime), "-web"),
         "anyflow": (export_anyflow, "-anyflow"),
     }
     if to not in writers:
@@ -135,6 +151,8 @@ def run_export(
         if to not in ("pipeline", "single-file") or steps is not None:
             raise UserError(f"--dtype {dtype} is for --to pipeline or single-file without --steps; leave it out")
         write = partial(write, dtype=dtype)
+    if runtime and to != "web":
+        raise UserError(f"--runtime {runtime} is for --to web; leave it out of --to {to}")
     beside = student / "student" if is_run(student) else student  # of the bundled student: here
     target = out or beside.with_name(beside.name + ending)
     student = student_folder(student).resolve()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stepfold.images.reading import ImageFolder
     from stepfold.prompts.reading import PromptFile, Prompts
     from stepfold.sampling.recipe import Recipe
-    from stepfold.teachers.contract import Condition, Student
+    from stepfold.teachers.contract import Condition, PictureScore, Student
     from stepfold.teachers.pipeline import PipelineTeacher
     from stepfold.training.course import Course
     from stepfold.training.processes import Processes
@@ -50,6 +50,7 @@ class Run:
         latents: numbers of B images -> clean latents [B, ...]; None where no images are used.
         bank: of couplings; None where the teacher is sampled.
         lock: on the run folder, held by the first process.
+        score: that the student raises; None for none.
     """
 
     config: "Config"
@@ -66,6 +67,7 @@ class Run:
     latents: "Callable[[list[int]], Tensor] | None"
     bank: "Bank | None"
     lock: "BaseFileLock | None"
+    score: "PictureScore | None" = None
 
 
 def finish(run: Run, average: "Student", course: "Course", display: "Display", command: str) -> dict[str, Any]:
@@ -235,7 +237,26 @@ def facts_of(config: "Config", numbers: dict[str, Any]) -> list[str]:
         f"{duration(sum(numbers['stages_sec'].values()))} in all",
         f"{config.training.steps:,} steps",
         f"{config.objective}, {student}",
+        raised_score(config),
     ]
+
+
+def evaluators_of(config: "Config") -> list[str]:
+    """Folders or hub ids of the CLIPs that a run is measured by."""
+    if config.teacher.source == "emoji" and config.evaluation.n:
+        return [str(assets.JUDGE)]
+    return [config.evaluation.clip] if config.evaluation.clip else []
+
+
+def raised_score(config: "Config") -> str:
+    """Which score a run raised and which it is measured by; empty without a reward."""
+    from stepfold.config import phases_of
+
+    if not any(each.reward.weight for _, each in phases_of(config)):
+        return ""
+    bundled = config.teacher.source == "emoji" and config.evaluation.n
+    measured = "the bundled evaluator" if bundled else config.evaluation.clip or "the latent error"
+    return f"trained to raise the score of {config.reward.clip or 'a function'}, measured by {measured}"
 
 
 def how_to_use(student: Path, prompt: str, scores: dict[str, Any]) -> list[tuple[str, str]]:

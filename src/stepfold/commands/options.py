@@ -228,7 +228,7 @@ def teacher_settings(**given: Any) -> "TeacherSettings":
     from stepfold.config import validate
 
     chosen = {name: value for name, value in given.items() if value is not None}
-    return validate({"prompts": "", "teacher": chosen}).teacher
+    return validate({"prompts": "", "teacher": chosen, "student": {"lora": 1}}).teacher
 
 
 def chosen_preset(preset: str | None, teacher: str | None) -> str:

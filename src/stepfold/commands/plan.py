@@ -142,6 +142,7 @@ def make_plan(config: "Config", steps: int, display: "Display", device: str = "a
                 update={"r_schedule": "none"}
             ),  # of the run's steps, not these
             "fake": config.fake.model_copy(update={"head_start": 0}),  # in which the student waits
+            "reward": config.reward.model_copy(update={"from_step": 0}),
             "evaluation": config.evaluation.model_copy(update={"n": min(TRIAL_PICTURES, config.evaluation.n)}),
         }
     )

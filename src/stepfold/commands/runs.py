@@ -19,7 +19,7 @@ def runs(
     """List the runs in a folder: what became of them, how far they are, what their students score.
 
     Scores are those of the fewest sampling steps. FD compares at an equal number n of images only, so each n has a
-    column.
+    column. Below the table it says which runs with a fake score look late, over-guided or collapsed.
 
     stepfold runs
 
@@ -30,7 +30,7 @@ def runs(
 
     from stepfold.display import show_table
     from stepfold.evaluation.protocol import fd_title
-    from stepfold.web.runs import count_of, find_runs, method_of, read_run, scores_of
+    from stepfold.web.runs import count_of, find_runs, method_of, read_run, scores_of, symptoms_in
 
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name the one that your runs are in (--out of stepfold distill)")
@@ -42,7 +42,7 @@ def runs(
         rows.append(
             {"name": run.name, "state": run.state, "step": run.step, "steps": run.steps, "problem": run.problem}
             | {"method": method, "student": student, "n": count_of(run) if scores else None}
-            | {"scores": {str(steps): scores} if scores else {}}
+            | {"scores": {str(steps): scores} if scores else {}, "looks": symptoms_in(run)}
         )
         done = f"{run.step:,}" + (f" of {run.steps:,}" if run.steps and run.step < run.steps else "")
         told = [form.format(scores[key]) if key in scores else "" for key, form in FORMS.items()]
@@ -52,5 +52,8 @@ def runs(
     write_json(json_file, rows)
     if found:
         show_table(table)
+        for row in rows:
+            for sentence in row["looks"]:
+                typer.echo(f"{row['name']}: {sentence}")
     else:
         typer.echo(f"no runs in {folder}")

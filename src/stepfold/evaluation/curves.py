@@ -28,6 +28,18 @@ LOGGED = {
     "r": "warm-up of the tangent, from 0 to 1",
     "generator_loss": "adversarial loss of the student",
     "discriminator_loss": "loss of the heads; 2 is knowing nothing",
+    "gap": "distance of the fake score to the teacher, in units of the image's; rising: late, or too much guidance",
+    "cosine": "between the velocities of fake score and teacher; falling: the fake score is late",
+    "miss": "how far the images have moved since the fake score saw them, in units of its distance to the teacher",
+    "std": "contrast of the student's images; rising with the gap: too much guidance",
+    "spread": "how far the images of a step lie apart; falling: collapse",
+    "fisher": "squared distance of fake score and teacher, which SiD lowers",
+    "guidance_share": "size of guidance's part, in units of matching's",
+    "statistics": "divergence of an image's mean and contrast from the teacher's",
+    "reward": "the score that the student raises",
+    "fake/loss": "the fake score's own; level, or rising while it is late",
+    "discriminator/loss": "of heads with updates of their own; 2 is knowing nothing",
+    "roughness": "change of the heads' logits by a small noise",
     "kept": "share of the trajectories that the brightness filter kept",
     "skipped": "1 where the step was left out",
 }
@@ -41,6 +53,12 @@ _THEME = {
     "#040404": "var(--other)",
 }
 _INK, _ACCENT, _LINE, _OTHER = _THEME
+
+
+def meaning(name: str) -> str:
+    """What a logged number is; the same of every space, whose name stands before a slash."""
+    return LOGGED.get(name, LOGGED.get(name.rsplit("/", 1)[-1], ""))
+
 
 Curves = Mapping[str, Sequence[Sequence[float | None]]]
 Quality = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
@@ -200,8 +218,8 @@ def _plain_axes(axes: "Axes", ink: str, line: str, label: str) -> None:
 
 def ordered(curves: Curves) -> dict[str, Sequence[Sequence[float | None]]]:
     """Curves in the order of LOGGED, then the others."""
-    order = list(LOGGED)
-    return dict(sorted(curves.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+    order = {name: place for place, name in enumerate(LOGGED)}
+    return dict(sorted(curves.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def moving(curves: Curves) -> dict[str, Sequence[Sequence[float | None]]]:

@@ -116,6 +116,13 @@ def _lines(path: Path) -> tuple[str, ...]:
     return lines
 
 
+def alignment(judge: Judge, images: Tensor, texts: Sequence[str]) -> Tensor:
+    """Cosines [N] of images float [N, 3, H, W] in [0, 1] to their texts, on their device, with a gradient to them."""
+    with torch.no_grad():
+        of_texts = _text_batch(judge, list(texts))
+    return (_image_batch(judge, images) * of_texts).sum(1).to(images.device)
+
+
 @torch.no_grad()
 def image_features(judge: Judge, images: Tensor) -> Tensor:
     """Features of unit length, in batches of BATCH.

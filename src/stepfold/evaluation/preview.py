@@ -134,13 +134,14 @@ def make_preview(
     note: Callable[[str], None],
     *,
     writes: bool = True,
+    saved: Callable[[Path, int], None] = lambda path, step: None,
 ) -> Callable[[Student, int], None]:
     """Draws the teacher at 20 steps and the student at 1, 2 and 4, from the same prompts and noise, into previews/.
 
     A student that was trained for other numbers of steps is drawn at those.
 
     One that is there already is not drawn again. Without `writes` nothing is written: a process that only helps another
-    one to draw.
+    one to draw. `saved` is called with each new PNG and its step.
     """
     count = NUM_PREVIEWS if teacher.frames == 1 else NUM_VIDEO_PREVIEWS
     shown = [i * len(prompts) // count for i in range(min(count, len(prompts)))]
@@ -170,6 +171,7 @@ def make_preview(
         end = reference["teacher 20 steps"]
         errors = {str(k): relative_error(x0, end).mean().item() for k, x0 in zip(ours, found.values(), strict=True)}
         save_grid(rows, path, prompts=texts, notes={"prompts": texts, "latent_error": errors})
+        saved(path, step)
         teacher.release_decoder()
         fewest = counted(shown_steps[0]).replace("1 step", "one step")
         error = errors[str(shown_steps[0])]

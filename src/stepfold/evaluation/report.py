@@ -18,7 +18,7 @@ from PIL import Image
 
 from stepfold import __version__
 from stepfold.errors import UserError
-from stepfold.evaluation.curves import LOGGED, curve_svgs, moving, quality_svgs
+from stepfold.evaluation.curves import curve_svgs, meaning, moving, quality_svgs
 from stepfold.evaluation.protocol import counted, fd_title, teachers_of
 from stepfold.evaluation.verdict import (
     METRICS,
@@ -119,7 +119,7 @@ def render_html(report: Mapping[str, Any], folder: Path) -> str:
         lead=(previews[-1][0], _embedded_png(previews[-1][1])) if previews else None,
         strip=[(caption, _embedded_png(path, STRIP_WIDTH)) for caption, path in spread(previews[:-1], STRIP)],
         curves=[
-            (name, LOGGED.get(name, ""), Markup(svg))  # noqa: S704 - matplotlib drew it from numbers
+            (name, meaning(name), Markup(svg))  # noqa: S704 - matplotlib drew it from numbers
             for name, svg in curve_svgs([moving(report.get("curves", {}))]).items()
         ],
         stages=_stages(report.get("stages_sec", {})),

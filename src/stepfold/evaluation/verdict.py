@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stepfold.evaluation.protocol import TEACHER_AT, counted, teachers_of
+from stepfold.evaluation.symptoms import DIVERSITY_FALLS, symptoms_of
 
 Row = Mapping[str, float | None]
 
@@ -210,10 +211,16 @@ def _line_to_beat(report: Mapping[str, Any], steps: int) -> Figure | None:
 def sentences(report: Mapping[str, Any]) -> list[str]:
     """Short sentences that hold the student against the teacher."""
     student, teacher = by_steps(report, "student"), by_steps(report, "teacher")
+    looks = symptoms_of(report.get("curves") or {})
     if not student or not teacher:
-        return [f"No {'student' if not student else 'teacher'} has been measured."]
-    said = [_beaten(student, teacher, "latent_error", "Latent error"), _ranking(report), _measured_on(report)]
-    return [sentence for sentence in said if sentence]
+        return [f"No {'student' if not student else 'teacher'} has been measured.", *looks]
+    said = [
+        _beaten(student, teacher, "latent_error", "Latent error"),
+        _ranking(report),
+        _measured_on(report),
+        _collapsed(report),
+    ]
+    return [sentence for sentence in said if sentence] + looks
 
 
 def _beaten(student: Mapping[int, Row], teacher: Mapping[int, Row], key: str, label: str) -> str:
@@ -249,6 +256,18 @@ def _ranking(report: Mapping[str, Any]) -> str:
     if len(beaten) == len(known):
         return f"{named} is better than the teacher at every measured number of steps."
     return f"{named} is better than the teacher at {listed(beaten)}."
+
+
+def _collapsed(report: Mapping[str, Any]) -> str:
+    """Whether images of one prompt have become one image."""
+    rows, student = by_steps(report, taught_teacher(report)), by_steps(report, "student")
+    ours, theirs = student[min(student)].get("diversity"), rows[max(rows)].get("diversity") if rows else None
+    if ours is None or not theirs or ours > DIVERSITY_FALLS * theirs:
+        return ""
+    return (
+        f"Diversity: images of one prompt look collapsed, {ours:.3f} against the teacher's {theirs:.3f}. Lower "
+        "matching.guidance or matching.weight, or take the preset dp-dmd."
+    )
 
 
 def _measured_on(report: Mapping[str, Any]) -> str:

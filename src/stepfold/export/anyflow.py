@@ -70,7 +70,14 @@ def use_of(teacher: PipelineTeacher, recipe: Recipe, card: Card) -> dict[str, An
     calls = {n: teacher.usual_call() | {"num_inference_steps": n, "guidance_scale": 1.0} for n in recipe.times}
     scheduler = "FlowMapEulerDiscreteScheduler"
     merged = card.merged or card.lora_rank > 0
-    return {"recipe": recipe, "pipeline": ANYFLOW, "scheduler": scheduler, "calls": calls, "merged": merged}
+    return {
+        "recipe": recipe,
+        "pipeline": ANYFLOW,
+        "scheduler": scheduler,
+        "calls": calls,
+        "merged": merged,
+        "conventions": {},
+    }
 
 
 def target_times(times: Mapping[int, Sequence[float]]) -> Tensor:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stepfold.errors import UserError, first_line
-from stepfold.export.single_file import SANA, from_table, layout, pieces_of
+from stepfold.export.layouts import SANA, from_table, layout, pieces_of
 from stepfold.teachers.calls import parts_of
 from stepfold.teachers.folders import load_index, load_pipeline
 from stepfold.teachers.loading import FAMILIES, folder_of

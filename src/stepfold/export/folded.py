@@ -93,7 +93,7 @@ def export_folded_lora(folder: Path, out: Path, num_steps: int, keys: Keys = "di
             small for them; or its network has no names of `keys`.
     """
     recipe = folded_recipe(read_card(folder), num_steps)
-    teacher, student, card = load_student(folder, "cpu")
+    teacher, student, card = load_student(folder, "cpu", quantise="none")
     if not card.lora_rank:
         raise UserError(f"{folder} has all weights of its own and no LoRA; use --to pipeline --steps {num_steps}")
     predict: Any = student.predict

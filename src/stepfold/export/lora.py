@@ -47,7 +47,7 @@ def export_lora(folder: Path, out: Path, keys: Keys = "diffusers") -> None:
         retimed = scheduler.is_file() and json.loads(scheduler.read_text()).get("num_train_timesteps") == 1
         write_file(out, partial(shutil.copyfile, file), card, keys=keys, retimed=retimed)
     else:
-        teacher, _, card = load_student(folder, "cpu")
+        teacher, _, card = load_student(folder, "cpu", quantise="none")
         weights = renamed(load_file(file), teacher.transformer, teacher.network_part, keys)
         write_lora(out, weights, card, keys, teacher)
 
@@ -93,14 +93,15 @@ def write_peft(
         {name.removeprefix(f"{part}.").removesuffix(end) for name in weights for end in ENDS if name.endswith(end)}
     )
     (rank,) = {len(value) for name, value in weights.items() if name.endswith(ENDS[0])}
-    config = LoraConfig(
+    adapter_config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=layers, base_model_name_or_path=card.teacher, inference_mode=True
     )
     with writing(out) as folder:
         folder.mkdir()
-        settings = config.to_dict() | {"target_modules": layers}  # its own are a set, in any order
-        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        adapter_config.save_pretrained(folder)
+        path = folder / "adapter_config.json"  # its layers are a set, in any order
+        settings = json.loads(path.read_text(encoding="utf-8")) | {"target_modules": layers}
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         state = {f"base_model.model.{name.removeprefix(f'{part}.')}": value for name, value in weights.items()}
         save_file(state, folder / ADAPTER, {"format": "pt"})
         write_scheduler(folder / "scheduler")

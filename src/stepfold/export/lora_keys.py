@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepfold.errors import UserError
 from stepfold.export.comfyui import Keys
-from stepfold.export.single_file import layout, pieces_of
+from stepfold.export.layouts import layout, pieces_of
 
 Rows = dict[int, tuple[str, slice]]
 """Piece of an original tensor -> the layer that has it, and which of the layer's rows."""

@@ -2,6 +2,8 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 from stepfold.errors import UserError, first_line
 from stepfold.export.files import listing
 from stepfold.sampling.samplers import in_diffusers
-from stepfold.students.card import CARD, write_card
+from stepfold.students.card import CARD, Card, write_card
 from stepfold.students.loading import load_merged
 from stepfold.teachers.contract import Condition, SamplerName, Student
 from stepfold.teachers.once import compute_afresh
+from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.runs import writing
 
 GRAPH = "model.onnx"
@@ -78,6 +81,29 @@ class Graph(nn.Module):
         return self.student(x, t, Condition(embeds, mask, pooled), guidance)
 
 
+def to_program(module: nn.Module, inputs: dict[str, Tensor | None], outputs: list[str], sizes: Any = None) -> Any:
+    """The onnx program of a module on the CPU, in float32, with the inputs that it reads.
+
+    Args:
+        module: called with the values of `inputs` in their order.
+        inputs: name -> an example; an absent one is None.
+        outputs: names of the results.
+        sizes: name -> the dimensions that may differ from the example's, as torch.export takes them.
+    """
+    with torch.no_grad():
+        program = torch.export.export(module.eval(), tuple(inputs.values()), dynamic_shapes=sizes, strict=False)
+    for node in list(program.graph.nodes):  # torch lets a dimension that is not 1 be; onnx calls that an error
+        if node.target is torch.ops.aten.squeeze.dim and node.args[0].meta["val"].shape[node.args[1]] != 1:
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    names = [name for name, value in inputs.items() if value is not None]
+    result = torch.onnx.export(program, dynamo=True, verbose=False, input_names=names, output_names=outputs)
+    assert result is not None
+    for unread in [each for each in result.model.graph.inputs if not each.uses()]:
+        result.model.graph.inputs.remove(unread)
+    return result
+
+
 def trace(student: Student, inputs: dict[str, Tensor | None]) -> Any:
     """The onnx program of a student for any number of samples and tokens, with the inputs that it reads.
 
@@ -90,34 +116,52 @@ def trace(student: Student, inputs: dict[str, Tensor | None]) -> Any:
         name: None if value is None else {0: any_size, **({1: any_size} if name in ("embeds", "mask") else {})}
         for name, value in inputs.items()
     }
-    with torch.no_grad():
-        program = torch.export.export(Graph(student).eval(), tuple(inputs.values()), dynamic_shapes=sizes, strict=False)
-    for node in list(program.graph.nodes):  # torch lets a dimension that is not 1 be; onnx calls that an error
-        if node.target is torch.ops.aten.squeeze.dim and node.args[0].meta["val"].shape[node.args[1]] != 1:
-            node.replace_all_uses_with(node.args[0])
-            program.graph.erase_node(node)
-    names = [name for name, value in inputs.items() if value is not None]
-    result = torch.onnx.export(program, dynamo=True, verbose=False, input_names=names, output_names=["F"])
-    assert result is not None
-    for unread in [each for each in result.model.graph.inputs if not each.uses()]:
-        result.model.graph.inputs.remove(unread)
-    return result
+    return to_program(Graph(student), inputs, ["F"], sizes)
 
 
-def export_onnx(folder: Path, out: Path) -> None:
-    """A folder with the graph, the student's card and a README that says how to sample with it.
+def check_libraries(to: str) -> None:
+    """Refuses `--to` where no graph can be made.
 
     Raises:
-        UserError: the libraries are missing, torch is too old, or cannot make a graph of this network.
+        UserError: the libraries are missing, or torch is too old.
     """
     if torch.__version__ < GRAPHS_SINCE:
         raise UserError(
-            f"--to onnx needs torch {GRAPHS_SINCE} or newer, this is {torch.__version__}; "
+            f"--to {to} needs torch {GRAPHS_SINCE} or newer, this is {torch.__version__}; "
             "install a newer one, or use --to pipeline"
         )
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
-        raise UserError(f"--to onnx needs {' and '.join(missing)}; pip install onnx onnxscript onnxruntime")
-    teacher, student, card = load_merged(folder, "cpu")
+        raise UserError(f"--to {to} needs {' and '.join(missing)}; pip install onnx onnxscript onnxruntime")
+
+
+@contextmanager
+def tracing(folder: Path) -> Iterator[None]:
+    """Quiet while torch makes graphs of a student's folder.
+
+    Raises:
+        UserError: torch cannot make one of them.
+    """
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except Exception as error:  # what the exporter trips over in a network comes as any kind
+        while isinstance(error.__cause__, Exception):  # the exporter's own errors say only in which step it failed
+            error = error.__cause__
+        raise UserError(
+            f"torch makes no onnx graph of {folder} ({first_line(error)}); "
+            "use --to pipeline, or try newer releases: pip install -U onnx onnxscript"
+        ) from None
+
+
+def network_graph(
+    folder: Path, teacher: PipelineTeacher, student: Student, card: Card
+) -> tuple[Any, dict[str, Tensor | None]]:
+    """The onnx program of a loaded student, and the example of its inputs that it was made with.
+
+    Raises:
+        UserError: torch cannot make a graph of this network.
+    """
     compute_afresh(student.modules())
     condition = teacher.encode((teacher.examples or (card.example, "a cat"))[:2]).each(Tensor.contiguous)
     if condition.second is not None:
@@ -132,17 +176,19 @@ def export_onnx(folder: Path, out: Path) -> None:
         "pooled": condition.pooled,
         "guidance": torch.full((2,), card.recipe.guidance),
     }
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            program = trace(student, inputs)
-    except Exception as error:  # what the exporter trips over in a network comes as any kind
-        while isinstance(error.__cause__, Exception):  # the exporter's own errors say only in which step it failed
-            error = error.__cause__
-        raise UserError(
-            f"torch makes no onnx graph of {folder} ({first_line(error)}); "
-            "use --to pipeline, or try newer releases: pip install -U onnx onnxscript"
-        ) from None
+    with tracing(folder):
+        return trace(student, inputs), inputs
+
+
+def export_onnx(folder: Path, out: Path) -> None:
+    """A folder with the graph, the student's card and a README that says how to sample with it.
+
+    Raises:
+        UserError: the libraries are missing, torch is too old, or cannot make a graph of this network.
+    """
+    check_libraries("onnx")
+    teacher, student, card = load_merged(folder, "cpu")
+    program, inputs = network_graph(folder, teacher, student, card)
     scale, offset = teacher.autoencoder_scale()
     steps, step = STEPS[in_diffusers(card.recipe.sampler)]
     read = {each.name: inputs[each.name] for each in program.model.graph.inputs}

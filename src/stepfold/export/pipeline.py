@@ -24,6 +24,7 @@ from stepfold.students.saving import loses_guidance, save_whole
 from stepfold.students.two_times import save_embedder
 from stepfold.teachers.calls import set_parts
 from stepfold.teachers.contract import SamplerName, Student
+from stepfold.teachers.conventions import conventions
 from stepfold.teachers.folders import check_folder
 from stepfold.teachers.licences import in_words, is_hub_id, licences_of
 from stepfold.teachers.loading import FAMILIES
@@ -70,6 +71,8 @@ TOLD_BOTH = """
 
 The network is told both times. It takes {fewest} to {most} steps at its scheduler's own noise levels; others, or more
 steps, make wrong images."""
+OTHER_TOOLS = """Tools count guidance, time and noise levels in different ways. The noise levels are the student's.
+A tool that shifts them needs those before the shift. A student that embeds no guidance is called with it off."""
 WORDS = {1: "one", 2: "two", 4: "four"}
 
 RESULTS = {"images": "image", "image": "image", "frames": "video"}
@@ -154,10 +157,12 @@ def use_of(teacher: PipelineTeacher, recipe: Recipe, *, lora: bool, asked: Seque
     scheduler = teacher.lora_scheduler(sampler) if lora else teacher.student_scheduler(sampler)
     call = teacher.lora_call if lora else teacher.student_call
     said = [k for k in sorted({*CALLED_STEPS[sampler], *asked}) if k in times] or sorted(times)
+    levels = {k: times[k] for k in said}
     return {
         "pipeline": (type(teacher.pipe) if lora else teacher.student_class(sampler)).__name__,
         "scheduler": type(scheduler).__name__,
-        "calls": {k: call(times[k], recipe.guidance, sampler) for k in said},
+        "calls": {k: call(listed, recipe.guidance, sampler) for k, listed in levels.items()},
+        "conventions": conventions(teacher, levels, sampler),
     }
 
 
@@ -255,7 +260,7 @@ It took {steps} of {per_step}, {space["route_steps"]} route steps, guidance
 ## Use
 
 {how_to_use(card, name, adapted)}
-{files}{measured(metrics)}
+{files}{in_other_tools(card)}{measured(metrics)}
 ## Licence
 
 A student is derived from its teacher: the licences of the teacher's network, text encoders and autoencoder apply.
@@ -328,6 +333,12 @@ def how_to_use(card: Card, name: str, adapted: str = "") -> str:
     if card.pipeline == ANYFLOW:
         return use + TOLD_BOTH.format(fewest=min(card.calls), most=max(card.calls))
     return use + JUMPS if card.recipe.sampler == "flow_map" else use
+
+
+def in_other_tools(card: Card) -> str:
+    """The README's table of what the teacher's pipeline means; empty for cards that do not say it."""
+    rows = "".join(f"| {name} | {words} |\n" for name, words in card.conventions.items())
+    return f"\n## In other tools\n\n{OTHER_TOOLS}\n\n| of the pipeline | |\n|---|---|\n{rows}" if rows else ""
 
 
 def measured(metrics: dict[str, Any] | None) -> str:

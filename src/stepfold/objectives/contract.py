@@ -1,6 +1,6 @@
 """What an objective is given and what it returns. A new objective is one function of this kind, in one file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ class Networks:
         precision: opens a context in which the student's forward passes run, such as autocast.
         walk_precision: the same for the teacher's walks.
         average: of the student's weights over the training; None outside a run.
+        reward: scores pictures; None where no term asks for it.
     """
 
     student: Student
@@ -33,6 +34,12 @@ class Networks:
     precision: Callable[[], AbstractContextManager[object]] = nullcontext
     walk_precision: Callable[[], AbstractContextManager[object]] = nullcontext
     average: Student | None = None
+    reward: "Reward | None" = None
+
+
+Reward = Callable[[Tensor, Sequence[int]], Tensor]
+"""(x_0 [M, ...] of standard deviation sigma_data, with its graph; numbers of their samples [M]) -> scores [M] that the
+student is to raise, with a graph to x_0."""
 
 
 class Loss(NamedTuple):

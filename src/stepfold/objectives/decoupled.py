@@ -4,6 +4,7 @@ Matching compares the fake score with the teacher's unguided prediction, over al
 (w - 1)(x_with - x_without), which has no fixed point of its own, at times less noisy than the student's own step.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from stepfold.maths.formulations import data_prediction, in_float32, unsqueeze_l
 from stepfold.maths.routes import level_times, unshifted_level
 from stepfold.objectives.contract import Loss, Networks
 from stepfold.objectives.matching import (
+    SMALLEST,
     along,
     figures,
     matching_direction,
@@ -51,6 +53,21 @@ def guidance_direction(
     return unsqueeze_like(omega, x0) * (1 - w) * (x_with - x_without) / sigma_data
 
 
+def statistics_loss(x0: Tensor, mean: float, std: float, sigma_data: float) -> Tensor:
+    """KL(N(m, s^2) || N(mean, std^2)) [M] of the mean m and deviation s of a picture's numbers, in units of sigma_data.
+
+    Args:
+        x0: the student's pictures [M, ...], with their graph.
+        mean, std: of the teacher's pictures, in units of sigma_data; std > 0.
+        sigma_data: standard deviation of the data.
+
+    Reference: arXiv:2511.22677 (Decoupled DMD), Eq. 7.
+    """
+    y = in_float32(x0).flatten(1) / sigma_data
+    variance = y.var(1, correction=0).clamp(min=SMALLEST)
+    return (variance + (y.mean(1) - mean).square()) / (2 * std**2) - (variance.log() + 1) / 2 + math.log(std)
+
+
 def times_below(t: Tensor, uniform: Tensor, shift: float, lowest: float, highest: float) -> Tensor:
     """Times [M] uniform in shifted level as `level_times`, but none above t [M], in (0, pi/2]."""
     own = unshifted_level(t, shift)
@@ -81,4 +98,8 @@ def decoupled_loss(networks: Networks, states: States, draws: Draws, config: Con
     pushed = guidance_direction(x0.detach(), x_without, x_with, beside.t, w, part.weighting, sigma_data)
     seen = {"|x0|": x0.detach().flatten(1).norm(dim=1)} | figures(x0, found, sigma_data)
     share = pushed.flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1).clamp(min=1e-12)
-    return Loss(along(direction + pushed, x0, sigma_data, unit_of(config)), seen | {"guidance_share": share})
+    loss, seen["guidance_share"] = along(direction + pushed, x0, sigma_data, unit_of(config)), share
+    if weight := config.decoupled.statistics_weight:
+        held = statistics_loss(x0, *config.decoupled.statistics, sigma_data)
+        loss, seen["statistics"] = loss + weight * held, held.detach()
+    return Loss(loss, seen)

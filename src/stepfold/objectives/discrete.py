@@ -10,6 +10,7 @@ from stepfold.maths.formulations import euler_step, in_float32, unsqueeze_like
 from stepfold.objectives.contract import Loss, Networks
 from stepfold.randomness import Draws
 from stepfold.sampling.consistency import predict_data
+from stepfold.sampling.flow_map import jump
 from stepfold.spaces.records import Pairs
 
 
@@ -53,18 +54,24 @@ def discrete_loss(networks: Networks, pairs: Pairs, draws: Draws, config: Config
     Where the pairs are whole walks, each pair's step ends in the state of the pair after it, or at t = 0, where f is
     the identity: one forward pass yields pictures and targets.
     """
+    s = pairs.t_target
 
-    def picture(x: Tensor, t: Tensor) -> Tensor:
+    def landing(x: Tensor, t: Tensor) -> Tensor:
+        told = (pairs.condition, pairs.guidance, networks.teacher.sigma_data)
         with networks.precision():
-            return predict_data(networks.student, x, t, pairs.condition, pairs.guidance, networks.teacher.sigma_data)
+            return predict_data(networks.student, x, t, *told) if s is None else jump(networks.student, x, t, s, *told)
 
-    x_next = euler_step(pairs.x, pairs.t, pairs.t_next, pairs.dxdt)
-    x0 = picture(pairs.x, pairs.t)
-    if pairs.walk_length:
-        target = x0.roll(-1, 0)
+    m, end = (pairs.t_next, 0) if s is None else (torch.maximum(pairs.t_next, s), s)
+    x_m = euler_step(pairs.x, pairs.t, m, pairs.dxdt)
+    x_s = landing(pairs.x, pairs.t)
+    if pairs.walk_length and config.target.shared:
+        target = x_s.roll(-1, 0)
     else:
         with torch.no_grad():
-            target = picture(x_next, pairs.t_next)
-    target = torch.where(unsqueeze_like(pairs.t_next > 0, x0), target, x_next)
-    terms = discrete_terms(x0, target, config.discrete.huber_constant)
+            target = landing(x_m, m)
+    target = torch.where(unsqueeze_like(m > end, x_s), target, x_m)
+    if pairs.num_jumps is not None:
+        scale = unsqueeze_like(pairs.num_jumps**config.discrete.jump_power, x_s)
+        x_s, target = scale * x_s, scale * target
+    terms = discrete_terms(x_s, target, config.discrete.huber_constant)
     return Loss(terms.loss, {"squared_error": terms.squared_error})

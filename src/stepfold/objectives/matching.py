@@ -5,12 +5,15 @@ and the fake score, guided by kappa. Their difference D = x_fake - x_real, weigh
 divergence between the two laws. DMD, rCM's second term and VSD differ in w, kappa, omega and the times.
 """
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from stepfold import randomness
 from stepfold.config import Config
 from stepfold.maths.formulations import data_prediction, flow_time, guide, in_float32, interpolate, unsqueeze_like
 from stepfold.maths.routes import level_times, logit_normal_times, unshifted_level
@@ -24,6 +27,8 @@ from stepfold.teachers.contract import Condition, Student, Teacher
 
 SMALLEST = 1e-5
 """Of the mean distance that DMD's weight divides by, on latents of unit variance."""
+SKETCHES = 8
+"""Numbers that stand for a picture where pictures of a step are compared; see `sketches`."""
 
 
 def matching_weight(kind: Weighting, t: Tensor, x0: Tensor, x_real: Tensor, sigma_data: float) -> Tensor:
@@ -205,12 +210,31 @@ def predictions(networks: Networks, at: Noised) -> Predictions:
     return Predictions(data_prediction(at.x, at.t, v_real), data_prediction(at.x, at.t, v_fake), v_real, v_fake)
 
 
+@lru_cache(maxsize=8)
+def signs(count: int, device: torch.device) -> Tensor:
+    """Random signs [count], float32, always the same."""
+    return (2.0 * (randomness.uniform((count,), 0, "signs of sketches") < 0.5) - 1).to(device)
+
+
+def sketches(pictures: Tensor) -> Tensor:
+    """[M, N] -> [M, SKETCHES], linear: the sum of their variances over pictures has the mean of the N variances' mean.
+
+    So the spread of all pictures of a step is known from a few numbers of each, whichever micro-batch or process each
+    is in. Number i sums the picture's numbers i, i + SKETCHES, ..., with random signs, over the square root of N.
+    """
+    count = pictures.shape[1]
+    signed = pictures * signs(count, pictures.device) / math.sqrt(count)
+    return torch.nn.functional.pad(signed, (0, -count % SKETCHES)).unflatten(1, (-1, SKETCHES)).sum(1)
+
+
 @torch.no_grad()
 def figures(x0: Tensor, found: Predictions, sigma_data: float) -> dict[str, Tensor]:
     """What tells a late fake score from too much guidance, of each picture [M].
 
     `gap` is |D| / |x_0 - x_real|, `cosine` that between both velocities, `std` the deviation of a picture's numbers in
-    units of sigma_data. A gap that grows while the cosine falls means that the fake score is late.
+    units of sigma_data; for `sketch_0`, ... see `sketches`. `missed` over `apart` is logged as `miss`. It is 0 for a
+    fake score that is exact: x_fake is then the mean of x_0, given the noised picture that D depends on. Where laws
+    differ in their means m, m_fake and m_real alone, it is (m - m_fake) / (m_fake - m_real).
     """
     x0, real, fake, v_real, v_fake = (in_float32(values.detach()).flatten(1) for values in (x0, *found))
     return {
@@ -218,7 +242,10 @@ def figures(x0: Tensor, found: Predictions, sigma_data: float) -> dict[str, Tens
         "|v_fake|": v_fake.norm(dim=1),
         "gap": (fake - real).norm(dim=1) / (x0 - real).norm(dim=1),
         "cosine": torch.cosine_similarity(v_real, v_fake),
+        "missed": ((x0 - fake) * (fake - real)).mean(1) / sigma_data**2,
+        "apart": (fake - real).square().mean(1) / sigma_data**2,
         "std": x0.std(1) / sigma_data,
+        **{f"sketch_{i}": part for i, part in enumerate(sketches(x0 / sigma_data).unbind(1))},
     }
 
 

@@ -179,7 +179,7 @@ def trained_steps(config: Config) -> set[int] | None:
         return {1}
     if last.target.rules & ANYWHERE:
         return None
-    return {last.target.segments} | ({1} if "zero" in last.target.rules else set())
+    return set(last.target.grids) | ({1} if "zero" in last.target.rules else set())
 
 
 def times_of(teacher: Teacher, sampler: SamplerName) -> dict[int, tuple[float, ...]]:

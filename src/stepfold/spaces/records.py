@@ -24,6 +24,8 @@ class States:
         is_padding: the states count for nothing; a process without states of its own makes its passes with them.
         t_target: [M], in [0, t], the time that the student is asked to jump to; None for 0, a consistency student's.
         stays: bool [M], in the host's memory, which of them are asked to stay: t_target = t; None where none is.
+        num_jumps: [M], how many jumps from edge to edge of its segments lead from noise to an image; None where there
+            are no segments.
     """
 
     x: Tensor
@@ -36,6 +38,7 @@ class States:
     is_padding: bool = False
     t_target: Tensor | None = None
     stays: Tensor | None = None
+    num_jumps: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)

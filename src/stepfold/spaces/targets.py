@@ -22,13 +22,14 @@ class Rules:
         shares: rule -> its share of the states; they sum to 1.
         gap_mean: of the logit of the gap.
         gap_std: of the logit of the gap.
-        edges: times of the student's own steps, falling from its first, without the final 0.
+        grids: times of the student's own steps, falling from its first, without the final 0; one list for each number
+            of segments that a walk may have.
     """
 
     shares: dict[str, float]
     gap_mean: float = -0.8
     gap_std: float = 1.0
-    edges: Sequence[float] = ()
+    grids: Sequence[Sequence[float]] = ()
 
 
 def gap_below(t: Tensor, uniform: Tensor, mean: float, std: float) -> Tensor:
@@ -79,7 +80,7 @@ def later_state(pairs: Pairs, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return time, torch.where(unsqueeze_like(ends, pairs.x), pairs.x0, pairs.x[row])
 
 
-def aimed(states: Kind, rules: Rules, choice: Tensor, uniform: Tensor) -> Kind:
+def aimed(states: Kind, rules: Rules, choice: Tensor, uniform: Tensor, grid: Tensor | None = None) -> Kind:
     """The states with a target time each and, where a rule takes a state of the walk, with that state.
 
     Args:
@@ -87,6 +88,7 @@ def aimed(states: Kind, rules: Rules, choice: Tensor, uniform: Tensor) -> Kind:
         rules: the mixture.
         choice: draws of U[0, 1) [M] in the host's memory, which pick the rule.
         uniform: draws of U[0, 1) [M] on the states' device, which pick the time.
+        grid: which of the rules' grids each state's walk has, int64 [M]; None for the first.
     """
     names, t = list(rules.shares), states.t
     borders = torch.tensor(list(rules.shares.values())).cumsum(0)[:-1].to(choice)
@@ -103,21 +105,26 @@ def aimed(states: Kind, rules: Rules, choice: Tensor, uniform: Tensor) -> Kind:
             time = t
             x_target = None if x_target is None else torch.where(unsqueeze_like(mine, x_target), states.x, x_target)
         else:
-            time = time_below(name, t, uniform, rules)
+            time = time_below(name, t, uniform, rules, grid)
         s = torch.where(mine, time, s)
     stays = picked == names.index("diagonal") if "diagonal" in names else None
     if isinstance(states, Pairs) and set(names) <= {"zero", "later", "diagonal"}:  # states of the walk are known
         states = replace(states, x_target=x_target)
-    return replace(states, t_target=s, stays=stays)
+    jumps = None
+    if "edge" in names:
+        counts = send(torch.tensor([len(edges) for edges in rules.grids], dtype=t.dtype), t.device)
+        jumps = torch.where(code == names.index("edge"), counts[0] if grid is None else counts[grid], 1)
+    return replace(states, t_target=s, stays=stays, num_jumps=jumps)
 
 
-def time_below(rule: str, t: Tensor, uniform: Tensor, rules: Rules) -> Tensor:
+def time_below(rule: str, t: Tensor, uniform: Tensor, rules: Rules, grid: Tensor | None) -> Tensor:
     """s [M] by one of the rules that need nothing but the time."""
     if rule == "gap":
         return gap_below(t, uniform, rules.gap_mean, rules.gap_std)
     if rule == "uniform":
         return uniform * t
     if rule == "edge":
-        return edge_below(t, rules.edges)
+        below = torch.stack([edge_below(t, edges) for edges in rules.grids])
+        return below[0] if grid is None else below.gather(0, grid[None])[0]
     assert rule == "zero", rule
     return torch.zeros_like(t)

@@ -36,6 +36,7 @@ class Card(Section):
         pipeline, scheduler: their classes in diffusers; empty in the earliest cards.
         calls: number of steps -> the arguments with which the pipeline takes them; empty in the earliest cards.
         example: a prompt as the pipeline takes it.
+        conventions: what people get wrong about the teacher's pipeline -> how it is; empty in earlier cards.
         licences: part of the teacher -> the licence fields of its model card.
         config: the run's settings.
         network_only: whether the folder holds the network alone, and the rest is the teacher's.
@@ -59,6 +60,7 @@ class Card(Section):
     scheduler: str = ""
     calls: dict[int, dict[str, Any]] = Field(default_factory=dict)
     example: Any = "a photo of a cat"
+    conventions: dict[str, str] = Field(default_factory=dict)
     licences: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"teacher": {}})
     config: dict[str, Any]
     network_only: bool = False
@@ -106,7 +108,7 @@ class Card(Section):
             UserError: it is one; what plain diffusers can take instead.
         """
         if not self.recipe.jumps_to_zero:
-            (steps,) = self.recipe.times
+            steps = max(self.recipe.times)
             raise UserError(
                 f"this student jumps from edge to edge of its {steps} segments, and plain diffusers tells it no edge; "
                 f"export it with --to pipeline --steps {steps}, or use stepfold sample"

@@ -16,10 +16,18 @@ from stepfold.teachers.folders import check_folder
 from stepfold.teachers.loading import load_teacher, make_teacher
 from stepfold.teachers.lora_merging import merge_lora
 from stepfold.teachers.pipeline import PipelineTeacher
+from stepfold.teachers.quantised import Quantised
 
 
-def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeacher, Student, Card]:
+def load_student(
+    folder: Path, device: torch.device | str, quantise: Quantised | None = None
+) -> tuple[PipelineTeacher, Student, Card]:
     """A student folder: its encoder and autoencoder (as a teacher), its network, its card.
+
+    Args:
+        folder: the student's.
+        device: where it goes.
+        quantise: how the network beneath a LoRA is kept; None for as it was trained.
 
     Raises:
         UserError: the folder is no student that stepfold wrote.
@@ -30,7 +38,8 @@ def load_student(folder: Path, device: torch.device | str) -> tuple[PipelineTeac
             f"{folder} is an export for diffusers' {ANYFLOW}, as its README says; give the student that it was made of"
         )
     if card.lora_rank:
-        teacher = load_teacher(card.teacher_settings(), device)
+        settings = card.teacher_settings()
+        teacher = load_teacher(settings.model_copy(update={"quantise": quantise or settings.quantise}), device)
         options = {"convolutions": card.lora_convolutions, "two_times": card.two_times}
         student: Student = load_lora(teacher, folder, card.lora_rank, **options)
     elif card.network_only:
@@ -50,7 +59,8 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     card, folder = read_card(folder), student_folder(folder)
     if not card.lora_rank:
         return load_student(folder, device)
-    teacher = load_teacher(card.teacher_settings(), device, torch.float32)
+    settings = card.teacher_settings().model_copy(update={"quantise": "none"})
+    teacher = load_teacher(settings, device, torch.float32)
     for part, file in lora_files(teacher).items():
         merge_lora(teacher.pipe, str(folder / file), 1.0, lambda: None, part)  # a student has none on text encoders
     student = as_student(teacher, two_times=card.two_times)

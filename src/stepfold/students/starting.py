@@ -1,5 +1,6 @@
 """How the networks of a run start: as the teacher, or from an earlier student of it."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,7 +81,8 @@ def start_from(folder: Path, student: Student, settings: StudentSettings, of_tea
         )
     device = next(student.parameters()).device
     becomes_whole = card.lora_rank and not settings.lora
-    earlier = whole_from_lora(folder, device) if becomes_whole else load_student(folder, device)[1]
+    as_here = partial(load_student, folder, device, of_teacher.quantise)
+    earlier = whole_from_lora(folder, device) if becomes_whole else as_here()[1]
     copy_weights(earlier, student, folder)
 
 

@@ -51,6 +51,7 @@ class PipelineCalls(Teacher):
 
     Attributes:
         even_ladder: the pipeline's own sampler walks noise levels 1, 1 - 1/n, ..., 1/n.
+        rises_to: where the network's time is largest, and where its flow velocity points.
         output: where the pipeline's result has what it made.
         scale_argument: name of the guidance scale in the pipeline's call.
         one_by_one: whether the pipeline is called with a prompt at once: in a batch it has padding attended to.
@@ -64,6 +65,7 @@ class PipelineCalls(Teacher):
     """
 
     even_ladder: bool = False
+    rises_to: ClassVar[Literal["noise", "data"]] = "noise"
     output: ClassVar[Literal["images", "image", "frames"]] = "images"
     one_by_one: ClassVar[bool] = False
     scale_argument: ClassVar[str] = "guidance_scale"

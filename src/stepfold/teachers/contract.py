@@ -16,6 +16,10 @@ Module = TypeVar("Module", bound=nn.Module)
 Scale = TypeVar("Scale", float, Tensor)
 GuidanceKind = Literal["classifier_free", "embedded", "none"]
 SamplerName = Literal["consistency", "flow", "flow_map"]
+PictureScore = Callable[[Tensor, Sequence[str]], Tensor]
+"""(pictures [M, 3, H, W] in [0, 1] with a graph, prompts [M]) -> scores [M] with a graph to the pictures.
+
+A network without an autoencoder has its latents of unit variance as pictures."""
 NO_NULL = (
     "this teacher has no classifier-free guidance, and so no branch without a prompt; leave matching.fake_guidance and "
     "fake.guidance at 1 and fake.unprompted at 0"
@@ -102,11 +106,13 @@ class Condition:
         second = None if self.second is None else self.second.trimmed()
         return replace(self.first_tokens(int(attended.max()) + 1 if len(attended) else 1), second=second)
 
-    def padded(self, length: int) -> "Condition":
-        """With masked positions appended up to `length`; the second text stays as long as it is."""
-        extra = length - self.mask.shape[1]
+    def padded(self, length: int, second: int = 0) -> "Condition":
+        """With masked positions appended up to `length`; a second text that is shorter than `second`, up to that."""
+        extra, other = length - self.mask.shape[1], self.second
+        if other is not None and other.mask.shape[1] < second:
+            other = other.padded(second)
         pad = nn.functional.pad
-        return replace(self, embeds=pad(self.embeds, (0, 0, 0, extra)), mask=pad(self.mask, (0, extra)))
+        return replace(self, embeds=pad(self.embeds, (0, 0, 0, extra)), mask=pad(self.mask, (0, extra)), second=other)
 
 
 def concatenate(conditions: Sequence[Condition]) -> Condition:
@@ -200,6 +206,7 @@ class Teacher(Protocol):
     latent_shape: tuple[int, ...]  # of previews and samples
     latent_shapes: tuple[tuple[int, ...], ...]  # that training draws from
     max_tokens: int  # of a prompt
+    second_tokens: int = 0  # of a second text
     start_time: float  # where pure noise stands: pi/2, or a little below
     ode: Literal["flow", "trigflow"]  # coordinates in which its own sampler takes straight steps; trigflow is DDIM
     shift: float  # of the teacher's own flow sampler at its usual number of steps
@@ -291,7 +298,7 @@ class Teacher(Protocol):
         """What the network sees inside at x [B, ...], t [B]: maps [B, tokens, width], with a gradient to x."""
         raise NotImplementedError
 
-    def decode(self, x0: Tensor) -> Tensor:
+    def decode(self, x0: Tensor, *, with_gradient: bool = False) -> Tensor:
         """Clean latents (of standard deviation sigma_data) [B, ...] -> pictures [B, 3, H, W] in [0, 1]."""
         raise NotImplementedError
 

@@ -45,6 +45,7 @@ class HunyuanImageTeacher(QuotedTexts, GuiderTeacher):
     picture_output = 0
     stand_ins = ("vae",)
     guiders = ("guider", "ocr_guider")
+    second_tokens = 128
     fields: ClassVar[Any] = {
         "use_meanflow": ((False, None), "it is distilled, and told two times"),
         "guidance_embeds": ((False, None), "it is distilled with its guidance"),

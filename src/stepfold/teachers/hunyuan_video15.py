@@ -49,6 +49,7 @@ class HunyuanVideo15Teacher(QuotedTexts, GuiderTeacher, VideoTeacher):
     loads_lora = False
     even_ladder = True
     stand_ins = ("vae",)
+    second_tokens = 256
     picture_output = 0
     fields: ClassVar[Any] = {
         "use_meanflow": ((False, None), "it is told two times"),
@@ -97,9 +98,9 @@ class HunyuanVideo15Teacher(QuotedTexts, GuiderTeacher, VideoTeacher):
         return vae.config.scaling_factor, 0.0
 
     @override
-    def decode(self, x0: Tensor, batch: int = 1) -> Tensor:
+    def decode(self, x0: Tensor, batch: int | None = None, *, with_gradient: bool = False) -> Tensor:
         """One video at once: diffusers' autoencoder takes no more."""
-        return super().decode(x0, 1)
+        return super().decode(x0, 1, with_gradient=with_gradient)
 
     @override
     def encode_pictures(self, pictures: Tensor) -> Tensor:

@@ -148,6 +148,7 @@ def load_teacher(
         network_only=network_only,
         null=null,
         loras=[(lora.source, lora.scale) for lora in settings.lora],
+        quantised=settings.quantise,
     )
     if settings.guidance_interval:
         teacher.guide_between(*settings.guidance_interval)

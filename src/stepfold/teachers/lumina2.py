@@ -42,6 +42,7 @@ class Lumina2Teacher(PipelineTeacher):
     pipelines = (Lumina2Pipeline,)
     even_ladder = True
     lora_blocks = ("layers.", "refiner.")
+    rises_to = "data"
 
     @classmethod
     @override

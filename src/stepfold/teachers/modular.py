@@ -28,7 +28,8 @@ def read_part(folder: str, name: str, spec: Sequence[str], dtype: torch.dtype, v
     library, kind = spec
     part: Any = getattr(OWNERS[library], kind)
     if issubclass(part, ConfigMixin):
-        return part.from_config(part.load_config(folder, subfolder=name))
+        config: Any = part.load_config(folder, subfolder=name)
+        return part.from_config(config)
     if not issubclass(part, PreTrainedTokenizerBase):
         raise UserError(
             f"teacher {folder!r}: its part {name!r} is a {kind}, which is no tokenizer; copy its index again"

@@ -165,11 +165,16 @@ class ModuleTeacher(Teacher):
         """The name that it was given."""
         return self._time_part
 
+    @override
+    def decode(self, x0: Tensor, *, with_gradient: bool = False) -> Tensor:
+        """The latents themselves, of unit variance: a network of one's own has no autoencoder."""
+        return x0 / self.sigma_data if with_gradient else (x0 / self.sigma_data).detach()
+
     def _missing(self, *args: Any, **options: Any) -> Any:
         """A network of one's own has no autoencoder, no sampler of DDIM's, and nothing inside it is known."""
         raise NotImplementedError
 
-    ddim_times = features = decode = encode_pictures = black_latent = release_decoder = _missing
+    ddim_times = features = encode_pictures = black_latent = release_decoder = _missing
 
     @property
     @override

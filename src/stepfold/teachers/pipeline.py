@@ -20,6 +20,7 @@ from stepfold.teachers.family import Family, Predict
 from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_network, load_pipeline
 from stepfold.teachers.lora_merging import merge_lora
 from stepfold.teachers.once import compute_once, forget
+from stepfold.teachers.quantised import Quantised, quantise
 from stepfold.teachers.safety import is_part
 
 SIGMA_DATA = 0.5
@@ -68,6 +69,7 @@ class PipelineTeacher(Family):
         null: Condition | None = None,
         loras: Sequence[tuple[str, float]] = (),
         variant: str | None = None,
+        quantised: Quantised = "none",
     ) -> None:
         """`network_only` leaves text encoders and VAE for when they are needed; it takes the unconditional `null`.
 
@@ -89,7 +91,8 @@ class PipelineTeacher(Family):
         plain = [merge_lora(self.pipe, lora, scale, self._read_text_encoders) for lora, scale in loras]
         self.loras_in_diffusers = all(plain)
         self.pipe.set_progress_bar_config(disable=True)
-        self.transformer: Any = self.whole_network().to(self.device).eval().requires_grad_(False)
+        network = quantise(self.whole_network(), quantised, self.lora_blocks, self.device)
+        self.transformer: Any = network.to(self.device).eval().requires_grad_(False)
         compute_once(self.of_the_prompt_alone())
         kinds = self.guidance_kinds()
         self.guidance_kind: GuidanceKind = kinds[0] if guidance_kind == "auto" else guidance_kind
@@ -98,12 +101,12 @@ class PipelineTeacher(Family):
                 f"teacher guidance is {guidance_kind!r}, but this network calls for {' or '.join(map(repr, kinds))}; "
                 "leave it at 'auto'"
             )
-        defaults = inspect.signature(self.pipe.__call__).parameters
         self.default_guidance = self.usual_guidance()
-        self.takes_length = self.length_argument in defaults
+        self.takes_length = self.length_argument in inspect.signature(self.pipe.__call__).parameters
         self.max_tokens = self.usual_tokens() if max_tokens is None else max_tokens
         self.null_mask = null_mask
-        vae: Any = self._vae_class().load_config(self.source, subfolder="vae")
+        kind: Any = getattr(diffusers, self.index["vae"][1])
+        vae = kind.load_config(self.source, subfolder="vae")
         self.factor = self.pixels_a_latent(vae)
         self.check_network(self.autoencoder_channels(vae))
         usual_height, usual_width = self.geometry(self.factor)[2:]
@@ -304,9 +307,6 @@ class PipelineTeacher(Family):
                 handle.remove()
         return maps
 
-    def _vae_class(self) -> Any:
-        return getattr(diffusers, self.index["vae"][1])
-
     def _read_vae(self) -> Any:
         if self.pipe.vae is None:
             self.pipe.vae = self._read_network("vae")
@@ -333,17 +333,17 @@ class PipelineTeacher(Family):
     def release_decoder(self) -> None:
         self.pipe.vae = None
 
-    @torch.no_grad()
     @override
-    def decode(self, x0: Tensor, batch: int | None = None) -> Tensor:
+    def decode(self, x0: Tensor, batch: int | None = None, *, with_gradient: bool = False) -> Tensor:
         """Decodes `batch` at once; by default as many as have the pixels of one picture of 512 x 512."""
         vae, batch = self._vae(), batch or max(1, DECODED_AT_ONCE // (self.height * self.width))
-        latents = (self.autoencoder_latents(part / self.sigma_data).to(vae.dtype) for part in x0.split(batch))
-        if self.video_autoencoder:
-            parts = (vae.decode(part.unsqueeze(2), return_dict=False)[0].squeeze(2) for part in latents)
-        else:
-            parts = (vae.decode(part, return_dict=False)[0] for part in latents)
-        return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
+        with torch.set_grad_enabled(with_gradient):
+            latents = (self.autoencoder_latents(part / self.sigma_data).to(vae.dtype) for part in x0.split(batch))
+            if self.video_autoencoder:
+                parts = (vae.decode(part.unsqueeze(2), return_dict=False)[0].squeeze(2) for part in latents)
+            else:
+                parts = (vae.decode(part, return_dict=False)[0] for part in latents)
+            return torch.cat([(part.float() / 2 + 0.5).clamp(0, 1) for part in parts])
 
     @torch.no_grad()
     @override

@@ -184,7 +184,8 @@ def modular_index(folder: Path) -> dict[str, Any]:
         if part in index or not isinstance(spec, list):
             continue
         said = spec[2] if len(spec) == 3 and isinstance(spec[2], dict) else {}
-        if not is_part(hint := said.get("type_hint")) or hint[0] is None or said.get("subfolder") != part:
+        hint: Any = said.get("type_hint")
+        if not is_part(hint) or hint[0] is None or said.get("subfolder") != part:
             raise UserError(
                 f"{folder / MODULAR_INDEX} says of {part!r} no class with subfolder {part!r}; save the pipeline again "
                 "with save_pretrained"

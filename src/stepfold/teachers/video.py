@@ -76,9 +76,9 @@ class VideoTeacher(PipelineTeacher):
         return channel_scale(vae, self.device, 4)
 
     @override
-    def decode(self, x0: Tensor, batch: int = 1) -> Tensor:
+    def decode(self, x0: Tensor, batch: int | None = 1, *, with_gradient: bool = False) -> Tensor:
         """Returns filmstrips [B, 3, H, F W]."""
-        return filmstrip(super().decode(x0, batch))
+        return filmstrip(super().decode(x0, batch, with_gradient=with_gradient))
 
     @override
     def encode_pictures(self, pictures: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class ZImageTeacher(PipelineTeacher):
     lora_blocks = ("layers.", "refiner.")
     no_guidance = 0.0
     time_field = "t_scale"
+    rises_to = "data"
     fields: ClassVar[Any] = {
         "siglip_feat_dim": ((None,), "it reads images beside the text (Omni)"),
         "all_patch_size": (((2,), [2]), "the pipeline calls for patches of 2"),

@@ -11,7 +11,7 @@ from stepfold.bank import Bank
 from stepfold.config import Config
 from stepfold.prompts.reading import Prompts, shuffled_index
 from stepfold.randomness import send
-from stepfold.scores import picture_spaces
+from stepfold.scores import critic_spaces
 from stepfold.spaces.records import States
 from stepfold.teachers.contract import Condition, Teacher
 from stepfold.training.draws import Batch, draw, prompt_index, step_samples
@@ -58,7 +58,7 @@ class Batches:
     def walked(self, phase: Phase, step: int) -> tuple[Batch, Condition, dict[str, States]]:
         """The batch of a step, its conditions, and the states of every space that the phase's terms name.
 
-        In a head start, in which the student waits, there are those alone that the fake score learns from.
+        In a head start, in which the student waits, there are those alone that critics learn from.
         """
         training, number = self.config.training, step // self.config.space.reuse
         with self.stages("data"):
@@ -69,13 +69,13 @@ class Batches:
                 condition = self.teacher.encode(batch.prompts)
             else:
                 condition = self.conditions(batch.index) if self.conditions else self.encode_ahead(number)
-            if training.compile:  # equal shapes: one graph, and a resumed run has the same one
-                condition = condition.padded(max(self.teacher.max_tokens, condition.mask.shape[1]))
+            if training.compile:
+                condition = at_full_length(condition, self.teacher)
         with self.stages("images"):
             x0 = self.latents(batch.index).to(self.device) if self.latents else x0
-        spaces = dict.fromkeys(term.space for term in phase.terms)
+        spaces = dict.fromkeys(term.space for term in phase.terms_at(step))
         if step - phase.first < phase.head_start:
-            needed = set(picture_spaces(phase.config)) - {"rollout"}
+            needed = critic_spaces(phase.config)
             spaces = {space: None for space in spaces if space in needed}
         with self.stages("teacher"):
             states = collect(
@@ -109,3 +109,8 @@ class Batches:
             if ahead > 1:
                 self.teacher.park_text_encoder()
         return self._encoded[number]
+
+
+def at_full_length(condition: Condition, teacher: Teacher) -> Condition:
+    """With both texts as long as any of the teacher's: equal shapes make one graph, and a resumed run has the same."""
+    return condition.padded(max(teacher.max_tokens, condition.mask.shape[1]), teacher.second_tokens)

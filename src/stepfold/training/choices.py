@@ -215,7 +215,8 @@ def memory_estimate(
     device = next(student.parameters()).device
     pairs = num_prompts * max(states_per_prompt(term.space, config) for term in terms_of(config))
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
-    frozen = sum(p.numel() * p.element_size() for p in student.parameters() if not p.requires_grad)
+    kept_still = [*(p for p in student.parameters() if not p.requires_grad), *student.buffers()]
+    frozen = sum(value.numel() * value.element_size() for value in kept_still)
 
     def kept(count: int) -> int:
         network, x, t = trial(student, condition, latent_shape, count=count)

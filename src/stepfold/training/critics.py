@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from stepfold.objectives.denoising import FAKE, Score, denoising_error
 from stepfold.objectives.matching import renoising_noise, renoising_times
 from stepfold.sampling.consistency import predict_data
 from stepfold.scores import picture_spaces
-from stepfold.spaces.records import States
+from stepfold.spaces.records import Pairs, States
 from stepfold.teachers.contract import Condition, Student, Teacher
 from stepfold.training.draws import Batch
 from stepfold.training.states import rollout
@@ -59,7 +60,8 @@ def new_critics(
     """
     found: dict[str, nn.Module] = {}
     if any(config.adversarial.weight for config in configs):
-        found[adversarial.NAME] = new_discriminator(teacher, configs[0].seed).to(device)
+        neighbours = configs[0].adversarial.neighbours  # the same in all phases
+        found[adversarial.NAME] = new_discriminator(teacher, configs[0].seed, neighbours).to(device)
     if any(config.fake.updates for config in configs):
         if make_fake is None:
             raise UserError("fake.updates needs a teacher that is a pipeline; leave fake.updates at 0")
@@ -70,8 +72,9 @@ def new_critics(
 def critics_of(config: Config, modules: Mapping[str, nn.Module]) -> dict[str, Critic]:
     """The critics that learn in a phase of these settings, by name."""
     found: dict[str, Critic] = {}
-    if config.adversarial.weight:
-        found[adversarial.NAME] = Critic(modules[adversarial.NAME], lr_factor=config.adversarial.lr_factor)
+    if (heads := config.adversarial).weight:
+        own: dict[str, Any] = {"loss": alternating_loss, "states": alternating_states} if heads.updates else {}
+        found[adversarial.NAME] = Critic(modules[adversarial.NAME], heads.updates, lr_factor=heads.lr_factor, **own)
     if (part := config.fake).updates:
         found[FAKE] = Critic(modules[FAKE], part.updates, part.head_start, part.lr_factor, fake_loss, fake_states)
     return found
@@ -82,11 +85,11 @@ def critic_betas(name: str, config: Config) -> tuple[float, float] | None:
     return config.fake.betas if name == FAKE else None
 
 
-def new_discriminator(teacher: Teacher, seed: int) -> Discriminator:
+def new_discriminator(teacher: Teacher, seed: int, neighbours: bool = False) -> Discriminator:
     """Its first weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Discriminator(teacher.feature_widths)
+        return Discriminator(teacher.feature_widths, neighbours)
 
 
 def new_fake(make_fake: Callable[[], Student], seed: int) -> Student:
@@ -111,7 +114,12 @@ def fake_states(
     spaces = picture_spaces(config)
     if (space := spaces[number % len(spaces)]) == "rollout":
         return rollout(batch, condition, networks, config, number // len(spaces))
-    states, num = found[space], len(batch.index)
+    return one_each(found[space], batch)
+
+
+def one_each(states: States, batch: Batch) -> States:
+    """One of the states of each prompt, drawn; a prompt has as many as any other."""
+    num = len(batch.index)
     count = len(states) // num
     pick = (batch.draws.uniform("state", (1,)).squeeze(1) * count).long().clamp(max=count - 1)
     prompts = torch.arange(num, device=pick.device)
@@ -147,3 +155,16 @@ def guided_score(score: Student, teacher: Teacher, scale: float) -> Score:
         return guide(without, score(x_unit, t, condition, guidance), scale)
 
     return guided
+
+
+def alternating_states(
+    networks: Networks, batch: Batch, condition: Condition, config: Config, number: int, found: Mapping[str, States]
+) -> States:
+    """The pairs of an update of the discriminator's own: one a prompt, of those that its term is on."""
+    return one_each(found[config.space.first], batch)
+
+
+def alternating_loss(networks: Networks, batch: Batch, states: States, config: Config) -> Loss:
+    """See `adversarial.heads_update`."""
+    assert isinstance(states, Pairs)
+    return adversarial.heads_update(networks, states, batch.draws, config)

@@ -8,11 +8,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from stepfold.bank import Bank
-from stepfold.config import Config
+from stepfold.config import Config, phases_of
+from stepfold.errors import UserError
+from stepfold.objectives.contract import Reward
 from stepfold.prompts.reading import Prompts
-from stepfold.teachers.contract import Student, Teacher
+from stepfold.teachers.contract import PictureScore, Student, Teacher
 from stepfold.training.batches import Batches, Conditions, Latents
 from stepfold.training.choices import keep_freed_memory
+from stepfold.training.draws import prompt_index
 from stepfold.training.looks import Looks, Progress
 from stepfold.training.processes import ALONE, Processes, gathered, is_sharded
 from stepfold.training.runs import (
@@ -47,6 +50,7 @@ def distill(
     report: Callable[[Progress], None] = lambda progress: None,
     preview: Callable[[Student, int], None] = lambda student, step: None,
     make_fake: Callable[[], Student] | None = None,
+    score: PictureScore | None = None,
 ) -> Student:
     """Distils `teacher` into `student` and returns the student's exponential moving average.
 
@@ -70,6 +74,7 @@ def distill(
             the first process, or in all of them where the weights are sharded, since they are whole only where all take
             part.
         make_fake: makes the fake score, which starts as the teacher, where a phase has `fake.updates`.
+        score: of pictures and prompts, which the student raises where a phase has `reward.weight`; see `PictureScore`.
 
     Returns:
         The average; where the weights are sharded, whole in the first process, and in the others of no use.
@@ -82,7 +87,8 @@ def distill(
     keep_freed_memory(accelerator.device)
     stages = stages or Stages()
     first = conditions([0]) if conditions else teacher.encode([prompts.prompt(0)])
-    made = set_up(config, teacher, student, first, accelerator, processes, stages, note_tangent, make_fake)
+    reward = reward_of(score, teacher, prompts, config)
+    made = set_up(config, teacher, student, first, accelerator, processes, stages, note_tangent, make_fake, reward)
     saved = checkpoints(folder)
     start = load_checkpoint(saved[-1], made.modules, made.run.optimiser, made.shared) if saved else 0
     if processes.first:
@@ -94,6 +100,24 @@ def distill(
     looks = Looks(made.run, folder, prompts, report, sum("skipped" in row for row in read_metrics(folder)))
     take_steps(made, batches, looks, start, preview if processes.first or made.sharded else lambda average, step: None)
     return with_whole_weights(made.run.average, made.unsharded)
+
+
+def reward_of(score: PictureScore | None, teacher: Teacher, prompts: Prompts, config: Config) -> Reward | None:
+    """A score of pictures and prompts as one of latents and samples; None where no phase asks for it.
+
+    Raises:
+        UserError: a phase has `reward.weight`, and there is no score.
+    """
+    if not any(each.reward.weight for _, each in phases_of(config)):
+        return None
+    if score is None:
+        raise UserError("reward.weight needs a score; give a CLIP folder as reward.clip, or `score` in the Python API")
+
+    def reward(x0: Tensor, samples: Sequence[int]) -> Tensor:
+        texts = [prompts.prompt(i) for i in prompt_index(samples, prompts, config.seed)]
+        return score(teacher.decode(x0, with_gradient=True), texts)
+
+    return reward
 
 
 def take_steps(made: Made, batches: Batches, looks: Looks, start: int, preview: Callable[[Student, int], None]) -> None:
@@ -111,7 +135,7 @@ def take_steps(made: Made, batches: Batches, looks: Looks, start: int, preview: 
         batch = condition = states = None
         for step in range(start, training.steps):
             phase = run.phase(step)
-            if batch is None or step % config.space.reuse == 0 or step in (phase.first, phase.first + phase.head_start):
+            if batch is None or step % config.space.reuse == 0 or phase.changes_at(step):
                 batch, condition, states = batches.walked(phase, step)
             assert condition is not None and states is not None
             looks.records.append(train_step(run, step, batch, condition, states))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepfold.config import Config, TeacherSettings, validate
+from stepfold.errors import UserError
 from stepfold.maths.routes import reference_route
 from stepfold.maths.tangent import total_derivative
 from stepfold.objectives.consistency import STEEPEST, derivative_size, tangent_direction
@@ -20,10 +21,12 @@ from stepfold.spaces.records import Pairs
 from stepfold.students.lora import lora_student
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition, Student
+from stepfold.teachers.conventions import conventions
 from stepfold.teachers.loading import choose_objective, load_teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.teachers.pipeline import SIGMA_DATA, PipelineTeacher
 from stepfold.training.accelerators import make_accelerator
+from stepfold.training.allowed import allowed_methods
 from stepfold.training.choices import choose_tangent, full_float32
 from stepfold.training.memory import peak_memory_gib
 from stepfold.training.optimisers import make_optimiser
@@ -51,6 +54,8 @@ ROUNDED = 1e-3
 """And two calls in float32 of a network that rounds to bfloat16 within: a number between two of it goes either way."""
 SAMPLED = 0.3
 """And two calls in bfloat16: FLUX's pipeline rounds its time to steps of 4 in 1000."""
+QUANTISED = {"int8": 0.05, "fp8": 0.1, "nf4": 0.3}
+"""How far a velocity may be from that of the plain weights."""
 MISREAD = 0.1
 """How far its states may be from a schedule that was read right: some solvers end a little above noise level 0."""
 
@@ -67,6 +72,9 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
     Raises:
         UserError: the teacher does not load, or no student can be made of it.
     """
+    if settings.quantise != "none" and not lora:
+        raise UserError(f"--quantise {settings.quantise} leaves no weights to train; add --lora 64")
+    plain = plain_velocity(settings, device) if settings.quantise != "none" else None
     teacher = load_teacher(settings, device)
     student = lora_student(teacher, lora) if lora else new_student(teacher)
     prompts = (teacher.examples or PROMPTS)[:TRIED]
@@ -78,23 +86,33 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
     trajectory = walk(teacher.velocity, noise, route, condition, guidance)
     keep = torch.ones(count, dtype=torch.bool, device=device)
     pairs = pairs_from(trajectory, condition, guidance, keep_first=False, keep=keep)
-    config = choose_objective(validate({"prompts": "", "teacher": settings.model_dump()}))
+    config = choose_objective(validate({"prompts": "", "teacher": settings.model_dump(), "student": {"lora": lora}}))
     rounding = ROUNDING[settings.dtype if lora else "float32"]
     tangents = [backends_agree(student, pairs, rounding), tangent_size(student, pairs)]
+    allowed = allowed_methods(teacher, why_no_tangent(*tangents))
     if config.objective != "continuous":
         tangents = [without_need(finding) for finding in tangents]
     agree, size = tangents
     return [
         *own_loop(teacher, prompts, condition, guidance),
+        *quantised_velocity(teacher, settings.quantise, plain),
         same_network(teacher, student, pairs),
         agree,
         chosen_backend(student, condition.rows(slice(0, 1)), teacher.latent_shape, config, lora),
         size,
         guidance_effect(teacher, pairs),
-        scale_meaning(teacher),
-        time_range(teacher),
+        latent_statistics(pairs),
+        *[Finding(name, words, "any", True) for name, words in conventions(teacher).items()],
         *one_step(student, pairs, teacher, config.objective),
+        *(Finding(f"method: {name}", said, "any", True) for name, said in allowed.items()),
     ]
+
+
+def why_no_tangent(agree: Finding, size: Finding) -> str:
+    """Why the continuous objective is not for a teacher, from findings about its tangent; empty where it is."""
+    if not size.ok:
+        return f"dF/dt is {size.number}, above {STEEPEST:g}; take objective=discrete, or stepfold retime"
+    return "" if agree.ok else "the tangent's backends do not agree; take objective=discrete"
 
 
 def without_need(finding: Finding) -> Finding:
@@ -138,6 +156,36 @@ def own_loop(teacher: PipelineTeacher, prompts: Sequence[str], condition: Condit
             off <= MISREAD,
         ),
     ]
+
+
+def velocity_at(teacher: PipelineTeacher) -> Tensor:
+    """Its velocity [TRIED * TIMES, ...] under guidance, at times from noise on, on the CPU."""
+    prompts = (teacher.examples or PROMPTS)[:TRIED]
+    condition, count = teacher.encode(prompts).repeat_interleave(TIMES), TRIED * TIMES
+    x = teacher.sigma_data * noise_of(teacher, count)
+    t = torch.linspace(teacher.start_time, 0.3, TIMES, device=teacher.device).repeat(TRIED)
+    return teacher.velocity(x, t, condition, torch.full_like(t, teacher.default_guidance)).cpu()
+
+
+def plain_velocity(settings: TeacherSettings, device: str) -> Tensor | None:
+    """`velocity_at` of the weights as they are; None where the device has no room for them."""
+    try:
+        return velocity_at(load_teacher(settings.model_copy(update={"quantise": "none"}), device))
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        gc.collect()
+
+
+def quantised_velocity(teacher: PipelineTeacher, kind: str, plain: Tensor | None) -> list[Finding]:
+    """How far quantised weights lead from the plain ones; nothing of a teacher that has these."""
+    if kind == "none":
+        return []
+    check = f"velocity with {kind} weights"
+    if plain is None:
+        return [Finding(check, "not run: the plain weights do not fit beside it", "any", True)]
+    error, most = median_relative(velocity_at(teacher), plain), QUANTISED[kind]
+    return [Finding(check, f"relative difference {error:.1e} from the plain ones", f"<= {most:g}", error <= most)]
 
 
 def close(check: str, error: float, most: float) -> Finding:
@@ -215,21 +263,11 @@ def guidance_effect(teacher: PipelineTeacher, pairs: Pairs) -> Finding:
     )
 
 
-def scale_meaning(teacher: PipelineTeacher) -> Finding:
-    """How the pipeline counts its guidance scale s: the weight w of v_u + w (v_c - v_u), and which s turns it off."""
-    s = teacher.default_guidance
-    said = {
-        "classifier_free": f"s = {s:g} of the pipeline is w = {teacher.guidance_weight(s):g}; "
-        f"s = {teacher.no_guidance:g} turns guidance off",
-        "embedded": f"the network is told s, {s:g} by default; one call a step",
-        "none": "no guidance; one call a step",
-    }
-    return Finding("guidance scale s and weight w", said[teacher.guidance_kind], "any", True)
-
-
-def time_range(teacher: PipelineTeacher) -> Finding:
-    """What the network's own time counts to; dF/dt grows with it."""
-    return Finding("timesteps of the network", f"in [0, {teacher.time_scale:g}]", "any", True)
+def latent_statistics(pairs: Pairs) -> Finding:
+    """Mean and deviation of a picture's latents, for `decoupled.statistics`; root mean square over pictures."""
+    y = pairs.x0.float().flatten(1) / SIGMA_DATA
+    std = y.var(1).mean().sqrt()
+    return Finding(f"an image's latents after {TIMES} steps", f"mean {y.mean():.2f}, deviation {std:.2f}", "any", True)
 
 
 def free_bytes(device: torch.device) -> int:

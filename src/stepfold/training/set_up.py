@@ -12,7 +12,7 @@ from torch import nn
 
 from stepfold.config import Config, phases_of
 from stepfold.maths.blocks import compiled_blocks
-from stepfold.objectives.contract import Networks
+from stepfold.objectives.contract import Networks, Reward
 from stepfold.teachers.contract import Condition, Student, Teacher, deepcopy_sharing
 from stepfold.training.choices import TangentChoice, choose_tangent
 from stepfold.training.critics import critic_betas, critics_of, new_critics
@@ -56,6 +56,7 @@ def set_up(
     stages: Stages,
     note_tangent: Callable[[str], None],
     make_fake: Callable[[], Student] | None,
+    reward: Reward | None = None,
 ) -> Made:
     """All networks of a run, its optimiser and its phases; arguments as of `distill`, `condition` of any prompt."""
     training, phases = config.training, phases_of(config)
@@ -73,7 +74,9 @@ def set_up(
     if len(set(guidance_scales(config, teacher))) == 1:
         for network in networks:
             network.freeze_guidance()
-    average = deepcopy_sharing(student, [p for p in student.parameters() if not p.requires_grad]).requires_grad_(False)
+    still = [p for p in student.parameters() if not p.requires_grad]
+    still += [value for name, value in student.named_buffers() if name in student.shared]  # a quantised teacher's
+    average = deepcopy_sharing(student, still).requires_grad_(False)
     unsharded = deepcopy_sharing(student, ()).cpu() if sharded and processes.first else None
     if sharded:
         for network in (student, average):
@@ -91,6 +94,7 @@ def set_up(
         precision=partial(student_precision, accelerator, training.precision),
         walk_precision=partial(walk_precision, training.walk_precision, accelerator.device, teacher.network),
         average=average,
+        reward=reward,
     )
     made_phases = [
         Phase(first, each, terms_of(each), critics_of(each, critics), replace(calls, tangent=choice.backend))

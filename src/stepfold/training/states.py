@@ -20,7 +20,7 @@ from stepfold.spaces.generation import Trajectory, brightness_filter, pairs_from
 from stepfold.spaces.prior import prior_states
 from stepfold.spaces.records import States, pairs_per_prompt
 from stepfold.spaces.rollout import rolled_states, rollout_length
-from stepfold.spaces.targets import Rules, aimed
+from stepfold.spaces.targets import Kind, Rules, aimed
 from stepfold.teachers.contract import Condition, Teacher
 from stepfold.training.draws import Batch
 
@@ -95,25 +95,52 @@ def collect(
 
 
 def with_targets(states: States, space: str, batch: Batch, teacher: Teacher, config: Config) -> States:
-    """The states of a space with target times as `target` says; each state's draws are its own.
+    """The states of a space, each as often as it has targets, with target times as `target` says.
+
+    Each state's draws are its own. The states of a walk are in a row, then those of the same walk for the next target.
 
     Which rule a state has is drawn in the host's memory, so that no device is waited for; states that a filter has
     dropped have been waited for already.
     """
     target, count = config.target, states.num_drawn // len(batch.index)
-    edges = grid_of(config, teacher) if "edge" in target.rules else ()
-    rules = Rules({str(name): share for name, share in target.shares.items()}, target.gap_mean, target.gap_std, edges)
+    states = repeated(states, count, target.draws)
+    grids = grids_of(config, teacher) if "edge" in target.rules else ()
+    rules = Rules({str(name): share for name, share in target.shares.items()}, target.gap_mean, target.gap_std, grids)
     on_host = replace(batch.draws, device=torch.device("cpu"), _kept={})
-    choice = on_host.uniform(f"target rule on {space}", (count,)).flatten()
-    uniform = batch.draws.uniform(f"target on {space}", (count,)).flatten()
+    choice = on_host.uniform(f"target rule on {space}", (target.draws * count,)).flatten()
+    uniform = batch.draws.uniform(f"target on {space}", (target.draws * count,)).flatten()
     if len(states) < states.num_drawn:
         choice, uniform = choice[states.number.cpu()], uniform[states.number]
-    return aimed(states, rules, choice, uniform.to(states.t.dtype))
+    grid = drawn_grids(target.grids, target.draws, space, batch)[states.number // count] if len(grids) > 1 else None
+    return aimed(states, rules, choice, uniform.to(states.t.dtype), grid)
 
 
-def grid_of(config: Config, teacher: Teacher) -> list[float]:
-    """The times of the student's own steps, one for each segment of the rule `edge`."""
-    return teacher.student_times(config.target.segments, "flow_map")
+def repeated(states: Kind, count: int, times: int) -> Kind:
+    """The `count` states of each prompt so many times, one round of them after the other."""
+    if times == 1:
+        return states
+    rounds = torch.arange(times, device=states.t.device)
+    index = torch.arange(len(states), device=states.t.device).view(-1, 1, count).expand(-1, times, -1)
+    again = states.rows(index.flatten())
+    number = states.number.view(-1, 1, count) % count + count * rounds[:, None]
+    number = number + times * (states.number.view(-1, 1, count) // count * count)
+    return replace(again, number=number.flatten(), num_drawn=times * states.num_drawn)
+
+
+def grids_of(config: Config, teacher: Teacher) -> list[list[float]]:
+    """The times of the student's own steps, one for each segment of the rule `edge`, for each number of segments."""
+    return [teacher.student_times(segments, "flow_map") for segments in config.target.grids]
+
+
+def drawn_grids(shares: dict[int, float], draws: int, space: str, batch: Batch) -> Tensor:
+    """Which of the grids each walk of a batch has, for each of its targets: int64 [B draws].
+
+    The draws of a walk are stratified: one in each of as many equal parts of [0, 1).
+    """
+    drawn = batch.draws.uniform(f"segments on {space}", (draws,))
+    drawn = ((drawn + torch.arange(draws, device=drawn.device)) / draws).flatten()
+    borders = torch.tensor(list(shares.values())).cumsum(0)[:-1]
+    return torch.bucketize(drawn, randomness.send(borders, drawn.device), right=True)
 
 
 def started(
@@ -241,4 +268,5 @@ WITHOUT_TARGETS = {"rollout", "anchor"}
 
 def states_per_prompt(space: str, config: Config) -> int:
     """How many states a space has of each prompt."""
-    return pairs_per_prompt(config.space.route_steps, config.space.keep_first) if space in FROM_CLEAN else 1
+    draws = 1 if space in WITHOUT_TARGETS else config.target.draws
+    return draws * (pairs_per_prompt(config.space.route_steps, config.space.keep_first) if space in FROM_CLEAN else 1)

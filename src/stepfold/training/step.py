@@ -20,7 +20,7 @@ from stepfold.training.processes import Processes, local, whole
 from stepfold.training.stages import Stages
 from stepfold.training.states import states_per_prompt
 from stepfold.training.step_log import Metrics, StepRecord, metrics_of
-from stepfold.training.terms import Shares, Term, add_gradients
+from stepfold.training.terms import Shares, Term, add_gradients, put_back
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,14 @@ class Phase:
     def head_start(self) -> int:
         """First steps of the phase, in which only critics learn."""
         return max((critic.head_start for critic in self.critics.values()), default=0)
+
+    def terms_at(self, step: int) -> list[Term]:
+        """The terms of a step of the run."""
+        return [term for term in self.terms if term.first <= step]
+
+    def changes_at(self, step: int) -> bool:
+        """Whether a step of the run needs states of other spaces than the one before."""
+        return step in (self.first, self.first + self.head_start, *(term.first for term in self.terms))
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ def train_step(run: Run, step: int, batch: Batch, condition: Condition, states: 
     if not any(count.kept for count in counts.values()):
         return replace(record, spaces={name: replace(part, values={}) for name, part in spaces.items()})
     found = add_gradients(
-        phase.terms, phase.networks, states, batch.draws, phase.config, step - phase.first, run.accelerator,
+        phase.terms_at(step), phase.networks, states, batch.draws, phase.config, step - phase.first, run.accelerator,
         shares={name: shares_of(run, phase.config, name, count) for name, count in counts.items()}, stages=run.stages,
     )  # fmt: skip
     spaces = {name: replace(part, values=part.values | found[name]) for name, part in spaces.items()}
@@ -165,8 +173,10 @@ def critic_gradient(
     assert critic.loss is not None and critic.states is not None
     own = critic.states(phase.networks, batch, condition, phase.config, count, states)
     found, size = [], phase.config.training.micro_batch or len(batch.index)
+    began = [(buffer, buffer.clone()) for buffer in critic.module.buffers()]
     trained = [parameter for parameter in critic.module.parameters() if parameter.requires_grad]
     for start in range(0, len(batch.index), size):
+        put_back(began)
         rows = slice(start, start + size)
         part = replace(own.rows(rows), number=own.number[rows] - start, num_drawn=len(own.number[rows]))
         loss = critic.loss(phase.networks, batch.rows(rows), part, phase.config)

@@ -12,8 +12,10 @@ from stepfold.errors import NonFiniteError
 from stepfold.spaces.records import States
 from stepfold.training.processes import Processes
 
-UNLOGGED = ("t", "|x|", "|dxdt|", "|F|", "|x0|", "|v_real|", "|v_fake|")
-"""Metrics that an error message needs and the metrics file does not."""
+UNLOGGED = ("t", "|x|", "|dxdt|", "|F|", "|x0|", "|v_real|", "|v_fake|", "missed", "apart")
+"""Metrics that an error message needs, or another number, and the metrics file does not."""
+SKETCH = "sketch_"
+"""How the names of numbers begin that are logged as `spread` alone; see `objectives.matching.sketches`."""
 
 
 @dataclass(frozen=True)
@@ -139,17 +141,38 @@ def norm_beside(name: str, record: StepRecord) -> float:
 
 
 def means(metrics: Metrics) -> dict[str, float]:
-    """The logged numbers of a table: means over its states, and of the tangent's norm those by time."""
-    found = {name: values.mean().item() for name, values in metrics.values.items() if name not in UNLOGGED}
+    """The logged numbers of a table: means over its states, what is made of those, and the tangent's norm by time."""
+    logged = (name for name in metrics.values if name not in UNLOGGED and not name.startswith(SKETCH))
+    found = {name: metrics.values[name].mean().item() for name in logged}
+    if (spread := spread_of(metrics)) is not None:
+        found["spread"] = spread
+    if "missed" in metrics.values:
+        found["miss"] = (metrics.values["missed"].mean() / metrics.values["apart"].mean().clamp(min=1e-12)).item()
     if "tangent_norm" in metrics.values:
         found |= tangent_by_time(metrics.values["t"], metrics.values["tangent_norm"])
     return found
+
+
+def spread_of(metrics: Metrics) -> float | None:
+    """Standard deviation of the student's pictures around their mean, in units of sigma_data; None where there is one.
+
+    It is the root mean square over a picture's numbers.
+    """
+    parts = [values for name, values in metrics.values.items() if name.startswith(SKETCH)]
+    if not parts or len(parts[0]) < 2:
+        return None
+    return torch.stack(parts).var(1).sum().sqrt().item()
 
 
 def tangent_by_time(t: Tensor, norm: Tensor, bins: int = 4) -> dict[str, float]:
     """Mean tangent norm in equal bins of t over [0, pi/2]; it falls as the student becomes consistent."""
     index = (t / (torch.pi / 2) * bins).long().clamp(max=bins - 1)
     return {f"tangent_norm_{b}": norm[index == b].mean().item() for b in range(bins) if (index == b).any()}
+
+
+def shown(name: str) -> bool:
+    """Whether an error message has a per-state number."""
+    return name != "loss" and not name.startswith(SKETCH)
 
 
 PLACES = {
@@ -189,7 +212,7 @@ def check_finite(step: int, prompts: list[str], metrics: Metrics, grad_norm: flo
     place, bad = nonfinite_place(numbers)
     rows = bad.nonzero().squeeze(1)[:4] if bad.any() else torch.arange(min(4, len(prompt)))
     where = "; ".join(
-        f"prompt {prompts[prompt[i]]!r} " + " ".join(f"{k}={v[i]:.4g}" for k, v in numbers.items() if k != "loss")
+        f"prompt {prompts[prompt[i]]!r} " + " ".join(f"{k}={v[i]:.4g}" for k, v in numbers.items() if shown(k))
         for i in rows.tolist()
     )
     what = f"{place} of {int(bad.sum())} of {len(prompt)} pairs" if bad.any() else place

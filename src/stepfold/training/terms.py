@@ -19,6 +19,7 @@ from stepfold.objectives.identity import identity_loss
 from stepfold.objectives.lagrange import lagrange_loss
 from stepfold.objectives.matching import matching_loss
 from stepfold.objectives.pair import pair_loss
+from stepfold.objectives.reward import reward_loss
 from stepfold.objectives.semigroup import semigroup_loss
 from stepfold.objectives.velocity import velocity_loss
 from stepfold.randomness import Draws
@@ -40,6 +41,7 @@ OBJECTIVES: dict[str, Objective] = {
     "matching": matching_loss,
     "decoupled": decoupled_loss,
     "identity": identity_loss,
+    "reward": reward_loss,
 }
 """All objectives by the names that settings call them."""
 
@@ -54,6 +56,7 @@ class Term:
         weight: > 0.
         micro_batch: states of a backward pass; 0 for all at once.
         stage: of the run, that its forward passes are timed as.
+        first: step of the run that it begins at.
     """
 
     objective: str
@@ -61,6 +64,7 @@ class Term:
     weight: float
     micro_batch: int = 0
     stage: str = "student forward"
+    first: int = 0
 
 
 def terms_of(config: Config) -> list[Term]:
@@ -73,6 +77,9 @@ def terms_of(config: Config) -> list[Term]:
         terms.append(Term("matching", config.matching.space, weight, size))
     if weight := config.anchor.weight:
         terms.append(Term("pair", "anchor", weight, size))
+    if weight := config.reward.weight:
+        part = config.reward
+        terms.append(Term("reward", part.space, weight, size, "reward", part.from_step))
     return terms
 
 
@@ -128,11 +135,7 @@ def add_gradients(
         heads = networks.critics.get(NAME, nn.Module())
         began = [(buffer, buffer.clone()) for buffer in heads.buffers()]
         for part, counts in micro_batches(states[space], own[0].micro_batch, share.most):
-            for (
-                buffer,
-                value,
-            ) in began:  # each call moves the estimate of a spectral norm: every part begins as the first
-                buffer.copy_(value)
+            put_back(began)
             losses = [(term, _loss(term, networks, part, draws, config, step, stages)) for term in own]
             value = total(losses)
             with stages("student backward"), student_attention(config.training.precision, part.x.device):
@@ -146,6 +149,15 @@ def add_gradients(
             metrics["loss"].append(value.detach() if counts else value.detach()[:0])
         found[space] = {name: torch.cat(values) for name, values in metrics.items()}
     return found
+
+
+def put_back(began: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copies values back into buffers.
+
+    Each call of heads moves their estimates of spectral norms, and every part of a step has to begin as the first.
+    """
+    for buffer, value in began:
+        buffer.copy_(value)
 
 
 def micro_batches(states: States, size: int, most: int) -> Iterator[tuple[States, bool]]:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from stepfold.errors import UserError
-from stepfold.evaluation.curves import LOGGED
+from stepfold.evaluation.curves import meaning
 from stepfold.evaluation.report import duration
 from stepfold.web.drawing import TEACHER_STEPS, Drawing, Models, Paces, Request, Walk
 from stepfold.web.race import Race, as_gif, as_png, times
@@ -251,7 +251,7 @@ def curves(runs: Sequence[Run]) -> Markup:
     ]
     figures = {
         name: Markup("<figure><figcaption><b>{}</b><span>{}</span></figcaption>{}</figure>").format(
-            breakable(name), LOGGED.get(name, ""), _labelled(svg, f"{name} over the steps of {names}")
+            breakable(name), meaning(name), _labelled(svg, f"{name} over the steps of {names}")
         )
         for name, svg in curves_of(runs).items()
     }

@@ -12,6 +12,7 @@ from stepfold.config import Config, from_yaml
 from stepfold.errors import UserError
 from stepfold.evaluation.curves import curve_svgs, curves_from_rows, ordered, quality_svgs
 from stepfold.evaluation.preview import errors_over_steps
+from stepfold.evaluation.symptoms import symptoms_of
 from stepfold.evaluation.verdict import METRICS as SCORED
 from stepfold.evaluation.verdict import curves_over_calls
 from stepfold.training.opening import differences, is_running
@@ -177,6 +178,14 @@ def curves_of(runs: Sequence[Run]) -> dict[str, str]:
         errors = errors_over_steps(run.folder) if run.previews else []
         curves.append(ordered(({"latent_error": errors} if errors else {}) | logged))
     return curve_svgs(curves)
+
+
+def symptoms_in(run: Run) -> list[str]:
+    """What a run's logged numbers look like, in sentences; none where they look healthy or cannot be read."""
+    try:
+        return symptoms_of(curves_from_rows(rows_of(run.folder)))
+    except (UserError, OverflowError):  # a whole number of hundreds of digits
+        return []
 
 
 def time_left(run: Run) -> float | None:
