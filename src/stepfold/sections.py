@@ -138,13 +138,13 @@ def check_quantised(config: Any) -> None:
     Raises:
         ValueError: which, and the way out.
     """
-    way_out = f"but teacher.quantise={config.teacher.quantise} leaves no weights to train;"
+    way_out = f"but teacher.quantise={config.teacher.quantise} leaves no weights to train"
     if config.teacher.quantise != "none" and not config.student.lora:
-        raise ValueError(f"student.lora is 0, {way_out} give student.lora=64, or teacher.quantise=none")
+        raise ValueError(f"student.lora is 0, {way_out}; give student.lora=64, or teacher.quantise=none")
     if config.teacher.quantise != "none" and config.training.compile:
         raise ValueError(
             f"training.compile is not tested with teacher.quantise={config.teacher.quantise}; give "
             "training.compile=false, or teacher.quantise=none"
         )
     if config.teacher.quantise != "none" and config.fake.updates and config.fake.kind == "whole":
-        raise ValueError(f"fake.kind is whole, {way_out} give fake.kind=lora, or teacher.quantise=none")
+        raise ValueError(f"fake.kind is whole, {way_out}; give fake.kind=lora, or teacher.quantise=none")
