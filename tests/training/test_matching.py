@@ -146,6 +146,26 @@ def test_the_fakes_own_loss_is_named_before_what_it_spoils(
         run(settings(*DMD), tmp_path / "run", teacher, prompts)
 
 
+@pytest.mark.parametrize("head_start", [0, 2])
+def test_a_fake_update_that_is_not_finite_is_left_out(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, monkeypatch: pytest.MonkeyPatch,
+    tensors: Callable, head_start: int,
+) -> None:  # fmt: skip
+    """With the rest of its step, where steps may be skipped; the networks and the optimiser stay finite."""
+    from stepfold.training import critics
+
+    right, count = critics.denoising_error, itertools.count()
+    nan = float("nan")
+    monkeypatch.setattr(critics, "denoising_error", lambda *a: right(*a) * (nan if next(count) == 1 else 1))
+    config = settings(*DMD, "training.skip_nonfinite=1", f"fake.head_start={head_start}")
+    run(config, tmp_path / "run", teacher, prompts)
+    rows = read_metrics(tmp_path / "run")
+    skipped = [row for row in rows if "skipped" in row]
+    assert len(skipped) == 1 and "loss" not in skipped[0] and "is not finite" in skipped[0]["nonfinite"]
+    assert all(bool(values.isfinite().all()) for values in tensors(checkpoints(tmp_path / "run")[-1]).values())
+    assert len(rows) == config.training.steps
+
+
 def test_in_a_head_start_nobody_rolls_out_for_the_student(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,7 +98,7 @@ def write_peft(
     )
     with writing(out) as folder:
         folder.mkdir()
-        adapter_config.save_pretrained(folder)
+        adapter_config.save_pretrained(str(folder))
         path = folder / "adapter_config.json"  # its layers are a set, in any order
         settings = json.loads(path.read_text(encoding="utf-8")) | {"target_modules": layers}
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

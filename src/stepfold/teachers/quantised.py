@@ -74,6 +74,7 @@ class QuantisedLinear(nn.Linear):
     Autograd keeps the codes alone: the backward pass multiplies them out again.
     """
 
+    kind: Quantised
     codes: Tensor
     scales: Tensor
 

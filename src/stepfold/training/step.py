@@ -101,6 +101,8 @@ def train_step(run: Run, step: int, batch: Batch, condition: Condition, states: 
                 record = update_critic(run, name, critic, record, batch, condition, states)
     if step - phase.first < phase.head_start:
         return replace(record, head_start=True)
+    if record.skipped:  # a critic's update was left out, so the student waits too
+        return record
     counts = {name: count_states(run, phase.config, name, part) for name, part in states.items()}
     spaces = {name: metrics_of(part, {}, *counts[name]) for name, part in states.items()}
     if not any(count.kept for count in counts.values()):
@@ -140,7 +142,10 @@ def update_critic(
     condition: Condition,
     states: Mapping[str, States],
 ) -> StepRecord:
-    """A critic's own updates within a step, each with draws of its own; the record with their metrics and norm."""
+    """A critic's own updates within a step, each with draws of its own; the record with their metrics and norm.
+
+    An update whose gradient is not finite is left out with the rest of the step, where `training.skip_nonfinite` is on.
+    """
     phase = run.phase(record.step)
     config = phase.config
     set_learning_rates(run, phase, record.step)
@@ -151,6 +156,10 @@ def update_critic(
         count = record.step * critic.updates + update
         found += critic_gradient(run, phase, critic, own, condition, states, count)
         norm = clipped_norm(run, critic.module.parameters(), config)
+        if run.config.training.skip_nonfinite and not bool(norm.isfinite()):  # a sync
+            run.optimiser.zero_grad(set_to_none=True)
+            record = replace(record, skipped=True)
+            break
         run.optimiser.step()  # of this critic alone: nothing else has a gradient
         run.optimiser.zero_grad(set_to_none=True)
     prompts, losses = zip(*found, strict=True)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import numpy as np
@@ -152,7 +152,7 @@ def started(name: str, folder: Path, run: str | None) -> tuple[GeneralTracker, s
         ) from None
     if name == "tensorboard":
         return tracker, ""
-    return tracker, tracker.tracker.info.run_id if name == "mlflow" else run or new
+    return tracker, cast(Any, tracker).tracker.info.run_id if name == "mlflow" else run or new
 
 
 def log_image(name: str, tracker: Any, path: Path, step: int) -> None:
@@ -161,7 +161,7 @@ def log_image(name: str, tracker: Any, path: Path, step: int) -> None:
         tracker.log_artifact(str(path), "previews")
         return
     if name == "trackio":
-        import trackio
+        import trackio  # type: ignore[import-not-found]
 
         tracker.log({"preview": trackio.Image(str(path))}, step=step)
         return
