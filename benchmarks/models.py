@@ -160,9 +160,11 @@ def make_place(size: Size, device: str, folder: Path) -> Place:
         make_pipeline(size, torch.device(device), folder / "pipeline")
     teacher = open_teacher(place, with_encoders=True)
     black = torch.zeros(teacher.latent_shape)  # for a filter that is off
+    prompts = place.prompts
     encode_prompts(
-        folder / "conditions", CACHE_KEY, place.prompts, teacher.encode, teacher.null_condition, black, batch=8
-    )
+        folder / "conditions", CACHE_KEY, prompts, lambda index: teacher.encode([prompts.prompt(i) for i in index]),
+        teacher.null_condition, black, batch=8,
+    )  # fmt: skip
     return place
 
 
