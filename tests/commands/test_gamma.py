@@ -99,7 +99,7 @@ def test_a_map_of_segments_alone_is_not_called_a_consistency_model(
     student = trained(tiny_sana, tmp_path, *changes)
     card, text = read_card(student), (student / "README.md").read_text()
     assert card.recipe.sampler == "flow_map" and set(card.recipe.times) == {3} and not card.calls
-    assert "stepfold export FOLDER --to pipeline --steps 3" in text and "from_pretrained" not in text
+    assert "stepfold export FOLDER --to pipeline --steps 3" in text and ".from_pretrained(" not in text
     assert "samples it as a consistency model" in (flow_map / "README.md").read_text()
     refused = r"from edge to edge of its 3 segments, and plain diffusers tells .*--to pipeline --steps 3, or use stepf"
     for to in ("pipeline", "lora", "single-file", "onnx"):

@@ -121,7 +121,7 @@ def test_nothing_is_overwritten_unasked(student_of: StudentOf, tmp_path: Path) -
     assert file.read_text() == "mine"
     run_export(student, "lora", file, force=True)
     assert file.read_bytes() == (student / "pytorch_lora_weights.safetensors").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"mine", "some.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "some.README.md", "some.safetensors"}
 
 
 def test_mistakes_say_what_to_do(student_of: StudentOf, tmp_path: Path) -> None:

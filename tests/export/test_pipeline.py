@@ -207,7 +207,7 @@ def test_a_student_is_replaced_whole_or_not_at_all(
     folder.mkdir()
     (folder / "old.txt").write_text("old")
     with monkeypatch.context() as patch:
-        patch.setattr("stepfold.export.pipeline.model_card", lambda *_: 1 / 0)  # after the weights are written
+        patch.setattr("stepfold.export.pipeline.model_card", lambda *_, **__: 1 / 0)  # after the weights are written
         with pytest.raises(ZeroDivisionError):
             save_student(teacher, student, folder, config, tiny.recipe(teacher, "consistency", GUIDANCE), "fox")
     assert [path.name for path in tmp_path.rglob("*")] == ["student", "old.txt"]

@@ -82,7 +82,7 @@ def encode(prompts: Any) -> Condition:
 class Seen(ModuleTeacher):
     """What the suite asks of a pipeline's teacher besides."""
 
-    dtype = torch.float32
+    dtype, rounds = torch.float32, False
 
     @property
     def transformer(self) -> nn.Module:
