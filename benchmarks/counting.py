@@ -8,7 +8,7 @@ encoder while it works (its weights are). AdamW is the fused one, as on a GPU.
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -114,7 +114,9 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
     from_images = "images" in config.space.weights
     prompts = open_prompts(assets.PROMPTS)
     in_place = patch.object(nn.Module, "to", lambda module, *_, **__: module)
-    by_storage = patch.object(Tensor, "data_ptr", lambda tensor: tensor.untyped_storage()._cdata)
+    by_storage: Any = nullcontext()
+    if config.student.lora or config.fake.updates:  # PEFT tells shared tensors by their addresses, which fakes lack
+        by_storage = patch.object(Tensor, "data_ptr", lambda tensor: tensor.untyped_storage()._cdata)
     with tempfile.TemporaryDirectory() as folder, in_place, by_storage:
         described = described_pipe(size, Path(folder))
         with fake, counted:

@@ -53,8 +53,8 @@ def pages() -> dict[str, str]:
         ),
         "api.md": (
             "API",
-            "The first section is public, and changes only with a note in the changelog. The other sections are internal: "
-            "they are documented for readers and may change without notice. "
+            "The first section is public, and changes only with a note in the changelog. The other sections are "
+            "internal: they are documented for readers and may change without notice. "
             "[Your own network](../teachers.md#a-network-of-your-own) shows how to use `stepfold.api`.",
             api(),
         ),
