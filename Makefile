@@ -4,7 +4,7 @@
 #   make check   what a change must pass: lint, types, docs, tests       make test-long   those that take longer: kills, real
 #                with the long ones, no known vulnerability                               compilers, every case of a matrix
 #                                                                        make docs        the documentation, into site/
-#   make test-long PART=2/4   one part of the long ones; each commit's CI runs one of four, the next commit's the next
+#   make test-long PART=2/8   one part of the long ones; each commit's CI runs one of eight, the next commit's the next
 #   make audit   known vulnerabilities of what is installed; fails too if one package could not be looked up
 #
 # TORCH says what is given to pip for torch; the default is the version in constraints.txt. Another build, for example:

@@ -48,7 +48,7 @@ def test_every_test_is_of_one_of_the_two_sets_and_a_change_must_pass_both() -> N
     for target, sets in (("test", ["'not long'"]), ("test-long", ["long"]), ("check", ["'not long'", "long"])):
         commands = [line for line in make("-n", target).stdout.splitlines() if "-m pytest" in line]
         assert [command.partition(" -m pytest ")[2].partition(" -m ")[2] for command in commands] == sets, target
-    assert {"make test", "make test-long PART=$((commits % 4 + 1))/4"} <= set(
+    assert {"make test", "make test-long PART=$((commits % 8 + 1))/8"} <= set(
         (ROOT / ".ci" / "run").read_text().splitlines()
     )
 

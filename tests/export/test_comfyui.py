@@ -82,7 +82,7 @@ FAMILIES = {
 }  # fmt: skip
 """Family -> names under which ComfyUI reads its LoRAs."""
 SHORT = ["sdxl", "flux"]
-CLOSE = {"v sdxl from noise": 1e-3}
+CLOSE = {"v sdxl from noise": 1e-3, "z-image": 3e-4}
 """Family -> how close, where ComfyUI's highest noise level, 4519, is no pure noise."""
 
 
