@@ -93,7 +93,7 @@ def test_flipped_bytes_other_noise_and_other_teachers_are_found(tmp_path: Path) 
     make_bank(folder, INDEX, halved, batch=4)
     assert flaws_of(folder) == []
     doubled = [line.split(": ", 1)[1] for line in flaws_of(folder, lambda at, noise: 2 * halved(at, noise))]
-    assert len(doubled) == 3 and all("ends differ by 100" in line or "by 99.98" in line for line in doubled)
+    assert len(doubled) == 3 and all(float(line.split("differ by ")[1][:-1]) > 99 for line in doubled)
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(index | {"seed": 4}))
     assert {line.split(": ", 1)[1] for line in flaws_of(folder)} == {"its noise is another one on this machine"}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 from stepfold import assets
 from stepfold.commands.evaluate import run_evaluate
@@ -72,11 +73,13 @@ def test_what_cannot_be_searched_is_one_line(tiny_sana: Path, tmp_path: Path) ->
     assert numbers_of("8,4,4") == [4, 8]
 
 
-def test_usual_levels_are_the_teachers_own_and_even_ones(tiny_sana: Path) -> None:
-    teacher = load_teacher(TeacherSettings(source=str(tiny_sana), height=32, width=32), "cpu")
-    found = usual_levels(teacher, 4)
+def test_usual_levels_are_the_teachers_own_and_even_ones(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.make_sd3, tmp_path / "sd3")  # its shift is 3
+    found = usual_levels(load_teacher(TeacherSettings(source=str(folder), height=32, width=32), "cpu"), 4)
+    assert list(found) == ["the scheduler's", "even", "even, no shift"]
     assert all(levels[0] == 1 and levels[-1] == 0 and len(levels) == 5 for levels in found.values())
-    assert found["even, no shift"] == pytest.approx([1, 0.75, 0.5, 0.25, 0]) if teacher.shift != 1 else True
+    assert found["even, no shift"] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert found["even"] == pytest.approx([1, 0.9, 0.75, 0.5, 0])
 
 
 def test_levels_stand_beside_a_student(tmp_path: Path) -> None:

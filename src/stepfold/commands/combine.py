@@ -11,7 +11,10 @@ from stepfold.commands.options import DeviceOption, Quiet, refuse_existing, usab
 from stepfold.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stepfold.display import Display
+    from stepfold.evaluation.measure import Sampler
     from stepfold.teachers.contract import Condition
     from stepfold.teachers.pipeline import PipelineTeacher
 
@@ -72,18 +75,16 @@ def run_combine(
     Raises:
         UserError: too few checkpoints or prompts, or the sum is not nearer on the prompts of the verdict.
     """
-    import torch
     from safetensors.torch import load_file
 
     from stepfold.commands.own_teacher import choose
     from stepfold.config import validate
     from stepfold.evaluation.measure import student_sampler
-    from stepfold.evaluation.metrics import relative_error
     from stepfold.export.pipeline import save_student
     from stepfold.prompts.conditions import encoded
     from stepfold.students.card import read_card
+    from stepfold.students.combining import EVALUATIONS, put_sum
     from stepfold.students.combining import combine as search
-    from stepfold.students.combining import put_sum
     from stepfold.students.starting import make_student
     from stepfold.teachers.loading import load_teacher
     from stepfold.training.runs import checkpoints, damage
@@ -114,20 +115,14 @@ def run_combine(
             for i in (0, half)
         ]
 
-    def error_on(batches: "Sequence[Any]", coefficients: "Sequence[float]") -> float:
-        put_sum(student, states, coefficients)
-        errors = [
-            relative_error(sampler(noise, condition, scales, samples).cpu(), end.cpu())
-            for noise, condition, scales, samples, end in batches
-        ]
-        return torch.cat(errors).mean().item()
-
+    error_on = partial(error_of, student, sampler, states)
     display.note(f"{len(states)} states of {len(saved)} checkpoints, {half} prompts, {count} sampling steps")
-    with display.searching({"coefficients": 1}) as tick:
-        found, _ = search(lambda a: error_on(halves[0], a), len(states), reference, sweeps)
-        tick("coefficients", 1, done=True)
+    with display.searching({"coefficients": 1 + sweeps * (len(states) - 1) * EVALUATIONS}) as tick:
+        counted = partial(tick, "coefficients", 1)
+        found, _ = search(partial(error_on, halves[0], counted), len(states), reference, sweeps)
+        tick("coefficients", 0, done=True)
     alone = [float(i == reference) for i in range(len(states))]
-    before, after = error_on(halves[1], alone), error_on(halves[1], found)
+    before, after = (error_on(halves[1], lambda: None, a) for a in (alone, found))
     if not after < before:
         raise UserError(
             f"the sum is not nearer to the teacher on the prompts of the verdict ({after:.4f}, {before:.4f} without); "
@@ -136,6 +131,29 @@ def run_combine(
     put_sum(student, states, found)
     save_student(teacher, student, out, config, card.recipe, card.example)
     return {"states": names, "coefficients": found, "before": before, "after": after}
+
+
+def error_of(
+    student: Any,
+    sampler: "Sampler",
+    states: Sequence[dict[str, "Tensor"]],
+    batches: Sequence[Any],
+    tick: Callable[[], None],
+    coefficients: Sequence[float],
+) -> float:
+    """Latent error of the student whose weights are this sum of states, on batches of `teacher_ends`."""
+    import torch
+
+    from stepfold.evaluation.metrics import relative_error
+    from stepfold.students.combining import put_sum
+
+    put_sum(student, states, coefficients)
+    errors = [
+        relative_error(sampler(noise, condition, scales, samples).cpu(), end.cpu())
+        for noise, condition, scales, samples, end in batches
+    ]
+    tick()
+    return torch.cat(errors).mean().item()
 
 
 def teacher_ends(

@@ -327,7 +327,7 @@ def found_row(
     `starts` are kept for the next solver; `found` are Euler's levels, for calibrated steps.
     """
     from stepfold.levels.calibrated import calibrate
-    from stepfold.levels.record import Row, end_of
+    from stepfold.levels.record import Row, end_of, rounded
     from stepfold.levels.search import error, reference
 
     solver: Any = "euler" if name == "calibrated" else name
@@ -343,9 +343,9 @@ def found_row(
     if name == "calibrated":
         levels = found or usual[label]
         fine = reference(side.velocity, side.fine.noise, fine_levels(teacher, key["reference_steps"], levels))
-        weights, _ = calibrate(side.velocity, fine, levels)
+        weights = [rounded(step) for step in calibrate(side.velocity, fine, levels)[0]]
     else:
-        levels = searched(side, list(usual.values()), solver, k, key, starts)
+        levels = rounded(searched(side, list(usual.values()), solver, k, key, starts))
     row = Row(name, k, levels, 0.0, defaults[label], label, False, weights)
     reached = judged(row)
     return replace(row, error=reached, better=reached < row.default)

@@ -119,8 +119,8 @@ def levels_of(card: Card, num_steps: int) -> list[float]:
 
 
 def in_text(levels: list[float]) -> str:
-    """`1, 0.75, 0`: ManualSigmas reads decimals alone, no exponents."""
-    return ", ".join(f"{level:.6f}".rstrip("0").rstrip(".") for level in levels)
+    """`1, 0.75, 0`: ManualSigmas reads decimals alone, no exponents. Networks that read 1000 t need more than six."""
+    return ", ".join(f"{level:.9f}".rstrip("0").rstrip(".") for level in levels)
 
 
 def workflow(card: Card, file: str, *, lora: bool, per_token: bool = False) -> Graph:

@@ -21,7 +21,12 @@ from stepfold.teachers.contract import Condition, Teacher
 from stepfold.teachers.fingerprints import teacher_fingerprint
 from stepfold.training.runs import writing
 
-SHOWN = 4  # digits of a level
+DIGITS = 4  # of levels and weights, when they are found: what is judged is what is printed
+
+
+def rounded(numbers: Sequence[float]) -> list[float]:
+    """Levels or weights with DIGITS decimals; levels stay apart, since a search keeps them so."""
+    return [round(number, DIGITS) for number in numbers]
 
 
 @dataclass(frozen=True)
@@ -137,26 +142,24 @@ def lines_for(teacher: Any, row: Row, guidance: float) -> dict[str, str]:
         row: what was found.
         guidance: scale that it was searched at.
     """
-    levels = [round(level, SHOWN) for level in row.levels]
     own = teacher.own_guidance(guidance)
-    name, comfyui = f"{row.solver} {row.steps}", ", ".join(f"{level:g}" for level in levels)
+    name, comfyui = f"{row.solver} {row.steps}", ", ".join(f"{level:g}" for level in row.levels)
     if row.solver == "calibrated":
-        weights = [[round(weight, SHOWN) for weight in step] for step in row.weights]
         lines = [
             "from stepfold.levels.calibrated import CalibratedScheduler",
-            f"pipe.scheduler = CalibratedScheduler({levels}, {weights}, {teacher.num_train_timesteps})",
+            f"pipe.scheduler = CalibratedScheduler({row.levels}, {row.weights}, {teacher.num_train_timesteps})",
             f"pipe({called({'num_inference_steps': row.steps} | own)})",
         ]
         return {"name": name, "diffusers": "\n".join(lines), "comfyui": ""}
     if teacher.ode == "trigflow":
-        sigmas = [round(float(torch.tan(trigflow_time(torch.tensor(level)))), SHOWN) for level in row.levels]
+        sigmas = torch.tan(trigflow_time(torch.tensor(row.levels, dtype=torch.float64))).tolist()
         lines = [
             "pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, "
             'timestep_spacing="leading")',
             f"pipe({called({'sigmas': sigmas} | own)})",
         ]
-        return {"name": name, "diffusers": "\n".join(lines), "comfyui": ", ".join(f"{sigma:g}" for sigma in sigmas)}
-    listed = f"{levels[:-1]}"
+        return {"name": name, "diffusers": "\n".join(lines), "comfyui": ", ".join(f"{sigma:.6f}" for sigma in sigmas)}
+    listed = f"{row.levels[:-1]}"
     scheduler = f"diffusers.FlowMatchEulerDiscreteScheduler({teacher.num_train_timesteps}, shift=1.0)"
     if row.solver == "unipc":
         listed = f"numpy.array({listed})"

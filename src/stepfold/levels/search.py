@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from torch import Tensor
 from stepfold.levels.solvers import SolverName, Velocity, rollout
 from stepfold.maths.golden import golden_section
 
-Start = Literal["rollout", "local", "default"]
 EVALUATIONS = 6  # of a golden section: the bracket shrinks to a 10th, and the next sweep has a new one
 LEAST_GAIN = 0.005  # of a sweep over all levels; below it the descent ends
 NEAREST = 1e-3  # of two levels

@@ -23,9 +23,7 @@ def allowed_methods(teacher: PipelineTeacher, tangent: str) -> dict[str, str]:
         "Decoupled DMD (guidance apart)": guidance_apart(teacher),
         "Phased DMD (an expert a phase)": experts(teacher),
         "Sana-Sprint, LADD (adversarial)": f"yes: heads read {len(teacher.feature_widths)} feature maps of the network",
-        "sCM over images": no("this teacher makes videos")
-        if teacher.frames > 1
-        else "yes: its autoencoder encodes images",
+        "sCM over images": over_images(teacher),
         "reward": reward(teacher),
         "LoRA student": lora(teacher),
     }
