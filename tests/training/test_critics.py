@@ -300,7 +300,14 @@ ALTERNATING = ("space.kind=endpoints", "adversarial.weight=0.5", "adversarial.up
 BETTER = (*ALTERNATING, "adversarial.r1_weight=100", "adversarial.neighbours=true")
 
 
-@pytest.mark.parametrize("changes", [BETTER, (*BETTER, "training.micro_batch=1"), ALTERNATING])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param((*BETTER, "training.micro_batch=1"), id="better, in parts"),
+        pytest.param(BETTER, id="better", marks=pytest.mark.long),
+        pytest.param(ALTERNATING, id="plain", marks=pytest.mark.long),
+    ],
+)
 def test_alternating_heads_learn_in_updates_of_their_own_and_resume_to_the_bit(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, tensors: Callable,
     monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...],

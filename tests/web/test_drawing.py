@@ -141,6 +141,7 @@ def test_a_scale_may_be_the_one_that_turns_guidance_off(emoji: Models, monkeypat
     assert checked(emoji, "a cat", 1, 0.0, 0, 1).guidance == 0
 
 
+@pytest.mark.long
 def test_a_student_with_a_pipeline_of_its_own(tiny_student: Path, tiny_sana: Path) -> None:
     models = load_models(tiny_student, None, "cpu")
     assert models.pipeline is not models.teacher and models.teacher.source == str(tiny_sana)
