@@ -130,7 +130,7 @@ PLACES: dict[str, tuple[Callable[..., None], str]] = {
 }
 
 
-@pytest.mark.parametrize("place", cases(PLACES, short=["teacher", "gradient"]))
+@pytest.mark.parametrize("place", cases(PLACES, short=["gradient"]))
 def test_it_stops_names_the_place_and_keeps_the_last_checkpoint(
     tmp_path: Path, config: Callable[..., Config], straight: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

@@ -191,7 +191,7 @@ TEACHERS: dict[str, Callable[[Path, Path], Any]] = {
 }
 
 
-SHORT = ("sana", "sprint", "sd3", "sd 1", "sdxl", "flux dev", "pixart", "dit", "lumina 2", "wan", "qwen image")
+SHORT = ("sana", "sprint", "sd3", "sd 1", "sdxl", "flux dev", "dit", "wan", "qwen image")
 """One of each kind of network, text, time and guidance; all others are long forms."""
 PADDED = (
     GemmaTexts | HunyuanVideo15Teacher | PixArtTeacher | Lumina2Teacher | WanTeacher | QwenImageTeacher | Krea2Teacher

@@ -192,7 +192,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-@pytest.mark.parametrize("kind", ["whole", "lora"])
+@pytest.mark.parametrize("kind", cases(["whole", "lora"], short=["lora"]))
 def test_a_fake_beside_the_student_changes_nothing_of_it_and_resumes_to_the_bit(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, tensors: Callable, kind: str
 ) -> None:
@@ -334,6 +334,7 @@ def test_alternating_heads_learn_in_updates_of_their_own_and_resume_to_the_bit(
     assert equal(tensors(checkpoints(tmp_path / "run")[-1]), last) and read_metrics(tmp_path / "run") == rows
 
 
+@pytest.mark.long
 def test_micro_batches_of_alternating_heads_add_up(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
 ) -> None:
