@@ -213,7 +213,7 @@ def load(
             "set teacher.frames=1, or space.kind to generation or endpoints"
         )
     licences = ", ".join(f"{part} {in_words(licence)}" for part, licence in licences_of(config.teacher.source).items())
-    display.note(f"licences: {licences}")
+    display.note(f"teacher {config.teacher.source} ({type(teacher.pipe).__name__}); licences: {licences}")
     if config.student.depth < 1:
         display.note(
             f"the student keeps {config.student.depth:.0%} of the teacher's blocks: it starts far from the teacher, "

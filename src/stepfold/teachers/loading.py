@@ -127,11 +127,12 @@ def load_teacher(
     dtype: torch.dtype | None = None,
     *,
     network_only: bool = False,
+    encodes_only: bool = False,
     null: Condition | None = None,
 ) -> PipelineTeacher:
     """The teacher of a run; `emoji` is the bundled one, loaded like any other.
 
-    `dtype` is the settings' if None; the last two as in `PipelineTeacher`.
+    `dtype` is the settings' if None; the last three as in `PipelineTeacher`.
     """
     teacher = make_teacher(
         place_of(settings),
@@ -146,9 +147,10 @@ def load_teacher(
         null_mask=settings.null_mask,
         guidance_kind=settings.guidance,
         network_only=network_only,
+        encodes_only=encodes_only,
         null=null,
         loras=[(lora.source, lora.scale) for lora in settings.lora],
-        quantised=settings.quantise,
+        quantised="none" if encodes_only else settings.quantise,
     )
     if settings.guidance_interval:
         teacher.guide_between(*settings.guidance_interval)
