@@ -25,11 +25,6 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Precisions of a teacher's network -> `teacher.dtype`."""
 SAMPLED = 2**20
 """Of a larger weight so many numbers are read for a fingerprint, at even distances."""
-MARKS = {
-    "base_layer": "has LoRAs that are not merged; call pipe.fuse_lora() and pipe.unload_lora_weights() first",
-    "_orig_mod": "is compiled; give the pipeline as it was before torch.compile",
-}
-"""Part of a weight's name -> what is wrong with its network."""
 UNTOLD = ("_", "architectures", "dtype", "torch_dtype", "transformers_version")
 """How the names in a config begin that saving changes, or that the weights say too."""
 
@@ -102,9 +97,13 @@ def check_object(pipe: Any) -> None:
         )
     for name, network in networks(pipe).items():
         what, weights = f"part {name!r} of this {type(pipe).__name__}", network.state_dict(keep_vars=True)
-        for mark, wrong in MARKS.items():
-            if any(mark in weight.split(".") for weight in weights):
-                raise UserError(f"{what} {wrong}")
+        parts = {part for weight in weights for part in weight.split(".")}
+        if "base_layer" in parts:
+            raise UserError(
+                f"{what} has LoRAs that are not merged; call pipe.fuse_lora() and pipe.unload_lora_weights() first"
+            )
+        if "_orig_mod" in parts:
+            raise UserError(f"{what} is compiled; give the pipeline as it was before torch.compile")
         if "quantization_config" in config_of(network):
             raise UserError(f"{what} is quantised; load it in bfloat16, and give its folder for teacher.quantise")
         if any(value.is_meta for value in weights.values() if isinstance(value, Tensor)):
