@@ -55,7 +55,8 @@ def pages() -> dict[str, str]:
             "API",
             "The first section is public, and changes only with a note in the changelog. The other sections are "
             "internal: they are documented for readers and may change without notice. "
-            "[Your own network](../teachers.md#a-network-of-your-own) shows how to use `stepfold.api`.",
+            "[Use it from Python](../python.md) and [your own network](../teachers.md#a-network-of-your-own) show how "
+            "to use `stepfold.api`.",
             api(),
         ),
     }
@@ -209,7 +210,7 @@ def commands() -> str:
 
 
 API = {
-    "Distil a network of your own": ("api", "teachers.module", "teachers.contract"),
+    "Distil from Python": ("api", "teachers.module", "teachers.contract"),
     "Students": ("students.whole", "students.lora", "students.two_times"),
     "Mathematics": (
         "maths.formulations", "maths.routes", "maths.tangent", "maths.schedules", "maths.filters", "maths.closed_form",

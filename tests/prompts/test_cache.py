@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stepfold.commands.distill import run_distill
 from stepfold.commands.prompts import encode as encode_command
 from stepfold.commands.prompts import run_encode
 from stepfold.config import Config, TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.jobs.distilling import run_distill
 from stepfold.prompts import cache as module
 from stepfold.prompts.cache import encode_prompts, open_conditions
 from stepfold.prompts.conditions import conditions_key

@@ -24,12 +24,14 @@ from stepfold.teachers.folders import (
     load_index,
     load_networks,
     load_pipeline,
+    part_config,
     unloadable,
 )
 from stepfold.teachers.hunyuan_image import HunyuanImageTeacher
 from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
 from stepfold.teachers.kandinsky5 import Kandinsky5ImageTeacher, Kandinsky5VideoTeacher
 from stepfold.teachers.krea2 import Krea2Teacher
+from stepfold.teachers.live import is_live
 from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.modular import ModularParts
@@ -219,12 +221,7 @@ def counts_to_thousand(config: Config) -> bool:
     source = place_of(config.teacher)
     family, index = family_of(source), load_index(source)
     try:
-        network: Any = getattr(diffusers, index[family.network_part][1])
-        scheduler: Any = getattr(diffusers, index["scheduler"][1])
-        configs = (
-            network.load_config(source, subfolder=family.network_part),
-            scheduler.load_config(source, subfolder="scheduler"),
-        )
+        configs = (part_config(source, index, part) for part in (family.network_part, "scheduler"))
         return family.time_scale_of(*configs) >= 10
     except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise unloadable(source, error) from None
@@ -242,6 +239,8 @@ def place_of(settings: TeacherSettings) -> str:
         UserError: the hub has no such revision or variant, or a folder was to have a revision.
     """
     source = folder_of(settings.source)
+    if is_live(source):
+        return source
     local = Path(source).exists()
     if local and settings.revision:
         raise UserError(f"teacher.revision is for hub ids, but {source!r} is a folder; leave it out")

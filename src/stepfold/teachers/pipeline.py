@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -17,7 +16,7 @@ from stepfold.errors import UserError, first_line
 from stepfold.teachers.calls import parts_of, set_parts
 from stepfold.teachers.contract import NO_NULL, Condition, GuidanceKind, concatenate
 from stepfold.teachers.family import Family, Predict
-from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_network, load_pipeline
+from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_network, load_pipeline, part_config
 from stepfold.teachers.lora_merging import merge_lora
 from stepfold.teachers.once import compute_once, forget
 from stepfold.teachers.quantised import Quantised, quantise
@@ -107,7 +106,7 @@ class PipelineTeacher(Family):
         self.takes_length = self.length_argument in inspect.signature(self.pipe.__call__).parameters
         self.max_tokens = self.usual_tokens() if max_tokens is None else max_tokens
         self.null_mask = null_mask
-        vae = getattr(diffusers, self.index["vae"][1]).load_config(self.source, subfolder="vae")
+        vae = part_config(self.source, self.index, "vae")
         self.factor = self.pixels_a_latent(vae)
         self.check_network(self.autoencoder_channels(vae))
         usual_height, usual_width = self.geometry(self.factor)[2:]
