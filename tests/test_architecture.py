@@ -16,11 +16,12 @@ DOCS = Path(__file__).parents[1] / "docs" / "architecture.md"
 FILES = sorted(p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*.py"))
 
 EXTERNAL = {
-    "accelerate": ("training/", "commands/distill.py", "commands/finishing.py"),
+    "accelerate": ("training/", "jobs/distilling.py", "jobs/finishing.py"),
     "diffusers": (
         "teachers/",
         "students/",
         "export/converting.py",
+        "api.py",
         "levels/",
         "display.py",
         "training/doctor.py",

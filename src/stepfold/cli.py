@@ -102,7 +102,7 @@ def main() -> None:
             raise
         fail(
             f"out of memory ({first_line(error)}); in this order: --set training.micro_batch=1, --lora 64 --dtype "
-            "bfloat16, prompts encoded before (stepfold prompts encode), a smaller --size",
+            "bfloat16, prompts encoded before (stepfold prompts encode), --set teacher.quantise=int8, a smaller --size",
             2,
         )
     except OSError as error:  # a path that no file can have, a full disk behind standard output

@@ -137,6 +137,7 @@ def test_weights_of_a_preset_by_count(tmp_path: Path) -> None:
     assert rounded == {"none": 11.5, "int8": 5.8, "fp8": 5.8, "nf4": 3.2, "lora": 3.6}
 
 
+@pytest.mark.long
 def test_memory_by_count(tmp_path: Path) -> None:
     names = ["sCM with its VAE", "TBCM, conditions from a cache", "TBCM, conditions from a cache, in parts"]
     recomputed = ["--set", "training.checkpointing=true"]

@@ -193,7 +193,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-@pytest.mark.parametrize("kind", ["whole", "lora"])
+@pytest.mark.parametrize("kind", cases(["whole", "lora"], short=["lora"]))
 def test_a_fake_beside_the_student_changes_nothing_of_it_and_resumes_to_the_bit(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, tensors: Callable, kind: str
 ) -> None:
@@ -301,7 +301,14 @@ ALTERNATING = ("space.kind=endpoints", "adversarial.weight=0.5", "adversarial.up
 BETTER = (*ALTERNATING, "adversarial.r1_weight=100", "adversarial.neighbours=true")
 
 
-@pytest.mark.parametrize("changes", [BETTER, (*BETTER, "training.micro_batch=1"), ALTERNATING])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param((*BETTER, "training.micro_batch=1"), id="better, in parts"),
+        pytest.param(BETTER, id="better", marks=pytest.mark.long),
+        pytest.param(ALTERNATING, id="plain", marks=pytest.mark.long),
+    ],
+)
 def test_alternating_heads_learn_in_updates_of_their_own_and_resume_to_the_bit(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, tensors: Callable,
     monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...],
@@ -328,6 +335,7 @@ def test_alternating_heads_learn_in_updates_of_their_own_and_resume_to_the_bit(
     assert equal(tensors(checkpoints(tmp_path / "run")[-1]), last) and read_metrics(tmp_path / "run") == rows
 
 
+@pytest.mark.long
 def test_micro_batches_of_alternating_heads_add_up(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,10 +70,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
         [
             ("dmd", "lora", 2),
             ("rcm", "whole", 0),
-            ("vsd", "whole", 0),
             ("sid", "whole", 0),
-            ("decoupled", "whole", 0),
-            ("dp-dmd", "whole", 0),
             ("mixed", "whole", 0),
         ],
     ),
