@@ -157,12 +157,12 @@ COUNTED = ("consistency.r_warmup", "consistency.r_cooldown_start", "consistency.
 
 
 def make_run(
-    asked: Comparison, table: str, name: str, row: Row, steps: int, *, seed: int = 0, rate: float = 1, **rest: Any
+    asked: Comparison, table: str, name: str, row: Row, length: int, *, seed: int = 0, rate: float = 1, **rest: Any
 ) -> Run:
-    """A distillation of a row, so many steps long, with its learning rate times `rate`."""
+    """A distillation of a row, `length` steps long, with its learning rate times `rate`."""
     given = (*asked.common, *row.changes)
     config = load_config(row.preset, given)
-    changes = (*given, *scaled(config, steps), f"optimiser.lr={rate * config.optimiser.lr:.6g}", f"seed={seed}")
+    changes = (*given, *scaled(config, length), f"optimiser.lr={rate * config.optimiser.lr:.6g}", f"seed={seed}")
     return Run(table, name, row.preset, changes, load_config(row.preset, changes), **rest)
 
 
