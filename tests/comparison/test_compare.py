@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import short_ends
 from inside import in_this_process
 from typer.testing import CliRunner
 
@@ -35,15 +36,17 @@ from stepfold.comparison.rows import (
     steps_for,
 )
 from stepfold.comparison.stage import choose_rates, listing, stage_of
-from stepfold.comparison.sweep import protocol_of, run_timing
+from stepfold.comparison.sweep import check_protocol, protocol_of, run_timing
 from stepfold.comparison.verdicts import values_at, verdicts
 from stepfold.config import load_config, preset_names
 from stepfold.display import Display
 from stepfold.errors import UserError
-from stepfold.evaluation.protocol import EMOJI
+from stepfold.evaluation.protocol import EMOJI, protocol_record
 from stepfold.reproduction.experiments import Run
 from stepfold.reproduction.kept import recall
 from stepfold.reproduction.records import SCORES
+from stepfold.sampling.recipe import NUM_STEPS, trained_steps
+from stepfold.sampling.samplers import sampler_of
 from stepfold.training.course import step_cost
 from stepfold.training.stages import spent_sec
 
@@ -213,7 +216,7 @@ def test_the_page_has_verdicts_costs_and_what_is_missing(tmp_path: Path) -> None
     assert "| demo | 1 | 0.2000 | 0.1000 | x 2, the last that was tried |" in text
     assert "| Euler, even | 20 | 96.0 | 0.0100 | 0.300 |" in text and "| searched euler | 2 | 50.0 | 0.0700 |" in text
     assert "| 1 | FD | demo 0.1050 ± 0.0071 | none |" in text
-    assert "for 1 minutes a run" in text and "300 images a row" in text and "2 seeds" in text
+    assert "for 1 minute a run" in text and "300 images a row" in text and "2 seeds" in text
     for block in text.split("\n\n"):
         lines = [line for line in block.splitlines() if line.startswith("|")]
         assert len({line.count("|") for line in lines}) <= 1, block
@@ -240,7 +243,7 @@ def test_one_seed_has_no_verdict_and_equal_pairs_show_time(tmp_path: Path) -> No
     write_page(ask, stage_of(ask, tmp_path), EMOJI, tmp_path, tmp_path / "methods.md")
     text = (tmp_path / "methods.md").read_text(encoding="utf-8")
     assert "| 1 | FD | demo 0.1000 | one seed: no verdict |" in text and "One seed gives no verdict" in text
-    assert "for 300 pairs a run" in text and (tmp_path / "figures" / "methods_time.svg").exists()
+    assert "on 300 pairs a run" in text and (tmp_path / "figures" / "methods_time.svg").exists()
     assert minutes_of([ended(0.1), DIVERGED]) == [1.0]
     assert page(ask, stage_of(ask, tmp_path / "none"), EMOJI, {}, {}).count("not run") >= 6
 
@@ -284,6 +287,27 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         assert isinstance(result.exception, UserError) and words in str(result.exception)
 
 
+def test_rows_are_made_for_steps_that_their_students_have_times_for() -> None:
+    every = asked(())
+    for name, row in every.rows.items():
+        config = make_run(every, METHODS, name, row, 40).config
+        trained = trained_steps(config)
+        assert set(row.steps) <= set(NUM_STEPS[sampler_of(config)]), name
+        assert trained is None or trained & {1, 2, 4, 8} == set(row.steps), name
+
+
+def test_scores_of_another_protocol_are_refused(tmp_path: Path) -> None:
+    ask = asked(("demo",), rates=())
+    protocol = protocol_of(ask, plan_timing(ask)[0].config)
+    assert (protocol.guidance, protocol.teacher_steps, protocol.student_steps) == (3.0, (20, 4, 2, 1), (4, 2, 1))
+    write(tmp_path, plan_timing(ask)[0], timed(2.0))
+    for run in stage_of(ask, tmp_path).of(METHODS):
+        write(tmp_path, run, ended(0.1) | {"protocol": protocol_record(protocol)})
+    check_protocol(ask, tmp_path, protocol)
+    with pytest.raises(UserError, match=r"holds scores of --n 4 --steps 1,2,4 at guidance scale 3, and others"):
+        check_protocol(ask, tmp_path, replace(protocol, n=6))
+
+
 def test_a_short_run_that_was_interrupted_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its steps would be those of two processes, or of none."""
     monkeypatch.setattr("stepfold.comparison.sweep.run_all", lambda *args: None)
@@ -298,23 +322,21 @@ def test_a_short_run_that_was_interrupted_begins_again(tmp_path: Path, monkeypat
 def test_two_rows_are_compared_to_the_end_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepfold.reproduction.runs.subprocess.run", in_this_process)
     monkeypatch.setattr(planning, "TIMED_STEPS", 1)
+    short_ends(monkeypatch)
     root, file = tmp_path / "runs", tmp_path / "page" / "methods.md"
     command = [
-        "compare", "--preset", "demo", "--preset", "dmd", "--pairs", "8", "--rates", "1", "--seeds", "1", "--n", "4",
-        "--steps", "1,4", "--set", "training.prompts_per_step=1", "--set", "space.route_steps=4",
+        "compare", "--preset", "demo", "--preset", "dmd", "--pairs", "8", "--seeds", "1", "--n", "4", "--steps", "1,4", "--set", "training.prompts_per_step=1", "--set", "space.route_steps=4",
         "--out", str(root), "--page", str(file), "--quiet",
     ]  # fmt: skip
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, (result.output, result.exception)
     kept = json.loads(file.with_suffix(".json").read_text())
     assert {table: set(rows) for table, rows in kept["tables"].items()} == {
-        TIMING: set(TWO), SEARCH: {"demo x 1", "dmd x 1"}, METHODS: set(TWO),
+        TIMING: set(TWO), METHODS: set(TWO),
     }  # fmt: skip
     demo = kept["runs"][kept["tables"][METHODS]["demo"][0]]
     assert set(demo["student"]) == {"1", "4"} and demo["steps"] == 2 and demo["step_cost"]["pairs"] == 4
     assert 0 < demo["student"]["1"]["agreement"] < 5 and demo["protocol"]["guidance"] == 3.0
-    tried = kept["runs"][kept["tables"][SEARCH]["dmd x 1"][0]]
-    assert set(tried["student"]) == {"4"} and tried["protocol"]["seed"] == demo["protocol"]["seed"]
     text = file.read_text()
     assert re.search(r"^\| demo \| [0-9.]+ \| 4 \| 2 \| [0-9.]+ \| [0-9.]+ \| 2\.\d\d \|", text, re.MULTILINE)
     assert "| Euler, even | 20 |" in text

@@ -191,7 +191,7 @@ def show_plan(asked: "Comparison", out: Path, workers: int) -> None:
         state = "done" if line.done else "to do"
         typer.echo(f"{state:6} {line.run.table}: {line.run.row}, seed {line.run.config.seed}, {steps}{took}")
     planned = len(asked.rows) * (1 + len(asked.rates) + asked.seeds)
-    typer.echo(f"{len(asked.rows)} rows, {asked.budget.words} a run, about {planned} runs in all")
+    typer.echo(f"{len(asked.rows)} rows, each trained {asked.budget.words} a run, {planned} runs in all")
     if left is None:
         typer.echo("hours: not known before the first short runs have timed the rows; start it, or give --minutes")
         return

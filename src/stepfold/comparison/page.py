@@ -23,7 +23,7 @@ Records = list[dict[str, Any]]
 INTRODUCTION = """\
 Written by `stepfold compare` from the json file beside this page; no number is typed by hand.
 
-Every row distils the bundled teacher for {budget} a run. {equal} The settings are those of its preset, with the
+Every row distils the bundled teacher {budget} a run. {equal} The settings are those of its preset, with the
 teacher at guidance scale {guidance:g}; batch and sampling times are the preset's own. The learning rate's warm-up,
 the average and the preset's phases are stretched to the run's length. {rates}
 

@@ -66,8 +66,13 @@ class Budget:
 
     @property
     def words(self) -> str:
-        """`5 minutes`."""
-        return f"{self.amount:,g} {self.kind}"
+        """`for 5 minutes`, as the page says it."""
+        amount = f"{self.amount:,.10g}"
+        if self.kind == "pairs":
+            return f"on {amount} pairs"
+        if self.kind == "demo steps":
+            return f"for the time of {amount} demo step{'s' * (self.amount != 1)}"
+        return f"for {amount} minute{'s' * (self.amount != 1)}"
 
 
 @dataclass(frozen=True)

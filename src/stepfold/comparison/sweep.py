@@ -14,6 +14,7 @@ from stepfold.comparison.rows import SEARCH, Comparison, plan_timing
 from stepfold.comparison.stage import stage_of
 from stepfold.config import Config
 from stepfold.display import Display
+from stepfold.errors import UserError
 from stepfold.evaluation.judge import load_judge
 from stepfold.evaluation.measure import measure
 from stepfold.evaluation.protocol import EMOJI, Protocol, rows_by_steps
@@ -48,8 +49,12 @@ def compare(
         workers: runs at once.
         schedule: levels that `stepfold schedule` found; None for none.
         page_only: run and measure nothing.
+
+    Raises:
+        UserError: a run failed, but not by diverging; or the runs in `root` were scored otherwise.
     """
     protocol = protocol_of(asked, plan_timing(asked)[0].config)
+    check_protocol(asked, root, protocol)
     try:
         if not page_only:
             root.mkdir(parents=True, exist_ok=True)
@@ -60,6 +65,22 @@ def compare(
             run_all(stage_of(asked, root).runs, root, display, protocol, workers)
     finally:
         write_page(asked, stage_of(asked, root), protocol, root, page)
+
+
+def check_protocol(asked: Comparison, root: Path, protocol: Protocol) -> None:
+    """Scores compare under one protocol only.
+
+    Raises:
+        UserError: a run in `root` was scored with other images, sampling steps or guidance.
+    """
+    for run in stage_of(asked, root).runs:
+        scores = known(root / run.name / SCORES).get("protocol")
+        if scores and scores["hash"] != protocol.hash():
+            steps = ",".join(map(str, sorted(scores["student_steps"])))
+            raise UserError(
+                f"{root} holds scores of --n {scores['n']} --steps {steps} at guidance scale {scores['guidance']:g}, "
+                "and others do not compare with them; give the same, or another --out and --page"
+            )
 
 
 def run_timing(runs: list[Run], root: Path, display: Display, protocol: Protocol, workers: int) -> None:
