@@ -30,6 +30,7 @@ COMMANDS = (
     "demo",
     "evaluate",
     "reproduce",
+    "compare",
     "doctor",
     "plan",
     "runs",

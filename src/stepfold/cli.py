@@ -11,6 +11,7 @@ import typer
 from stepfold import __version__
 from stepfold.commands.bank import app as bank
 from stepfold.commands.combine import combine
+from stepfold.commands.compare import compare
 from stepfold.commands.convert import convert
 from stepfold.commands.demo import demo
 from stepfold.commands.distill import distill
@@ -63,7 +64,7 @@ def options(
 
 GROUPS = {
     "Distil": (distill, plan, schedule, combine),
-    "Look": (sample, demo, evaluate, runs, reproduce),
+    "Look": (sample, demo, evaluate, runs, compare, reproduce),
     "Use": (export, push),
     "Prepare": (doctor, presets, retime, convert),
 }

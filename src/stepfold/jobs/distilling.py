@@ -268,13 +268,14 @@ def train(
         saved=trackers.add_preview,
     )  # fmt: skip
     course.stages.seconds["load"] = time.perf_counter() - began
+    course.trainable = sum(number.numel() for number in student.parameters() if number.requires_grad)
 
     def note_tangent(text: str) -> None:
         course.tangent = text
         display.note(f"tangent: {text}")
 
     def report(progress: "Progress") -> None:
-        course.step_sec.append(progress.row["sec"])
+        course.add(progress)
         display.step(progress)
         if "skipped" in progress.row:
             display.note(f"step {progress.row['step']} skipped: {progress.row['nonfinite']}")
