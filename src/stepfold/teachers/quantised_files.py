@@ -20,7 +20,7 @@ CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 TORCHAO = {"int8": ("Int8WeightOnlyConfig", "Int8Tensor"), "fp8": ("Float8WeightOnlyConfig", "Float8Tensor")}
 """Kind -> torchao's classes of the way and of its weights."""
 NF4_STATE = ".weight.quant_state.bitsandbytes__nf4"
-PACKAGES = {"int8": "torchao>=0.16", "fp8": "torchao>=0.16", "nf4": "bitsandbytes"}
+PACKAGES = {"int8": "torchao>=0.16", "fp8": "torchao>=0.16", "nf4": "bitsandbytes>=0.43.3"}
 """Kind -> what plain diffusers needs to load it."""
 
 
@@ -95,9 +95,7 @@ Stored = tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]
 """The config's section, tensors by their names, metadata of the file."""
 
 
-def as_torchao(
-    layers: Mapping[str, QuantisedLinear], kind: Quantised, dtype: torch.dtype, others: list[str]
-) -> Stored:
+def as_torchao(layers: Mapping[str, QuantisedLinear], kind: Quantised, dtype: torch.dtype, others: list[str]) -> Stored:
     """torchao's layout: codes and scales of rows, with the classes that hold them in the file's metadata."""
     way, kept = TORCHAO[kind]
     codes_dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
@@ -121,7 +119,7 @@ def as_torchao(
 def as_bitsandbytes(
     layers: Mapping[str, QuantisedLinear], kind: Quantised, dtype: torch.dtype, others: list[str]
 ) -> Stored:
-    """bitsandbytes' layout of NF4: two codes a byte, the largest of each 64 weights, the levels, and a json in bytes."""
+    """bitsandbytes' layout of NF4: two codes a byte, each block's largest weight, the levels, a json in bytes."""
     stored = {}
     for name, layer in layers.items():
         state = {
