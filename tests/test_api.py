@@ -147,9 +147,7 @@ def test_a_student_of_ones_own_is_loaded_into_its_like(tmp_path: Path) -> None:
     assert not student.training  # a dropout would be on in `draw`
     again = load_module_student(teacher, tmp_path / "run", student=new_student(other))
     assert torch.equal(again.transformer.last.weight, student.transformer.last.weight) and not again.training
-    with pytest.raises(
-        UserError, match=r"has the weights of another student \(.*give the `student`"
-    ):
+    with pytest.raises(UserError, match=r"has the weights of another student \(.*give the `student`"):
         load_module_student(teacher, tmp_path / "run")
 
 

@@ -16,7 +16,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "architecture.md"
 FILES = sorted(p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*.py"))
 
 EXTERNAL = {
-    "accelerate": ("training/", "jobs/distilling.py", "jobs/finishing.py"),
+    "accelerate": ("training/", "teachers/quantised_files.py", "jobs/distilling.py", "jobs/finishing.py"),
     "diffusers": (
         "teachers/",
         "students/",

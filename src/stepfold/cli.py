@@ -24,6 +24,7 @@ from stepfold.commands.plan import plan
 from stepfold.commands.presets import presets
 from stepfold.commands.prompts import app as prompts
 from stepfold.commands.push import push
+from stepfold.commands.quantise import quantise
 from stepfold.commands.reproduce import reproduce
 from stepfold.commands.retime import retime
 from stepfold.commands.runs import runs
@@ -65,7 +66,7 @@ def options(
 GROUPS = {
     "Distil": (distill, plan, schedule, combine),
     "Look": (sample, demo, evaluate, runs, compare, reproduce),
-    "Use": (export, push),
+    "Use": (export, quantise, push),
     "Prepare": (doctor, presets, retime, convert),
 }
 """The commands by what people do with them; `stepfold --help` shows them so."""

@@ -38,6 +38,7 @@ from stepfold.teachers.modular import ModularParts
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.prx import PRXTeacher
+from stepfold.teachers.quantised_files import check_plain
 from stepfold.teachers.qwen_image import QwenImageTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sana_video import SanaVideoTeacher
@@ -136,8 +137,9 @@ def load_teacher(
 
     `dtype` is the settings' if None; the last three as in `PipelineTeacher`.
     """
+    check_plain(source := place_of(settings), family_of(source).network_part)
     teacher = make_teacher(
-        place_of(settings),
+        source,
         variant=settings.variant,
         device=device,
         dtype=dtype or getattr(torch, settings.dtype),
