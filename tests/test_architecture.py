@@ -52,7 +52,7 @@ EXTERNAL = {
     "rensa": ("prompts/cleaning.py",),
     "sklearn": ("reproduction/figures.py",),
     "jinja2": ("evaluation/report.py",),
-    "gradio": ("web/page.py",),
+    "gradio": ("web/page.py", "web/training_tab.py"),
     "starlette": ("web/page.py",),
 }
 """Libraries that few files may touch."""
