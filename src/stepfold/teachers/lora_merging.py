@@ -72,18 +72,7 @@ def merge_lora(
         UserError: it does not load, or does not fit.
     """
     lora = read_lora(source)
-    layers = [layer for layer in lora.layers if not layer.idle]
-    if not layers:
-        raise UserError(f"LoRA {source!r} changes nothing: all that it holds is zero; leave it out")
-    if any("text_encoder" in layer.name or layer.name.startswith("lora_te") for layer in layers):
-        read_text_encoders()
-    names = {name: (network or name) if name in NETWORK else name for name in (*NETWORK, *ENCODERS)}
-    found = {name: getattr(pipe, own, None) for name, own in names.items() if getattr(pipe, name, None) is not None}
-    parts = {name: part for name, part in found.items() if isinstance(part, nn.Module)}
-    places = direct_places(layers, parts)
-    if strange := [layer for layer in layers if layer.name not in places]:
-        places |= places_in_diffusers(pipe, source, strange, parts)
-    check_places(type(pipe).__name__, source, layers, places, parts)
+    layers, parts, places = located(pipe, source, lora, read_text_encoders, network)
     for layer in layers:
         for place in places[layer.name]:
             module: Any = parts[place.part].get_submodule(place.module)
@@ -97,6 +86,31 @@ def merge_lora(
                 reason, _, fix = first_line(error).partition("; ")
                 raise UserError(f"LoRA {source!r}, layer {layer.name}: {reason}; {fix or OTHER}") from None
     return lora.in_diffusers
+
+
+def located(
+    pipe: Any, source: str, lora: LoraFile, read_text_encoders: Callable[[], None], network: str | None = None
+) -> tuple[list[Layer], dict[str, nn.Module], dict[str, list[Place]]]:
+    """A LoRA's layers that change something, the pipeline's parts, and layer -> where its rows belong in those.
+
+    Arguments as of `merge_lora`.
+
+    Raises:
+        UserError: there is no such layer, or one has no place.
+    """
+    layers = [layer for layer in lora.layers if not layer.idle]
+    if not layers:
+        raise UserError(f"LoRA {source!r} changes nothing: all that it holds is zero; leave it out")
+    if any("text_encoder" in layer.name or layer.name.startswith("lora_te") for layer in layers):
+        read_text_encoders()
+    names = {name: (network or name) if name in NETWORK else name for name in (*NETWORK, *ENCODERS)}
+    found = {name: getattr(pipe, own, None) for name, own in names.items() if getattr(pipe, name, None) is not None}
+    parts = {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+    places = direct_places(layers, parts)
+    if strange := [layer for layer in layers if layer.name not in places]:
+        places |= places_in_diffusers(pipe, source, strange, parts)
+    check_places(type(pipe).__name__, source, layers, places, parts)
+    return layers, parts, places
 
 
 def add(parameter: Tensor, place: Place, scale: float, merged: Callable[[Tensor], Tensor]) -> None:
