@@ -1,7 +1,7 @@
 """Merges LoRAs into a pipeline's weights, by each file's own arithmetic; diffusers is asked for names only."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,6 +109,8 @@ def located(
     places = direct_places(layers, parts)
     if strange := [layer for layer in layers if layer.name not in places]:
         places |= places_in_diffusers(pipe, source, strange, parts)
+        if lost := [in_kohya(layer) for layer in strange if not places[layer.name] and "down" in layer.keys]:
+            places |= places_in_diffusers(pipe, source, lost, parts)
     check_places(type(pipe).__name__, source, layers, places, parts)
     return layers, parts, places
 
@@ -154,6 +156,12 @@ def merged_rows(lora: LoraFile, layer: Layer, place: Place, rows: Tensor) -> Ten
         norm = by_column.norm(dim=(0, 2), keepdim=True)
         return (magnitude.reshape(1, -1, 1) * by_column / norm).reshape(merged.shape)
     raise ValueError(f"its magnitudes {list(magnitude.shape)} are neither of the rows nor of the columns; {OTHER}")
+
+
+def in_kohya(layer: Layer) -> Layer:
+    """The same layer with its keys in kohya's spelling; of Z-Image's joined q, k and v diffusers reads that alone."""
+    name = f"lora_unet_{layer.name.removeprefix('diffusion_model.').replace('.', '_')}"
+    return replace(layer, keys=dict(layer.keys) | {kind: f"{name}.lora_{kind}.weight" for kind in ("down", "up")})
 
 
 def part_of(name: str, parts: Mapping[str, nn.Module]) -> tuple[str, str]:
