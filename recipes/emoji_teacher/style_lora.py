@@ -79,7 +79,7 @@ def train_lora(
 
     average = fit(
         model, loss_at, work / "style_lora", steps=steps, lr=lr, warmup=50, cooldown=0.5, ema=0.99, preview=preview,
-        every=100,
+        every=40,
     )  # fmt: skip
     return get_peft_model_state_dict(average.transformer)
 

@@ -216,6 +216,7 @@ def places_in_diffusers(
     what comes out.
     """
     probes: dict[str, Tensor] = {}
+    alphas = {layer.keys["alpha"]: torch.ones((), dtype=torch.float64) for layer in layers if "alpha" in layer.keys}
     for i, layer in enumerate(layers):
         if "down" in layer.keys:
             down, up = layer.tensors["down"], layer.tensors["up"]
@@ -225,7 +226,10 @@ def places_in_diffusers(
     network = next(part for part in NETWORK if part in parts)
     options = {"unet_config": pipe.unet.config} if network == "unet" else {}
     try:
-        found = pipe.lora_state_dict(probes, **options)
+        try:
+            found = pipe.lora_state_dict(dict(probes), **options)
+        except KeyError:  # some of its conversions want an alpha beside each pair
+            found = pipe.lora_state_dict(probes | alphas, **options)
     except Exception as error:  # it raises whatever it stumbles over
         raise UserError(
             f"LoRA {source!r} does not fit: diffusers does not know the names of its layers ({first_line(error)}); "
