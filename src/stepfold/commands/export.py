@@ -32,6 +32,10 @@ def export(
             show_default=False,
         ),
     ] = None,
+    with_loras: Annotated[
+        bool,
+        typer.Option("--with-loras", help="Carry the teacher's LoRAs too: a file for the base model alone (lora)."),
+    ] = False,
     runtime: Annotated[
         Path | None,
         typer.Option(
@@ -53,7 +57,8 @@ def export(
     - `pipeline`: a folder for plain diffusers; a LoRA student is merged into its teacher's network.
 
     - `lora`: the one file of a LoRA student, for `load_lora_weights`. `--keys comfy` is for ComfyUI, `--keys kohya` for
-      ComfyUI, Forge and other web UIs. `--keys peft` makes a folder for PEFT.
+      ComfyUI, Forge and other web UIs. `--keys peft` makes a folder for PEFT. `--with-loras` adds the LoRAs of the
+      teacher, so that the file needs the base model alone.
 
     - `single-file`: the network under the names of its original checkpoint, for ComfyUI's Load Diffusion Model.
 
@@ -69,6 +74,8 @@ def export(
 
     stepfold export runs/mine/student --to lora --keys kohya --out models/loras/mine.safetensors
 
+    stepfold export runs/mine/student --to lora --with-loras --out mine-whole.safetensors
+
     stepfold export runs/mine/student --to single-file --dtype float16 --out models/diffusion_models/mine.safetensors
 
     stepfold export runs/map/student --to pipeline --steps 4
@@ -78,7 +85,9 @@ def export(
     from stepfold.display import quiet_libraries
 
     quiet_libraries()
-    target = run_export(student, to, out, force=force, steps=steps, keys=keys, runtime=runtime, dtype=dtype)
+    target = run_export(
+        student, to, out, force=force, steps=steps, keys=keys, runtime=runtime, dtype=dtype, with_loras=with_loras
+    )
     typer.echo(f"{to}: {target}")
     if target.is_file():
         from stepfold.export.beside import card_of, workflow_of
