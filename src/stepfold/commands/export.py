@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def export(
     student: StudentArgument,
     to: Annotated[
-        str, typer.Option("--to", help="pipeline, lora, single-file, onnx, web or anyflow.", show_default=False)
+        str,
+        typer.Option("--to", help="pipeline, lora, single-file, onnx, openvino, web or anyflow.", show_default=False),
     ],
     out: Annotated[
         Path | None,
@@ -66,6 +67,8 @@ def export(
     A file gets its card and, for ComfyUI, a workflow beside it.
 
     - `onnx`: the network as a graph, for onnxruntime (extra onnx).
+
+    - `openvino`: the network for OpenVINO, in float32 (extra openvino).
 
     - `web`: a page that samples in the browser without a server, for students of the bundled teacher (extra onnx).
 
@@ -118,6 +121,7 @@ def run_export(
     from stepfold.export.folded import export_folded, export_folded_lora
     from stepfold.export.lora import export_lora
     from stepfold.export.onnx import export_onnx
+    from stepfold.export.openvino import export_openvino
     from stepfold.export.pipeline import export_pipeline
     from stepfold.export.single_file import export_single_file
     from stepfold.export.web import export_web
@@ -128,6 +132,7 @@ def run_export(
         "lora": (export_lora, "-lora.safetensors"),
         "single-file": (export_single_file, "-single-file.safetensors"),
         "onnx": (export_onnx, "-onnx"),
+        "openvino": (export_openvino, "-openvino"),
         "web": (partial(export_web, runtime=runtime), "-web"),
         "anyflow": (export_anyflow, "-anyflow"),
     }
