@@ -11,6 +11,7 @@ import typer
 from stepfold import __version__
 from stepfold.commands.bank import app as bank
 from stepfold.commands.combine import combine
+from stepfold.commands.compare import compare
 from stepfold.commands.convert import convert
 from stepfold.commands.demo import demo
 from stepfold.commands.distill import distill
@@ -64,7 +65,7 @@ def options(
 
 GROUPS = {
     "Distil": (distill, plan, schedule, combine),
-    "Look": (sample, demo, evaluate, runs, reproduce),
+    "Look": (sample, demo, evaluate, runs, compare, reproduce),
     "Use": (export, quantise, push),
     "Prepare": (doctor, presets, retime, convert),
 }
@@ -103,7 +104,7 @@ def main() -> None:
             raise
         fail(
             f"out of memory ({first_line(error)}); in this order: --set training.micro_batch=1, --lora 64 --dtype "
-            "bfloat16, prompts encoded before (stepfold prompts encode), a smaller --size",
+            "bfloat16, prompts encoded before (stepfold prompts encode), --set teacher.quantise=int8, a smaller --size",
             2,
         )
     except OSError as error:  # a path that no file can have, a full disk behind standard output

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from stepfold.commands.export import run_export
 from stepfold.errors import UserError
 from stepfold.export import onnx, openvino
 from stepfold.export.runtimes import openvino_student
+from stepfold.jobs.exporting import run_export
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.students.loading import load_merged
 

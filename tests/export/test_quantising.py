@@ -10,12 +10,12 @@ import pytest
 import torch
 from test_cli import Result, assert_one_line
 
-from stepfold.commands.export import run_export
 from stepfold.commands.quantise import run_quantise
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.evaluation.latents import LatentProtocol, measure_change
 from stepfold.export import quantising
+from stepfold.jobs.exporting import run_export
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.students.card import read_card
 from stepfold.students.loading import load_merged, load_student

@@ -88,8 +88,8 @@ def run_quantise(
     Raises:
         UserError: the student is quantised already or cannot be exported, or the place is taken.
     """
-    from stepfold.commands.export import check_target
     from stepfold.export.quantising import write_quantised_cards, write_quantised_onnx, write_quantised_pipeline
+    from stepfold.jobs.exporting import check_target
     from stepfold.students.card import is_run, read_card, student_folder
     from stepfold.training.runs import writing
 

@@ -28,6 +28,7 @@ from stepfold.teachers.contract import SamplerName, Student
 from stepfold.teachers.conventions import conventions
 from stepfold.teachers.folders import check_folder
 from stepfold.teachers.licences import in_words, is_hub_id, licences_of
+from stepfold.teachers.live import is_live
 from stepfold.teachers.loading import FAMILIES
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.runs import writing
@@ -65,6 +66,10 @@ stepfold export {name} --to pipeline --steps {steps}
 WITH_IMAGE = """
 
 Each prompt has a reference image, of the same height and width: `image=PIL.Image.open("reference.png")`."""
+OF_OBJECT = """
+
+The teacher was a {pipeline} object in Python. `TEACHER` is where its weights come from, or a folder that
+`save_pretrained` wrote of it."""
 FOLDED = """
 
 The network is for these steps alone: other noise levels, or another number of steps, make wrong images."""
@@ -305,7 +310,7 @@ def how_to_use(card: Card, name: str, adapted: str = "") -> str:
     beside = LOAD_LORA + last if card.loras_in_diffusers else WHOLE
     loading = (beside if card.lora_rank else loading_of(card) or LOAD).format(
         pipeline=card.pipeline, scheduler=card.scheduler,
-        teacher=json.dumps("TEACHER" if card.teacher == "emoji" else card.teacher),
+        teacher=json.dumps("TEACHER" if card.teacher == "emoji" or is_live(card.teacher) else card.teacher),
         options="".join(f", {name}={json.dumps(value)}" for name, value in chosen.items()),
         parts="".join(f"\n{line}" for line in family.after_loading(card.lora_rank > 0)),
         merge=merging,
@@ -324,6 +329,8 @@ def how_to_use(card: Card, name: str, adapted: str = "") -> str:
         result=RESULTS[card.output],
         output=card.output,
     )
+    if card.lora_rank and is_live(card.teacher):
+        use += OF_OBJECT.format(pipeline=card.pipeline)
     if theirs.get("image_column"):
         use += WITH_IMAGE
     if card.folded_steps:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -34,6 +33,7 @@ class GraphStudent(Student):
             "guidance": guidance,
         }  # fmt: skip
         read = {name: value.cpu().numpy() for name, value in given.items() if name in self.names and value is not None}
+
     X
 
 
