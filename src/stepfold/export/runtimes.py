@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -34,7 +35,7 @@ class GraphStudent(Student):
         }  # fmt: skip
         read = {name: value.cpu().numpy() for name, value in given.items() if name in self.names and value is not None}
 
-    X
+        return torch.tensor(self.run(read)).to(x_unit)
 
 
 def onnx_student(folder: Path, threads: int = 0) -> GraphStudent:
