@@ -54,6 +54,7 @@ EXTERNAL = {
     "jinja2": ("evaluation/report.py",),
     "gradio": ("web/page.py", "web/training_tab.py"),
     "starlette": ("web/page.py",),
+    "openvino": ("export/openvino.py", "export/runtimes.py"),
 }
 """Libraries that few files may touch."""
 

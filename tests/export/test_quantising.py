@@ -140,7 +140,7 @@ def test_bad_options_are_one_line(student_of: StudentOf, tmp_path: Path, monkeyp
             quantised(student, tmp_path / "a", **({"onnx": True} | given))
     with pytest.raises(UserError, match="is the student itself, or in it"):
         quantised(student, student)
-    with pytest.raises(UserError, match="run's own prompts cannot be read .*--prompts FILE"):
+    with pytest.raises(UserError, match=r"run's own prompts cannot be read .*--prompts FILE"):
         quantised(student, tmp_path / "a", n=2)
     monkeypatch.setattr(quantising, "find_spec", lambda name: None)
     monkeypatch.setattr(quantising, "check_libraries", lambda to: None)

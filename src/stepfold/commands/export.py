@@ -12,7 +12,8 @@ from stepfold.jobs.exporting import run_export
 def export(
     student: StudentArgument,
     to: Annotated[
-        str, typer.Option("--to", help="pipeline, lora, single-file, onnx, web or anyflow.", show_default=False)
+        str,
+        typer.Option("--to", help="pipeline, lora, single-file, onnx, openvino, web or anyflow.", show_default=False),
     ],
     out: Annotated[
         Path | None,
@@ -65,6 +66,8 @@ def export(
     A file gets its card and, for ComfyUI, a workflow beside it.
 
     - `onnx`: the network as a graph, for onnxruntime (extra onnx).
+
+    - `openvino`: the network for OpenVINO, in float32 (extra openvino).
 
     - `web`: a page that samples in the browser without a server, for students of the bundled teacher (extra onnx).
 

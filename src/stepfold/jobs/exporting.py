@@ -38,6 +38,7 @@ def run_export(
     from stepfold.export.folded import export_folded, export_folded_lora
     from stepfold.export.lora import export_lora
     from stepfold.export.onnx import export_onnx
+    from stepfold.export.openvino import export_openvino
     from stepfold.export.pipeline import export_pipeline
     from stepfold.export.single_file import export_single_file
     from stepfold.export.web import export_web
@@ -48,6 +49,7 @@ def run_export(
         "lora": (export_lora, "-lora.safetensors"),
         "single-file": (export_single_file, "-single-file.safetensors"),
         "onnx": (export_onnx, "-onnx"),
+        "openvino": (export_openvino, "-openvino"),
         "web": (partial(export_web, runtime=runtime), "-web"),
         "anyflow": (export_anyflow, "-anyflow"),
     }
