@@ -16,7 +16,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "architecture.md"
 FILES = sorted(p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*.py"))
 
 EXTERNAL = {
-    "accelerate": ("training/", "jobs/distilling.py", "jobs/finishing.py"),
+    "accelerate": ("training/", "teachers/quantised_files.py", "jobs/distilling.py", "jobs/finishing.py"),
     "diffusers": (
         "teachers/",
         "students/",
@@ -39,12 +39,13 @@ EXTERNAL = {
         "scores.py",
         "config.py",
         "reproduction/experiments.py",
+        "comparison/rows.py",
         "sampling/recipe.py",
         "students/card.py",
     ),
-    "yaml": ("config.py", "reproduction/experiments.py"),
+    "yaml": ("config.py", "reproduction/experiments.py", "comparison/rows.py"),
     "datasets": ("images/reading.py",),
-    "matplotlib": ("evaluation/curves.py", "reproduction/figures.py"),
+    "matplotlib": ("evaluation/curves.py", "reproduction/figures.py", "comparison/figures.py"),
     "peft": ("export/lora.py", "students/lora.py"),
     "pyarrow": ("prompts/tables.py",),
     "py3langid": ("prompts/cleaning.py",),

@@ -74,6 +74,13 @@ ELSEWHERE = {
     "discrete.huber_constant": "[log](../lab-log.md)",
     "evaluation.n": "[log](../lab-log.md)",
     "adversarial.weight": "[the paper, run again](../results/paper.md): T2",
+    "optimiser.name": "[Choosing settings](../settings.md); CAME and AdamW: [log](../lab-log.md)",
+    "discrete.jump_power": "[log](../lab-log.md)",
+    "student.lora_convolutions": "[log](../lab-log.md)",
+    "student.times": "[log](../lab-log.md)",
+    "target.rule": "[log](../lab-log.md)",
+    "target.segments": "[log](../lab-log.md)",
+    "target.draws": "[log](../lab-log.md)",
     "space.kind": "[the paper, run again](../results/paper.md): T2",
 }
 """Where a setting was measured, if that is not seen from the page's own tables and the rows of `stepfold reproduce`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stepfold.config import Config, TeacherSettings, from_yaml, load_config, phases_of
 from stepfold.display import Display
-from stepfold.errors import UserError
+from stepfold.errors import UserError, first_line
 from stepfold.jobs.distilling import run_distill
 from stepfold.jobs.exporting import run_export
 from stepfold.jobs.sampling import run_sample
@@ -245,7 +245,7 @@ def distill_module(
     config = load_config("default", changes, teacher__source=source, prompts=str(prompts))
     config = choose_precision(as_begun(folder, config) if resume else config)
     file, accelerator, display = open_prompts(prompts), make_accelerator(config.training.precision), Display(quiet)
-    refuse_what_modules_lack(config, source)
+    _refuse_what_modules_lack(config, source)
     check_run(folder, config, resume)
     wrapped: Any = teacher  # it has what the loop asks for, but no pictures
     guidance_scales(config, wrapped)  # before anything is written
@@ -269,10 +269,10 @@ def distill_module(
     with writing(folder / WEIGHTS) as part:
         save_file(gathered(average.state_dict(), keep=True), part)
     lock.release()
-    return average
+    return average.eval()
 
 
-def refuse_what_modules_lack(config: Config, source: str) -> None:
+def _refuse_what_modules_lack(config: Config, source: str) -> None:
     """Refuses settings that ask a network of one's own for what only a pipeline has.
 
     Raises:
@@ -297,11 +297,28 @@ def refuse_what_modules_lack(config: Config, source: str) -> None:
         raise UserError("the discriminator reads features of a pipeline's network; leave adversarial.weight at 0")
 
 
-def load_module_student(teacher: ModuleTeacher, folder: str | Path) -> Student:
-    """The student that `distill_module` left in a run folder."""
+def load_module_student(teacher: ModuleTeacher, folder: str | Path, *, student: Student | None = None) -> Student:
+    """The student that `distill_module` left in a run folder.
+
+    Args:
+        teacher: the network, wrapped.
+        folder: of the run.
+        student: one built as that which `distill_module` was given, whose weights become the run's; None if it was
+            given none.
+
+    Raises:
+        UserError: the weights are those of another student.
+    """
     weights = load_file(Path(folder) / WEIGHTS)
-    student = new_student(teacher, two_times=any(name.startswith(f"{EMBEDDER}.") for name in weights))
-    student.load_state_dict(weights)
+    if student is None:
+        student = new_student(teacher, two_times=any(name.startswith(f"{EMBEDDER}.") for name in weights))
+    try:
+        student.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{Path(folder) / WEIGHTS} has the weights of another student ({first_line(error)}); give the `student` "
+            "that distill_module was given, or the teacher of that run"
+        ) from None
     student.sampler = sampler_of(from_yaml(Path(folder) / CONFIG))
     return student.eval()
 

@@ -78,7 +78,8 @@ def test_a_lora_student_merged_and_as_a_file(student_of: StudentOf, fresh: Fresh
         assert f'.from_pretrained("FOLDER")\n{what}' in (whole[family] / "README.md").read_text()
 
 
-@pytest.mark.parametrize("names", [("sana",), pytest.param(DRAWN, marks=pytest.mark.long)], ids=["one", "all"])
+@pytest.mark.long
+@pytest.mark.parametrize("names", [("sana",), DRAWN], ids=["one", "all"])
 def test_a_student_of_every_family_draws_our_latents_in_plain_diffusers(
     student_of: StudentOf, fresh: Fresh, names: tuple[str, ...]
 ) -> None:

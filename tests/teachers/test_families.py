@@ -116,7 +116,7 @@ def families(*short: str, of: tuple[str, ...] = NAMES) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("folder", cases(of, short), indirect=True)
 
 
-each_kind = families("sana", "sd 1", "flux dev", "dit", "wan")
+each_kind = families("sana", "sd 1", "wan")
 
 
 def network_of(folder: Path) -> str:
@@ -178,7 +178,7 @@ def pixels(made: Any) -> np.ndarray:
     ("folder", "objective"),
     cases(
         product(NAMES, ("discrete", "continuous")),
-        short=[("sana", "continuous"), *product(("sana", "sd 1", "dit"), ["discrete"])],
+        short=[("sana", "continuous"), ("sd 1", "discrete"), ("dit", "discrete")],
     ),
     indirect=["folder"],
 )

@@ -184,6 +184,7 @@ def test_others_read_no_images(tiny_sana: Path, table: Path, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_run_with_images_and_its_student_in_diffusers(table: Path, tmp_path: Path) -> None:
     """From the table, and from conditions on disk; the image counts in samples as in plain diffusers."""
     folder = tiny.save(tiny.make_flux2_klein, tmp_path / "pipeline")

@@ -40,6 +40,7 @@ def over_images(settings: Settings, folder: Path, *changes: str) -> Config:
     return settings(*space, *changes, prompts=None)
 
 
+@pytest.mark.long
 def test_cached_latents_are_the_same_run(tmp_path: Path, settings: Settings, folder: Path) -> None:
     rows = {}
     for cache in ("false", "true"):

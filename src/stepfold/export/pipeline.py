@@ -14,6 +14,7 @@ from stepfold.evaluation.report import columns_of, title
 from stepfold.evaluation.verdict import METRICS, number
 from stepfold.export.casting import Half, rounded_parts
 from stepfold.export.files import FILES, README, listing
+from stepfold.export.losses import loading_of, quantised_section
 from stepfold.export.method import method_of, source_of
 from stepfold.sampling.recipe import Recipe, times_of
 from stepfold.sampling.samplers import in_diffusers
@@ -265,7 +266,7 @@ It took {steps} of {per_step}, {space["route_steps"]} route steps, guidance
 ## Use
 
 {how_to_use(card, name, adapted)}
-{files}{in_other_tools(card)}{measured(metrics)}
+{files}{in_other_tools(card)}{measured(metrics)}{quantised_section(card)}
 ## Licence
 
 A student is derived from its teacher: the licences of the teacher's network, text encoders and autoencoder apply.
@@ -307,7 +308,7 @@ def how_to_use(card: Card, name: str, adapted: str = "") -> str:
     )
     last = PEFT_LINE.replace("{part}", adapted) if adapted else LORA_LINE
     beside = LOAD_LORA + last if card.loras_in_diffusers else WHOLE
-    loading = (beside if card.lora_rank else LOAD).format(
+    loading = (beside if card.lora_rank else loading_of(card) or LOAD).format(
         pipeline=card.pipeline, scheduler=card.scheduler,
         teacher=json.dumps("TEACHER" if card.teacher == "emoji" or is_live(card.teacher) else card.teacher),
         options="".join(f", {name}={json.dumps(value)}" for name, value in chosen.items()),

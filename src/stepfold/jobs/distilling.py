@@ -122,7 +122,7 @@ def load(
             "set teacher.frames=1, or space.kind to generation or endpoints"
         )
     licences = ", ".join(f"{part} {in_words(licence)}" for part, licence in licences_of(config.teacher.source).items())
-    display.note(f"licences: {licences}")
+    display.note(f"teacher {config.teacher.source} ({type(teacher.pipe).__name__}); licences: {licences}")
     if config.student.depth < 1:
         display.note(
             f"the student keeps {config.student.depth:.0%} of the teacher's blocks: it starts far from the teacher, "
@@ -268,13 +268,14 @@ def train(
         saved=trackers.add_preview,
     )  # fmt: skip
     course.stages.seconds["load"] = time.perf_counter() - began
+    course.trainable = sum(number.numel() for number in student.parameters() if number.requires_grad)
 
     def note_tangent(text: str) -> None:
         course.tangent = text
         display.note(f"tangent: {text}")
 
     def report(progress: "Progress") -> None:
-        course.step_sec.append(progress.row["sec"])
+        course.add(progress)
         display.step(progress)
         if "skipped" in progress.row:
             display.note(f"step {progress.row['step']} skipped: {progress.row['nonfinite']}")

@@ -74,19 +74,31 @@ def run_export(
     beside = student / "student" if is_run(student) else student  # of the bundled student: here
     target = out or beside.with_name(beside.name + ending)
     student = student_folder(student).resolve()
+    card = read_card(student)
     if steps is None:
-        read_card(student).check_told()
+        card.check_told()
+    if to != "pipeline" or dtype or steps:
+        card.check_plain()
     suffix = Path(ending).suffix
     if target.suffix != suffix and suffix:
         raise UserError(f"--out {target} is no {suffix} file; give a name that ends in {suffix}")
-    if target.resolve() == student or student in target.resolve().parents:
-        raise UserError(f"--out {target} is the student itself, or in it; choose another --out")
-    if target.exists() and not (force and replaceable(target, to_file=bool(suffix))):
-        raise UserError(f"{target} is there already; choose another --out, or --force to replace an earlier export")
+    check_target(target, student, force=force, to_file=bool(suffix))
     if suffix == ".safetensors" and not force:
         check_free(target)
     write(student, target)
     return target
+
+
+def check_target(target: Path, student: Path, *, force: bool, to_file: bool = False) -> None:
+    """Refuses a place to write that is the student's own, or taken.
+
+    Raises:
+        UserError: it is.
+    """
+    if target.resolve() == student or student in target.resolve().parents:
+        raise UserError(f"--out {target} is the student itself, or in it; choose another --out")
+    if target.exists() and not (force and replaceable(target, to_file)):
+        raise UserError(f"{target} is there already; choose another --out, or --force to replace an earlier export")
 
 
 def replaceable(path: Path, to_file: bool) -> bool:

@@ -16,6 +16,7 @@ from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from stepfold.errors import UserError, first_line
 from stepfold.teachers.live import config_of, copy_without, index_of, pipeline_at
+from stepfold.teachers.quantised_files import read_quantised
 from stepfold.teachers.safety import MODULAR_INDEX, OWNERS, check_files, check_index, is_part, modular_index, read_json
 
 FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
@@ -174,7 +175,8 @@ def load_network(source: str, part: str, spec: Sequence[str], dtype: torch.dtype
         return getattr(pipe, part)
     library, kind = spec
     reader, config = reader_of(library, kind, source, part)
-    network, found = reader.from_pretrained(
+    quantised = read_quantised(reader, Path(source) / part, dtype) if library == "diffusers" else None
+    network, found = quantised or reader.from_pretrained(
         source,
         subfolder=part,
         use_safetensors=True,

@@ -38,6 +38,7 @@ from stepfold.teachers.modular import ModularParts
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.prx import PRXTeacher
+from stepfold.teachers.quantised_files import check_plain
 from stepfold.teachers.qwen_image import QwenImageTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sana_video import SanaVideoTeacher
@@ -129,14 +130,16 @@ def load_teacher(
     dtype: torch.dtype | None = None,
     *,
     network_only: bool = False,
+    encodes_only: bool = False,
     null: Condition | None = None,
 ) -> PipelineTeacher:
     """The teacher of a run; `emoji` is the bundled one, loaded like any other.
 
-    `dtype` is the settings' if None; the last two as in `PipelineTeacher`.
+    `dtype` is the settings' if None; the last three as in `PipelineTeacher`.
     """
+    check_plain(source := place_of(settings), family_of(source).network_part)
     teacher = make_teacher(
-        place_of(settings),
+        source,
         variant=settings.variant,
         device=device,
         dtype=dtype or getattr(torch, settings.dtype),
@@ -148,9 +151,10 @@ def load_teacher(
         null_mask=settings.null_mask,
         guidance_kind=settings.guidance,
         network_only=network_only,
+        encodes_only=encodes_only,
         null=null,
         loras=[(lora.source, lora.scale) for lora in settings.lora],
-        quantised=settings.quantise,
+        quantised="none" if encodes_only else settings.quantise,
     )
     if settings.guidance_interval:
         teacher.guide_between(*settings.guidance_interval)
