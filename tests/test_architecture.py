@@ -16,11 +16,12 @@ DOCS = Path(__file__).parents[1] / "docs" / "architecture.md"
 FILES = sorted(p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*.py"))
 
 EXTERNAL = {
-    "accelerate": ("training/", "commands/distill.py", "commands/finishing.py"),
+    "accelerate": ("training/", "teachers/quantised_files.py", "jobs/distilling.py", "jobs/finishing.py"),
     "diffusers": (
         "teachers/",
         "students/",
         "export/converting.py",
+        "api.py",
         "levels/",
         "display.py",
         "training/doctor.py",
@@ -38,19 +39,20 @@ EXTERNAL = {
         "scores.py",
         "config.py",
         "reproduction/experiments.py",
+        "comparison/rows.py",
         "sampling/recipe.py",
         "students/card.py",
     ),
-    "yaml": ("config.py", "reproduction/experiments.py"),
+    "yaml": ("config.py", "reproduction/experiments.py", "comparison/rows.py"),
     "datasets": ("images/reading.py",),
-    "matplotlib": ("evaluation/curves.py", "reproduction/figures.py"),
+    "matplotlib": ("evaluation/curves.py", "reproduction/figures.py", "comparison/figures.py"),
     "peft": ("export/lora.py", "students/lora.py"),
     "pyarrow": ("prompts/tables.py",),
     "py3langid": ("prompts/cleaning.py",),
     "rensa": ("prompts/cleaning.py",),
     "sklearn": ("reproduction/figures.py",),
     "jinja2": ("evaluation/report.py",),
-    "gradio": ("web/page.py",),
+    "gradio": ("web/page.py", "web/training_tab.py"),
     "starlette": ("web/page.py",),
 }
 """Libraries that few files may touch."""

@@ -30,6 +30,7 @@ COMMANDS = (
     "demo",
     "evaluate",
     "reproduce",
+    "compare",
     "doctor",
     "plan",
     "runs",
@@ -197,7 +198,7 @@ def test_export_and_push_from_the_command_line(run: tuple[Path, Result], tmp_pat
 
 def test_a_run_states_the_licences(run: tuple[Path, Result]) -> None:
     unknown = "unknown: see the teacher's page"
-    assert f"licences: teacher {unknown}, text_encoder {unknown}\n" in run[1].err
+    assert f"Pipeline); licences: teacher {unknown}, text_encoder {unknown}\n" in run[1].err
 
 
 def test_damaged_student_is_one_line(run: tuple[Path, Result], tmp_path: Path) -> None:
@@ -516,6 +517,13 @@ def test_a_table_is_a_result(monkeypatch: pytest.MonkeyPatch, quiet: tuple[str, 
     result = Result("evaluate", "x", *quiet)
     assert (result.code, result.err) == (0, "")
     assert re.search(rf"{name} 1 step +50\.0% ", result.out), result.out
+
+
+def test_a_preset_for_ones_own_model_wants_one() -> None:
+    """Without --teacher it trained the bundled one, at 1024 pixels."""
+    for preset in ("sdxl-lora-4step", "lora-4step"):
+        assert_one_line(Result("distill", "--preset", preset, "--dry-run"), preset, "no --teacher", "--teacher FOLDER")
+    assert Result("distill", "--preset", "lora-4step", "--teacher", "emoji", "--dry-run").code == 0
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_its_settings_are_for_four_steps_on_one_card(family: str) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        "sdxl",
+        pytest.param("sdxl", marks=pytest.mark.long),
         pytest.param("flux", marks=pytest.mark.long),
         pytest.param("sd1", marks=pytest.mark.long),
         pytest.param("sd3", marks=pytest.mark.long),

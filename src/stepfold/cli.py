@@ -11,6 +11,7 @@ import typer
 from stepfold import __version__
 from stepfold.commands.bank import app as bank
 from stepfold.commands.combine import combine
+from stepfold.commands.compare import compare
 from stepfold.commands.convert import convert
 from stepfold.commands.demo import demo
 from stepfold.commands.distill import distill
@@ -23,6 +24,7 @@ from stepfold.commands.plan import plan
 from stepfold.commands.presets import presets
 from stepfold.commands.prompts import app as prompts
 from stepfold.commands.push import push
+from stepfold.commands.quantise import quantise
 from stepfold.commands.reproduce import reproduce
 from stepfold.commands.retime import retime
 from stepfold.commands.runs import runs
@@ -63,8 +65,8 @@ def options(
 
 GROUPS = {
     "Distil": (distill, plan, schedule, combine),
-    "Look": (sample, demo, evaluate, runs, reproduce),
-    "Use": (export, push),
+    "Look": (sample, demo, evaluate, runs, compare, reproduce),
+    "Use": (export, quantise, push),
     "Prepare": (doctor, presets, retime, convert),
 }
 """The commands by what people do with them; `stepfold --help` shows them so."""
@@ -102,7 +104,7 @@ def main() -> None:
             raise
         fail(
             f"out of memory ({first_line(error)}); in this order: --set training.micro_batch=1, --lora 64 --dtype "
-            "bfloat16, prompts encoded before (stepfold prompts encode), a smaller --size",
+            "bfloat16, prompts encoded before (stepfold prompts encode), --set teacher.quantise=int8, a smaller --size",
             2,
         )
     except OSError as error:  # a path that no file can have, a full disk behind standard output

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from forms import cases
 
-from stepfold.commands.distill import run_distill
 from stepfold.commands.plan import evaluation_prompts, make_plan, plan_rows, reckon
 from stepfold.config import load_config
 from stepfold.display import Display
+from stepfold.jobs.distilling import run_distill
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.course import step_times
 

@@ -17,11 +17,11 @@ from forms import cases
 from safetensors.torch import load_file
 from test_cli import Result
 
-from stepfold.commands.export import run_export
-from stepfold.commands.sample import run_sample
 from stepfold.errors import UserError
 from stepfold.export.casting import round_weights
 from stepfold.export.pipeline import model_card, use_of
+from stepfold.jobs.exporting import run_export
+from stepfold.jobs.sampling import run_sample
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.students.card import CARD, read_card
 from stepfold.students.loading import load_merged, load_student
@@ -78,7 +78,8 @@ def test_a_lora_student_merged_and_as_a_file(student_of: StudentOf, fresh: Fresh
         assert f'.from_pretrained("FOLDER")\n{what}' in (whole[family] / "README.md").read_text()
 
 
-@pytest.mark.parametrize("names", [("sana",), pytest.param(DRAWN, marks=pytest.mark.long)], ids=["one", "all"])
+@pytest.mark.long
+@pytest.mark.parametrize("names", [("sana",), DRAWN], ids=["one", "all"])
 def test_a_student_of_every_family_draws_our_latents_in_plain_diffusers(
     student_of: StudentOf, fresh: Fresh, names: tuple[str, ...]
 ) -> None:
@@ -301,7 +302,7 @@ def test_the_commands_of_each_family_begin_runs_of_students_that_the_docs_sample
         begun.append((run.folder, run.recipe, run.teacher))
         raise UserError("its first step")
 
-    monkeypatch.setattr("stepfold.commands.distill.train", begin)
+    monkeypatch.setattr("stepfold.jobs.distilling.train", begin)
     monkeypatch.chdir(tmp_path)
     for name in ("prompts.txt", "classes.txt"):
         Path(name).write_text("7\n" if heading == "DiT" else "a red heart\n")

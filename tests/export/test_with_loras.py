@@ -12,11 +12,11 @@ from forms import cases
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stepfold.commands.export import run_export
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
 from stepfold.export.beside import card_of, workflow_of
 from stepfold.export.lora_keys import renamed
+from stepfold.jobs.exporting import run_export
 from stepfold.students.card import read_card, write_card
 from stepfold.students.loading import load_merged
 from stepfold.students.lora import LORA_WEIGHTS

@@ -15,11 +15,11 @@ from forms import cases
 from tiny import PROMPTS
 from torch import Tensor, nn
 
-from stepfold.commands.distill import run_distill
 from stepfold.config import Config, load_config
 from stepfold.display import Display
 from stepfold.errors import NonFiniteError, UserError
 from stepfold.evaluation.report import write_report
+from stepfold.jobs.distilling import run_distill
 from stepfold.maths.tangent import Tangent
 from stepfold.objectives import consistency
 from stepfold.prompts.cache import encode_prompts
@@ -130,7 +130,7 @@ PLACES: dict[str, tuple[Callable[..., None], str]] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", cases(PLACES, short=["gradient"]))
 def test_it_stops_names_the_place_and_keeps_the_last_checkpoint(
     tmp_path: Path, config: Callable[..., Config], straight: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -278,7 +278,7 @@ def test_a_folder_that_is_read_only(what: str) -> None:
         assert sorted(path.name for path in folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("change", ["shorter", "longer", "other words", "gone"])
+@pytest.mark.parametrize("change", cases(["shorter", "longer", "other words", "gone"], short=["other words"]))
 def test_prompts_that_change_during_the_run(
     tmp_path: Path, config: Callable[..., Config], prompts_file: Path, straight: Path,
     monkeypatch: pytest.MonkeyPatch, change: str,

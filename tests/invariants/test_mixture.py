@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forms import cases
 from torch import Tensor, nn
 
 from stepfold.config import validate
@@ -140,6 +141,7 @@ def distilled(folder: Path, student: Student, seed: int, steps: int = 400, objec
 
 
 BAR = 0.38  # seeds 0 to 2 reach 0.30 to 0.31; the discrete objective 0.33 (seed 0)
+EARLY_BAR = 0.45  # after 250 steps: 0.41, and 0.49 without the teacher's velocity in the derivative
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +149,10 @@ def untrained() -> SmallStudent:
     return velocity_student(seed=0)
 
 
-def test_the_loop_distils_the_one_step_map(tmp_path: Path, untrained: SmallStudent):
+@pytest.mark.parametrize(("steps", "bar"), cases([(250, EARLY_BAR), (400, BAR)], short=[(250, EARLY_BAR)]))
+def test_the_loop_distils_the_one_step_map(tmp_path: Path, untrained: SmallStudent, steps: int, bar: float):
     assert one_step_error(untrained) > 2 * BAR  # a velocity network is no consistency model
-    assert one_step_error(distilled(tmp_path / "run", copy.deepcopy(untrained), seed=0)) < BAR
+    assert one_step_error(distilled(tmp_path / "run", copy.deepcopy(untrained), seed=0, steps=steps)) < bar
 
 
 @pytest.mark.long

@@ -12,6 +12,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forms import cases
 
 from stepfold.errors import UserError
 from stepfold.prompts.reading import open_prompts
@@ -108,15 +109,18 @@ def test_damaged_files_are_one_line(tmp_path: Path, name: str, content: bytes, m
 
 @pytest.mark.parametrize(
     ("kind", "gzipped"),
-    [
-        ("csv", False),
-        ("csv", True),
-        ("tsv", False),
-        ("jsonl", False),
-        ("jsonl", True),
-        ("parquet", False),
-        ("txt", True),
-    ],
+    cases(
+        [
+            ("csv", False),
+            ("csv", True),
+            ("tsv", False),
+            ("jsonl", False),
+            ("jsonl", True),
+            ("parquet", False),
+            ("txt", True),
+        ],
+        short=[("csv", True), ("jsonl", False), ("parquet", False)],
+    ),
 )
 def test_training_reads_tables_as_it_reads_text(tmp_path: Path, kind: str, gzipped: bool) -> None:
     path, texts = write(tmp_path, kind, "prompt")

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from forked import Forked, server
+from inside import in_this_process
 from typer.testing import CliRunner
 
-from stepfold.cli import app, main
+from stepfold.cli import app
 from stepfold.config import Config
 from stepfold.display import Display
 from stepfold.errors import UserError
@@ -301,16 +302,6 @@ def test_a_claim_is_judged_at_equal_pairs_and_at_equal_time() -> None:
     rows |= {"sCM over images, equal time": records(0.05, 0.06)}
     text = page(EXPERIMENTS, {"T2": rows}, {})
     assert "| at equal pairs: reproduced; at equal time: not reproduced |" in text
-
-
-def in_this_process(command: list[str], **rest: Any) -> subprocess.CompletedProcess[bytes]:
-    """As `subprocess.run` of a stepfold command, without loading all libraries again."""
-    argv = ["stepfold", *command[command.index("stepfold") + 1 :]]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", argv)
-        with pytest.raises(SystemExit) as ended:
-            main()
-    return subprocess.CompletedProcess(command, int(ended.value.code or 0))
 
 
 @pytest.mark.long

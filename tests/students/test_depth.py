@@ -81,10 +81,10 @@ OF_BLOCKS: dict[str, Callable[..., Any]] = {
 }
 
 
-OTHERS = ("ernie-image", "prx", "z-image")
+SHORT = ("sana", "flux", "sd3", "dit", "wan", "qwen")
 
 
-@pytest.fixture(params=cases(OF_BLOCKS, short=[name for name in OF_BLOCKS if name not in OTHERS]))
+@pytest.fixture(params=cases(OF_BLOCKS, short=SHORT))
 def teacher(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     folder = tiny.save(partial(OF_BLOCKS[request.param], num_layers=3), tmp_path / "pipeline")
     frames = 5 if request.param == "wan" else None

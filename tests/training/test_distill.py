@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from stepfold.commands.distill import run_distill
 from stepfold.config import Config, SpaceSettings
 from stepfold.display import Display
 from stepfold.errors import NonFiniteError, UserError
 from stepfold.export.pipeline import save_student
+from stepfold.jobs.distilling import run_distill
 from stepfold.objectives.adversarial import NAME, Discriminator
 from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import PromptFile, open_prompts

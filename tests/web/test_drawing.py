@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from stepfold import assets
-from stepfold.commands.distill import run_distill
-from stepfold.commands.sample import run_sample
 from stepfold.config import load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.jobs.distilling import run_distill
+from stepfold.jobs.sampling import run_sample
 from stepfold.web import markup
 from stepfold.web.drawing import (
     MAX_PROMPT,
@@ -141,6 +141,7 @@ def test_a_scale_may_be_the_one_that_turns_guidance_off(emoji: Models, monkeypat
     assert checked(emoji, "a cat", 1, 0.0, 0, 1).guidance == 0
 
 
+@pytest.mark.long
 def test_a_student_with_a_pipeline_of_its_own(tiny_student: Path, tiny_sana: Path) -> None:
     models = load_models(tiny_student, None, "cpu")
     assert models.pipeline is not models.teacher and models.teacher.source == str(tiny_sana)
@@ -152,6 +153,7 @@ def test_a_student_with_a_pipeline_of_its_own(tiny_student: Path, tiny_sana: Pat
         load_models(tiny_student, "emoji", "cpu")
 
 
+@pytest.mark.long
 def test_the_teacher_that_is_named_is_the_one_that_draws(tiny_student: Path, tiny_sana: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_sana, other)

@@ -161,6 +161,7 @@ def test_a_student_that_is_out_of_date_does_not_wait_for_its_clock(emoji: Models
     assert student is not None and teacher is not None and teacher.steps == 1 and teacher.sec < student.sec
 
 
+@pytest.mark.long
 def test_the_command_writes_a_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of nine small images, here of two, which take less time."""
     assert load_models(Path("emoji-student"), None, "cpu").usual_count == 9

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stepfold.errors import UserError, first_line
 from stepfold.export.files import listing
+from stepfold.sampling.recipe import Recipe, times_of
 from stepfold.sampling.samplers import in_diffusers
 from stepfold.students.card import CARD, Card, write_card
 from stepfold.students.loading import load_merged
@@ -178,6 +179,15 @@ def network_graph(
     }
     with tracing(folder):
         return trace(student, inputs), inputs
+
+
+def told_one_time(recipe: Recipe, teacher: PipelineTeacher) -> Recipe:
+    """How a graph is sampled, which is told no target: a flow map's as a consistency model's."""
+    sampler = in_diffusers(recipe.sampler)
+    if sampler == recipe.sampler:
+        return recipe
+    times = recipe.without_target(times_of(teacher, sampler))
+    return recipe.model_copy(update={"sampler": sampler, "times": times})
 
 
 def export_onnx(folder: Path, out: Path) -> None:

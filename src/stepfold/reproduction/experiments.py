@@ -85,6 +85,8 @@ class Run:
         changes: `key=value` strings, the seed's among them.
         config: the whole settings.
         costs: whether only time and memory are wanted.
+        steps: numbers of sampling steps that its student is scored at; none for all of the protocol's.
+        beside: whether it may run beside others although its times count.
     """
 
     table: str
@@ -93,11 +95,13 @@ class Run:
     changes: tuple[str, ...]
     config: Config
     costs: bool = False
+    steps: tuple[int, ...] = ()
+    beside: bool = False
 
     @property
     def alone(self) -> bool:
         """Whether its times count, so that nothing may run beside it."""
-        return self.costs or self.row.endswith(TIMED_ROW)
+        return not self.beside and (self.costs or self.row.endswith(TIMED_ROW))
 
     @property
     def name(self) -> str:

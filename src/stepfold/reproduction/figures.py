@@ -120,7 +120,7 @@ def _similarity(a: Tensor, b: Tensor) -> float:
 
 def draw_routes(numbers: dict[str, Any]) -> "Figure":
     """Fig. 7: the density of the times of each scheme, and five routes of it."""
-    figure, plots = _plots(2, len(SCHEMES), "t, radians")
+    figure, plots = new_plots(2, len(SCHEMES), "t, radians")
     for column, scheme in enumerate(SCHEMES):
         density, routes = plots[0][column], plots[1][column]
         centres = [(i + 0.5) * math.pi / 2 / NUM_BINS for i in range(NUM_BINS)]
@@ -134,7 +134,7 @@ def draw_routes(numbers: dict[str, Any]) -> "Figure":
 
 def draw_noise_similarity(numbers: dict[str, Any]) -> "Figure":
     """Fig. 8: how like its first noise a state's equivalent noise is, on the forward and the backward process."""
-    figure, plots = _plots(1, 1, "t, radians")
+    figure, plots = new_plots(1, 1, "t, radians")
     plot, schemes = plots[0][0], numbers["walks"]["schemes"]
     for scheme, rows in schemes.items():
         plot.plot(rows["t"], rows["noise_backward"], "o-", markersize=3, label=f"walk, {_plain(scheme)}")
@@ -147,7 +147,7 @@ def draw_noise_similarity(numbers: dict[str, Any]) -> "Figure":
 
 def draw_noise_plane(numbers: dict[str, Any]) -> "Figure":
     """Fig. 8: the equivalent noise of all walks at some times, embedded in a plane."""
-    figure, plots = _plots(1, 1, "")
+    figure, plots = new_plots(1, 1, "")
     for t, points in zip(numbers["walks"]["tsne"]["t"], numbers["walks"]["tsne"]["points"], strict=True):
         plots[0][0].scatter(*zip(*points, strict=True), s=8, label=f"t = {t:.2f}")
     plots[0][0].set(xticks=[], yticks=[])
@@ -158,7 +158,7 @@ def draw_noise_plane(numbers: dict[str, Any]) -> "Figure":
 def draw_noise_maps(numbers: dict[str, Any]) -> "Figure":
     """Fig. 3: one channel of one walk's equivalent noise at some times, on the forward and the backward process."""
     maps = numbers["walks"]["maps"]
-    figure, plots = _plots(2, len(maps["t"]), "", size=1.7)
+    figure, plots = new_plots(2, len(maps["t"]), "", size=1.7)
     for row, process in enumerate(("forward", "backward")):
         for plot, t, values in zip(plots[row], maps["t"], maps[process], strict=True):
             plot.imshow(values, cmap="gray", vmin=-1.5, vmax=1.5)
@@ -168,7 +168,7 @@ def draw_noise_maps(numbers: dict[str, Any]) -> "Figure":
 
 def draw_picture_error(numbers: dict[str, Any]) -> "Figure":
     """Fig. 9: how far the teacher's one-step picture is from the end of the walk, by scheme and by steps."""
-    figure, plots = _plots(1, 2, "t, radians")
+    figure, plots = new_plots(1, 2, "t, radians")
     for plot, curves in zip(plots[0], (numbers["walks"]["schemes"], numbers["walks"]["counts"]), strict=True):
         for name, rows in curves.items():
             label = f"N = {name}" if name.isdigit() else _plain(name)
@@ -180,7 +180,7 @@ def draw_picture_error(numbers: dict[str, Any]) -> "Figure":
 
 def draw_darkness(numbers: dict[str, Any]) -> "Figure":
     """Fig. 10: the distance of walks' ends to black, and where the brightness filter begins to drop them."""
-    figure, plots = _plots(1, 1, "mean squared distance to black")
+    figure, plots = new_plots(1, 1, "mean squared distance to black")
     plots[0][0].hist(numbers["walks"]["darkness"], bins=30)
     plots[0][0].axvline(numbers["threshold"], color="black", linestyle="--", label="threshold of the filter")
     plots[0][0].set(ylabel="walks")
@@ -193,7 +193,7 @@ def draw_quality_and_cost(rows: Rows) -> "Figure":
 
     A method has one colour, filled at equal pairs and hollow at equal time.
     """
-    figure, plots = _plots(1, 1, "training, minutes", size=8)
+    figure, plots = new_plots(1, 1, "training, minutes", size=8)
     colours = {row: f"C{i}" for i, row in enumerate(dict.fromkeys(row.removesuffix(EQUAL_TIME_ROW) for row in rows))}
     for row, records in rows.items():
         timed = [r for r in records if r.get("sec_per_step") is not None]
@@ -212,7 +212,7 @@ def draw_quality_and_cost(rows: Rows) -> "Figure":
 
 def draw_stages(rows: Rows) -> "Figure":
     """Fig. 4: what a step's time goes to, of the rows that train on as many pairs as the first."""
-    figure, plots = _plots(1, 1, "milliseconds a step", size=8)
+    figure, plots = new_plots(1, 1, "milliseconds a step", size=8)
     timed = {row: [r for r in records if r.get("stages_sec")] for row, records in rows.items()}
     timed = {row: records for row, records in timed.items() if records}
     pairs = next(iter(timed.values()))[0]["pairs_per_step"]
@@ -231,7 +231,7 @@ def draw_stages(rows: Rows) -> "Figure":
 
 def draw_memory(rows: Rows) -> "Figure":
     """Fig. 1: peak memory against the pairs of a step. What stands before a row's `;` is its method."""
-    figure, plots = _plots(1, 1, "pairs a step", size=5)
+    figure, plots = new_plots(1, 1, "pairs a step", size=5)
     curves: dict[str, list[tuple[float, float]]] = {}
     for row, records in rows.items():
         of_row = [r for r in records if r.get("peak_memory_gib") is not None]
@@ -274,17 +274,24 @@ TABLE_FIGURES: dict[str, tuple[str, str, Callable[[Rows], "Figure"]]] = {
 
 def draw_all(numbers: dict[str, Any], tables: dict[str, Rows], folder: Path) -> dict[str, str]:
     """Every figure that there are numbers for, as svg and png: name -> caption."""
-    from matplotlib import rc_context
-
-    drawn = {}
     figures = {name: (caption, draw(numbers)) for name, (caption, draw) in WALK_FIGURES.items() if numbers}
     for name, (caption, table, draw) in TABLE_FIGURES.items():
         rows = {row: [r for r in records if not r["diverged"]] for row, records in tables.get(table, {}).items()}
         if any(r["sec_per_step"] is not None for records in rows.values() for r in records):
             figures[name] = (caption, draw(rows))
+    return save_figures(figures, folder)
+
+
+def save_figures(
+    figures: dict[str, tuple[str, "Figure"]], folder: Path, suffixes: tuple[str, ...] = ("svg", "png")
+) -> dict[str, str]:
+    """Writes figures, each by its name with its caption, into a folder; equal ones are equal files: name -> caption."""
+    from matplotlib import rc_context
+
+    drawn = {}
     for name, (caption, figure) in figures.items():
         folder.mkdir(parents=True, exist_ok=True)
-        for suffix in ("svg", "png"):
+        for suffix in suffixes:
             with writing(folder / f"{name}.{suffix}") as part, rc_context({"svg.hashsalt": name}):  # equal, equal file
                 figure.savefig(part, format=suffix, dpi=120, metadata={"Date": None} if suffix == "svg" else {})
         drawn[name] = caption
@@ -295,7 +302,8 @@ def _plain(scheme: str) -> str:
     return scheme.replace("_", "-")
 
 
-def _plots(rows: int, columns: int, label: str, size: float = 3.2) -> tuple["Figure", Any]:
+def new_plots(rows: int, columns: int, label: str, size: float = 3.2) -> tuple["Figure", Any]:
+    """A figure, and its rows x columns of axes, whose x is `label`; one of many columns takes `size` inches each."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(5, size * columns), (3 if size >= 3 else size + 0.3) * rows), layout="constrained")

@@ -1,6 +1,7 @@
 """The numbers of a sweep in one json file beside its page, from which another machine goes on with it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ NOTES = (FIGURES, EQUAL_TIME, "solvers_*.json")
 """What a sweep's folder holds besides runs. The teacher's rows stay: they stand for pictures, which are not kept."""
 
 
-def keep(runs: list[Run], root: Path, path: Path) -> None:
+def keep(runs: list[Run], root: Path, path: Path, patterns: Sequence[str] = NOTES) -> None:
     """Writes what the sweep in `root` has found so far into `path`.
 
     The file holds `runs`, name -> record; `tables`, table -> row -> names of runs; `teacher`, the rows that all records
-    share; `notes`, the other numbers in `root`.
+    share; `notes`, the other numbers in `root`, whose files have these `patterns`.
     """
     found: dict[str, Any] = {"teacher": None, "tables": {}, "runs": {}, "notes": {}}
     for run in runs:
@@ -29,7 +30,7 @@ def keep(runs: list[Run], root: Path, path: Path) -> None:
         found["teacher"] = record.pop("teacher", found["teacher"])
         found["runs"][run.name] = record
         found["tables"].setdefault(run.table, {}).setdefault(run.row, []).append(run.name)
-    for pattern in NOTES:
+    for pattern in patterns:
         found["notes"] |= {
             note.name: json.loads(note.read_text(encoding="utf-8")) for note in sorted(root.glob(pattern))
         }
@@ -38,7 +39,7 @@ def keep(runs: list[Run], root: Path, path: Path) -> None:
         part.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def recall(path: Path, root: Path) -> int:
+def recall(path: Path, root: Path, patterns: Sequence[str] = NOTES) -> int:
     """Puts what `keep` wrote into `root`, but for what is there already; returns how many runs.
 
     Raises:
@@ -53,8 +54,8 @@ def recall(path: Path, root: Path) -> int:
             root / name / SCORES: record | ({"teacher": teacher} if "student" in record else {})
             for name, record in runs.items()
         }
-        if not all(name.isalnum() for name in runs) or not all(map(_is_note, notes)):
-            raise ValueError("a name that `stepfold reproduce` does not give")
+        if not all(name.isalnum() for name in runs) or not all(_is_note(name, patterns) for name in notes):
+            raise ValueError("a name that a sweep does not give")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no numbers of a sweep ({error}); move it away, or give another --page") from None
     missing = {file: content for file, content in files.items() if not file.exists()}
@@ -66,5 +67,5 @@ def recall(path: Path, root: Path) -> int:
     return len(missing)
 
 
-def _is_note(name: str) -> bool:
-    return Path(name).name == name and any(Path(name).match(pattern) for pattern in NOTES)
+def _is_note(name: str, patterns: Sequence[str]) -> bool:
+    return Path(name).name == name and any(Path(name).match(pattern) for pattern in patterns)

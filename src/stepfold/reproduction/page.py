@@ -150,7 +150,7 @@ def _counted(verdicts: list[str]) -> str:
 def _summary(name: str, experiment: Experiment, rows: dict[str, Records], metric: Metric) -> tuple[str, str, str, str]:
     label, digits, scale = NAMES[metric]
     values = {row: [scale * value for value in values_of(records, metric)] for row, records in rows.items()}
-    told = "; ".join(f"{row} {_number(*mean_and_spread(of), digits)}" for row, of in values.items() if of)
+    told = "; ".join(f"{row} {number(*mean_and_spread(of), digits)}" for row, of in values.items() if of)
     answer = verdict(experiment, rows, metric) or NO_CLAIM
     if metric in experiment.less_by and answer != "not run":
         less = share_less(experiment, rows, metric)
@@ -240,8 +240,8 @@ def _cost_table(experiment: Experiment, rows: dict[str, Records]) -> list[str]:
         means = mean_and_spread(sec)[0], mean_and_spread(memory)[0]
         first.setdefault(pairs, means)
         cells = [
-            f"{pairs:.0f}", _number(*mean_and_spread([1000 * s for s in sec]), 1), f"{means[0] / first[pairs][0]:.2f}",
-            _of(timed, "sec_per_step", 0, 1000), _number(*mean_and_spread(memory), 2),
+            f"{pairs:.0f}", number(*mean_and_spread([1000 * s for s in sec]), 1), f"{means[0] / first[pairs][0]:.2f}",
+            _of(timed, "sec_per_step", 0, 1000), number(*mean_and_spread(memory), 2),
             f"{means[1] / first[pairs][1]:.2f}",
             *(f"{mean_and_spread([1000 * r['stages_sec'].get(s, 0) for r in timed])[0]:.0f}" for s in stages),
         ]  # fmt: skip
@@ -251,8 +251,9 @@ def _cost_table(experiment: Experiment, rows: dict[str, Records]) -> list[str]:
 
 def _of(scores: list[dict[str, Any]], name: str, digits: int, scale: float = 1) -> str:
     values = [scale * score[name] for score in scores if score[name] is not None]
-    return _number(*mean_and_spread(values), digits) if values else "not timed"
+    return number(*mean_and_spread(values), digits) if values else "not timed"
 
 
-def _number(mean: float, spread: float, digits: int) -> str:
+def number(mean: float, spread: float, digits: int) -> str:
+    """`0.12 ± 0.03`, or `0.12` where the spread is not known."""
     return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")

@@ -22,7 +22,7 @@ from stepfold.config import Config, last_of_each, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.evaluation.judge import Judge, load_judge
-from stepfold.evaluation.measure import Sampler, measure, student_sampler, teacher_sampler
+from stepfold.evaluation.measure import Sampler, measure, steps_of, student_sampler, teacher_sampler
 from stepfold.evaluation.protocol import EMOJI, Protocol, protocol_record, rows_by_steps
 from stepfold.evaluation.report import versions
 from stepfold.evaluation.solvers import solver_sampler
@@ -54,9 +54,14 @@ EQUAL_TIME, FIGURES = "equal_time.json", "figures.json"
 
 
 def reproduce(runs: list[Run], root: Path, display: Display, pictures: int, workers: int = 1) -> None:
+    """As `run_all`, with scores of the bundled teacher's usual protocol, made from so many `pictures`."""
+    run_all(runs, root, display, replace(EMOJI, n=pictures), workers)
+
+
+def run_all(runs: list[Run], root: Path, display: Display, protocol: Protocol, workers: int = 1) -> None:
     """Runs what has no scores yet, each as a `stepfold distill` of its own, which continues where a kill left it.
 
-    Scores are made from so many `pictures`. A run that diverges is noted as such and not tried again; the others go on.
+    Scores are those of `protocol`. A run that diverges is noted as such and not tried again; the others go on.
     So many `workers` go on at once, each with its share of the cores; runs whose times count go alone, at the end.
 
     Raises:
@@ -71,17 +76,17 @@ def reproduce(runs: list[Run], root: Path, display: Display, pictures: int, work
         display.note("measuring the teacher, unless that was done")
         root.mkdir(parents=True, exist_ok=True)
         teacher, judge = load_teacher(to_score[0].config.teacher, "cpu"), load_judge(assets.JUDGE, torch.device("cpu"))
-        measure_teacher(teacher, judge, replace(EMOJI, n=pictures), root)
+        measure_teacher(teacher, judge, protocol, root)
     cores = torch.get_num_threads()
     for batch, at_once in (([r for r in todo if not r.alone], workers), ([r for r in todo if r.alone], 1)):
         torch.set_num_threads(max(1, cores // at_once))
         try:
-            _finish_all(batch, root, display, pictures, at_once)
+            _finish_all(batch, root, display, protocol, at_once)
         finally:
             torch.set_num_threads(cores)
 
 
-def _finish_all(runs: list[Run], root: Path, display: Display, pictures: int, at_once: int) -> None:
+def _finish_all(runs: list[Run], root: Path, display: Display, protocol: Protocol, at_once: int) -> None:
     began = time.perf_counter()
     quiet = display.console.quiet or at_once > 1  # bars of several runs would write over each other
 
@@ -90,7 +95,7 @@ def _finish_all(runs: list[Run], root: Path, display: Display, pictures: int, at
         left = (time.perf_counter() - began) / done * (len(runs) - done) / 60 if done > 0 else None
         told = f", about {left:.0f} min left" if left is not None else ""
         display.note(f"run {number}/{len(runs)}: {run.table}, {run.row}, seed={run.config.seed}{told}")
-        finish(run, root, pictures, quiet)
+        finish(run, root, protocol, quiet)
 
     with ThreadPoolExecutor(at_once) as pool:
         futures = [pool.submit(one, number, run) for number, run in enumerate(runs, 1)]
@@ -101,7 +106,7 @@ def _finish_all(runs: list[Run], root: Path, display: Display, pictures: int, at
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def finish(run: Run, root: Path, pictures: int, quiet: bool) -> None:
+def finish(run: Run, root: Path, protocol: Protocol, quiet: bool) -> None:
     """Trains a run to its end and writes its scores.
 
     Raises:
@@ -115,7 +120,7 @@ def finish(run: Run, root: Path, pictures: int, quiet: bool) -> None:
         stdout=subprocess.DEVNULL if quiet else None,
     ).returncode
     if code not in (0, DIVERGED):
-        raise UserError(f"stepfold {shlex.join(command)} failed; start `stepfold reproduce` again to continue it")
+        raise UserError(f"stepfold {shlex.join(command)} failed; start the same command again to continue it")
     record: dict[str, Any] = {
         "command": f"stepfold {shlex.join(command)}",
         "changes": list(run.changes),
@@ -126,7 +131,7 @@ def finish(run: Run, root: Path, pictures: int, quiet: bool) -> None:
     if not record["diverged"]:
         record |= costs(folder, run.config)
         if not run.costs:
-            record |= score(folder / "student", replace(EMOJI, n=pictures), root)
+            record |= score(folder / "student", protocol, root, run.steps)
     with writing(folder / SCORES) as part:
         part.write_text(json.dumps(record, indent=2) + "\n")
 
@@ -139,7 +144,7 @@ def costs(folder: Path, config: Config) -> dict[str, Any]:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     stages = {name: sec for name, sec in report["stages_sec"].items() if name not in BESIDE_STEPS}
     steps, sec = report["timed_steps"], (report["step_sec"] or {}).get("median")
-    kept = statistics.mean(row["kept"] for row in read_metrics(folder))
+    kept = statistics.mean([row["kept"] for row in read_metrics(folder) if "kept" in row] or [1.0])
     pairs = (
         kept * config.training.prompts_per_step * pairs_per_prompt(config.space.route_steps, config.space.keep_first)
     )
@@ -149,6 +154,8 @@ def costs(folder: Path, config: Config) -> dict[str, Any]:
         "stages_sec": {name: sec / steps for name, sec in stages.items()} if steps else None,
         "pairs_per_step": pairs,
         "peak_memory_gib": report["peak_memory_steps_gib"],
+        "step_cost": report.get("step_cost"),
+        "trainable_parameters": report.get("trainable_parameters"),
     }
 
 
@@ -158,18 +165,18 @@ def distill_command(run: Run, folder: Path) -> list[str]:
     return ["distill", "--preset", run.preset, *changes, "--out", str(folder)]
 
 
-def score(student_folder: Path, protocol: Protocol, root: Path) -> dict[str, Any]:
-    """A student's rows; the agreement is with the teacher's pictures that `measure_teacher` kept in `root`."""
+def score(student_folder: Path, protocol: Protocol, root: Path, steps: tuple[int, ...] = ()) -> dict[str, Any]:
+    """A student's rows; the agreement is with the teacher's pictures that `measure_teacher` kept in `root`.
+
+    They are of `steps`, or of those of the protocol that the student has times for.
+    """
     with LOADING:
         _, student, card = load_student(student_folder, "cpu")
         teacher = load_teacher(card.teacher_settings(), "cpu")
         judge = load_judge(assets.JUDGE, torch.device("cpu"))
     note = measure_teacher(teacher, judge, protocol, root)
-    reference = load_file(note.with_suffix(".safetensors"))["x0"]
-    samplers: dict[str, Sampler] = {
-        "teacher 0": lambda noise, condition, guidance, samples: reference[samples.start : samples.stop]
-    }
-    for k in protocol.student_steps:
+    samplers = {"teacher 0": reference_sampler(note)}
+    for k in steps or steps_of(card.recipe, protocol):
         samplers[f"student {k}"] = student_sampler(student, card.recipe, k, protocol.seed)
     rows = rows_by_steps(measure(judge, protocol, teacher, samplers, teacher.device), timed=True)["student"]
     return {
@@ -180,9 +187,15 @@ def score(student_folder: Path, protocol: Protocol, root: Path) -> dict[str, Any
     }
 
 
+def reference_sampler(note: Path) -> Sampler:
+    """The teacher's pictures that `measure_teacher` kept beside its note, of the same protocol."""
+    reference = load_file(note.with_suffix(".safetensors"))["x0"]
+    return lambda noise, condition, guidance, samples: reference[samples.start : samples.stop]
+
+
 def measure_teacher(teacher: PipelineTeacher, judge: Judge, protocol: Protocol, root: Path) -> Path:
     """The teacher's own rows, measured once: a json file in `root`, and beside it its pictures at the most steps."""
-    note = root / f"teacher_{protocol.hash()[:12]}.json"
+    note = teacher_note(protocol, root)
     if not note.exists():
         steps, made = protocol.teacher_steps, []
         best = teacher_sampler(teacher, steps[0])
@@ -199,6 +212,11 @@ def measure_teacher(teacher: PipelineTeacher, judge: Judge, protocol: Protocol, 
         with writing(note) as part:
             part.write_text(json.dumps(rows, indent=2) + "\n")
     return note
+
+
+def teacher_note(protocol: Protocol, root: Path) -> Path:
+    """Where the teacher's own rows are."""
+    return root / f"teacher_{protocol.hash()[:12]}.json"
 
 
 def measure_solvers(experiments: Experiments, root: Path, display: Display) -> dict[str, dict[str, Any]]:

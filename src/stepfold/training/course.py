@@ -10,6 +10,7 @@ import torch
 
 from stepfold.config import Config
 from stepfold.teachers.contract import Student
+from stepfold.training.looks import Progress
 from stepfold.training.memory import peak_memory_gib, reset_peak_memory
 from stepfold.training.stages import Stages
 
@@ -47,6 +48,16 @@ def step_times(sec: Sequence[float], cycle: int) -> dict[str, float]:
     }
 
 
+def step_cost(spent_sec: Sequence[float], pairs: Sequence[float]) -> dict[str, float]:
+    """Means over all steps of whatever phase: `spent_sec`, without the first step, which compiles, and `pairs`.
+
+    Args:
+        spent_sec: of each step, one or more; see `stages.spent_sec`.
+        pairs: of each step.
+    """
+    return {"spent_sec": statistics.fmean(spent_sec[1:] or spent_sec), "pairs": statistics.fmean(pairs)}
+
+
 @dataclass
 class Course:
     """The course of a run in this process; the steps before a resume are not in it.
@@ -57,6 +68,9 @@ class Course:
         cycle: steps after which times repeat, see `cycle_of`.
         tangent: the backend, and why.
         step_sec: seconds of each step.
+        spent_sec: of `stages.spent_sec` for each step.
+        pairs: states that each step trains the student on.
+        trainable: how many of the student's numbers are trained.
         peak_steps_gib: peak memory of the steps.
         peak_previews_gib: peak memory of the previews.
     """
@@ -66,8 +80,17 @@ class Course:
     cycle: int = 1
     tangent: str = ""
     step_sec: list[float] = field(default_factory=list)
+    spent_sec: list[float] = field(default_factory=list)
+    pairs: list[float] = field(default_factory=list)
+    trainable: int = 0
     peak_steps_gib: float = 0.0
     peak_previews_gib: float = 0.0
+
+    def add(self, progress: Progress) -> None:
+        """Notes what a step took."""
+        self.step_sec.append(progress.row["sec"])
+        self.spent_sec.append(progress.spent_sec)
+        self.pairs.append(progress.row["pairs"])
 
     def note_memory(self) -> None:
         """Adds the peak since the last call to that of the steps, and counts from here."""
@@ -92,6 +115,8 @@ class Course:
             "stages_sec": dict(self.stages.seconds),
             "timed_steps": len(self.step_sec),
             "step_sec": step_times(self.step_sec, self.cycle) if self.step_sec else None,
+            "step_cost": step_cost(self.spent_sec, self.pairs) if self.spent_sec else None,
+            "trainable_parameters": self.trainable,
             "tangent": self.tangent,
             "peak_memory_gib": max(self.peak_steps_gib, self.peak_previews_gib),
             "peak_memory_steps_gib": self.peak_steps_gib,

@@ -12,16 +12,18 @@ from stepfold.training.draws import prompt_index, step_samples
 from stepfold.training.runs import (
     append_metrics,
 )
+from stepfold.training.stages import spent_sec
 from stepfold.training.step import Run
 from stepfold.training.step_log import StepRecord, of_all, row_of
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What `distill` tells its caller after every step."""
+    """What `distill` tells its caller after every step, the seconds of `spent_sec` that it took among them."""
 
     step: int
     row: dict[str, Any]
+    spent_sec: float = 0.0
 
 
 @dataclass
@@ -43,7 +45,11 @@ class Looks:
     report: Callable[[Progress], None]
     skipped: int = 0
     records: list[StepRecord] = field(default_factory=list)
-    began: float = field(default_factory=time.perf_counter)
+    began: float = 0.0
+    spent: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.restart_clock()
 
     @property
     def are_due(self) -> bool:
@@ -54,7 +60,7 @@ class Looks:
     def restart_clock(self) -> None:
         """Begins to time the next steps, unless some are still to be looked at."""
         if not self.records:
-            self.began = time.perf_counter()
+            self.began, self.spent = time.perf_counter(), spent_sec(self.run.accelerator.device)
 
     def look(self) -> None:
         """Writes and reports the rows of the steps since the last look.
@@ -72,11 +78,12 @@ class Looks:
                 f"training.skip_nonfinite allows {allowed} to be skipped. The last checkpoint is intact."
             )
         seconds = (time.perf_counter() - self.began) / len(rows)
+        spent = (spent_sec(self.run.accelerator.device) - self.spent) / len(rows)
         for record, row in zip(self.records, rows, strict=True):
             if self.run.processes.first:
                 append_metrics(self.folder, row)
             pairs = sum(metrics.kept for metrics in record.spaces.values())
-            self.report(Progress(record.step + 1, row | {"sec": seconds, "pairs": pairs}))
+            self.report(Progress(record.step + 1, row | {"sec": seconds, "pairs": pairs}, spent))
         self.records.clear()
 
     def row(self, record: StepRecord) -> dict[str, Any]:

@@ -12,6 +12,11 @@ BESIDE_STEPS = ("load", "first preview", "preview", "checkpoint", "evaluation")
 """Stages of a run that are no part of its optimiser steps."""
 
 
+def spent_sec(device: torch.device) -> float:
+    """A clock of what work costs: on a CPU this process's processor time, which other work does not lengthen."""
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
 @dataclass
 class Stages:
     """Seconds spent in each stage of the step.
