@@ -3,6 +3,7 @@
 A browser chooses from lists that the command line made, and names a folder directly in that of the runs.
 """
 
+import math
 import os
 import re
 import signal
@@ -22,6 +23,9 @@ from stepfold.web.runs import find_runs, read_run
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STEPFOLD = (sys.executable, "-P", "-m", "stepfold")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+TEXTS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
+"""Endings of prompts files; one that is not there is no hub id."""
 LOGS = ".logs"
 """Folder in that of the runs, in which each process's own words are kept; no run's name begins with a dot."""
 LAST_BYTES = 2**14
@@ -97,7 +101,7 @@ def offered(root: Path, offers: Sequence[str]) -> Training:
         path = Path(offer)
         if path.is_file():
             prompts.append(offer)
-        elif path.is_dir() or (not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", offer)):
+        elif path.is_dir() or (HUB_ID.fullmatch(offer) and path.suffix not in TEXTS):
             teachers.append(offer)
         else:
             raise UserError(f"--offer {offer} is not there; give a pipeline folder, a hub id or a prompts file")
@@ -124,7 +128,7 @@ def wishes_of(
         UserError: one of them is not allowed, or the settings do not go together.
     """
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise UserError("Give the run a name of letters, digits, - and _.")
+        raise UserError("the run has no name of letters, digits, - and _; give it one")
     for what, value, known in (
         ("teacher", teacher, training.teachers), ("prompts", prompts, training.prompts),
         ("preset", preset, preset_names()),
@@ -139,7 +143,7 @@ def wishes_of(
     for setting, value in numbers.items():
         if value is None or value == "":
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"{setting} is {str(value)[:100]!r}; give a number")
         changes.append(f"{setting}={int(value) if float(value).is_integer() else value!r}")
     config = load_config(preset, changes, teacher__source=teacher, prompts=prompts or None)
@@ -172,7 +176,7 @@ def start(training: Training, wishes: Wishes) -> None:
         UserError: it has not been planned, or another one goes on.
     """
     if wishes not in training.planned:
-        raise UserError("Plan this run first, with these settings; then start it.")
+        raise UserError("this run is not planned with these settings; plan it first")
     launch(training, wishes.name, ["distill", *wishes.options(), "--out", str(training.root / wishes.name)])
 
 
@@ -184,7 +188,7 @@ def resume(training: Training, name: Any) -> None:
     """
     run = read_run(training.root, name)
     if run.state in ("running", "finished"):
-        raise UserError(f"{run.name} is {run.progress}; there is nothing to resume.")
+        raise UserError(f"{run.name} is {run.progress}; there is nothing to resume")
     settings = str(run.folder / CONFIG)
     launch(training, run.name, ["distill", "--preset", settings, "--out", str(run.folder), "--resume"])
 
@@ -217,7 +221,7 @@ def refuse_a_second(training: Training) -> None:
         UserError: one goes on.
     """
     if going := goes_on(training):
-        raise UserError(f"{going[0]} goes on; wait for it or stop it first.")
+        raise UserError(f"{going[0]} goes on; wait for it or stop it first")
 
 
 def goes_on(training: Training) -> list[str]:
@@ -232,7 +236,9 @@ def stop(training: Training, name: Any) -> None:
         UserError: this page did not start it, or it has ended.
     """
     if name not in goes_on(training):
-        raise UserError(f"{str(name)[:100]!r} is no run that this page started and that goes on.")
+        raise UserError(
+            f"{str(name)[:100]!r} is no run that this page started and that goes on; stop others where they were started"
+        )
     training.processes[name].send_signal(signal.SIGTERM)
 
 
