@@ -237,7 +237,7 @@ def stop(training: Training, name: Any) -> None:
     """
     if name not in goes_on(training):
         raise UserError(
-            f"{str(name)[:100]!r} is no run that this page started and that goes on; stop others where they were started"
+            f"{str(name)[:100]!r} is no run that this page started and that goes on; stop others where they began"
         )
     training.processes[name].send_signal(signal.SIGTERM)
 
