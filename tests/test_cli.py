@@ -42,6 +42,7 @@ COMMANDS = (
     "bank",
     "combine",
     "export",
+    "quantise",
     "push",
 )
 FAST = (
@@ -692,7 +693,8 @@ def test_help_groups_the_commands_by_what_people_do() -> None:
     }
     assert list(groups) == ["Distil", "Look", "Use", "Prepare"]
     assert sorted(name for names in groups.values() for name in names) == sorted(COMMANDS)
-    assert groups["Distil"] == ["distill", "plan", "schedule", "combine"] and groups["Use"] == ["export", "push"]
+    assert groups["Distil"] == ["distill", "plan", "schedule", "combine"]
+    assert groups["Use"] == ["export", "quantise", "push"]
 
 
 def test_help_says_where_the_presets_are_listed() -> None:

@@ -264,7 +264,15 @@ def test_the_cost_of_objectives_with_a_target_time_is_in_forward_passes(tmp_path
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("row", "passes"),
-    [("vsd", 11), ("sid, guided, four steps", 25), ("rcm, four steps", 43.5), ("dp-dmd, four steps", 43)],
+    [
+        ("vsd", 11),
+        ("sid, guided, four steps", 25),
+        ("rcm, four steps", 43.5),
+        ("dp-dmd, four steps", 43),
+        ("dmd and a reward", 29),
+        ("endpoint", 12),
+        ("adversarial, alternating", 36),
+    ],
 )
 def test_a_step_with_a_fake_score_takes_the_passes_that_it_needs(tmp_path: Path, row: str, passes: float) -> None:
     """Counted in floating-point operations; a pass too many or too few would be seen."""

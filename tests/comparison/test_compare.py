@@ -325,7 +325,8 @@ def test_two_rows_are_compared_to_the_end_and_go_on(tmp_path: Path, monkeypatch:
     short_ends(monkeypatch)
     root, file = tmp_path / "runs", tmp_path / "page" / "methods.md"
     command = [
-        "compare", "--preset", "demo", "--preset", "dmd", "--pairs", "8", "--seeds", "1", "--n", "4", "--steps", "1,4", "--set", "training.prompts_per_step=1", "--set", "space.route_steps=4",
+        "compare", "--preset", "demo", "--preset", "dmd", "--pairs", "8", "--seeds", "1", "--n", "4", "--steps", "1,4",
+        "--set", "training.prompts_per_step=1", "--set", "space.route_steps=4",
         "--out", str(root), "--page", str(file), "--quiet",
     ]  # fmt: skip
     result = CliRunner().invoke(app, command)

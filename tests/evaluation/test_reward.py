@@ -41,7 +41,7 @@ def smooth(height: int, width: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 24), (12, 20)])
 def test_the_score_is_the_scorers_with_a_gradient(clip: Path, size: tuple[int, int]) -> None:
-    """Resized pixels are off by what rounding to 8 bits takes: half a level, and half of one more in between."""
+    """Resized pixels are off by what rounding to 8 bits takes: half a level each way that an image is resized."""
     pictures, scorer = (smooth(*size) * 255).round() / 255, load_clip(str(clip), "cpu")
     images = [Image.fromarray((p.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for p in pictures]
     theirs = scorer.processor(images, return_tensors="pt")["pixel_values"]

@@ -20,6 +20,7 @@ from stepfold.sampling.consistency import sample_consistency
 from stepfold.students.card import read_card
 from stepfold.students.loading import load_merged, load_student
 from stepfold.students.starting import start_from
+from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.quantised import QuantisedLinear
 
 from .conftest import relative
@@ -74,7 +75,7 @@ def test_the_loss_is_measured_beside_the_student_and_in_its_card(made: tuple[Pat
     again = load_student(out, "cpu")[1]
     protocol = LatentProtocol(3, (4, 2, 1), card.recipe.guidance, "", (0, 1, 2))
     expected = measure_change(
-        load_student(student, "cpu", "none")[0], {"student": plain, "nf4": again}, card.recipe, protocol,
+        load_teacher(card.teacher_settings(), "cpu"), {"student": plain, "nf4": again}, card.recipe, protocol,
         teacher.encode(TEXTS),
     )  # fmt: skip
     for name, rows in expected.items():
@@ -140,7 +141,7 @@ def test_bad_options_are_one_line(student_of: StudentOf, tmp_path: Path, monkeyp
             quantised(student, tmp_path / "a", **({"onnx": True} | given))
     with pytest.raises(UserError, match="is the student itself, or in it"):
         quantised(student, student)
-    with pytest.raises(UserError, match="run's own prompts cannot be read .*--prompts FILE"):
+    with pytest.raises(UserError, match=r"run's own prompts cannot be read .*--prompts FILE"):
         quantised(student, tmp_path / "a", n=2)
     monkeypatch.setattr(quantising, "find_spec", lambda name: None)
     monkeypatch.setattr(quantising, "check_libraries", lambda to: None)

@@ -579,7 +579,7 @@ def test_a_lora_that_does_not_fit_is_one_line(tiny_sana: Path, tmp_path: Path) -
         assert "\n" not in str(caught.value)
 
 
-@families("sana", "flux dev", "sd3")
+@families("flux dev")
 def test_several_scales_need_a_network_that_can_be_told(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = settings(folder, prompts_file, "space.guidance=[3.0, 5.0]")
     teacher = load_teacher(config.teacher, "cpu")

@@ -115,7 +115,7 @@ def test_an_outer_layer_of_an_inner_ones_name_is_quantised_too() -> None:
     quantise_for_files(network, "nf4", ("block",))
     assert plain_layers(network) == ["blocks.up", "in"]  # 64 does not divide 48
     odd = nn.ModuleDict({"blocks": nn.ModuleDict({"out": nn.Linear(64, 8)}), "out": nn.Linear(48, 4)})
-    with pytest.raises(UserError, match="the layer out has 48 inputs, no multiple of 64, .*; use int8 or fp8"):
+    with pytest.raises(UserError, match=r"the layer out has 48 inputs, no multiple of 64, .*; use int8 or fp8"):
         quantise_for_files(odd, "nf4", ("block",))
     rows = nn.ModuleDict({"blocks": nn.ModuleDict({"out": nn.Linear(48, 8)}), "out": nn.Linear(48, 4)})
     quantise_for_files(rows, "int8", ("block",))
@@ -179,7 +179,7 @@ def test_it_is_no_teacher(written: Written, tiny_sana: Path, tmp_path: Path) -> 
 
 def test_the_files_metadata_names_every_weight(written: Written) -> None:
     """torchao takes a weight that its metadata lacks for none of its own."""
-    network, folder = written("fp8")
+    _, folder = written("fp8")
     with safe_open(folder / WEIGHTS, "pt") as file:
         named = set(json.loads(file.metadata()["tensor_names"]))
     assert named == {name for name, _ in tiny.make_sana().transformer.state_dict().items()}

@@ -256,7 +256,7 @@ def test_micro_batches_of_a_critic_add_up(
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-4)
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", cases([1, 3], short=[3]))
 def test_micro_batches_leave_the_discriminators_gradient(
     size: int, tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
 ) -> None:

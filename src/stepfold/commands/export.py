@@ -12,7 +12,8 @@ from stepfold.jobs.exporting import run_export
 def export(
     student: StudentArgument,
     to: Annotated[
-        str, typer.Option("--to", help="pipeline, lora, single-file, onnx, web or anyflow.", show_default=False)
+        str,
+        typer.Option("--to", help="pipeline, lora, single-file, onnx, openvino, web or anyflow.", show_default=False),
     ],
     out: Annotated[
         Path | None,
@@ -32,6 +33,10 @@ def export(
             show_default=False,
         ),
     ] = None,
+    with_loras: Annotated[
+        bool,
+        typer.Option("--with-loras", help="Carry the teacher's LoRAs too: a file for the base model alone (lora)."),
+    ] = False,
     runtime: Annotated[
         Path | None,
         typer.Option(
@@ -53,13 +58,16 @@ def export(
     - `pipeline`: a folder for plain diffusers; a LoRA student is merged into its teacher's network.
 
     - `lora`: the one file of a LoRA student, for `load_lora_weights`. `--keys comfy` is for ComfyUI, `--keys kohya` for
-      ComfyUI, Forge and other web UIs. `--keys peft` makes a folder for PEFT.
+      ComfyUI, Forge and other web UIs. `--keys peft` makes a folder for PEFT. `--with-loras` adds the LoRAs of the
+      teacher, so that the file needs the base model alone.
 
     - `single-file`: the network under the names of its original checkpoint, for ComfyUI's Load Diffusion Model.
 
     A file gets its card and, for ComfyUI, a workflow beside it.
 
     - `onnx`: the network as a graph, for onnxruntime (extra onnx).
+
+    - `openvino`: the network for OpenVINO, in float32 (extra openvino).
 
     - `web`: a page that samples in the browser without a server, for students of the bundled teacher (extra onnx).
 
@@ -68,6 +76,8 @@ def export(
     stepfold export runs/mine/student --to pipeline
 
     stepfold export runs/mine/student --to lora --keys kohya --out models/loras/mine.safetensors
+
+    stepfold export runs/mine/student --to lora --with-loras --out mine-whole.safetensors
 
     stepfold export runs/mine/student --to single-file --dtype float16 --out models/diffusion_models/mine.safetensors
 
@@ -78,7 +88,9 @@ def export(
     from stepfold.display import quiet_libraries
 
     quiet_libraries()
-    target = run_export(student, to, out, force=force, steps=steps, keys=keys, runtime=runtime, dtype=dtype)
+    target = run_export(
+        student, to, out, force=force, steps=steps, keys=keys, runtime=runtime, dtype=dtype, with_loras=with_loras
+    )
     typer.echo(f"{to}: {target}")
     if target.is_file():
         from stepfold.export.beside import card_of, workflow_of

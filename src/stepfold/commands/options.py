@@ -147,7 +147,8 @@ def config_of(preset: str | None, changes: Sequence[str] | None, **given: Any) -
         raise UserError(f"--set {twice[0]} is given {keys.count(twice[0])} times and has one value; give it once")
     top = {name.replace(".", "__"): value for name, value in short_forms(changes, **given).items()}
     config = load_config(chosen_preset(preset, given.get("teacher")), changes or [], **top)
-    if config.teacher.source == "emoji" and given.get("teacher") is None and (preset or "").endswith("lora-4step"):
+    told = given.get("teacher") is not None or "teacher.source" in keys
+    if config.teacher.source == "emoji" and not told and (preset or "").endswith("lora-4step"):
         raise UserError(
             f"--preset {preset} is for a model of yours, and no --teacher is given; add --teacher FOLDER (--teacher "
             "emoji for the bundled model)"

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from stepfold.export.onnx import GRAPH
+from stepfold.export.openvino import EXACT, MODEL
 from stepfold.teachers.contract import Condition, Student
 
 Run = Callable[[Mapping[str, np.ndarray]], np.ndarray]
@@ -33,7 +34,8 @@ class GraphStudent(Student):
             "guidance": guidance,
         }  # fmt: skip
         read = {name: value.cpu().numpy() for name, value in given.items() if name in self.names and value is not None}
-        return torch.from_numpy(self.run(read)).to(x_unit)
+
+        return torch.tensor(self.run(read)).to(x_unit)
 
 
 def onnx_student(folder: Path, threads: int = 0) -> GraphStudent:
@@ -44,3 +46,12 @@ def onnx_student(folder: Path, threads: int = 0) -> GraphStudent:
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
     return GraphStudent(lambda given: session.run(None, dict(given))[0], {each.name for each in session.get_inputs()})
+
+
+def openvino_student(folder: Path, threads: int = 0) -> GraphStudent:
+    """The model in a folder, under OpenVINO on the CPU; `threads` as in `onnx_student`."""
+    import openvino  # type: ignore[import-not-found]
+
+    options: Any = EXACT | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+    network = openvino.Core().compile_model(folder / MODEL, "CPU", options)
+    return GraphStudent(lambda given: network(dict(given))[0], {each.any_name for each in network.inputs})

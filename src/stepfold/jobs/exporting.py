@@ -22,11 +22,13 @@ def run_export(
     keys: "Keys | None" = None,
     runtime: Path | None = None,
     dtype: "Half | None" = None,
+    with_loras: bool = False,
 ) -> Path:
     """Writes a student as something else; returns where: `out`, or beside the student.
 
     `steps` folds a flow map for that many steps alone; `keys` names the layers of a LoRA file; `runtime` is where
-    onnxruntime-web is; `dtype` is that of the weights of a pipeline or a single file.
+    onnxruntime-web is; `dtype` is that of the weights of a pipeline or a single file; `with_loras` carries the
+    teacher's LoRAs in a LoRA file.
 
     Raises:
         UserError: the student cannot become that, or the place is taken.
@@ -36,6 +38,7 @@ def run_export(
     from stepfold.export.folded import export_folded, export_folded_lora
     from stepfold.export.lora import export_lora
     from stepfold.export.onnx import export_onnx
+    from stepfold.export.openvino import export_openvino
     from stepfold.export.pipeline import export_pipeline
     from stepfold.export.single_file import export_single_file
     from stepfold.export.web import export_web
@@ -46,11 +49,13 @@ def run_export(
         "lora": (export_lora, "-lora.safetensors"),
         "single-file": (export_single_file, "-single-file.safetensors"),
         "onnx": (export_onnx, "-onnx"),
+        "openvino": (export_openvino, "-openvino"),
         "web": (partial(export_web, runtime=runtime), "-web"),
         "anyflow": (export_anyflow, "-anyflow"),
     }
     if to not in writers:
         raise UserError(f"--to is {to!r}; a student becomes {', '.join(writers)}")
+    check_options(to, steps, keys, runtime, dtype, with_loras)
     write: Callable[[Path, Path], None]
     write, ending = writers[to]
     if steps is not None:
@@ -61,16 +66,12 @@ def run_export(
             )
         write, ending = partial(folded[to], num_steps=steps), f"-{steps}step{ending.removeprefix('-pipeline')}"
     if keys:
-        if to != "lora":
-            raise UserError(f"--keys {keys} is for --to lora; leave it out of --to {to}")
         write = partial(write, keys=keys)
         ending = ending.replace("-lora.safetensors", "-peft") if keys == "peft" else ending
+    if with_loras:
+        write = partial(write, whole=True)
     if dtype:
-        if to not in ("pipeline", "single-file") or steps is not None:
-            raise UserError(f"--dtype {dtype} is for --to pipeline or single-file without --steps; leave it out")
         write = partial(write, dtype=dtype)
-    if runtime and to != "web":
-        raise UserError(f"--runtime {runtime} is for --to web; leave it out of --to {to}")
     beside = student / "student" if is_run(student) else student  # of the bundled student: here
     target = out or beside.with_name(beside.name + ending)
     student = student_folder(student).resolve()
@@ -87,6 +88,24 @@ def run_export(
         check_free(target)
     write(student, target)
     return target
+
+
+def check_options(
+    to: str, steps: int | None, keys: str | None, runtime: Path | None, dtype: str | None, with_loras: bool
+) -> None:
+    """Refuses options of `run_export` that are for another target.
+
+    Raises:
+        UserError: naming the first.
+    """
+    if keys and to != "lora":
+        raise UserError(f"--keys {keys} is for --to lora; leave it out of --to {to}")
+    if with_loras and (to != "lora" or steps is not None):
+        raise UserError("--with-loras is for --to lora without --steps; leave it out, --to pipeline merges them")
+    if dtype and (to not in ("pipeline", "single-file") or steps is not None):
+        raise UserError(f"--dtype {dtype} is for --to pipeline or single-file without --steps; leave it out")
+    if runtime and to != "web":
+        raise UserError(f"--runtime {runtime} is for --to web; leave it out of --to {to}")
 
 
 def check_target(target: Path, student: Path, *, force: bool, to_file: bool = False) -> None:
