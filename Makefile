@@ -5,6 +5,7 @@
 #                with the long ones, no known vulnerability                               compilers, every case of a matrix
 #                                                                        make docs        the documentation, into site/
 #   make test-long PART=2/8   one part of the long ones; each commit's CI runs one of eight, the next commit's the next
+#   make release-check   sdist and wheel, built and checked in an environment of its own, .venv-release
 #   make audit   known vulnerabilities of what is installed; fails too if one package could not be looked up
 #
 # TORCH says what is given to pip for torch; the default is the version in constraints.txt. Another build, for example:
@@ -24,7 +25,7 @@ VENV := .venv$(VERSIONS:%=-%)
 BIN := $(VENV)/bin
 AUDIT = $(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off --timeout 10 -r $(VENV)/audit.txt
 
-.PHONY: demo test test-long check lint types format audit audit-if-online docs reference clean $(VENV)/audit.txt
+.PHONY: demo test test-long check lint types format audit audit-if-online docs reference release-check clean $(VENV)/audit.txt
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -75,8 +76,20 @@ reference: $(VENV)/.installed
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# The files of a release, built as an index gets them: the wheel out of the sdist.
+release-check: .venv-release/.installed
+	rm -rf dist
+	.venv-release/bin/pyproject-build
+	.venv-release/bin/twine check --strict dist/*
+	.venv-release/bin/check-wheel-contents dist/*.whl
+
+.venv-release/.installed:
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/pip install --no-compile 'build>=1.2' 'check-wheel-contents>=0.6' 'twine>=6'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-lowest .venv-newest .cache site dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-newest .venv-release .cache site dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that no other package decides which build of it is taken; after that its version is held.

@@ -1,13 +1,16 @@
 """The wheel that is built from the sdist, installed apart from the repository, does the main job by itself."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from stepfold import __version__
 
@@ -24,6 +27,41 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
 def files_in(folder: Path) -> set[str]:
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     return {path.as_posix() for path in paths if not set(path.parts) & set(MADE_HERE)}
+
+
+def optional_parts(page: str) -> list[tuple[str, ...]]:
+    """The rows of a page's table of extras."""
+    table = (REPOSITORY / page).read_text().split("| extra | adds | packages |\n|---|---|---|\n")[1].split("\n\n")[0]
+    return [tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in table.splitlines()]
+
+
+def test_the_tables_of_optional_parts_are_those_of_the_package() -> None:
+    """README and the first page of the documentation have one table: each extra, and the packages that it installs."""
+    rows = optional_parts("README.md")
+    assert rows == optional_parts("docs/index.md")
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = {
+        name: sorted(Requirement(each).name for each in needs if not each.startswith("stepfold["))
+        for name, needs in project["optional-dependencies"].items()
+    }
+    told = {name: packages for names, _, packages in rows for name in re.findall(r"`(\w+)`", names)}
+    assert list(told) == list(dict.fromkeys(told)) and told.keys() == extras.keys()
+    assert {name: ", ".join(extras[name] or extras["fid"]) for name, said in told.items() if said} == {
+        name: said for name, said in told.items() if said
+    }
+    assert {name for name, said in told.items() if not said} == {"docs", "audit", "fuzz", "dev"}
+
+
+def test_the_version_is_said_once_everywhere() -> None:
+    said = {
+        "README.md": r"stepfold is at version (\S+), an",
+        "CITATION.cff": r"^version: (\S+)$",
+        "CHANGELOG.md": r"^## \[(\d\S*)\] - ",
+    }
+    for page, where in said.items():
+        assert re.findall(where, (REPOSITORY / page).read_text(), re.MULTILINE)[0] == __version__, page
+    date = re.findall(r"^date-released: (\S+)$", (REPOSITORY / "CITATION.cff").read_text(), re.MULTILINE)
+    assert f"## [{__version__}] - {date[0]}" in (REPOSITORY / "CHANGELOG.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +88,7 @@ def test_sdist_and_wheel_hold_every_file_of_the_package(unpacked: Path, wheel: P
     with zipfile.ZipFile(wheel) as archive:
         packed = {name.removeprefix("stepfold/") for name in archive.namelist() if name.startswith("stepfold/")}
     assert packed == expected
-    assert (unpacked / "LICENSE").exists() and (unpacked / "Makefile").exists()
+    assert all((unpacked / name).exists() for name in ("LICENSE", "Makefile", "CITATION.cff"))
 
 
 @pytest.mark.long

@@ -103,3 +103,14 @@ def test_each_long_form_is_in_one_part_with_those_that_share_its_parameter() -> 
 def test_a_part_of_the_long_tests_is_asked_for_by_name() -> None:
     assert make("-n", "test-long", "PART=2/3").stdout.rstrip().endswith("-m long --part 2/3")
     assert make("-n", "test-long").stdout.rstrip().endswith("-m long")
+
+
+def test_a_release_is_checked_in_an_environment_of_its_own() -> None:
+    """The wheel is built out of the sdist, so nothing but the two goals' own files counts."""
+    lines = make("-n", "release-check").stdout.splitlines()
+    tools = [line for line in lines if line.startswith(".venv-release/bin/") and "pip install" not in line]
+    assert tools == [
+        ".venv-release/bin/pyproject-build", ".venv-release/bin/twine check --strict dist/*",
+        ".venv-release/bin/check-wheel-contents dist/*.whl",
+    ]  # fmt: skip
+    assert lines.index("rm -rf dist") < lines.index(tools[0]) and not any(" .venv/" in line for line in lines)

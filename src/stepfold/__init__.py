@@ -1,3 +1,3 @@
 """stepfold folds a diffusion model's many sampling steps into one, from prompts alone."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

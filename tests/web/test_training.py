@@ -117,7 +117,7 @@ def test_a_run_is_planned_started_stopped_and_resumed(training: Training) -> Non
     assert until(lambda: training.processes["mine"].poll()) == 130
     assert log_of(training, "mine").read_text() == "stopped; the state is saved.\n"
     assert states(training) == [("mine", "stopped, step 1 of 9")] and goes_on(training) == []
-    with pytest.raises(UserError, match="'mine' is no run that this page started and that goes on; stop"):
+    with pytest.raises(UserError, match="'mine' does not run, or not from this page; stop others where"):
         stop(training, "mine")
     resume(training, "mine")
     settings = str(training.root / "mine" / "config.yaml")
@@ -325,7 +325,18 @@ def test_a_request_of_another_site_starts_nothing(served: str, training: Trainin
     until(lambda: (Path(training.program[-1]).parent / "plan.json").is_file())
 
 
+SOONER = """
+import sys
+from stepfold.cli import main
+if sys.argv[1] == "plan":
+    sys.argv += ["--timed-steps", "2", "--set", "evaluation.n=0"]
+main()
+"""
+"""`stepfold`, whose plan is a short one."""
+
+
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_a_run_of_the_bundled_teacher_in_a_browser(models: Any, tmp_path: Path) -> None:
     """Plan, start, stop and resume with the real commands, by the buttons."""
     playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright (extra dev)")
@@ -335,21 +346,25 @@ def test_a_run_of_the_bundled_teacher_in_a_browser(models: Any, tmp_path: Path) 
     from stepfold.web.page import build, serve
 
     training = offered(tmp_path / "runs", [])
+    (tmp_path / "sooner.py").write_text(SOONER)
+    training.program = (sys.executable, str(tmp_path / "sooner.py"))
     page = build(models, training.root, training)
     address = serve(page, "127.0.0.1", None, own_alone=True)
     try:
         with playwright.sync_playwright() as started:
             chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
             tab = chromium.new_page(viewport={"width": 1200, "height": 1000})
-            tab.set_default_timeout(200_000)
+            tab.set_default_timeout(300_000)
             tab.goto(address)
             tab.get_by_role("tab", name="Runs").click()
             tab.get_by_text("Start a run", exact=True).click()
             tab.get_by_label("Name of the run").fill("mine")
+            if shots := os.environ.get("STEPFOLD_SHOTS"):
+                tab.screenshot(path=f"{shots}/form.png", full_page=True)
             tab.get_by_label("Optimiser steps").fill("2000")
             tab.get_by_role("button", name="Plan", exact=True).click()
             tab.locator("#training-said pre", has_text="peak memory").wait_for()
-            if shots := os.environ.get("STEPFOLD_SHOTS"):
+            if shots:
                 tab.screenshot(path=f"{shots}/plan.png", full_page=True)
             tab.get_by_role("button", name="Start", exact=True).click()
             tab.locator("#training-state", has_text=re.compile(r"mine running, step \d+ of 2,000")).wait_for()

@@ -236,9 +236,7 @@ def stop(training: Training, name: Any) -> None:
         UserError: this page did not start it, or it has ended.
     """
     if name not in goes_on(training):
-        raise UserError(
-            f"{str(name)[:100]!r} is no run that this page started and that goes on; stop others where they began"
-        )
+        raise UserError(f"{str(name)[:100]!r} does not run, or not from this page; stop others where they were started")
     training.processes[name].send_signal(signal.SIGTERM)
 
 
