@@ -7,7 +7,7 @@ encoder while it works (its weights are). AdamW is the fused one, as on a GPU.
 
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from step_rows import Precision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_leaves
 from transformers import Gemma2Config, Gemma2Model
 
 from stepfold import assets
@@ -60,13 +60,12 @@ from stepfold.teachers.quantised import quantise
 from stepfold.training.critics import fake_loss, fake_states, new_critics
 from stepfold.training.draws import Batch, draw
 from stepfold.training.optimisers import add_group, make_optimiser
-from stepfold.training.precision import student_precision, walk_precision
+from stepfold.training.precision import student_attention, student_precision, walk_precision
 from stepfold.training.states import collect
 from stepfold.training.step import move_average
 from stepfold.training.terms import add_gradients, terms_of
 
 CPU = torch.device("cpu")
-STEPS = 2  # the optimiser's states are there from the second on
 
 
 class CountedBytes(TorchDispatchMode):
@@ -102,6 +101,38 @@ class CountedBytes(TorchDispatchMode):
         self.now -= size
 
 
+class Repeats:
+    """Calls of a teacher's network that take what one before took: only the first of them runs.
+
+    A call without gradients takes as much above what is there, and leaves as much, as another of the same shapes. One
+    that leaves more than its result, as the first of a prompt does, runs again.
+
+    Attributes:
+        runs: calls that ran.
+    """
+
+    def __init__(self, counted: CountedBytes, call: Callable[..., Tensor]) -> None:
+        self.counted, self.call, self.runs = counted, call, 0
+        self._taken: dict[Any, tuple[int, torch.Size, torch.dtype]] = {}
+
+    def __call__(self, *args: Any) -> Tensor:
+        """As `call`, of which the same is counted."""
+        if torch.is_grad_enabled():
+            return self.call(*args)
+        counted, key = self.counted, [(v.shape, v.dtype) if isinstance(v, Tensor) else v for v in tree_leaves(args)]
+        if (key := repr([value for value in key if not isinstance(value, Condition)])) in self._taken:
+            above, shape, dtype = self._taken[key]
+            counted.peak = max(counted.peak, counted.now + above)
+            return torch.empty(shape, dtype=dtype)
+        began, highest = counted.now, counted.peak
+        counted.peak = began
+        out, self.runs = self.call(*args), self.runs + 1
+        if counted.now - began == out.untyped_storage().nbytes():
+            self._taken[key] = counted.peak - began, out.shape, out.dtype
+        counted.peak = max(counted.peak, highest)
+        return out
+
+
 def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
     """GiB that a step takes at its peak, and what stays between two steps.
 
@@ -114,24 +145,26 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
     from_images = "images" in config.space.weights
     prompts = open_prompts(assets.PROMPTS)
     in_place = patch.object(nn.Module, "to", lambda module, *_, **__: module)
-    by_storage: Any = nullcontext()
-    if config.student.lora or config.fake.updates:  # PEFT tells shared tensors by their addresses, which fakes lack
-        by_storage = patch.object(Tensor, "data_ptr", lambda tensor: tensor.untyped_storage()._cdata)
-    with tempfile.TemporaryDirectory() as folder, in_place, by_storage:
+    with tempfile.TemporaryDirectory() as folder, in_place:
         described = described_pipe(size, Path(folder))
         with fake, counted:
             pipe = with_fake_weights(described, getattr(torch, config.teacher.dtype), encoders=not cached)
         with patch.object(pipeline, "load_pipeline", lambda *_, **__: pipe):
             settings = config.teacher.model_copy(update={"source": folder})
             teacher = load_teacher(settings, CPU, null=fake_condition(size, 1))
-        batches = [draw(number, prompts, teacher, config, CPU) for number in range(STEPS)]
+        teacher.call_network = Repeats(counted, teacher.call_network)
+        times = {count: teacher.student_times(count, "consistency") for count in range(1, config.rollout.steps + 1)}
+        teacher.student_times = lambda num_steps, _: times[num_steps]  # tensors without numbers have none
+        batch = draw(0, prompts, teacher, config, CPU)
         if not from_images or config.space.cache_latents:
             teacher.release_decoder()
         with fake, counted:
-            student = lora_student(teacher, config.student.lora) if config.student.lora else new_student(teacher)
+            with addresses(bool(config.student.lora)):
+                student = lora_student(teacher, config.student.lora) if config.student.lora else new_student(teacher)
             average = deepcopy_sharing(student, [p for p in student.parameters() if not p.requires_grad])
             average.requires_grad_(False)
-            critics = new_critics([config], teacher, CPU, lambda: make_fake(teacher, config.fake))
+            with addresses(config.fake.kind == "lora"):
+                critics = new_critics([config], teacher, CPU, lambda: make_fake(teacher, config.fake))
             networks_of_run = [student, *(critic for critic in critics.values() if isinstance(critic, Student))]
             for network in networks_of_run if training.checkpointing else ():
                 network.recompute_blocks()
@@ -143,37 +176,46 @@ def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
                 add_group(optimiser, name, [p for p in critic.parameters() if p.requires_grad], None)
             precision: Any = Precision(CPU, training.precision == "bf16", cached=not training.checkpointing)
 
-            def step(number: int) -> None:
-                batch, x0 = batches[number], None
-                count = len(batch.index)
-                if from_images and config.space.cache_latents:
-                    x0 = torch.randn(count, *teacher.latent_shape)
-                elif from_images:
-                    x0 = teacher.encode_pictures(torch.rand(count, 3, teacher.height, teacher.width))
-                networks = Networks(
-                    student, teacher, critics,
-                    tangent="block" if training.checkpointing else "one_pass",
-                    precision=partial(student_precision, precision, training.precision),
-                    walk_precision=partial(walk_precision, training.walk_precision, CPU, teacher.network),
-                )  # fmt: skip
+            for parameter in [p for group in optimiser.param_groups for p in group["params"]]:
+                parameter.grad = torch.zeros_like(parameter)
+            optimiser.step()  # its states are there from now on
+            optimiser.zero_grad(set_to_none=True)
+            counted.peak = counted.now
+            x0, count = None, len(batch.index)
+            if from_images and config.space.cache_latents:
+                x0 = torch.randn(count, *teacher.latent_shape)
+            elif from_images:
+                x0 = teacher.encode_pictures(torch.rand(count, 3, teacher.height, teacher.width))
+            networks = Networks(
+                student, teacher, critics,
+                tangent="block" if training.checkpointing else "one_pass",
+                precision=partial(student_precision, precision, training.precision),
+                walk_precision=partial(walk_precision, training.walk_precision, CPU, teacher.network),
+            )  # fmt: skip
+            with addresses(bool(config.student.lora or critics)):
                 condition = fake_condition(size, count)
                 if FAKE in critics:
                     update_fake(networks, batch, condition, config, optimiser)
                 terms = terms_of(config)
-                spaces = dict.fromkeys(term.space for term in terms)
-                states = collect(spaces, batch, condition, networks, config, x0=x0)
+                states = collect(dict.fromkeys(term.space for term in terms), batch, condition, networks, config, x0=x0)
                 teacher.clear_prompt_cache()
-                add_gradients(terms, networks, states, batch.draws, config, number, precision)
+                add_gradients(terms, networks, states, batch.draws, config, 0, precision)
                 torch.nn.utils.clip_grad_norm_(student.parameters(), config.optimiser.clip)
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
                 move_average(average, student, training.ema)
-
-            counted.peak = 0
-            for number in range(STEPS):
-                step(number)
+            del states, condition, x0
     peak = counted.peak / 2**30
     return {"peak_gib": peak, "before_gib": 0.0, "above_gib": peak, "between_steps_gib": counted.now / 2**30}
+
+
+def addresses(on: bool) -> Any:
+    """Within it tensors without numbers have addresses, by which PEFT and caches of prompts tell shared ones.
+
+    Copies of whole networks are made outside: of a tensor with an address torch copies the storage as well.
+    """
+    by_storage = patch.object(Tensor, "data_ptr", lambda tensor: tensor.untyped_storage()._cdata)
+    return by_storage if on else nullcontext()
 
 
 def update_fake(
@@ -182,7 +224,8 @@ def update_fake(
     """One update of the fake score, as `training.step.update_critic` makes it; several take no more memory."""
     states = fake_states(networks, batch, condition, config, 0, {})
     loss = fake_loss(networks, batch, states, config).value.mean()
-    loss.backward(inputs=[p for p in networks.critics[FAKE].parameters() if p.requires_grad])
+    with student_attention(config.training.precision, CPU):
+        loss.backward(inputs=[p for p in networks.critics[FAKE].parameters() if p.requires_grad])
     torch.nn.utils.clip_grad_norm_(networks.critics[FAKE].parameters(), config.optimiser.clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 from common import PeakMemory, console, in_child, make_parser, open_record, show, training_device, write_record
-from counting import STEPS, count_preset, count_step, count_weights
+from counting import count_preset, count_step, count_weights
 from models import COUNTED, Place, make_place, open_teacher
 from shapes import SHAPES
 from torch import Tensor
@@ -31,7 +31,7 @@ from stepfold.images.reading import ImageFolder
 from stepfold.reproduction.experiments import IMAGES, load_experiments, make_run
 from stepfold.reproduction.figures import draw_memory
 from stepfold.spaces.records import pairs_per_prompt
-from stepfold.students.whole import new_student
+from stepfold.students.starting import make_fake, make_student
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill
@@ -122,12 +122,12 @@ def method_memory(place: Place, config: Config, cached: bool) -> dict[str, float
             latents = image_latents(folder, teacher, pictures, config.space.cache_latents, Display(quiet=True))
         if latents is None or config.space.cache_latents:
             teacher.release_decoder()
-        student = new_student(teacher)
+        student = make_student(teacher, config.student, config.teacher)
         memory.start()
         distill(
             config, folder, teacher, student, prompts, blacks, accelerator, latents=latents,
             conditions=(lambda index: cache.rows(index).to(device, teacher.work_dtype)) if cache else None,
-            report=lambda progress: peaks.append(memory.read()),
+            report=lambda progress: peaks.append(memory.read()), make_fake=lambda: make_fake(teacher, config.fake),
         )  # fmt: skip
     return peaks[-1]  # before the checkpoint is written
 
@@ -185,7 +185,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     device = training_device()
     record = open_record("memory", argv, device)
     records: dict[str, list[dict[str, Any]]] = {method: [] for method in args.methods}
-    work = {"size": args.size, "steps": STEPS if args.count else args.steps, "set": args.set, "counted": args.count}
+    work = {"size": args.size, "steps": 1 if args.count else args.steps, "set": args.set, "counted": args.count}
     record |= {"work": work, "rows": records}
     with tempfile.TemporaryDirectory() as folder:
         place = Place(args.size, device.type, Path(folder))

@@ -1,4 +1,4 @@
-"""Steps of methods with a fake score, for `step.py --scores`: counted, in plain forward passes of one image's latent.
+"""Steps of methods with a fake score, heads or a reward, for `step.py --scores`: counted, in plain forward passes.
 
 The count is of floating-point operations, over as many steps as a rollout's turns take, so that it is exact. The sum
 beside it is of passes: a forward is 1, a backward with gradients of all weights 2, one to the input alone 1.
@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from common import show
 from step_rows import Bench, Precision, Work, open_bench, settings
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepfold.config import Config, load_config, to_yaml
+from stepfold.objectives.adversarial import NAME
 from stepfold.objectives.contract import Networks
 from stepfold.objectives.denoising import FAKE
 from stepfold.scores import FakeSettings
 from stepfold.spaces.records import pairs_per_prompt
 from stepfold.spaces.rollout import rollout_length
 from stepfold.students.starting import make_fake
-from stepfold.training.critics import fake_loss, fake_states
+from stepfold.training.critics import critics_of
 from stepfold.training.draws import draw
 from stepfold.training.states import collect
 from stepfold.training.terms import add_gradients, terms_of
@@ -46,6 +48,15 @@ SCORES: dict[str, tuple[str, ...]] = {
         *ROLLED, "objective=identity", "rollout.steps=4", "fake.updates=1", "matching.fake_guidance=4.5",
         "fake.guidance=4.5",
     ),
+    "dmd and a reward, one step": (
+        *ROLLED, "objective=matching", "rollout.steps=1", "fake.updates=5", "reward.weight=0.05",
+        "reward.space=rollout",
+    ),
+    "endpoint": ("objective=pair",),
+    "adversarial": ("space.kind=endpoints", "adversarial.weight=0.5"),
+    "adversarial, alternating": (
+        "space.kind=endpoints", "adversarial.weight=0.5", "adversarial.updates=2", "adversarial.r1_weight=100",
+    ),
 }  # fmt: skip
 """Row -> settings that differ from TBCM's."""
 
@@ -64,7 +75,21 @@ class Count:
 
 
 def passes_of(config: Config) -> float:
-    """The sum of the passes of a step, for each image."""
+    """The sum of the passes of a step, for each prompt; heads and a reward's networks are left out."""
+    walked = 2 * config.space.route_steps
+    pairs = pairs_per_prompt(config.space.route_steps, config.space.keep_first)
+    if config.objective == "pair":
+        return walked + 3 * pairs
+    heads = config.adversarial
+    if heads.weight:  # noised ends, the tangent's pass and back; the student's picture, its features, back through both
+        real = 2 if heads.r1_weight else 1
+        of_pair = (2 + 4) + (1 + 1 + 1 + 2) + (0 if heads.updates else real)
+        return walked + of_pair * pairs + heads.updates * (1 + 1 + real)
+    return passes_with_fake(config, walked + 4 * pairs)
+
+
+def passes_with_fake(config: Config, continuous: float) -> float:
+    """The same of a method with a fake score; `continuous` are those of a consistency term."""
     first, last = config.rollout.first - 1, config.rollout.steps - 1
     before = (first + last) / 2  # of a rollout, on average
     fake = 2 if config.matching.fake_guidance != 1 else 1
@@ -76,10 +101,23 @@ def passes_of(config: Config) -> float:
     if config.anchor.weight:
         student += 3 + 2 * config.anchor.steps  # its first step, and the teacher's walk
     if config.objective == "continuous":
-        pairs = pairs_per_prompt(config.space.route_steps, config.space.keep_first)
-        student += 2 * config.space.route_steps + 4 * pairs  # the teacher's walk; the tangent's pass and back
+        student += continuous
+    if config.reward.weight:
+        student += 3  # its own pass and back
     learns = 2 if config.fake.guidance != 1 else 1
     return student + config.fake.updates * (before + 1 + 3 * learns)
+
+
+class Heads(nn.Module):
+    """In place of the discriminator's: without products, which are few beside those of a network of real size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Feature maps [M, tokens, width] -> logits [M, all tokens of all maps]."""
+        return self.scale * torch.cat([feature.mean(2) for feature in features], 1)
 
 
 def backward_of_convolution(out: Any, x: Any, weight: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
@@ -105,8 +143,12 @@ def config_of(bench: Bench, changes: tuple[str, ...]) -> Config:
 def count(bench: Bench, config: Config) -> Count:
     """See `Count`; mean over the turns of the rollouts."""
     precision: Any = Precision(bench.device, bf16=False)
-    fake = make_fake(bench.teacher, FakeSettings(kind="whole")).to(bench.device)
-    networks = Networks(bench.student, bench.teacher, {FAKE: fake}, tangent="one_pass")
+    modules: dict[str, nn.Module] = {NAME: Heads()} if config.adversarial.weight else {}
+    if config.fake.updates:
+        modules[FAKE] = make_fake(bench.teacher, FakeSettings(kind="whole")).to(bench.device)
+    networks = Networks(
+        bench.student, bench.teacher, modules, tangent="one_pass", reward=lambda x0, samples: x0.flatten(1).mean(1)
+    )
     steps, first = config.rollout.steps, config.rollout.first - 1
     turns = steps - first
     stops = {rollout_length(turn, steps, cycled=False, first=first)[1] for turn in range(turns)}
@@ -118,12 +160,14 @@ def count(bench: Bench, config: Config) -> Count:
         bench.student(x / bench.teacher.sigma_data, t, condition, batch.guidance)
     with counting() as counter:
         for turn in range(turns):
-            for update in range(config.fake.updates):
-                number = turn * config.fake.updates + update
-                states = fake_states(networks, batch, condition, config, number, {})
-                fake_loss(networks, batch, states, config).value.mean().backward()
             terms = terms_of(config)
             found = collect(dict.fromkeys(term.space for term in terms), batch, condition, networks, config, turn)
+            for critic in critics_of(config, modules).values():
+                for update in range(critic.updates):
+                    assert critic.states is not None and critic.loss is not None
+                    number = turn * critic.updates + update
+                    states = critic.states(networks, batch, condition, config, number, found)
+                    critic.loss(networks, batch, states, config).value.mean().backward()
             add_gradients(terms, networks, found, batch.draws, config, turn, precision)
     bench.student.zero_grad(set_to_none=True)
     return Count(counter.get_total_flops() / turns / unit.get_total_flops(), passes_of(config))
@@ -136,7 +180,7 @@ def count_scores(work: Work, only: Sequence[str] = ()) -> dict[str, Count]:
         rows = {name: changes for name, changes in SCORES.items() if any(text in name for text in only)}
     found = {name: count(bench, config_of(bench, changes)) for name, changes in rows.items()}
     show(
-        "A step with a fake score, for each image, in plain forward passes",
+        "A step with a fake score, heads or a reward, for each prompt, in plain forward passes",
         ["", "counted", "sum of passes", "ratio"],
         [
             [name, f"{each.units:.1f}", f"{each.passes:g}", f"{each.units / each.passes:.2f}"]

@@ -47,8 +47,8 @@ def server() -> Any:
 
 def short_ends(patch: pytest.MonkeyPatch) -> None:
     """Lets runs end in previews of two pictures, the teacher's in two steps, and one curve."""
-    from stepfold.commands import finishing
     from stepfold.evaluation import latents, preview
+    from stepfold.jobs import finishing
 
     of_teacher, report_of = preview.teacher_sampler, finishing.report_of
 

@@ -137,6 +137,31 @@ class Picture(nn.Module):
         return self.net(x)
 
 
+def test_a_student_of_ones_own_is_loaded_into_its_like(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    teacher, other = ModuleTeacher(Tied(), encode, (4,)), ModuleTeacher(Wide(), encode, (4,))
+    settings = ["training.steps=1", "training.prompts_per_step=2", "objective=discrete"]
+    student = distill_module(
+        teacher, tmp_path / "prompts.txt", tmp_path / "run", settings, student=new_student(other), quiet=True
+    )
+    assert not student.training  # a dropout would be on in `draw`
+    again = load_module_student(teacher, tmp_path / "run", student=new_student(other))
+    assert torch.equal(again.transformer.last.weight, student.transformer.last.weight) and not again.training
+    with pytest.raises(UserError, match=r"has the weights of another student \(.*give the `student`"):
+        load_module_student(teacher, tmp_path / "run")
+
+
+class Wide(nn.Module):
+    """Another network than the teacher's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
 def test_a_student_in_another_memory_order_is_kept(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     teacher = ModuleTeacher(Picture(), encode, (4, 8, 8))

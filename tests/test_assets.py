@@ -8,11 +8,11 @@ import torch
 from diffusers import SanaPipeline
 
 from stepfold import assets
-from stepfold.commands.sample import run_sample
 from stepfold.config import TeacherSettings
 from stepfold.evaluation.judge import load_judge
 from stepfold.evaluation.measure import measure, student_sampler, teacher_sampler
 from stepfold.evaluation.protocol import EMOJI
+from stepfold.jobs.sampling import run_sample
 from stepfold.prompts.reading import open_prompts
 from stepfold.students.loading import load_student
 from stepfold.teachers.loading import load_teacher

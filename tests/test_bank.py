@@ -15,10 +15,10 @@ from stepfold import bank as banks
 from stepfold.bank import flaws_of, is_whole, make_bank, noise_of, open_bank, shard_path
 from stepfold.cli import app
 from stepfold.commands.bank import part_of, source
-from stepfold.commands.distill import run_distill
 from stepfold.config import TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.jobs.distilling import run_distill
 from stepfold.sampling.teacher import sample_teacher
 from stepfold.teachers.loading import load_teacher
 from stepfold.training.runs import read_metrics

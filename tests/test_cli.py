@@ -42,6 +42,7 @@ COMMANDS = (
     "bank",
     "combine",
     "export",
+    "quantise",
     "push",
 )
 FAST = (
@@ -198,7 +199,7 @@ def test_export_and_push_from_the_command_line(run: tuple[Path, Result], tmp_pat
 
 def test_a_run_states_the_licences(run: tuple[Path, Result]) -> None:
     unknown = "unknown: see the teacher's page"
-    assert f"licences: teacher {unknown}, text_encoder {unknown}\n" in run[1].err
+    assert f"Pipeline); licences: teacher {unknown}, text_encoder {unknown}\n" in run[1].err
 
 
 def test_damaged_student_is_one_line(run: tuple[Path, Result], tmp_path: Path) -> None:
@@ -519,6 +520,13 @@ def test_a_table_is_a_result(monkeypatch: pytest.MonkeyPatch, quiet: tuple[str, 
     assert re.search(rf"{name} 1 step +50\.0% ", result.out), result.out
 
 
+def test_a_preset_for_ones_own_model_wants_one() -> None:
+    """Without --teacher it trained the bundled one, at 1024 pixels."""
+    for preset in ("sdxl-lora-4step", "lora-4step"):
+        assert_one_line(Result("distill", "--preset", preset, "--dry-run"), preset, "no --teacher", "--teacher FOLDER")
+    assert Result("distill", "--preset", "lora-4step", "--teacher", "emoji", "--dry-run").code == 0
+
+
 @pytest.mark.parametrize(
     ("core", "without"),
     [
@@ -685,7 +693,8 @@ def test_help_groups_the_commands_by_what_people_do() -> None:
     }
     assert list(groups) == ["Distil", "Look", "Use", "Prepare"]
     assert sorted(name for names in groups.values() for name in names) == sorted(COMMANDS)
-    assert groups["Distil"] == ["distill", "plan", "schedule", "combine"] and groups["Use"] == ["export", "push"]
+    assert groups["Distil"] == ["distill", "plan", "schedule", "combine"]
+    assert groups["Use"] == ["export", "quantise", "push"]
 
 
 def test_help_says_where_the_presets_are_listed() -> None:

@@ -19,9 +19,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from stepfold.cli import app
-from stepfold.commands.distill import run_distill
 from stepfold.config import Config, load_config, setting_names
 from stepfold.display import Display
+from stepfold.jobs.distilling import run_distill
 from stepfold.methods import METHODS
 from stepfold.settings import ObjectiveName
 from stepfold.teachers import loading

@@ -55,7 +55,8 @@ def pages() -> dict[str, str]:
             "API",
             "The first section is public, and changes only with a note in the changelog. The other sections are "
             "internal: they are documented for readers and may change without notice. "
-            "[Your own network](../teachers.md#a-network-of-your-own) shows how to use `stepfold.api`.",
+            "[Use it from Python](../python.md) and [your own network](../teachers.md#a-network-of-your-own) show how "
+            "to use `stepfold.api`.",
             api(),
         ),
     }
@@ -73,6 +74,13 @@ ELSEWHERE = {
     "discrete.huber_constant": "[log](../lab-log.md)",
     "evaluation.n": "[log](../lab-log.md)",
     "adversarial.weight": "[the paper, run again](../results/paper.md): T2",
+    "optimiser.name": "[Choosing settings](../settings.md); CAME and AdamW: [log](../lab-log.md)",
+    "discrete.jump_power": "[log](../lab-log.md)",
+    "student.lora_convolutions": "[log](../lab-log.md)",
+    "student.times": "[log](../lab-log.md)",
+    "target.rule": "[log](../lab-log.md)",
+    "target.segments": "[log](../lab-log.md)",
+    "target.draws": "[log](../lab-log.md)",
     "space.kind": "[the paper, run again](../results/paper.md): T2",
 }
 """Where a setting was measured, if that is not seen from the page's own tables and the rows of `stepfold reproduce`."""
@@ -202,7 +210,7 @@ def commands() -> str:
 
 
 API = {
-    "Distil a network of your own": ("api", "teachers.module", "teachers.contract"),
+    "Distil from Python": ("api", "teachers.module", "teachers.contract"),
     "Students": ("students.whole", "students.lora", "students.two_times"),
     "Mathematics": (
         "maths.formulations", "maths.routes", "maths.tangent", "maths.schedules", "maths.filters", "maths.closed_form",

@@ -8,6 +8,8 @@ The same prompt therefore has many pictures, which is what makes the noise of th
 
 import argparse
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import Pool
@@ -18,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 64
-FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+FONT = Path(os.environ.get("NOTO_COLOR_EMOJI", "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"))
 GLYPH_POINTS = 109  # the one size of the bitmap font
 
 COLOURS = {
@@ -72,7 +74,9 @@ def prompt_for(name: str, colour: str, rng: np.random.Generator, p_colour: float
 def glyphs() -> dict[str, Image.Image]:
     """The RGBA bitmap of every name, 136 x 136."""
     if not FONT.exists():
-        raise FileNotFoundError(f"{FONT} is missing: apt-get install fonts-noto-color-emoji")
+        raise FileNotFoundError(
+            f"{FONT} is missing: apt-get install fonts-noto-color-emoji, or name it in NOTO_COLOR_EMOJI"
+        )
     font = ImageFont.truetype(str(FONT), GLYPH_POINTS)
     characters = {}
     for character, data in emoji.EMOJI_DATA.items():
@@ -86,12 +90,12 @@ def glyphs() -> dict[str, Image.Image]:
     return drawn
 
 
-def render(name: str, colour: str, rng: np.random.Generator) -> np.ndarray:
+def render(glyph: Image.Image, colour: str, rng: np.random.Generator) -> np.ndarray:
     """Draws one picture: uint8 [64, 64, 3]."""
     background = np.clip(np.array(COLOURS[colour]) + rng.normal(0, COLOUR_JITTER, 3), 0, 255).astype(int)
     canvas = Image.new("RGBA", (SIZE, SIZE), (*background.tolist(), 255))
     scale = rng.uniform(0.68, 0.92)
-    turned = glyphs()[name].rotate(rng.uniform(-18, 18), Image.Resampling.BICUBIC, expand=True)
+    turned = glyph.rotate(rng.uniform(-18, 18), Image.Resampling.BICUBIC, expand=True)
     side = round(turned.width * SIZE / 136 * scale)
     small = turned.resize((side, side), Image.Resampling.LANCZOS)
     room = (1 - scale) * SIZE / 2 + 1
@@ -106,19 +110,24 @@ def render(name: str, colour: str, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(canvas.convert("RGB"))
 
 
-def _render_name(job: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    index, count, seed = job
+def _render_name(job: tuple[Image.Image, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    glyph, index, count, seed = job
     rng = np.random.default_rng((seed, index))
     colours = np.arange(count) % len(COLOURS)
     rng.shuffle(colours)
     keys = list(COLOURS)
-    return np.stack([render(NAMES[index], keys[c], rng) for c in colours]), colours
+    return np.stack([render(glyph, keys[c], rng) for c in colours]), colours
 
 
-def render_all(per_name: int, seed: int, processes: int = 2) -> Renders:
-    """Renders `per_name` pictures of every name; equal seeds give equal pictures on any number of processes."""
+def render_all(per_name: int, seed: int, processes: int = 2, drawn: Mapping[str, Image.Image] | None = None) -> Renders:
+    """Renders `per_name` pictures of every name; equal seeds give equal pictures on any number of processes.
+
+    `drawn` has the bitmap of every name; Noto's where it is None.
+    """
+    drawn = drawn or glyphs()
     with Pool(processes) as pool:
-        parts = pool.map(_render_name, [(i, per_name, seed) for i in range(len(NAMES))], chunksize=8)
+        jobs = [(drawn[name], i, per_name, seed) for i, name in enumerate(NAMES)]
+        parts = pool.map(_render_name, jobs, chunksize=8)
     return Renders(
         np.concatenate([images for images, _ in parts]),
         np.repeat(np.arange(len(NAMES), dtype=np.int16), per_name),

@@ -1,8 +1,9 @@
-"""The Python API for a network of one's own; pipelines have the command `stepfold distill`."""
+"""The Python API: for diffusers pipelines, from folders, hub ids or objects, and for a network of one's own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from stepfold.config import Config, TeacherSettings, from_yaml, load_config, phases_of
 from stepfold.display import Display
-from stepfold.errors import UserError
+from stepfold.errors import UserError, first_line
+from stepfold.jobs.distilling import run_distill
+from stepfold.jobs.exporting import run_export
+from stepfold.jobs.sampling import run_sample
 from stepfold.prompts.reading import open_prompts
 from stepfold.prompts.syntax import notes_of
 from stepfold.randomness import normal
@@ -19,6 +23,8 @@ from stepfold.students.two_times import EMBEDDER
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import PictureScore, Student
 from stepfold.teachers.fingerprints import module_fingerprint
+from stepfold.teachers.live import dtype_of, is_live, lent, origin_of_object
+from stepfold.teachers.loading import family_of
 from stepfold.teachers.module import ModuleTeacher
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
@@ -28,7 +34,177 @@ from stepfold.training.opening import Source, as_begun, check_run, prepare_run
 from stepfold.training.processes import gathered
 from stepfold.training.runs import CONFIG, writing
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
+
 WEIGHTS = "student.safetensors"
+
+
+def distill_pipeline(
+    teacher: "DiffusionPipeline | str | Path",
+    prompts: str | Path | None,
+    folder: str | Path,
+    changes: Sequence[str] = (),
+    *,
+    preset: str = "default",
+    resume: bool = False,
+    device: str = "auto",
+    quiet: bool = False,
+) -> Path:
+    """Distils a diffusers pipeline; the very run of `stepfold distill`.
+
+    Of a pipeline object no file is read. It needs the memory that it has, and is frozen while the run goes on; then it
+    is as before, on the run's device. A run is resumed with an object of the same weights.
+
+    Args:
+        teacher: a pipeline object; or its folder, a hub id, or `emoji`.
+        prompts: as of `distill_module`; None for the bundled teacher's own.
+        folder: of the run; new, or to be resumed.
+        changes: settings as for `--set`, such as `student.lora=64`.
+        preset: name or yaml file of the settings to start from.
+        resume: continue the run that the folder holds.
+        device: cpu, cuda, cuda:1, or auto.
+        quiet: show no progress.
+
+    Returns:
+        The student's folder, for `sample`, `export` and plain diffusers. The report lies beside it.
+
+    Raises:
+        UserError: something in settings, prompts, teacher or folder is wrong.
+        NonFiniteError: the training diverged.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+
+    Example:
+        student = distill_pipeline(pipe, "prompts.txt", "runs/mine", preset="sdxl-lora-4step")
+    """
+    display = Display(quiet)
+    with source_of(teacher) as source:
+        given: dict[str, Any] = {"teacher__source": source, "prompts": None if prompts is None else str(prompts)}
+        dtype = dtype_of(teacher, family_of(source).network_part) if is_live(source) else None
+        if not any(change.partition("=")[0].strip() == "teacher.dtype" for change in changes):
+            given["teacher__dtype"] = dtype
+        config = load_config(preset, changes, **given)
+        if dtype:
+            refuse_what_objects_lack(config, dtype)
+            display.note(unknown_of(teacher))
+        command = "stepfold.api.distill_pipeline"
+        run_distill(config, Path(folder), resume=resume, display=display, command=command, device=device)
+    return Path(folder) / "student"
+
+
+def unknown_of(pipe: Any) -> str:
+    """What a run does not know of a pipeline object, in one line."""
+    place = origin_of_object(pipe)
+    return (
+        f"teacher: a {type(pipe).__name__} object{f' loaded from {place}' if place else ''}; its files are not known, "
+        "so a resumed run and a LoRA's sampling need an object of the same weights"
+    )
+
+
+def sample(
+    student: str | Path,
+    prompts: Sequence[str],
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    device: str = "cpu",
+    teacher: "DiffusionPipeline | None" = None,
+) -> "list[Image]":
+    """Images of a student, one a prompt; the same as those of `stepfold sample`.
+
+    Args:
+        student: folder of a student or of a finished run, or `emoji-student`.
+        prompts: B strings.
+        steps: network calls an image; None for the student's usual number.
+        seed: of the noise.
+        guidance: scale that the student is told; None for its usual one.
+        sampler: its name; None for the student's own.
+        device: of torch.
+        teacher: the pipeline object that a LoRA student was distilled from, if it was one.
+
+    Raises:
+        UserError: the folder is no student, it was not trained for this, or its teacher is not there.
+
+    Example:
+        images = sample(student, ["a fox in snow"], steps=4, teacher=pipe)
+    """
+    with source_of(teacher):
+        return run_sample(
+            Path(student), prompts, steps=steps, seed=seed, guidance=guidance, device=device, sampler=sampler
+        )
+
+
+def export(
+    student: str | Path,
+    to: str,
+    out: str | Path | None = None,
+    *,
+    steps: int | None = None,
+    keys: Literal["diffusers", "comfy", "kohya", "peft"] | None = None,
+    dtype: Literal["bfloat16", "float16"] | None = None,
+    runtime: str | Path | None = None,
+    force: bool = False,
+    teacher: "DiffusionPipeline | None" = None,
+) -> Path:
+    """Writes a student as something else; as `stepfold export` does.
+
+    Args:
+        student: folder of a student or of a finished run, or `emoji-student`.
+        to: `pipeline`, `lora`, `single-file`, `onnx`, `web` or `anyflow`.
+        out: file or folder to write; None for one beside the student.
+        steps: fold a flow map for exactly so many (pipeline, lora).
+        keys: names in a LoRA's file.
+        dtype: of the weights (pipeline, single-file).
+        runtime: folder dist of onnxruntime-web (web).
+        force: replace an earlier export.
+        teacher: as of `sample`.
+
+    Returns:
+        The file or folder.
+
+    Raises:
+        UserError: the student cannot become that, or the place is taken.
+
+    Example:
+        file = export(student, "lora", "fox-4step.safetensors", keys="kohya", teacher=pipe)
+    """
+    with source_of(teacher):
+        place, page = (None if path is None else Path(path) for path in (out, runtime))
+        return run_export(Path(student), to, place, force=force, steps=steps, keys=keys, runtime=page, dtype=dtype)
+
+
+@contextmanager
+def source_of(teacher: Any) -> Iterator[str]:
+    """Around a job; yields what stands for a teacher in settings: its folder or hub id, or a name for the object."""
+    if teacher is None or isinstance(teacher, str | Path):
+        yield str(teacher)
+        return
+    with lent(teacher) as source:
+        yield source
+
+
+def refuse_what_objects_lack(config: Config, dtype: str) -> None:
+    """Refuses settings that ask a pipeline object for what only files have, or what would change its weights.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    settings = config.teacher
+    if settings.dtype != dtype:
+        raise UserError(
+            f"teacher.dtype is {settings.dtype}, but this pipeline object is in {dtype}; leave it out of the changes"
+        )
+    if settings.revision or settings.variant:
+        raise UserError("teacher.revision and teacher.variant are for hub ids; load the object with them")
+    if settings.lora:
+        raise UserError("teacher.lora is for folders and hub ids; merge it into the object with pipe.fuse_lora()")
+    if settings.quantise != "none":
+        raise UserError("teacher.quantise would change the object's weights; give the pipeline's folder instead")
+    if config.training.shard != "none":
+        raise UserError("training.shard would take the object's weights apart; give the pipeline's folder instead")
 
 
 def distill_module(
@@ -69,7 +245,7 @@ def distill_module(
     config = load_config("default", changes, teacher__source=source, prompts=str(prompts))
     config = choose_precision(as_begun(folder, config) if resume else config)
     file, accelerator, display = open_prompts(prompts), make_accelerator(config.training.precision), Display(quiet)
-    refuse_what_modules_lack(config, source)
+    _refuse_what_modules_lack(config, source)
     check_run(folder, config, resume)
     wrapped: Any = teacher  # it has what the loop asks for, but no pictures
     guidance_scales(config, wrapped)  # before anything is written
@@ -93,10 +269,10 @@ def distill_module(
     with writing(folder / WEIGHTS) as part:
         save_file(gathered(average.state_dict(), keep=True), part)
     lock.release()
-    return average
+    return average.eval()
 
 
-def refuse_what_modules_lack(config: Config, source: str) -> None:
+def _refuse_what_modules_lack(config: Config, source: str) -> None:
     """Refuses settings that ask a network of one's own for what only a pipeline has.
 
     Raises:
@@ -121,11 +297,28 @@ def refuse_what_modules_lack(config: Config, source: str) -> None:
         raise UserError("the discriminator reads features of a pipeline's network; leave adversarial.weight at 0")
 
 
-def load_module_student(teacher: ModuleTeacher, folder: str | Path) -> Student:
-    """The student that `distill_module` left in a run folder."""
+def load_module_student(teacher: ModuleTeacher, folder: str | Path, *, student: Student | None = None) -> Student:
+    """The student that `distill_module` left in a run folder.
+
+    Args:
+        teacher: the network, wrapped.
+        folder: of the run.
+        student: one built as that which `distill_module` was given, whose weights become the run's; None if it was
+            given none.
+
+    Raises:
+        UserError: the weights are those of another student.
+    """
     weights = load_file(Path(folder) / WEIGHTS)
-    student = new_student(teacher, two_times=any(name.startswith(f"{EMBEDDER}.") for name in weights))
-    student.load_state_dict(weights)
+    if student is None:
+        student = new_student(teacher, two_times=any(name.startswith(f"{EMBEDDER}.") for name in weights))
+    try:
+        student.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{Path(folder) / WEIGHTS} has the weights of another student ({first_line(error)}); give the `student` "
+            "that distill_module was given, or the teacher of that run"
+        ) from None
     student.sampler = sampler_of(from_yaml(Path(folder) / CONFIG))
     return student.eval()
 

@@ -24,6 +24,7 @@ from stepfold.commands.plan import plan
 from stepfold.commands.presets import presets
 from stepfold.commands.prompts import app as prompts
 from stepfold.commands.push import push
+from stepfold.commands.quantise import quantise
 from stepfold.commands.reproduce import reproduce
 from stepfold.commands.retime import retime
 from stepfold.commands.runs import runs
@@ -65,7 +66,7 @@ def options(
 GROUPS = {
     "Distil": (distill, plan, schedule, combine),
     "Look": (sample, demo, evaluate, runs, compare, reproduce),
-    "Use": (export, push),
+    "Use": (export, quantise, push),
     "Prepare": (doctor, presets, retime, convert),
 }
 """The commands by what people do with them; `stepfold --help` shows them so."""
@@ -103,7 +104,7 @@ def main() -> None:
             raise
         fail(
             f"out of memory ({first_line(error)}); in this order: --set training.micro_batch=1, --lora 64 --dtype "
-            "bfloat16, prompts encoded before (stepfold prompts encode), a smaller --size",
+            "bfloat16, prompts encoded before (stepfold prompts encode), --set teacher.quantise=int8, a smaller --size",
             2,
         )
     except OSError as error:  # a path that no file can have, a full disk behind standard output

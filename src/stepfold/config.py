@@ -330,9 +330,9 @@ def _nearest(given: str, known: list[str]) -> str:
         return f"; it is called {RENAMED[given]} now"
     if same := [repr(name) for name in known if name.rsplit(".", 1)[-1] == given]:
         return f"; did you mean {' or '.join(same)}?"
-    close = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     last = {name.rsplit(".", 1)[-1]: name for name in known}
-    close = close or [last[n] for n in difflib.get_close_matches(given.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.4)]
+    close = close or [last[n] for n in difflib.get_close_matches(given.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.5)]
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 

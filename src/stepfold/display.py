@@ -128,6 +128,7 @@ def show_table(table: Table) -> None:
 
 CELLS = {
     "latent_error": ("latent error", "{:.3f}"),
+    "change": ("change", "{:.3f}"),
     "accuracy": ("accuracy", "{:.1%}"),
     "clip_score": ("CLIP score", "{:.1f}"),
     "fd": ("FD", "{:.4f}"),

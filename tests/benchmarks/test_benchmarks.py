@@ -155,11 +155,12 @@ def test_memory_by_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_run_takes_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["TBCM, conditions from a cache", "dmd, whole student, LoRA fake score"])
+def test_a_run_takes_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """A real one with numbers, at its peak and between two steps, when nothing but the states may be left."""
     memory, counting = importlib.import_module("memory"), importlib.import_module("counting")
     place = memory.make_place("tiny", "cpu", tmp_path)
-    config = memory.settings(place, memory.ENCODED, 1, counting.STEPS, ["training.checkpointing=true"])
+    config = memory.settings(place, method, 1, 2, ["training.checkpointing=true"])
     with counting.CountedBytes() as counted:
 
         class Bytes:
@@ -176,6 +177,32 @@ def test_a_run_takes_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyP
         found = memory.method_memory(place, config, True)
     wanted = counting.count_step("tiny", config, True)
     assert found == {name: pytest.approx(wanted[name], rel=0.05) for name in found}
+
+
+@pytest.mark.long
+def test_a_teachers_call_that_repeats_another_is_counted_as_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call of a walk keeps the prompt's keys, the second is the first of its kind, and the others repeat."""
+    memory, counting = importlib.import_module("memory"), importlib.import_module("counting")
+    place = memory.Place("tiny", "cpu", tmp_path)
+    few = ["space.route_steps=4", "objective=velocity", "training.micro_batch=1"]
+    config = memory.settings(place, memory.ENCODED, 1, 2, few)
+    runs: list[int] = []
+
+    class Noted(counting.Repeats):
+        def __call__(self, *args: Any) -> Tensor:
+            out = super().__call__(*args)
+            runs.append(self.runs)
+            return out
+
+    class Every(counting.Repeats):
+        def __call__(self, *args: Any) -> Tensor:
+            return self.call(*args)
+
+    found = []
+    for kind in (Noted, Every):
+        monkeypatch.setattr(counting, "Repeats", kind)
+        found.append(counting.count_step("tiny", config, True))
+    assert runs == [1, 2, 2, 2] and found[0] == found[1]
 
 
 def test_sample_splits_the_time(tmp_path: Path) -> None:
@@ -237,7 +264,15 @@ def test_the_cost_of_objectives_with_a_target_time_is_in_forward_passes(tmp_path
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("row", "passes"),
-    [("vsd", 11), ("sid, guided, four steps", 25), ("rcm, four steps", 43.5), ("dp-dmd, four steps", 43)],
+    [
+        ("vsd", 11),
+        ("sid, guided, four steps", 25),
+        ("rcm, four steps", 43.5),
+        ("dp-dmd, four steps", 43),
+        ("dmd and a reward", 29),
+        ("endpoint", 12),
+        ("adversarial, alternating", 36),
+    ],
 )
 def test_a_step_with_a_fake_score_takes_the_passes_that_it_needs(tmp_path: Path, row: str, passes: float) -> None:
     """Counted in floating-point operations; a pass too many or too few would be seen."""
@@ -307,17 +342,36 @@ def test_equal_knows_what_only_has_another_name(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_methods_with_a_fake_score_are_counted(tmp_path: Path) -> None:
-    """LoRA's share of memory is what its states take; a whole fake score adds weight, gradient and two moments."""
-    record = run("memory", tmp_path, "--count", "--scores", "--prompts", "1", "--set", "training.checkpointing=true")
-    rows = {name: row for name, (row,) in record["rows"].items()}
+    """Between steps a fake score has its weights and two moments, a student its average besides; so have LoRAs."""
+    memory, counting = importlib.import_module("memory"), importlib.import_module("counting")
+    place, models = memory.Place("tiny", "cpu", tmp_path), importlib.import_module("models")
+    small = [*memory.MATCHING, "training.checkpointing=true", "rollout.steps=1", "fake.rank=4"]
+
+    def stays(*changes: str) -> float:
+        """In weights of the teacher."""
+        config = memory.settings(place, memory.ENCODED, 1, 2, [*small, *changes])
+        return counting.count_step("tiny", config, True)["between_steps_gib"] * 2**30 / weights
+
+    sizes = []
+    for more in ({}, {"guidance_embeds": True}):
+        with torch.device("meta"):
+            network = models.SanaTransformer2DModel(**models.TRANSFORMERS["tiny"] | more)
+        sizes.append(4 * sum(parameter.numel() for parameter in network.parameters()))
+    weights, student = sizes[0], sizes[1] / sizes[0]
+    fake = (stays() - 1 - 4 * student) / 3  # a LoRA of convolutions too
+    assert stays("fake.kind=whole") == pytest.approx(1 + 7 * student, rel=0.01)
+    assert stays("student.lora=4") == pytest.approx(1 + 4 * own_lora() / weights + 3 * fake, rel=0.01)
+    assert 0.05 < fake < 0.1
+
+
+def own_lora() -> int:
+    """Bytes of a student's LoRA of rank 4: of linear layers alone."""
     models = importlib.import_module("models")
     with torch.device("meta"):
-        weights = 4 * sum(p.numel() for p in models.SanaTransformer2DModel(**models.TRANSFORMERS["tiny"]).parameters())
-    stays = {name: row["between_steps_gib"] * 2**30 / weights for name, row in rows.items()}
-    assert stays["TBCM, LoRA student"] < stays["dmd, LoRA student, LoRA fake score"]
-    whole = stays["dmd, whole student, whole fake score"]
-    assert whole == pytest.approx(stays["TBCM, whole student"] + 3, rel=0.1)  # weights and two moments
-    assert stays["dmd, whole student, LoRA fake score"] < whole
+        network = models.SanaTransformer2DModel(**models.TRANSFORMERS["tiny"])
+    blocks = network.transformer_blocks
+    layers = [layer for layer in blocks.modules() if isinstance(layer, torch.nn.Linear)]
+    return sum(4 * 4 * (layer.in_features + layer.out_features) for layer in layers)
 
 
 def test_the_curves_of_a_fake_score_are_logged_as_a_runs_are(tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from stepfold.commands.distill import load, run_distill
 from stepfold.commands.prompts import run_encode
 from stepfold.commands.retime import run_retime
 from stepfold.config import Config, TeacherSettings, load_config
 from stepfold.display import Display
+from stepfold.jobs.distilling import load, run_distill
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training import retiming
 

@@ -9,13 +9,13 @@ import torch
 from typer.testing import CliRunner
 
 from stepfold.cli import app
-from stepfold.commands.distill import run_distill
 from stepfold.commands.evaluate import open_drawer
-from stepfold.commands.export import run_export
-from stepfold.commands.sample import run_sample
 from stepfold.config import load_config, phases_of, validate
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.jobs.distilling import run_distill
+from stepfold.jobs.exporting import run_export
+from stepfold.jobs.sampling import run_sample
 from stepfold.maths.routes import even_flow_times
 from stepfold.sampling.recipe import Recipe, trained_steps
 from stepfold.sampling.samplers import sampler_of

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from forms import cases
 
-from stepfold.commands.distill import run_distill
 from stepfold.commands.plan import evaluation_prompts, make_plan, plan_rows, reckon
 from stepfold.config import load_config
 from stepfold.display import Display
+from stepfold.jobs.distilling import run_distill
+from stepfold.students.sana import SanaStudent
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.course import step_times
 
@@ -137,3 +138,35 @@ def test_a_plan_is_what_the_run_takes(
     result = run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="")
     assert plan.trial_steps == 3
     assert plan.step_sec == pytest.approx(result["step_sec"]["mean"], rel=0.4)
+
+
+@pytest.mark.long
+def test_a_plan_of_matching_is_what_the_run_takes(
+    tiny_sana: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps cost unequal passes by the rollout's turn; the passes of all networks are what takes the time here."""
+    passes: list[int] = []
+    for kind, name in ((PipelineTeacher, "call_network"), (SanaStudent, "forward")):
+        monkeypatch.setattr(kind, name, slowed(getattr(kind, name), passes))
+    config = load_config(
+        "default",
+        [
+            "objective=matching", "space.kind=rollout", "space.filter_rule=off", "rollout.steps=2", "fake.updates=2",
+            "fake.kind=whole", "fake.head_start=0", "training.steps=8", "training.prompts_per_step=1",
+            "training.precision=no", "training.walk_precision=no", "teacher.max_tokens=32", "evaluation.n=0",
+        ],
+        teacher__source=str(tiny_sana), prompts=str(prompts_file),
+    )  # fmt: skip
+    plan = make_plan(config, 2, Display(quiet=True))
+    result = run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="")
+    assert len(passes) > 8 * 7  # each step has 2 (1/2 + 1 + 1) of the fake score's and 1/2 + 1 + 1 + 1 of the student's
+    assert plan.step_sec == pytest.approx(result["step_sec"]["mean"], rel=0.15)
+
+
+def slowed(call: Any, passes: list[int]) -> Any:
+    def slow(*args: Any, **options: Any) -> Any:
+        passes.append(1)
+        time.sleep(0.2)
+        return call(*args, **options)
+
+    return slow

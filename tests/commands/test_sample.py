@@ -11,11 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 from stepfold.cli import app
-from stepfold.commands.distill import run_distill
-from stepfold.commands.sample import run_sample
 from stepfold.config import Config, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.jobs.distilling import run_distill
+from stepfold.jobs.sampling import run_sample
 from stepfold.randomness import generator
 from stepfold.students.card import read_card
 from stepfold.students.loading import load_student

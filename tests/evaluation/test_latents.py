@@ -10,13 +10,13 @@ import torch
 from typer.testing import CliRunner
 
 from stepfold.cli import app
-from stepfold.commands.distill import run_distill
-from stepfold.commands.finishing import trained_samples
 from stepfold.config import load_config
 from stepfold.display import Display
 from stepfold.evaluation.latents import LatentProtocol, cost, held_out, known_steps, measure_latents
 from stepfold.evaluation.measure import evaluation_noise
 from stepfold.evaluation.metrics import relative_error
+from stepfold.jobs.distilling import run_distill
+from stepfold.jobs.finishing import trained_samples
 from stepfold.randomness import normal
 from stepfold.sampling.samplers import SAMPLERS
 from stepfold.sampling.teacher import sample_teacher

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from stepfold.commands.distill import run_distill
 from stepfold.config import load_config
 from stepfold.display import Display
 from stepfold.evaluation import preview
 from stepfold.evaluation.measure import teacher_sampler
 from stepfold.evaluation.preview import cell_height, errors_over_steps, notes_of, save_grid, thinned, wrapped
+from stepfold.jobs.distilling import run_distill
 
 
 def test_pictures_keep_their_proportions(tmp_path: Path) -> None:

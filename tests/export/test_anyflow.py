@@ -9,10 +9,10 @@ import torch
 from diffusers import DiffusionPipeline
 from forms import cases
 
-from stepfold.commands.export import run_export
-from stepfold.commands.sample import run_sample
 from stepfold.errors import UserError
 from stepfold.export.anyflow import fitted
+from stepfold.jobs.exporting import run_export
+from stepfold.jobs.sampling import run_sample
 from stepfold.sampling.flow_map import sample_flow_map
 from stepfold.students.card import read_card
 from stepfold.students.loading import load_student

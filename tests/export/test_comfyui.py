@@ -18,9 +18,9 @@ import torch
 from forms import cases
 from torch import Tensor
 
-from stepfold.commands.export import run_export
 from stepfold.export.beside import card_of, workflow_of
 from stepfold.export.comfyui import LOADERS, in_text, no_workflow, steps_of, workflow
+from stepfold.jobs.exporting import run_export
 from stepfold.maths.formulations import data_prediction, trigflow_time
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.sampling.flow import sample_flow

@@ -17,11 +17,11 @@ from forms import cases
 from safetensors.torch import load_file
 from test_cli import Result
 
-from stepfold.commands.export import run_export
-from stepfold.commands.sample import run_sample
 from stepfold.errors import UserError
 from stepfold.export.casting import round_weights
 from stepfold.export.pipeline import model_card, use_of
+from stepfold.jobs.exporting import run_export
+from stepfold.jobs.sampling import run_sample
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.students.card import CARD, read_card
 from stepfold.students.loading import load_merged, load_student
@@ -302,7 +302,7 @@ def test_the_commands_of_each_family_begin_runs_of_students_that_the_docs_sample
         begun.append((run.folder, run.recipe, run.teacher))
         raise UserError("its first step")
 
-    monkeypatch.setattr("stepfold.commands.distill.train", begin)
+    monkeypatch.setattr("stepfold.jobs.distilling.train", begin)
     monkeypatch.chdir(tmp_path)
     for name in ("prompts.txt", "classes.txt"):
         Path(name).write_text("7\n" if heading == "DiT" else "a red heart\n")

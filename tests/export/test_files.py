@@ -9,10 +9,10 @@ import pytest
 import torch
 from forms import cases
 
-from stepfold.commands.export import run_export
 from stepfold.errors import UserError
 from stepfold.export.files import OTHER_FILE, OTHER_PART
 from stepfold.export.onnx import GRAPHS_SINCE
+from stepfold.jobs.exporting import run_export
 
 StudentOf = Callable[..., Path]
 EXPORTS: dict[str, tuple[str, int, str, dict[str, Any]]] = {

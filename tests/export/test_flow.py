@@ -10,11 +10,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepfold.commands.evaluate import open_drawer
-from stepfold.commands.export import run_export
-from stepfold.commands.sample import run_sample
 from stepfold.errors import UserError
 from stepfold.evaluation.pipelines import Drawer, draw
 from stepfold.export.pipeline import model_card
+from stepfold.jobs.exporting import run_export
+from stepfold.jobs.sampling import run_sample
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.sampling.flow import sample_flow
 from stepfold.sampling.flow_map import sample_flow_map

@@ -11,14 +11,14 @@ from diffusers import DiffusionPipeline
 from forms import cases
 from safetensors.torch import load_file
 
-from stepfold.commands.distill import run_distill
-from stepfold.commands.export import run_export
-from stepfold.commands.sample import run_sample
 from stepfold.config import load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.export.folded import matrices
 from stepfold.export.pipeline import model_card
+from stepfold.jobs.distilling import run_distill
+from stepfold.jobs.exporting import run_export
+from stepfold.jobs.sampling import run_sample
 from stepfold.sampling.flow_map import sample_flow_map
 from stepfold.students.card import read_card
 from stepfold.students.folding import least_change

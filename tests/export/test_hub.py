@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from stepfold.commands.export import run_export
 from stepfold.errors import UserError
 from stepfold.export.hub import hub_card, push, teacher_of_nobody_else
+from stepfold.jobs.exporting import run_export
 from stepfold.students.card import CARD, read_card
 
 StudentOf = Callable[..., Path]

@@ -12,11 +12,11 @@ from forms import cases
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stepfold.commands.export import run_export
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
 from stepfold.export.lora_keys import joined, renamed
 from stepfold.export.single_file import PREFIXES, original_state
+from stepfold.jobs.exporting import run_export
 from stepfold.students.loading import load_merged
 from stepfold.teachers.loading import load_teacher
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepfold.commands.export import run_export
 from stepfold.errors import UserError
 from stepfold.export import onnx
+from stepfold.jobs.exporting import run_export
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.students.loading import load_merged
 

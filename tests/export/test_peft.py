@@ -9,9 +9,9 @@ import torch
 from forms import cases
 from peft import PeftModel
 
-from stepfold.commands.export import run_export
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
+from stepfold.jobs.exporting import run_export
 from stepfold.students.loading import load_merged, load_student
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.once import compute_afresh

@@ -15,10 +15,10 @@ from diffusers import SanaSprintPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from stepfold.commands.sample import run_sample
 from stepfold.config import Config, validate
 from stepfold.errors import UserError
 from stepfold.export.pipeline import model_card, save_student
+from stepfold.jobs.sampling import run_sample
 from stepfold.maths.routes import few_step_times
 from stepfold.randomness import normal
 from stepfold.sampling.consistency import sample_consistency

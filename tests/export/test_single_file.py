@@ -24,10 +24,10 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stepfold.commands.export import run_export
 from stepfold.errors import UserError
 from stepfold.export.converting import convert
 from stepfold.export.single_file import original_state
+from stepfold.jobs.exporting import run_export
 from stepfold.students.loading import load_merged
 
 from .conftest import relative

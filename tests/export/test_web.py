@@ -16,9 +16,9 @@ import torch
 from browser import find_browser
 from torch import Tensor
 
-from stepfold.commands.export import run_export
 from stepfold.errors import UserError
 from stepfold.export import onnx, web
+from stepfold.jobs.exporting import run_export
 from stepfold.prompts.reading import open_prompts
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.students.loading import load_student

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from stepfold.commands.distill import run_distill
 from stepfold.config import load_config
 from stepfold.display import Display
+from stepfold.jobs.distilling import run_distill
 from stepfold.training.runs import checkpoints, damage, set_aside_damaged
 
 FILES = ("student.safetensors", "average.safetensors", "optimiser.safetensors", "state.json", "checksums.json")

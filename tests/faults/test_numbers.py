@@ -15,11 +15,11 @@ from forms import cases
 from tiny import PROMPTS
 from torch import Tensor, nn
 
-from stepfold.commands.distill import run_distill
 from stepfold.config import Config, load_config
 from stepfold.display import Display
 from stepfold.errors import NonFiniteError, UserError
 from stepfold.evaluation.report import write_report
+from stepfold.jobs.distilling import run_distill
 from stepfold.maths.tangent import Tangent
 from stepfold.objectives import consistency
 from stepfold.prompts.cache import encode_prompts

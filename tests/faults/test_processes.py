@@ -206,6 +206,7 @@ def test_a_process_that_comes_late_does_not_take_its_own_run_for_another_one(
     assert code != 0 and "already holds a run; add --resume" in words and "process 1: error: " in words
 
 
+@pytest.mark.long
 def test_two_processes_train_the_same_student(alone: Path, of_two: Path) -> None:
     check_same(alone, of_two, 2)
 
@@ -293,6 +294,7 @@ def written(folder: Path) -> set[str]:
     return first
 
 
+@pytest.mark.long
 def test_only_the_first_process_writes(of_two: Path) -> None:
     """A new run with previews, checkpoints and a student, its weights sharded."""
     new = {"open run/.config.yaml.part", "open run/.lock", "save_file run/.blacks.safetensors.part"}

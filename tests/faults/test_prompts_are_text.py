@@ -9,10 +9,10 @@ import pytest
 from browser import find_browser
 from PIL import Image
 
-from stepfold.commands.distill import run_distill
 from stepfold.config import load_config
 from stepfold.display import Display
 from stepfold.evaluation.report import write_report
+from stepfold.jobs.distilling import run_distill
 
 HOSTILE = (
     "<script>document.title='OWNED'</script>",

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ STEPS = 20
 class Command:
     """A `stepfold distill` in a process of its own."""
 
-    def __init__(self, teacher: Path, prompts: Path, out: Path, *extra: str) -> None:
+    def __init__(self, teacher: Path, prompts: Path, out: Path, *extra: str, program: Sequence[str] = ()) -> None:
         settings = (
             f"training.steps={STEPS}", "training.checkpoint_every=4", "training.preview_every=1000",
             "training.prompts_per_step=2", "training.precision=no", "training.walk_precision=no",
@@ -26,7 +27,7 @@ class Command:
         paths = ("--teacher", str(teacher), "--prompts", str(prompts), "--out", str(out))
         self.metrics = out / "metrics.jsonl"
         log = out.with_name(f"{out.name}{len(extra)}.log")
-        self.run = Forked(["distill", "--preset", "default", *paths, *changes, *extra], log)
+        self.run = Forked(["distill", "--preset", "default", *paths, *changes, *extra], log, program=program)
 
     def rows(self) -> list[str]:
         return self.metrics.read_text().splitlines() if self.metrics.exists() else []
@@ -75,6 +76,10 @@ def test_interrupted_run_equals_the_straight_one(
     assert (resumed, quiet) == (0, "")
     assert whole == 0, log
 
+    check_equal(straight, broken)
+
+
+def check_equal(straight: Path, broken: Path) -> None:
     assert (broken / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
     assert len((straight / "metrics.jsonl").read_text().splitlines()) == STEPS
     files = sorted((straight / "checkpoints" / f"{STEPS:06d}").iterdir()) + sorted((straight / "student").rglob("*"))
@@ -87,3 +92,29 @@ def test_interrupted_run_equals_the_straight_one(
             assert all(torch.equal(ours[name], theirs[name]) for name in ours), file
     assert [p.name for p in sorted((broken / "checkpoints").iterdir())] == ["000016", "000020"]
     assert not list(broken.rglob(".*.part"))
+
+
+@pytest.mark.long
+def test_a_kill_between_the_updates_of_a_fake_score_costs_no_bit(
+    tiny_sana: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    """In step 10, whose second update has its gradient and has not moved the fake score yet."""
+    changes = (
+        "objective=matching", "space.kind=rollout", "rollout.steps=2", "fake.updates=3", "fake.head_start=2",
+        "fake.rank=4", "optimiser.lr=1e-4",
+    )  # fmt: skip
+    extra, straight, broken = [part for change in changes for part in ("--set", change)], tmp_path / "a", tmp_path / "b"
+    between = (str(Path(__file__).with_name("between.py")), str(10 * 3 + 1))
+    runs = [
+        Command(tiny_sana, prompts_file, straight, *extra),
+        Command(tiny_sana, prompts_file, broken, *extra, program=between),
+    ]
+    (whole, log), (killed, _) = (command.run.finish() for command in runs)
+    assert whole == 0, log
+    assert killed == -signal.SIGKILL and len(runs[1].rows()) == 10
+    resumed, said = Command(tiny_sana, prompts_file, broken, *extra, "--resume").run.finish()
+    assert resumed == 0, said
+    check_equal(straight, broken)
+    last = load_file(broken / "checkpoints" / f"{STEPS:06d}" / "fake.safetensors")
+    first = load_file(broken / "checkpoints" / f"{STEPS - 4:06d}" / "fake.safetensors")
+    assert any(not torch.equal(last[name], first[name]) for name in last)

@@ -14,7 +14,9 @@ from torch import Tensor
 from stepfold.errors import UserError
 from stepfold.objectives.matching import matching_loss
 from stepfold.objectives.reward import reward_loss
-from stepfold.training.terms import terms_of
+from stepfold.spaces.records import with_prompts_on_host
+from stepfold.training.accelerators import make_accelerator
+from stepfold.training.terms import add_gradients, terms_of
 
 BETA, T = 0.05, 0.6
 
@@ -26,7 +28,7 @@ def along_b(x0: Tensor, samples: Sequence[int]) -> Tensor:
 
 def test_the_score_is_raised_and_its_samples_are_those_of_the_states() -> None:
     states, draws = states_of(6, number=3)
-    states = replace(states, prompt=torch.tensor([5, 0, 1, 1, 2, 3]))
+    states = replace(states, prompt_on_host=torch.tensor([5, 0, 1, 1, 2, 3]))
     seen: list[Sequence[int]] = []
 
     def score(x0: Tensor, samples: Sequence[int]) -> Tensor:
@@ -43,11 +45,35 @@ def test_the_score_is_raised_and_its_samples_are_those_of_the_states() -> None:
     torch.testing.assert_close(loss.value.detach(), -loss.metrics["reward"])
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_prompts_are_known_without_the_device_where_no_filter_dropped_any(count: int) -> None:
+    """A device without numbers has none to wait for."""
+    prompts = torch.arange(4).repeat_interleave(count)
+    states = replace(states_of(4 * count)[0], prompt=prompts.to("meta"))
+    found = with_prompts_on_host(states, 4).prompt_on_host
+    assert found is not None and torch.equal(found, prompts)
+    kept = replace(states_of(4 * count)[0], prompt=prompts).rows(slice(count, None))
+    found = with_prompts_on_host(kept, 4).prompt_on_host
+    assert found is not None and torch.equal(found, prompts[count:])
+
+
+def test_micro_batches_score_their_own_samples() -> None:
+    """Each term sees the states of its part; the other objective on the same space needs no prompts."""
+    states, draws = states_of(6, number=3)
+    told: list[int] = []
+    networks = networks_of(Perfect(0.4, 0.2), Law(0.4, 0.2), Score(0.4, 0.2))
+    networks = replace(networks, reward=lambda x0, samples: told.extend(samples) or along_b(x0, samples))
+    config = settings("reward.weight=0.1", "training.micro_batch=4")
+    add_gradients(terms_of(config), networks, {"rollout": states}, draws, config, 0, make_accelerator("no"))
+    assert told == list(draws.samples)
+
+
 def test_the_fixed_point_shifts_by_the_closed_amount() -> None:
     """KL at one time anchors the mean: it shifts by beta b V_t / cos^2 t, where V_t is the variance at t."""
     anchor = ((math.cos(T) * 0.2) ** 2 + (math.sin(T) * SIGMA_DATA) ** 2) / math.cos(T) ** 2
     config = settings("matching.weighting=kl", "matching.unit=mean")
     states, draws = states_of(4000)
+    states = with_prompts_on_host(states, 4000)
 
     def push(mean: float) -> Tensor:
         student = Perfect(mean, 0.2)

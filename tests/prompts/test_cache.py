@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stepfold.commands.distill import run_distill
+from stepfold.commands.prompts import encode as encode_command
 from stepfold.commands.prompts import run_encode
 from stepfold.config import Config, TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.jobs.distilling import run_distill
 from stepfold.prompts import cache as module
 from stepfold.prompts.cache import encode_prompts, open_conditions
 from stepfold.prompts.conditions import conditions_key
@@ -44,6 +45,29 @@ def encode(settings: TeacherSettings, prompts_file: Path, tmp_path: Path) -> Enc
 
 def key(settings: TeacherSettings, prompts_file: Path) -> dict[str, object]:
     return conditions_key(settings, open_prompts(prompts_file).sha256)
+
+
+def test_encoding_leaves_the_network_in_the_hosts_memory(settings: TeacherSettings) -> None:
+    """It is never called, and beside the text encoders it did not fit. No device here but `meta` is another one."""
+    alone = settings.model_copy(update={"guidance": "none"})
+    for encodes_only, place in ((True, "cpu"), (False, "meta")):
+        teacher = load_teacher(alone, "meta", encodes_only=encodes_only)
+        assert {p.device.type for p in teacher.transformer.parameters()} == {place}
+        teacher._load_text_encoders()
+        assert {p.device.type for p in teacher.pipe.text_encoder.parameters()} == {"meta"}
+
+
+def test_encode_takes_settings_of_the_teacher_alone(monkeypatch: pytest.MonkeyPatch, prompts_file: Path) -> None:
+    seen: list[TeacherSettings] = []
+    monkeypatch.setattr("stepfold.commands.prompts.run_encode", lambda settings, *_, **__: seen.append(settings))
+    teacher = {"teacher": "folder", "prompts": prompts_file, "device": "cpu"}
+    encode_command(**teacher, preset="flux-lora-4step", changes=["teacher.guidance=classifier_free"])
+    encode_command(**teacher, changes=["teacher.quantise=nf4"])
+    assert [(each.guidance, each.quantise, each.dtype) for each in seen] == [
+        ("classifier_free", "none", "bfloat16"), ("auto", "nf4", "float32"),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"--set space.kind=prior: prompts depend on settings of the teacher alone"):
+        encode_command(**teacher, changes=["space.kind=prior"])
 
 
 def test_rows_are_what_the_text_encoder_says(

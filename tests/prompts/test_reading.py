@@ -109,6 +109,7 @@ def test_file_changed_under_the_run(write):
         file.prompt(0)
 
 
+@pytest.mark.long
 def test_memory_per_line_is_small(write):
     num = 50_000
     path = write(b"".join(b"%06d %s\n" % (i % 40_000, b"x" * 300) for i in range(num)))

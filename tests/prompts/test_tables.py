@@ -174,6 +174,7 @@ def test_no_room_for_the_text_of_a_table(tmp_path: Path, monkeypatch: pytest.Mon
         open_prompts(tmp_path / "a.csv")
 
 
+@pytest.mark.long
 def test_a_word_that_is_repeated_in_parquet_takes_its_memory_once(tmp_path: Path) -> None:
     """A file of 25 KB would become half a gigabyte."""
     pq.write_table(pa.table({"prompt": ["x" * 2**19] * 1024}), tmp_path / "bomb.parquet")

@@ -11,11 +11,11 @@ from torch import nn
 
 from stepfold.commands import combine as command
 from stepfold.commands.combine import run_combine
-from stepfold.commands.distill import run_distill
-from stepfold.commands.sample import run_sample
 from stepfold.config import load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.jobs.distilling import run_distill
+from stepfold.jobs.sampling import run_sample
 from stepfold.students.combining import combine, put_sum, with_coefficient
 from stepfold.training.runs import CHECKSUMS
 

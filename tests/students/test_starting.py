@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepfold.commands.distill import run_distill
 from stepfold.config import Config, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.jobs.distilling import run_distill
 from stepfold.students.loading import load_student
 from stepfold.students.starting import make_student
 from stepfold.students.whole import new_student

@@ -33,12 +33,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2
 
-from stepfold.commands.distill import run_distill
 from stepfold.commands.prompts import run_encode
-from stepfold.commands.sample import run_sample
 from stepfold.config import TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.jobs.distilling import run_distill
+from stepfold.jobs.sampling import run_sample
 from stepfold.maths.formulations import flow_time
 from stepfold.prompts.conditions import cache_of, conditions_from
 from stepfold.prompts.reading import open_prompts
@@ -579,7 +579,7 @@ def test_a_lora_that_does_not_fit_is_one_line(tiny_sana: Path, tmp_path: Path) -
         assert "\n" not in str(caught.value)
 
 
-@families("sana", "flux dev", "sd3")
+@families("flux dev")
 def test_several_scales_need_a_network_that_can_be_told(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = settings(folder, prompts_file, "space.guidance=[3.0, 5.0]")
     teacher = load_teacher(config.teacher, "cpu")

@@ -10,11 +10,11 @@ import torch
 from offline import cached, offline_hub
 from tiny import make_sana
 
-from stepfold.commands.distill import run_distill
 from stepfold.commands.prompts import run_encode
 from stepfold.config import TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.jobs.distilling import run_distill
 from stepfold.teachers.folders import hub_is_away
 from stepfold.teachers.loading import load_teacher
 

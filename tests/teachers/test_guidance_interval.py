@@ -7,10 +7,10 @@ import pytest
 import tiny
 import torch
 
-from stepfold.commands.distill import run_distill
 from stepfold.config import TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.jobs.distilling import run_distill
 from stepfold.maths.formulations import trigflow_time
 from stepfold.students.card import read_card
 from stepfold.teachers.loading import load_teacher

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import tiny
 import torch
+from forms import cases
 
 from stepfold.maths.formulations import vp_times
 from stepfold.teachers.oracle import Agreement, agreement
@@ -43,7 +44,7 @@ def beside_its_pipeline(teacher: Any) -> Agreement:
     return agreement(teacher, PROMPTS, teacher.encode(PROMPTS), torch.full((1,), 4.0), num_steps=8)
 
 
-@pytest.mark.parametrize("name", VP)
+@pytest.mark.parametrize("name", cases(VP, short=list(VP)[::3]))
 def test_a_network_is_called_as_its_own_scheduler_calls_it(sdxl: StableDiffusionXLTeacher, name: str) -> None:
     found = beside_its_pipeline(with_scheduler(sdxl, make(name, **DDPM)))
     assert found.network < 1e-4 and found.schedule < 0.05 and found.end < 0.05 and not found.left_out

@@ -22,7 +22,7 @@ from stepfold.teachers import quantised
 from stepfold.teachers.contract import deepcopy_sharing
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.pipeline import PipelineTeacher
-from stepfold.teachers.quantised import QuantisedLinear, decoded, encoded, nf4_levels, quantise
+from stepfold.teachers.quantised import QuantisedLinear, decoded, encoded, nf4_levels, quantise, quantised_layer
 from stepfold.training import set_up
 from stepfold.training.doctor import examine
 
@@ -33,7 +33,7 @@ BYTES = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5}
 def layer_of(kind: Any, dtype: torch.dtype = torch.float32) -> tuple[QuantisedLinear, nn.Linear]:
     """A quantised layer, and a plain one of the same weights."""
     plain = nn.Linear(128, 96).to(dtype).requires_grad_(False)
-    layer = QuantisedLinear(plain, kind, "cpu")
+    layer = quantised_layer(plain, kind, "cpu")
     plain.weight.copy_(layer.weight)
     return layer, plain
 

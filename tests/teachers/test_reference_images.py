@@ -16,14 +16,14 @@ from forms import cases
 from PIL import Image
 from safetensors.torch import load_file
 
-from stepfold.commands.distill import run_distill
 from stepfold.commands.own_teacher import run_own
 from stepfold.commands.prompts import run_encode
-from stepfold.commands.sample import run_sample
 from stepfold.config import TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.images.files import read_picture
+from stepfold.jobs.distilling import run_distill
+from stepfold.jobs.sampling import run_sample
 from stepfold.prompts.reading import open_prompts
 from stepfold.randomness import generator
 from stepfold.sampling.teacher import sample_teacher

@@ -2,7 +2,7 @@
 
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.critics import FAKE, fake_loss, fake_states
 from stepfold.training.distill import distill
+from stepfold.training.optimisers import STUDENT
 from stepfold.training.runs import checkpoints, read_metrics
 from stepfold.training.states import collect
 
@@ -255,7 +256,7 @@ def test_micro_batches_of_a_critic_add_up(
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-4)
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", cases([1, 3], short=[3]))
 def test_micro_batches_leave_the_discriminators_gradient(
     size: int, tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
 ) -> None:
@@ -336,15 +337,22 @@ def test_alternating_heads_learn_in_updates_of_their_own_and_resume_to_the_bit(
 
 @pytest.mark.long
 def test_micro_batches_of_alternating_heads_add_up(
-    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By plain descent: the hinge gives a head's last bias no gradient, and AdamW makes a step of its rounding."""
+    from stepfold.training import set_up
+
+    def plain(params: Iterable[Tensor], settings: object) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": list(params), "name": STUDENT}], lr=1e-3)
+
+    monkeypatch.setattr(set_up, "make_optimiser", plain)
     found = []
     for parts in (0, 1):
         config = settings(*BETTER, f"training.micro_batch={parts}")
         run(config, tmp_path / str(parts), teacher, prompts)
         found.append(read_metrics(tmp_path / str(parts)))
     for whole, in_parts in zip(*found, strict=True):
-        assert in_parts == pytest.approx(whole, rel=1e-3, abs=1e-3)
+        assert in_parts == pytest.approx(whole, rel=1e-4, abs=1e-6)
 
 
 def test_in_a_fakes_head_start_alternating_heads_have_their_pairs(

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -15,17 +16,18 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from forms import cases
 from passes import gradient_step
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from stepfold.commands.distill import run_distill
 from stepfold.config import Config, SpaceSettings
 from stepfold.display import Display
 from stepfold.errors import NonFiniteError, UserError
 from stepfold.export.pipeline import save_student
+from stepfold.jobs.distilling import run_distill
 from stepfold.objectives.adversarial import NAME, Discriminator
 from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import PromptFile, open_prompts
@@ -123,8 +125,13 @@ def drawn(space: SpaceSettings) -> dict[str, Callable[[Batch], Tensor]]:
     }
 
 
-@pytest.mark.parametrize("denominator", ["kept", "all"])
-@pytest.mark.parametrize("objective", ["continuous", "discrete"])
+@pytest.mark.parametrize(
+    ("objective", "denominator"),
+    cases(
+        itertools.product(("continuous", "discrete"), ("kept", "all")),
+        short=[("continuous", "kept"), ("discrete", "all")],
+    ),
+)
 def test_micro_batches_add_up(
     teacher: SanaTeacher, settings: Settings, prompts: PromptFile, denominator: str, objective: str
 ) -> None:
@@ -327,7 +334,13 @@ def test_the_student_computes_in_the_runs_precision(
     assert seen == {"student": {dtype}, "teacher": {torch.float32}}
 
 
-@pytest.mark.parametrize("change", ["training.tangent=block", "training.checkpointing=true", "objective=discrete"])
+@pytest.mark.parametrize(
+    "change",
+    cases(
+        ["training.tangent=block", "training.checkpointing=true", "objective=discrete"],
+        short=["training.checkpointing=true"],
+    ),
+)
 def test_blocks_are_recomputed_in_bfloat16_too(
     tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, change: str
 ) -> None:

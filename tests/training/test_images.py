@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from stepfold.commands.distill import run_distill
 from stepfold.config import Config, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.images.reading import open_images
+from stepfold.jobs.distilling import run_distill
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.runs import read_metrics
 

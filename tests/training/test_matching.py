@@ -118,7 +118,7 @@ def test_at_the_start_the_fake_is_the_teacher_and_guidance_alone_pushes(
     guided = predictions(networks, at_random(teacher, 3.0))
     without, with_prompt = teacher.branches(at.x, at.t, at.condition)
     alone = 2 * at.t.sin()[:, None, None, None] * (with_prompt - without)  # D = sin t (w - 1) (v_c - v_u)
-    torch.testing.assert_close(guided.fake - guided.real, alone, rtol=1e-3, atol=1e-5 * float(alone.abs().max()) * 10)
+    torch.testing.assert_close(guided.fake - guided.real, alone, rtol=0, atol=3e-6 * float(alone.abs().max()))
 
 
 def test_a_fake_score_that_breaks_is_named(

@@ -13,10 +13,10 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from stepfold.commands.distill import run_distill
 from stepfold.config import Config, from_yaml, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.jobs.distilling import run_distill
 from stepfold.training.opening import as_begun, check_run, is_running, open_run
 from stepfold.training.runs import checkpoints, read_metrics, writing
 

@@ -22,14 +22,14 @@ import typer
 from safetensors.torch import load_file
 
 from stepfold import assets
-from stepfold.commands.distill import run_distill
 from stepfold.commands.prompts import run_encode
 from stepfold.commands.retime import retime, run_retime
-from stepfold.commands.sample import run_sample
 from stepfold.config import TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import NonFiniteError, UserError
 from stepfold.export.single_file import export_single_file
+from stepfold.jobs.distilling import run_distill
+from stepfold.jobs.sampling import run_sample
 from stepfold.randomness import generator
 from stepfold.students.card import CARD
 from stepfold.teachers.licences import in_words, licences_of

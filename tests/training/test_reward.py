@@ -12,11 +12,11 @@ from clips import save_clip
 from torch import Tensor
 
 from stepfold import assets
-from stepfold.commands.distill import open_score, run_distill
-from stepfold.commands.finishing import raised_score
 from stepfold.config import Config, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.jobs.distilling import open_score, run_distill
+from stepfold.jobs.finishing import raised_score
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.students.whole import new_student
 from stepfold.teachers.sana import SanaTeacher

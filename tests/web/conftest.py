@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from stepfold.commands.distill import run_distill
 from stepfold.config import load_config
 from stepfold.display import Display
+from stepfold.jobs.distilling import run_distill
 
 CHANGES = (
     "training.steps=3", "training.preview_every=1", "training.precision=no", "training.walk_precision=no",

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from stepfold import assets
-from stepfold.commands.distill import run_distill
-from stepfold.commands.sample import run_sample
 from stepfold.config import load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.jobs.distilling import run_distill
+from stepfold.jobs.sampling import run_sample
 from stepfold.web import markup
 from stepfold.web.drawing import (
     MAX_PROMPT,

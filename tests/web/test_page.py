@@ -612,12 +612,12 @@ def test_the_command_serves_at_this_machine_alone(monkeypatch: pytest.MonkeyPatc
         def block_thread(self) -> None:
             seen.append("waits")
 
-    def build(models: Any, runs: Path) -> Page:
+    def build(models: Any, runs: Path, training: Any) -> Page:
         seen.append((Path(models.teacher.source).parts[-2], models.teacher is models.pipeline, runs))
         return Page()
 
-    def serve(page: Any, host: str, port: int | None) -> str:
-        seen.append((host, port))
+    def serve(page: Any, host: str, port: int | None, own_alone: bool) -> str:
+        seen.append((host, port, own_alone))
         return "address"
 
     monkeypatch.setattr(page, "build", build)
@@ -628,7 +628,7 @@ def test_the_command_serves_at_this_machine_alone(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(SystemExit) as ended:
             main()
         assert not ended.value.code
-        assert seen == [("emoji", own, Path("runs")), ("127.0.0.1", None), "waits"]
+        assert seen == [("emoji", own, Path("runs")), ("127.0.0.1", None, False), "waits"]
 
 
 def test_without_gradio_the_command_says_what_to_install(no_gradio: None, capsys: Any, monkeypatch: Any) -> None:
@@ -639,10 +639,3 @@ def test_without_gradio_the_command_says_what_to_install(no_gradio: None, capsys
         main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: the page needs gradio: pip install 'gradio>=6.29,<7'\n"
-
-
-def test_nobody_else_imports_gradio() -> None:
-    import subprocess
-
-    code = "import sys, stepfold, stepfold.cli, stepfold.training.distill; sys.exit('gradio' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0

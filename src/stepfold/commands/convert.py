@@ -30,9 +30,10 @@ def convert(
     ] = 1000,
     force: Annotated[bool, typer.Option("--force", help="Replace a pipeline folder that is there.")] = False,
 ) -> None:
-    """Make a pipeline folder of one file: Stable Diffusion 1, 2, XL, 3, FLUX.1, FLUX.2, Lumina 2, PixArt, Sana, Wan.
+    """Make a pipeline folder of one file.
 
-    Nothing in the file is run.
+    It may be of Stable Diffusion 1, 2, XL, 3, FLUX.1, FLUX.2, Chroma, ERNIE-Image, Lumina 2, PixArt, Qwen-Image, Sana,
+    Wan or Z-Image. Nothing in the file is run.
 
     stepfold convert my-sdxl.safetensors --base stabilityai/stable-diffusion-xl-base-1.0 --out my-sdxl
 

@@ -1,24 +1,19 @@
 """`stepfold export`: a student becomes something else."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from stepfold.commands.options import StudentArgument
-from stepfold.errors import UserError
-
-if TYPE_CHECKING:
-    from stepfold.export.casting import Half
-    from stepfold.export.lora_keys import Keys
+from stepfold.jobs.exporting import run_export
 
 
 def export(
     student: StudentArgument,
     to: Annotated[
-        str, typer.Option("--to", help="pipeline, lora, single-file, onnx, web or anyflow.", show_default=False)
+        str,
+        typer.Option("--to", help="pipeline, lora, single-file, onnx, openvino, web or anyflow.", show_default=False),
     ],
     out: Annotated[
         Path | None,
@@ -38,6 +33,10 @@ def export(
             show_default=False,
         ),
     ] = None,
+    with_loras: Annotated[
+        bool,
+        typer.Option("--with-loras", help="Carry the teacher's LoRAs too: a file for the base model alone (lora)."),
+    ] = False,
     runtime: Annotated[
         Path | None,
         typer.Option(
@@ -59,13 +58,16 @@ def export(
     - `pipeline`: a folder for plain diffusers; a LoRA student is merged into its teacher's network.
 
     - `lora`: the one file of a LoRA student, for `load_lora_weights`. `--keys comfy` is for ComfyUI, `--keys kohya` for
-      ComfyUI, Forge and other web UIs. `--keys peft` makes a folder for PEFT.
+      ComfyUI, Forge and other web UIs. `--keys peft` makes a folder for PEFT. `--with-loras` adds the LoRAs of the
+      teacher, so that the file needs the base model alone.
 
     - `single-file`: the network under the names of its original checkpoint, for ComfyUI's Load Diffusion Model.
 
     A file gets its card and, for ComfyUI, a workflow beside it.
 
     - `onnx`: the network as a graph, for onnxruntime (extra onnx).
+
+    - `openvino`: the network for OpenVINO, in float32 (extra openvino).
 
     - `web`: a page that samples in the browser without a server, for students of the bundled teacher (extra onnx).
 
@@ -74,6 +76,8 @@ def export(
     stepfold export runs/mine/student --to pipeline
 
     stepfold export runs/mine/student --to lora --keys kohya --out models/loras/mine.safetensors
+
+    stepfold export runs/mine/student --to lora --with-loras --out mine-whole.safetensors
 
     stepfold export runs/mine/student --to single-file --dtype float16 --out models/diffusion_models/mine.safetensors
 
@@ -84,7 +88,9 @@ def export(
     from stepfold.display import quiet_libraries
 
     quiet_libraries()
-    target = run_export(student, to, out, force=force, steps=steps, keys=keys, runtime=runtime, dtype=dtype)
+    target = run_export(
+        student, to, out, force=force, steps=steps, keys=keys, runtime=runtime, dtype=dtype, with_loras=with_loras
+    )
     typer.echo(f"{to}: {target}")
     if target.is_file():
         from stepfold.export.beside import card_of, workflow_of
@@ -92,87 +98,3 @@ def export(
         workflow = workflow_of(target)
         typer.echo(f"ComfyUI: {workflow if workflow.is_file() else f'no workflow; {card_of(target)} says why'}")
         typer.echo(f"the file has no scheduler and no times in it: {card_of(target)} says how to sample with it")
-
-
-def run_export(
-    student: Path,
-    to: str,
-    out: Path | None,
-    *,
-    force: bool,
-    steps: int | None = None,
-    keys: "Keys | None" = None,
-    runtime: Path | None = None,
-    dtype: "Half | None" = None,
-) -> Path:
-    """Writes a student as something else; returns where: `out`, or beside the student.
-
-    `steps` folds a flow map for that many steps alone; `keys` names the layers of a LoRA file; `runtime` is where
-    onnxruntime-web is; `dtype` is that of the weights of a pipeline or a single file.
-
-    Raises:
-        UserError: the student cannot become that, or the place is taken.
-    """
-    from stepfold.export.anyflow import export_anyflow
-    from stepfold.export.beside import check_free
-    from stepfold.export.folded import export_folded, export_folded_lora
-    from stepfold.export.lora import export_lora
-    from stepfold.export.onnx import export_onnx
-    from stepfold.export.pipeline import export_pipeline
-    from stepfold.export.single_file import export_single_file
-    from stepfold.export.web import export_web
-    from stepfold.students.card import is_run, read_card, student_folder
-
-    writers: dict[str, tuple[Callable[[Path, Path], None], str]] = {
-        "pipeline": (export_pipeline, "-pipeline"),
-        "lora": (export_lora, "-lora.safetensors"),
-        "single-file": (export_single_file, "-single-file.safetensors"),
-        "onnx": (export_onnx, "-onnx"),
-        "web": (partial(export_web, runtime=runtime), "-web"),
-        "anyflow": (export_anyflow, "-anyflow"),
-    }
-    if to not in writers:
-        raise UserError(f"--to is {to!r}; a student becomes {', '.join(writers)}")
-    write: Callable[[Path, Path], None]
-    write, ending = writers[to]
-    if steps is not None:
-        folded = {"pipeline": export_folded, "lora": export_folded_lora}
-        if to not in folded:
-            raise UserError(
-                f"--steps folds a flow map with --to pipeline or lora; export the folder it makes --to {to}"
-            )
-        write, ending = partial(folded[to], num_steps=steps), f"-{steps}step{ending.removeprefix('-pipeline')}"
-    if keys:
-        if to != "lora":
-            raise UserError(f"--keys {keys} is for --to lora; leave it out of --to {to}")
-        write = partial(write, keys=keys)
-        ending = ending.replace("-lora.safetensors", "-peft") if keys == "peft" else ending
-    if dtype:
-        if to not in ("pipeline", "single-file") or steps is not None:
-            raise UserError(f"--dtype {dtype} is for --to pipeline or single-file without --steps; leave it out")
-        write = partial(write, dtype=dtype)
-    if runtime and to != "web":
-        raise UserError(f"--runtime {runtime} is for --to web; leave it out of --to {to}")
-    beside = student / "student" if is_run(student) else student  # of the bundled student: here
-    target = out or beside.with_name(beside.name + ending)
-    student = student_folder(student).resolve()
-    if steps is None:
-        read_card(student).check_told()
-    suffix = Path(ending).suffix
-    if target.suffix != suffix and suffix:
-        raise UserError(f"--out {target} is no {suffix} file; give a name that ends in {suffix}")
-    if target.resolve() == student or student in target.resolve().parents:
-        raise UserError(f"--out {target} is the student itself, or in it; choose another --out")
-    if target.exists() and not (force and replaceable(target, to_file=bool(suffix))):
-        raise UserError(f"{target} is there already; choose another --out, or --force to replace an earlier export")
-    if suffix == ".safetensors" and not force:
-        check_free(target)
-    write(student, target)
-    return target
-
-
-def replaceable(path: Path, to_file: bool) -> bool:
-    """Whether `--force` may replace it: any file by a file, and a folder only where stepfold wrote it."""
-    from stepfold.students.card import CARD
-
-    return path.is_file() if to_file else (path / CARD).is_file()

@@ -138,7 +138,7 @@ def config_of(preset: str | None, changes: Sequence[str] | None, **given: Any) -
         **given: short forms, by their names in SETTINGS; None for one that is not given.
 
     Raises:
-        UserError: two options give one setting, or a setting is wrong.
+        UserError: two options give one setting, a setting is wrong, or the preset of a model of the user's has none.
     """
     from stepfold.config import load_config
 
@@ -146,7 +146,13 @@ def config_of(preset: str | None, changes: Sequence[str] | None, **given: Any) -
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise UserError(f"--set {twice[0]} is given {keys.count(twice[0])} times and has one value; give it once")
     top = {name.replace(".", "__"): value for name, value in short_forms(changes, **given).items()}
-    return load_config(chosen_preset(preset, given.get("teacher")), changes or [], **top)
+    config = load_config(chosen_preset(preset, given.get("teacher")), changes or [], **top)
+    if config.teacher.source == "emoji" and given.get("teacher") is None and (preset or "").endswith("lora-4step"):
+        raise UserError(
+            f"--preset {preset} is for a model of yours, and no --teacher is given; add --teacher FOLDER (--teacher "
+            "emoji for the bundled model)"
+        )
+    return config
 
 
 def short_forms(changes: Sequence[str] | None, **given: Any) -> dict[str, Any]:

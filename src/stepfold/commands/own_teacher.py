@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepfold import assets
-from stepfold.commands.finishing import latent_scores, open_clip, trained_samples
 from stepfold.errors import UserError
+from stepfold.jobs.finishing import latent_scores, open_clip, trained_samples
 
 if TYPE_CHECKING:
     from stepfold.display import Display

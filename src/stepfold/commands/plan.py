@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stepfold.commands.distill import run_distill
 from stepfold.commands.options import (
     ChangesOption,
     DeviceOption,
@@ -29,6 +28,7 @@ from stepfold.commands.options import (
     usable_device,
     write_json,
 )
+from stepfold.jobs.distilling import run_distill
 
 if TYPE_CHECKING:
     from stepfold.config import Config

@@ -23,7 +23,6 @@ from stepfold.commands.options import (
     WidthOption,
     pixels_of,
     refuse_existing,
-    teacher_settings,
     usable_device,
     write_json,
 )
@@ -262,6 +261,15 @@ def encode(
         str | None,
         typer.Option(help="As teacher.image_column of the run: a table's column of images.", show_default=False),
     ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="As the run's, for settings of the teacher alone: --set teacher.guidance=classifier_free.",
+            show_default=False,
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 64,
     device: DeviceOption = "auto",
     quiet: Quiet = False,
@@ -289,7 +297,11 @@ def encode(
         "height": height, "width": width, "frames": frames, "dtype": dtype, "image_column": image_column,
     }  # fmt: skip
     top = {f"teacher__{name}": value for name, value in given.items() if value is not None}
-    settings = load_config(preset, prompts=str(prompts), **top).teacher if preset else teacher_settings(**given)
+    for change in changes or []:
+        if not change.startswith("teacher."):
+            raise UserError(f"--set {change}: prompts depend on settings of the teacher alone; give teacher.KEY=VALUE")
+    top |= {} if preset else {"student__lora": 1}  # what a quantised base takes; nothing here depends on it
+    settings = load_config(preset or "default", changes or [], prompts=str(prompts), **top).teacher
     run_encode(settings, prompts, out, batch=batch, display=Display(quiet), device=usable_device(device))
     typer.echo(f"conditions: {out}")
 
@@ -314,7 +326,7 @@ def run_encode(
     from stepfold.teachers.loading import load_teacher
 
     file = open_prompts(prompts or assets.PROMPTS, settings.image_column)
-    teacher = load_teacher(settings, device)
+    teacher = load_teacher(settings, device, encodes_only=True)
     for note in notes_on(file, teacher):
         display.note(note)
     key = conditions_key(settings, file.sha256)

@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from stepfold.commands.options import DeviceOption, StudentArgument, usable_device
 from stepfold.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL import Image
+from stepfold.jobs.sampling import run_sample
 
 
 def sample(
@@ -138,73 +136,3 @@ def run_race(
     )
     warm_up(models)
     race.save_race(race.run_race(models, request), out)
-
-
-def run_sample(
-    folder: Path,
-    prompts: Sequence[str],
-    *,
-    steps: int | None,
-    seed: int,
-    guidance: float | None,
-    device: str,
-    sampler: str | None = None,
-    gamma: float = 0.0,
-    image: Path | None = None,
-    first_step: str = "student",
-) -> "list[Image.Image]":
-    """Pictures of a student, one a prompt; the same as its pipeline's with the same noise.
-
-    Args:
-        folder: of the student.
-        prompts: B strings.
-        steps: network calls per picture; None for what the student was made for, the first of its run's
-            `evaluation.steps`, or 1.
-        seed: of the noise.
-        guidance: scale that the student is told; None for its usual one.
-        device: of torch.
-        sampler: its name; None for the student's own.
-        gamma: share of fresh noise in a flow map's steps, in [0, 1].
-        image: reference image of all prompts; None for text alone.
-        first_step: `student`, or `teacher`, which is loaded too then.
-
-    Raises:
-        UserError: the folder is no student, it reads no image, or it was not trained for this scale, sampler,
-            gamma or number of steps.
-    """
-    import torch
-
-    from stepfold.evaluation.measure import hybrid_sampler, student_sampler
-    from stepfold.evaluation.preview import to_image
-    from stepfold.images.files import read_picture
-    from stepfold.randomness import normal
-    from stepfold.students.card import read_card
-    from stepfold.students.loading import load_student
-    from stepfold.teachers.loading import load_teacher
-
-    if first_step == "teacher" and gamma:
-        raise UserError("--gamma adds fresh noise to the student's own steps alone; leave it or --first-step out")
-    asked = read_card(folder).recipe.sampled_by(sampler)
-    asked.gamma_for(gamma)  # refused before anything is loaded
-    scale = asked.scale_for(guidance)
-    pipeline, student, card = load_student(folder, device)
-    recipe = card.recipe.sampled_by(sampler)
-    if image and not pipeline.reads_images:
-        raise UserError(f"--image is for students of FLUX.2, and this one is a {card.pipeline}; leave it out")
-    pictures = [read_picture(image, pipeline.height, pipeline.width)] * len(prompts) if image else None
-    condition = pipeline.encode(prompts, pictures)
-    shape = pipeline.latent_shape
-    noise = torch.stack([normal(shape, seed, "sample", i) for i in range(len(prompts))])
-    count = steps or next(iter(card.asked_steps), 1)
-    if first_step == "teacher":
-        teacher = load_teacher(card.teacher_settings(), device)
-        drawn_by = hybrid_sampler(teacher, student, recipe, count, seed)
-    else:
-        drawn_by = student_sampler(student, recipe, count, seed, gamma)
-    x0 = drawn_by(
-        pipeline.sigma_data * noise.to(device),
-        condition,
-        torch.full((len(prompts),), scale, device=device),
-        range(len(prompts)),
-    )
-    return [to_image(picture) for picture in pipeline.decode(x0)]

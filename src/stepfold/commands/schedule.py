@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from stepfold.levels.search import Reference
     from stepfold.levels.solvers import Velocity
 
-FEW, LEAST = 16, 4  # prompts of each half: fewer than FEW overfit, fewer than LEAST are refused
+FEW, LEAST = 16, 4  # prompts of each half: fewer than FEW are told what it may cost, fewer than LEAST are refused
 NODES = 16  # of the table that the search starts from
 SOLVER_NAMES = ("euler", "unipc", "calibrated")
 
@@ -169,7 +169,10 @@ def run_schedule(
             f"{len(file)} prompts, half of them for the verdict; give {2 * LEAST} or more, {2 * n} are usual"
         )
     if half < FEW:
-        display.note(f"{half} prompts to search on: levels overfit on so few, {FEW} are borderline and 64 enough")
+        display.note(
+            f"{half} prompts to search on: levels overfit on few; on a known teacher 4 lost up to 37% of the gain on "
+            "other prompts, 64 at most 7%"
+        )
     teacher = load_teacher(settings, device)
     scale = teacher.default_guidance if guidance is None else guidance
     key: dict[str, Any] = {

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from stepfold.errors import NonFiniteError, UserError, first_line
+from stepfold.randomness import send
 
 BATCH = 256
 _PARTS = ("config.json", "model.safetensors", "tokenizer.json", "names.txt", "colours.txt", "features.safetensors")
@@ -117,10 +118,14 @@ def _lines(path: Path) -> tuple[str, ...]:
 
 
 def alignment(judge: Judge, images: Tensor, texts: Sequence[str]) -> Tensor:
-    """Cosines [N] of images float [N, 3, H, W] in [0, 1] to their texts, on their device, with a gradient to them."""
+    """Cosines [N] of images float [N, 3, H, W] in [0, 1] to their texts, on the judge's device, with a gradient.
+
+    No host-device sync: the images' numbers are not checked.
+    """
     with torch.no_grad():
-        of_texts = _text_batch(judge, list(texts))
-    return (_image_batch(judge, images) * of_texts).sum(1).to(images.device)
+        ids, _ = _token_ids(judge, list(texts))
+        of_texts = judge.clip.get_text_features(input_ids=send(ids, judge.clip.device))  # text is read up to its end
+    return (_of_images(judge, images.to(judge.clip.device, torch.float32)) * _unit_features(of_texts)).sum(1)
 
 
 @torch.no_grad()
@@ -137,7 +142,7 @@ def image_features(judge: Judge, images: Tensor) -> Tensor:
         NonFiniteError: an image holds NaN or infinity.
     """
     assert images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point(), f"{images.shape}, {images.dtype}"
-    return torch.cat([_image_batch(judge, batch) for batch in images.split(BATCH)])
+    return torch.cat([_image_batch(judge, batch).cpu() for batch in images.split(BATCH)])
 
 
 def _image_batch(judge: Judge, images: Tensor) -> Tensor:
@@ -147,6 +152,11 @@ def _image_batch(judge: Judge, images: Tensor) -> Tensor:
         raise NonFiniteError(f"{broken} of {len(x)} images to judge are not finite; look at the run's curves")
     low, high = x.aminmax()
     assert low >= 0 and high <= 1, f"images must be in [0, 1], not [{low:.3g}, {high:.3g}]"
+    return _of_images(judge, x)
+
+
+def _of_images(judge: Judge, x: Tensor) -> Tensor:
+    """Features of unit length [N, D] of images in [0, 1], on the judge's device."""
     size = (judge.image_size, judge.image_size)
     if x.shape[-2:] != size:
         x = F.interpolate(x, size, mode="bilinear", antialias=True)
@@ -155,7 +165,7 @@ def _image_batch(judge: Judge, images: Tensor) -> Tensor:
 
 def _unit_features(output: Any) -> Tensor:
     """The projected features of CLIPModel's get_*_features, which transformers 5 returns as `pooler_output`."""
-    return F.normalize(output.pooler_output, dim=-1).cpu()
+    return F.normalize(output.pooler_output, dim=-1)
 
 
 @torch.no_grad()
@@ -165,15 +175,20 @@ def text_features(judge: Judge, texts: Sequence[str]) -> Tensor:
     A text too long for the CLIP is cut; its end token, from which CLIP reads the text, always stays.
     """
     batches = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
-    return torch.cat([_text_batch(judge, list(batch)) for batch in batches])
+    return torch.cat([_text_batch(judge, list(batch)).cpu() for batch in batches])
 
 
 def _text_batch(judge: Judge, texts: list[str]) -> Tensor:
+    ids, mask = (part.to(judge.clip.device) for part in _token_ids(judge, texts))
+    return _unit_features(judge.clip.get_text_features(input_ids=ids, attention_mask=mask))
+
+
+def _token_ids(judge: Judge, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Tokens [N, L] and mask [N, L], in the host's memory."""
     encoded: Any = judge.tokenizer(texts, truncation=True, max_length=judge.text_tokens - 1)
     rows = [[*row, judge.end_token] for row in encoded["input_ids"]]
     ids = torch.full((len(rows), judge.text_tokens), judge.pad_token)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
     mask = (torch.arange(judge.text_tokens) < torch.tensor([len(row) for row in rows])[:, None]).long()
-    device = judge.clip.device
-    return _unit_features(judge.clip.get_text_features(input_ids=ids.to(device), attention_mask=mask.to(device)))
+    return ids, mask

@@ -1,6 +1,6 @@
 """The latent error: how far few steps end from the teacher's long trajectory. It needs no images and no evaluator."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -142,17 +142,11 @@ def measure_latents(
     Returns:
         {"teacher": {steps: scores}, "student": {steps: scores}}, and searched ones; the reference has no error.
     """
-    batch = BATCH if teacher.frames == 1 else VIDEO_BATCH
     rows: dict[str, dict[str, dict[str, float | None]]] = {"teacher": {}, "student": {}}
     reference: list[Tensor] = []
     for name, sampler in (samplers_of(teacher, student, recipe, protocol) | dict(searched or {})).items():
         errors, scores = [], []
-        for i, start in enumerate(range(0, protocol.n, batch)):
-            samples = range(start, min(start + batch, protocol.n))
-            noise = evaluation_noise(protocol.seed, samples, teacher, teacher.device)
-            guidance = torch.full((len(samples),), protocol.guidance, device=teacher.device)
-            part = condition.rows(slice(samples.start, samples.stop)).trimmed()
-            x0 = sampler(noise, part, guidance, samples)
+        for i, (samples, x0) in enumerate(sampled(sampler, teacher, protocol, condition)):
             if name.startswith("reference"):
                 reference.append(x0.cpu())
             else:
@@ -166,6 +160,64 @@ def measure_latents(
         if clip:
             row["clip_score"] = torch.cat(scores).mean().item()
         rows.setdefault("teacher" if who == "reference" else who, {})[steps] = row
+    return rows
+
+
+def sampled(
+    sampler: Sampler, teacher: PipelineTeacher, protocol: LatentProtocol, condition: Condition
+) -> Iterator[tuple[range, Tensor]]:
+    """The protocol's samples, batch by batch: their numbers and x_0."""
+    batch = BATCH if teacher.frames == 1 else VIDEO_BATCH
+    for start in range(0, protocol.n, batch):
+        samples = range(start, min(start + batch, protocol.n))
+        noise = evaluation_noise(protocol.seed, samples, teacher, teacher.device)
+        guidance = torch.full((len(samples),), protocol.guidance, device=teacher.device)
+        yield samples, sampler(noise, condition.rows(slice(samples.start, samples.stop)).trimmed(), guidance, samples)
+
+
+def measure_change(
+    teacher: PipelineTeacher,
+    students: Mapping[str, Student],
+    recipe: Recipe,
+    protocol: LatentProtocol,
+    condition: Condition,
+    tick: Callable[[str, int], None] = lambda name, count: None,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Latent errors of forms of one student, and how far each is from the first form, all from the same noise.
+
+    Args:
+        teacher: the reference.
+        students: name -> network; the first is what the others change.
+        recipe: how they are sampled.
+        protocol: how many prompts, steps and guidance.
+        condition: n rows.
+        tick: called with (`reference 20`, or a name and its steps, samples made) after every batch.
+
+    Returns:
+        {name: {steps: {"latent_error", and for all but the first "change"}}}.
+    """
+    first = next(iter(students))
+    samplers = {f"reference {protocol.teacher_steps}": teacher_sampler(teacher, protocol.teacher_steps)}
+    for steps in protocol.steps:
+        samplers |= {
+            f"{n} {steps}": student_sampler(each, recipe, steps, protocol.seed) for n, each in students.items()
+        }
+    ends: dict[str, Tensor] = {}
+    for name, sampler in samplers.items():
+        parts = []
+        for samples, x0 in sampled(sampler, teacher, protocol, condition):
+            parts.append(x0.cpu())
+            tick(name, len(samples))
+        ends[name] = torch.cat(parts)
+    reference = ends[f"reference {protocol.teacher_steps}"]
+    rows: dict[str, dict[str, dict[str, float]]] = {name: {} for name in students}
+    for name in students:
+        for steps in protocol.steps:
+            end = ends[f"{name} {steps}"]
+            row = {"latent_error": relative_error(end, reference).mean().item()}
+            if name != first:
+                row["change"] = relative_error(end, ends[f"{first} {steps}"]).mean().item()
+            rows[name][str(steps)] = row
     return rows
 
 

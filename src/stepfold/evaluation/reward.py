@@ -12,6 +12,7 @@ from stepfold.errors import UserError
 from stepfold.evaluation.judge import alignment, load_judge
 from stepfold.evaluation.mjhq import ClipScorer, load_clip
 from stepfold.fingerprints import sampled_sha256
+from stepfold.randomness import send
 from stepfold.teachers.contract import PictureScore
 
 WEIGHTS = "model.safetensors"
@@ -31,11 +32,14 @@ def clip_reward(source: str, device: torch.device | str) -> PictureScore:
 
 
 def clip_alignment(scorer: ClipScorer, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Cosines [M] of pictures [M, 3, H, W] in [0, 1] to their prompts, with a gradient to the pictures."""
+    """Cosines [M] of pictures [M, 3, H, W] in [0, 1] to their prompts, with a gradient to the pictures.
+
+    No host-device sync. A text is read up to its end, so that it needs no mask.
+    """
     model, device = scorer.model, scorer.model.device
     with torch.no_grad():
-        tokens = scorer.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(device)
-        of_texts = model.get_text_features(**tokens).pooler_output
+        tokens = scorer.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+        of_texts = model.get_text_features(input_ids=send(tokens["input_ids"], device)).pooler_output
     pixels = prepared(pictures.to(device, model.dtype), scorer.processor)
     of_pictures = model.get_image_features(pixel_values=pixels).pooler_output
     return F.cosine_similarity(of_pictures.float(), of_texts.float(), dim=1)
@@ -50,8 +54,8 @@ def prepared(pictures: Tensor, processor: Any) -> Tensor:
     height, width = processor.crop_size["height"], processor.crop_size["width"]
     top, left = ((length - cut) // 2 for length, cut in zip(pictures.shape[-2:], (height, width), strict=True))
     pictures = pictures[..., top : top + height, left : left + width]
-    mean, std = (pictures.new_tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
-    return (pictures - mean) / std
+    channels = zip(pictures.unbind(1), processor.image_mean, processor.image_std, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
 
 
 def refuse_own_evaluator(reward: str, evaluators: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,10 @@ SD_CPP = {
 }
 """Class of a pipeline -> options of stable-diffusion.cpp for the user's own files, as its sources of May 2026 say."""
 
+CARRIED = """
+The file carries the LoRAs that the teacher had: {loras}. Load it on the base model without them. Their licences apply
+too.
+"""
 IN_COMFYUI = """
 ## ComfyUI
 
@@ -90,6 +94,8 @@ def write_file(
     retimed: bool = False,
     per_token: bool = False,
     predicts_v: bool = False,
+    reason: str = "",
+    carried: Sequence[str] = (),
 ) -> None:
     """Writes a file of weights with its card, and a workflow where ComfyUI loads it.
 
@@ -101,12 +107,16 @@ def write_file(
         retimed: whether the network reads times of [0, 1].
         per_token: whether it is told a time for each token.
         predicts_v: whether it is a UNet that predicts v.
+        reason: why there is no workflow, where that is no matter of its family.
+        carried: LoRAs of the teacher that are in it.
     """
-    reason = no_workflow(card, keys, retimed=retimed) or (
-        "" if card.calls else "the card is of an early version and has no noise levels"
+    reason = (
+        reason
+        or no_workflow(card, keys, retimed=retimed)
+        or ("" if card.calls else "the card is of an early version and has no noise levels")
     )
     graph = None if reason else workflow(card, out.name, lora=keys is not None, per_token=per_token)
-    text = file_card(out, card, keys, reason, sd_cpp=not (keys or retimed or predicts_v))
+    text = file_card(out, card, keys, reason, sd_cpp=not (keys or retimed or predicts_v), carried=carried)
     with writing(out) as part:
         write(part)
     if graph is None:
@@ -134,7 +144,9 @@ def check_free(out: Path) -> None:
             raise UserError(f"{path} is there already; choose another --out, or --force to replace an earlier export")
 
 
-def file_card(out: Path, card: Card, keys: Keys | None, reason: str, *, sd_cpp: bool) -> str:
+def file_card(
+    out: Path, card: Card, keys: Keys | None, reason: str, *, sd_cpp: bool, carried: Sequence[str] = ()
+) -> str:
     """The card of a file of weights.
 
     Args:
@@ -143,6 +155,7 @@ def file_card(out: Path, card: Card, keys: Keys | None, reason: str, *, sd_cpp: 
         keys: names in a LoRA; None for a network.
         reason: why there is no workflow; empty where there is one.
         sd_cpp: whether stable-diffusion.cpp may load it.
+        carried: LoRAs of the teacher that are in it.
     """
     what = "LoRA" if keys else "network"
     use = f"the LoRA, under {NAMES[keys]} names" if keys else "the network, under its original names"
@@ -156,11 +169,12 @@ def file_card(out: Path, card: Card, keys: Keys | None, reason: str, *, sd_cpp: 
         place = IN_COMFYUI.format(file=out.name, place=folder, workflow=workflow_of(out).name)
     command = sd_cpp_command(out.name, card) if sd_cpp and known else ""
     licences = "\n".join(f"| {part} | {in_words(licence)} |" for part, licence in card.licences.items())
+    within = CARRIED.format(loras=", ".join(f"`{lora}`" for lora in carried)) if carried else ""
     return f"""# A few-step student of `{card.teacher}`: its {what}
 
 Distilled from {source_of(card.config)} by stepfold {card.stepfold}. The `{README}` in the student's folder has its
 recipe, its scores and its call in diffusers.
-{files_table(rows)}{place}{settings_of(card) if known else ""}{command}
+{within}{files_table(rows)}{place}{settings_of(card) if known else ""}{command}
 ## Licence
 
 A student is derived from its teacher: the licences of the teacher's network, text encoders and autoencoder apply.

@@ -48,6 +48,8 @@ def read_original(file: Path, weights: Weights | None = None) -> dict[str, Tenso
     Raises:
         UserError: there is no such file, it holds something else, or two sets of weights and nobody said which.
     """
+    if not file.exists():
+        raise UserError(f"there is no file {file}; give a checkpoint, .safetensors or .pth")
     try:
         if file.suffix == ".safetensors":
             state: Any = load_file(file)

@@ -23,6 +23,8 @@ USES = {
     "adapter_model.safetensors": "the LoRA, for `PeftModel.from_pretrained`",
     "adapter_config.json": "rank, scale and layers of the LoRA, for the same",
     "model.onnx": "the network, for onnxruntime",
+    "model.xml": "the network, for OpenVINO",
+    "model.bin": "the network's weights, which OpenVINO reads beside it",
     "model.onnx.data": "the network's weights, which onnxruntime reads beside the graph",
 }
 """Name of a file or folder -> its use."""

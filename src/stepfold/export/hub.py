@@ -13,6 +13,7 @@ from stepfold.export.pipeline import metrics_beside, model_card
 from stepfold.students.card import read_card
 from stepfold.teachers.folders import check_folder
 from stepfold.teachers.licences import is_hub_id, licences_of
+from stepfold.teachers.live import is_live
 from stepfold.training.runs import writing
 
 
@@ -31,7 +32,8 @@ def hub_card(folder: Path, repo: str) -> str:
     card = read_card(folder)
     if not card.lora_rank:
         check_folder(folder)
-    card = card.model_copy(update={"licences": licences_of(card.teacher)})
+    if not is_live(card.teacher):
+        card = card.model_copy(update={"licences": licences_of(card.teacher)})
     return model_card(card, metrics_beside(folder), repo, listing(folder))
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepfold.errors import UserError
 from stepfold.export.beside import is_retimed, write_file
+from stepfold.export.carried import ENDS, with_loras
 from stepfold.export.comfyui import Keys
 from stepfold.export.lora_keys import renamed
 from stepfold.export.pipeline import metrics_beside, write_cards
@@ -22,14 +23,20 @@ from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.runs import writing
 
 ADAPTER = "adapter_model.safetensors"
-ENDS = (".lora_A.weight", ".lora_B.weight")
 
 
-def export_lora(folder: Path, out: Path, keys: Keys = "diffusers") -> None:
+def export_lora(folder: Path, out: Path, keys: Keys = "diffusers", *, whole: bool = False) -> None:
     """A LoRA student as one file for its teacher's pipeline or other programs, or as a folder for PEFT.
 
+    Args:
+        folder: the student's.
+        out: the file, or the folder for PEFT.
+        keys: whose names.
+        whole: whether the file carries the teacher's own LoRAs too, and is for the base model alone.
+
     Raises:
-        UserError: the student has all weights of its own, or its network has no names of that tool's.
+        UserError: the student has all weights of its own, or its network has no names of that tool's; or the teacher's
+            own LoRAs cannot be carried.
     """
     card = read_card(folder)
     if not card.lora_rank:
@@ -39,7 +46,9 @@ def export_lora(folder: Path, out: Path, keys: Keys = "diffusers") -> None:
     if more := card.lora_parts:
         raise UserError(f"{folder} has another LoRA for {', '.join(more)}; use the folder, as its README says")
     file = folder / LORA_WEIGHTS
-    if keys == "peft":
+    if whole:
+        export_whole(folder, out, keys)
+    elif keys == "peft":
         write_scheduler = partial(shutil.copytree, folder / "scheduler")
         write_peft(out, load_file(file), card, write_scheduler, metrics_beside(folder))
     elif keys == "diffusers":  # the teacher, which may be large, is not needed
@@ -52,8 +61,43 @@ def export_lora(folder: Path, out: Path, keys: Keys = "diffusers") -> None:
         write_lora(out, weights, card, keys, teacher)
 
 
+def export_whole(folder: Path, out: Path, keys: Keys) -> None:
+    """As `export_lora` with `whole`, of a LoRA student.
+
+    Raises:
+        UserError: as of `export_lora`.
+    """
+    card = read_card(folder)
+    if not (loras := card.teacher_settings().lora):
+        raise UserError(f"{folder}: its teacher had no LoRA to carry; leave --with-loras out")
+    teacher, _, card = load_student(folder, "cpu", quantise="none")
+    weights = with_loras(load_file(folder / LORA_WEIGHTS), loras, teacher)
+    others = sorted({name.partition(".")[0] for name in weights} - {teacher.network_part})
+    if others and keys != "diffusers":
+        raise UserError(
+            f"{folder}: a LoRA of its teacher changes {', '.join(others)}, which a file of --keys {keys} has no names "
+            "for; use --keys diffusers, or load that LoRA beside the student"
+        )
+    theirs = card.config | {"teacher": card.config["teacher"] | {"lora": []}}
+    card = card.model_copy(update={"config": theirs, "loras_in_diffusers": True})
+    if keys == "peft":
+        write_peft(out, weights, card, partial(shutil.copytree, folder / "scheduler"))
+        return
+    weights = renamed(weights, teacher.transformer, teacher.network_part, keys)
+    reason = "ComfyUI has no names for its changes of the text encoders" if others else ""
+    write_lora(out, weights, card, keys, teacher, reason=reason, carried=[str(lora) for lora in loras])
+
+
 def write_lora(
-    out: Path, weights: dict[str, Tensor], card: Card, keys: Keys, teacher: PipelineTeacher, **notes: str
+    out: Path,
+    weights: dict[str, Tensor],
+    card: Card,
+    keys: Keys,
+    teacher: PipelineTeacher,
+    *,
+    reason: str = "",
+    carried: Sequence[str] = (),
+    **notes: str,
 ) -> None:
     """A LoRA's file, its card and its workflow.
 
@@ -63,11 +107,14 @@ def write_lora(
         card: the student's, as it is sampled from this file.
         keys: whose names.
         teacher: the student's.
+        reason: why there is no workflow, where that is no matter of its family.
+        carried: the teacher's own LoRAs that are in it.
         notes: what the file says beside the weights.
     """
     save = partial(save_file, weights, metadata={"format": "pt"} | notes)
     per_token = bool(teacher.index.get("expand_timesteps"))
-    write_file(out, save, card, keys=keys, retimed=is_retimed(teacher), per_token=per_token)
+    retimed = is_retimed(teacher)
+    write_file(out, save, card, keys=keys, retimed=retimed, per_token=per_token, reason=reason, carried=carried)
 
 
 def write_peft(

@@ -2,8 +2,9 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from stepfold.errors import UserError, first_line
 from stepfold.export.files import listing
+from stepfold.sampling.recipe import Recipe, times_of
 from stepfold.sampling.samplers import in_diffusers
 from stepfold.students.card import CARD, Card, write_card
 from stepfold.students.loading import load_merged
@@ -24,7 +26,7 @@ from stepfold.training.runs import writing
 GRAPH = "model.onnx"
 GRAPHS_SINCE = "2.12"  # torch 2.10 and 2.11 fix the number of samples in the graphs of Sana, FLUX and PixArt
 
-README = """# A few-step student of `{teacher}`, as an onnx graph
+README = """# A few-step student of `{teacher}`, as {title}
 
 `{graph}` is the network F of a consistency model, x_0 = cos(t) x - sin(t) F, in latents of unit variance. Its inputs,
 B samples of L tokens:
@@ -35,23 +37,50 @@ B samples of L tokens:
 
 Embeddings are those of the teacher's text encoders, with their mask and pooled vector where the graph asks for them.
 Its autoencoder decodes `latents`, which is the last line below{layout}. `{card}` has the times of each number of steps.
-Tested with onnxruntime 1.29 and newer.
+{tested}
 
 ```python
 import json
 import numpy
-import onnxruntime
+import {package}
 
-network = onnxruntime.InferenceSession("FOLDER/{graph}")
+network = {opening}
 times = json.load(open("FOLDER/{card}"))["recipe"]["times"]["{steps}"]
 x = noise  # {shape}, standard normal
 for t, after in zip(times, [*times[1:], 0.0]):
-    F = network.run(None, {{"x": x, "t": numpy.full(len(x), t, numpy.float32), **others}})[0]
+    F = {call}({before}{{"x": x, "t": numpy.full(len(x), t, numpy.float32), **others}})[0]
 {step}
 latents = x / {scale} + {offset}
 ```
 """
 
+
+@dataclass(frozen=True)
+class Runtime:
+    """What runs a graph, in the words and the code of its README.
+
+    Attributes:
+        title: of what is written.
+        package: its Python package.
+        graph: name of the file.
+        tested: with which versions.
+        opening: opens the file.
+        call: runs it; `before` are the arguments before the inputs.
+    """
+
+    title: str
+    package: str
+    graph: str
+    tested: str
+    opening: str
+    call: str
+    before: str = ""
+
+
+ONNXRUNTIME = Runtime(
+    "an onnx graph", "onnxruntime", GRAPH, "Tested with onnxruntime 1.29 and newer.",
+    f'onnxruntime.InferenceSession("FOLDER/{GRAPH}")', "network.run", "None, ",
+)  # fmt: skip
 
 STEPS: dict[SamplerName, tuple[int, str]] = {
     "consistency": (
@@ -180,6 +209,15 @@ def network_graph(
         return trace(student, inputs), inputs
 
 
+def told_one_time(recipe: Recipe, teacher: PipelineTeacher) -> Recipe:
+    """How a graph is sampled, which is told no target: a flow map's as a consistency model's."""
+    sampler = in_diffusers(recipe.sampler)
+    if sampler == recipe.sampler:
+        return recipe
+    times = recipe.without_target(times_of(teacher, sampler))
+    return recipe.model_copy(update={"sampler": sampler, "times": times})
+
+
 def export_onnx(folder: Path, out: Path) -> None:
     """A folder with the graph, the student's card and a README that says how to sample with it.
 
@@ -187,6 +225,21 @@ def export_onnx(folder: Path, out: Path) -> None:
         UserError: the libraries are missing, torch is too old, or cannot make a graph of this network.
     """
     check_libraries("onnx")
+    export_graph(folder, out, ONNXRUNTIME, lambda program, part: program.save(str(part / GRAPH)))
+
+
+def export_graph(folder: Path, out: Path, runtime: Runtime, save: Callable[[Any, Path], object]) -> None:
+    """A folder with a graph for a runtime, the student's card and a README.
+
+    Args:
+        folder: the student's.
+        out: the folder to write.
+        runtime: what runs the graph.
+        save: writes an onnx program into a folder, for the runtime.
+
+    Raises:
+        UserError: torch cannot make a graph of this network.
+    """
     teacher, student, card = load_merged(folder, "cpu")
     program, inputs = network_graph(folder, teacher, student, card)
     scale, offset = teacher.autoencoder_scale()
@@ -194,12 +247,12 @@ def export_onnx(folder: Path, out: Path) -> None:
     read = {each.name: inputs[each.name] for each in program.model.graph.inputs}
     with writing(out) as part:
         part.mkdir()
-        program.save(str(part / GRAPH))
+        save(program, part)
         write_card(part, card.model_copy(update={"merged": True}))
         (part / "README.md").write_text(
             README.format(
+                **asdict(runtime),
                 teacher=card.teacher,
-                graph=GRAPH,
                 card=CARD,
                 steps=steps,
                 step=step,

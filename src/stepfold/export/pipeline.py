@@ -14,6 +14,7 @@ from stepfold.evaluation.report import columns_of, title
 from stepfold.evaluation.verdict import METRICS, number
 from stepfold.export.casting import Half, rounded_parts
 from stepfold.export.files import FILES, README, listing
+from stepfold.export.losses import loading_of, quantised_section
 from stepfold.export.method import method_of, source_of
 from stepfold.sampling.recipe import Recipe, times_of
 from stepfold.sampling.samplers import in_diffusers
@@ -27,6 +28,7 @@ from stepfold.teachers.contract import SamplerName, Student
 from stepfold.teachers.conventions import conventions
 from stepfold.teachers.folders import check_folder
 from stepfold.teachers.licences import in_words, is_hub_id, licences_of
+from stepfold.teachers.live import is_live
 from stepfold.teachers.loading import FAMILIES
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.runs import writing
@@ -64,6 +66,10 @@ stepfold export {name} --to pipeline --steps {steps}
 WITH_IMAGE = """
 
 Each prompt has a reference image, of the same height and width: `image=PIL.Image.open("reference.png")`."""
+OF_OBJECT = """
+
+The teacher was a {pipeline} object in Python. `TEACHER` is where its weights come from, or a folder that
+`save_pretrained` wrote of it."""
 FOLDED = """
 
 The network is for these steps alone: other noise levels, or another number of steps, make wrong images."""
@@ -260,7 +266,7 @@ It took {steps} of {per_step}, {space["route_steps"]} route steps, guidance
 ## Use
 
 {how_to_use(card, name, adapted)}
-{files}{in_other_tools(card)}{measured(metrics)}
+{files}{in_other_tools(card)}{measured(metrics)}{quantised_section(card)}
 ## Licence
 
 A student is derived from its teacher: the licences of the teacher's network, text encoders and autoencoder apply.
@@ -302,9 +308,9 @@ def how_to_use(card: Card, name: str, adapted: str = "") -> str:
     )
     last = PEFT_LINE.replace("{part}", adapted) if adapted else LORA_LINE
     beside = LOAD_LORA + last if card.loras_in_diffusers else WHOLE
-    loading = (beside if card.lora_rank else LOAD).format(
+    loading = (beside if card.lora_rank else loading_of(card) or LOAD).format(
         pipeline=card.pipeline, scheduler=card.scheduler,
-        teacher=json.dumps("TEACHER" if card.teacher == "emoji" else card.teacher),
+        teacher=json.dumps("TEACHER" if card.teacher == "emoji" or is_live(card.teacher) else card.teacher),
         options="".join(f", {name}={json.dumps(value)}" for name, value in chosen.items()),
         parts="".join(f"\n{line}" for line in family.after_loading(card.lora_rank > 0)),
         merge=merging,
@@ -323,6 +329,8 @@ def how_to_use(card: Card, name: str, adapted: str = "") -> str:
         result=RESULTS[card.output],
         output=card.output,
     )
+    if card.lora_rank and is_live(card.teacher):
+        use += OF_OBJECT.format(pipeline=card.pipeline)
     if theirs.get("image_column"):
         use += WITH_IMAGE
     if card.folded_steps:

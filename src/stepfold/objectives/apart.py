@@ -41,7 +41,7 @@ def derivative(
         config: the settings.
     """
     stays = [] if states.stays is None else states.stays.tolist()
-    states = replace(states, stays=None)
+    states = replace(states, stays=None, prompt_on_host=None)  # rows are chosen on the device
     if not any(stays) or config.training.compile or config.training.shard != "none":
         return derive(along(states))
     device, moving = states.t.device, [i for i, stay in enumerate(stays) if not stay]

@@ -16,12 +16,12 @@ def reward_loss(networks: Networks, states: States, draws: Draws, config: Config
 
     Reference: arXiv:2304.05977 (ReFL); arXiv:2511.13649 (DMDR), beside distribution matching.
     """
-    assert networks.reward is not None
+    assert networks.reward is not None and states.prompt_on_host is not None
     with networks.precision():
         x0 = predict_data(
             networks.student, states.x, states.t, states.condition, states.guidance, networks.teacher.sigma_data
         )
-    samples = [draws.samples[i] for i in states.prompt.tolist()]
+    samples = [draws.samples[i] for i in states.prompt_on_host.tolist()]
     score = in_float32(networks.reward(x0, samples))
     assert score.shape == states.t.shape, f"a reward gives one score a picture, not {tuple(score.shape)}"
     return Loss(-score, {"|x0|": x0.detach().flatten(1).norm(dim=1), "reward": score.detach()})

@@ -24,6 +24,7 @@ class States:
         is_padding: the states count for nothing; a process without states of its own makes its passes with them.
         t_target: [M], in [0, t], the time that the student is asked to jump to; None for 0, a consistency student's.
         stays: bool [M], in the host's memory, which of them are asked to stay: t_target = t; None where none is.
+        prompt_on_host: `prompt` in the host's memory, where a term reads it.
         num_jumps: [M], how many jumps from edge to edge of its segments lead from noise to an image; None where there
             are no segments.
     """
@@ -38,6 +39,7 @@ class States:
     is_padding: bool = False
     t_target: Tensor | None = None
     stays: Tensor | None = None
+    prompt_on_host: Tensor | None = None
     num_jumps: Tensor | None = None
 
     def __len__(self) -> int:
@@ -73,6 +75,13 @@ class Pairs(States):
 def pairs_per_prompt(route_steps: int, keep_first: bool) -> int:
     """How many states of a walk are trained on, and how many times a latent is noised to."""
     return route_steps - (not keep_first)
+
+
+def with_prompts_on_host(states: States, count: int) -> States:
+    """With `prompt_on_host`, of a batch of `count` prompts. A device is waited for only where a filter dropped some."""
+    if len(states) == states.num_drawn:  # prompt by prompt
+        return replace(states, prompt_on_host=torch.arange(count).repeat_interleave(states.num_drawn // count))
+    return replace(states, prompt_on_host=states.prompt.cpu())
 
 
 def kept_index(keep: Tensor | None, of: Tensor) -> Tensor:

@@ -22,6 +22,20 @@ ANYFLOW = "AnyFlowPipeline"
 Count = Annotated[int, Field(strict=True, gt=0)]
 
 
+class Quantisation(Section):
+    """How a student's weights were rounded, and what that costs.
+
+    Attributes:
+        kind: bits of the linear layers in its blocks.
+        dtype: of the other weights.
+        loss: what was measured: form of the student -> steps -> scores, and on what; empty where nothing was.
+    """
+
+    kind: Literal["int8", "fp8", "nf4"]
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    loss: dict[str, Any] = Field(default_factory=dict)
+
+
 class Card(Section):
     """The fields of a student's card. Defaults are for cards that an earlier version wrote.
 
@@ -44,6 +58,7 @@ class Card(Section):
         folded_steps: the one number of steps that a flow map was folded for; 0 for other students.
         loras_in_diffusers: whether plain diffusers merges the teacher's own LoRAs as their files say.
         lora_parts: part of the pipeline -> the file of its LoRA, for networks beside the usual one.
+        quantised: how its weights were rounded; None for plain ones.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -68,6 +83,7 @@ class Card(Section):
     folded_steps: int = 0
     loras_in_diffusers: bool = True
     lora_parts: dict[str, str] = Field(default_factory=dict)
+    quantised: Quantisation | None = None
 
     @model_validator(mode="after")
     def _has_a_rank(self) -> "Card":
@@ -112,6 +128,18 @@ class Card(Section):
             raise UserError(
                 f"this student jumps from edge to edge of its {steps} segments, and plain diffusers tells it no edge; "
                 f"export it with --to pipeline --steps {steps}, or use stepfold sample"
+            )
+
+    def check_plain(self) -> None:
+        """Refuses a quantised student where plain weights are needed.
+
+        Raises:
+            UserError: it is one.
+        """
+        if self.quantised:
+            raise UserError(
+                f"this student's weights are rounded to {self.quantised.kind}, and here plain ones are needed; give "
+                "the student that it was made of"
             )
 
     def check_calls(self) -> None:

@@ -55,8 +55,13 @@ def load_student(
 
 
 def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeacher, Student, Card]:
-    """As `load_student`, but a LoRA student is merged into its teacher's network, in float32: both are one then."""
+    """As `load_student`, but a LoRA student is merged into its teacher's network, in float32: both are one then.
+
+    Raises:
+        UserError: the student is quantised.
+    """
     card, folder = read_card(folder), student_folder(folder)
+    card.check_plain()
     if not card.lora_rank:
         return load_student(folder, device)
     settings = card.teacher_settings().model_copy(update={"quantise": "none"})

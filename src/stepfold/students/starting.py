@@ -66,6 +66,7 @@ def start_from(folder: Path, student: Student, settings: StudentSettings, of_tea
     """
     folder = student_folder(folder)
     card = read_card(folder)
+    card.check_plain()
     theirs = card.teacher_settings()
     for name in SAME_TEACHER:
         if (then := getattr(theirs, name)) != (now := getattr(of_teacher, name)):

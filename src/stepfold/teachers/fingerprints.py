@@ -11,6 +11,7 @@ from torch import nn
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
 from stepfold.fingerprints import sampled_sha256
+from stepfold.teachers.live import object_fingerprint, pipeline_at
 from stepfold.teachers.loading import family_of, folder_of, place_of
 
 ENCODERS = ("text_encoder", "tokenizer", "vae", "text_conditioner", "t5_tokenizer")
@@ -23,6 +24,8 @@ def encoder_fingerprint(source: str) -> str:
     Raises:
         UserError: the hub id has not been fetched yet, so its revision is not known.
     """
+    if pipe := pipeline_at(source):
+        return object_fingerprint(pipe, ENCODERS)
     folder = Path(folder_of(source))
     if not folder.is_dir():
         return revision_of(source)
@@ -36,7 +39,8 @@ def encoder_fingerprint(source: str) -> str:
 def teacher_fingerprint(settings: TeacherSettings, *, network_only: bool) -> str:
     """Tells teachers apart by what a run takes from them: network, scheduler, LoRA, encoders.
 
-    A copy of the same files is the same teacher; see `sampled_sha256`. A hub id is known by its revision.
+    A copy of the same files is the same teacher; see `sampled_sha256`. A hub id is known by its revision, a
+    pipeline object by its weights.
 
     Args:
         settings: which teacher.
@@ -47,9 +51,10 @@ def teacher_fingerprint(settings: TeacherSettings, *, network_only: bool) -> str
     """
     place = place_of(settings)
     folder = Path(folder_of(place))
-    if folder.is_dir():
+    pipe = pipeline_at(place)
+    if pipe or folder.is_dir():
         parts = (family_of(place).network_part, "scheduler", *(() if network_only else ENCODERS))
-        found = [sampled_sha256(files_of(folder, parts), folder)]
+        found = [object_fingerprint(pipe, parts) if pipe else sampled_sha256(files_of(folder, parts), folder)]
     else:
         found = [revision_of(place)]
     for lora in settings.lora:

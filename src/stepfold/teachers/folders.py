@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants, get_session
@@ -14,6 +15,8 @@ from transformers import T5GemmaConfig
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from stepfold.errors import UserError, first_line
+from stepfold.teachers.live import config_of, copy_without, index_of, pipeline_at
+from stepfold.teachers.quantised_files import read_quantised
 from stepfold.teachers.safety import MODULAR_INDEX, OWNERS, check_files, check_index, is_part, modular_index, read_json
 
 FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
@@ -38,11 +41,15 @@ HARMLESS = {
 
 
 def load_index(source: str) -> dict[str, Any]:
-    """A pipeline's model_index.json, from a folder or a hub id.
+    """A pipeline's model_index.json, from a folder or a hub id; or what it would be of a pipeline object.
 
     Raises:
         UserError: the folder lacks a part or holds what `check_folder` refuses, or there is no such pipeline.
     """
+    if pipe := pipeline_at(source):
+        index = index_of(pipe)
+        check_index(source, index)
+        return index
     folder = Path(source)
     if folder.exists():
         return check_folder(folder)
@@ -105,6 +112,8 @@ def load_pipeline(
     if tokenizers_only:
         absent = {part: None for part, spec in index.items() if is_part(spec) and is_network(spec)}
     absent |= {part: None for part in unread if part in index}
+    if pipe := pipeline_at(source):
+        return copy_without(pipe, [*absent])
     try:
         if not Path(source).exists():  # of a hub id all files come first, so that they are looked at before any is read
             folder = kind.download(source, use_safetensors=True, **absent)
@@ -141,6 +150,14 @@ def without_weights(source: str, part: str, spec: Sequence[str]) -> Any:
         return kind.from_config(kind.load_config(source, subfolder=part))
 
 
+def part_config(source: str, index: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The config of a pipeline's network or scheduler, a class of diffusers."""
+    if pipe := pipeline_at(source):
+        return config_of(getattr(pipe, part))
+    kind: Any = getattr(diffusers, index[part][1])
+    return dict(kind.load_config(source, subfolder=part))
+
+
 def is_network(spec: Sequence[Any]) -> bool:
     """Whether a part is a network of the libraries'; what goes by an old name is left to the pipeline."""
     kind = getattr(OWNERS.get(spec[0]), spec[1] or "", None)
@@ -154,9 +171,12 @@ def load_network(source: str, part: str, spec: Sequence[str], dtype: torch.dtype
         UserError: its files lack some of its weights, or hold others. The libraries only warn, and go on with random
             ones, or without.
     """
+    if pipe := pipeline_at(source):
+        return getattr(pipe, part)
     library, kind = spec
     reader, config = reader_of(library, kind, source, part)
-    network, found = reader.from_pretrained(
+    quantised = read_quantised(reader, Path(source) / part, dtype) if library == "diffusers" else None
+    network, found = quantised or reader.from_pretrained(
         source,
         subfolder=part,
         use_safetensors=True,

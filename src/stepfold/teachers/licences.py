@@ -10,6 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from stepfold import assets
 from stepfold.teachers.folders import load_index
+from stepfold.teachers.live import origin_of_object, pipeline_at
 from stepfold.teachers.loading import folder_of
 from stepfold.teachers.safety import is_part
 
@@ -51,16 +52,18 @@ def stated_licence(source: str) -> Licence:
 
 
 def licences_of(source: str) -> dict[str, Licence]:
-    """Of a teacher (`emoji`, a folder or a hub id): `teacher`, and each of its text encoders by its part's name.
+    """Of a teacher (`emoji`, a folder, a hub id or an object): `teacher`, and its text encoders by their parts' names.
 
     A text encoder's is that of the model that its config says it comes from; a teacher's own does not cover it, but for
     the bundled one, which was made as a whole.
     """
-    source = folder_of(source)
-    found, bundled = {"teacher": stated_licence(source)}, source == str(assets.TEACHER)
+    source, pipe = folder_of(source), pipeline_at(source)
+    place = origin_of_object(pipe) if pipe else source
+    found, bundled = {"teacher": stated_licence(place)}, source == str(assets.TEACHER)
     for part, spec in load_index(source).items():
         if part.startswith("text_encoder") and is_part(spec) and spec[0] is not None:
-            found[part] = found["teacher"] if bundled else stated_licence(origin_of(source, part))
+            origin = origin_of_object(getattr(pipe, part)) if pipe else origin_of(source, part)
+            found[part] = found["teacher"] if bundled else stated_licence(origin)
     return found
 
 

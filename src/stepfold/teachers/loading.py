@@ -24,18 +24,21 @@ from stepfold.teachers.folders import (
     load_index,
     load_networks,
     load_pipeline,
+    part_config,
     unloadable,
 )
 from stepfold.teachers.hunyuan_image import HunyuanImageTeacher
 from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
 from stepfold.teachers.kandinsky5 import Kandinsky5ImageTeacher, Kandinsky5VideoTeacher
 from stepfold.teachers.krea2 import Krea2Teacher
+from stepfold.teachers.live import is_live
 from stepfold.teachers.longcat_image import LongCatImageTeacher
 from stepfold.teachers.lumina2 import Lumina2Teacher
 from stepfold.teachers.modular import ModularParts
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.pixart import PixArtTeacher
 from stepfold.teachers.prx import PRXTeacher
+from stepfold.teachers.quantised_files import check_plain
 from stepfold.teachers.qwen_image import QwenImageTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 from stepfold.teachers.sana_video import SanaVideoTeacher
@@ -127,14 +130,16 @@ def load_teacher(
     dtype: torch.dtype | None = None,
     *,
     network_only: bool = False,
+    encodes_only: bool = False,
     null: Condition | None = None,
 ) -> PipelineTeacher:
     """The teacher of a run; `emoji` is the bundled one, loaded like any other.
 
-    `dtype` is the settings' if None; the last two as in `PipelineTeacher`.
+    `dtype` is the settings' if None; the last three as in `PipelineTeacher`.
     """
+    check_plain(source := place_of(settings), family_of(source).network_part)
     teacher = make_teacher(
-        place_of(settings),
+        source,
         variant=settings.variant,
         device=device,
         dtype=dtype or getattr(torch, settings.dtype),
@@ -146,9 +151,10 @@ def load_teacher(
         null_mask=settings.null_mask,
         guidance_kind=settings.guidance,
         network_only=network_only,
+        encodes_only=encodes_only,
         null=null,
         loras=[(lora.source, lora.scale) for lora in settings.lora],
-        quantised=settings.quantise,
+        quantised="none" if encodes_only else settings.quantise,
     )
     if settings.guidance_interval:
         teacher.guide_between(*settings.guidance_interval)
@@ -217,12 +223,7 @@ def counts_to_thousand(config: Config) -> bool:
     source = place_of(config.teacher)
     family, index = family_of(source), load_index(source)
     try:
-        network: Any = getattr(diffusers, index[family.network_part][1])
-        scheduler: Any = getattr(diffusers, index["scheduler"][1])
-        configs = (
-            network.load_config(source, subfolder=family.network_part),
-            scheduler.load_config(source, subfolder="scheduler"),
-        )
+        configs = (part_config(source, index, part) for part in (family.network_part, "scheduler"))
         return family.time_scale_of(*configs) >= 10
     except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise unloadable(source, error) from None
@@ -240,6 +241,8 @@ def place_of(settings: TeacherSettings) -> str:
         UserError: the hub has no such revision or variant, or a folder was to have a revision.
     """
     source = folder_of(settings.source)
+    if is_live(source):
+        return source
     local = Path(source).exists()
     if local and settings.revision:
         raise UserError(f"teacher.revision is for hub ids, but {source!r} is a folder; leave it out")

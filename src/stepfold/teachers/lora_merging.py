@@ -1,7 +1,7 @@
 """Merges LoRAs into a pipeline's weights, by each file's own arithmetic; diffusers is asked for names only."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,18 +72,7 @@ def merge_lora(
         UserError: it does not load, or does not fit.
     """
     lora = read_lora(source)
-    layers = [layer for layer in lora.layers if not layer.idle]
-    if not layers:
-        raise UserError(f"LoRA {source!r} changes nothing: all that it holds is zero; leave it out")
-    if any("text_encoder" in layer.name or layer.name.startswith("lora_te") for layer in layers):
-        read_text_encoders()
-    names = {name: (network or name) if name in NETWORK else name for name in (*NETWORK, *ENCODERS)}
-    found = {name: getattr(pipe, own, None) for name, own in names.items() if getattr(pipe, name, None) is not None}
-    parts = {name: part for name, part in found.items() if isinstance(part, nn.Module)}
-    places = direct_places(layers, parts)
-    if strange := [layer for layer in layers if layer.name not in places]:
-        places |= places_in_diffusers(pipe, source, strange, parts)
-    check_places(type(pipe).__name__, source, layers, places, parts)
+    layers, parts, places = located(pipe, source, lora, read_text_encoders, network)
     for layer in layers:
         for place in places[layer.name]:
             module: Any = parts[place.part].get_submodule(place.module)
@@ -97,6 +86,33 @@ def merge_lora(
                 reason, _, fix = first_line(error).partition("; ")
                 raise UserError(f"LoRA {source!r}, layer {layer.name}: {reason}; {fix or OTHER}") from None
     return lora.in_diffusers
+
+
+def located(
+    pipe: Any, source: str, lora: LoraFile, read_text_encoders: Callable[[], None], network: str | None = None
+) -> tuple[list[Layer], dict[str, nn.Module], dict[str, list[Place]]]:
+    """A LoRA's layers that change something, the pipeline's parts, and layer -> where its rows belong in those.
+
+    Arguments as of `merge_lora`.
+
+    Raises:
+        UserError: there is no such layer, or one has no place.
+    """
+    layers = [layer for layer in lora.layers if not layer.idle]
+    if not layers:
+        raise UserError(f"LoRA {source!r} changes nothing: all that it holds is zero; leave it out")
+    if any("text_encoder" in layer.name or layer.name.startswith("lora_te") for layer in layers):
+        read_text_encoders()
+    names = {name: (network or name) if name in NETWORK else name for name in (*NETWORK, *ENCODERS)}
+    found = {name: getattr(pipe, own, None) for name, own in names.items() if getattr(pipe, name, None) is not None}
+    parts = {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+    places = direct_places(layers, parts)
+    if strange := [layer for layer in layers if layer.name not in places]:
+        places |= places_in_diffusers(pipe, source, strange, parts)
+        if lost := [in_kohya(layer) for layer in strange if not places[layer.name] and "down" in layer.keys]:
+            places |= places_in_diffusers(pipe, source, lost, parts)
+    check_places(type(pipe).__name__, source, layers, places, parts)
+    return layers, parts, places
 
 
 def add(parameter: Tensor, place: Place, scale: float, merged: Callable[[Tensor], Tensor]) -> None:
@@ -140,6 +156,12 @@ def merged_rows(lora: LoraFile, layer: Layer, place: Place, rows: Tensor) -> Ten
         norm = by_column.norm(dim=(0, 2), keepdim=True)
         return (magnitude.reshape(1, -1, 1) * by_column / norm).reshape(merged.shape)
     raise ValueError(f"its magnitudes {list(magnitude.shape)} are neither of the rows nor of the columns; {OTHER}")
+
+
+def in_kohya(layer: Layer) -> Layer:
+    """The same layer with its keys in kohya's spelling; of Z-Image's joined q, k and v diffusers reads that alone."""
+    name = f"lora_unet_{layer.name.removeprefix('diffusion_model.').replace('.', '_')}"
+    return replace(layer, keys=dict(layer.keys) | {kind: f"{name}.lora_{kind}.weight" for kind in ("down", "up")})
 
 
 def part_of(name: str, parts: Mapping[str, nn.Module]) -> tuple[str, str]:
@@ -194,6 +216,7 @@ def places_in_diffusers(
     what comes out.
     """
     probes: dict[str, Tensor] = {}
+    alphas = {layer.keys["alpha"]: torch.ones((), dtype=torch.float64) for layer in layers if "alpha" in layer.keys}
     for i, layer in enumerate(layers):
         if "down" in layer.keys:
             down, up = layer.tensors["down"], layer.tensors["up"]
@@ -203,7 +226,10 @@ def places_in_diffusers(
     network = next(part for part in NETWORK if part in parts)
     options = {"unet_config": pipe.unet.config} if network == "unet" else {}
     try:
-        found = pipe.lora_state_dict(probes, **options)
+        try:
+            found = pipe.lora_state_dict(dict(probes), **options)
+        except KeyError:  # some of its conversions want an alpha beside each pair
+            found = pipe.lora_state_dict(probes | alphas, **options)
     except Exception as error:  # it raises whatever it stumbles over
         raise UserError(
             f"LoRA {source!r} does not fit: diffusers does not know the names of its layers ({first_line(error)}); "

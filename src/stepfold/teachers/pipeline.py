@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -17,7 +16,7 @@ from stepfold.errors import UserError, first_line
 from stepfold.teachers.calls import parts_of, set_parts
 from stepfold.teachers.contract import NO_NULL, Condition, GuidanceKind, concatenate
 from stepfold.teachers.family import Family, Predict
-from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_network, load_pipeline
+from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_network, load_pipeline, part_config
 from stepfold.teachers.lora_merging import merge_lora
 from stepfold.teachers.once import compute_once, forget
 from stepfold.teachers.quantised import Quantised, quantise
@@ -66,6 +65,7 @@ class PipelineTeacher(Family):
         null_mask: Literal["own", "prompt"] = "own",
         guidance_kind: GuidanceKind | Literal["auto"] = "auto",
         network_only: bool = False,
+        encodes_only: bool = False,
         null: Condition | None = None,
         loras: Sequence[tuple[str, float]] = (),
         variant: str | None = None,
@@ -73,7 +73,7 @@ class PipelineTeacher(Family):
     ) -> None:
         """`network_only` leaves text encoders and VAE for when they are needed; it takes the unconditional `null`.
 
-        `loras` are files, folders or hub ids, each with its scale, merged one after the other.
+        `encodes_only` leaves the network on the CPU. `loras` are files, folders or hub ids, each with its scale.
 
         Raises:
             UserError: the folder is not whole, or the network cannot do what is asked for.
@@ -91,8 +91,9 @@ class PipelineTeacher(Family):
         plain = [merge_lora(self.pipe, lora, scale, self._read_text_encoders) for lora, scale in loras]
         self.loras_in_diffusers = all(plain)
         self.pipe.set_progress_bar_config(disable=True)
-        network = quantise(self.whole_network(), quantised, self.lora_blocks, self.device)
-        self.transformer: Any = network.to(self.device).eval().requires_grad_(False)
+        place = torch.device("cpu") if encodes_only else self.device
+        network = quantise(self.whole_network(), quantised, self.lora_blocks, place)
+        self.transformer: Any = network.to(place).eval().requires_grad_(False)
         compute_once(self.of_the_prompt_alone())
         kinds = self.guidance_kinds()
         self.guidance_kind: GuidanceKind = kinds[0] if guidance_kind == "auto" else guidance_kind
@@ -105,8 +106,7 @@ class PipelineTeacher(Family):
         self.takes_length = self.length_argument in inspect.signature(self.pipe.__call__).parameters
         self.max_tokens = self.usual_tokens() if max_tokens is None else max_tokens
         self.null_mask = null_mask
-        kind: Any = getattr(diffusers, self.index["vae"][1])
-        vae = kind.load_config(self.source, subfolder="vae")
+        vae = part_config(self.source, self.index, "vae")
         self.factor = self.pixels_a_latent(vae)
         self.check_network(self.autoencoder_channels(vae))
         usual_height, usual_width = self.geometry(self.factor)[2:]
@@ -169,8 +169,7 @@ class PipelineTeacher(Family):
         return self.encode_nothing()
 
     def _text_encoders(self) -> list[str]:
-        parts = [name for name, spec in self.index.items() if is_part(spec) and spec[0] is not None]
-        return [name for name in parts if name.startswith("text_encoder")]
+        return [part for part, spec in self.index.items() if is_part(spec) and spec[0] and part[:12] == "text_encoder"]
 
     def _read_text_encoders(self) -> None:
         for name in self._text_encoders():

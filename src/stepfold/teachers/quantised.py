@@ -78,12 +78,11 @@ class QuantisedLinear(nn.Linear):
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, layer: nn.Linear, kind: Quantised, device: torch.device | str) -> None:
-        """Takes a layer's weight, which it quantises on a device, and its bias."""
+    def __init__(self, layer: nn.Linear, kind: Quantised, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
+        """Takes a layer's sizes and its bias; codes and scales are those of `encoded`, the dtype is the weight's."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.kind, self.dtype = kind, layer.weight.dtype
-        codes, scales = encoded(layer.weight.to(device), kind)
+        self.kind, self.dtype = kind, dtype
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         self.bias = layer.bias
@@ -117,7 +116,14 @@ class QuantisedLinear(nn.Linear):
             return nn.functional.linear(input, weight, self.bias)
 
 
-def quantise(network: nn.Module, kind: Quantised, blocks: Sequence[str], device: torch.device | str) -> nn.Module:
+def quantised_layer(layer: nn.Linear, kind: Quantised, device: torch.device | str) -> QuantisedLinear:
+    """A layer with its weight quantised on a device, and its own bias."""
+    return QuantisedLinear(layer, kind, *encoded(layer.weight.to(device), kind), layer.weight.dtype)
+
+
+def quantise(
+    network: nn.Module, kind: Quantised, blocks: Sequence[str], device: torch.device | str, columns: int = 2
+) -> nn.Module:
     """The network with the linear layers of its blocks quantised; changed in place.
 
     Args:
@@ -125,12 +131,13 @@ def quantise(network: nn.Module, kind: Quantised, blocks: Sequence[str], device:
         kind: how; `none` leaves it.
         blocks: parts of the names of its blocks.
         device: where each layer goes, one after the other.
+        columns: layers whose inputs are no multiple of it stay as they are.
     """
     layers = {
         name: layer
         for name, layer in network.named_modules()
-        if isinstance(layer, nn.Linear) and any(part in name for part in blocks) and layer.in_features % 2 == 0
+        if isinstance(layer, nn.Linear) and any(part in name for part in blocks) and layer.in_features % columns == 0
     }
     for name, layer in layers.items() if kind != "none" else ():
-        network.set_submodule(name, QuantisedLinear(layer, kind, device))
+        network.set_submodule(name, quantised_layer(layer, kind, device))
     return network

@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from typing_extensions import override
 
+from stepfold.randomness import send
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.vp import Raw, VPTeacher
 
@@ -117,7 +118,7 @@ class StableDiffusionXLTeacher(StableDiffusionTeacher):
         given = [vae.config.get(name) for name in ("latents_mean", "latents_std")]
         if None in given:
             return scale, offset
-        mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in given)
+        mean, std = (send(torch.tensor(values), self.device).view(-1, 1, 1) for values in given)
         return scale / std, mean
 
     def _encode(self, prompts: Sequence[str], unconditional: bool) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from stepfold.errors import UserError
+from stepfold.randomness import send
 from stepfold.teachers.pipeline import PipelineTeacher
 
 
@@ -27,7 +28,7 @@ def channel_scale(vae: Any, device: torch.device, dimensions: int) -> tuple[Tens
     """
     shape = (-1,) + (1,) * (dimensions - 1)
     mean, std = (
-        torch.tensor(values, device=device).view(shape) for values in (vae.config.latents_mean, vae.config.latents_std)
+        send(torch.tensor(values), device).view(shape) for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return 1 / std, mean
 

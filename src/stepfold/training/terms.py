@@ -24,7 +24,7 @@ from stepfold.objectives.semigroup import semigroup_loss
 from stepfold.objectives.velocity import velocity_loss
 from stepfold.randomness import Draws
 from stepfold.scores import MATCHING
-from stepfold.spaces.records import Pairs, States
+from stepfold.spaces.records import Pairs, States, with_prompts_on_host
 from stepfold.teachers.contract import Student
 from stepfold.training.precision import student_attention
 from stepfold.training.processes import is_sharded
@@ -127,6 +127,11 @@ def add_gradients(
         Space -> metrics [M] of its states: `loss`, the weighted sum over its terms, and those of the objectives.
     """
     stages = stages or Stages()
+    scored = {term.space for term in terms if term.objective == "reward"}
+    states = {
+        space: with_prompts_on_host(part, len(draws.samples)) if space in scored else part
+        for space, part in states.items()
+    }
     found: dict[str, dict[str, Tensor]] = {}
     for space in dict.fromkeys(term.space for term in terms):
         own = [term for term in terms if term.space == space]

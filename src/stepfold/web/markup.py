@@ -219,6 +219,19 @@ def _card(side: str, run: Run) -> Markup:
     )
 
 
+def plan_view(name: str, said: str) -> Markup:
+    """What `stepfold plan` said of a run."""
+    return Markup(
+        '<div class="scroll" tabindex="0" role="region" aria-label="Plan of {name}"><pre>{said}</pre></div>'
+    ).format(name=name, said=said)
+
+
+def started(runs: Sequence[tuple[str, str]]) -> Markup:
+    """The runs that the page started, each with what it does."""
+    rows = join(Markup("<li><b>{}</b> {}</li>").format(breakable(name), said) for name, said in runs)
+    return Markup('<ul class="started">{}</ul>').format(rows) if runs else Markup("")
+
+
 def breakable(name: str) -> Markup:
     """A name that may go on in a new line after a dot, an underscore or a slash."""
     return Markup("<wbr>").join(re.split(r"(?<=[._/])(?=.)", name))

@@ -31,7 +31,8 @@ from stepfold.web.drawing import (
     draw_strip,
 )
 from stepfold.web.race import run_race
-from stepfold.web.runs import Run, find_runs, newest, read_run, stamp
+from stepfold.web.runs import Run, find_runs, last_preview, newest, read_run, stamp, stride
+from stepfold.web.training import LOOPBACK, Training, is_foreign
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 try:
@@ -56,7 +57,6 @@ BUSY = (
 )
 LARGEST_POST = 2**16  # bytes
 LAUNCHES = 3
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STYLE = Path(__file__).with_name("page.css")
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 SERVED = (
@@ -74,12 +74,13 @@ ONE_AT_A_TIME: Any = {"concurrency_id": "draw", "concurrency_limit": 1}
 READING: Any = {"concurrency_id": "runs", "concurrency_limit": 1}
 
 
-def build(models: Models, runs: Path) -> Any:
+def build(models: Models, runs: Path, training: Training | None = None) -> Any:
     """The page as gradio Blocks.
 
     Args:
         models: what the first tab draws with.
         runs: the folder whose runs the second tab shows.
+        training: what the second tab may start; None for nothing.
     """
     with gr.Blocks(title="stepfold", analytics_enabled=False) as page:
         gr.HTML(markup.top(models), elem_id="top")
@@ -87,7 +88,7 @@ def build(models: Models, runs: Path) -> Any:
             with gr.Tab("Draw"):
                 _draw_tab(page, models)
             with gr.Tab("Runs") as tab:
-                _runs_tab(tab, runs)
+                _runs_tab(tab, runs, training)
     return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
 
 
@@ -218,7 +219,7 @@ def _draw_tab(page: Any, models: Models) -> None:
     page.unload(leaves)
 
 
-def _runs_tab(tab: Any, root: Path) -> None:
+def _runs_tab(tab: Any, root: Path, training: Training | None) -> None:
     names = find_runs(root)
     with gr.Row():
         a = gr.Dropdown(names, value=newest(root, names), label="Run", min_width=150, elem_id="run-a")
@@ -231,6 +232,10 @@ def _runs_tab(tab: Any, root: Path) -> None:
     reports = gr.HTML()
     last = gr.State(("", 0))
     timer = gr.Timer(REFRESH_SEC, active=False)
+    if training:
+        from stepfold.web.training_tab import training_form  # which imports gradio too
+
+        training_form(training, a, timer, _in_words, PRIVATE)
 
     def chosen(*values: Any) -> list[Run]:
         return [read_run(root, name) for name in values if name in find_runs(root)]
@@ -240,12 +245,12 @@ def _runs_tab(tab: Any, root: Path) -> None:
         return [gr.Dropdown(there, value=value), gr.Dropdown([NOBODY, *there])]
 
     def slider(runs: Sequence[Run], top: int, step: float) -> Any:
-        return gr.Slider(0, max(top, 1), step, step=_stride(runs), visible=any(run.previews for run in runs))
+        return gr.Slider(0, max(top, 1), step, step=stride(runs), visible=any(run.previews for run in runs))
 
     def show(first: Any, second: Any, wants: Any) -> list[Any]:
         with _in_words() as said:
             there, runs = find_runs(root), chosen(first, second)
-            top = _last_preview(runs)
+            top = last_preview(runs)
             lists = menus(first, there)
             if not runs:
                 text = "Choose a run." if there else f"No runs in {root} yet; stepfold distill makes one."
@@ -266,7 +271,7 @@ def _runs_tab(tab: Any, root: Path) -> None:
             lists = menus(first, there)
             if not runs:
                 return [*lists, *[gr.skip()] * 4, (now, 0)]
-            top = _last_preview(runs)
+            top = last_preview(runs)
             at_step = top if _number(step) >= before[1] else _number(step)  # who looks at the last one goes on to do so
             moved = slider(runs, top, at_step) if top != before[1] else gr.skip()
             about, drawn, grids = markup.summary(runs), markup.curves(runs), markup.previews(runs, at_step)
@@ -296,15 +301,6 @@ def _number(value: Any) -> float:
     return value if isinstance(value, int | float) else math.inf
 
 
-def _last_preview(runs: Sequence[Run]) -> int:
-    return max((run.previews[-1] for run in runs if run.previews), default=0)
-
-
-def _stride(runs: Sequence[Run]) -> int:
-    """The slider's step: every preview of every run can be reached."""
-    return math.gcd(*(step for run in runs for step in run.previews)) or 1
-
-
 @dataclass
 class _Said:
     text: str = ""
@@ -326,8 +322,8 @@ def _in_words() -> Iterator[_Said]:
 class Closed:
     """ASGI middleware: closes what the page does not use, and lets the browser ask no other host for anything."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, app: Any, own_alone: bool = False) -> None:
+        self.app, self.own_alone = app, own_alone
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Passes a request on, or refuses it."""
@@ -344,7 +340,9 @@ class Closed:
                 ]
             await send(message)
 
-        refused = _refusal(scope["method"], scope["path"], dict(scope["headers"]))
+        headers = dict(scope["headers"])
+        foreign = self.own_alone and scope["method"] != "GET" and is_foreign(headers)
+        refused = 403 if foreign else _refusal(scope["method"], scope["path"], headers)
         if refused:
             plain = [(b"content-type", b"text/plain")]
             await send({"type": "http.response.start", "status": refused, "headers": plain})
@@ -367,8 +365,8 @@ def _is_closed(path: str) -> bool:
     return name.startswith(("file", "proxy", "upload", "stream", "custom_component", "dev/"))
 
 
-def serve(page: Any, host: str, port: int | None) -> str:
-    """Begins to serve in a thread of its own; returns the address.
+def serve(page: Any, host: str, port: int | None, own_alone: bool = False) -> str:
+    """Begins to serve in a thread of its own; returns the address. `own_alone`: its own pages' requests alone count.
 
     Raises:
         UserError: the port is taken, or the host is none of this machine's.
@@ -377,7 +375,7 @@ def serve(page: Any, host: str, port: int | None) -> str:
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     hosts = [*LOOPBACK] if host in LOOPBACK else ["*"]  # no other site's name may lead to this machine's own address
-    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(Closed)]
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(Closed, own_alone=own_alone)]
     theme = gr.themes.Base(
         primary_hue="sky", neutral_hue="zinc", radius_size="md",
         font=list(SYSTEM_FONTS), font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],

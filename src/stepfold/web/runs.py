@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -213,6 +214,16 @@ def preview_steps(folder: Path) -> tuple[int, ...]:
     """Steps that there is a preview grid of, rising."""
     names = (path.stem.removeprefix("step_") for path in (folder / "previews").glob("step_*.png"))
     return tuple(sorted({int(name) for name in names if name.isascii() and name.isdigit() and len(name) < 12}))
+
+
+def last_preview(runs: Sequence[Run]) -> int:
+    """The last step of which one of the runs has a preview grid."""
+    return max((run.previews[-1] for run in runs if run.previews), default=0)
+
+
+def stride(runs: Sequence[Run]) -> int:
+    """The largest step by which every preview of every run can be reached."""
+    return math.gcd(*(step for run in runs for step in run.previews)) or 1
 
 
 def preview_at(run: Run, step: float) -> tuple[int, str] | None:
