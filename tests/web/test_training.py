@@ -34,7 +34,7 @@ from stepfold.web.training import (
     wishes_of,
 )
 
-FORM = ("mine", "emoji", "", "demo", 20, None, None, None)
+FORM = ("mine", "emoji", "", "demo", "20", "", "", "")
 LIKE_STEPFOLD = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -92,7 +92,7 @@ def ready(training: Training) -> bool:
 
 def test_a_run_is_planned_started_stopped_and_resumed(training: Training) -> None:
     """The words are those of the commands, which parse them; the run's log says how far it is."""
-    wishes = wishes_of(training, "mine", "emoji", "", "demo", 20, 4, 64.0, 1e-4)
+    wishes = wishes_of(training, "mine", "emoji", "", "demo", "20", " 4", "64.0", "1e-4")
     changes = ("training.steps=20", "student.lora=4", "teacher.height=64", "teacher.width=64", "optimiser.lr=0.0001")
     assert wishes == Wishes("mine", "emoji", "", "demo", changes)
     with pytest.raises(UserError, match="this run is not planned"):
@@ -151,15 +151,17 @@ def test_a_name_leads_to_no_other_folder(name: Any, training: Training) -> None:
         (2, "/etc/passwd", "'/etc/passwd' is none of the prompts that this page offers"),
         (3, "/tmp/mine.yaml", "'/tmp/mine.yaml' is none of the preset"),
         (3, ["demo"], "is none of the preset"),
-        (4, 0, "setting training.steps is 0: Input should be greater than or equal to 1"),
-        (4, 2.5, "setting training.steps is 2.5: "),
+        (4, "0", "setting training.steps is 0: Input should be greater than or equal to 1"),
+        (4, "2.5", "setting training.steps is 2.5: "),
         (4, "20; rm -rf /", "training.steps is '20; rm -rf /'; give a number"),
-        (4, True, "training.steps is 'True'; give a number"),
-        (5, -1, "setting student.lora is -1: Input should be greater than or equal to 0"),
-        (6, 1e12, "setting teacher.height is 1000000000000: "),
-        (7, 0, "setting optimiser.lr is 0: Input should be greater than 0"),
-        (7, float("inf"), "optimiser.lr is 'inf'; give a number"),
-        (7, float("nan"), "optimiser.lr is 'nan'; give a number"),
+        (4, 20, "training.steps is '20'; give a number"),
+        (4, None, "training.steps is 'None'; give a number"),
+        (4, "20 # y", "training.steps is '20 # y'; give a number"),
+        (5, "-1", "setting student.lora is -1: Input should be greater than or equal to 0"),
+        (6, "1e12", "setting teacher.height is 1000000000000: "),
+        (7, "0", "setting optimiser.lr is 0: Input should be greater than 0"),
+        (7, "inf", "optimiser.lr is 'inf'; give a number"),
+        (7, "nan", "optimiser.lr is 'nan'; give a number"),
     ],
 )
 def test_what_a_browser_sends_is_checked(place: int, value: Any, said: str, training: Training) -> None:
@@ -195,10 +197,10 @@ def test_no_other_folder_is_resumed(name: Any, runs: Path) -> None:
 def test_the_command_line_says_what_is_offered(tmp_path: Path, prompts_file: Path, tiny_sana: Path) -> None:
     found = offered(tmp_path, [str(prompts_file), str(tiny_sana), "owner/model"])
     assert found.teachers == ("emoji", str(tiny_sana), "owner/model") and found.prompts == ("", str(prompts_file))
-    wishes = wishes_of(found, "mine", str(tiny_sana), str(prompts_file), "default", *[None] * 4)
+    wishes = wishes_of(found, "mine", str(tiny_sana), str(prompts_file), "default", *[""] * 4)
     assert wishes.options()[2:] == ["--teacher", str(tiny_sana), "--prompts", str(prompts_file)]
     with pytest.raises(UserError, match="prompts is missing"):
-        wishes_of(found, "mine", str(tiny_sana), "", "default", *[None] * 4)
+        wishes_of(found, "mine", str(tiny_sana), "", "default", *[""] * 4)
     for wrong in ("./nothing.txt", "my/nothing.txt", "nothing", "a/b/c"):
         with pytest.raises(UserError, match=re.escape(f"--offer {wrong} is not there; give a pipeline folder")):
             offered(tmp_path, [wrong])
