@@ -123,7 +123,7 @@ class Exact(nn.Module):
 
 
 def teacher_of(output: Output, case: Case, data_std: float, returned: str | None = None) -> ModuleTeacher:
-    """A teacher that takes its network for one of `output`, whatever it returns; the range of some ends before noise."""
+    """A teacher that takes its network for one of `output`, whatever that returns; some ranges end before noise."""
     schedule = case.schedule
     if output in ("noise", "score") and invert(schedule, data_std).highest > 1.57:
         end = "last" if case.by_hand(torch.tensor([float(schedule.last)]))[0] < 0.1 else "first"
