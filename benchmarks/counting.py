@@ -7,14 +7,13 @@ encoder while it works (its weights are). AdamW is the fused one, as on a GPU.
 
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
 
-import diffusers
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -37,7 +36,6 @@ from models import (
     TRANSFORMERS,
     Size,
 )
-from shapes import SHAPES, Shape
 from step_rows import Precision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -46,7 +44,7 @@ from torch.utils._pytree import tree_iter, tree_leaves
 from transformers import Gemma2Config, Gemma2Model
 
 from stepfold import assets
-from stepfold.config import Config, load_config
+from stepfold.config import Config
 from stepfold.objectives.contract import Networks
 from stepfold.objectives.denoising import FAKE
 from stepfold.prompts.reading import open_prompts
@@ -55,8 +53,7 @@ from stepfold.students.starting import make_fake
 from stepfold.students.whole import new_student
 from stepfold.teachers import pipeline
 from stepfold.teachers.contract import Condition, Student, deepcopy_sharing
-from stepfold.teachers.loading import FAMILIES, load_teacher
-from stepfold.teachers.quantised import quantise
+from stepfold.teachers.loading import load_teacher
 from stepfold.training.critics import fake_loss, fake_states, new_critics
 from stepfold.training.draws import Batch, draw
 from stepfold.training.optimisers import add_group, make_optimiser
@@ -133,20 +130,37 @@ class Repeats:
         return out
 
 
-def count_step(size: Size, config: Config, cached: bool) -> dict[str, float]:
+def count_few(size: Size, config: Config, cached: bool, few: int = 3) -> dict[str, float]:
+    """As `count_step`, on `few` of the network's equal blocks and on twice as many: the rest is as what those add."""
+    stacks = {name: count for name, count in config_of(size).items() if name in ("num_layers", "num_single_layers")}
+    first = count_step(size, config, cached, dict.fromkeys(stacks, few))
+    total = dict(first)
+    for stack, count in stacks.items():
+        more = count_step(size, config, cached, dict.fromkeys(stacks, few) | {stack: 2 * few})
+        total = {what: total[what] + (count - few) / few * (more[what] - first[what]) for what in total}
+    return total
+
+
+def config_of(size: Size) -> dict[str, Any]:
+    """Of the network of a size."""
+    return FLUX if size == "flux" else TRANSFORMERS[size]
+
+
+def count_step(size: Size, config: Config, cached: bool, blocks: Mapping[str, int] | None = None) -> dict[str, float]:
     """GiB that a step takes at its peak, and what stays between two steps.
 
     Args:
         size: of the model.
         config: the settings.
         cached: whether conditions come from a cache, so that neither text encoder nor autoencoder is in memory.
+        blocks: numbers of blocks in the network's config, where they are others than the size's.
     """
     training, fake, counted = config.training, FakeTensorMode(allow_non_fake_inputs=True), CountedBytes()
     from_images = "images" in config.space.weights
     prompts = open_prompts(assets.PROMPTS)
     in_place = patch.object(nn.Module, "to", lambda module, *_, **__: module)
     with tempfile.TemporaryDirectory() as folder, in_place:
-        described = described_pipe(size, Path(folder))
+        described = described_pipe(size, Path(folder), config_of(size) | dict(blocks or {}))
         with fake, counted:
             pipe = with_fake_weights(described, getattr(torch, config.teacher.dtype), encoders=not cached)
         with patch.object(pipeline, "load_pipeline", lambda *_, **__: pipe):
@@ -231,14 +245,14 @@ def update_fake(
     optimiser.zero_grad(set_to_none=True)
 
 
-def described_pipe(size: Size, folder: Path) -> Any:
+def described_pipe(size: Size, folder: Path, config: dict[str, Any]) -> Any:
     """A pipeline without any weights, and in `folder` what a teacher reads of one besides them."""
     if size == "flux":
-        return described_flux(folder)
+        return described_flux(folder, config)
     tiny = size == "tiny"
     with torch.device("meta"):
         networks: dict[str, Any] = {
-            "transformer": SanaTransformer2DModel(**TRANSFORMERS[size]),
+            "transformer": SanaTransformer2DModel(**config),
             "vae": AutoencoderDC(**(DC_AE_TINY if tiny else DC_AE_F32C32)),
             "text_encoder": Gemma2Model(Gemma2Config(**(GEMMA_TINY if tiny else GEMMA_2B))),
         }
@@ -251,10 +265,10 @@ def described_pipe(size: Size, folder: Path) -> Any:
     return pipe
 
 
-def described_flux(folder: Path) -> Any:
+def described_flux(folder: Path, config: dict[str, Any]) -> Any:
     """The same of FLUX.1-dev, whose text encoders are left out."""
     with torch.device("meta"):
-        transformer, vae = FluxTransformer2DModel(**FLUX), AutoencoderKL(**FLUX_VAE)
+        transformer, vae = FluxTransformer2DModel(**config), AutoencoderKL(**FLUX_VAE)
     scheduler = FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULE)
     absent: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipe: Any = FluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **absent)
@@ -300,126 +314,3 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def count_preset(family: str, changes: Sequence[str] = ()) -> dict[str, float]:
-    """GiB of a step of FAMILY-lora-4step, conditions from a cache; where blocks are equal, counted on few of them.
-
-    Memory is linear in the number of blocks of a kind: one more has its weights, its LoRA and that one's states, and
-    its input for the backward pass. So it is counted on one of each kind, and on one more of each.
-
-    Args:
-        family: one of `shapes.SHAPES`.
-        changes: settings besides the preset's.
-
-    Returns:
-        `peak_gib`, `between_steps_gib`.
-    """
-    shape = SHAPES[family]
-    one = dict.fromkeys(shape.stacks, 1)
-    first = count_lora_step(family, shape, one, changes)
-    total = dict(first)
-    for stack, count in shape.stacks.items():
-        more = count_lora_step(family, shape, one | {stack: 2}, changes)
-        total = {what: total[what] + (count - 1) * (more[what] - first[what]) for what in total}
-    return total
-
-
-def count_weights(family: str, rank: int = 64) -> dict[str, float]:
-    """GiB of FAMILY-lora-4step's network in bfloat16 and quantised, and of a LoRA with all that goes with it.
-
-    Quantised are the linear layers of its blocks, as `teacher.quantise` does it; the rest stays in bfloat16.
-
-    Args:
-        family: one of `shapes.SHAPES`.
-        rank: of the LoRA: weight, gradient, average and AdamW's two moments, in float32.
-
-    Returns:
-        `none`, `int8`, `fp8`, `nf4` and `lora`.
-    """
-    shape = SHAPES[family]
-    blocks = FAMILIES[shape.pipeline].lora_blocks
-    with torch.device("meta"):
-        network = shape.make_network()
-    weights = sum(p.numel() for p in network.parameters())
-    layers = [
-        layer.weight.shape
-        for name, layer in network.named_modules()
-        if isinstance(layer, nn.Linear) and any(part in name for part in blocks)
-    ]
-    inside, rows = sum(o * i for o, i in layers), sum(o for o, _ in layers)
-    matrices = rank * sum(o + i for o, i in layers)
-    taken = {
-        "none": 2 * weights,
-        "int8": 2 * (weights - inside) + inside + 4 * rows,
-        "nf4": 2 * (weights - inside) + inside / 2 + inside / 64 * 4,
-        "lora": 5 * 4 * matrices,
-    }
-    return {what: count / 2**30 for what, count in (taken | {"fp8": taken["int8"]}).items()}
-
-
-def count_lora_step(family: str, shape: Shape, stacks: dict[str, int], changes: Sequence[str]) -> dict[str, float]:
-    """The same of a network of so many blocks; one step, whose optimiser's states are there from its beginning."""
-    few = ("space.route_steps=2", "training.precision=bf16", "training.walk_precision=bf16")  # states are small
-    fake, counted = FakeTensorMode(allow_non_fake_inputs=True), CountedBytes()
-    address, ragged = (
-        patch.object(Tensor, "data_ptr", id),
-        patch.object(Condition, "texts", lambda own: list(own.embeds)),
-    )
-    with tempfile.TemporaryDirectory() as name, patch.object(nn.Module, "to", lambda module, *_, **__: module), address:
-        folder = Path(name)
-        given = load_config(f"{family}-lora-4step", [*few, *changes], teacher__source=name, prompts=str(assets.PROMPTS))
-        kind, kept = given.teacher.quantise, given.teacher.model_copy(update={"quantise": "none"})
-        config = given.model_copy(update={"teacher": kept})
-        pipe = pipe_of(shape, stacks, folder)
-        with fake, counted, default_dtype(getattr(torch, config.teacher.dtype)):
-            network = shape.make_network(**stacks).requires_grad_(False)
-            setattr(pipe, shape.network_part, quantise(network, kind, FAMILIES[shape.pipeline].lora_blocks, CPU))
-            del network
-        with patch.object(pipeline, "load_pipeline", lambda *_, **__: pipe):
-            teacher = load_teacher(config.teacher, CPU, null=texts_of(shape, 1))
-        batch = draw(0, open_prompts(assets.PROMPTS), teacher, config, CPU)
-        with fake, counted, ragged:
-            student = lora_student(teacher, config.student.lora)
-            student.recompute_blocks()
-            still = [*(p for p in student.parameters() if not p.requires_grad), *student.buffers()]
-            average = deepcopy_sharing(student, still).requires_grad_(False)
-            trained = [p for p in student.parameters() if p.requires_grad]
-            moments = [torch.zeros_like(p) for p in trained for _ in range(2)]  # AdamW's
-            precision: Any = Precision(CPU, True, cached=False)
-            networks = Networks(
-                student, teacher, tangent="none", precision=partial(student_precision, precision, "bf16"),
-                walk_precision=partial(walk_precision, "bf16", CPU, teacher.network), average=average,
-            )  # fmt: skip
-            counted.peak = counted.now
-            conditions = texts_of(shape, len(batch.index))
-            states = collect(list(config.space.weights), batch, conditions, networks, config, 0)
-            teacher.clear_prompt_cache()
-            add_gradients(terms_of(config), networks, states, batch.draws, config, 0, precision)
-            move_average(average, student, config.training.ema)
-            for parameter in trained:
-                parameter.grad = None
-            del states, moments
-    return {"peak_gib": counted.peak / 2**30, "between_steps_gib": counted.now / 2**30}
-
-
-def pipe_of(shape: Shape, stacks: dict[str, int], folder: Path) -> Any:
-    """A pipeline without weights, and in `folder` what a teacher reads of one besides them."""
-    kind: Any = getattr(diffusers, shape.pipeline)
-    made, options = shape.vae
-    with torch.device("meta"):
-        network, vae = shape.make_network(**stacks), made(**options)
-    parts: dict[str, Any] = dict.fromkeys(kind._get_signature_keys(kind)[0] - {"self"})
-    pipe = kind(**parts | {shape.network_part: network, "scheduler": shape.scheduler()})
-    pipe.register_modules(vae=vae)
-    pipe.save_config(folder)
-    vae.save_config(folder / "vae")
-    pipe.vae = None
-    return pipe
-
-
-def texts_of(shape: Shape, count: int) -> Condition:
-    """Of prompts that fill all tokens."""
-    tokens, width = shape.text
-    pooled = None if shape.pooled is None else torch.zeros(count, shape.pooled)
-    return Condition.whole(torch.zeros(count, tokens, width), pooled)

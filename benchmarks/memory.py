@@ -3,7 +3,7 @@
     python benchmarks/memory.py                                the bundled teacher, some minutes
     python benchmarks/memory.py --size sana-0.6b --count       by count: no GPU, no weights (see counting.py)
     python benchmarks/memory.py --count --presets flux --set teacher.quantise=nf4    flux-lora-4step, by count
-    python benchmarks/memory.py --size flux --count --scores    methods with a fake score, by count; of FLUX.1 too
+    python benchmarks/memory.py --size flux --count --scores --few-blocks    methods with a fake score, by count
 
 The methods are those of table T3 of `stepfold reproduce`. The batch size counts TBCM's prompts; the others, whose
 images are noised to one time each, get as many images as that makes pairs. Each number is the peak of a process of its
@@ -20,7 +20,8 @@ from typing import Any, cast
 
 import torch
 from common import PeakMemory, console, in_child, make_parser, open_record, show, training_device, write_record
-from counting import count_preset, count_step, count_weights
+from counting import count_few, count_step
+from counting_presets import count_preset, count_weights
 from models import COUNTED, Place, make_place, open_teacher
 from shapes import SHAPES
 from torch import Tensor
@@ -162,13 +163,21 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     add = parser.add_argument
     add("--size", choices=COUNTED, default="emoji", help="emoji is the bundled teacher; flux is for --count")
     add("--prompts", type=int, nargs="+", default=[1, 2, 4, 8], help="TBCM's prompts a step (1 2 4 8)")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="some of the methods")
+    add(
+        "--methods",
+        nargs="+",
+        choices=(*METHODS, *SCORES),
+        default=list(METHODS),
+        metavar="METHOD",
+        help="some of them",
+    )
     add("--steps", type=int, default=3, help="steps a process (3)")
     add("--count", action="store_true", help="add up the bytes of a step's tensors instead, on this machine")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that differs from T3's")
     add("--presets", nargs="+", choices=SHAPES, default=[], help="with --count: families of presets FAMILY-lora-4step")
     add("--weights-only", action="store_true", help="with --presets: no step")
     add("--scores", action="store_true", help="methods with a fake score instead; with --count")
+    add("--few-blocks", action="store_true", help="with --count: on few of the equal blocks, the rest as those")
     args = parser.parse_args(argv)
     if args.presets:
         record = open_record("memory", argv, torch.device("cpu"))
@@ -176,7 +185,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         write_record(args.out, record)
         return record
     if args.scores:
-        args.methods = list(SCORES)
+        args.methods = [name for name in SCORES if name in args.methods] or list(SCORES)
     if (args.size == "flux" or args.scores) and not args.count:
         parser.error("--scores and --size flux are counted: add --count")
     if args.count and args.size == "emoji":
@@ -198,7 +207,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
                 cached = method in (ENCODED, IN_PARTS, *SCORES)
                 try:
                     peak = (
-                        count_step(args.size, config, cached)
+                        (count_few if args.few_blocks else count_step)(args.size, config, cached)
                         if args.count
                         else in_child(method_memory, place, config, cached)
                     )

@@ -6,7 +6,8 @@
 RUN is a LoRA student of the bundled teacher with the style LoRA, RUN2 one of the bundled teacher alone. All rows share
 prompts, noise and guidance 3. `fluent` is the share of images that a small classifier takes for Fluent's, `fd_fluent`
 and `fd_noto` are Frechet distances to renders, `named` and `named_noto` the share of images that show the name of their
-prompt, by the mean features of Fluent renders, and by the bundled evaluator, which knows Noto alone.
+prompt, by the mean features of Fluent renders, and by the bundled evaluator, which knows Noto alone. A stopped
+measurement goes on with the row that it was at.
 """
 
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import console, make_parser, open_record, show, write_record
+from common import make_parser, open_record, show, write_record
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -54,7 +55,7 @@ def samplers_of(style: str, student: Path, step_saver: Path) -> dict[str, tuple[
     plain = load_teacher(bare, "cpu")
     styled = load_teacher(bare.model_copy(update={"lora": (LoraSettings(source=style),)}), "cpu")
     rows = {"teacher": partial(teacher_sampler, plain), "teacher with the style": partial(teacher_sampler, styled)}
-    found = {f"{name} {steps}": (plain, make(steps)) for name, make in rows.items() for steps in (20, 4, 1)}
+    found: dict[str, tuple[PipelineTeacher, Sampler]] = {}
     _, first, card = load_student(student, "cpu")
     saver = read_card(step_saver)
     options = {"convolutions": saver.lora_convolutions, "two_times": saver.two_times}
@@ -65,7 +66,7 @@ def samplers_of(style: str, student: Path, step_saver: Path) -> dict[str, tuple[
     }
     for name, (network, recipe) in students.items():
         found |= {f"{name} {k}": (plain, student_sampler(network, recipe, k, EMOJI.seed)) for k in (4, 1)}
-    return found
+    return found | {f"{name} {steps}": (plain, make(steps)) for steps in (4, 1, 20) for name, make in rows.items()}
 
 
 @torch.no_grad()
@@ -108,11 +109,16 @@ def score(images: Tensor, targets: Tensor, judge: Judge, classifier: nn.Module, 
     }
 
 
-def sheet(images: dict[str, Tensor], path: Path) -> None:
-    """The first images of each row, one row below the other, at three times their size."""
-    rows = [torch.cat([*each[: 2 * SHOWN : 2]], 2) for each in images.values()]
-    pixels = (torch.cat(rows, 1).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).resize((pixels.shape[1] * 2, pixels.shape[0] * 2), Image.Resampling.LANCZOS).save(path)
+def strip(images: Tensor) -> Image.Image:
+    """The first image of each of the first prompts, side by side."""
+    pixels = (torch.cat([*images[: 2 * SHOWN : 2]], 2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels)
+
+
+def rows_before(out: Path, command: str) -> dict[str, dict[str, Any]]:
+    """What a stopped measurement of the same command has left."""
+    record = json.loads(out.read_text()) if out.exists() else {}
+    return record["rows"] if record.get("command") == command else {}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -122,25 +128,25 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--student", type=Path, required=True, help="LoRA student of teacher and style")
     parser.add_argument("--step-saver", type=Path, required=True, help="LoRA student of the teacher alone")
     parser.add_argument("--n", type=int, default=300, help="images of each row (300)")
-    parser.add_argument("--sheet", type=Path, help="where to draw the first images of each row")
+    parser.add_argument("--strips", type=Path, help="folder for the first images of each row")
     args = parser.parse_args(argv)
     record = open_record("style", argv, torch.device("cpu"))
     classifier, fluent, said = read_work(args.work)
     judge = load_judge(assets.JUDGE, "cpu")
     prompts, targets, _ = protocol_prompts(judge, replace(EMOJI, n=args.n, guidance=GUIDANCE))
     style = args.style or str(args.work / "pytorch_lora_weights.safetensors")
-    rows: dict[str, dict[str, Any]] = {}
-    shown: dict[str, Tensor] = {}
-    for name, (teacher, sampler) in samplers_of(style, args.student, args.step_saver).items():
-        images = images_of(teacher, sampler, prompts)
-        rows[name] = score(images, targets, judge, classifier, fluent)
-        shown[name] = images[: 2 * SHOWN]
-        console.print(name, rows[name])
+    rows = rows_before(args.out, record["command"])
     record |= {"n": args.n, "guidance": GUIDANCE, "classifier": said, "rows": rows}
+    if args.strips:
+        args.strips.mkdir(parents=True, exist_ok=True)
+    for name, (teacher, sampler) in samplers_of(style, args.student, args.step_saver).items():
+        if name not in rows:
+            images = images_of(teacher, sampler, prompts)
+            rows[name] = score(images, targets, judge, classifier, fluent)
+            if args.strips:
+                strip(images).save(args.strips / f"{name}.png")
+            write_record(args.out, record)
     show("Style kept", ("row", *COLUMNS), [(name, *(f"{row[c]:.3f}" for c in COLUMNS)) for name, row in rows.items()])
-    write_record(args.out, record)
-    if args.sheet:
-        sheet(shown, args.sheet)
 
 
 if __name__ == "__main__":

@@ -341,6 +341,16 @@ def test_equal_knows_what_only_has_another_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_memory_is_linear_in_the_number_of_equal_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, counting = importlib.import_module("memory"), importlib.import_module("counting")
+    monkeypatch.setitem(counting.TRANSFORMERS, "tiny", counting.TRANSFORMERS["tiny"] | {"num_layers": 5})
+    small = [*memory.MATCHING, "training.checkpointing=true", "rollout.steps=1", "fake.rank=4"]
+    config = memory.settings(memory.Place("tiny", "cpu", tmp_path), memory.ENCODED, 1, 2, small)
+    whole, few = counting.count_step("tiny", config, True), counting.count_few("tiny", config, True, few=1)
+    assert few == {name: pytest.approx(value, rel=1e-3) for name, value in whole.items()}
+
+
+@pytest.mark.long
 def test_methods_with_a_fake_score_are_counted(tmp_path: Path) -> None:
     """Between steps a fake score has its weights and two moments, a student its average besides; so have LoRAs."""
     memory, counting = importlib.import_module("memory"), importlib.import_module("counting")

@@ -80,6 +80,14 @@ def test_both_halves_at_one_time_are_the_coupled_direction(weighting: Any) -> No
     torch.testing.assert_close(halves, whole)
 
 
+def test_dmds_weight_of_guidance_is_by_the_distance_to_the_guided_prediction() -> None:
+    x0, without, with_prompt = torch.randn(3, 6, 4).double()
+    t, w = torch.rand(6).double() + 0.2, torch.full((6,), W).double()
+    found = guidance_direction(x0, without, with_prompt, t, w, "dmd", SIGMA_DATA)
+    apart = (x0 - without - W * (with_prompt - without)).abs().mean(1, keepdim=True)
+    torch.testing.assert_close(found, (1 - W) * (with_prompt - without) / apart)  # sigma_data cancels
+
+
 def test_guidance_alone_pushes_the_same_wherever_the_student_is() -> None:
     t, w = torch.rand(6).double() + 0.2, torch.full((6,), W).double()
     found = []

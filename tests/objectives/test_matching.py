@@ -31,6 +31,7 @@ from stepfold.objectives.denoising import denoising_error
 from stepfold.objectives.matching import along, matching_direction, matching_loss, matching_weight
 from stepfold.scores import Weighting
 from stepfold.spaces.records import Pairs
+from stepfold.training.critics import fake_loss
 from stepfold.training.step_log import Metrics, means, spread_of
 from stepfold.training.terms import terms_of
 
@@ -134,6 +135,15 @@ def test_four_losses_of_the_fake_score_differ_by_known_weights() -> None:
         torch.testing.assert_close(theirs, ours, rtol=1e-9, atol=0)
 
 
+def test_velocitys_weight_is_the_difference_of_velocities() -> None:
+    """FreeFlow's: D / sin t = v_real - v_fake."""
+    x, t = torch.randn(8, 3).double(), torch.rand(8).double() * 1.4 + 0.1
+    v_real, v_fake = (gaussian(*law).velocity(x, t) for law in ((0.4, 0.2), (-0.1, 0.35)))
+    real, fake = (data_prediction(x, t, v) for v in (v_real, v_fake))
+    ours = matching_direction(x, real, fake, t, "velocity", SIGMA_DATA)
+    torch.testing.assert_close(ours, (v_real - v_fake) / SIGMA_DATA, rtol=1e-10, atol=1e-12)
+
+
 def test_dmds_weight_is_one_over_the_mean_distance_in_float32_at_least() -> None:
     x0, real = torch.randn(5, 3, 2).bfloat16(), torch.randn(5, 3, 2).bfloat16()
     t = torch.full((5,), 0.8)
@@ -142,6 +152,47 @@ def test_dmds_weight_is_one_over_the_mean_distance_in_float32_at_least() -> None
     exact = -real.double() / (x0.double() - real.double()).abs().mean((1, 2), keepdim=True)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)  # sigma_data cancels
     assert matching_weight("dmd", t, x0, x0, SIGMA_DATA).isfinite().all()
+
+
+class Noting(Score):
+    """Notes the scales that it is told."""
+
+    told: Tensor
+
+    def forward(self, x_unit: Tensor, t: Tensor, condition: Any, guidance: Tensor, *rest: Any) -> Tensor:
+        self.told = guidance
+        return super().forward(x_unit, t, condition, guidance, *rest)
+
+
+def test_pictures_are_noised_to_the_time_that_the_scores_are_asked_at() -> None:
+    """And the fake score is told the student's scales, here and in its own loss."""
+    (states, draws), fake, x0 = states_of(8, guidance=3.0), Noting(0.4, 0.2), torch.randn(8, 3).double()
+    networks = networks_of(Perfect(0.4, 0.2), Law(), fake)
+    at = matching.noised(x0, states, networks, draws, settings())
+    noise = (at.x - at.t.cos()[:, None] * x0) / at.t.sin()[:, None]
+    drawn = SIGMA_DATA * draws.normal("matching noise", (1, 3)).flatten(0, 1).double()
+    torch.testing.assert_close(noise, drawn, rtol=1e-6, atol=1e-9)
+    velocity = matching.fake_velocity(networks, at, at.x)
+    torch.testing.assert_close(velocity, gaussian(0.4, 0.2).velocity(at.x, at.t))
+    assert torch.equal(fake.told, states.guidance)
+    fake.told = torch.zeros(8)
+    fake_loss(networks, batch_of(8), states, settings())
+    assert torch.equal(fake.told, states.guidance)
+
+
+def test_figures_are_what_they_are_called() -> None:
+    x0, *found = torch.randn(5, 4, 3, 2).double()
+    values = matching.figures(x0, matching.Predictions(*found), SIGMA_DATA)
+    real, fake, v_real, v_fake = (each.flatten(1) for each in found)
+    exact = {
+        "gap": (fake - real).norm(dim=1) / (x0.flatten(1) - real).norm(dim=1),
+        "cosine": (v_real * v_fake).sum(1) / v_real.norm(dim=1) / v_fake.norm(dim=1),
+        "std": x0.flatten(1).std(1) / SIGMA_DATA,
+        "apart": ((fake - real) / SIGMA_DATA).square().mean(1),
+        "missed": ((x0.flatten(1) - fake) * (fake - real) / SIGMA_DATA**2).mean(1),
+    }
+    for name, value in exact.items():
+        torch.testing.assert_close(values[name], value, msg=name)
 
 
 # Fixed points, through the real objective.

@@ -3,6 +3,7 @@
 import itertools
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,16 @@ from stepfold.students.starting import make_fake
 from stepfold.students.whole import new_student
 from stepfold.teachers.sana import SanaTeacher
 from stepfold.training.accelerators import make_accelerator
-from stepfold.training.critics import FAKE, fake_loss, fake_states
+from stepfold.training.critics import FAKE, critics_of, fake_loss, fake_states
 from stepfold.training.distill import distill
-from stepfold.training.optimisers import STUDENT
+from stepfold.training.optimisers import STUDENT, add_group
+from stepfold.training.processes import ALONE
 from stepfold.training.runs import checkpoints, read_metrics
+from stepfold.training.stages import Stages
 from stepfold.training.states import collect
+from stepfold.training.step import Phase, Run, update_critic
+from stepfold.training.step_log import StepRecord
+from stepfold.training.terms import terms_of
 
 Settings = Callable[..., Config]
 FAKE_ON = ("fake.updates=2", "fake.head_start=0", "fake.kind=whole", "rollout.steps=2")
@@ -72,6 +78,33 @@ def test_a_wrong_fake_is_seen(monkeypatch: pytest.MonkeyPatch, mistake: str) -> 
     else:
         fake = Score(0.0, 0.5)
     assert abs(fake.mean - 0.7) > 0.1 or abs(fake.log_std.exp() - 0.3) > 0.1
+
+
+def test_the_updates_of_a_step_are_those_of_an_optimiser_of_its_own() -> None:
+    """Each has draws and a gradient of its own, at the fake score's rate; nothing of them reaches the student."""
+    changes = (
+        "objective=matching", "space.kind=rollout", "rollout.steps=1", "fake.updates=2", "fake.lr_factor=3",
+        "optimiser.lr=0.01", "optimiser.warmup=0", "optimiser.clip=1000", "training.precision=no",
+        "training.prompts_per_step=8",
+    )  # fmt: skip
+    config, batch = load_config("default", changes), batch_of(8)
+    student, fake, twin = Perfect(0.7, 0.3), Score(0.0, 0.5), Score(0.0, 0.5)
+    networks: Any = Networks(student, Law(), {FAKE: fake})  # type: ignore[arg-type]
+    optimiser = torch.optim.SGD([{"params": list(student.parameters()), "name": STUDENT}], lr=0.01)
+    add_group(optimiser, FAKE, list(fake.parameters()), None)
+    phase = Phase(0, config, terms_of(config), critics_of(config, {FAKE: fake}), networks)
+    run = Run(config, student, student, optimiser, make_accelerator("no"), ALONE, [phase], Stages())
+    update_critic(run, FAKE, phase.critics[FAKE], StepRecord(0, batch.prompts), batch, nothing(8), {})
+
+    by_hand, alone = torch.optim.SGD(twin.parameters(), lr=0.03), replace(networks, critics={FAKE: twin})
+    for j in range(2):
+        own = replace(batch, draws=batch.draws.of_update(j))
+        states = fake_states(alone, own, nothing(8), config, j, {})
+        fake_loss(alone, own, states, config).value.mean().backward()
+        by_hand.step()
+        by_hand.zero_grad()
+    assert abs(fake.mean) > 1e-3 and all(p.grad is None for p in (*student.parameters(), *fake.parameters()))
+    torch.testing.assert_close([*fake.parameters()], [*twin.parameters()], rtol=1e-12, atol=0)
 
 
 def losses_of(fake: Score, *changes: str) -> Tensor:
@@ -158,6 +191,31 @@ def test_heads_learn_to_tell_the_students_pictures_from_the_teachers_ends() -> N
         own.step()
         own.zero_grad()
     assert fooled[-1] < fooled[0] - 0.2 and student.mean.item() > before + 0.2  # towards the teacher's law
+
+
+class Sum(torch.nn.Module):
+    """A head that sums the state's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.scale * maps[0].flatten(1).sum(1, keepdim=True)
+
+
+def test_heads_that_are_rough_pay_for_it_and_the_student_does_not() -> None:
+    """A sum of 3 numbers moves by cos t times the sum of as many small noises, of deviation r1_noise sigma_data."""
+    student, heads = Perfect(0.4, 0.1), Sum()
+    plain = judged(student, heads, 0).of_critic  # type: ignore[arg-type]
+    rough = judged(student, heads, 0, "adversarial.r1_weight=7", "adversarial.r1_noise=0.2")  # type: ignore[arg-type]
+    torch.testing.assert_close(rough.of_critic - plain, 7 * rough.metrics["roughness"])
+    level = torch.randn(20000, generator=torch.Generator().manual_seed(0)) - 0.6  # log(sigma_data tan t)
+    share = 1 / (1 + (level.exp() / SIGMA_DATA).square())  # cos^2 t
+    wanted = float(3 * (0.2 * SIGMA_DATA) ** 2 * share.mean())
+    assert float(rough.metrics["roughness"].mean()) == pytest.approx(wanted, rel=0.3)
+    rough.of_critic.sum().backward()
+    assert heads.scale.grad is not None and student.mean.grad is None and student.log_std.grad is None
 
 
 def test_pictures_are_judged_at_the_times_that_are_drawn_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
