@@ -125,6 +125,16 @@ def test_a_run_is_planned_started_stopped_and_resumed(training: Training) -> Non
     until(lambda: words_of(training, "distill") == expected)
 
 
+def test_a_run_that_is_stopped_before_its_first_step_has_not_failed(training: Training) -> None:
+    """No handler is there yet, so the signal ends it."""
+    Path(training.program[-1]).write_text(LIKE_STEPFOLD.replace("signal.signal(", "print("))
+    training.planned.add(wishes := wishes_of(training, *FORM))
+    start(training, wishes)
+    until(lambda: ready(training))
+    stop(training, "mine")
+    assert training.processes["mine"].wait() == -15 and states(training) == [("mine", "stopped, step 1 of 9")]
+
+
 def test_a_run_that_fails_says_why(training: Training) -> None:
     wishes = Wishes("mine", "emoji", "", "explode", ())
     with pytest.raises(UserError, match=r"^the teacher is not there$"):
@@ -369,7 +379,7 @@ def test_a_run_of_the_bundled_teacher_in_a_browser(models: Any, tmp_path: Path) 
             if shots:
                 tab.screenshot(path=f"{shots}/plan.png", full_page=True)
             tab.get_by_role("button", name="Start", exact=True).click()
-            tab.locator("#training-state", has_text=re.compile(r"mine running, step \d+ of 2,000")).wait_for()
+            tab.locator("#training-state", has_text=re.compile(r"mine running, step [1-9]\d* of 2,000")).wait_for()
             tab.locator("#about", has_text="running").wait_for()
             if shots:
                 tab.screenshot(path=f"{shots}/running.png", full_page=True)
@@ -379,7 +389,7 @@ def test_a_run_of_the_bundled_teacher_in_a_browser(models: Any, tmp_path: Path) 
             saved = max(int(folder.name) for folder in (training.root / "mine" / "checkpoints").iterdir())
             assert saved > 0
             tab.get_by_role("button", name="Resume the chosen run").click()
-            tab.locator("#training-state", has_text=re.compile(r"mine running, step \d+ of 2,000")).wait_for()
+            tab.locator("#training-state", has_text=re.compile(r"mine running, step [1-9]\d* of 2,000")).wait_for()
             chromium.close()
     finally:
         for process in training.processes.values():

@@ -29,6 +29,8 @@ NUMBER = re.compile(r"-?\d{1,12}(\.\d{1,12})?(e-?\d{1,2})?", re.ASCII)
 LOGS = ".logs"
 """Folder in that of the runs, in which each process's own words are kept; no run's name begins with a dot."""
 LAST_BYTES = 2**14
+STOPPED = (0, 130, -signal.SIGTERM)
+"""How a process ends that was done, was stopped after a step, or was stopped before its first one."""
 BUNDLED = ""
 """Stands for the bundled teacher's own prompts."""
 
@@ -246,7 +248,7 @@ def states(training: Training) -> list[tuple[str, str]]:
     found, there = [], find_runs(training.root)
     for name, process in training.processes.items():
         code = process.poll()
-        if name in there and (code is None or code in (0, 130)):
+        if name in there and (code is None or code in STOPPED):
             run = read_run(training.root, name)
             said = "starting" if code is None and not is_running(run.folder) else run.progress
         else:
