@@ -88,7 +88,7 @@ def predictor(
     ready = prediction in PREDICTIONS
     if not ready and prediction not in get_args(Output):
         known = ", ".join([*PREDICTIONS, *get_args(Output)])
-        raise UserError(f"prediction is {prediction!r}, but a network predicts one of {known}")
+        raise UserError(f"prediction is {prediction!r}, but a network predicts one of {known}; choose one")
     if ready and schedule is not None:
         raise UserError(
             f"prediction={prediction!r} has a noise schedule of its own; leave schedule out, or say what the network "
