@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/emoji_style"), help="where stages leave their results")
     parser.add_argument("--steps", type=int, default=1200, help="training steps")
-    parser.add_argument("--batch", type=int, default=48, help="latents a step")
+    parser.add_argument("--batch", type=int, default=16, help="latents a step")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA's matrices")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW")
     args = parser.parse_args()
