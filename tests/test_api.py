@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from stepfold.api import distill_module, draw, load_module_student
@@ -282,6 +284,95 @@ def test_a_guided_network_of_ones_own_is_matched(tmp_path: Path, objective: str)
     assert draw(teacher, student, ["small ring"], steps=2).isfinite().all()
     rows = read_metrics(tmp_path / "run")
     assert len(rows) == 2 and all(row["gap"] > 0 and row["fake/loss"] > 0 for row in rows)
+
+
+class Free(nn.Module):
+    """A velocity without a condition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.net(torch.cat([x, t[:, None]], 1))
+
+
+FEW = ["training.steps=2", "training.prompts_per_step=2", "training.precision=no", "consistency.r_warmup=0"]
+
+
+def test_a_network_without_conditions_needs_no_prompts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher, run = ModuleTeacher(Free(), None, (2,)), tmp_path / "run"
+    few = [*FEW, "training.checkpoint_every=1"]
+    student = distill_module(teacher, None, run, few, quiet=True)
+    again = load_module_student(teacher, run)
+    samples = draw(teacher, student, 5, steps=2)
+    assert samples.shape == (5, 2) and len({tuple(row) for row in samples.tolist()}) == 5
+    assert torch.equal(samples[:3], draw(teacher, again, 3, steps=2))
+    assert not (run / "prompts.json").exists() and "prompts: ''" in (run / "config.yaml").read_text()
+    before = (run / "student.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoints" / "000002")
+    distill_module(teacher, None, run, few, resume=True, quiet=True)
+    assert (run / "student.safetensors").read_bytes() == before
+
+
+def test_prompts_and_conditions_go_together(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    free, reading = ModuleTeacher(Free(), None, (2,)), ModuleTeacher(Exact("flow"), encode, (2,))
+    for teacher, prompts, said in (
+        (free, tmp_path / "prompts.txt", r"takes no condition .*; give None instead of prompts"),
+        (
+            reading,
+            None,
+            r"takes a condition of each prompt, but there are no prompts; give them, or .* None for `encode`",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            distill_module(teacher, prompts, tmp_path / "run", FEW, quiet=True)
+        with pytest.raises(UserError, match=said):
+            draw(teacher, new_student(teacher), 3 if prompts is None else ["a"])
+    assert not (tmp_path / "run").exists()
+
+
+class Read(nn.Module):
+    """A network that notes the conditions of its calls, and adds what each is worth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.seen = nn.Parameter(torch.ones(())), set()
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        self.seen |= {tuple(row) for row in condition.embeds.flatten(1).tolist()}
+        return self.scale * (x + condition.embeds.flatten(1).mean(1)[:, None, None, None])
+
+
+def test_numbers_and_pictures_are_conditions_too(tmp_path: Path) -> None:
+    """As many as the network likes, of any shape; what stands in a line is for `encode` to read."""
+    numbers, pictures = tmp_path / "numbers.txt", tmp_path / "pictures.txt"
+    numbers.write_text("0.5 -1.25\n2 8\n")
+    for i in range(2):
+        Image.fromarray(np.full((4, 6, 3), 51 * (i + 1), np.uint8)).save(tmp_path / f"{i}.png")
+    pictures.write_text(f"{tmp_path / '0.png'}\n{tmp_path / '1.png'}\n")
+
+    def of_numbers(prompts: Any) -> Condition:
+        return Condition.whole(torch.tensor([[[float(word) for word in prompt.split()]] for prompt in prompts]))
+
+    def of_pictures(prompts: Any) -> Condition:
+        read = [torch.from_numpy(np.array(Image.open(prompt))) for prompt in prompts]
+        return Condition.whole(torch.stack(read).movedim(3, 1) / 255)
+
+    few = [*FEW, "objective=discrete", "training.prompts_per_step=4"]
+    seen = []
+    for name, prompts, each in (("n", numbers, of_numbers), ("p", pictures, of_pictures)):
+        nothing = each([prompts.read_text().split("\n")[0]]).each(torch.zeros_like)
+        teacher = ModuleTeacher(Read(), each, (3, 4, 6), nothing=nothing, guidance=2.0)
+        student = distill_module(teacher, prompts, tmp_path / name, few, quiet=True)
+        lines = prompts.read_text().split() if name == "p" else ["0.5 -1.25"]
+        assert draw(teacher, student, lines).isfinite().all()
+        seen.append(teacher.network.seen)
+    assert seen[0] == {(0.5, -1.25), (2.0, 8.0), (0.0, 0.0)}
+    fifths = {tuple([value] * 72) for value in torch.tensor([0.0, 51 / 255, 102 / 255]).tolist()}
+    assert seen[1] == fifths
 
 
 def test_a_student_that_is_a_velocity_is_drawn_as_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import json
+import math
 import re
 import runpy
 import shlex
@@ -15,6 +16,7 @@ import tiny
 import torch
 import typer.main
 from diffusers import AuraFlowPipeline
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
@@ -165,23 +167,36 @@ def test_the_family_that_the_docs_add_is_a_teacher(
 class Drift(nn.Module):
     """A network of one's own that does next to nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 4) -> None:
         super().__init__()
-        self.net = nn.Conv2d(4, 4, 1)
+        self.net = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, t: torch.Tensor, condition: Condition | None = None) -> torch.Tensor:
         return self.net(x)
 
 
 def test_a_network_of_ones_own_as_the_docs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = (block for block in blocks(ROOT / "docs" / "teachers.md", "python") if "ModuleTeacher" in block)
+    page = blocks(ROOT / "docs" / "teachers.md", "python")
+    plain, scheduled, free = (block for block in page if "ModuleTeacher(" in block)
+    numbers, images = (block for block in page if "def encode" in block)
     (tmp_path / "prompts.txt").write_text("a red heart\na fox\n")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {
         "network": Drift(), "encode": lambda prompts: Condition.whole(torch.ones(len(prompts), 1, 1)),
     }  # fmt: skip
-    exec(code.replace("training.steps=2000", "training.steps=1"), names)
+    exec(plain.replace("training.steps=2000", "training.steps=1"), names)
     assert names["samples"].shape == (1, 4, 32, 32) and bool(names["samples"].isfinite().all())
+    exec(scheduled, names)
+    assert math.tan(names["teacher"].start_time) == pytest.approx(math.sqrt(math.expm1(10)) / 0.8, rel=1e-6)
+    names["network"] = Drift(1)
+    exec(free.replace("training.steps=2000", "training.steps=1"), names)
+    assert names["samples"].shape == (16, 1, 32, 32) and bool(names["samples"].isfinite().all())
+    exec(numbers, names)
+    assert names["encode"](["0.5 -1.25", "2 8"]).embeds.tolist() == [[[0.5, -1.25]], [[2.0, 8.0]]]
+    Image.new("RGB", (6, 4), (0, 51, 255)).save(tmp_path / "a.png")
+    exec(images, names)
+    shown = names["encode"](["a.png", "a.png"]).embeds
+    assert shown.shape == (2, 3, 4, 6) and shown[1, :, 3, 5].tolist() == pytest.approx([0.0, 0.2, 1.0])
 
 
 class SmallSiT(nn.Module):

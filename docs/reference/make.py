@@ -213,7 +213,8 @@ API = {
     "Distil from Python": ("api", "teachers.module", "teachers.contract"),
     "Students": ("students.whole", "students.lora", "students.two_times"),
     "Mathematics": (
-        "maths.formulations", "maths.routes", "maths.tangent", "maths.schedules", "maths.filters", "maths.closed_form",
+        "maths.formulations", "maths.noise_schedules", "maths.routes", "maths.tangent", "maths.schedules",
+        "maths.filters", "maths.closed_form",
     ),
     "Spaces": ("spaces.records", "spaces.generation", "spaces.diffusion"),
     "Objectives": ("objectives.consistency", "objectives.discrete", "objectives.velocity", "objectives.adversarial"),

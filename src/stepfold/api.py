@@ -15,7 +15,7 @@ from stepfold.errors import UserError, first_line
 from stepfold.jobs.distilling import run_distill
 from stepfold.jobs.exporting import run_export
 from stepfold.jobs.sampling import run_sample
-from stepfold.prompts.reading import open_prompts
+from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.prompts.syntax import notes_of
 from stepfold.randomness import normal
 from stepfold.sampling.samplers import SAMPLERS, sampler_of
@@ -209,7 +209,7 @@ def refuse_what_objects_lack(config: Config, dtype: str) -> None:
 
 def distill_module(
     teacher: ModuleTeacher,
-    prompts: str | Path,
+    prompts: str | Path | None,
     folder: str | Path,
     changes: Sequence[str] = (),
     *,
@@ -222,7 +222,8 @@ def distill_module(
 
     Args:
         teacher: the network, wrapped.
-        prompts: a text file, one prompt a line; or a table, as `open_prompts` takes it.
+        prompts: a text file, one prompt a line; or a table, as `open_prompts` takes it. None for a network that takes
+            no condition.
         folder: of the run; new, or to be resumed. The student's weights are written into it, in safetensors.
         changes: settings as for `--set`, on top of the preset `default`, such as `objective=discrete`.
         student: what is trained, in place; None for a student that starts as the teacher.
@@ -242,9 +243,11 @@ def distill_module(
     folder = Path(folder)
     changes = ["objective=continuous", "space.filter_rule=off", *changes]  # a filter needs a black picture
     source = type(teacher.network).__name__
-    config = load_config("default", changes, teacher__source=source, prompts=str(prompts))
+    _refuse_other_prompts(teacher, prompts)
+    config = load_config("default", changes, teacher__source=source, prompts="" if prompts is None else str(prompts))
     config = choose_precision(as_begun(folder, config) if resume else config)
-    file, accelerator, display = open_prompts(prompts), make_accelerator(config.training.precision), Display(quiet)
+    file = open_prompts(prompts) if prompts is not None else NoPrompts()
+    accelerator, display = make_accelerator(config.training.precision), Display(quiet)
     _refuse_what_modules_lack(config, source)
     check_run(folder, config, resume)
     wrapped: Any = teacher  # it has what the loop asks for, but no pictures
@@ -252,12 +255,11 @@ def distill_module(
     student = student or new_student(teacher, config.student.depth, two_times=config.student.times == "two")
     blacks = [torch.zeros(teacher.latent_shape, device=accelerator.device)]
     teacher.network.to(accelerator.device)
-    sources = [
-        Source("prompts", str(file.source), file.sha256, len(file)),
-        Source("teacher", source, module_fingerprint(teacher.network)),
-    ]
-    for note in notes_of(file.foreign):
-        display.note(note)
+    sources = [Source("teacher", source, module_fingerprint(teacher.network))]
+    if isinstance(file, PromptFile):
+        sources.insert(0, Source("prompts", str(file.source), file.sha256, len(file)))
+        for note in notes_of(file.foreign):
+            display.note(note)
     lock = prepare_run(folder, config, resume, sources, display.note)
     student.to(accelerator.device)
     with display.training(config.training.steps):
@@ -270,6 +272,37 @@ def distill_module(
         save_file(gathered(average.state_dict(), keep=True), part)
     lock.release()
     return average.eval()
+
+
+class NoPrompts:
+    """Stands for the prompts of a network that takes no condition: a single one, empty."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def prompt(self, index: int) -> str:
+        """The empty prompt; its samples differ in their noise."""
+        return ""
+
+
+def _refuse_other_prompts(teacher: ModuleTeacher, prompts: object) -> None:
+    """Refuses prompts for a network that takes none, and none for one that takes some.
+
+    Raises:
+        UserError: saying which.
+    """
+    if isinstance(prompts, int):
+        prompts = None  # a number of samples
+    if prompts is None and teacher.takes_prompts:
+        raise UserError(
+            "this network takes a condition of each prompt, but there are no prompts; give them, or make its teacher "
+            "with None for `encode`"
+        )
+    if prompts is not None and not teacher.takes_prompts:
+        raise UserError(
+            "this network takes no condition (its `encode` is None); give None instead of prompts to distil it, and a "
+            "number of samples to draw"
+        )
 
 
 def _refuse_what_modules_lack(config: Config, source: str) -> None:
@@ -323,11 +356,25 @@ def load_module_student(teacher: ModuleTeacher, folder: str | Path, *, student: 
     return student.eval()
 
 
-def draw(teacher: ModuleTeacher, student: Student, prompts: Sequence[str], *, seed: int = 0, steps: int = 1) -> Tensor:
+def draw(
+    teacher: ModuleTeacher, student: Student, prompts: Sequence[str] | int, *, seed: int = 0, steps: int = 1
+) -> Tensor:
     """The student's samples, one a prompt, of unit variance [B, ...]; equal seeds start from equal noise.
 
     They are drawn with the student's own sampler, and its teacher's times.
+
+    Args:
+        teacher: the network, wrapped.
+        student: of it.
+        prompts: B strings; of a network that takes no condition, the number B.
+        seed: of the noise.
+        steps: network calls a sample.
+
+    Raises:
+        UserError: prompts for a network that takes none, or none for one that takes some.
     """
+    _refuse_other_prompts(teacher, prompts)
+    prompts = [""] * prompts if isinstance(prompts, int) else prompts
     device, sigma_data = next(student.parameters()).device, teacher.sigma_data
 
     def noise(step: int) -> Tensor:

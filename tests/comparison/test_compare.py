@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from forked import short_ends
 from inside import in_this_process
 from typer.testing import CliRunner
 
@@ -322,7 +321,6 @@ def test_a_short_run_that_was_interrupted_begins_again(tmp_path: Path, monkeypat
 def test_two_rows_are_compared_to_the_end_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepfold.reproduction.runs.subprocess.run", in_this_process)
     monkeypatch.setattr(planning, "TIMED_STEPS", 1)
-    short_ends(monkeypatch)
     root, file = tmp_path / "runs", tmp_path / "page" / "methods.md"
     command = [
         "compare", "--preset", "demo", "--preset", "dmd", "--pairs", "8", "--seeds", "1", "--n", "4", "--steps", "1,4",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stepfold.api import distill_module, draw, load_module_student
 from stepfold.errors import UserError
+from stepfold.maths.noise_schedules import vp_sde
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.module import ModuleTeacher
@@ -98,6 +99,9 @@ TEACHERS: dict[str, Callable[[], Seen]] = {
     "trigflow": lambda: Seen(Own(), encode, SHAPE, "trigflow"),
     "trigflow, guided": lambda: Seen(Own(), encode, SHAPE, "trigflow", nothing=encode([""]), guidance=4.0),
     "edm": lambda: Seen(OwnDenoiser(), encode, SHAPE, "edm", sigma_max=160.0),
+    "noise, guided": lambda: Seen(
+        Own(), encode, SHAPE, "noise", schedule=vp_sde(), data_std=0.7, nothing=encode([""]), guidance=4.0
+    ),
 }
 
 

@@ -34,7 +34,7 @@ from stepfold.web.training import (
     wishes_of,
 )
 
-FORM = ("mine", "emoji", "", "demo", 20, None, None, None)
+FORM = ("mine", "emoji", "", "demo", "20", "", "", "")
 LIKE_STEPFOLD = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -92,7 +92,7 @@ def ready(training: Training) -> bool:
 
 def test_a_run_is_planned_started_stopped_and_resumed(training: Training) -> None:
     """The words are those of the commands, which parse them; the run's log says how far it is."""
-    wishes = wishes_of(training, "mine", "emoji", "", "demo", 20, 4, 64.0, 1e-4)
+    wishes = wishes_of(training, "mine", "emoji", "", "demo", "20", " 4", "64.0", "1e-4")
     changes = ("training.steps=20", "student.lora=4", "teacher.height=64", "teacher.width=64", "optimiser.lr=0.0001")
     assert wishes == Wishes("mine", "emoji", "", "demo", changes)
     with pytest.raises(UserError, match="this run is not planned"):
@@ -125,6 +125,16 @@ def test_a_run_is_planned_started_stopped_and_resumed(training: Training) -> Non
     until(lambda: words_of(training, "distill") == expected)
 
 
+def test_a_run_that_is_stopped_before_its_first_step_has_not_failed(training: Training) -> None:
+    """No handler is there yet, so the signal ends it."""
+    Path(training.program[-1]).write_text(LIKE_STEPFOLD.replace("signal.signal(", "print("))
+    training.planned.add(wishes := wishes_of(training, *FORM))
+    start(training, wishes)
+    until(lambda: ready(training))
+    stop(training, "mine")
+    assert training.processes["mine"].wait() == -15 and states(training) == [("mine", "stopped, step 1 of 9")]
+
+
 def test_a_run_that_fails_says_why(training: Training) -> None:
     wishes = Wishes("mine", "emoji", "", "explode", ())
     with pytest.raises(UserError, match=r"^the teacher is not there$"):
@@ -151,15 +161,17 @@ def test_a_name_leads_to_no_other_folder(name: Any, training: Training) -> None:
         (2, "/etc/passwd", "'/etc/passwd' is none of the prompts that this page offers"),
         (3, "/tmp/mine.yaml", "'/tmp/mine.yaml' is none of the preset"),
         (3, ["demo"], "is none of the preset"),
-        (4, 0, "setting training.steps is 0: Input should be greater than or equal to 1"),
-        (4, 2.5, "setting training.steps is 2.5: "),
+        (4, "0", "setting training.steps is 0: Input should be greater than or equal to 1"),
+        (4, "2.5", "setting training.steps is 2.5: "),
         (4, "20; rm -rf /", "training.steps is '20; rm -rf /'; give a number"),
-        (4, True, "training.steps is 'True'; give a number"),
-        (5, -1, "setting student.lora is -1: Input should be greater than or equal to 0"),
-        (6, 1e12, "setting teacher.height is 1000000000000: "),
-        (7, 0, "setting optimiser.lr is 0: Input should be greater than 0"),
-        (7, float("inf"), "optimiser.lr is 'inf'; give a number"),
-        (7, float("nan"), "optimiser.lr is 'nan'; give a number"),
+        (4, 20, "training.steps is '20'; give a number"),
+        (4, None, "training.steps is 'None'; give a number"),
+        (4, "20 # y", "training.steps is '20 # y'; give a number"),
+        (5, "-1", "setting student.lora is -1: Input should be greater than or equal to 0"),
+        (6, "1e12", "setting teacher.height is 1000000000000: "),
+        (7, "0", "setting optimiser.lr is 0: Input should be greater than 0"),
+        (7, "inf", "optimiser.lr is 'inf'; give a number"),
+        (7, "nan", "optimiser.lr is 'nan'; give a number"),
     ],
 )
 def test_what_a_browser_sends_is_checked(place: int, value: Any, said: str, training: Training) -> None:
@@ -195,10 +207,10 @@ def test_no_other_folder_is_resumed(name: Any, runs: Path) -> None:
 def test_the_command_line_says_what_is_offered(tmp_path: Path, prompts_file: Path, tiny_sana: Path) -> None:
     found = offered(tmp_path, [str(prompts_file), str(tiny_sana), "owner/model"])
     assert found.teachers == ("emoji", str(tiny_sana), "owner/model") and found.prompts == ("", str(prompts_file))
-    wishes = wishes_of(found, "mine", str(tiny_sana), str(prompts_file), "default", *[None] * 4)
+    wishes = wishes_of(found, "mine", str(tiny_sana), str(prompts_file), "default", *[""] * 4)
     assert wishes.options()[2:] == ["--teacher", str(tiny_sana), "--prompts", str(prompts_file)]
     with pytest.raises(UserError, match="prompts is missing"):
-        wishes_of(found, "mine", str(tiny_sana), "", "default", *[None] * 4)
+        wishes_of(found, "mine", str(tiny_sana), "", "default", *[""] * 4)
     for wrong in ("./nothing.txt", "my/nothing.txt", "nothing", "a/b/c"):
         with pytest.raises(UserError, match=re.escape(f"--offer {wrong} is not there; give a pipeline folder")):
             offered(tmp_path, [wrong])
@@ -367,7 +379,7 @@ def test_a_run_of_the_bundled_teacher_in_a_browser(models: Any, tmp_path: Path) 
             if shots:
                 tab.screenshot(path=f"{shots}/plan.png", full_page=True)
             tab.get_by_role("button", name="Start", exact=True).click()
-            tab.locator("#training-state", has_text=re.compile(r"mine running, step \d+ of 2,000")).wait_for()
+            tab.locator("#training-state", has_text=re.compile(r"mine running, step [1-9]\d* of 2,000")).wait_for()
             tab.locator("#about", has_text="running").wait_for()
             if shots:
                 tab.screenshot(path=f"{shots}/running.png", full_page=True)
@@ -377,7 +389,7 @@ def test_a_run_of_the_bundled_teacher_in_a_browser(models: Any, tmp_path: Path) 
             saved = max(int(folder.name) for folder in (training.root / "mine" / "checkpoints").iterdir())
             assert saved > 0
             tab.get_by_role("button", name="Resume the chosen run").click()
-            tab.locator("#training-state", has_text=re.compile(r"mine running, step \d+ of 2,000")).wait_for()
+            tab.locator("#training-state", has_text=re.compile(r"mine running, step [1-9]\d* of 2,000")).wait_for()
             chromium.close()
     finally:
         for process in training.processes.values():

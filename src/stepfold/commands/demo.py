@@ -68,5 +68,6 @@ def demo(
     page = build(models, runs, training)
     typer.echo(f"page: {serve(page, host, port, own_alone=allow_training)} (Ctrl+C ends it)")
     page.block_thread()
-    for name in goes_on(training) if training else ():
-        typer.echo(f"{name} goes on; its words are in {log_of(training, name)}")
+    if training:
+        for name in goes_on(training):
+            typer.echo(f"{name} goes on; its words are in {log_of(training, name)}")

@@ -35,7 +35,9 @@ def quantise(
     ] = None,
     n: Annotated[
         int,
-        typer.Option(min=0, help="Prompts to measure the loss on, 64 at most; images of the bundled model; 0: none."),
+        typer.Option(
+            min=0, help="Prompts to measure the loss on, 64 at most (images, for the bundled model). 0 leaves it out."
+        ),
     ] = 500,
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts. Default: the run's that it did not train on.", show_default=False)

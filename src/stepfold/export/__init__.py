@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""A student becomes files of other programs: pipelines, LoRAs, single files, graphs, a page."""

@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""Where training states come from; one sample space a file."""

@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""Pipelines of diffusers and other networks as velocities in TrigFlow; one family a file."""

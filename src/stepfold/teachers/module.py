@@ -1,8 +1,9 @@
-"""Your own network as a teacher: any torch module that predicts a flow-matching velocity, TrigFlow's F or EDM's x_0."""
+"""Your own network as a teacher: any torch module, whatever it predicts and on which noise schedule."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,17 @@ from stepfold.maths.formulations import (
     edm_sigma,
     flow_prediction,
     guide,
+)
+from stepfold.maths.noise_schedules import (
+    FLOW,
+    TRIGFLOW,
+    Inverted,
+    NoiseSchedule,
+    Output,
+    exploding,
+    invert,
+    own_prediction,
+    refuse_pure_noise,
 )
 from stepfold.maths.routes import even_flow_times, few_step_times
 from stepfold.teachers.contract import NO_NULL, Condition, GuidanceKind, SamplerName, Teacher, concatenate
@@ -39,12 +51,75 @@ def edm_network(network: Any, x_unit: Tensor, t: Tensor, condition: Condition, g
     return dxdt_from_denoised(x_unit, t, network(edm_input(x_unit, t), edm_sigma(t, 1.0), condition))
 
 
-Prediction = Literal["flow", "trigflow", "edm"]
-PREDICTIONS: dict[Prediction, Predict] = {"flow": flow_network, "trigflow": own_trigflow_network, "edm": edm_network}
+def schedule_network(
+    network: Any,
+    x_unit: Tensor,
+    t: Tensor,
+    condition: Condition,
+    guidance: Tensor | None,
+    *,
+    inverted: Inverted,
+    output: Output,
+) -> Tensor:
+    """F [B, ...] of a network (x, its own time, condition) -> one of five outputs, see `own_prediction`."""
+    return own_prediction(x_unit, t, lambda x, time: network(x, time, condition), inverted, output)
+
+
+def without_condition(
+    network: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, predict: Predict
+) -> Tensor:
+    """F [B, ...] of a network (x, time), without a condition."""
+    return predict(lambda x, time, _: network(x, time), x_unit, t, condition, guidance)
+
+
+Ready = Literal["flow", "trigflow", "edm"]
+Prediction = Literal[Ready, Output]
+PREDICTIONS: dict[Ready, Predict] = {"flow": flow_network, "trigflow": own_trigflow_network, "edm": edm_network}
+
+
+def predictor(
+    prediction: Prediction, schedule: NoiseSchedule | None, data_std: float, sigma_max: float
+) -> tuple[Predict, float]:
+    """How a network is called, and the TrigFlow time at which its pure noise stands. Arguments as of `ModuleTeacher`.
+
+    Raises:
+        UserError: they do not go together, or the schedule is none; see `invert`.
+    """
+    ready = prediction in PREDICTIONS
+    if not ready and prediction not in get_args(Output):
+        known = ", ".join([*PREDICTIONS, *get_args(Output)])
+        raise UserError(f"prediction is {prediction!r}, but a network predicts one of {known}; choose one")
+    if ready and schedule is not None:
+        raise UserError(
+            f"prediction={prediction!r} has a noise schedule of its own; leave schedule out, or say what the network "
+            f"predicts on yours: {', '.join(get_args(Output))}"
+        )
+    if not ready and schedule is None:
+        raise UserError(
+            f"prediction={prediction!r} needs the noise schedule that the network was trained on; give schedule=, for "
+            "example NoiseSchedule(alpha, sigma, 0, 1)"
+        )
+    if prediction == "edm" and not 0 < sigma_max < math.inf:
+        raise UserError(f"sigma_max is {sigma_max}; a denoiser starts at a finite noise level, for example 160")
+    if ready and data_std == 1:
+        return PREDICTIONS[prediction], math.atan(sigma_max)
+    usual: dict[str, tuple[NoiseSchedule, Output]] = {"flow": (FLOW, "velocity"), "trigflow": (TRIGFLOW, "v")}
+    if prediction == "edm":
+        usual["edm"] = exploding(sigma_max), "data"
+    given, output = usual.get(prediction, (schedule, prediction))
+    inverted = invert(given, data_std)
+    refuse_pure_noise(inverted, output)
+    predict = partial(schedule_network, inverted=inverted, output=output)
+    return predict, min(inverted.highest, math.atan(sigma_max / data_std))
+
+
+def no_conditions(prompts: Sequence[str]) -> Condition:
+    """Rows without numbers, for networks that take no condition."""
+    return Condition.whole(torch.zeros(len(prompts), 1, 0))
 
 
 class ModuleTeacher(Teacher):
-    """A `contract.Teacher` around a module; data of unit variance, noise z of unit variance."""
+    """A `contract.Teacher` around a module; its states have data and noise z of unit variance."""
 
     sigma_data = SIGMA_DATA
     ode: Literal["flow", "trigflow"] = "flow"
@@ -53,10 +128,12 @@ class ModuleTeacher(Teacher):
     def __init__(
         self,
         network: nn.Module,
-        encode: Callable[[Sequence[str]], Condition],
+        encode: Callable[[Sequence[str]], Condition] | None,
         latent_shape: tuple[int, ...],
         prediction: Prediction = "flow",
         *,
+        schedule: NoiseSchedule | None = None,
+        data_std: float = 1.0,
         nothing: Condition | None = None,
         guidance: float = 1.0,
         sigma_max: float = math.inf,
@@ -67,17 +144,22 @@ class ModuleTeacher(Teacher):
         """Wraps a network; it is frozen, and its students are copies.
 
         Args:
-            network: (x [B, ...], t [B], condition of B rows) -> [B, ...], as `flow_network`, `own_trigflow_network` or
-                `edm_network` describes.
-            encode: prompts -> condition, one row a prompt.
+            network: (x [B, ...], its own time [B], condition of B rows) -> [B, ...]; without `encode`, (x, time).
+            encode: prompts -> condition, one row a prompt; None for a network that takes no condition. A prompt is a
+                line of text; what it stands for, a text, numbers or an image's name, is for `encode` to say.
             latent_shape: of one sample.
-            prediction: "flow", a velocity of flow matching; "trigflow", F; "edm", the picture.
+            prediction: what the network returns. With a schedule of its own: "flow", z - x_0 at (1 - t) x_0 + t z;
+                "trigflow", F at cos t x_0 + sin t z; "edm", x_0 at x_0 + sigma z, told sigma. On any `schedule`:
+                "velocity", "noise", "score", "v" or "data", see `noise_schedules.own_prediction`.
+            schedule: alpha and sigma of the network's own time, where `prediction` is one of those five.
+            data_std: standard deviation of the data that the network was trained on. Samples have unit variance:
+                `data_std` times them is the network's data.
             nothing: the condition of no prompt, one row. With it the network is walked with classifier-free guidance,
                 two rows a sample; its students take one and stand for the guided network.
             guidance: the scale w of F_nothing + w (F_prompt - F_nothing), unless the setting `space.guidance` gives
                 another one.
             sigma_max: the largest noise level that the network knows; pure noise stands there. A denoiser has none that
-                is infinite: EDM's own is 80 over data of standard deviation 0.5, so 160.
+                is infinite: EDM's own is 80, with `data_std` 0.5.
             shift: of its own flow sampler.
             max_tokens: what `encode` pads to; compiled runs want equal shapes.
             time_part: name of the network's part whose output is its time embedding [B, D], for students told two
@@ -85,22 +167,25 @@ class ModuleTeacher(Teacher):
 
         Raises:
             UserError: a guidance without the condition of nothing, or more than one row of that; a denoiser without
-                `sigma_max`.
+                `sigma_max`; a prediction without its schedule; a schedule that is none.
         """
         if nothing is None and guidance != 1:
             raise UserError(
                 f"guidance={guidance:g} needs the condition that the network takes for no prompt; give it as `nothing`"
             )
-        if prediction == "edm" and not 0 < sigma_max < math.inf:
-            raise UserError(f"sigma_max is {sigma_max}; a denoiser starts at a finite noise level, for example 160")
+        if nothing is not None and encode is None:
+            raise UserError("`nothing` is for a network that takes conditions; give its `encode`, or leave nothing out")
         if nothing is not None and len(nothing) != 1:
             raise UserError(f"`nothing` has {len(nothing)} rows; give one, as `encode` makes it of one prompt")
         self.nothing, self.default_guidance = nothing, guidance
         self._time_part = time_part
         self.guidance_kind: GuidanceKind = "none" if nothing is None else "classifier_free"
         self._network = network.eval().requires_grad_(False)
-        self.encode_prompts, self.latent_shape, self.latent_shapes = encode, latent_shape, (latent_shape,)
-        self.predict, self.start_time = PREDICTIONS[prediction], math.atan(sigma_max)
+        self.latent_shape, self.latent_shapes = latent_shape, (latent_shape,)
+        self.predict, self.start_time = predictor(prediction, schedule, data_std, sigma_max)
+        self.takes_prompts, self.encode_prompts = encode is not None, encode or no_conditions
+        if encode is None:
+            self.predict = partial(without_condition, predict=self.predict)
         self.shift, self.max_tokens = shift, max_tokens
 
     @property

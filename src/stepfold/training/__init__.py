@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""The run: its batches, steps, critics, checkpoints and logs."""

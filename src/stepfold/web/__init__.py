@@ -1,1 +1,1 @@
-"""The page of `stepfold demo`. Only `page.py` knows gradio; the other files give it pictures, numbers and texts."""
+"""The page of `stepfold demo`. `page.py` and `training_tab.py` alone know gradio; others give pictures and texts."""

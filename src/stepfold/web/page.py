@@ -224,6 +224,11 @@ def _runs_tab(tab: Any, root: Path, training: Training | None) -> None:
     with gr.Row():
         a = gr.Dropdown(names, value=newest(root, names), label="Run", min_width=150, elem_id="run-a")
         b = gr.Dropdown([NOBODY, *names], value=NOBODY[1], label="Compare with", min_width=150, elem_id="run-b")
+    timer = gr.Timer(REFRESH_SEC, active=False)
+    if training:
+        from stepfold.web.training_tab import training_form  # which imports gradio too
+
+        training_form(training, a, timer, _in_words, PRIVATE)
     about = gr.HTML(markup.note("Reading the runs …"), elem_id="about")
     at = gr.Slider(0, 1, 1, step=1, label="Previews at step", visible=False, buttons=[], elem_id="at")
     grids = gr.HTML(elem_id="grids")
@@ -231,11 +236,6 @@ def _runs_tab(tab: Any, root: Path, training: Training | None) -> None:
     wanted = gr.Checkbox(False, label="Show the report", visible=bool(names), elem_id="wanted")
     reports = gr.HTML()
     last = gr.State(("", 0))
-    timer = gr.Timer(REFRESH_SEC, active=False)
-    if training:
-        from stepfold.web.training_tab import training_form  # which imports gradio too
-
-        training_form(training, a, timer, _in_words, PRIVATE)
 
     def chosen(*values: Any) -> list[Run]:
         return [read_run(root, name) for name in values if name in find_runs(root)]

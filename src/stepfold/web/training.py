@@ -3,7 +3,6 @@
 A browser chooses from lists that the command line made, and names a folder directly in that of the runs.
 """
 
-import math
 import os
 import re
 import signal
@@ -26,9 +25,12 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 TEXTS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
 """Endings of prompts files; one that is not there is no hub id."""
+NUMBER = re.compile(r"-?\d{1,12}(\.\d{1,12})?(e-?\d{1,2})?", re.ASCII)
 LOGS = ".logs"
 """Folder in that of the runs, in which each process's own words are kept; no run's name begins with a dot."""
 LAST_BYTES = 2**14
+STOPPED = (0, 130, -signal.SIGTERM)
+"""How a process ends that was done, was stopped after a step, or was stopped before its first one."""
 BUNDLED = ""
 """Stands for the bundled teacher's own prompts."""
 
@@ -119,7 +121,7 @@ def wishes_of(
         teacher: one of `training.teachers`.
         prompts: one of `training.prompts`.
         preset: name of a preset that comes with stepfold.
-        steps: of the optimiser; None for the preset's, as of all that follow.
+        steps: of the optimiser, in digits; empty for the preset's, as all that follow.
         rank: of a LoRA student; 0 for all weights.
         size: of its images, in pixels.
         rate: learning rate.
@@ -141,11 +143,12 @@ def wishes_of(
     }  # fmt: skip
     changes = []
     for setting, value in numbers.items():
-        if value is None or value == "":
+        if isinstance(value, str) and not value.strip():
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, str) or not NUMBER.fullmatch(value.strip()):
             raise UserError(f"{setting} is {str(value)[:100]!r}; give a number")
-        changes.append(f"{setting}={int(value) if float(value).is_integer() else value!r}")
+        number = float(value)
+        changes.append(f"{setting}={int(number) if number.is_integer() else number!r}")
     config = load_config(preset, changes, teacher__source=teacher, prompts=prompts or None)
     check_run(training.root / name, config, resume=False)
     if (training.root / name).is_symlink():
@@ -245,7 +248,7 @@ def states(training: Training) -> list[tuple[str, str]]:
     found, there = [], find_runs(training.root)
     for name, process in training.processes.items():
         code = process.poll()
-        if name in there and (code is None or code in (0, 130)):
+        if name in there and (code is None or code in STOPPED):
             run = read_run(training.root, name)
             said = "starting" if code is None and not is_running(run.folder) else run.progress
         else:

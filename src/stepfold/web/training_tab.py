@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from stepfold.config import preset_names, preset_purpose
+from stepfold.config import preset_names
 from stepfold.web import markup
 from stepfold.web.training import BUNDLED, Training, plan, resume, start, states, stop, wishes_of
 
@@ -30,10 +30,9 @@ def training_form(training: Training, run: Any, timer: Any, in_words: Callable[[
             teacher = gr.Dropdown(list(training.teachers), value=training.teachers[0], label="Teacher", min_width=150)
             named = [(path or "bundled", path) for path in training.prompts]
             prompts = gr.Dropdown(named, value=BUNDLED, label="Prompts", min_width=150)
-            presets = [(f"{each}: {preset_purpose(each)}", each) for each in preset_names()]
-            preset = gr.Dropdown(presets, value="demo", label="Preset", min_width=150)
+            preset = gr.Dropdown(preset_names(), value="demo", label="Preset", min_width=150)
         with gr.Row():
-            numbers = [gr.Number(None, label=label, min_width=150, placeholder="preset's") for label in NUMBERS]
+            numbers = [gr.Textbox("", label=label, min_width=150, placeholder="the preset's") for label in NUMBERS]
         with gr.Row(elem_id="training-buttons"):
             to_plan, to_start = (gr.Button(text, size="sm", min_width=80) for text in ("Plan", "Start"))
             to_stop, to_resume = (
