@@ -55,7 +55,7 @@ PART = 5  # pairs a backward pass, of the last one
 RANK = 64
 MATCHING = (
     "objective=matching", "space.kind=rollout", "rollout.steps=4", "fake.updates=5", "space.filter_rule=off",
-    f"fake.rank={RANK}",
+    f"fake.rank={RANK}", "fake.head_start=0",
 )  # fmt: skip
 SCORES: dict[str, tuple[str, ...]] = {
     "TBCM, LoRA student": (f"student.lora={RANK}",),
@@ -64,7 +64,7 @@ SCORES: dict[str, tuple[str, ...]] = {
     "dmd, whole student, LoRA fake score": MATCHING,
     "dmd, whole student, whole fake score": (*MATCHING, "fake.kind=whole"),
     "rcm, LoRA student, LoRA fake score": (f"student.lora={RANK}", "matching.weight=0.02", "rollout.steps=4",
-                                           "fake.updates=4", f"fake.rank={RANK}"),
+                                           "fake.updates=4", f"fake.rank={RANK}", "fake.head_start=0"),
 }  # fmt: skip
 """Methods with a fake score, and what they are compared with -> settings that differ from TBCM's in T3."""
 
