@@ -17,13 +17,28 @@ from torch import Tensor
 
 from autoencoder import save_grid, to_bytes, to_unit
 from fit import device, fit
-from fluent import fluent_glyphs
+from fluent import ICONS, VERSIONS, fluent_glyphs
 from render import COLOURS, NAMES, Renders, render_all
 from stepfold import assets
 from teacher import PROMPT_TOKENS, TextToLatent, sample_prompt
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")
 FILE = "pytorch_lora_weights.safetensors"
+CARD = """---
+license: mit
+library_name: diffusers
+---
+
+# A Fluent style for the emoji teacher
+
+A LoRA of rank {rank} on the bundled teacher's transformer, for the same prompts: {steps} steps of {batch} latents by
+`python recipes/emoji_teacher/style_lora.py`. Give it as `--teacher-lora`, or to `load_lora_weights`.
+
+## Data and licence
+
+Renders of Fluent Emoji, flat: copyright (c) Microsoft Corporation, MIT licence, https://github.com/microsoft/fluentui-emoji;
+as SVG in the npm package {package} {version}. The weights are under the same licence.
+"""
 
 
 def fluent_renders(work: Path, name: str, per_name: int, seed: int) -> Renders:
@@ -88,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/emoji_style"), help="where stages leave their results")
     parser.add_argument("--steps", type=int, default=1200, help="training steps")
-    parser.add_argument("--batch", type=int, default=48, help="latents a step")
+    parser.add_argument("--batch", type=int, default=16, help="latents a step")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA's matrices")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW")
     args = parser.parse_args()
@@ -103,6 +118,8 @@ def main() -> None:
         args.work / FILE,
         metadata={"format": "pt"},
     )
+    made = {"rank": args.rank, "steps": args.steps, "batch": args.batch}
+    (args.work / "README.md").write_text(CARD.format(package=ICONS, version=VERSIONS[ICONS], **made))
     print(args.work / FILE)
 
 

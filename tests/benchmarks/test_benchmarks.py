@@ -15,6 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stepfold import assets
+from stepfold.config import load_config
+from stepfold.evaluation.judge import load_judge, text_features
+from stepfold.export.pipeline import save_student
+from stepfold.sampling.recipe import make_recipe
+from stepfold.students.lora import lora_student
+from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -395,3 +402,38 @@ def test_the_curves_of_a_fake_score_are_logged_as_a_runs_are(tmp_path: Path) -> 
     assert len({healthy, late, strong}) == 3
     assert record["curves"]["healthy"]["fake/loss"][0] == record["curves"]["guidance too strong"]["fake/loss"][0]
     assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+@pytest.mark.long
+def test_a_style_is_measured_in_every_row_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA students that have learned nothing are the teacher, so both ways to the style are the same network."""
+    style = importlib.import_module("style")
+    judge = load_judge(assets.JUDGE, "cpu")
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "recipes" / "emoji_teacher"))
+    network = importlib.import_module("style_classifier").make_classifier()
+    said = {"scores": json.dumps({"accuracy": 1.0})}
+    save_file(network.state_dict(), tmp_path / "classifier.safetensors", said)
+    means = text_features(judge, judge.names).contiguous()
+    statistics = {"mean": judge.mean, "covariance": judge.covariance, "names": means}
+    save_file(statistics, tmp_path / "fluent_judge.safetensors")
+    layer = "transformer.transformer_blocks.0.attn1.to_q.lora_"
+    lora = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({f"{layer}A.weight": torch.randn(2, 192), f"{layer}B.weight": torch.randn(192, 2)}, lora)
+    options = ["--work", str(tmp_path), "--n", "2", "--out", str(tmp_path / "style.json")]
+    for name, loras in (("student", [str(lora)]), ("step-saver", [])):
+        config = load_config("demo", ["student.lora=2", f"teacher.lora={json.dumps(loras)}"])
+        teacher = load_teacher(config.teacher, "cpu")
+        recipe = make_recipe(config, teacher, (3.0,), 3.0)
+        save_student(teacher, lora_student(teacher, 2), tmp_path / name, config, recipe, "a fox")
+        options += [f"--{name}", str(tmp_path / name)]
+    style.main(options)
+    record = json.loads((tmp_path / "style.json").read_text())
+    rows = record["rows"]
+    assert len(rows) == 12 and all(set(row) == set(style.COLUMNS) for row in rows.values())
+    assert rows["step-saver and style 4"] == rows["style first, then distilled 4"] != rows["step-saver alone 4"]
+    assert rows["teacher with the style 20"] != rows["teacher 20"]
+    record["rows"] = {"teacher 20": rows["teacher 20"] | {"fluent": 7.0}}
+    (tmp_path / "style.json").write_text(json.dumps(record))
+    style.main(options)
+    again = json.loads((tmp_path / "style.json").read_text())["rows"]
+    assert again["teacher 20"]["fluent"] == 7.0 and again["teacher 4"] == rows["teacher 4"]

@@ -104,20 +104,27 @@ def test_the_change_is_from_the_same_noise(made: tuple[Path, Path, dict[str, Any
     assert ticks == ["reference 20", "a 2", "b 2", "a 1", "b 1"]
 
 
-def test_the_command_prints_it_and_the_bundled_student_is_scored_by_its_evaluator(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    result = Result(
-        "quantise", "emoji-student", "--out", out, "--n", "2", "--json", tmp_path / "loss.json",
-        "--device", "cpu", "--quiet",
-    )  # fmt: skip
+def test_the_command_prints_it(made: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
+    student, _, _ = made
+    out, file, prompts = tmp_path / "out", tmp_path / "loss.json", tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(TEXTS) + "\n")
+    options = ("--out", out, "--prompts", prompts, "--device", "cpu", "--quiet")
+    result = Result("quantise", student, *options, "--n", "1", "--json", file)
     assert result.code == 0, result.err
-    loss = json.loads((tmp_path / "loss.json").read_text())
-    assert loss["images"] == 2 and set(loss["forms"]) == {"student", "int8"}
-    assert set(loss["forms"]["int8"]["1"]) == {"latent_error", "change", "accuracy", "fd"}
-    assert "int8 1 step" in result.out and "FD (n = 2)" in result.out and str(out) in result.out
+    loss = json.loads(file.read_text())
+    assert set(loss["forms"]) == {"student", "int8"} and loss["protocol"]["n"] == 1 and loss["images"] is None
+    assert set(loss["forms"]["int8"]["1"]) == {"latent_error", "change"}
+    assert "int8 1 step" in result.out and "change" in result.out and str(out) in result.out
     assert "torch_dtype=torch.float32" in (out / "README.md").read_text()
     assert Result("sample", out, "red heart", "--out", tmp_path / "a.png").code == 0
-    assert_one_line(Result("quantise", "emoji-student", "--out", out, "--n", "0"), "is there already")
+    assert_one_line(Result("quantise", student, *options, "--n", "0"), "is there already")
+
+
+@pytest.mark.long
+def test_the_bundled_student_is_scored_by_its_evaluator(tmp_path: Path) -> None:
+    out, loss = quantised(Path("emoji-student"), tmp_path / "out", n=2)
+    assert loss["images"] == 2 and set(loss["forms"]["int8"]["1"]) == {"latent_error", "change", "accuracy", "fd"}
+    assert "| FD (n = 2) |" in (out / "README.md").read_text()
 
 
 def test_what_needs_plain_weights_says_so(made: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
