@@ -122,7 +122,9 @@ def test_four_losses_of_the_fake_score_differ_by_known_weights() -> None:
     """The loss of F against those of the picture, of flow matching's velocity and of the noise, at any F."""
     x0, z, t = torch.randn(9, 3).double(), torch.randn(9, 3).double(), torch.rand(9).double() * 1.4 + 0.1
     F, x, sin, cos = torch.randn(9, 3).double(), interpolate(x0, z, t), t.sin(), t.cos()
-    ours = denoising_error(lambda *a: F, x0, z, t, nothing(9), torch.ones(9), SIGMA_DATA)
+    asked: list[Any] = []
+    ours = denoising_error(lambda *a: asked.append(a) or F, x0, z, t, nothing(9), torch.ones(9), SIGMA_DATA)
+    assert torch.equal(asked[0][0], x / SIGMA_DATA) and torch.equal(asked[0][1], t)
 
     def square(a: Tensor, b: Tensor) -> Tensor:
         return (a - b).square().mean(1)
