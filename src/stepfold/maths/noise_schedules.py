@@ -275,8 +275,8 @@ def _expanded(function: Callable[[Tensor], Tensor | float], time: Tensor) -> Ten
 
 def _with_slope(function: Callable[[Tensor], Tensor | float], time: Tensor) -> tuple[Tensor, Tensor]:
     """A function and its derivative, elementwise, both float64 [B]."""
-    value, slope = torch.func.jvp(lambda at: function(at) + 0 * at, (time,), (torch.ones_like(time),))
-    return value, slope
+    both = torch.func.jvp(lambda at: function(at) + 0 * at, (time,), (torch.ones_like(time),))
+    return both[0], both[1]
 
 
 def _angles(schedule: NoiseSchedule, times: Tensor) -> Tensor:
