@@ -1,5 +1,7 @@
 """A pipeline of diffusers through the Python API: an object in memory is the teacher that its saved folder is."""
 
+import copy
+import inspect
 import json
 import re
 import shutil
@@ -18,6 +20,8 @@ from torch import nn
 from stepfold import api
 from stepfold.config import TeacherSettings, load_config
 from stepfold.errors import UserError
+from stepfold.jobs.exporting import run_export
+from stepfold.jobs.sampling import run_sample
 from stepfold.teachers.fingerprints import encoder_fingerprint, teacher_fingerprint
 from stepfold.teachers.licences import licences_of
 from stepfold.teachers.live import lent, object_fingerprint, sampled
@@ -100,6 +104,47 @@ def test_a_lora_of_an_object_is_exported_with_it(pairs: dict[int, tuple[Any, Pat
     assert files[0].read_bytes() == files[1].read_bytes()
     with pytest.raises(UserError, match=r"was a SanaPipeline object in Python .*give stepfold\.api the object"):
         api.sample(ours, ["a fox"])
+
+
+@pytest.mark.parametrize(
+    ("to", "dtype"),
+    cases([("pipeline", None), ("pipeline", "float16"), ("single-file", None)], short=[("pipeline", "float16")]),
+)
+def test_an_export_leaves_the_object_as_it_was(
+    to: str, dtype: Any, pairs: dict[int, tuple[Any, Path, Path]], tmp_path: Path
+) -> None:
+    """The LoRA was merged into the object's own network, once for each export."""
+    pipe, student, _ = pairs[4]
+    before, parts = as_given(pipe), ("transformer", "text_encoder", "vae")
+    weights = {part: copy.deepcopy(getattr(pipe, part).state_dict()) for part in parts}
+    end = ".safetensors" if to == "single-file" else ""
+    first, again = (api.export(student, to, tmp_path / f"{i}{end}", dtype=dtype, teacher=pipe) for i in range(2))
+    for part in parts:
+        for name, value in getattr(pipe, part).state_dict().items():
+            assert value.dtype == weights[part][name].dtype and torch.equal(value, weights[part][name])
+    assert as_given(pipe) == before
+    assert first.read_bytes() == again.read_bytes() if end else files_of(first) == files_of(again)
+
+
+def test_a_whole_student_from_a_lora_leaves_the_object_as_it_was(
+    pairs: dict[int, tuple[Any, Path, Path]], tmp_path: Path
+) -> None:
+    pipe, student, _ = pairs[4]
+    (tmp_path / "prompts.txt").write_text("a red heart\na fox\npizza\n")
+    weights = copy.deepcopy(pipe.transformer.state_dict())
+    changes = [*SHORT, "training.steps=1", f"student.init={student}"]
+    api.distill_pipeline(pipe, tmp_path / "prompts.txt", tmp_path / "run", changes, quiet=True)
+    assert all(torch.equal(value, weights[name]) for name, value in pipe.transformer.state_dict().items())
+
+
+def test_the_calls_have_the_commands_options() -> None:
+    """All that the jobs take, but what needs a file of an image or a network of the teacher's."""
+    for call, job, left_out in (
+        (api.export, run_export, set()),
+        (api.sample, run_sample, {"gamma", "image", "first_step", "folder"}),
+    ):
+        given, wanted = (set(inspect.signature(each).parameters) for each in (call, job))
+        assert wanted - given <= left_out, wanted - given
 
 
 def test_a_run_goes_on_with_the_same_weights_alone(

@@ -12,6 +12,7 @@ from torch import Tensor
 from stepfold.config import Config, TeacherSettings, from_yaml, load_config, phases_of
 from stepfold.display import Display
 from stepfold.errors import UserError, first_line
+from stepfold.jobs.devices import usable_device
 from stepfold.jobs.distilling import run_distill
 from stepfold.jobs.exporting import run_export
 from stepfold.jobs.sampling import run_sample
@@ -110,7 +111,7 @@ def sample(
     seed: int = 0,
     guidance: float | None = None,
     sampler: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     teacher: "DiffusionPipeline | None" = None,
 ) -> "list[Image]":
     """Images of a student, one a prompt; the same as those of `stepfold sample`.
@@ -122,7 +123,7 @@ def sample(
         seed: of the noise.
         guidance: scale that the student is told; None for its usual one.
         sampler: its name; None for the student's own.
-        device: of torch.
+        device: of torch; auto is cuda where there is one, else cpu.
         teacher: the pipeline object that a LoRA student was distilled from, if it was one.
 
     Raises:
@@ -133,7 +134,13 @@ def sample(
     """
     with source_of(teacher):
         return run_sample(
-            Path(student), prompts, steps=steps, seed=seed, guidance=guidance, device=device, sampler=sampler
+            Path(student),
+            prompts,
+            steps=steps,
+            seed=seed,
+            guidance=guidance,
+            device=usable_device(device),
+            sampler=sampler,
         )
 
 
@@ -146,6 +153,7 @@ def export(
     keys: Literal["diffusers", "comfy", "kohya", "peft"] | None = None,
     dtype: Literal["bfloat16", "float16"] | None = None,
     runtime: str | Path | None = None,
+    with_loras: bool = False,
     force: bool = False,
     teacher: "DiffusionPipeline | None" = None,
 ) -> Path:
@@ -153,12 +161,13 @@ def export(
 
     Args:
         student: folder of a student or of a finished run, or `emoji-student`.
-        to: `pipeline`, `lora`, `single-file`, `onnx`, `web` or `anyflow`.
+        to: `pipeline`, `lora`, `single-file`, `onnx`, `openvino`, `web` or `anyflow`.
         out: file or folder to write; None for one beside the student.
         steps: fold a flow map for exactly so many (pipeline, lora).
         keys: names in a LoRA's file.
         dtype: of the weights (pipeline, single-file).
         runtime: folder dist of onnxruntime-web (web).
+        with_loras: carry the teacher's LoRAs in a LoRA's file.
         force: replace an earlier export.
         teacher: as of `sample`.
 
@@ -173,7 +182,10 @@ def export(
     """
     with source_of(teacher):
         place, page = (None if path is None else Path(path) for path in (out, runtime))
-        return run_export(Path(student), to, place, force=force, steps=steps, keys=keys, runtime=page, dtype=dtype)
+        return run_export(
+            Path(student), to, place, force=force, steps=steps, keys=keys, runtime=page, dtype=dtype,
+            with_loras=with_loras,
+        )  # fmt: skip
 
 
 @contextmanager

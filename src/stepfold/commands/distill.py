@@ -24,8 +24,8 @@ from stepfold.commands.options import (
     VariantOption,
     chosen_preset,
     config_of,
-    usable_device,
 )
+from stepfold.jobs.devices import usable_device
 from stepfold.jobs.distilling import run_distill
 
 
