@@ -237,13 +237,13 @@ def test_licences_are_those_of_the_place_it_was_loaded_from(tmp_path: Path) -> N
     pipe: Any = make_sana()
     with lent(pipe) as source:
         assert licences_of(source) == {"teacher": {}, "text_encoder": {}}
-        assert "loaded from" not in api.unknown_of(pipe)
+        assert "loaded from" not in api._unknown_of(pipe)
     pipe.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / "README.md").write_text("---\nlicense: mit\n---\n")
     loaded: Any = type(pipe).from_pretrained(tmp_path / "saved")
     with lent(loaded) as source:
         assert licences_of(source)["teacher"] == {"license": "mit"}
-        assert f"object loaded from {tmp_path / 'saved'}; its files" in api.unknown_of(loaded)
+        assert f"object loaded from {tmp_path / 'saved'}; its files" in api._unknown_of(loaded)
 
 
 class Compiled(nn.Module):

@@ -11,18 +11,19 @@ from torch import Tensor
 
 from stepfold.config import Config, TeacherSettings, from_yaml, load_config, phases_of
 from stepfold.display import Display
-from stepfold.errors import UserError, first_line
+from stepfold.errors import NonFiniteError, UserError, first_line
 from stepfold.jobs.devices import usable_device
 from stepfold.jobs.distilling import run_distill
 from stepfold.jobs.exporting import run_export
 from stepfold.jobs.sampling import run_sample
+from stepfold.maths.noise_schedules import NoiseSchedule
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.prompts.syntax import notes_of
 from stepfold.randomness import normal
 from stepfold.sampling.samplers import SAMPLERS, sampler_of
 from stepfold.students.two_times import EMBEDDER
 from stepfold.students.whole import new_student
-from stepfold.teachers.contract import PictureScore, Student
+from stepfold.teachers.contract import Condition, PictureScore, Student
 from stepfold.teachers.fingerprints import module_fingerprint
 from stepfold.teachers.live import dtype_of, is_live, lent, origin_of_object
 from stepfold.teachers.loading import family_of
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
+__all__ = [
+    "Condition", "ModuleTeacher", "NoiseSchedule", "NonFiniteError", "UserError", "distill_module", "distill_pipeline",
+    "draw", "export", "load_module_student", "sample",
+]  # fmt: skip
 WEIGHTS = "student.safetensors"
 
 
@@ -80,21 +85,21 @@ def distill_pipeline(
         student = distill_pipeline(pipe, "prompts.txt", "runs/mine", preset="sdxl-lora-4step")
     """
     display = Display(quiet)
-    with source_of(teacher) as source:
+    with _source_of(teacher) as source:
         given: dict[str, Any] = {"teacher__source": source, "prompts": None if prompts is None else str(prompts)}
         dtype = dtype_of(teacher, family_of(source).network_part) if is_live(source) else None
         if not any(change.partition("=")[0].strip() == "teacher.dtype" for change in changes):
             given["teacher__dtype"] = dtype
         config = load_config(preset, changes, **given)
         if dtype:
-            refuse_what_objects_lack(config, dtype)
-            display.note(unknown_of(teacher))
+            _refuse_what_objects_lack(config, dtype)
+            display.note(_unknown_of(teacher))
         command = "stepfold.api.distill_pipeline"
         run_distill(config, Path(folder), resume=resume, display=display, command=command, device=device)
     return Path(folder) / "student"
 
 
-def unknown_of(pipe: Any) -> str:
+def _unknown_of(pipe: Any) -> str:
     """What a run does not know of a pipeline object, in one line."""
     place = origin_of_object(pipe)
     return (
@@ -132,7 +137,7 @@ def sample(
     Example:
         images = sample(student, ["a fox in snow"], steps=4, teacher=pipe)
     """
-    with source_of(teacher):
+    with _source_of(teacher):
         return run_sample(
             Path(student),
             prompts,
@@ -180,7 +185,7 @@ def export(
     Example:
         file = export(student, "lora", "fox-4step.safetensors", keys="kohya", teacher=pipe)
     """
-    with source_of(teacher):
+    with _source_of(teacher):
         place, page = (None if path is None else Path(path) for path in (out, runtime))
         return run_export(
             Path(student), to, place, force=force, steps=steps, keys=keys, runtime=page, dtype=dtype,
@@ -189,7 +194,7 @@ def export(
 
 
 @contextmanager
-def source_of(teacher: Any) -> Iterator[str]:
+def _source_of(teacher: Any) -> Iterator[str]:
     """Around a job; yields what stands for a teacher in settings: its folder or hub id, or a name for the object."""
     if teacher is None or isinstance(teacher, str | Path):
         yield str(teacher)
@@ -198,7 +203,7 @@ def source_of(teacher: Any) -> Iterator[str]:
         yield source
 
 
-def refuse_what_objects_lack(config: Config, dtype: str) -> None:
+def _refuse_what_objects_lack(config: Config, dtype: str) -> None:
     """Refuses settings that ask a pipeline object for what only files have, or what would change its weights.
 
     Raises:
@@ -258,7 +263,7 @@ def distill_module(
     _refuse_other_prompts(teacher, prompts)
     config = load_config("default", changes, teacher__source=source, prompts="" if prompts is None else str(prompts))
     config = choose_precision(as_begun(folder, config) if resume else config)
-    file = open_prompts(prompts) if prompts is not None else NoPrompts()
+    file = open_prompts(prompts) if prompts is not None else _NoPrompts()
     accelerator, display = make_accelerator(config.training.precision), Display(quiet)
     _refuse_what_modules_lack(config, source)
     check_run(folder, config, resume)
@@ -286,7 +291,7 @@ def distill_module(
     return average.eval()
 
 
-class NoPrompts:
+class _NoPrompts:
     """Stands for the prompts of a network that takes no condition: a single one, empty."""
 
     def __len__(self) -> int:

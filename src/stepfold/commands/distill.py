@@ -62,7 +62,7 @@ def distill(
 
         stepfold distill
 
-        stepfold distill --teacher ./my-sana --prompts prompts.txt --out runs/mine --train-steps 2000
+        stepfold distill --preset sana-lora-4step --teacher ./my-sana --prompts prompts.txt --out runs/mine
 
         stepfold distill --preset sdxl-lora-4step --teacher ./my-sdxl --prompts prompts.txt --out runs/sdxl
 
