@@ -276,7 +276,7 @@ def test_the_cost_of_objectives_with_a_target_time_is_in_forward_passes(tmp_path
         ("sid, guided, four steps", 25),
         ("rcm, four steps", 43.5),
         ("dp-dmd, four steps", 43),
-        ("dmd and a reward", 29),
+        ("dmd and a reward, one step", 29),
         ("endpoint", 12),
         ("adversarial, alternating", 36),
     ],
