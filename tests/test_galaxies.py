@@ -141,6 +141,7 @@ def wheel(galaxies: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return path
 
 
+@pytest.mark.long
 def test_the_example_runs_and_tells_its_numbers(
     galaxies: Any, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

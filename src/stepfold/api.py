@@ -303,11 +303,7 @@ class _NoPrompts:
 
 
 def _refuse_other_prompts(teacher: ModuleTeacher, prompts: object) -> None:
-    """Refuses prompts for a network that takes none, and none for one that takes some.
-
-    Raises:
-        UserError: saying which.
-    """
+    """Refuses prompts for a network that takes none, and none for one that takes some."""
     if isinstance(prompts, int):
         prompts = None  # a number of samples
     if prompts is None and teacher.takes_prompts:
