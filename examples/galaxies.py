@@ -51,7 +51,7 @@ class Block(nn.Module):
         super().__init__()
         self.patches = nn.Sequential(nn.Linear(patches, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, patches))
         self.channels = nn.Sequential(nn.Linear(CHANNELS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CHANNELS))
-        self.norm1, self.norm2 = nn.LayerNorm((CHANNELS, patches)), nn.LayerNorm((patches, CHANNELS))
+        self.norm1, self.norm2 = nn.LayerNorm([CHANNELS, patches]), nn.LayerNorm([patches, CHANNELS])
 
     def forward(self, y: Tensor) -> Tensor:
         y = (y + self.patches(self.norm1(y))).mT
@@ -67,7 +67,7 @@ class Mixer(nn.Module):
         self.first = nn.Conv2d(2, CHANNELS, PATCH, PATCH)
         self.last = nn.ConvTranspose2d(CHANNELS, 1, PATCH, PATCH)
         self.blocks = nn.ModuleList(Block(patches) for _ in range(BLOCKS))
-        self.norm = nn.LayerNorm((CHANNELS, patches))
+        self.norm = nn.LayerNorm([CHANNELS, patches])
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         time = (t / SCHEDULE.last)[:, None, None, None].expand_as(x)

@@ -1,23 +1,31 @@
 """A pipeline of diffusers through the Python API: an object in memory is the teacher that its saved folder is."""
 
+import copy
+import inspect
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from forms import cases
 from tiny import make_sana, make_sdxl
 from torch import nn
 
 from stepfold import api
-from stepfold.config import TeacherSettings
+from stepfold.config import TeacherSettings, load_config
 from stepfold.errors import UserError
+from stepfold.jobs.exporting import run_export
+from stepfold.jobs.sampling import run_sample
 from stepfold.teachers.fingerprints import encoder_fingerprint, teacher_fingerprint
 from stepfold.teachers.licences import licences_of
 from stepfold.teachers.live import lent, object_fingerprint, sampled
+from stepfold.teachers.loading import counts_to_thousand, load_teacher
 from stepfold.training.runs import read_metrics
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
@@ -98,6 +106,47 @@ def test_a_lora_of_an_object_is_exported_with_it(pairs: dict[int, tuple[Any, Pat
         api.sample(ours, ["a fox"])
 
 
+@pytest.mark.parametrize(
+    ("to", "dtype"),
+    cases([("pipeline", None), ("pipeline", "float16"), ("single-file", None)], short=[("pipeline", "float16")]),
+)
+def test_an_export_leaves_the_object_as_it_was(
+    to: str, dtype: Any, pairs: dict[int, tuple[Any, Path, Path]], tmp_path: Path
+) -> None:
+    """The LoRA was merged into the object's own network, once for each export."""
+    pipe, student, _ = pairs[4]
+    before, parts = as_given(pipe), ("transformer", "text_encoder", "vae")
+    weights = {part: copy.deepcopy(getattr(pipe, part).state_dict()) for part in parts}
+    end = ".safetensors" if to == "single-file" else ""
+    first, again = (api.export(student, to, tmp_path / f"{i}{end}", dtype=dtype, teacher=pipe) for i in range(2))
+    for part in parts:
+        for name, value in getattr(pipe, part).state_dict().items():
+            assert value.dtype == weights[part][name].dtype and torch.equal(value, weights[part][name])
+    assert as_given(pipe) == before
+    assert first.read_bytes() == again.read_bytes() if end else files_of(first) == files_of(again)
+
+
+def test_a_whole_student_from_a_lora_leaves_the_object_as_it_was(
+    pairs: dict[int, tuple[Any, Path, Path]], tmp_path: Path
+) -> None:
+    pipe, student, _ = pairs[4]
+    (tmp_path / "prompts.txt").write_text("a red heart\na fox\npizza\n")
+    weights = copy.deepcopy(pipe.transformer.state_dict())
+    changes = [*SHORT, "training.steps=1", f"student.init={student}"]
+    api.distill_pipeline(pipe, tmp_path / "prompts.txt", tmp_path / "run", changes, quiet=True)
+    assert all(torch.equal(value, weights[name]) for name, value in pipe.transformer.state_dict().items())
+
+
+def test_the_calls_have_the_commands_options() -> None:
+    """All that the jobs take, but what needs a file of an image or a network of the teacher's."""
+    for call, job, left_out in (
+        (api.export, run_export, set()),
+        (api.sample, run_sample, {"gamma", "image", "first_step", "folder"}),
+    ):
+        given, wanted = (set(inspect.signature(each).parameters) for each in (call, job))
+        assert wanted - given <= left_out, wanted - given
+
+
 def test_a_run_goes_on_with_the_same_weights_alone(
     pairs: dict[int, tuple[Any, Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +191,40 @@ def test_a_fingerprint_changes_with_each_part_of_an_object(tmp_path: Path) -> No
     assert [a == b for a, b in zip(prints(other), usual, strict=True)] == [False, True, False]
 
 
+MAKERS: dict[str, Callable[[], Any]] = {
+    "sana": make_sana, "sprint": tiny.make_sprint, "sd3": tiny.make_sd3, "flux": tiny.make_flux,
+    "flux2 klein": tiny.make_flux2_klein, "pixart": tiny.make_pixart, "sd1": tiny.make_sd1, "sdxl": make_sdxl,
+    "lumina2": tiny.make_lumina2, "wan": tiny.make_wan, "dit": tiny.make_dit,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", cases(MAKERS, ("sd1",)))
+def test_an_object_of_each_family_is_the_teacher_that_its_folder_is(family: str, tmp_path: Path) -> None:
+    """Velocities, decoded images and the count of time, to the bit; and its fingerprint outlives being saved."""
+    pipe = MAKERS[family]()
+
+    def seen(source: str) -> list[Any]:
+        small = {"height": 32, "width": 32, "frames": 5} if family == "wan" else {}
+        settings = TeacherSettings(source=source, max_tokens=24, **small)
+        teacher, numbers = load_teacher(settings, "cpu"), torch.Generator().manual_seed(0)
+        x, one = 0.5 * torch.randn(1, *teacher.latent_shape, generator=numbers), torch.ones(1)
+        velocity = teacher.velocity(x, 0.9 * one, teacher.encode(["7" if family == "dit" else "a fox"]), 3 * one)
+        teacher.release_decoder()
+        return [
+            velocity,
+            teacher.decode(x),
+            counts_to_thousand(load_config("demo", teacher__source=source, prompts="x")),
+        ]
+
+    with lent(pipe) as source:
+        ours, known = seen(source), teacher_fingerprint(TeacherSettings(source=source), network_only=False)
+    pipe.save_pretrained(tmp_path)
+    theirs = seen(str(tmp_path))
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1]) and ours[2] == theirs[2]
+    with lent(pipe) as source:
+        assert teacher_fingerprint(TeacherSettings(source=source), network_only=False) == known
+
+
 def test_a_large_weight_is_read_in_part() -> None:
     weight = torch.arange(3 * 2**20 + 5, dtype=torch.float32)
     found = sampled(weight)
@@ -154,13 +237,13 @@ def test_licences_are_those_of_the_place_it_was_loaded_from(tmp_path: Path) -> N
     pipe: Any = make_sana()
     with lent(pipe) as source:
         assert licences_of(source) == {"teacher": {}, "text_encoder": {}}
-        assert "loaded from" not in api.unknown_of(pipe)
+        assert "loaded from" not in api._unknown_of(pipe)
     pipe.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / "README.md").write_text("---\nlicense: mit\n---\n")
     loaded: Any = type(pipe).from_pretrained(tmp_path / "saved")
     with lent(loaded) as source:
         assert licences_of(source)["teacher"] == {"license": "mit"}
-        assert f"object loaded from {tmp_path / 'saved'}; its files" in api.unknown_of(loaded)
+        assert f"object loaded from {tmp_path / 'saved'}; its files" in api._unknown_of(loaded)
 
 
 class Compiled(nn.Module):
@@ -240,12 +323,12 @@ def test_other_objects_are_no_teachers(tmp_path: Path) -> None:
 def sdxl(monkeypatch: pytest.MonkeyPatch) -> None:
     """`from_pretrained` of SDXL gives the tiny one."""
 
-    def tiny(*_: Any, **__: Any) -> Any:
+    def small(*_: Any, **__: Any) -> Any:
         pipe: Any = make_sdxl()
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         return pipe
 
-    monkeypatch.setattr(StableDiffusionXLPipeline, "from_pretrained", tiny)
+    monkeypatch.setattr(StableDiffusionXLPipeline, "from_pretrained", small)
 
 
 def test_the_examples_of_the_page_run_and_are_those_of_the_docstrings(
@@ -256,8 +339,7 @@ def test_the_examples_of_the_page_run_and_are_those_of_the_docstrings(
         assert call.__doc__ and call.__doc__.split("Example:\n")[1].strip() in code
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a fox in snow\na red heart\n")
-    tiny = [*SHORT, "student.lora=4"]
-    names: dict[str, Any] = {"TINY": tiny}
+    names: dict[str, Any] = {"TINY": [*SHORT, "student.lora=4"]}
     exec(code.replace('preset="sdxl-lora-4step"', "changes=TINY, quiet=True"), names)
     assert names["student"] == Path("runs/mine/student")
     assert (tmp_path / "fox.png").stat().st_size > 100

@@ -608,7 +608,7 @@ def test_a_size_is_width_by_height() -> None:
 
 
 def test_the_device_is_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stepfold.commands.options import usable_device
+    from stepfold.jobs.devices import usable_device
 
     for there, device in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)

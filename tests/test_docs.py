@@ -247,7 +247,7 @@ def test_the_notebook_goes_from_a_teacher_to_a_student(capsys: pytest.CaptureFix
     ("module", "at_least"),
     [
         ("maths.formulations", 2), ("maths.routes", 1), ("maths.schedules", 1), ("maths.filters", 1),
-        ("maths.closed_form", 1), ("config", 1),
+        ("maths.closed_form", 1), ("maths.noise_schedules", 1), ("config", 1),
     ],
 )  # fmt: skip
 def test_examples_in_docstrings_run(module: str, at_least: int) -> None:

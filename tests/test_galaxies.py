@@ -141,10 +141,11 @@ def wheel(galaxies: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return path
 
 
+@pytest.mark.long
 def test_the_example_runs_and_tells_its_numbers(
     galaxies: Any, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(galaxies, "REFERENCE_STEPS", 2)
+    monkeypatch.setattr(galaxies, "REFERENCE_STEPS", 3)
     out = tmp_path / "out"
     rows = galaxies.main(["--minutes", "0", "--samples", "40", "--wheel", str(wheel), "--out", str(out)])
     said = capsys.readouterr().out.splitlines()

@@ -233,6 +233,9 @@ def api() -> str:
         for name in modules:
             module = importlib.import_module(f"stepfold.{name}")
             parts += [f"### `stepfold.{name}`", described(inspect.getdoc(module) or "")]
+            public = getattr(module, "__all__", ())
+            if public:
+                parts.append(f"Public: {', '.join(f'`{each}`' for each in public)}.")
             for each, value in vars(module).items():
                 own = getattr(value, "__module__", None) == module.__name__ and not each.startswith("_")
                 if own and (inspect.isfunction(value) or inspect.isclass(value)) and inspect.getdoc(value):

@@ -11,17 +11,19 @@ from torch import Tensor
 
 from stepfold.config import Config, TeacherSettings, from_yaml, load_config, phases_of
 from stepfold.display import Display
-from stepfold.errors import UserError, first_line
+from stepfold.errors import NonFiniteError, UserError, first_line
+from stepfold.jobs.devices import usable_device
 from stepfold.jobs.distilling import run_distill
 from stepfold.jobs.exporting import run_export
 from stepfold.jobs.sampling import run_sample
+from stepfold.maths.noise_schedules import NoiseSchedule
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.prompts.syntax import notes_of
 from stepfold.randomness import normal
 from stepfold.sampling.samplers import SAMPLERS, sampler_of
 from stepfold.students.two_times import EMBEDDER
 from stepfold.students.whole import new_student
-from stepfold.teachers.contract import PictureScore, Student
+from stepfold.teachers.contract import Condition, PictureScore, Student
 from stepfold.teachers.fingerprints import module_fingerprint
 from stepfold.teachers.live import dtype_of, is_live, lent, origin_of_object
 from stepfold.teachers.loading import family_of
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
+__all__ = [
+    "Condition", "ModuleTeacher", "NoiseSchedule", "NonFiniteError", "UserError", "distill_module", "distill_pipeline",
+    "draw", "export", "load_module_student", "sample",
+]  # fmt: skip
 WEIGHTS = "student.safetensors"
 
 
@@ -79,21 +85,21 @@ def distill_pipeline(
         student = distill_pipeline(pipe, "prompts.txt", "runs/mine", preset="sdxl-lora-4step")
     """
     display = Display(quiet)
-    with source_of(teacher) as source:
+    with _source_of(teacher) as source:
         given: dict[str, Any] = {"teacher__source": source, "prompts": None if prompts is None else str(prompts)}
         dtype = dtype_of(teacher, family_of(source).network_part) if is_live(source) else None
         if not any(change.partition("=")[0].strip() == "teacher.dtype" for change in changes):
             given["teacher__dtype"] = dtype
         config = load_config(preset, changes, **given)
         if dtype:
-            refuse_what_objects_lack(config, dtype)
-            display.note(unknown_of(teacher))
+            _refuse_what_objects_lack(config, dtype)
+            display.note(_unknown_of(teacher))
         command = "stepfold.api.distill_pipeline"
         run_distill(config, Path(folder), resume=resume, display=display, command=command, device=device)
     return Path(folder) / "student"
 
 
-def unknown_of(pipe: Any) -> str:
+def _unknown_of(pipe: Any) -> str:
     """What a run does not know of a pipeline object, in one line."""
     place = origin_of_object(pipe)
     return (
@@ -110,7 +116,7 @@ def sample(
     seed: int = 0,
     guidance: float | None = None,
     sampler: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     teacher: "DiffusionPipeline | None" = None,
 ) -> "list[Image]":
     """Images of a student, one a prompt; the same as those of `stepfold sample`.
@@ -122,7 +128,7 @@ def sample(
         seed: of the noise.
         guidance: scale that the student is told; None for its usual one.
         sampler: its name; None for the student's own.
-        device: of torch.
+        device: of torch; auto is cuda where there is one, else cpu.
         teacher: the pipeline object that a LoRA student was distilled from, if it was one.
 
     Raises:
@@ -131,9 +137,15 @@ def sample(
     Example:
         images = sample(student, ["a fox in snow"], steps=4, teacher=pipe)
     """
-    with source_of(teacher):
+    with _source_of(teacher):
         return run_sample(
-            Path(student), prompts, steps=steps, seed=seed, guidance=guidance, device=device, sampler=sampler
+            Path(student),
+            prompts,
+            steps=steps,
+            seed=seed,
+            guidance=guidance,
+            device=usable_device(device),
+            sampler=sampler,
         )
 
 
@@ -146,6 +158,7 @@ def export(
     keys: Literal["diffusers", "comfy", "kohya", "peft"] | None = None,
     dtype: Literal["bfloat16", "float16"] | None = None,
     runtime: str | Path | None = None,
+    with_loras: bool = False,
     force: bool = False,
     teacher: "DiffusionPipeline | None" = None,
 ) -> Path:
@@ -153,12 +166,13 @@ def export(
 
     Args:
         student: folder of a student or of a finished run, or `emoji-student`.
-        to: `pipeline`, `lora`, `single-file`, `onnx`, `web` or `anyflow`.
+        to: `pipeline`, `lora`, `single-file`, `onnx`, `openvino`, `web` or `anyflow`.
         out: file or folder to write; None for one beside the student.
         steps: fold a flow map for exactly so many (pipeline, lora).
         keys: names in a LoRA's file.
         dtype: of the weights (pipeline, single-file).
         runtime: folder dist of onnxruntime-web (web).
+        with_loras: carry the teacher's LoRAs in a LoRA's file.
         force: replace an earlier export.
         teacher: as of `sample`.
 
@@ -171,13 +185,16 @@ def export(
     Example:
         file = export(student, "lora", "fox-4step.safetensors", keys="kohya", teacher=pipe)
     """
-    with source_of(teacher):
+    with _source_of(teacher):
         place, page = (None if path is None else Path(path) for path in (out, runtime))
-        return run_export(Path(student), to, place, force=force, steps=steps, keys=keys, runtime=page, dtype=dtype)
+        return run_export(
+            Path(student), to, place, force=force, steps=steps, keys=keys, runtime=page, dtype=dtype,
+            with_loras=with_loras,
+        )  # fmt: skip
 
 
 @contextmanager
-def source_of(teacher: Any) -> Iterator[str]:
+def _source_of(teacher: Any) -> Iterator[str]:
     """Around a job; yields what stands for a teacher in settings: its folder or hub id, or a name for the object."""
     if teacher is None or isinstance(teacher, str | Path):
         yield str(teacher)
@@ -186,7 +203,7 @@ def source_of(teacher: Any) -> Iterator[str]:
         yield source
 
 
-def refuse_what_objects_lack(config: Config, dtype: str) -> None:
+def _refuse_what_objects_lack(config: Config, dtype: str) -> None:
     """Refuses settings that ask a pipeline object for what only files have, or what would change its weights.
 
     Raises:
@@ -246,7 +263,7 @@ def distill_module(
     _refuse_other_prompts(teacher, prompts)
     config = load_config("default", changes, teacher__source=source, prompts="" if prompts is None else str(prompts))
     config = choose_precision(as_begun(folder, config) if resume else config)
-    file = open_prompts(prompts) if prompts is not None else NoPrompts()
+    file = open_prompts(prompts) if prompts is not None else _NoPrompts()
     accelerator, display = make_accelerator(config.training.precision), Display(quiet)
     _refuse_what_modules_lack(config, source)
     check_run(folder, config, resume)
@@ -274,7 +291,7 @@ def distill_module(
     return average.eval()
 
 
-class NoPrompts:
+class _NoPrompts:
     """Stands for the prompts of a network that takes no condition: a single one, empty."""
 
     def __len__(self) -> int:
@@ -286,11 +303,7 @@ class NoPrompts:
 
 
 def _refuse_other_prompts(teacher: ModuleTeacher, prompts: object) -> None:
-    """Refuses prompts for a network that takes none, and none for one that takes some.
-
-    Raises:
-        UserError: saying which.
-    """
+    """Refuses prompts for a network that takes none, and none for one that takes some."""
     if isinstance(prompts, int):
         prompts = None  # a number of samples
     if prompts is None and teacher.takes_prompts:

@@ -30,7 +30,7 @@ from stepfold.commands.retime import retime
 from stepfold.commands.runs import runs
 from stepfold.commands.sample import sample
 from stepfold.commands.schedule import schedule
-from stepfold.errors import NonFiniteError, UserError, first_line
+from stepfold.errors import NonFiniteError, UserError, first_line, out_of_memory
 
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # type: ignore[assignment] # typer's own, or click's
 app = typer.Typer(
@@ -111,11 +111,6 @@ def main() -> None:
         with suppress(OSError):
             fail(f"{error.strerror or error}{f': {str(error.filename)[:200]}' if error.filename else ''}", 2)
         os._exit(2)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch found no memory, of a GPU or of the machine."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def fail(error: Any, code: int) -> None:

@@ -20,3 +20,8 @@ def first_line(error: BaseException) -> str:
 
 class NonFiniteError(RuntimeError):
     """A loss, gradient or model output is no longer finite. The run stops and keeps its last good checkpoint."""
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory, of a GPU or of the machine."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -92,6 +92,21 @@ def test_the_loss_is_measured_beside_the_student_and_in_its_card(made: tuple[Pat
     assert 'pip install "bitsandbytes' in readme and "torch_dtype=torch.bfloat16" in readme
 
 
+def test_without_memory_to_measure_the_folder_stays(
+    student_of: StudentOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Minutes of merging and rounding were thrown away with it."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("stepfold.commands.quantise.losses", full)
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS) + "\n")
+    with pytest.raises(UserError, match=r"while measuring .* is written, without its loss: --device cpu .* --n 0"):
+        quantised(student_of("sana", 4), tmp_path / "nf4", "nf4", n=2, prompts=tmp_path / "prompts.txt")
+    assert read_card(tmp_path / "nf4").quantised and load_student(tmp_path / "nf4", "cpu")
+
+
 def test_the_change_is_from_the_same_noise(made: tuple[Path, Path, dict[str, Any]]) -> None:
     """A student does not differ from itself, and each row has its own steps."""
     teacher, plain, card = load_merged(made[0], "cpu")

@@ -131,7 +131,7 @@ def assert_same(found: Any, wanted: Any, base: Any) -> None:
     assert moved
 
 
-@pytest.mark.parametrize("family", cases(FAMILIES, short=["sdxl", "flux2"]))
+@pytest.mark.parametrize("family", cases(FAMILIES, short=["sdxl"]))
 def test_the_style_in_the_file_or_beside_it(
     family: str, student_of: StudentOf, teacher_of: Callable[[str], PipelineTeacher], tmp_path: Path
 ) -> None:

@@ -126,10 +126,11 @@ def teacher_of(output: Output, case: Case, data_std: float, returned: str | None
     """A teacher that takes its network for one of `output`, whatever that returns; some ranges end before noise."""
     schedule = case.schedule
     if output in ("noise", "score") and invert(schedule, data_std).highest > 1.57:
-        end = "last" if case.by_hand(torch.tensor([float(schedule.last)]))[0] < 0.1 else "first"
         inwards = 5e-3 * (schedule.first - schedule.last)
-        moved = schedule.last + inwards if end == "last" else schedule.first - inwards
-        schedule = replace(schedule, **{end: moved})
+        if case.by_hand(torch.tensor([float(schedule.last)]))[0] < 0.1:
+            schedule = replace(schedule, last=schedule.last + inwards)
+        else:
+            schedule = replace(schedule, first=schedule.first - inwards)
     network = Exact(returned or output, case.by_hand, data_std)
     return ModuleTeacher(network, None, (3,), output, schedule=schedule, data_std=data_std)
 

@@ -178,7 +178,7 @@ def pixels(made: Any) -> np.ndarray:
     ("folder", "objective"),
     cases(
         product(NAMES, ("discrete", "continuous")),
-        short=[("sana", "continuous"), ("sd 1", "discrete"), ("dit", "discrete")],
+        short=[("sana", "continuous"), ("dit", "discrete")],
     ),
     indirect=["folder"],
 )

@@ -220,6 +220,7 @@ def test_blocks_that_are_recomputed_keep_less_and_give_the_same_gradient(teacher
     assert kept() < 0.5 * before
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
 def test_freed_memory_is_kept() -> None:
     """A block of 16 MiB that is freed and asked for again costs no new pages."""

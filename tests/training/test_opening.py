@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from forms import cases
 from safetensors.torch import load_file, save_file
 
 from stepfold.config import Config, from_yaml, load_config
@@ -127,7 +128,7 @@ def test_check_run_writes_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.9])
+@pytest.mark.parametrize("decay", cases([0.0, 0.9], short=[0.0]))
 def test_a_run_can_be_made_longer_until_its_rate_falls(decay: float, settings: Settings, tmp_path: Path) -> None:
     """Two steps, then four: the same numbers and weights as four at once, to the bit."""
     rate = (f"optimiser.decay={decay}", "optimiser.warmup=1")

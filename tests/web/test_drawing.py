@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forms import cases
 from PIL import Image
 
 from stepfold import assets
@@ -49,7 +50,7 @@ def count_calls(network: torch.nn.Module) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", cases([1, 2, 3], short=[2]))
 def test_the_students_pictures_are_those_of_stepfold_sample(emoji: Models, steps: int) -> None:
     drawing = draw_student(emoji, Request("a pizza", steps, guidance=3.0, seed=5, count=3))
     for seed, picture in zip((5, 6, 7), drawing.pictures, strict=True):
@@ -168,6 +169,7 @@ def test_the_teacher_that_is_named_is_the_one_that_draws(tiny_student: Path, tin
     assert difference(named.pictures[0], usual.pictures[0]) == 0
 
 
+@pytest.mark.long
 def test_the_head_and_the_prompts_are_of_the_models_at_hand(emoji: Models, tiny_student: Path) -> None:
     assert emoji.about == ("Student of emoji after 6,000 training steps, taught at guidance 3; 64 × 64 pixels, on cpu.")
     assert "320 names on 12 background colours" in emoji.vocabulary and emoji.usual_count == 9

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stepfold.commands.options import DeviceOption, Quiet, refuse_existing, usable_device
+from stepfold.commands.options import DeviceOption, Quiet, refuse_existing
 from stepfold.errors import UserError
+from stepfold.jobs.devices import usable_device
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from stepfold.commands.options import DeviceOption, usable_device
+from stepfold.commands.options import DeviceOption
 from stepfold.errors import UserError
+from stepfold.jobs.devices import usable_device
 
 
 def demo(

@@ -24,8 +24,8 @@ from stepfold.commands.options import (
     VariantOption,
     chosen_preset,
     config_of,
-    usable_device,
 )
+from stepfold.jobs.devices import usable_device
 from stepfold.jobs.distilling import run_distill
 
 
@@ -62,7 +62,7 @@ def distill(
 
         stepfold distill
 
-        stepfold distill --teacher ./my-sana --prompts prompts.txt --out runs/mine --train-steps 2000
+        stepfold distill --preset sana-lora-4step --teacher ./my-sana --prompts prompts.txt --out runs/mine
 
         stepfold distill --preset sdxl-lora-4step --teacher ./my-sdxl --prompts prompts.txt --out runs/sdxl
 

@@ -16,10 +16,10 @@ from stepfold.commands.options import (
     WidthOption,
     pixels_of,
     teacher_settings,
-    usable_device,
     write_json,
 )
 from stepfold.errors import UserError
+from stepfold.jobs.devices import usable_device
 
 
 def doctor(

@@ -12,8 +12,9 @@ import typer
 
 from stepfold import assets
 from stepfold.commands.launching import typed
-from stepfold.commands.options import DeviceOption, JsonOption, Quiet, ScheduleOption, usable_device, write_json
+from stepfold.commands.options import DeviceOption, JsonOption, Quiet, ScheduleOption, write_json
 from stepfold.errors import UserError
+from stepfold.jobs.devices import usable_device
 
 if TYPE_CHECKING:
     from stepfold.config import TeacherSettings
@@ -33,9 +34,7 @@ def evaluate(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FOLDER...",
-            help="Run or student folder, or any diffusers text-to-image pipeline.",
-            show_default=False,
+            metavar="FOLDER...", help="A run, a student, or any diffusers text-to-image pipeline.", show_default=False
         ),
     ],
     protocol: Annotated[

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand
 from typing_extensions import override
 
-from stepfold.errors import UserError, first_line
+from stepfold.errors import UserError
 
 if TYPE_CHECKING:
     from stepfold.config import Config, TeacherSettings
@@ -241,24 +241,6 @@ def teacher_settings(**given: Any) -> "TeacherSettings":
 def chosen_preset(preset: str | None, teacher: str | None) -> str:
     """The preset of a distillation that names none."""
     return preset or ("demo" if teacher in (None, "emoji") else "default")
-
-
-def usable_device(name: str) -> str:
-    """The device, if this machine has it; `auto` is cuda where there is one, else cpu.
-
-    Raises:
-        UserError: this machine has no such device.
-    """
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = first_line(error)
-        raise UserError(f"--device {name} cannot be used here ({reason}); cpu always can") from None
-    return name
 
 
 def write_json(path: Path | None, value: Any) -> None:

@@ -25,9 +25,9 @@ from stepfold.commands.options import (
     TrainStepsOption,
     VariantOption,
     config_of,
-    usable_device,
     write_json,
 )
+from stepfold.jobs.devices import usable_device
 from stepfold.jobs.distilling import run_distill
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from stepfold.commands.options import (
     WidthOption,
     pixels_of,
     refuse_existing,
-    usable_device,
     write_json,
 )
 from stepfold.errors import UserError
+from stepfold.jobs.devices import usable_device
 
 if TYPE_CHECKING:
     from stepfold.config import TeacherSettings

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from stepfold import assets
-from stepfold.commands.options import DeviceOption, JsonOption, Quiet, StudentArgument, usable_device, write_json
-from stepfold.errors import UserError
+from stepfold.commands.options import DeviceOption, JsonOption, Quiet, StudentArgument, write_json
+from stepfold.errors import UserError, first_line, out_of_memory
+from stepfold.jobs.devices import usable_device
 
 if TYPE_CHECKING:
     from stepfold.display import Display
@@ -90,6 +91,8 @@ def run_quantise(
     Raises:
         UserError: the student is quantised already or cannot be exported, or the place is taken.
     """
+    from stepfold.commands.own_teacher import choose
+    from stepfold.evaluation.latents import NUM_PROMPTS
     from stepfold.export.quantising import write_quantised_cards, write_quantised_onnx, write_quantised_pipeline
     from stepfold.jobs.exporting import check_target
     from stepfold.students.card import is_run, read_card, student_folder
@@ -104,18 +107,30 @@ def run_quantise(
     card.check_plain()
     card.check_told()
     check_target(target, folder, force=force)
+    texts = choose(student, card, prompts, min(n, NUM_PROMPTS)) if n else None  # refused before anything is written
+    finish = partial(write_quantised_cards, student_folder(student), kind=kind, dtype=dtype, onnx=onnx)
     with writing(target) as part:
         if onnx:
             sizes = write_quantised_onnx(folder, part)
         else:
             sizes = write_quantised_pipeline(folder, part, kind, dtype)
-        loss: dict[str, Any] = {}
-        if n:
-            loss = {"bytes": sizes} | losses(
-                student, part, "onnx int8" if onnx else kind, onnx=onnx, n=n, prompts=prompts, device=device,
-                display=display,
-            )  # fmt: skip
-        write_quantised_cards(student_folder(student), part, kind, dtype, loss, onnx=onnx)
+        finish(part, loss={})
+    if texts is None:
+        return target, {}
+    try:
+        measured = losses(
+            student, target, "onnx int8" if onnx else kind, onnx=onnx, n=n, chosen=texts, device=device,
+            display=display,
+        )  # fmt: skip
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory while measuring ({first_line(error)}); {target} is written, without its loss: --device cpu "
+            "measures slowly, --n 0 not at all"
+        ) from error
+    loss = {"bytes": sizes} | measured
+    finish(target, loss=loss)
     return target, loss
 
 
@@ -126,7 +141,7 @@ def losses(
     *,
     onnx: bool,
     n: int,
-    prompts: Path | None,
+    chosen: tuple[Any, Any],
     device: str,
     display: "Display",
 ) -> dict[str, Any]:
@@ -137,14 +152,14 @@ def losses(
         part: the folder that was written.
         form: its name in the result.
         onnx: whether it is a graph.
-        n, prompts, device, display: as of `run_quantise`.
+        chosen: a file of prompts, and which of it.
+        n, device, display: as of `run_quantise`.
 
     Returns:
         `prompts` and `protocol` of the latent error, `images` of the evaluator (None without), and `forms`: name ->
         steps -> scores.
     """
-    from stepfold.commands.own_teacher import choose
-    from stepfold.evaluation.latents import NUM_PROMPTS, LatentProtocol, known_steps, measure_change
+    from stepfold.evaluation.latents import LatentProtocol, known_steps, measure_change
     from stepfold.export.onnx import told_one_time
     from stepfold.export.runtimes import onnx_student
     from stepfold.prompts.conditions import encoded
@@ -157,19 +172,19 @@ def losses(
     }  # fmt: skip
     teacher = load_teacher(card.teacher_settings(), device)
     recipe = told_one_time(card.recipe, teacher) if onnx else card.recipe
-    texts, chosen = choose(student, card, prompts, min(n, NUM_PROMPTS))
+    texts, picked = chosen
     protocol = LatentProtocol(
-        n=len(chosen.index),
+        n=len(picked.index),
         steps=tuple(k for k in STEPS if k in recipe.times) or known_steps(recipe),
         guidance=recipe.guidance,
         prompts_sha256=texts.sha256,
-        index=chosen.index,
+        index=picked.index,
     )
     names = [f"reference {protocol.teacher_steps}", *(f"{name} {k}" for k in protocol.steps for name in students)]
     with display.measuring(dict.fromkeys(names, protocol.n)) as tick:
-        condition = encoded(teacher, texts, chosen.index)
+        condition = encoded(teacher, texts, picked.index)
         forms: dict[str, Any] = measure_change(teacher, students, recipe, protocol, condition, tick)
-    result = {"prompts": chosen.said, "protocol": protocol.record(), "images": None, "forms": forms}
+    result = {"prompts": picked.said, "protocol": protocol.record(), "images": None, "forms": forms}
     if card.teacher != "emoji" or n < 2:
         return result
     scores = image_scores(teacher, students, recipe, protocol.steps, n, display)

@@ -14,10 +14,10 @@ from stepfold.commands.options import (
     JsonOption,
     Quiet,
     short_forms,
-    usable_device,
     write_json,
 )
 from stepfold.errors import UserError
+from stepfold.jobs.devices import usable_device
 
 if TYPE_CHECKING:
     from stepfold.display import Display

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from stepfold.commands.options import DeviceOption, StudentArgument, usable_device
+from stepfold.commands.options import DeviceOption, StudentArgument
 from stepfold.errors import UserError
+from stepfold.jobs.devices import usable_device
 from stepfold.jobs.sampling import run_sample
 
 

@@ -17,9 +17,9 @@ from stepfold.commands.options import (
     VariantOption,
     pixels_of,
     teacher_settings,
-    usable_device,
 )
 from stepfold.errors import UserError
+from stepfold.jobs.devices import usable_device
 
 if TYPE_CHECKING:
     from torch import Tensor

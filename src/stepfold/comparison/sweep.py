@@ -32,7 +32,7 @@ def protocol_of(asked: Comparison, config: Config) -> Protocol:
     """Teacher and students at the guidance scale that the students are trained at."""
     steps = tuple(sorted(asked.steps, reverse=True))
     teacher_steps = tuple(sorted({TEACHER_STEPS, *steps}, reverse=True))
-    scale = config.space.guidance[0]
+    scale = (config.space.guidance or (EMOJI.guidance,))[0]
     return replace(EMOJI, n=asked.pictures, guidance=scale, student_steps=steps, teacher_steps=teacher_steps)
 
 

@@ -27,8 +27,9 @@ def verdicts(values: Mapping[str, Sequence[float]], better: Literal["higher", "l
     if not signed:
         return {}
     best = min(signed, key=lambda row: mean_and_spread(signed[row])[0])
-    answers = {row: _against(signed[best], of_row) for row, of_row in signed.items()}
-    return answers | {best: "best" if len(signed[best]) > 1 else ""}
+    answers: dict[str, Verdict] = {row: _against(signed[best], of_row) for row, of_row in signed.items()}
+    answers[best] = "best" if len(signed[best]) > 1 else ""
+    return answers
 
 
 def _against(best: list[float], other: list[float]) -> Verdict:

@@ -19,6 +19,7 @@ from stepfold.students.loading import load_student
 from stepfold.teachers.once import compute_afresh
 from stepfold.teachers.quantised import Quantised
 from stepfold.teachers.quantised_files import quantise_for_files, write_quantised
+from stepfold.training.runs import writing
 
 IN_ONNX = """
 ## Quantised
@@ -98,15 +99,16 @@ def size_of(folder: Path) -> int:
 
 
 def write_quantised_cards(
-    source: Path, part: Path, kind: Quantised, dtype: Half | None, loss: dict[str, Any], *, onnx: bool
+    source: Path, part: Path, *, kind: Quantised, dtype: Half | None, loss: dict[str, Any], onnx: bool
 ) -> Card:
     """Finishes the cards of what was written, with the loss in them; empty where nothing was measured."""
     said = Quantisation.model_validate({"kind": kind, "dtype": dtype or "float32", "loss": loss})
     card = read_card(part).model_copy(update={"quantised": said})
     if onnx:
         write_card(part, card)
-        with (part / README).open("a", encoding="utf-8") as file:
-            file.write(IN_ONNX.format(measured=measured_loss(loss).strip()))
+        before = (part / README).read_text(encoding="utf-8").partition(IN_ONNX.partition("{")[0])[0]
+        with writing(part / README) as readme:
+            readme.write_text(before + IN_ONNX.format(measured=measured_loss(loss).strip()), encoding="utf-8")
     else:
         write_cards(part, card, metrics_beside(source))
     return card

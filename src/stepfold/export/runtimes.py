@@ -44,7 +44,7 @@ def onnx_student(folder: Path, threads: int = 0) -> GraphStudent:
 
     options: Any = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
+    session: Any = onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
     return GraphStudent(lambda given: session.run(None, dict(given))[0], {each.name for each in session.get_inputs()})
 
 

@@ -7,7 +7,7 @@ once; a network of any of the five outputs then gives F. Coefficients are comput
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -275,8 +275,8 @@ def _expanded(function: Callable[[Tensor], Tensor | float], time: Tensor) -> Ten
 
 def _with_slope(function: Callable[[Tensor], Tensor | float], time: Tensor) -> tuple[Tensor, Tensor]:
     """A function and its derivative, elementwise, both float64 [B]."""
-    value, slope = torch.func.jvp(lambda at: function(at) + 0 * at, (time,), (torch.ones_like(time),))
-    return value, slope
+    found: Any = torch.func.jvp(lambda at: function(at) + 0 * at, (time,), (torch.ones_like(time),))
+    return found
 
 
 def _angles(schedule: NoiseSchedule, times: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from stepfold.students.two_times import load_embedder
 from stepfold.students.whole import as_student
 from stepfold.teachers.contract import Student
 from stepfold.teachers.folders import check_folder
+from stepfold.teachers.live import copied
 from stepfold.teachers.loading import load_teacher, make_teacher
 from stepfold.teachers.lora_merging import merge_lora
 from stepfold.teachers.pipeline import PipelineTeacher
@@ -65,7 +66,8 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     if not card.lora_rank:
         return load_student(folder, device)
     settings = card.teacher_settings().model_copy(update={"quantise": "none"})
-    teacher = load_teacher(settings, device, torch.float32)
+    with copied(settings.source):
+        teacher = load_teacher(settings, device, torch.float32)
     for part, file in lora_files(teacher).items():
         merge_lora(teacher.pipe, str(folder / file), 1.0, lambda: None, part)  # a student has none on text encoders
     student = as_student(teacher, two_times=card.two_times)

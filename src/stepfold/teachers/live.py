@@ -55,7 +55,7 @@ def pipeline_at(source: str) -> Any:
 
 @contextmanager
 def lent(pipe: Any) -> Iterator[str]:
-    """Around all that uses a pipeline object as a teacher; afterwards it is as before, but on the run's device.
+    """Around all that uses a pipeline object as a teacher; afterwards it is as before.
 
     Yields:
         The source that stands for it in settings.
@@ -68,16 +68,36 @@ def lent(pipe: Any) -> Iterator[str]:
     modules = [module for part in networks(pipe).values() for module in part.modules()]
     training = [module.training for module in modules]
     parameters = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters(False)]
+    devices = {part: next(part.parameters(), torch.empty(0)).device for part in networks(pipe).values()}
     token = _lent.set({**(_lent.get() or {}), source: copy.copy(pipe)})
     try:
         yield source
     finally:
         _lent.reset(token)
         compute_afresh(modules)
+        for part, device in devices.items():
+            part.to(device)
         for module, flag in zip(modules, training, strict=True):
             module.training = flag
         for parameter, flag in parameters:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def copied(source: str) -> Iterator[None]:
+    """Within it a source that stands for an object stands for a copy of it, whose weights may be changed."""
+    if (pipe := pipeline_at(source)) is None:
+        yield
+        return
+    own = copy.copy(pipe)
+    for name, network in networks(pipe).items():
+        setattr(own, name, copy.deepcopy(network))
+    compute_afresh([module for network in networks(own).values() for module in network.modules()])
+    token = _lent.set({**(_lent.get() or {}), source: own})
+    try:
+        yield
+    finally:
+        _lent.reset(token)
 
 
 def networks(pipe: Any) -> dict[str, nn.Module]:

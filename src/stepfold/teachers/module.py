@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ def without_condition(
 
 Ready = Literal["flow", "trigflow", "edm"]
 Prediction = Literal[Ready, Output]
-PREDICTIONS: dict[Ready, Predict] = {"flow": flow_network, "trigflow": own_trigflow_network, "edm": edm_network}
+PREDICTIONS: dict[str, Predict] = {"flow": flow_network, "trigflow": own_trigflow_network, "edm": edm_network}
 
 
 def predictor(
@@ -106,7 +106,7 @@ def predictor(
     usual: dict[str, tuple[NoiseSchedule, Output]] = {"flow": (FLOW, "velocity"), "trigflow": (TRIGFLOW, "v")}
     if prediction == "edm":
         usual["edm"] = exploding(sigma_max), "data"
-    given, output = usual.get(prediction, (schedule, prediction))
+    given, output = usual.get(prediction) or (cast(NoiseSchedule, schedule), cast(Output, prediction))
     inverted = invert(given, data_std)
     refuse_pure_noise(inverted, output)
     predict = partial(schedule_network, inverted=inverted, output=output)
