@@ -186,6 +186,7 @@ def test_what_is_skipped_changes_nothing_else(tmp_path: Path, config: Callable[.
     assert (straight / "metrics.jsonl").read_bytes() == (tmp_path / "skips" / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.long
 def test_clocks_that_go_backwards(
     tmp_path: Path, config: Callable[..., Config], straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,7 +101,7 @@ def test_a_kill_between_the_updates_of_a_fake_score_costs_no_bit(
     """In step 10, whose second update has its gradient and has not moved the fake score yet."""
     changes = (
         "objective=matching", "space.kind=rollout", "rollout.steps=2", "fake.updates=3", "fake.head_start=2",
-        "fake.rank=4", "optimiser.lr=1e-4",
+        "fake.rank=4",
     )  # fmt: skip
     extra, straight, broken = [part for change in changes for part in ("--set", change)], tmp_path / "a", tmp_path / "b"
     between = (str(Path(__file__).with_name("between.py")), str(10 * 3 + 1))

@@ -455,6 +455,7 @@ def test_a_new_student_owns_its_weights_and_can_learn_all_of_them(teacher: Any):
     assert idle == {n for n, _ in student.named_parameters() if any(part in n for part in teacher.idle_parameters())}
 
 
+@pytest.mark.long
 def test_a_student_learns_guidance_in_twenty_steps(teacher: Any):
     """The real update: neutral at first, guidance changes the output after it."""
     if teacher.dtype != torch.float32 or not teacher.student_reads_guidance:

@@ -69,7 +69,6 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
         [(method, "whole", 0) for method in METHODS] + [("dmd", "lora", 0), ("dmd", "lora", 2), ("sid", "lora", 2)],
         [
             ("dmd", "lora", 2),
-            ("rcm", "whole", 0),
             ("sid", "whole", 0),
             ("mixed", "whole", 0),
         ],

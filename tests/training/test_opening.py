@@ -64,6 +64,7 @@ def test_open_run_refuses_a_run_that_is_there(tmp_path: Path) -> None:
     open_run(out, config_of(), resume=True)
 
 
+@pytest.mark.long
 def test_a_second_process_is_refused_until_the_first_one_ends(tmp_path: Path) -> None:
     """Another process cannot open the folder, not even to resume; this one can, and a killed one locks nothing."""
     out = tmp_path / "run"

@@ -208,6 +208,7 @@ def test_a_flow_map_draws_with_fresh_noise_where_it_may(tiny_sana: Path, tmp_pat
         checked(other, *asked, 0.5)
 
 
+@pytest.mark.long
 def test_a_student_of_one_number_of_steps_draws_in_that(tiny_student: Path) -> None:
     """The page began with one step, which such a student refuses."""
     tiny = load_models(tiny_student, None, "cpu")
