@@ -24,7 +24,7 @@ from stepfold.jobs.exporting import run_export
 from stepfold.jobs.sampling import run_sample
 from stepfold.teachers.fingerprints import encoder_fingerprint, teacher_fingerprint
 from stepfold.teachers.licences import licences_of
-from stepfold.teachers.live import lent, object_fingerprint, sampled
+from stepfold.teachers.live import copied, lent, object_fingerprint, sampled
 from stepfold.teachers.loading import counts_to_thousand, load_teacher
 from stepfold.training.runs import read_metrics
 
@@ -124,6 +124,15 @@ def test_an_export_leaves_the_object_as_it_was(
             assert value.dtype == weights[part][name].dtype and torch.equal(value, weights[part][name])
     assert as_given(pipe) == before
     assert first.read_bytes() == again.read_bytes() if end else files_of(first) == files_of(again)
+
+
+def test_a_copy_of_an_object_is_in_float32() -> None:
+    """As a folder is read for an export; a LoRA was merged in the object's own bfloat16."""
+    pipe = make_sana().to(torch.bfloat16)
+    with lent(pipe) as source, copied(source):
+        teacher = load_teacher(TeacherSettings(source=source, max_tokens=32), "cpu", torch.float32)
+    assert {p.dtype for p in teacher.transformer.parameters()} == {torch.float32}
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.bfloat16}
 
 
 def test_a_whole_student_from_a_lora_leaves_the_object_as_it_was(

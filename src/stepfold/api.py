@@ -61,7 +61,7 @@ def distill_pipeline(
     """Distils a diffusers pipeline; the very run of `stepfold distill`.
 
     Of a pipeline object no file is read. It needs the memory that it has, and is frozen while the run goes on; then it
-    is as before, on the run's device. A run is resumed with an object of the same weights.
+    is as before. A run is resumed with an object of the same weights.
 
     Args:
         teacher: a pipeline object; or its folder, a hub id, or `emoji`.

@@ -85,13 +85,13 @@ def lent(pipe: Any) -> Iterator[str]:
 
 @contextmanager
 def copied(source: str) -> Iterator[None]:
-    """Within it a source that stands for an object stands for a copy of it, whose weights may be changed."""
+    """Within it a source that stands for an object stands for a float32 copy of it, whose weights may be changed."""
     if (pipe := pipeline_at(source)) is None:
         yield
         return
     own = copy.copy(pipe)
     for name, network in networks(pipe).items():
-        setattr(own, name, copy.deepcopy(network))
+        setattr(own, name, copy.deepcopy(network).float())
     compute_afresh([module for network in networks(own).values() for module in network.modules()])
     token = _lent.set({**(_lent.get() or {}), source: own})
     try:
