@@ -1,6 +1,5 @@
 """A network of one's own through the Python API, as the example in the docs does it."""
 
-import importlib.util
 import math
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from inside import example
 from PIL import Image
 from torch import Tensor, nn
 
@@ -21,20 +21,10 @@ from stepfold.teachers.contract import Condition
 from stepfold.teachers.module import ModuleTeacher
 from stepfold.training.runs import read_metrics
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "own_network.py"
-
-
-def example() -> Any:
-    spec = importlib.util.spec_from_file_location("own_network", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.mark.long
 def test_the_example_runs_and_its_student_finds_the_rings(tmp_path: Path) -> None:
-    assert example().main(tmp_path) < 0.2
+    assert example("own_network").main(tmp_path) < 0.2
 
 
 def encode(prompts: Any) -> Condition:
@@ -250,7 +240,7 @@ def test_what_a_module_lacks_is_refused_and_leaves_no_run(change: str, said: str
 
 
 def test_a_student_is_kept_read_back_and_resumed(tmp_path: Path) -> None:
-    module = example()
+    module = example("own_network")
     torch.manual_seed(0)
     teacher = ModuleTeacher(module.Flow(), module.encode, (2,))
     prompts = tmp_path / "prompts.txt"
@@ -271,7 +261,7 @@ def test_a_student_is_kept_read_back_and_resumed(tmp_path: Path) -> None:
 def test_a_guided_network_of_ones_own_is_matched(tmp_path: Path, objective: str) -> None:
     """With a fake score that is guided too, and so is asked without a prompt."""
     torch.manual_seed(0)
-    module = example()
+    module = example("own_network")
     nothing = Condition.whole(torch.zeros(1, 1, module.encode(["small ring"]).embeds.shape[-1]))
     teacher = ModuleTeacher(module.Flow(), module.encode, (2,), nothing=nothing, guidance=2.0)
     (tmp_path / "prompts.txt").write_text("small ring\nlarge ring\n")

@@ -1,6 +1,5 @@
 """The example of somebody else's score network, on a made-up file of the same layout: the package is not needed."""
 
-import importlib.util
 import io
 import math
 import zipfile
@@ -10,24 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from inside import example
 from torch import Tensor
 
 from stepfold.errors import UserError
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.module import ModuleTeacher
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "galaxies.py"
 SIZE = 8
 PATCHES = 4
 
 
 @pytest.fixture(scope="module")
 def galaxies() -> Any:
-    spec = importlib.util.spec_from_file_location("galaxies", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example("galaxies")
 
 
 def layout() -> list[tuple[int, ...]]:
