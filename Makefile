@@ -21,6 +21,8 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 pytho
 $(if $(filter-out lowest newest,$(VERSIONS)),$(error VERSIONS=$(VERSIONS) is not known; give lowest or newest, or nothing for those of constraints.txt))
 CONSTRAINTS := $(wildcard constraints$(VERSIONS:%=-%).txt)
 TORCH ?= $(or $(STEPFOLD_TORCH),$(shell sed -n '/^torch==/p' $(CONSTRAINTS) /dev/null),torch)
+# Nothing is compiled when it is installed, so Python must be let keep what it compiles: without, each start takes 13 s, not 4.
+unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv$(VERSIONS:%=-%)
 BIN := $(VENV)/bin
 AUDIT = $(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off --timeout 10 -r $(VENV)/audit.txt

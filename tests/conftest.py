@@ -5,16 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from forked import short_ends
 from forms import in_part
 from hypothesis import settings
-from tiny import PROMPTS, make_sana
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # torch is loaded in them, not in what hands out tests
 if WORKERS > 1:  # each with its share of the cores, and so the processes that its tests start
+    import torch
+
     torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
@@ -46,12 +46,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
     """Fixtures that outlive a test draw the same numbers whichever test comes first, in whichever process."""
     if fixturedef.scope != "function":
+        import torch
+
         torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)  # some library sets it, and tables are folded to it
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -67,6 +71,8 @@ def _short_ends() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved SanaPipeline folder, 32 x 32 pixels, latents 4 x 8 x 8. Shared: copy it before changing anything."""
+    from tiny import make_sana
+
     folder = tmp_path_factory.mktemp("teacher") / "tiny_sana"
     make_sana().save_pretrained(folder, safe_serialization=True)
     return folder
@@ -75,6 +81,8 @@ def tiny_sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def first_sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as the first published ones are: its time counts to 1000, and nothing norms queries and keys."""
+    from tiny import make_sana
+
     folder = tmp_path_factory.mktemp("teacher") / "first_sana"
     make_sana(timestep_scale=1.0, qk_norm=None).save_pretrained(folder, safe_serialization=True)
     return folder
@@ -83,6 +91,8 @@ def first_sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def prompts_file(tmp_path: Path) -> Path:
     """A dozen prompts, one a line."""
+    from tiny import PROMPTS
+
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join(PROMPTS) + "\n")
     return path

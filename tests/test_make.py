@@ -53,6 +53,11 @@ def test_every_test_is_of_one_of_the_two_sets_and_a_change_must_pass_both() -> N
     )
 
 
+def test_python_keeps_what_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert "PYTHONDONTWRITEBYTECODE" not in make("--eval", "show: ; @env", "show").stdout
+
+
 def test_other_ends_are_refused() -> None:
     done = make("-n", "test", "VERSIONS=oldest")
     assert done.returncode and "VERSIONS=oldest is not known; give lowest or newest" in done.stderr
