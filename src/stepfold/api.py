@@ -117,6 +117,7 @@ def sample(
     guidance: float | None = None,
     sampler: str | None = None,
     device: str = "auto",
+    image: "str | Path | Image | None" = None,
     teacher: "DiffusionPipeline | None" = None,
 ) -> "list[Image]":
     """Images of a student, one a prompt; the same as those of `stepfold sample`.
@@ -129,6 +130,7 @@ def sample(
         guidance: scale that the student is told; None for its usual one.
         sampler: its name; None for the student's own.
         device: of torch; auto is cuda where there is one, else cpu.
+        image: reference image of all prompts, for a student that was trained with images; a file or a picture.
         teacher: the pipeline object that a LoRA student was distilled from, if it was one.
 
     Raises:
@@ -139,14 +141,9 @@ def sample(
     """
     with _source_of(teacher):
         return run_sample(
-            Path(student),
-            prompts,
-            steps=steps,
-            seed=seed,
-            guidance=guidance,
-            device=usable_device(device),
-            sampler=sampler,
-        )
+            Path(student), prompts, steps=steps, seed=seed, guidance=guidance, device=usable_device(device),
+            sampler=sampler, image=Path(image) if isinstance(image, str) else image,
+        )  # fmt: skip
 
 
 def export(
@@ -220,6 +217,8 @@ def _refuse_what_objects_lack(config: Config, dtype: str) -> None:
         raise UserError("teacher.lora is for folders and hub ids; merge it into the object with pipe.fuse_lora()")
     if settings.quantise != "none":
         raise UserError("teacher.quantise would change the object's weights; give the pipeline's folder instead")
+    if settings.quantise_encoders != "none":
+        raise UserError("teacher.quantise_encoders would change the object's weights; give the pipeline's folder")
     if config.training.shard != "none":
         raise UserError("training.shard would take the object's weights apart; give the pipeline's folder instead")
 

@@ -38,7 +38,7 @@ def sample(
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(help="Reference image of all prompts, for a student of FLUX.2.", show_default=False),
+        typer.Option(help="Reference image of all prompts, for a student trained with images.", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option(help="PNG to write; several prompts go side by side.")] = Path("sample.png"),
     race: Annotated[

@@ -33,6 +33,7 @@ MOST_LEVEL = 5000.0
 """Above ComfyUI's highest noise level of Stable Diffusion, where a schedule that ends in pure noise has infinity."""
 YOURS = "YOUR_"
 """How the names of files begin that the user puts in."""
+IMAGE = f"{YOURS}IMAGE.png"
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,8 @@ def workflow(card: Card, file: str, *, lora: bool, per_token: bool = False) -> G
     if loader.scale:
         scale = float(card.calls[steps]["guidance_scale"])
         positive = add(graph, "FluxGuidance", "The scale that it was trained at", conditioning=positive, guidance=scale)
+    if card.with_images:
+        positive = beside_image(graph, card, positive, vae)
     guider = add(graph, "CFGGuider", "Guidance off: cfg 1", model=model, positive=positive, negative=negative, cfg=1.0)
     levels = f"Its noise levels for {steps} step{'s' * (steps != 1)}"
     sampled = add(
@@ -203,6 +206,15 @@ def load(graph: Graph, loader: Loader, card: Card, file: str, *, lora: bool) -> 
         model = add(graph, "LoraLoaderModelOnly", "The student", model=model, lora_name=file, strength_model=1.0)
     assert clip is not None
     return model, clip, vae
+
+
+def beside_image(graph: Graph, card: Card, text: list[Any], vae: list[Any]) -> list[Any]:
+    """Adds the reference image of a prompt, scaled and cropped as in training; returns the condition of both."""
+    image = add(graph, "LoadImage", "YOURS: the reference image", image=IMAGE)
+    sizes = {"width": card.width, "height": card.height}
+    fitted = add(graph, "ImageScale", image=image, upscale_method="lanczos", crop="center", **sizes)
+    latent = add(graph, "VAEEncode", pixels=fitted, vae=vae)
+    return add(graph, "ReferenceLatent", conditioning=text, latent=latent)
 
 
 def yours(name: str) -> str:

@@ -19,6 +19,9 @@ from stepfold.teachers.lora_merging import merge_lora
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.quantised import Quantised
 
+PLAIN = {"quantise": "none", "quantise_encoders": "none"}
+"""Settings of a teacher with the weights of its files."""
+
 
 def load_student(
     folder: Path, device: torch.device | str, quantise: Quantised | None = None
@@ -28,7 +31,7 @@ def load_student(
     Args:
         folder: the student's.
         device: where it goes.
-        quantise: how the network beneath a LoRA is kept; None for as it was trained.
+        quantise: how the network beneath a LoRA is kept, of `none` the text encoders too; None for as it was trained.
 
     Raises:
         UserError: the folder is no student that stepfold wrote.
@@ -40,7 +43,8 @@ def load_student(
         )
     if card.lora_rank:
         settings = card.teacher_settings()
-        teacher = load_teacher(settings.model_copy(update={"quantise": quantise or settings.quantise}), device)
+        changes = {} if quantise is None else {"quantise": quantise}
+        teacher = load_teacher(settings.model_copy(update=PLAIN if quantise == "none" else changes), device)
         options = {"convolutions": card.lora_convolutions, "two_times": card.two_times}
         student: Student = load_lora(teacher, folder, card.lora_rank, **options)
     elif card.network_only:
@@ -65,7 +69,7 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     card.check_plain()
     if not card.lora_rank:
         return load_student(folder, device)
-    settings = card.teacher_settings().model_copy(update={"quantise": "none"})
+    settings = card.teacher_settings().model_copy(update=PLAIN)
     with copied(settings.source):
         teacher = load_teacher(settings, device, torch.float32)
     for part, file in lora_files(teacher).items():

@@ -155,6 +155,7 @@ def load_teacher(
         null=null,
         loras=[(lora.source, lora.scale) for lora in settings.lora],
         quantised="none" if encodes_only else settings.quantise,
+        encoders_quantised=settings.quantise_encoders,
     )
     if settings.guidance_interval:
         teacher.guide_between(*settings.guidance_interval)
