@@ -121,6 +121,10 @@ class TeacherSettings(Section):
         "default: no images",
     )
 
+    def plain(self) -> "TeacherSettings":
+        """The same with the weights of its files."""
+        return self.model_copy(update={"quantise": "none", "quantise_encoders": "none"})
+
     @field_validator("guidance_interval")
     @classmethod
     def _rises(cls, given: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -15,6 +15,7 @@ import torch
 from forms import cases
 from PIL import Image
 from safetensors.torch import load_file
+from test_cli import Result
 
 from stepfold import api
 from stepfold.commands.own_teacher import run_own
@@ -37,7 +38,6 @@ from stepfold.students.lora import LORA_WEIGHTS, lora_student
 from stepfold.students.whole import new_student
 from stepfold.teachers.loading import load_teacher
 from stepfold.training.runs import read_metrics
-from stepfold.web.drawing import load_models
 
 PROMPTS = ["red heart", "a dog on blue background"]
 MAKERS: dict[str, Callable[[], Any]] = {"klein": tiny.make_flux2_klein, "dev": tiny.make_flux2}
@@ -140,8 +140,8 @@ def test_a_students_folder_draws_our_latents_with_the_image(
     assert np.array_equal(of_file, in_memory)
     with pytest.raises(UserError, match="trained with an image for each prompt; give one with --image FILE"):
         api.sample(folder, PROMPTS[:1], device="cpu")
-    with pytest.raises(UserError, match="this one needs an image; use stepfold sample --image"):
-        load_models(folder, None, "cpu")
+    for command in ("demo", folder), ("sample", folder, "red heart", "--race", tmp_path / "a.png"):
+        assert "this student needs an image; use stepfold sample --image" in Result(*command).err
     if not rank:
         with pytest.raises(UserError, match="reads an image too, and an onnx graph here takes a text"):
             run_export(folder, "onnx", tmp_path / "onnx", force=False)
@@ -241,6 +241,7 @@ def test_others_read_no_images(tiny_sana: Path, table: Path, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_lora_learns_from_conditions_on_disk_with_images_and_resumes_to_the_bit(
     teacher: Any, table: Path, tmp_path: Path
 ) -> None:

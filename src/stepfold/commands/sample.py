@@ -126,6 +126,7 @@ def run_race(
     if len(prompts) != 1:
         raise UserError(f"--race draws one prompt, and {len(prompts)} are given; give one")
     card = read_card(folder)
+    card.check_texts()
     steps = steps or next(iter(card.asked_steps), 1)
     card.recipe.times_for(steps)
     scale = card.recipe.scale_for(guidance)

@@ -137,6 +137,15 @@ class Card(Section):
         if self.with_images and not given:
             raise UserError("this student was trained with an image for each prompt; give one with --image FILE")
 
+    def check_texts(self) -> None:
+        """Refuses a student of images where texts alone are drawn.
+
+        Raises:
+            UserError: it is one.
+        """
+        if self.with_images:
+            raise UserError("here texts alone are drawn, and this student needs an image; use stepfold sample --image")
+
     def check_told(self) -> None:
         """Refuses a student of segments that has to be told where to jump to: without that its network means 0.
 

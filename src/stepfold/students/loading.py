@@ -19,9 +19,6 @@ from stepfold.teachers.lora_merging import merge_lora
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.quantised import Quantised
 
-PLAIN = {"quantise": "none", "quantise_encoders": "none"}
-"""Settings of a teacher with the weights of its files."""
-
 
 def load_student(
     folder: Path, device: torch.device | str, quantise: Quantised | None = None
@@ -43,8 +40,8 @@ def load_student(
         )
     if card.lora_rank:
         settings = card.teacher_settings()
-        changes = {} if quantise is None else {"quantise": quantise}
-        teacher = load_teacher(settings.model_copy(update=PLAIN if quantise == "none" else changes), device)
+        rounded = settings.model_copy(update={"quantise": quantise or settings.quantise})
+        teacher = load_teacher(settings.plain() if quantise == "none" else rounded, device)
         options = {"convolutions": card.lora_convolutions, "two_times": card.two_times}
         student: Student = load_lora(teacher, folder, card.lora_rank, **options)
     elif card.network_only:
@@ -69,7 +66,7 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     card.check_plain()
     if not card.lora_rank:
         return load_student(folder, device)
-    settings = card.teacher_settings().model_copy(update=PLAIN)
+    settings = card.teacher_settings().plain()
     with copied(settings.source):
         teacher = load_teacher(settings, device, torch.float32)
     for part, file in lora_files(teacher).items():

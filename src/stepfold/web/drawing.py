@@ -206,11 +206,9 @@ def load_models(student: Path, teacher: str | None, device: str) -> Models:
     """A student, and its teacher: as its card says, or another one.
 
     Raises:
-        UserError: either does not load, they do not draw from the same noise, or the student needs an image.
+        UserError: either does not load, or they do not draw from the same noise.
     """
     pipeline, network, card = load_student(student, device)
-    if card.with_images:
-        raise UserError("here students draw from text alone, and this one needs an image; use stepfold sample --image")
     settings = card.teacher_settings()
     if teacher is None and (card.lora_rank or card.network_only):
         return Models(network, pipeline, pipeline, card)  # such a student's pipeline is its teacher's
