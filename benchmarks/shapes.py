@@ -150,6 +150,9 @@ ENCODERS: dict[str, tuple[Any, Callable[[], Any]]] = {
             text_config=QWEN_7B, vision_config=dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=3584)
         ),
     ),
-    "Mistral Small 3 24B": (transformers.Mistral3ForConditionalGeneration, transformers.Mistral3Config),
+    "Mistral Small 3 24B": (
+        transformers.Mistral3ForConditionalGeneration,
+        lambda: transformers.Mistral3Config(tie_word_embeddings=False),
+    ),
 }  # fmt: skip
 """Text encoder -> its class and what makes its config, of the published size."""

@@ -117,8 +117,8 @@ class TeacherSettings(Section):
     )
     image_column: str | None = Field(
         default=None,
-        description="of FLUX.2: the column of the prompts' table with the path of each prompt's reference image; "
-        "default: no images",
+        description="the column of the prompts' table with the path of each prompt's image: of FLUX.2 a reference, of "
+        "Wan 2.2 TI2V-5B the first frame; default: no images",
     )
 
     def plain(self) -> "TeacherSettings":

@@ -71,7 +71,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "RandomNoise": {"noise_seed": int}, "KSamplerSelect": {"sampler_name": ("lcm", "euler")},
     "ManualSigmas": {"sigmas": str}, "EmptyLatentImage": SIZES, "EmptySD3LatentImage": SIZES,
     "EmptyFlux2LatentImage": SIZES, "EmptyHunyuanLatentVideo": SIZES | {"length": int},
-    "Wan22ImageToVideoLatent": SIZES | {"length": int, "vae": "VAE"},
+    "Wan22ImageToVideoLatent": SIZES | {"length": int, "vae": "VAE", "start_image": "IMAGE"},
     "SamplerCustomAdvanced": {
         "noise": "NOISE", "guider": "GUIDER", "sampler": "SAMPLER", "sigmas": "SIGMAS", "latent_image": "LATENT"
     },
@@ -98,7 +98,7 @@ def check_nodes(graph: Graph) -> None:
     assert all(isinstance(node["class_type"], str) and isinstance(node["inputs"], dict) for node in graph.values())
     for number, node in graph.items():
         wanted = INPUTS[node["class_type"]]
-        assert node["inputs"].keys() == wanted.keys(), (number, node)
+        assert {"start_image"} >= wanted.keys() - node["inputs"].keys() and node["inputs"].keys() <= wanted.keys(), node
         for name, value in node["inputs"].items():
             kind = wanted[name]
             if isinstance(kind, str):
@@ -263,6 +263,13 @@ def test_a_student_of_images_is_shown_one(student_of: StudentOf) -> None:
     assert graph[node["LoadImage"]]["_meta"]["title"].startswith("YOURS")
     assert (only(graph, "ImageScale")["width"], only(graph, "ImageScale")["height"]) == (card.width, card.height)
     assert "-r YOUR_IMAGE.png" in sd_cpp_command("fox.safetensors", card)
+    film = read_card(student_of("wan 2.2 ti2v", lora=4)).model_copy(
+        update={"config": card.config, "pipeline": "WanImageToVideoPipeline"}
+    )
+    graph = workflow(film, "fox.safetensors", lora=True, per_token=True)
+    check_nodes(graph)
+    (scaled,) = [number for number, each in graph.items() if each["class_type"] == "ImageScale"]
+    assert only(graph, "Wan22ImageToVideoLatent")["start_image"] == [scaled, 0] and len(only(graph, "LoadImage")) == 1
 
 
 SD_CPP = {

@@ -1,4 +1,4 @@
-"""FLUX.2 with a reference image for each prompt: from a table of prompts to a student of plain diffusers."""
+"""An image with each prompt, FLUX.2's reference and Wan's first frame: from a table to a student of plain diffusers."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import tiny
+import tiny_wan22
 import torch
 from forms import cases
 from PIL import Image
@@ -28,6 +29,7 @@ from stepfold.images.files import read_picture
 from stepfold.jobs.distilling import run_distill
 from stepfold.jobs.exporting import run_export
 from stepfold.jobs.sampling import run_sample
+from stepfold.maths.formulations import data_prediction
 from stepfold.prompts.conditions import cache_of, conditions_from
 from stepfold.prompts.reading import open_prompts
 from stepfold.randomness import generator, normal
@@ -40,7 +42,16 @@ from stepfold.teachers.loading import load_teacher
 from stepfold.training.runs import read_metrics
 
 PROMPTS = ["red heart", "a dog on blue background"]
-MAKERS: dict[str, Callable[[], Any]] = {"klein": tiny.make_flux2_klein, "dev": tiny.make_flux2}
+MAKERS: dict[str, Callable[[], Any]] = {
+    "klein": tiny.make_flux2_klein, "dev": tiny.make_flux2, "wan": tiny_wan22.make_ti2v
+}  # fmt: skip
+SHOWN: dict[str, Any] = {"height": 64, "width": 96, "max_tokens": 48, "image_column": "image"}
+"""How a teacher is called here."""
+
+
+def frames_of(teacher: Any) -> list[str]:
+    """Settings for videos."""
+    return [f"teacher.frames={teacher.frames}"] if teacher.frames > 1 else []
 
 
 def picture(path: Path, seed: int, width: int = 96, height: int = 64) -> Path:
@@ -50,10 +61,11 @@ def picture(path: Path, seed: int, width: int = 96, height: int = 64) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=cases(MAKERS, short=["klein"]))
+@pytest.fixture(scope="module", params=cases(MAKERS, short=["klein", "wan"]))
 def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tiny.save(MAKERS[request.param], tmp_path_factory.mktemp("flux2") / "pipeline")
-    return load_teacher(TeacherSettings(source=str(folder), height=64, width=96, max_tokens=48), "cpu")
+    folder = tiny.save(MAKERS[request.param], tmp_path_factory.mktemp("teacher") / "pipeline")
+    frames = 9 if request.param == "wan" else None
+    return load_teacher(TeacherSettings(source=str(folder), frames=frames, **SHOWN), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +87,14 @@ def test_the_wrapped_teacher_samples_what_its_pipeline_samples(teacher: Any, fil
     for i, path in enumerate(files):
         call = teacher.usual_call() | teacher.own_steps(3) | teacher.own_guidance(scale)
         draws = [torch.Generator().manual_seed(i)]
-        theirs.append(teacher.latents_of(teacher.pipe, [PROMPTS[i]], draws, image=[Image.open(path)], **call))
+        theirs.append(teacher.latents_of(teacher.pipe, [PROMPTS[i]], draws, image=Image.open(path), **call))
     teacher.pipe.scheduler = old
     noise = [torch.randn(teacher.latent_shape, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     condition = both(teacher, files)
     scales = torch.full((2,), scale)
     start = teacher.sigma_data * torch.stack(noise)
     ours, plain = (
-        sample_teacher(teacher, start, each, scales, 3, even=True) / teacher.sigma_data
+        sample_teacher(teacher, start, each, scales, 3, even=teacher.even_ladder) / teacher.sigma_data
         for each in (condition, replace(condition, second=None))
     )
     wanted = torch.cat(theirs)
@@ -100,6 +112,9 @@ def test_a_student_starts_as_its_teacher_and_learns(teacher: Any, files: list[Pa
     assert {name for name in idle if "guidance_embedder" not in name} == set()
     if teacher.guidance_kind == "classifier_free":
         assert torch.equal(teacher.null(condition).second.embeds, condition.second.embeds)
+    if teacher.frames > 1:  # its step to clean latents ends at the first frame itself
+        first = data_prediction(x / teacher.sigma_data, t, F)[:, :, 0]
+        torch.testing.assert_close(first.flatten(2).mT, condition.second.embeds, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rank", cases([0, 4], short=[4]))
@@ -107,7 +122,7 @@ def test_a_students_folder_draws_our_latents_with_the_image(
     teacher: Any, files: list[Path], rank: int, tmp_path: Path
 ) -> None:
     """In plain diffusers; a picture in memory is as good as its file, and none is refused."""
-    sizes = "teacher.width=96", "teacher.max_tokens=48"
+    sizes = "teacher.width=96", "teacher.max_tokens=48", *frames_of(teacher)
     config = settings(Path(teacher.source), files[0], *sizes, f"student.lora={rank}")
     student = lora_student(teacher, rank) if rank else new_student(teacher)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -123,7 +138,7 @@ def test_a_students_folder_draws_our_latents_with_the_image(
         pipe.load_lora_weights(folder)
     pipe.set_progress_bar_config(disable=True)
     draws = [generator(0, "sample", 0)]
-    theirs = teacher.latents_of(pipe, PROMPTS[:1], draws, image=[Image.open(files[0])], **card.calls[1])
+    theirs = teacher.latents_of(pipe, PROMPTS[:1], draws, image=Image.open(files[0]), **card.calls[1])
     noise = torch.stack([normal(teacher.latent_shape, 0, "sample", 0)])
     ours, plain = (
         sample_consistency(
@@ -228,10 +243,28 @@ def settings(folder: Path, table: Path, *sets: str) -> Any:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 64), (1024, 1040), (64, 576)])
 def test_sizes_that_the_pipeline_refuses_are_one_line(teacher: Any, height: int, width: int) -> None:
+    if teacher.frames > 1:
+        pytest.skip("its own sizes count")
     tall = load_teacher(TeacherSettings(source=teacher.source, height=height, width=width, max_tokens=8), "cpu")
     with pytest.raises(UserError, match=rf"images are {height} x {width}, .* reads sides of at least 64") as caught:
         tall.encode_images(torch.zeros(1, 3, height, width))
     assert "\n" not in str(caught.value)
+
+
+def test_first_frames_have_the_size_of_the_video(tmp_path: Path) -> None:
+    folder = tiny.save(tiny_wan22.make_ti2v, tmp_path / "pipeline")
+    with pytest.raises(UserError, match=r"first frames are 64 x 96, and teacher.sizes has 96 x 64; leave out"):
+        load_teacher(TeacherSettings(source=str(folder), frames=5, sizes=((64, 96), (96, 64)), **SHOWN), "cpu")
+
+
+def test_a_wan_that_is_not_shown_first_frames_reads_none(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.make_wan, tmp_path / "pipeline")
+    with pytest.raises(UserError, match="image_column is 'image', but WanPipeline reads no images here; leave it"):
+        load_teacher(TeacherSettings(source=str(folder), frames=5, **SHOWN), "cpu")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace('"WanPipeline"', '"WanImageToVideoPipeline"'))
+    with pytest.raises(UserError, match="whose network reads images in channels of their own; give a WanPipeline, or"):
+        load_teacher(TeacherSettings(source=str(folder), frames=5, **SHOWN), "cpu")
 
 
 def test_others_read_no_images(tiny_sana: Path, table: Path, tmp_path: Path) -> None:
@@ -246,7 +279,13 @@ def test_a_lora_learns_from_conditions_on_disk_with_images_and_resumes_to_the_bi
     teacher: Any, table: Path, tmp_path: Path
 ) -> None:
     folder, quiet = Path(teacher.source), Display(quiet=True)
-    sets = "student.lora=2", "training.steps=2", "training.checkpoint_every=1", f"conditions={tmp_path / 'cache'}"
+    sets = (
+        *frames_of(teacher),
+        "student.lora=2",
+        "training.steps=2",
+        "training.checkpoint_every=1",
+        f"conditions={tmp_path / 'cache'}",
+    )
     config = settings(folder, table, *sets)
     run_encode(config.teacher, table, tmp_path / "cache", batch=3, display=quiet, device="cpu")
     prompts, own = open_prompts(table, "image"), load_teacher(config.teacher, "cpu")

@@ -159,7 +159,7 @@ def load_teacher(
     )
     if settings.guidance_interval:
         teacher.guide_between(*settings.guidance_interval)
-    if settings.image_column and not teacher.reads_images:
+    if settings.image_column and not teacher.take_images():
         raise UserError(
             f"teacher.image_column is {settings.image_column!r}, but {type(teacher.pipe).__name__} reads no images "
             "here; leave it out"

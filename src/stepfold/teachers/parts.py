@@ -1,13 +1,17 @@
 """The parts of a teacher's pipeline beside its network: read when they are needed, moved, and written."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from typing_extensions import override
 
 from stepfold.teachers.calls import parts_of, set_parts
+from stepfold.teachers.contract import Condition
 from stepfold.teachers.family import Family
 from stepfold.teachers.folders import load_network
 from stepfold.teachers.quantised import Quantised, quantise
@@ -27,6 +31,23 @@ class PipelineParts(Family):
 
     variant: str | None
     encoders_quantised: Quantised
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether a condition may hold an image beside the text, as its second text."""
+        return False
+
+    def take_images(self) -> bool:
+        """Gets ready for an image with each prompt; returns whether the pipeline reads any."""
+        return self.reads_images
+
+    def with_images(self, texts: Condition, images: Sequence[Tensor] | None) -> Condition:
+        """Texts with an image [3, height, width] in [0, 1] each, of the teacher's own size; None for none."""
+        return replace(texts, second=self.encode_images(torch.stack(list(images)))) if images else texts
+
+    def encode_images(self, images: Tensor) -> Condition:
+        """Images [B, 3, height, width] in [0, 1], of families with `reads_images` -> a condition's second text."""
+        raise NotImplementedError
 
     def _text_encoders(self) -> list[str]:
         return [part for part, spec in self.index.items() if is_part(spec) and spec[0] and part[:12] == "text_encoder"]
