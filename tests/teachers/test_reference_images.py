@@ -112,7 +112,10 @@ def test_a_student_starts_as_its_teacher_and_learns(teacher: Any, files: list[Pa
     assert {name for name in idle if "guidance_embedder" not in name} == set()
     if teacher.guidance_kind == "classifier_free":
         assert torch.equal(teacher.null(condition).second.embeds, condition.second.embeds)
-    if teacher.frames > 1:  # its step to clean latents ends at the first frame itself
+    if teacher.frames > 1:
+        with pytest.raises(UserError, match="embeds its time in several of its parts"):
+            new_student(teacher, two_times=True)
+        # its step to clean latents ends at the first frame itself
         first = data_prediction(x / teacher.sigma_data, t, F)[:, :, 0]
         torch.testing.assert_close(first.flatten(2).mT, condition.second.embeds, rtol=1e-4, atol=1e-4)
 

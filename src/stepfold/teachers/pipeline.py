@@ -79,7 +79,6 @@ class PipelineTeacher(PipelineParts):
             UserError: the folder is not whole, or the network cannot do what is asked for.
         """
         self.source, self.device, self.dtype, self.variant = str(source), torch.device(device), dtype, variant
-        self.encoders_quantised = encoders_quantised
         self.work_dtype = torch.promote_types(dtype, torch.float32)  # of conditions, and of weights that are trained
         self.sigma_data = SIGMA_DATA
         self.index = load_index(self.source)
@@ -106,7 +105,7 @@ class PipelineTeacher(PipelineParts):
         self.default_guidance = self.usual_guidance()
         self.takes_length = self.length_argument in inspect.signature(self.pipe.__call__).parameters
         self.max_tokens = self.usual_tokens() if max_tokens is None else max_tokens
-        self.null_mask = null_mask
+        self.null_mask, self.encoders_quantised = null_mask, encoders_quantised
         vae = part_config(self.source, self.index, "vae")
         self.factor = self.pixels_a_latent(vae)
         self.check_network(self.autoencoder_channels(vae))
