@@ -11,6 +11,7 @@ from diffusers import SanaTransformer2DModel
 from test_cli import Result, assert_one_line
 from test_family_presets import PIPELINES
 
+from stepfold.commands.plan import Plan
 from stepfold.config import from_yaml, load_config, preset_names, to_yaml
 from stepfold.jobs import choosing
 from stepfold.jobs.choosing import Facts, alternatives, choose, family_preset, passes, read_facts
@@ -130,14 +131,14 @@ SMALL = ("space.route_steps=4", "training.precision=no", "training.walk_precisio
 @pytest.mark.parametrize(
     ("preset", "changes", "calls"),
     [
-        ("lora-4step", ["space.kind=generation", "objective=discrete"], 8 + 4 * 5),
-        ("lora-4step", ["objective=discrete"], 16 + 8 * 5),
+        ("lora-4step", ["space.kind=generation", "objective=discrete"], 8 + 4 * 4),
+        ("lora-4step", ["objective=discrete"], 16 + 4 * 4 + 4 * 5),
         ("lora-4step", [], 16 + 8 * 5),  # continuous
         ("lora-4step", ["space.kind=generation", "objective=discrete", "training.micro_batch=3"], 8 + 4 * 5),
         ("default", ["objective=discrete"], 8 + 3 * 3),  # the next state's own pass is the target
         ("default", ["objective=discrete", "space.kind={generation: 1, endpoints: 1}"], 8 + 3 * 3 + 6 + 3 * 4),
         ("default", ["objective=discrete", "teacher.guidance=none"], 4 + 3 * 3),
-        ("flow", [], 8 + 8 * 5),
+        ("flow", [], 8 + 8 * 4),
     ],
 )
 def test_passes_are_the_calls_of_a_step(
@@ -171,46 +172,62 @@ def test_passes_are_the_calls_of_a_step(
     assert found == calls == passes(config, teacher.guidance_kind) and networks_there
 
 
+def test_passes_are_those_of_the_docs() -> None:
+    """docs/four-step-lora.md counts them by hand."""
+    config = load_config("lora-4step", ["objective=discrete"], teacher__source="x/y", prompts="p.txt")
+    assert (passes(config, "classifier_free"), passes(config, "embedded")) == (224, 192)
+
+
 FEW = (
     "training.steps=2", "space.route_steps=2", "teacher.max_tokens=24", "student.lora=2", "evaluation.n=0",
     "training.preview_every=9", "training.checkpoint_every=9", "training.precision=no", "training.walk_precision=no",
 )  # fmt: skip
 
 
+@pytest.fixture
+def ten_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every trial says that the run takes ten hours, all of it steps."""
+
+    def make_plan(config: Any, *_: Any) -> Plan:
+        return Plan("one_pass", 1.0, {"steps": 36000.0}, 36000.0, 1.5, 12, config.training.steps, "cpu")
+
+    monkeypatch.setattr("stepfold.commands.plan.make_plan", make_plan)
+
+
+@pytest.mark.usefixtures("ten_hours")
 def test_distill_and_plan_say_what_they_chose(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
     few = [part for change in FEW for part in ("--set", change)]
     common = ("--teacher", tiny_sana, "--prompts", prompts_file, *few)
-    planned = Result("plan", *common, "--timed-steps", 2, "--json", tmp_path / "plan.json")
+    planned = Result("plan", *common, "--json", tmp_path / "plan.json")
     assert planned.code == 0, planned.err
     assert "method: --preset sana-lora-4step" in planned.err and "timesteps are in [0, 1]" in planned.err
     rows = json.loads((tmp_path / "plan.json").read_text())["alternatives"]
-    assert rows[0]["method"] == "continuous, with noised ends" and len(rows) >= 4
-    a_pass = [row["hours"] / row["passes"] for row in rows]
-    assert a_pass == pytest.approx([a_pass[0]] * len(rows)) and a_pass[0] > 0
-    assert "weights and states, GiB" in " ".join(planned.out.split()) and "flow map" in planned.out
+    assert rows[0]["method"] == "continuous, with noised ends" and rows[0]["hours"] == pytest.approx(10)
+    a_pass = [row["hours"] / (row["passes"] * row["steps"]) for row in rows]
+    assert a_pass == pytest.approx([a_pass[0]] * len(rows)) and len(rows) >= 4
+    assert "flow map" in planned.out and f"{rows[1]['passes']}" in planned.out
     out = tmp_path / "run"
-    one = Result("distill", *common, "--steps", 1, "--lora", 2, "--out", out)
-    assert_one_line(one, "--lora and --set student.lora are one setting")
+    assert_one_line(Result("distill", *common, "--lora", 2), "--lora and --set student.lora are one setting")
     done = Result("distill", *common, "--steps", 1, "--out", out)
     assert done.code == 0 and "method: --preset sana-lora-4step --set objective=discrete" in done.err, done.err
     config = from_yaml(out / "config.yaml")
     assert (config.objective, config.space.kind, config.student.lora) == ("discrete", "generation", 2)
-    again = Result(
-        "distill", *common, "--out", out, "--resume"
-    )  # another --steps would not fit: the run's own settings count
+    again = Result("distill", *common, "--out", out, "--resume")  # the run's own settings count, not four steps'
     assert again.code == 0, again.err
 
 
+@pytest.mark.usefixtures("ten_hours")
 def test_hours_shorten_a_run(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
     few = [part for change in FEW[1:] for part in ("--set", change)]
-    common = ("--teacher", tiny_sana, "--prompts", prompts_file, *few, "--hours", 0.001)
-    planned = Result("plan", *common, "--timed-steps", 2)
-    assert planned.code == 0 and "0.001 h are enough for" in planned.err, planned.err
+    common = ("--teacher", tiny_sana, "--prompts", prompts_file, *few, "--hours", 0.01)
+    planned = Result("plan", *common)
+    assert planned.code == 0 and "0.01 h are enough for 0% of the preset's steps, which is short" in planned.err
     done = Result("distill", *common, "--out", tmp_path / "run")
     assert done.code == 0, done.err
     config = from_yaml(tmp_path / "run" / "config.yaml")
-    assert 1 <= config.training.steps < 2000
-    assert config.consistency.r_warmup == pytest.approx(config.training.steps / 5, abs=1)
+    assert config.training.steps == 2  # of 2,000
+    assert (config.consistency.r_warmup, config.consistency.r_cooldown_start) == (1, 2)
+    assert config.optimiser.warmup == 1
 
 
 @pytest.mark.parametrize(
