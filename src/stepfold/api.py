@@ -68,7 +68,7 @@ def distill_pipeline(
         prompts: as of `distill_module`; None for the bundled teacher's own.
         folder: of the run; new, or to be resumed.
         changes: settings as for `--set`, such as `student.lora=64`.
-        preset: name or yaml file of the settings to start from.
+        preset: name or yaml file of the settings to start from; `default` trains all weights, 20,000 steps.
         resume: continue the run that the folder holds.
         device: cpu, cuda, cuda:1, or auto.
         quiet: show no progress.

@@ -23,6 +23,7 @@ from stepfold.commands.options import (
     WidthOption,
     pixels_of,
     refuse_existing,
+    run_teacher,
     write_json,
 )
 from stepfold.errors import UserError
@@ -283,7 +284,6 @@ def encode(
 
     stepfold prompts encode prompts.txt --teacher ./my-sdxl --preset sdxl-lora-4step --out my-conditions
     """
-    from stepfold.config import load_config
     from stepfold.display import Display, quiet_libraries
 
     if teacher != "emoji" and prompts is None:
@@ -296,12 +296,7 @@ def encode(
         "source": teacher, "revision": revision, "variant": variant, "lora": teacher_lora, "max_tokens": max_tokens,
         "height": height, "width": width, "frames": frames, "dtype": dtype, "image_column": image_column,
     }  # fmt: skip
-    top = {f"teacher__{name}": value for name, value in given.items() if value is not None}
-    for change in changes or []:
-        if not change.startswith("teacher."):
-            raise UserError(f"--set {change}: prompts depend on settings of the teacher alone; give teacher.KEY=VALUE")
-    top |= {} if preset else {"student__lora": 1}  # what a quantised base takes; nothing here depends on it
-    settings = load_config(preset or "default", changes or [], prompts=str(prompts), **top).teacher
+    settings = run_teacher(preset, changes, prompts, given)
     run_encode(settings, prompts, out, batch=batch, display=Display(quiet), device=usable_device(device))
     typer.echo(f"conditions: {out}")
 
