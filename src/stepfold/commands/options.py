@@ -101,6 +101,20 @@ DtypeOption = Annotated[
     Literal["float32", "bfloat16"] | None,
     typer.Option("--dtype", help="Precision of the teacher's weights: `teacher.dtype`.", show_default=False),
 ]
+WishedStepsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        help="Without --preset: sampling steps that the student is for, 1, 2, 4 or 8. Default: 4.",
+        show_default=False,
+    ),
+]
+HoursOption = Annotated[
+    float | None,
+    typer.Option(
+        "--hours", help="Without --preset: hours that the run may take, by a trial of some steps.", show_default=False
+    ),
+]
 LearningRateOption = Annotated[
     float | None, typer.Option("--lr", help="Learning rate: `optimiser.lr`.", show_default=False)
 ]
