@@ -10,9 +10,18 @@ from stepfold.sections import LARGEST, Beta, Section
 PriorWeight = Literal["inverse_tangent", "none"]
 Normalisation = Literal["l2", "l2_per_element", "none"]
 TangentWeight = Literal["trig", "meanflow", "ayf"]
-SpaceName = Literal["generation", "endpoints", "images", "coupling", "prior", "rollout"]
+SpaceName = Literal["generation", "endpoints", "images", "coupling", "prior", "rollout", "policy"]
 ObjectiveName = Literal[
-    "continuous", "discrete", "velocity", "pair", "semigroup", "lagrange", "matching", "decoupled", "identity"
+    "continuous",
+    "discrete",
+    "velocity",
+    "pair",
+    "semigroup",
+    "lagrange",
+    "matching",
+    "decoupled",
+    "identity",
+    "policy",
 ]
 
 
@@ -62,7 +71,8 @@ class SpaceSettings(Section):
         default="generation",
         description="`generation`, the teacher's walk itself (TBCM); `endpoints`, its end noised afresh (image-free "
         "sCM); `images`, noised (sCM); `coupling`, its end joined to its own noise (reflow); `prior`, pure noise alone "
-        "(lagrange, semigroup); `rollout`, the student's own steps (matching, decoupled, identity). Each latent is "
+        "(lagrange, semigroup); `rollout`, the student's own steps (matching, decoupled, identity); `policy`, the "
+        "states of its own policy (objective policy). Each latent is "
         "noised to as many times as a walk would keep, drawn as the route says. Several with weights: `{generation: 1, "
         "endpoints: 0.5}`",
     )

@@ -21,6 +21,8 @@ from stepfold.sampling.samplers import in_diffusers
 from stepfold.students.card import ANYFLOW, CARD, Card, read_card, write_card
 from stepfold.students.loading import load_merged, load_student
 from stepfold.students.lora import lora_files, save_lora
+from stepfold.students.policy import save_policy
+from stepfold.students.policy_scheduler import PolicyScheduler
 from stepfold.students.saving import loses_guidance, save_whole
 from stepfold.students.two_times import save_embedder
 from stepfold.teachers.calls import set_parts
@@ -62,6 +64,19 @@ own:
 
 ```
 stepfold export {name} --to pipeline --steps {steps}
+```"""
+OF_POLICY = """The network gives {nodes} velocities at a time, of which a policy makes its path. `stepfold sample {name}`
+follows it, in {steps}. In diffusers a scheduler of stepfold does so, with these levels alone.
+
+"""
+LOAD_POLICY = """pipe = {pipeline}.from_pretrained({name})
+pipe.scheduler = PolicyScheduler.from_pretrained({name}, subfolder="policy_scheduler")"""
+ONE_STEP = """
+
+For diffusers without stepfold, the one step becomes a stock network:
+
+```
+stepfold export {name} --to pipeline --steps 1
 ```"""
 WITH_IMAGE = """
 
@@ -159,14 +174,18 @@ def use_of(teacher: PipelineTeacher, recipe: Recipe, *, lora: bool, asked: Seque
         asked: numbers of steps besides the usual ones.
     """
     sampler = in_diffusers(recipe.sampler)
-    times = recipe.times if sampler == recipe.sampler else recipe.without_target(times_of(teacher, sampler))
+    times = (
+        recipe.times
+        if recipe.policy or sampler == recipe.sampler
+        else recipe.without_target(times_of(teacher, sampler))
+    )
     scheduler = teacher.lora_scheduler(sampler) if lora else teacher.student_scheduler(sampler)
     call = teacher.lora_call if lora else teacher.student_call
     said = [k for k in sorted({*CALLED_STEPS[sampler], *asked}) if k in times] or sorted(times)
     levels = {k: times[k] for k in said}
     return {
         "pipeline": (type(teacher.pipe) if lora else teacher.student_class(sampler)).__name__,
-        "scheduler": type(scheduler).__name__,
+        "scheduler": PolicyScheduler.__name__ if recipe.policy else type(scheduler).__name__,
         "calls": {k: call(listed, recipe.guidance, sampler) for k, listed in levels.items()},
         "conventions": conventions(teacher, levels, sampler),
     }
@@ -213,6 +232,7 @@ def export_pipeline(folder: Path, out: Path, dtype: Half | None = None) -> None:
                 rounded_parts(teacher.pipe, dtype)
             teacher.pipe.save_pretrained(part, safe_serialization=True)
             save_embedder(student, part)
+            save_policy(teacher, student, part, card.recipe, lora=False)
             use = {} if card.calls else use_of(teacher, card.recipe, lora=True, asked=card.asked_steps)
             write_cards(part, card.model_copy(update=use | {"merged": True}), metrics_beside(folder))
         else:
@@ -280,7 +300,8 @@ A student is derived from its teacher: the licences of the teacher's network, te
 def made_for(card: Card) -> str:
     """Which sampler the student is for, where that is not the usual one."""
     if card.folded_steps:
-        return f" It is a flow map for exactly {card.folded_steps} steps."
+        kind = "flow map" if card.config.get("objective") != "policy" else "policy"
+        return f" It is a {kind} for exactly {several(card.folded_steps, 'step', 'steps')}."
     if card.recipe.sampler == "flow" and len(card.recipe.times) == 1:
         return OF_SEGMENTS
     return MADE_FOR.get(card.recipe.sampler, "")
@@ -293,6 +314,8 @@ def several(count: int, one: str, many: str) -> str:
 
 def how_to_use(card: Card, name: str, adapted: str = "") -> str:
     """The README's code for plain diffusers, and what to change for another number of steps; see `model_card`."""
+    if card.recipe.policy:
+        return of_policy(card, name)
     if not card.recipe.jumps_to_zero:
         return OF_EDGES.format(steps=card.asked_steps[0], name=name)
     card.check_calls()
@@ -341,6 +364,24 @@ def how_to_use(card: Card, name: str, adapted: str = "") -> str:
     if card.pipeline == ANYFLOW:
         return use + TOLD_BOTH.format(fewest=min(card.calls), most=max(card.calls))
     return use + JUMPS if card.recipe.sampler == "flow_map" else use
+
+
+def of_policy(card: Card, name: str) -> str:
+    """The README's use of a policy student."""
+    ((steps, call),) = card.calls.items()
+    code = USE.format(
+        classes=f"{card.pipeline}\nfrom stepfold.students.policy_scheduler import PolicyScheduler",
+        loading=LOAD_POLICY.format(pipeline=card.pipeline, name=json.dumps("WHOLE" if card.lora_rank else name)),
+        prompt=json.dumps(card.example, ensure_ascii=False),
+        arguments="\n".join(f"    {key}={value!r}," for key, value in call.items()),
+        result=RESULTS[card.output],
+        output=card.output,
+    )
+    assert card.recipe.policy is not None, "the caller checks"
+    said = OF_POLICY.format(nodes=card.recipe.policy.nodes, name=name, steps=several(steps, "step", "steps"))
+    if card.lora_rank:
+        said += f"A whole pipeline comes first: `stepfold export {name} --to pipeline --out WHOLE`.\n\n"
+    return said + code + ONE_STEP.format(name=name) * (steps == 1)
 
 
 def in_other_tools(card: Card) -> str:

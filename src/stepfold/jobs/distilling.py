@@ -82,7 +82,7 @@ def load(
     import torch
 
     from stepfold.prompts.conditions import cache_of, conditions_from, notes_on
-    from stepfold.sampling.recipe import make_recipe
+    from stepfold.sampling.recipe import make_recipe, policy_of
     from stepfold.sampling.samplers import in_diffusers
     from stepfold.students.starting import make_student
     from stepfold.teachers.fingerprints import teacher_fingerprint
@@ -130,7 +130,7 @@ def load(
         )
     bank, score = bank_of(config, teacher, prompts), open_score(config, teacher)
     torch.manual_seed(config.seed)  # its new layers' first values, however the teacher was loaded
-    student = make_student(teacher, config.student, config.teacher)
+    student = make_student(teacher, config.student, config.teacher, policy_of(config, teacher))
     usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
     recipe = make_recipe(config, teacher, guidance_scales(config, teacher), usual)
     if config.student.lora:
