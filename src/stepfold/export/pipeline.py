@@ -16,6 +16,7 @@ from stepfold.export.casting import Half, rounded_parts
 from stepfold.export.files import FILES, README, listing
 from stepfold.export.losses import loading_of, quantised_section
 from stepfold.export.method import method_of, source_of
+from stepfold.export.policy_words import of_policy
 from stepfold.sampling.recipe import Recipe, times_of
 from stepfold.sampling.samplers import in_diffusers
 from stepfold.students.card import ANYFLOW, CARD, Card, read_card, write_card
@@ -64,19 +65,6 @@ own:
 
 ```
 stepfold export {name} --to pipeline --steps {steps}
-```"""
-OF_POLICY = """The network gives {nodes} velocities at a time, of which a policy makes its path. `stepfold sample {name}`
-follows it, in {steps}. In diffusers a scheduler of stepfold does so, with these levels alone.
-
-"""
-LOAD_POLICY = """pipe = {pipeline}.from_pretrained({name})
-pipe.scheduler = PolicyScheduler.from_pretrained({name}, subfolder="policy_scheduler")"""
-ONE_STEP = """
-
-For diffusers without stepfold, the one step becomes a stock network:
-
-```
-stepfold export {name} --to pipeline --steps 1
 ```"""
 WITH_IMAGE = """
 
@@ -315,7 +303,7 @@ def several(count: int, one: str, many: str) -> str:
 def how_to_use(card: Card, name: str, adapted: str = "") -> str:
     """The README's code for plain diffusers, and what to change for another number of steps; see `model_card`."""
     if card.recipe.policy:
-        return of_policy(card, name)
+        return of_policy(card, name, USE, RESULTS[card.output])
     if not card.recipe.jumps_to_zero:
         return OF_EDGES.format(steps=card.asked_steps[0], name=name)
     card.check_calls()
@@ -364,24 +352,6 @@ def how_to_use(card: Card, name: str, adapted: str = "") -> str:
     if card.pipeline == ANYFLOW:
         return use + TOLD_BOTH.format(fewest=min(card.calls), most=max(card.calls))
     return use + JUMPS if card.recipe.sampler == "flow_map" else use
-
-
-def of_policy(card: Card, name: str) -> str:
-    """The README's use of a policy student."""
-    ((steps, call),) = card.calls.items()
-    code = USE.format(
-        classes=f"{card.pipeline}\nfrom stepfold.students.policy_scheduler import PolicyScheduler",
-        loading=LOAD_POLICY.format(pipeline=card.pipeline, name=json.dumps("WHOLE" if card.lora_rank else name)),
-        prompt=json.dumps(card.example, ensure_ascii=False),
-        arguments="\n".join(f"    {key}={value!r}," for key, value in call.items()),
-        result=RESULTS[card.output],
-        output=card.output,
-    )
-    assert card.recipe.policy is not None, "the caller checks"
-    said = OF_POLICY.format(nodes=card.recipe.policy.nodes, name=name, steps=several(steps, "step", "steps"))
-    if card.lora_rank:
-        said += f"A whole pipeline comes first: `stepfold export {name} --to pipeline --out WHOLE`.\n\n"
-    return said + code + ONE_STEP.format(name=name) * (steps == 1)
 
 
 def in_other_tools(card: Card) -> str:

@@ -29,8 +29,8 @@ def export_collapsed(folder: Path, card: Card, out: Path, num_steps: int) -> Non
     assert policy is not None, "the caller checks"
     if num_steps > 1:
         raise UserError(
-            f"each of this student's {num_steps} steps has a mean of its own of its velocities, and a stock network has "
-            "one; leave --steps out of --to pipeline, which keeps them all for our PolicyScheduler, or train with "
+            f"each of this student's {num_steps} steps has its own mean of the velocities, and a stock network one; "
+            "leave --steps out of --to pipeline, which keeps them all for our PolicyScheduler, or train with "
             "policy.steps=1"
         )
     teacher, student, card = load_merged(folder, "cpu")

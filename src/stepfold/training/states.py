@@ -257,7 +257,10 @@ def from_policy(start: Start) -> States:
     batch, networks, part = start.batch, start.networks, start.config.policy
     student, teacher = networks.student, networks.teacher
     if student.policy is None:
-        raise UserError("objective=policy needs a student that gives several F at a time, and this one gives one")
+        raise UserError(
+            "objective=policy needs a student that gives several F at a time, and this one gives one; give a pipeline "
+            "of Sana, Stable Diffusion 3 or FLUX.1, or another objective"
+        )
     times = [min(time, batch.start_time) for time in teacher.student_times(part.steps, "policy")]
 
     def heads(x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
