@@ -37,6 +37,7 @@ from stepfold.settings import (
     SpaceSettings,
     StudentSettings,
     TrainingSettings,
+    VelocitySettings,
 )
 
 RENAMED = {"training.rollout_precision": "training.walk_precision"}
@@ -69,6 +70,7 @@ class Config(Section):
     target: TargetSettings = TargetSettings()
     consistency: ConsistencySettings = ConsistencySettings()
     discrete: DiscreteSettings = DiscreteSettings()
+    velocity: VelocitySettings = VelocitySettings()
     semigroup: SemigroupSettings = SemigroupSettings()
     policy: PolicySettings = PolicySettings()
     adversarial: AdversarialSettings = AdversarialSettings()

@@ -227,6 +227,10 @@ def check_targets(config: Any) -> None:
             "consistency.tangent_weight=ayf is 0 where target.rule=diagonal; give consistency.tangent_weight=trig, or "
             "leave diagonal out"
         )
+    if config.space.times == "noise" and objective != "velocity":
+        raise ValueError(
+            f"space.times=noise is one-step regression, not objective={objective}; give objective=velocity"
+        )
     if "prior" in spaces:
         check_prior(config)
     check_policy(config)

@@ -192,6 +192,8 @@ def trained_steps(config: Config) -> set[int] | None:
     _, last = phases_of(config)[-1]
     if last.objective == "policy":
         return {last.policy.steps}
+    if last.space.times == "noise":
+        return {1}
     if not last.target.jumps:
         return None
     if set(last.space.weights) == {"prior"}:

@@ -299,5 +299,7 @@ def states_per_prompt(space: str, config: Config) -> int:
     """How many states a space has of each prompt."""
     if space == "policy":
         return config.policy.steps
+    if space == "coupling" and config.space.times == "noise":
+        return 1
     draws = 1 if space in WITHOUT_TARGETS else config.target.draws
     return draws * (pairs_per_prompt(config.space.route_steps, config.space.keep_first) if space in FROM_CLEAN else 1)
