@@ -70,6 +70,7 @@ class PipelineTeacher(Family):
         loras: Sequence[tuple[str, float]] = (),
         variant: str | None = None,
         quantised: Quantised = "none",
+        velocities: int = 1,
     ) -> None:
         """`network_only` leaves text encoders and VAE for when they are needed; it takes the unconditional `null`.
 
@@ -80,7 +81,7 @@ class PipelineTeacher(Family):
         """
         self.source, self.device, self.dtype, self.variant = str(source), torch.device(device), dtype, variant
         self.work_dtype = torch.promote_types(dtype, torch.float32)  # of conditions, and of weights that are trained
-        self.sigma_data = SIGMA_DATA
+        self.sigma_data, self.velocities = SIGMA_DATA, velocities
         self.index = load_index(self.source)
         self.check_index()
         self.pipe: Any = load_pipeline(
@@ -226,7 +227,7 @@ class PipelineTeacher(Family):
             x_unit = x / self.sigma_data
             weight = self.weight_at(t, guidance)
             if weight is not None:
-                F = self.guided(x_unit, t, *self._branches(x_unit, t, condition), weight)
+                F = self.guided_branches(x_unit, t, *self._branches(x_unit, t, condition), weight)
             else:
                 F = self._unguided(x_unit, t, condition, torch.ones_like(t) if guidance is None else guidance)
             return (self.sigma_data * F).to(x.dtype)
