@@ -85,6 +85,11 @@ class TeacherSettings(Section):
         description="flow-matching noise levels, [lowest, highest] in [0, 1], between which classifier-free guidance "
         "acts; elsewhere the teacher follows its prompt alone, at half the cost, for more diverse images",
     )
+    guidance_rule: Literal["pipeline", "zero_star"] = Field(
+        default="pipeline",
+        description="`pipeline`, classifier-free guidance as the teacher's pipeline has it; `zero_star`, with the "
+        "branch without a prompt scaled towards the other (CFG-Zero*)",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="of the teacher's weights; bfloat16 halves them, and calls to them run under autocast (a student's "

@@ -149,9 +149,17 @@ class Card(Section):
     def check_told(self) -> None:
         """Refuses a student of segments that has to be told where to jump to: without that its network means 0.
 
+        A policy student, whose network gives several velocities, too.
+
         Raises:
             UserError: it is one; what plain diffusers can take instead.
         """
+        if self.recipe.policy:
+            one = " --steps 1" if 1 in self.recipe.times else ""
+            raise UserError(
+                f"this student gives {self.recipe.policy.nodes} velocities at a time, which other tools do not put "
+                f"together; export it with --to pipeline{one}, or use stepfold sample"
+            )
         if not self.recipe.jumps_to_zero:
             steps = max(self.recipe.times)
             raise UserError(

@@ -8,6 +8,7 @@ from stepfold.errors import UserError
 from stepfold.sampling.recipe import times_of
 from stepfold.students.card import ANYFLOW, CARD, Card, read_card, student_folder
 from stepfold.students.lora import load_lora, lora_files
+from stepfold.students.policy import head_of, load_head, widen
 from stepfold.students.saving import load_network_only
 from stepfold.students.two_times import load_embedder
 from stepfold.students.whole import as_student
@@ -42,7 +43,7 @@ def load_student(
         settings = card.teacher_settings()
         rounded = settings.model_copy(update={"quantise": quantise or settings.quantise})
         teacher = load_teacher(settings.plain() if quantise == "none" else rounded, device)
-        options = {"convolutions": card.lora_convolutions, "two_times": card.two_times}
+        options = {"convolutions": card.lora_convolutions, "two_times": card.two_times, "policy": card.recipe.policy}
         student: Student = load_lora(teacher, folder, card.lora_rank, **options)
     elif card.network_only:
         teacher = load_teacher(card.teacher_settings(), device)
@@ -50,8 +51,9 @@ def load_student(
     else:
         check_folder(folder)
         sizes = {name: getattr(card, name) for name in ("height", "width", "frames", "max_tokens")}
-        teacher = make_teacher(str(folder), device=device, **sizes)
-        student = as_student(teacher, two_times=card.two_times)
+        velocities = card.recipe.policy.nodes if card.recipe.policy else 1
+        teacher = make_teacher(str(folder), device=device, velocities=velocities, **sizes)
+        student = as_student(teacher, two_times=card.two_times, policy=card.recipe.policy)
         load_embedder(student, folder)
     return teacher, student, checked(card, teacher)
 
@@ -71,8 +73,11 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
         teacher = load_teacher(settings, device, torch.float32)
     for part, file in lora_files(teacher).items():
         merge_lora(teacher.pipe, str(folder / file), 1.0, lambda: None, part)  # a student has none on text encoders
-    student = as_student(teacher, two_times=card.two_times)
+    if card.recipe.policy:
+        widen(teacher.transformer, head_of(teacher), card.recipe.policy.nodes)
+    student = as_student(teacher, two_times=card.two_times, policy=card.recipe.policy)
     load_embedder(student, folder)
+    load_head(teacher, teacher.transformer, folder, card.recipe.policy)
     return teacher, student, checked(card, teacher)
 
 

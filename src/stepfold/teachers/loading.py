@@ -159,6 +159,8 @@ def load_teacher(
     )
     if settings.guidance_interval:
         teacher.guide_between(*settings.guidance_interval)
+    if settings.guidance_rule == "zero_star":
+        teacher.guide_from_zero_star()
     if settings.image_column and not teacher.take_images():
         raise UserError(
             f"teacher.image_column is {settings.image_column!r}, but {type(teacher.pipe).__name__} reads no images "

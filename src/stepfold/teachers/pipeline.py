@@ -70,6 +70,7 @@ class PipelineTeacher(PipelineParts):
         variant: str | None = None,
         quantised: Quantised = "none",
         encoders_quantised: Quantised = "none",
+        velocities: int = 1,
     ) -> None:
         """`network_only` leaves text encoders and VAE for when they are needed; it takes the unconditional `null`.
 
@@ -80,7 +81,7 @@ class PipelineTeacher(PipelineParts):
         """
         self.source, self.device, self.dtype, self.variant = str(source), torch.device(device), dtype, variant
         self.work_dtype = torch.promote_types(dtype, torch.float32)  # of conditions, and of weights that are trained
-        self.sigma_data = SIGMA_DATA
+        self.sigma_data, self.velocities = SIGMA_DATA, velocities
         self.index = load_index(self.source)
         self.check_index()
         self.pipe: Any = load_pipeline(
@@ -95,7 +96,7 @@ class PipelineTeacher(PipelineParts):
         network = quantise(self.whole_network(), quantised, self.lora_blocks, place)
         self.transformer: Any = network.to(place).eval().requires_grad_(False)
         compute_once(self.of_the_prompt_alone())
-        kinds = self.guidance_kinds()
+        kinds = self.guidance_kinds(self.transformer.config, self.pipe.config)
         self.guidance_kind: GuidanceKind = kinds[0] if guidance_kind == "auto" else guidance_kind
         if self.guidance_kind not in kinds:
             raise UserError(
@@ -118,7 +119,6 @@ class PipelineTeacher(PipelineParts):
         self.shift = self.shift_at(self.usual_steps())
         self.plain_predict = self.predictor()
         self.predict = in_precision(self.plain_predict, dtype)
-
         parts = self.feature_parts()
         count = min(NUM_FEATURES, len(parts))
         chosen = [parts[(i + 1) * len(parts) // count - 1] for i in range(count)]
@@ -204,7 +204,7 @@ class PipelineTeacher(PipelineParts):
             x_unit = x / self.sigma_data
             weight = self.weight_at(t, guidance)
             if weight is not None:
-                F = self.guided(x_unit, t, *self._branches(x_unit, t, condition), weight)
+                F = self.guided_branches(x_unit, t, *self._branches(x_unit, t, condition), weight)
             else:
                 F = self._unguided(x_unit, t, condition, torch.ones_like(t) if guidance is None else guidance)
             return (self.sigma_data * F).to(x.dtype)

@@ -117,6 +117,7 @@ class SanaTeacher(GemmaTexts):
     """
 
     pipelines = (SanaPipeline,)
+    head = "proj_out"
     fields: ClassVar[Any] = {"guidance_embeds": ((False, None), "SanaPipeline does not tell it the guidance")}
 
     @classmethod
@@ -148,9 +149,10 @@ class SanaTeacher(GemmaTexts):
         network.register_to_config(timestep_scale=self.transformer.config.timestep_scale / self.time_scale)
         return {self.network_part: network}
 
+    @classmethod
     @override
-    def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
-        return ("embedded",) if self.transformer.config.guidance_embeds else ("classifier_free", "none")
+    def guidance_kinds(cls, network: Mapping[str, Any], pipeline: Mapping[str, Any]) -> tuple[GuidanceKind, ...]:
+        return ("embedded",) if network["guidance_embeds"] else ("classifier_free", "none")
 
     @property
     @override
@@ -216,6 +218,7 @@ class SprintTeacher(SanaTeacher):
     """SanaSprintPipeline: TrigFlow, time on [0, 1], guidance embedded; the student is one too."""
 
     pipelines = (SanaSprintPipeline,)
+    head = ""
     fields: ClassVar[Any] = {"guidance_embeds": ((True,), "SanaSprintPipeline tells it the guidance")}
     text_options: ClassVar[dict[str, Any]] = {}
 
