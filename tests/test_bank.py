@@ -171,8 +171,10 @@ def test_a_run_on_a_bank_resumes_to_the_bit_and_samples_no_teacher(
     assert run("half", "training.steps=2") == whole[:2]
     assert run("half", resume=True) == whole and len(whole) == 3
     assert run("annealed", "space.anneal_steps=2")[2]["loss"] != whole[2]["loss"]  # the step before was another
-    with pytest.raises(UserError, match=r"sampled at guidance scale 2; add --set space.guidance=\[2\]"):
+    with pytest.raises(UserError, match=r"sampled at guidance scale 2; add --set 'space.guidance=\[2\]'"):
         run("other", "space.guidance=[3.0]")
+    with pytest.raises(UserError, match=r"teacher.max_tokens=24, not 12; add --set 'teacher.max_tokens=24'"):
+        run("longer", "teacher.max_tokens=12")
     with pytest.raises(UserError, match="bank holds ends of trajectories, and generation needs more"):
         run("walks", "space.kind=generation")
 

@@ -104,6 +104,8 @@ def test_a_number_of_steps_without_times_is_refused_before_the_run(
     tiny_sana: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     given = ("--teacher", tiny_sana, "--prompts", prompts_file, "--out", tmp_path / "run", "--quiet")
-    result = Result("distill", *given, "--set", "evaluation.steps=[9]", "--set", "teacher.max_tokens=24")
+    result = Result(
+        "distill", "--preset", "default", *given, "--set", "evaluation.steps=[9]", "--set", "teacher.max_tokens=24"
+    )
     assert result.code == 2 and "evaluation.steps has 9, but a consistency student has times for 1, 2" in result.err
     assert not (tmp_path / "run").exists()

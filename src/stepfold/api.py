@@ -16,7 +16,7 @@ from stepfold.jobs.devices import usable_device
 from stepfold.jobs.distilling import run_distill
 from stepfold.jobs.exporting import run_export
 from stepfold.jobs.sampling import run_sample
-from stepfold.maths.noise_schedules import NoiseSchedule
+from stepfold.maths.noise_schedules import FLOW, TRIGFLOW, NoiseSchedule, exploding, vp_sde, vp_steps
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.prompts.syntax import notes_of
 from stepfold.randomness import normal
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
-    "Condition", "ModuleTeacher", "NoiseSchedule", "NonFiniteError", "UserError", "distill_module", "distill_pipeline",
-    "draw", "export", "load_module_student", "sample",
+    "FLOW", "TRIGFLOW", "Condition", "ModuleTeacher", "NoiseSchedule", "NonFiniteError", "UserError", "distill_module",
+    "distill_pipeline", "draw", "exploding", "export", "load_module_student", "sample", "vp_sde", "vp_steps",
 ]  # fmt: skip
 WEIGHTS = "student.safetensors"
 
@@ -60,15 +60,15 @@ def distill_pipeline(
 ) -> Path:
     """Distils a diffusers pipeline; the very run of `stepfold distill`.
 
-    Of a pipeline object no file is read. It needs the memory that it has, and is frozen while the run goes on; then it
-    is as before. A run is resumed with an object of the same weights.
+    Of a pipeline object no file is read. It is frozen while the run goes on; then it is as before. A run is resumed
+    with an object of the same weights.
 
     Args:
         teacher: a pipeline object; or its folder, a hub id, or `emoji`.
         prompts: as of `distill_module`; None for the bundled teacher's own.
         folder: of the run; new, or to be resumed.
         changes: settings as for `--set`, such as `student.lora=64`.
-        preset: name or yaml file of the settings to start from.
+        preset: name or yaml file of the settings to start from; `default` trains all weights, 20,000 steps.
         resume: continue the run that the folder holds.
         device: cpu, cuda, cuda:1, or auto.
         quiet: show no progress.
@@ -116,6 +116,9 @@ def sample(
     seed: int = 0,
     guidance: float | None = None,
     sampler: str | None = None,
+    gamma: float = 0.0,
+    image: str | Path | None = None,
+    first_step: Literal["student", "teacher"] = "student",
     device: str = "auto",
     teacher: "DiffusionPipeline | None" = None,
 ) -> "list[Image]":
@@ -128,7 +131,9 @@ def sample(
         seed: of the noise.
         guidance: scale that the student is told; None for its usual one.
         sampler: its name; None for the student's own.
-        device: of torch; auto is cuda where there is one, else cpu.
+        gamma: share of fresh noise in a flow map's steps, in [0, 1].
+        image: reference image of all prompts, for a student that reads one; `first_step`: who takes it.
+        device: as of `distill_pipeline`.
         teacher: the pipeline object that a LoRA student was distilled from, if it was one.
 
     Raises:
@@ -139,14 +144,9 @@ def sample(
     """
     with _source_of(teacher):
         return run_sample(
-            Path(student),
-            prompts,
-            steps=steps,
-            seed=seed,
-            guidance=guidance,
-            device=usable_device(device),
-            sampler=sampler,
-        )
+            Path(student), prompts, steps=steps, seed=seed, guidance=guidance, device=usable_device(device),
+            sampler=sampler, gamma=gamma, image=None if image is None else Path(image), first_step=first_step,
+        )  # fmt: skip
 
 
 def export(

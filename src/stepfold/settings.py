@@ -371,7 +371,7 @@ class EvaluationSettings(Section):
         description="images per row of the report's table; at most 64 with a teacher of your own; 0 for no table",
     )
     guidance: float | None = Field(
-        default=None, description="scale that the teacher is measured at; default: the pipeline's own"
+        default=None, description="scale that the teacher is measured at; default: the one that the student stands for"
     )
     steps: tuple[StepCount, ...] | None = Field(
         default=None,

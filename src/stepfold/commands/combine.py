@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stepfold.commands.options import DeviceOption, Quiet, refuse_existing
+from stepfold.commands.options import DeviceOption, Quiet
 from stepfold.errors import UserError
 from stepfold.jobs.devices import usable_device
 
@@ -34,7 +34,7 @@ def combine(
         Path | None, typer.Option(help="Prompts. Default: the run's that it did not train on.", show_default=False)
     ] = None,
     sweeps: Annotated[int, typer.Option(min=1, help="Sweeps over all checkpoints, at most.")] = 3,
-    force: Annotated[bool, typer.Option("--force", help="Replace what --out holds.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier student in --out.")] = False,
     device: DeviceOption = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -48,9 +48,11 @@ def combine(
     stepfold combine runs/mine --out runs/combined --steps 4 --prompts others.txt
     """
     from stepfold.display import Display, quiet_libraries
+    from stepfold.jobs.exporting import check_target
+    from stepfold.students.card import student_folder
 
     quiet_libraries()
-    refuse_existing(out, force)
+    check_target(out, student_folder(run).resolve(), force=force)
     found = run_combine(
         run, out, steps=steps, n=n, prompts=prompts, sweeps=sweeps, display=Display(quiet),
         device=usable_device(device),

@@ -254,6 +254,7 @@ def by_teacher(
     groups: dict[str, tuple[TeacherSettings, float | None, dict[str, tuple[Student, Recipe]]]] = {}
     for name, (student, card) in students.items():
         settings, usual = card.teacher_settings(), card.config["evaluation"]["guidance"]
+        usual = card.recipe.guidance if usual is None else usual
         group = groups.setdefault(f"{settings.model_dump_json()} {usual}", (settings, usual, {}))
         group[2][name] = student, card.recipe
     return list(groups.values())

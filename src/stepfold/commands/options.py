@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from contextvars import ContextVar
 from pathlib import Path
@@ -100,6 +100,20 @@ SizeOption = Annotated[
 DtypeOption = Annotated[
     Literal["float32", "bfloat16"] | None,
     typer.Option("--dtype", help="Precision of the teacher's weights: `teacher.dtype`.", show_default=False),
+]
+WishedStepsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        help="Without --preset: sampling steps that the student is for, 1, 2, 4 or 8. Default: 4.",
+        show_default=False,
+    ),
+]
+HoursOption = Annotated[
+    float | None,
+    typer.Option(
+        "--hours", help="Without --preset: hours that the run may take, by a trial of some steps.", show_default=False
+    ),
 ]
 LearningRateOption = Annotated[
     float | None, typer.Option("--lr", help="Learning rate: `optimiser.lr`.", show_default=False)
@@ -236,6 +250,30 @@ def teacher_settings(**given: Any) -> "TeacherSettings":
 
     chosen = {name: value for name, value in given.items() if value is not None}
     return validate({"prompts": "", "teacher": chosen, "student": {"lora": 1}}).teacher
+
+
+def run_teacher(
+    preset: str | None, changes: Sequence[str] | None, prompts: object, given: Mapping[str, object]
+) -> "TeacherSettings":
+    """The teacher of a run that a command prepares: of its preset, its `--set teacher.*` and the command's options.
+
+    Args:
+        preset: of the run; None for `default`.
+        changes: of `--set`, key=value.
+        prompts: their file; the settings ask for one.
+        given: name -> setting of the teacher; None leaves it as it is.
+
+    Raises:
+        UserError: a change is not of the teacher, or a setting is out of range.
+    """
+    from stepfold.config import load_config
+
+    top: dict[str, Any] = {f"teacher__{name}": value for name, value in given.items() if value is not None}
+    for change in changes or []:
+        if not change.startswith("teacher."):
+            raise UserError(f"--set {change}: only settings of the teacher matter here; give teacher.KEY=VALUE")
+    top |= {} if preset else {"student__lora": 1}  # what a quantised base takes; nothing here depends on it
+    return load_config(preset or "default", changes or [], prompts=str(prompts), **top).teacher
 
 
 def chosen_preset(preset: str | None, teacher: str | None) -> str:

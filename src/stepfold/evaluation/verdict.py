@@ -56,6 +56,13 @@ METRICS = {
         4,
         "low",
     ),
+    "fd_imagenet": Metric(
+        "FD-ImageNet",
+        "The same distance in the features of EfficientNet-Lite0, a network that was trained on photographs of "
+        "ImageNet: a second opinion. It compares with no other number than its own. Lower is better.",
+        2,
+        "low",
+    ),
     "diversity": Metric(
         "Diversity",
         "Mean feature distance between images of one prompt. Closest to that of real images is best; near 0, every "

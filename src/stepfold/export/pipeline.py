@@ -187,9 +187,10 @@ def write_cards(folder: Path, card: Card, metrics: dict[str, Any] | None = None,
 
 
 def metrics_beside(folder: Path) -> dict[str, Any] | None:
-    """What the run that a student folder lies in measured, if it lies in one."""
+    """What a run measured of its own student, if the folder is that; not of another one in the run's folder."""
     report = folder.resolve().parent / "report.json"
-    return json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
+    own = report.is_file() and folder.resolve().name == "student"
+    return json.loads(report.read_text(encoding="utf-8")) if own else None
 
 
 def export_pipeline(folder: Path, out: Path, dtype: Half | None = None) -> None:

@@ -1,5 +1,6 @@
 """A distillation from settings to files: checked, loaded, trained, measured, reported."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,7 +132,8 @@ def load(
     bank, score = bank_of(config, teacher, prompts), open_score(config, teacher)
     torch.manual_seed(config.seed)  # its new layers' first values, however the teacher was loaded
     student = make_student(teacher, config.student, config.teacher, policy_of(config, teacher))
-    usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
+    asked = config.evaluation.guidance
+    usual = teacher.default_guidance if asked is None else asked
     recipe = make_recipe(config, teacher, guidance_scales(config, teacher), usual)
     if config.student.lora:
         teacher.lora_scheduler(in_diffusers(recipe.sampler))  # refused now, not when the student is saved
@@ -148,7 +150,7 @@ def load(
     processes.wait()
     blacks, latents = kept_latents(folder, config, accelerator, teacher, cache, images, display)
     run = Run(
-        config, folder, accelerator, processes, prompts, teacher, usual, recipe,
+        config, folder, accelerator, processes, prompts, teacher, recipe.guidance if asked is None else asked, recipe,
         conditions=conditions_from(cache, teacher, prompts), cached=cache is not None,
         blacks=blacks, latents=latents, bank=bank, lock=lock, score=score,
     )  # fmt: skip
@@ -174,6 +176,10 @@ def open_score(config: "Config", teacher: "PipelineTeacher") -> "PictureScore | 
     return clip_reward(clip, teacher.device)
 
 
+ENDS_DEPEND_ON = ("max_tokens", "null_mask", "guidance", "guidance_interval")
+"""Settings of a teacher that its images depend on and its fingerprint does not have."""
+
+
 def bank_of(config: "Config", teacher: "PipelineTeacher", prompts: "PromptFile | ImageFolder") -> "Bank | None":
     """The bank that the settings name; None where they name none.
 
@@ -194,10 +200,18 @@ def bank_of(config: "Config", teacher: "PipelineTeacher", prompts: "PromptFile |
         "latent_shape": list(shape),
     }  # fmt: skip
     bank = open_bank(Path(config.space.bank), wanted)
+    now, then = config.teacher.model_dump(mode="json"), bank.index.get("settings", {})
+    for name in ENDS_DEPEND_ON:
+        if name in then and then[name] != now[name]:
+            value = json.dumps(then[name])
+            raise UserError(
+                f"{bank.folder} was sampled with teacher.{name}={value}, not {json.dumps(now[name])}; add "
+                f"--set 'teacher.{name}={value}', or make a bank with this run's --preset and --set"
+            )
     scale = float(bank.index["guidance"])
     if set(guidance_scales(config, teacher)) != {scale}:
         raise UserError(
-            f"{bank.folder} was sampled at guidance scale {scale:g}; add --set space.guidance=[{scale:g}], which the "
+            f"{bank.folder} was sampled at guidance scale {scale:g}; add --set 'space.guidance=[{scale:g}]', which the "
             "student then stands for"
         )
     return bank

@@ -154,8 +154,9 @@ class Family(Guiding):
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(own, **changes)
         return {self.network_part: network, "scheduler": scheduler}
 
-    def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
-        """What this network can do about guidance, the usual one first."""
+    @classmethod
+    def guidance_kinds(cls, network: Mapping[str, Any], pipeline: Mapping[str, Any]) -> tuple[GuidanceKind, ...]:
+        """What a network can do about guidance, the usual one first; configs are the network's and the pipeline's."""
         return ("classifier_free", "none")
 
     @property

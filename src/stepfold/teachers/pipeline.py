@@ -96,7 +96,7 @@ class PipelineTeacher(Family):
         network = quantise(self.whole_network(), quantised, self.lora_blocks, place)
         self.transformer: Any = network.to(place).eval().requires_grad_(False)
         compute_once(self.of_the_prompt_alone())
-        kinds = self.guidance_kinds()
+        kinds = self.guidance_kinds(self.transformer.config, self.pipe.config)
         self.guidance_kind: GuidanceKind = kinds[0] if guidance_kind == "auto" else guidance_kind
         if self.guidance_kind not in kinds:
             raise UserError(

@@ -149,9 +149,10 @@ class SanaTeacher(GemmaTexts):
         network.register_to_config(timestep_scale=self.transformer.config.timestep_scale / self.time_scale)
         return {self.network_part: network}
 
+    @classmethod
     @override
-    def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
-        return ("embedded",) if self.transformer.config.guidance_embeds else ("classifier_free", "none")
+    def guidance_kinds(cls, network: Mapping[str, Any], pipeline: Mapping[str, Any]) -> tuple[GuidanceKind, ...]:
+        return ("embedded",) if network["guidance_embeds"] else ("classifier_free", "none")
 
     @property
     @override

@@ -125,7 +125,7 @@ def guidance_scales(config: Config, teacher: Teacher) -> tuple[float, ...]:
     if len(set(scales)) > 1 and not reads:
         raise UserError(
             f"space.guidance has {len(set(scales))} scales, but this student's network takes none, so it "
-            f"could not tell them apart; give one, for example --set space.guidance=[{usual:g}]"
+            f"could not tell them apart; give one, for example --set 'space.guidance=[{usual:g}]'"
         )
     return scales
 
