@@ -11,10 +11,13 @@ from diffusers import DiffusionPipeline
 from forms import cases
 
 from stepfold.config import load_config
+from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.export.pipeline import model_card, save_student
+from stepfold.jobs.distilling import run_distill
 from stepfold.jobs.exporting import run_export
 from stepfold.jobs.sampling import run_sample
+from stepfold.maths.policy import Policy
 from stepfold.sampling.policy import sample_policy
 from stepfold.sampling.recipe import make_recipe, policy_of
 from stepfold.students.card import read_card
@@ -135,3 +138,20 @@ def test_other_exports_and_steps_are_refused(made: Made, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"policy_head.safetensors does not load"):
         load_student(folder, "cpu")
     (folder / "elsewhere").rename(folder / "policy_head.safetensors")
+
+
+def test_a_run_makes_such_a_student(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
+    """From settings to a folder that is sampled and becomes a stock network, with guidance told to no network."""
+    changes = [
+        "objective=policy", "space.kind=policy", "policy.steps=1", "policy.nodes=3", "policy.states=2",
+        "training.steps=2", "training.prompts_per_step=2", "training.precision=no", "training.walk_precision=no",
+        "optimiser.name=adamw", "optimiser.lr=1e-2", "space.guidance=[2.0]", "evaluation.n=0", "evaluation.steps=[1]",
+        "teacher.height=32", "teacher.width=32", "teacher.max_tokens=24", "training.preview_every=9",
+    ]  # fmt: skip
+    config = load_config("default", changes, teacher__source=str(tiny_sana), prompts=str(prompts_file))
+    run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
+    card = read_card(tmp_path / "run")
+    assert card.recipe.policy == Policy(3, 32, card.recipe.policy.shift) and list(card.recipe.times) == [1]  # type: ignore[union-attr]
+    assert "pi-Flow, arXiv:2510.14974" in model_card(card)
+    one = run_export(tmp_path / "run", "pipeline", tmp_path / "one", force=False, steps=1)
+    assert relative(in_diffusers(one), latents_of(tmp_path / "run" / "student")) < 1e-4

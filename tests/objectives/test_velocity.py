@@ -49,7 +49,7 @@ def test_the_distance_is_the_square_or_pseudo_huber() -> None:
 def test_regression_of_an_end_on_its_noise_is_velocity_matching_there() -> None:
     """At pi/2 the line's velocity is -x_0: the perfect one-step student has no error, on other noise it has."""
     law, noise = gaussian(0.4, 0.2), SIGMA_DATA * torch.randn(6, 3).double()
-    t = torch.full((6,), math.pi / 2).double()
+    t = torch.full((6,), math.pi / 2, dtype=torch.float64)
     x0 = law.consistency(noise, t)
     for z, wrong in ((noise, False), (noise.roll(1, 0), True)):
         found = coupled_pairs(x0, z, t[:, None], nothing(6), torch.ones(6).double(), None)
