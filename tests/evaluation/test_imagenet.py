@@ -183,7 +183,7 @@ def test_the_weights_tell_pictures_apart() -> None:
     found = imagenet_features(second.weights, torch.cat([noise, flat, noise]))
     assert found.isfinite().all() and (found >= 0).all() and found.std(1).min() > 0.01
     assert (found[0] - found[1]).norm() > 1 and torch.allclose(found[0], found[2], atol=1e-5)
-    assert frechet_distance(second.mean, second.covariance, second.mean, second.covariance) < 1e-6
+    assert frechet_distance(second.mean, second.covariance, second.mean, second.covariance) < 1e-3
 
 
 @pytest.mark.long
