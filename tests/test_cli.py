@@ -762,7 +762,7 @@ def test_encoded_prompts_take_the_presets_size(tiny_sana: Path, prompts_file: Pa
     ],
 )
 def test_no_memory_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    raised = [error, RuntimeError("a fault of ours")]
+    raised = [error, error, RuntimeError("a fault of ours")]
 
     def fails(*args: object, **settings: object) -> None:
         raise raised.pop(0)
@@ -771,5 +771,7 @@ def test_no_memory_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch
     done = Result("distill")
     assert done.code == 2 and done.err.startswith("error: out of memory ("), done.err
     assert "training.micro_batch=1" in done.err and done.err.count("\n") == 1
+    other = Result("schedule").err  # which has no --set
+    assert "a smaller --batch" in other and "--set" not in other
     with pytest.raises(RuntimeError, match="a fault of ours"):
         Result("distill")

@@ -102,11 +102,14 @@ def main() -> None:
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        fail(
-            f"out of memory ({first_line(error)}); in this order: --set training.micro_batch=1, --lora 64 --dtype "
-            "bfloat16, prompts encoded before (stepfold prompts encode), --set teacher.quantise=int8, a smaller --size",
-            2,
+        trains = {"distill", "plan", "doctor"} & set(sys.argv[1:2])
+        fix = (
+            "in this order: --set training.micro_batch=1, --lora 64 --dtype bfloat16, prompts encoded before (stepfold "
+            "prompts encode), --set teacher.quantise=int8, a smaller --size"
+            if trains
+            else "a smaller --batch, --n or --size, or --dtype bfloat16, where the command has them; else --device cpu"
         )
+        fail(f"out of memory ({first_line(error)}); {fix}", 2)
     except OSError as error:  # a path that no file can have, a full disk behind standard output
         with suppress(OSError):
             fail(f"{error.strerror or error}{f': {str(error.filename)[:200]}' if error.filename else ''}", 2)

@@ -11,15 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stepfold.errors import UserError
-from stepfold.jumps import SemigroupSettings, TargetSettings, check_targets
+from stepfold.jumps import PolicySettings, SemigroupSettings, TargetSettings, check_targets
 from stepfold.scores import (
     AnchorSettings,
     DecoupledSettings,
@@ -42,6 +37,7 @@ from stepfold.settings import (
     SpaceSettings,
     StudentSettings,
     TrainingSettings,
+    VelocitySettings,
 )
 
 RENAMED = {"training.rollout_precision": "training.walk_precision"}
@@ -67,13 +63,16 @@ class Config(Section):
         default="auto",
         description="continuous-time consistency, discrete consistency between route times, velocity matching; "
         "regression on pairs of a walk's states, two legs for one jump (semigroup), the teacher's velocity where the "
-        "student lands (lagrange), two scores compared (matching, decoupled, identity); auto: continuous for a teacher "
+        "student lands (lagrange), two scores compared (matching, decoupled, identity), the teacher's velocity along "
+        "the student's own path (policy); auto: continuous for a teacher "
         "whose time is on [0, 1], discrete for one whose time counts to 1000",
     )
     target: TargetSettings = TargetSettings()
     consistency: ConsistencySettings = ConsistencySettings()
     discrete: DiscreteSettings = DiscreteSettings()
+    velocity: VelocitySettings = VelocitySettings()
     semigroup: SemigroupSettings = SemigroupSettings()
+    policy: PolicySettings = PolicySettings()
     adversarial: AdversarialSettings = AdversarialSettings()
     rollout: RolloutSettings = RolloutSettings()
     fake: FakeSettings = FakeSettings()

@@ -73,6 +73,14 @@ def test_plain_diffusers_draws_our_latents(family: str, solver: str, tmp_path: P
     assert (theirs - other).norm() / ours.norm() > 2e-3
 
 
+def test_a_pipeline_that_takes_no_levels_has_no_lines(tmp_path: Path) -> None:
+    """DiT's drew from noise of another size, had it taken them."""
+    folder = tiny.save(tiny.make_dit, tmp_path / "pipeline")
+    teacher: Any = load_teacher(TeacherSettings(source=str(folder)), "cpu")
+    lines = lines_for(teacher, row_of("euler", teacher), 2.0)
+    assert lines["diffusers"] == "# none: DiTPipeline takes no noise levels" and not lines["comfyui"]
+
+
 def unit_noise(teacher: Any) -> torch.Tensor:
     from stepfold.randomness import normal
 

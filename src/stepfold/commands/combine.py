@@ -105,7 +105,8 @@ def run_combine(
     if half < FEW:
         raise UserError(f"{len(chosen.index)} prompts, half of them for the verdict; give {2 * FEW} or more")
     teacher = load_teacher(card.teacher_settings(), device)
-    student = make_student(teacher, config.student.model_copy(update={"init": None}), card.teacher_settings())
+    start = config.student.model_copy(update={"init": None})
+    student = make_student(teacher, start, card.teacher_settings(), card.recipe.policy)
     names = [f"{part} {path.name}" for path in saved for part in ("average", "student")]
     states = [load_file(path / f"{part}.safetensors") for path in saved for part in ("average", "student")]
     reference = names.index(f"average {saved[-1].name}")

@@ -98,7 +98,8 @@ def distill(
     if hours is not None and settled.choice:
         from stepfold.commands.plan import TRIAL_STEPS, make_plan
 
-        settled = within_hours(settled, make_plan(settled.config, TRIAL_STEPS, display, device))
+        trial = make_plan(settled.config, TRIAL_STEPS, display, device)
+        settled = within_hours(settled, trial.total_sec / trial.steps)
     folder = out or Path("runs") / Path(settled.name).stem
     for note in settled.notes():
         display.note(note)

@@ -95,12 +95,13 @@ def plan(
     if settled.choice is None:
         write_json(json_file, vars(found))
         return
-    rows = priced(settled, found)
+    step_sec = found.total_sec / found.steps
+    rows = priced(settled, step_sec)
     table = Table("preset", "method", "passes a step", "weights and states, GiB", "steps", "hours", box=None)
     for row in rows:
         table.add_row(*(row_words(row)))
     show_table(table)
-    for note in (within_hours(settled, found) if hours else settled).notes():
+    for note in (within_hours(settled, step_sec) if hours else settled).notes():
         display.note(note)
     write_json(json_file, vars(found) | {"alternatives": rows})
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -77,7 +78,14 @@ def stats(
         ),
     ] = None,
     teacher: CountingTeacher = None,
-    languages: Annotated[bool, typer.Option(help="Guess the languages (extra prompts).")] = True,
+    languages: Annotated[
+        bool | None,
+        typer.Option(
+            "--languages/--no-languages",
+            help="Guess the languages. Default: yes where py3langid is installed (extra prompts).",
+            show_default=False,
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """How many prompts, how long, how many repeated, in which languages; what in them is no plain text.
@@ -90,11 +98,14 @@ def stats(
     from stepfold.prompts.tables import read_texts
 
     findings = Findings(tokens_of(teacher, longest))
-    numbers = statistics(read_texts(file, column), languages, findings)
+    known = languages is None and find_spec("py3langid") is not None
+    numbers = statistics(read_texts(file, column), known or bool(languages), findings)
     for name, value in numbers.items():
         many = isinstance(value, dict)
         text = ", ".join(f"{key} {number:.4g}" for key, number in value.items()) if many else f"{value:,}"
         typer.echo(f"{name:28} {text or '-'}")
+    if languages is None and not known:
+        typer.echo("note: languages are not guessed; pip install py3langid", err=True)
     write_json(json_file, numbers | {"notes": said(findings.notes())})
 
 
@@ -181,7 +192,8 @@ def clean(
         for prompt in cleaned(read_texts(file, column), rules, counts, findings):
             target.write(prompt + "\n")
         if not counts["kept"]:
-            raise UserError(f"no prompt of {file} is left; {dict(counts)}")
+            dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if name != "read")
+            raise UserError(f"no prompt of {file} is left of {counts['read']} ({dropped}); loosen what dropped them")
     names = ("read", *(name for name in counts if name not in ("read", "kept")), "kept")
     numbers = {name: counts[name] for name in names if counts[name]}
     for name, count in numbers.items():

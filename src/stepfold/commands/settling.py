@@ -11,7 +11,6 @@ from stepfold.errors import UserError
 from stepfold.jobs.choosing import SAMPLING_STEPS, Choice, Facts, alternatives, choose, passes, read_facts
 
 if TYPE_CHECKING:
-    from stepfold.commands.plan import Plan
     from stepfold.config import Config
 
 R_STEPS = ("r_warmup", "r_cooldown_start", "r_cooldown_steps")
@@ -128,10 +127,10 @@ def config_by(choice: Choice, changes: Sequence[str], given: dict[str, Any]) -> 
     return config_by(replace(choice, share=1.0), [*changes, *less], given)
 
 
-def within_hours(settled: Settled, plan: "Plan") -> Settled:
-    """The choice again, with as many steps as the hours are enough for, reckoned from a trial of the first choice."""
+def within_hours(settled: Settled, step_sec: float) -> Settled:
+    """The choice again, with as many steps as the hours are enough for; `step_sec` is that of a trial."""
     assert settled.facts and settled.choice
-    pass_sec, facts = pass_seconds(settled, plan), replace(settled.facts, hours=None)
+    pass_sec, facts = pass_seconds(settled, step_sec), replace(settled.facts, hours=None)
     all_weights = replace(facts, gib={"whole": facts.gib["whole"]})
     lora = replace(facts, gib=facts.gib | {"whole": float("inf")})
     full = {
@@ -144,10 +143,10 @@ def within_hours(settled: Settled, plan: "Plan") -> Settled:
     return replace(settled, config=config, name=choice.preset, facts=facts, choice=choice)
 
 
-def pass_seconds(settled: Settled, plan: "Plan") -> float:
-    """Seconds of the whole run a forward pass, by a trial."""
+def pass_seconds(settled: Settled, step_sec: float) -> float:
+    """Seconds of the whole run a forward pass, where a step's share of it is so long."""
     assert settled.facts
-    return plan.total_sec / (plan.steps * passes_of(settled.config, settled.facts))
+    return step_sec / passes_of(settled.config, settled.facts)
 
 
 def passes_of(config: "Config", facts: Facts) -> int:
@@ -161,10 +160,10 @@ def hours_of(config: "Config", facts: Facts, pass_sec: float) -> float:
     return config.training.steps * passes_of(config, facts) * pass_sec / 3600
 
 
-def priced(settled: Settled, plan: "Plan") -> list[dict[str, Any]]:
+def priced(settled: Settled, step_sec: float) -> list[dict[str, Any]]:
     """The choice and its alternatives: preset, method, passes a step, weights and states in GiB, steps, hours."""
     assert settled.facts and settled.choice
-    facts, pass_sec, rows = settled.facts, pass_seconds(settled, plan), []
+    facts, pass_sec, rows = settled.facts, pass_seconds(settled, step_sec), []
     for choice in alternatives(replace(facts, hours=None)):
         try:
             config = config_by(choice, settled.changes, settled.given)

@@ -83,7 +83,7 @@ def load(
     import torch
 
     from stepfold.prompts.conditions import cache_of, conditions_from, notes_on
-    from stepfold.sampling.recipe import make_recipe
+    from stepfold.sampling.recipe import make_recipe, policy_of
     from stepfold.sampling.samplers import in_diffusers
     from stepfold.students.starting import make_student
     from stepfold.teachers.fingerprints import teacher_fingerprint
@@ -131,7 +131,7 @@ def load(
         )
     bank, score = bank_of(config, teacher, prompts), open_score(config, teacher)
     torch.manual_seed(config.seed)  # its new layers' first values, however the teacher was loaded
-    student = make_student(teacher, config.student, config.teacher)
+    student = make_student(teacher, config.student, config.teacher, policy_of(config, teacher))
     asked = config.evaluation.guidance
     usual = teacher.default_guidance if asked is None else asked
     recipe = make_recipe(config, teacher, guidance_scales(config, teacher), usual)

@@ -1,5 +1,6 @@
 """What a search found, as a json file: for which teacher, how good, and how other tools take it."""
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -151,9 +152,13 @@ def lines_for(teacher: Any, row: Row, guidance: float) -> dict[str, str]:
             f"pipe({called({'num_inference_steps': row.steps} | own)})",
         ]
         return {"name": name, "diffusers": "\n".join(lines), "comfyui": ""}
+    if teacher.ode == "trigflow" and "sigmas" not in inspect.signature(teacher.pipe.__call__).parameters:
+        lines = [f"# none: {type(teacher.pipe).__name__} takes no noise levels"]
+        return {"name": name, "diffusers": lines[0], "comfyui": ""}
     if teacher.ode == "trigflow":
         sigmas = torch.tan(trigflow_time(torch.tensor(row.levels, dtype=torch.float64))).tolist()
         lines = [
+            "import diffusers",
             "pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, "
             'timestep_spacing="leading")',
             f"pipe({called({'sigmas': sigmas} | own)})",
@@ -167,13 +172,14 @@ def lines_for(teacher: Any, row: Row, guidance: float) -> dict[str, str]:
             'diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)'
         )
     lines = [
+        "import diffusers, numpy" if row.solver == "unipc" else "import diffusers",
         f"pipe.scheduler = scheduler = {scheduler}",
         "own = scheduler.set_timesteps  # some pipelines take no levels, and others drop them",
         "scheduler.set_timesteps = lambda num_inference_steps=None, device=None, sigmas=None, mu=None: "
         f"own(sigmas={listed}, device=device)",
         f"pipe({called({'num_inference_steps': row.steps} | own)})",
     ]
-    return {"name": name, "diffusers": "\n".join(lines), "comfyui": comfyui}
+    return {"name": name, "diffusers": "\n".join(lines), "comfyui": comfyui if row.solver == "euler" else ""}
 
 
 def called(arguments: Mapping[str, Any]) -> str:

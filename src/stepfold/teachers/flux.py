@@ -98,6 +98,7 @@ class FluxTeacher(PackedTeacher):
     """FluxPipeline; the student is one too, with guidance embedded as in its teacher."""
 
     pipelines = (FluxPipeline,)
+    head = "proj_out"
     time_module = "time_text_embed"
     readers = ("tokenizer_2",)
     fields: ClassVar[Any] = {"patch_size": ((1,), "the pipeline packs four latents into a token itself")}

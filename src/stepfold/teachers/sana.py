@@ -117,6 +117,7 @@ class SanaTeacher(GemmaTexts):
     """
 
     pipelines = (SanaPipeline,)
+    head = "proj_out"
     fields: ClassVar[Any] = {"guidance_embeds": ((False, None), "SanaPipeline does not tell it the guidance")}
 
     @classmethod
@@ -217,6 +218,7 @@ class SprintTeacher(SanaTeacher):
     """SanaSprintPipeline: TrigFlow, time on [0, 1], guidance embedded; the student is one too."""
 
     pipelines = (SanaSprintPipeline,)
+    head = ""
     fields: ClassVar[Any] = {"guidance_embeds": ((True,), "SanaSprintPipeline tells it the guidance")}
     text_options: ClassVar[dict[str, Any]] = {}
 
