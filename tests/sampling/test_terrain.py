@@ -81,9 +81,9 @@ DIFFICULTY = torch.tensor([0.1, 0.9])
 def test_it_is_sampled_in_one_two_and_four_calls(denoise: Any) -> None:
     """One call is the package's own; more calls give other terrain, whose difficulty raises it as much."""
     student, made = as_student(denoise), {}
-    given: Any = (student, noise(0), None, DIFFICULTY)
+    nothing: Any = None
     for calls, times in TIMES.items():
-        made[calls] = sample_consistency(*given, times, noise, SIGMA_DATA)
+        made[calls] = sample_consistency(student, noise(0), nothing, DIFFICULTY, times, noise, SIGMA_DATA)
         assert made[calls].isfinite().all() and made[calls].abs().max() < 1.5
         easy, hard = made[calls].mean((1, 2, 3)).tolist()
         assert hard > easy + 0.2

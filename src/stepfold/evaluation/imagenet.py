@@ -144,5 +144,5 @@ def convolved(weights: dict[str, Tensor], x: Tensor, name: str, norm: str, strid
         total = max((-(-side // stride) - 1) * stride + kernel.shape[-1] - side, 0)
         padding += [total // 2, total - total // 2]
     x = F.conv2d(F.pad(x, padding), kernel, stride=stride, groups=x.shape[1] // kernel.shape[1])
-    moments = (weights[f"{norm}.running_{which}"] for which in ("mean", "var"))
-    return F.batch_norm(x, *moments, weights[f"{norm}.weight"], weights[f"{norm}.bias"], eps=1e-3)
+    mean, var, scale, shift = (weights[f"{norm}.{what}"] for what in ("running_mean", "running_var", "weight", "bias"))
+    return F.batch_norm(x, mean, var, scale, shift, eps=1e-3)
