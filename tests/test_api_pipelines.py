@@ -316,6 +316,7 @@ def test_objects_that_are_no_plain_weights_are_refused(spoil: Any, said: str, tm
         ("teacher.revision=main", "teacher.revision and teacher.variant are for hub ids; load the object with them"),
         ("teacher.lora=[style.safetensors]", r"merge it into the object with pipe.fuse_lora\(\)"),
         ("teacher.quantise=int8", "teacher.quantise would change the object's weights; give the pipeline's folder"),
+        ("teacher.quantise_encoders=nf4", "teacher.quantise_encoders would change the object's weights; give the"),
         (
             "training.shard=all optimiser.name=adamw",
             "training.shard would take the object's weights apart; give the pipeline's folder",

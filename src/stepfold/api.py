@@ -117,7 +117,7 @@ def sample(
     guidance: float | None = None,
     sampler: str | None = None,
     gamma: float = 0.0,
-    image: str | Path | None = None,
+    image: "str | Path | Image | None" = None,
     first_step: Literal["student", "teacher"] = "student",
     device: str = "auto",
     teacher: "DiffusionPipeline | None" = None,
@@ -132,7 +132,7 @@ def sample(
         guidance: scale that the student is told; None for its usual one.
         sampler: its name; None for the student's own.
         gamma: share of fresh noise in a flow map's steps, in [0, 1].
-        image: reference image of all prompts, for a student that reads one; `first_step`: who takes it.
+        image: of all prompts, a file or a picture, for a student of images; `first_step`: who takes it.
         device: as of `distill_pipeline`.
         teacher: the pipeline object that a LoRA student was distilled from, if it was one.
 
@@ -145,7 +145,7 @@ def sample(
     with _source_of(teacher):
         return run_sample(
             Path(student), prompts, steps=steps, seed=seed, guidance=guidance, device=usable_device(device),
-            sampler=sampler, gamma=gamma, image=None if image is None else Path(image), first_step=first_step,
+            sampler=sampler, gamma=gamma, image=Path(image) if isinstance(image, str) else image, first_step=first_step,
         )  # fmt: skip
 
 
@@ -211,15 +211,14 @@ def _refuse_what_objects_lack(config: Config, dtype: str) -> None:
     """
     settings = config.teacher
     if settings.dtype != dtype:
-        raise UserError(
-            f"teacher.dtype is {settings.dtype}, but this pipeline object is in {dtype}; leave it out of the changes"
-        )
+        raise UserError(f"teacher.dtype is {settings.dtype}, but this pipeline object is in {dtype}; leave it out")
     if settings.revision or settings.variant:
         raise UserError("teacher.revision and teacher.variant are for hub ids; load the object with them")
     if settings.lora:
         raise UserError("teacher.lora is for folders and hub ids; merge it into the object with pipe.fuse_lora()")
-    if settings.quantise != "none":
-        raise UserError("teacher.quantise would change the object's weights; give the pipeline's folder instead")
+    for name in ("quantise", "quantise_encoders"):
+        if getattr(settings, name) != "none":
+            raise UserError(f"teacher.{name} would change the object's weights; give the pipeline's folder instead")
     if config.training.shard != "none":
         raise UserError("training.shard would take the object's weights apart; give the pipeline's folder instead")
 

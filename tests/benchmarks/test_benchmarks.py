@@ -236,6 +236,22 @@ def test_weights_of_a_preset_by_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_text_encoders_by_count() -> None:
+    """Each has its published number of parameters, in billions, and its row of the page."""
+    counting = importlib.import_module("counting_presets")
+    published = {
+        "Qwen3 4B": 4.02, "Gemma 2 2B": 2.61, "T5 XXL": 4.76, "UMT5 XXL": 5.68, "Qwen2.5-VL 7B": 8.29,
+        "Mistral Small 3 24B": 24.01,
+    }  # fmt: skip
+    page = (Path(__file__).parents[2] / "docs" / "speed.md").read_text()
+    for name, parameters in published.items():
+        found = counting.count_encoder(name)
+        assert found["parameters"] == pytest.approx(parameters, abs=0.006), name
+        cells = " | ".join(f"{found[kind]:.1f}" for kind in ("none", "int8", "nf4"))
+        assert f"| {name} | {found['parameters']:.2f} billion | {cells} |" in page, name
+
+
+@pytest.mark.long
 def test_memory_by_count(tmp_path: Path) -> None:
     names = ["sCM with its VAE", "TBCM, conditions from a cache", "TBCM, conditions from a cache, in parts"]
     recomputed = ["--set", "training.checkpointing=true"]

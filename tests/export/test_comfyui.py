@@ -18,7 +18,7 @@ import torch
 from forms import cases
 from torch import Tensor
 
-from stepfold.export.beside import card_of, workflow_of
+from stepfold.export.beside import card_of, sd_cpp_command, workflow_of
 from stepfold.export.comfyui import LOADERS, in_text, no_workflow, steps_of, workflow
 from stepfold.jobs.exporting import run_export
 from stepfold.maths.formulations import data_prediction, trigflow_time
@@ -38,6 +38,8 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "LoraLoader": ("MODEL", "CLIP"), "LoraLoaderModelOnly": ("MODEL",),
     "CLIPTextEncode": ("CONDITIONING",), "CLIPTextEncodeLumina2": ("CONDITIONING",),
     "ConditioningZeroOut": ("CONDITIONING",), "FluxGuidance": ("CONDITIONING",), "CFGGuider": ("GUIDER",),
+    "LoadImage": ("IMAGE", "MASK"), "ImageScale": ("IMAGE",), "VAEEncode": ("LATENT",),
+    "ReferenceLatent": ("CONDITIONING",),
     "RandomNoise": ("NOISE",), "KSamplerSelect": ("SAMPLER",), "ManualSigmas": ("SIGMAS",),
     "EmptyLatentImage": ("LATENT",), "EmptySD3LatentImage": ("LATENT",), "EmptyFlux2LatentImage": ("LATENT",),
     "EmptyHunyuanLatentVideo": ("LATENT",), "Wan22ImageToVideoLatent": ("LATENT",),
@@ -59,12 +61,17 @@ INPUTS: dict[str, dict[str, Any]] = {
     "CLIPTextEncode": {"clip": "CLIP", "text": str},
     "CLIPTextEncodeLumina2": {"clip": "CLIP", "system_prompt": ("superior", "alignment"), "user_prompt": str},
     "ConditioningZeroOut": {"conditioning": "CONDITIONING"},
-    "FluxGuidance": {"conditioning": "CONDITIONING", "guidance": float},
+    "FluxGuidance": {"conditioning": "CONDITIONING", "guidance": float}, "LoadImage": {"image": str},
+    "ImageScale": {
+        "image": "IMAGE", "upscale_method": ("lanczos",), "width": int, "height": int, "crop": ("center",)
+    },
+    "VAEEncode": {"pixels": "IMAGE", "vae": "VAE"},
+    "ReferenceLatent": {"conditioning": "CONDITIONING", "latent": "LATENT"},
     "CFGGuider": {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "cfg": float},
     "RandomNoise": {"noise_seed": int}, "KSamplerSelect": {"sampler_name": ("lcm", "euler")},
     "ManualSigmas": {"sigmas": str}, "EmptyLatentImage": SIZES, "EmptySD3LatentImage": SIZES,
     "EmptyFlux2LatentImage": SIZES, "EmptyHunyuanLatentVideo": SIZES | {"length": int},
-    "Wan22ImageToVideoLatent": SIZES | {"length": int, "vae": "VAE"},
+    "Wan22ImageToVideoLatent": SIZES | {"length": int, "vae": "VAE", "start_image": "IMAGE"},
     "SamplerCustomAdvanced": {
         "noise": "NOISE", "guider": "GUIDER", "sampler": "SAMPLER", "sigmas": "SIGMAS", "latent_image": "LATENT"
     },
@@ -91,7 +98,7 @@ def check_nodes(graph: Graph) -> None:
     assert all(isinstance(node["class_type"], str) and isinstance(node["inputs"], dict) for node in graph.values())
     for number, node in graph.items():
         wanted = INPUTS[node["class_type"]]
-        assert node["inputs"].keys() == wanted.keys(), (number, node)
+        assert {"start_image"} >= wanted.keys() - node["inputs"].keys() and node["inputs"].keys() <= wanted.keys(), node
         for name, value in node["inputs"].items():
             kind = wanted[name]
             if isinstance(kind, str):
@@ -239,6 +246,30 @@ def test_the_teachers_loras_come_first(student_of: StudentOf) -> None:
         assert only(graph, "CLIPTextEncode")["clip"] == [last, 1]
         loaded = only(graph, "LoraLoaderModelOnly") if lora else only(graph, "CFGGuider")
         assert loaded["model"] == [last, 0]
+
+
+def test_a_student_of_images_is_shown_one(student_of: StudentOf) -> None:
+    """Beside the text and its scale, in ComfyUI and in stable-diffusion.cpp."""
+    card = read_card(student_of("flux2 dev", lora=4))
+    assert "-r" not in sd_cpp_command("fox.safetensors", card).split()
+    card = card.model_copy(update={"config": card.config | {"teacher": card.config["teacher"] | {"image_column": "p"}}})
+    graph = workflow(card, "fox.safetensors", lora=True)
+    check_nodes(graph)
+    node = {kind: number for number, each in graph.items() for kind in [each["class_type"]]}
+    assert only(graph, "CFGGuider")["positive"] == [node["ReferenceLatent"], 0]
+    assert only(graph, "ReferenceLatent")["conditioning"] == [node["FluxGuidance"], 0]
+    assert only(graph, "VAEEncode")["vae"] == only(graph, "VAEDecode")["vae"]
+    assert only(graph, "LoadImage")["image"] == "YOUR_IMAGE.png"
+    assert graph[node["LoadImage"]]["_meta"]["title"].startswith("YOURS")
+    assert (only(graph, "ImageScale")["width"], only(graph, "ImageScale")["height"]) == (card.width, card.height)
+    assert "-r YOUR_IMAGE.png" in sd_cpp_command("fox.safetensors", card)
+    film = read_card(student_of("wan 2.2 ti2v", lora=4)).model_copy(
+        update={"config": card.config, "pipeline": "WanImageToVideoPipeline"}
+    )
+    graph = workflow(film, "fox.safetensors", lora=True, per_token=True)
+    check_nodes(graph)
+    (scaled,) = [number for number, each in graph.items() if each["class_type"] == "ImageScale"]
+    assert only(graph, "Wan22ImageToVideoLatent")["start_image"] == [scaled, 0] and len(only(graph, "LoadImage")) == 1
 
 
 SD_CPP = {

@@ -38,7 +38,7 @@ def sample(
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(help="Reference image of all prompts, for a student of FLUX.2.", show_default=False),
+        typer.Option(help="Reference image of all prompts, for a student trained with images.", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option(help="PNG to write; several prompts go side by side.")] = Path("sample.png"),
     race: Annotated[
@@ -126,6 +126,7 @@ def run_race(
     if len(prompts) != 1:
         raise UserError(f"--race draws one prompt, and {len(prompts)} are given; give one")
     card = read_card(folder)
+    card.check_texts()
     steps = steps or next(iter(card.asked_steps), 1)
     card.recipe.times_for(steps)
     scale = card.recipe.scale_for(guidance)

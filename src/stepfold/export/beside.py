@@ -8,6 +8,7 @@ from typing import Any
 
 from stepfold.errors import UserError
 from stepfold.export.comfyui import (
+    IMAGE,
     LOADERS,
     SAMPLERS,
     Keys,
@@ -209,6 +210,8 @@ def sd_cpp_command(file: str, card: Card) -> str:
     options += ["--diffusion-model", file, "-p", card.example, "-W", card.width, "-H", card.height, "--cfg-scale", 1]
     if LOADERS[card.pipeline].scale:
         options += ["--guidance", f"{scale_of(card):g}"]
+    if card.with_images:
+        options += ["-r", IMAGE]
     options += ["--sampling-method", SAMPLERS[in_diffusers(card.recipe.sampler)], "--steps", steps]
     options += ["--sigmas", in_text(levels_of(card, steps)).replace(" ", "")]
     return IN_SD_CPP.format(command=shlex.join(["sd-cli", *map(str, options)]))

@@ -33,6 +33,7 @@ MOST_LEVEL = 5000.0
 """Above ComfyUI's highest noise level of Stable Diffusion, where a schedule that ends in pure noise has infinity."""
 YOURS = "YOUR_"
 """How the names of files begin that the user puts in."""
+IMAGE = f"{YOURS}IMAGE.png"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ LOADERS = {
     "Lumina2Pipeline": Loader(("gemma_2_2b",), "lumina2"),
     "ZImagePipeline": Loader(("qwen_3_4b",), "lumina2"),
     "WanPipeline": Loader(("umt5_xxl",), "wan", "EmptyHunyuanLatentVideo"),
+    "WanImageToVideoPipeline": Loader(("umt5_xxl",), "wan"),
 }
 """Class of a pipeline -> its loaders."""
 ENCODER_LOADERS = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader"}
@@ -144,6 +146,8 @@ def workflow(card: Card, file: str, *, lora: bool, per_token: bool = False) -> G
     if loader.scale:
         scale = float(card.calls[steps]["guidance_scale"])
         positive = add(graph, "FluxGuidance", "The scale that it was trained at", conditioning=positive, guidance=scale)
+    if card.with_images and not per_token:
+        positive = beside_image(graph, card, positive, vae)
     guider = add(graph, "CFGGuider", "Guidance off: cfg 1", model=model, positive=positive, negative=negative, cfg=1.0)
     levels = f"Its noise levels for {steps} step{'s' * (steps != 1)}"
     sampled = add(
@@ -205,6 +209,19 @@ def load(graph: Graph, loader: Loader, card: Card, file: str, *, lora: bool) -> 
     return model, clip, vae
 
 
+def image_of(graph: Graph, card: Card, title: str) -> list[Any]:
+    """Adds the image of a prompt, scaled and cropped as in training."""
+    image = add(graph, "LoadImage", f"YOURS: {title}", image=IMAGE)
+    sizes: dict[str, Any] = {"width": card.width, "height": card.height}
+    return add(graph, "ImageScale", image=image, upscale_method="lanczos", crop="center", **sizes)
+
+
+def beside_image(graph: Graph, card: Card, text: list[Any], vae: list[Any]) -> list[Any]:
+    """Adds the reference image of a prompt; returns the condition of both."""
+    latent = add(graph, "VAEEncode", pixels=image_of(graph, card, "the reference image"), vae=vae)
+    return add(graph, "ReferenceLatent", conditioning=text, latent=latent)
+
+
 def yours(name: str) -> str:
     """The placeholder of a file of the user's."""
     return f"{YOURS}{name}.safetensors"
@@ -216,5 +233,6 @@ def empty_latents(graph: Graph, loader: Loader, card: Card, vae: list[Any], *, p
     if card.output == "frames":
         sizes = {**sizes, "length": card.frames}
     if per_token:
-        return add(graph, "Wan22ImageToVideoLatent", vae=vae, **sizes)
+        first: dict[str, Any] = {"start_image": image_of(graph, card, "the first frame")} if card.with_images else {}
+        return add(graph, "Wan22ImageToVideoLatent", vae=vae, **sizes, **first)
     return add(graph, loader.latent, **sizes)

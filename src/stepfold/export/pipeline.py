@@ -68,7 +68,7 @@ stepfold export {name} --to pipeline --steps {steps}
 ```"""
 WITH_IMAGE = """
 
-Each prompt has a reference image, of the same height and width: `image=PIL.Image.open("reference.png")`."""
+Each prompt has an image, of the same height and width: `image=PIL.Image.open("image.png")`."""
 OF_OBJECT = """
 
 The teacher was a {pipeline} object in Python. `TEACHER` is where its weights come from, or a folder that

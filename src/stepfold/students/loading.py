@@ -29,7 +29,7 @@ def load_student(
     Args:
         folder: the student's.
         device: where it goes.
-        quantise: how the network beneath a LoRA is kept; None for as it was trained.
+        quantise: how the network beneath a LoRA is kept, of `none` the text encoders too; None for as it was trained.
 
     Raises:
         UserError: the folder is no student that stepfold wrote.
@@ -41,7 +41,8 @@ def load_student(
         )
     if card.lora_rank:
         settings = card.teacher_settings()
-        teacher = load_teacher(settings.model_copy(update={"quantise": quantise or settings.quantise}), device)
+        rounded = settings.model_copy(update={"quantise": quantise or settings.quantise})
+        teacher = load_teacher(settings.plain() if quantise == "none" else rounded, device)
         options = {"convolutions": card.lora_convolutions, "two_times": card.two_times, "policy": card.recipe.policy}
         student: Student = load_lora(teacher, folder, card.lora_rank, **options)
     elif card.network_only:
@@ -67,7 +68,7 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     card.check_plain()
     if not card.lora_rank:
         return load_student(folder, device)
-    settings = card.teacher_settings().model_copy(update={"quantise": "none"})
+    settings = card.teacher_settings().plain()
     with copied(settings.source):
         teacher = load_teacher(settings, device, torch.float32)
     for part, file in lora_files(teacher).items():

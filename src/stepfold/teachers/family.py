@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -41,7 +40,6 @@ class Family(Guiding):
         head: name of the network's last layer, a linear one with bias, where its config says `out_channels` freely.
         autoencoder_layout: what `to_autoencoder` does, in words that end "which is the last line below, ".
         time_field: field of the network's config, if any, that the network multiplies a time of [0, 1] by.
-        reads_images: whether a condition may hold an image beside the text, as its second text.
         unread: optional parts of the pipeline that are left out.
         rounds: whether the network rounds to bfloat16 within, whatever its weights are.
         video_autoencoder: whether the autoencoder takes videos where the pipeline makes pictures: one frame then.
@@ -69,7 +67,6 @@ class Family(Guiding):
     head: ClassVar[str] = ""
     autoencoder_layout: ClassVar[str] = ""
     time_field: ClassVar[str] = ""
-    reads_images: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
     rounds: ClassVar[bool] = False
     video_autoencoder: ClassVar[bool] = False
@@ -228,14 +225,6 @@ class Family(Guiding):
 
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """Prompts as in use -> condition; text encoders are loaded."""
-        raise NotImplementedError
-
-    def with_images(self, texts: Condition, images: Sequence[Tensor] | None) -> Condition:
-        """Texts with an image [3, height, width] in [0, 1] each, of the teacher's own size; None for none."""
-        return replace(texts, second=self.encode_images(torch.stack(list(images)))) if images else texts
-
-    def encode_images(self, images: Tensor) -> Condition:
-        """Images [B, 3, height, width] in [0, 1], of families with `reads_images` -> a condition's second text."""
         raise NotImplementedError
 
     def encode_nothing(self) -> Condition:

@@ -108,8 +108,12 @@ class Flux2Teacher(PatchedLatents):
     time_module = "time_guidance_embed"
     even_ladder = True
     prompt_argument = "prompt"
-    reads_images = True
     fields: ClassVar[Any] = {"patch_size": ((1,), "the pipeline makes patches of the latents itself")}
+
+    @property
+    @override
+    def reads_images(self) -> bool:
+        return True
 
     @override
     def predictor(self) -> Predict:
