@@ -12,14 +12,17 @@ from filelock import FileLock, Timeout
 
 from stepfold.config import Config, from_yaml, phases_of, setting_names, to_yaml
 from stepfold.errors import UserError
+from stepfold.settings import StudentSettings
 from stepfold.training.optimisers import learning_rate
 from stepfold.training.runs import (
     CONFIG,
     METRICS,
     checkpoints,
     clear_leftovers,
+    damage,
     holds_files,
     make_folder,
+    read_metrics,
     remove_old_checkpoints,
     saved_step,
     set_aside_damaged,
@@ -54,6 +57,8 @@ def refuse_ways_out(folder: Path) -> None:
 def check_run(folder: Path, config: Config, resume: bool) -> None:
     """Checks that the run folder is free, or this run's own.
 
+    A run that took no step may go on with other settings: after "out of memory" at its first one it must.
+
     Raises:
         UserError: the folder is a file, holds another run or holds other files.
     """
@@ -63,7 +68,8 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
         if not resume:
             raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --out")
         there = from_yaml(config_file)
-        if there != config and not can_be_longer(folder, there, config):
+        begun = bool(checkpoints(folder) or read_metrics(folder))
+        if begun and there != config and not can_be_longer(folder, there, config):
             longer = with_steps(there, config.training.steps) == config and config.training.steps > there.training.steps
             fix = "a run can be made longer only until its learning rate falls (optimiser.decay)" if longer else ""
             raise UserError(
@@ -110,6 +116,14 @@ def as_begun(folder: Path, config: Config) -> Config:
     return config.model_copy(update=changes | {"training": config.training.model_copy(update=training)})
 
 
+def as_started(student: StudentSettings, folder: Path, resume: bool) -> StudentSettings:
+    """The settings by which a run's student is made: a run that goes on needs no earlier student that is gone."""
+    gone = resume and student.init is not None and not Path(student.init).exists()
+    if gone and any(damage(path) is None for path in checkpoints(folder)):
+        return student.model_copy(update={"init": None})
+    return student
+
+
 def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
     """Makes the run folder and notes the settings in it, or checks that the one there is this run's.
 
@@ -136,7 +150,7 @@ def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from None
     clear_leftovers(folder)
-    if from_yaml(folder / CONFIG) != config:  # the run is made longer
+    if from_yaml(folder / CONFIG) != config:  # the run is made longer, or took no step
         with writing(folder / CONFIG) as part:
             part.write_text(to_yaml(config), encoding="utf-8")
     return lock
