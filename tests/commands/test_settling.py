@@ -10,9 +10,12 @@ import torch
 from diffusers import SanaTransformer2DModel
 from test_cli import Result, assert_one_line
 from test_family_presets import PIPELINES
+from tiny import make_wan, save
 
 from stepfold.commands.plan import Plan
+from stepfold.commands.settling import priced, settle, within_hours
 from stepfold.config import from_yaml, load_config, preset_names, to_yaml
+from stepfold.errors import UserError
 from stepfold.jobs import choosing
 from stepfold.jobs.choosing import Facts, alternatives, choose, family_preset, passes, read_facts
 from stepfold.objectives.contract import Networks
@@ -218,16 +221,19 @@ FEW = (
 
 
 @pytest.fixture
-def ten_hours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every trial says that the run takes ten hours, all of it steps."""
+def trials(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds of each trial's run, all of it steps: ten hours by the first one, and five by any other one."""
+    seconds: list[float] = []
 
     def make_plan(config: Any, *_: Any) -> Plan:
-        return Plan("one_pass", 1.0, {"steps": 36000.0}, 36000.0, 1.5, 12, config.training.steps, "cpu")
+        seconds.append(18000.0 if seconds else 36000.0)
+        return Plan("one_pass", 1.0, {"steps": seconds[-1]}, seconds[-1], 1.5, 12, config.training.steps, "cpu")
 
     monkeypatch.setattr("stepfold.commands.plan.make_plan", make_plan)
+    return seconds
 
 
-@pytest.mark.usefixtures("ten_hours")
+@pytest.mark.usefixtures("trials")
 def test_distill_and_plan_say_what_they_chose(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
     few = [part for change in FEW for part in ("--set", change)]
     common = ("--teacher", tiny_sana, "--prompts", prompts_file, *few)
@@ -249,18 +255,49 @@ def test_distill_and_plan_say_what_they_chose(tiny_sana: Path, prompts_file: Pat
     assert again.code == 0, again.err
 
 
-@pytest.mark.usefixtures("ten_hours")
-def test_hours_shorten_a_run(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
+def test_hours_shorten_a_run_which_goes_on_as_it_began(
+    tiny_sana: Path, prompts_file: Path, tmp_path: Path, trials: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No two trials say the same; the command that a stopped run prints has `--hours`, and maybe no `--out`."""
+    monkeypatch.chdir(tmp_path)
     few = [part for change in FEW[1:] for part in ("--set", change)]
     common = ("--teacher", tiny_sana, "--prompts", prompts_file, *few, "--hours", 0.01)
-    planned = Result("plan", *common)
-    assert planned.code == 0 and "0.01 h are enough for 0% of the preset's steps, which is short" in planned.err
-    done = Result("distill", *common, "--out", tmp_path / "run")
+    done = Result("distill", *common)
     assert done.code == 0, done.err
-    config = from_yaml(tmp_path / "run" / "config.yaml")
+    assert "0.01 h are enough for 0% of the preset's steps, which is short" in done.err
+    config = from_yaml(tmp_path / "runs" / "sana-lora-4step" / "config.yaml")
     assert config.training.steps == 2  # of 2,000
     assert (config.consistency.r_warmup, config.consistency.r_cooldown_start) == (1, 2)
     assert config.optimiser.warmup == 1
+    for out in ((), ("--out", "runs/sana-lora-4step")):
+        assert_one_line(Result("distill", *common, *out), "already holds a run; add --resume")
+        again = Result("distill", *common, *out, "--resume")
+        assert again.code == 0, again.err
+        assert "goes on with the settings that it began with; --hours change nothing" in again.err
+    assert len(trials) == 1
+    planned = Result("plan", *common)
+    assert planned.code == 0 and "0.01 h are enough for 0% of the preset's steps, which is short" in planned.err
+
+
+def test_start_and_evaluation_take_their_time_of_the_hours(tiny_sana: Path) -> None:
+    plan = Plan("", 1.0, {"start": 1000.0, "steps": 30.0, "previews": 6.0, "evaluation": 200.0}, 1236.0, 1.0, 12, 9, "")
+    assert (plan.fixed_sec, plan.whole_step_sec) == (1200, 4)
+    settled = settle(None, None, steps=4, hours=6, device="cpu", teacher=str(tiny_sana), prompts="p.txt")
+    found = within_hours(settled, 18.0, 3600.0)
+    assert settled.config.training.steps == 2000 and found.config.training.steps == 1000
+    assert priced(settled, 18.0, 3600.0)[0]["hours"] == pytest.approx(11)
+    with pytest.raises(UserError, match=r"--hours is 6, but start and evaluation alone take 6 h; give more, or --set"):
+        within_hours(settled, 18.0, 6 * 3600.0)
+
+
+def test_a_run_of_an_earlier_version_goes_on(tiny_sana: Path, tmp_path: Path) -> None:
+    config = load_config("lora-4step", ["training.steps=9"], teacher__source=str(tiny_sana), prompts="p.txt")
+    (tmp_path / "config.yaml").write_text(to_yaml(config).replace("walk_precision", "rollout_precision"))
+    given: dict[str, Any] = {"steps": 8, "hours": None, "device": "cpu", "teacher": str(tiny_sana), "prompts": "p.txt"}
+    found = settle(None, ["optimiser.lr=3e-4"], out=tmp_path, resume=True, **given)
+    assert found.config == load_config(config, ["optimiser.lr=3e-4"]) and found.config != config
+    assert found.notes() == ["the run goes on with the settings that it began with; --steps change nothing"]
+    assert settle(None, None, out=tmp_path, **given).config.student.times == "two"  # not resumed: the rule's
 
 
 @pytest.mark.parametrize(
@@ -288,8 +325,21 @@ def test_hours_of_several_processes_and_of_a_dry_run(tiny_sana: Path, monkeypatc
 
 def test_a_dry_run_says_its_reasons_apart(tiny_sana: Path) -> None:
     result = Result("distill", "--teacher", tiny_sana, "--prompts", "p.txt", "--lora", 0, "--steps", 4, "--dry-run")
-    assert result.err.startswith("method: --preset default --set 'space.kind={generation: 1, endpoints: 1}'\n")
-    assert "loads no LoRA" not in result.err and result.err.count("\n") == 3
-    changes = ["space.kind={generation: 1, endpoints: 1}", "student.lora=0"]
-    expected = load_config("default", changes, teacher__source=str(tiny_sana), prompts="p.txt")
+    changes = [BOTH_KINDS, "student.lora=0", "optimiser.name=came", "optimiser.lr=1.0e-5"]
+    words = " --set ".join(["sana-lora-4step", f"'{BOTH_KINDS}'", *changes[1:]])
+    assert result.err.startswith(f"method: --preset {words}\n") and result.err.count("\n") == 3
+    assert "92%, without 83% (three seeds, all weights). 2,000 optimiser steps.\n" in result.err
+    expected = load_config("sana-lora-4step", changes, teacher__source=str(tiny_sana), prompts="p.txt")
     assert result.out == to_yaml(expected)
+
+
+def test_why_no_lora(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choosing.no_lora_since(True, None) == choosing.no_lora_since(True, 8) == ""
+    assert choosing.no_lora_since(False, 8) == "the pipeline loads no LoRA"
+    monkeypatch.setattr(choosing, "find_spec", lambda _: None)
+    assert "(pip install peft)" in choosing.no_lora_since(True, None)
+
+
+def test_the_facts_of_a_video(tmp_path: Path) -> None:
+    found = read_facts(TeacherSettings(source=str(save(make_wan, tmp_path / "wan"))), None, 4, None, "cpu")
+    assert found.video and found.preset == "wan-lora-4step" and found.billions < 1

@@ -149,8 +149,12 @@ def settings_of(preset: str) -> dict[str, Any]:
     from stepfold.config import load_config
 
     values = load_config(preset, teacher__source="x/y", prompts="").model_dump(mode="json")
-    found = {f"{name}.{key}": each for name, inner in values.items() if isinstance(inner, dict)
-             for key, each in inner.items()}
+    found = {
+        f"{name}.{key}": each
+        for name, inner in values.items()
+        if isinstance(inner, dict)
+        for key, each in inner.items()
+    }
     return values | found
 
 
@@ -186,8 +190,8 @@ def method_of(facts: Facts) -> tuple[dict[str, str], str, str]:
         return eight | BOTH, "continuous, with noised ends", f"{before}{ends} (three seeds, all weights)."
     start = f"{before}Discrete consistency: with timesteps in [0, 1000] dF/dt is large, which a tangent cannot use."
     said = (
-        f"{start} Trajectories alone: 90, 89 and 81% at four, two and one steps; with noised ends, in the same time, "
-        "92, 86 and 75% (LoRA, one seed)."
+        f"{start} Trajectories alone: 90, 89 and 81% at four, two and one steps; with noised ends, in about the same "
+        "time, 92, 86 and 75% (LoRA, one seed)."
     )
     return eight | ALONE, "discrete, trajectories", said
 
