@@ -114,6 +114,9 @@ def test_alternatives_are_settings_and_all_different() -> None:
         for choice in found:
             changes = [f"{key}={value}" for key, value in choice.changes.items()]
             load_config(choice.preset, changes, teacher__source="x/y", prompts="p.txt")
+    asked = replace(SDXL, gib=GIB | {"whole": float("inf")})
+    assert not any("student.lora" in choice.changes for choice in alternatives(asked))
+    assert "A LoRA, as asked for." in choose(replace(asked, steps=1)).reasons[1]
     assert "the preset as it is" in {choice.method for choice in alternatives(FLOW)}
     assert "the preset as it is" not in {choice.method for choice in alternatives(SDXL)}  # which the rule chose
 
@@ -246,8 +249,8 @@ def test_distill_and_plan_say_what_they_chose(tiny_sana: Path, prompts_file: Pat
     assert a_pass == pytest.approx([a_pass[0]] * len(rows)) and len(rows) >= 4
     assert "flow map" in planned.out and f"{rows[1]['passes']}" in planned.out
     out = tmp_path / "run"
-    assert_one_line(Result("distill", *common, "--lora", 2), "--lora and --set student.lora are one setting")
-    done = Result("distill", *common, "--steps", 1, "--out", out)
+    assert_one_line(Result("distill", *common, "--lora", "2"), "--lora and --set student.lora are one setting")
+    done = Result("distill", *common, "--steps", "1", "--out", out)
     assert done.code == 0 and "method: --preset sana-lora-4step --set objective=discrete" in done.err, done.err
     config = from_yaml(out / "config.yaml")
     assert (config.objective, config.space.kind, config.student.lora) == ("discrete", "generation", 2)
@@ -261,7 +264,7 @@ def test_hours_shorten_a_run_which_goes_on_as_it_began(
     """No two trials say the same; the command that a stopped run prints has `--hours`, and maybe no `--out`."""
     monkeypatch.chdir(tmp_path)
     few = [part for change in FEW[1:] for part in ("--set", change)]
-    common = ("--teacher", tiny_sana, "--prompts", prompts_file, *few, "--hours", 0.01)
+    common = ("--teacher", tiny_sana, "--prompts", prompts_file, *few, "--hours", "0.01")
     done = Result("distill", *common)
     assert done.code == 0, done.err
     assert "0.01 h are enough for 0% of the preset's steps, which is short" in done.err
@@ -317,14 +320,14 @@ def test_wishes_that_are_none(options: list[Any], wanted: str) -> None:
 
 
 def test_hours_of_several_processes_and_of_a_dry_run(tiny_sana: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = ("distill", "--teacher", tiny_sana, "--prompts", "p.txt", "--hours", 1)
+    given = ("distill", "--teacher", tiny_sana, "--prompts", "p.txt", "--hours", "1")
     assert_one_line(Result(*given, "--dry-run"), "leave out one of them")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert_one_line(Result(*given), "there are several; give --train-steps")
 
 
 def test_a_dry_run_says_its_reasons_apart(tiny_sana: Path) -> None:
-    result = Result("distill", "--teacher", tiny_sana, "--prompts", "p.txt", "--lora", 0, "--steps", 4, "--dry-run")
+    result = Result("distill", "--teacher", tiny_sana, "--prompts", "p.txt", "--lora", "0", "--steps", "4", "--dry-run")
     changes = [BOTH_KINDS, "student.lora=0", "optimiser.name=came", "optimiser.lr=1.0e-5"]
     words = " --set ".join(["sana-lora-4step", f"'{BOTH_KINDS}'", *changes[1:]])
     assert result.err.startswith(f"method: --preset {words}\n") and result.err.count("\n") == 3

@@ -179,11 +179,11 @@ def test_the_weights_tell_pictures_apart() -> None:
     second = load_imagenet(assets.JUDGE, "cpu")
     assert second is not None
     noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
-    flat = torch.full((1, 3, 64, 64), 0.5)
-    found = imagenet_features(second.weights, torch.cat([noise, flat, noise]))
+    halves = (torch.arange(64) < 32).float().expand(1, 3, 64, 64)
+    found = imagenet_features(second.weights, torch.cat([noise, halves, noise]))
     assert found.isfinite().all() and (found >= 0).all() and found.std(1).min() > 0.01
     assert (found[0] - found[1]).norm() > 1 and torch.allclose(found[0], found[2], atol=1e-5)
-    assert frechet_distance(second.mean, second.covariance, second.mean, second.covariance) < 1e-6
+    assert frechet_distance(second.mean, second.covariance, second.mean, second.covariance) < 1e-3
 
 
 @pytest.mark.long
