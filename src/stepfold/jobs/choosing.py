@@ -7,8 +7,6 @@ from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 if TYPE_CHECKING:
     from stepfold.config import Config, TeacherSettings
     from stepfold.teachers.contract import GuidanceKind
@@ -139,23 +137,18 @@ def choose(facts: Facts) -> Choice:
 
 def beyond(preset: str, changes: Mapping[str, str]) -> dict[str, str]:
     """The changes that a preset does not have already."""
-    have = settings_of(preset)
-    return {key: value for key, value in changes.items() if have[key] != yaml.safe_load(value)}
+    have, with_them = (settings_of(preset, each) for each in ((), tuple(f"{key}={changes[key]}" for key in changes)))
+    return {key: value for key, value in changes.items() if have[key] != with_them[key]}
 
 
 @cache
-def settings_of(preset: str) -> dict[str, Any]:
-    """Dotted name -> value, as json has it, of a preset for a teacher of one's own; of a section's settings alone."""
+def settings_of(preset: str, changes: tuple[str, ...]) -> dict[str, Any]:
+    """Dotted name -> value of a preset's settings, changed, for a teacher of one's own; of sections and their keys."""
     from stepfold.config import load_config
 
-    values = load_config(preset, teacher__source="x/y", prompts="").model_dump(mode="json")
-    found = {
-        f"{name}.{key}": each
-        for name, inner in values.items()
-        if isinstance(inner, dict)
-        for key, each in inner.items()
-    }
-    return values | found
+    values = load_config(preset, changes, teacher__source="x/y", prompts="").model_dump()
+    sections = {name: inner for name, inner in values.items() if isinstance(inner, dict)}
+    return values | {f"{name}.{key}": value for name, inner in sections.items() for key, value in inner.items()}
 
 
 def trains_all(facts: Facts) -> tuple[bool, str]:

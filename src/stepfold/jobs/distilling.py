@@ -131,7 +131,7 @@ def load(
         )
     bank, score = bank_of(config, teacher, prompts), open_score(config, teacher)
     torch.manual_seed(config.seed)  # its new layers' first values, however the teacher was loaded
-    starting = as_started(config.student, folder, resume)
+    starting = as_started(folder, config, resume).student
     student = make_student(teacher, starting, config.teacher, policy_of(config, teacher))
     asked = config.evaluation.guidance
     usual = teacher.default_guidance if asked is None else asked

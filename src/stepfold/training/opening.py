@@ -12,7 +12,6 @@ from filelock import FileLock, Timeout
 
 from stepfold.config import Config, from_yaml, phases_of, setting_names, to_yaml
 from stepfold.errors import UserError
-from stepfold.settings import StudentSettings
 from stepfold.training.optimisers import learning_rate
 from stepfold.training.runs import (
     CONFIG,
@@ -116,12 +115,12 @@ def as_begun(folder: Path, config: Config) -> Config:
     return config.model_copy(update=changes | {"training": config.training.model_copy(update=training)})
 
 
-def as_started(student: StudentSettings, folder: Path, resume: bool) -> StudentSettings:
+def as_started(folder: Path, config: Config, resume: bool) -> Config:
     """The settings by which a run's student is made: a run that goes on needs no earlier student that is gone."""
-    gone = resume and student.init is not None and not Path(student.init).exists()
-    if gone and any(damage(path) is None for path in checkpoints(folder)):
-        return student.model_copy(update={"init": None})
-    return student
+    init = config.student.init
+    if not resume or init is None or Path(init).exists() or all(damage(path) for path in checkpoints(folder)):
+        return config
+    return config.model_copy(update={"student": config.student.model_copy(update={"init": None})})
 
 
 def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
