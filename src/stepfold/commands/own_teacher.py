@@ -139,7 +139,7 @@ def choose(
 
 
 def noted(folder: Path, kind: str, name: str) -> Any:
-    """`sha256` or `count` that a run noted of its `prompts` or `bank`; None where no such note is beside the student."""
+    """`sha256` or `count` that a run noted of its `prompts` or `bank`; None where no note is beside the student."""
     from stepfold.students.card import student_folder
 
     try:
