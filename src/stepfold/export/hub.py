@@ -1,7 +1,9 @@
 """A student on the Hugging Face hub, with a card that says what it is made of."""
 
+import json
 import re
 from pathlib import Path, PureWindowsPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -59,6 +61,21 @@ def name_alone(value: Any) -> Any:
     return PureWindowsPath(value).name if is_path else value
 
 
+def configs_for_others(folder: Path) -> dict[str, str]:
+    """The student's card and its networks' configs, where diffusers notes a folder, without folders here.
+
+    Returns:
+        Name in the folder -> text.
+    """
+    found = {CARD: without_folders(read_card(folder)).model_dump(mode="json")}
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if "_name_or_path" in config:
+            name = path.relative_to(folder).as_posix()
+            found[name] = config | {"_name_or_path": name_alone(config["_name_or_path"])}
+    return {name: json.dumps(values, indent=2) + "\n" for name, values in found.items()}
+
+
 def teacher_of_nobody_else(folder: Path) -> str | None:
     """The local folder that a LoRA student's card loads its teacher from, if it does."""
     card = read_card(folder)
@@ -78,7 +95,7 @@ def push(folder: Path, repo: str, *, private: bool, api: Any = None) -> str:
         UserError: see `hub_card`; or the repository is public and should not be; or the hub cannot be reached, or takes
             nothing from this user.
     """
-    ours = {README: hub_card(folder, repo), CARD: without_folders(read_card(folder)).model_dump_json(indent=2) + "\n"}
+    ours = {README: hub_card(folder, repo)} | configs_for_others(folder)
     api = api or HfApi()
     told: dict[str, Any] = {"repo_id": repo, "commit_message": "A few-step student, made with stepfold"}
     try:
@@ -89,8 +106,12 @@ def push(folder: Path, repo: str, *, private: bool, api: Any = None) -> str:
                 "repository private on its page"
             )
         api.upload_folder(folder_path=folder, ignore_patterns=list(ours), **told)
-        for name, text in ours.items():
-            api.upload_file(path_or_fileobj=text.encode(), path_in_repo=name, **told)
+        with TemporaryDirectory() as place:
+            for name, text in ours.items():
+                path = Path(place) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+            api.upload_folder(folder_path=Path(place), **told)
     except (OSError, HTTPError) as error:
         raise UserError(
             f"cannot push to {repo}: {first_line(error)}; log in with `hf auth login`, with a token that may write "
