@@ -37,7 +37,7 @@ from stepfold.sampling.teacher import sample_teacher
 from stepfold.students.starting import make_student
 from stepfold.teachers.contract import Condition, Student
 from stepfold.teachers.loading import load_teacher
-from stepfold.training.runs import checkpoints, read_metrics
+from stepfold.training.runs import checkpoints
 from stepfold.training.stages import spent_sec
 
 GUIDANCE, TEACHER_STEPS, BATCH = 3.0, 20, 50
@@ -142,12 +142,11 @@ def of_preset(name: str, setting: Setting, folder: Path, changes: Sequence[str])
     )
     student = make_student(setting.teacher, config.student, config.teacher)
     recipe = recipe_of(config, setting.teacher)
-    seconds = [row["sec"] for row in read_metrics(folder) if "sec" in row]
     checks = []
     for checkpoint in checkpoints(folder):
         student.load_state_dict(load_file(checkpoint / "average.safetensors"), strict=False)
         steps = json.loads((checkpoint / "state.json").read_text())["step"]
-        spent = {"sec": sum(seconds[:steps]), "spent_sec": steps * result["step_cost"]["spent_sec"]}
+        spent = {"sec": steps * result["step_sec"]["mean"], "spent_sec": steps * result["step_cost"]["spent_sec"]}
         checks.append({"steps": steps} | spent | setting.check(student, recipe))
         if setting.passes(checks[-1]):
             break

@@ -96,6 +96,9 @@ def test_alternatives_are_settings_and_all_different() -> None:
         for choice in found:
             changes = [f"{key}={value}" for key, value in choice.changes.items()]
             load_config(choice.preset, changes, teacher__source="x/y", prompts="p.txt")
+    asked = replace(SDXL, gib=GIB | {"whole": float("inf")})
+    assert {choice.preset for choice in alternatives(asked)} == {"sdxl-lora-4step"}
+    assert "A LoRA, as asked for." in choose(replace(asked, steps=1)).reasons[1]
     assert "the preset as it is" in {choice.method for choice in alternatives(SDXL)}
 
 
@@ -207,8 +210,8 @@ def test_distill_and_plan_say_what_they_chose(tiny_sana: Path, prompts_file: Pat
     assert a_pass == pytest.approx([a_pass[0]] * len(rows)) and len(rows) >= 4
     assert "flow map" in planned.out and f"{rows[1]['passes']}" in planned.out
     out = tmp_path / "run"
-    assert_one_line(Result("distill", *common, "--lora", 2), "--lora and --set student.lora are one setting")
-    done = Result("distill", *common, "--steps", 1, "--out", out)
+    assert_one_line(Result("distill", *common, "--lora", "2"), "--lora and --set student.lora are one setting")
+    done = Result("distill", *common, "--steps", "1", "--out", out)
     assert done.code == 0 and "method: --preset sana-lora-4step --set objective=discrete" in done.err, done.err
     config = from_yaml(out / "config.yaml")
     assert (config.objective, config.space.kind, config.student.lora) == ("discrete", "generation", 2)
@@ -219,7 +222,7 @@ def test_distill_and_plan_say_what_they_chose(tiny_sana: Path, prompts_file: Pat
 @pytest.mark.usefixtures("ten_hours")
 def test_hours_shorten_a_run(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
     few = [part for change in FEW[1:] for part in ("--set", change)]
-    common = ("--teacher", tiny_sana, "--prompts", prompts_file, *few, "--hours", 0.01)
+    common = ("--teacher", tiny_sana, "--prompts", prompts_file, *few, "--hours", "0.01")
     planned = Result("plan", *common)
     assert planned.code == 0 and "0.01 h are enough for 0% of the preset's steps, which is short" in planned.err
     done = Result("distill", *common, "--out", tmp_path / "run")
@@ -247,14 +250,14 @@ def test_wishes_that_are_none(options: list[Any], wanted: str) -> None:
 
 
 def test_hours_of_several_processes_and_of_a_dry_run(tiny_sana: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = ("distill", "--teacher", tiny_sana, "--prompts", "p.txt", "--hours", 1)
+    given = ("distill", "--teacher", tiny_sana, "--prompts", "p.txt", "--hours", "1")
     assert_one_line(Result(*given, "--dry-run"), "leave out one of them")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert_one_line(Result(*given), "there are several; give --train-steps")
 
 
 def test_a_dry_run_says_its_reasons_apart(tiny_sana: Path) -> None:
-    result = Result("distill", "--teacher", tiny_sana, "--prompts", "p.txt", "--lora", 0, "--steps", 4, "--dry-run")
+    result = Result("distill", "--teacher", tiny_sana, "--prompts", "p.txt", "--lora", "0", "--steps", "4", "--dry-run")
     assert result.err.startswith("method: --preset default --set 'space.kind={generation: 1, endpoints: 1}'\n")
     assert "loads no LoRA" not in result.err and result.err.count("\n") == 3
     changes = ["space.kind={generation: 1, endpoints: 1}", "student.lora=0"]

@@ -34,6 +34,7 @@ from stepfold.evaluation.judge import load_judge
 from stepfold.evaluation.metrics import StreamingMoments, frechet_distance
 from stepfold.evaluation.protocol import Scores, fd_title, score_images
 from stepfold.evaluation.report import columns_of, title
+from stepfold.evaluation.verdict import sentences
 
 needs_package = pytest.mark.skipif(find_spec(imagenet.PACKAGE) is None, reason=f"{imagenet.PACKAGE} is not installed")
 KERNELS, WIDTHS = (3, 3, 5, 3, 5, 5, 3), (16, 24, 40, 80, 112, 192, 320)
@@ -173,17 +174,27 @@ def test_reports_and_pages_show_it_only_where_it_is() -> None:
     assert not any("ImageNet" in line for line in _quality(asked, plain, 1))
 
 
+def test_a_report_says_where_the_second_opinion_is_the_opposite() -> None:
+    teacher = {"20": scores(0.03, 10.0), "4": scores(0.04, 20.0), "1": scores(0.01, 30.0)}
+    said = " ".join(sentences({"student": {"1": scores(0.02, 15.0)}, "teacher": teacher}))
+    assert "better than the teacher at 4 and 20 steps. FD-ImageNet says the opposite at 1 and 20 steps." in said
+    same = {"20": scores(0.03, 20.0), "1": scores(0.01, 5.0)}
+    assert "FD-ImageNet agrees." in " ".join(sentences({"student": {"1": scores(0.02, 15.0)}, "teacher": same}))
+    plain = {"20": scores(0.03, None)}
+    assert "ImageNet" not in " ".join(sentences({"student": {"1": scores(0.02, None)}, "teacher": plain}))
+
+
 @needs_package
 def test_the_weights_tell_pictures_apart() -> None:
     """Features of real weights: finite, not constant, the same for an image wherever it stands, and like themselves."""
     second = load_imagenet(assets.JUDGE, "cpu")
     assert second is not None
     noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
-    flat = torch.full((1, 3, 64, 64), 0.5)
-    found = imagenet_features(second.weights, torch.cat([noise, flat, noise]))
+    halves = (torch.arange(64) < 32).float().expand(1, 3, 64, 64)
+    found = imagenet_features(second.weights, torch.cat([noise, halves, noise]))
     assert found.isfinite().all() and (found >= 0).all() and found.std(1).min() > 0.01
     assert (found[0] - found[1]).norm() > 1 and torch.allclose(found[0], found[2], atol=1e-5)
-    assert frechet_distance(second.mean, second.covariance, second.mean, second.covariance) < 1e-6
+    assert frechet_distance(second.mean, second.covariance, second.mean, second.covariance) < 1e-3
 
 
 @pytest.mark.long

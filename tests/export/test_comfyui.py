@@ -294,6 +294,10 @@ def test_the_command_for_stable_diffusion_cpp(family: str, sampler: Any, student
     assert given["--sigmas"].split(",") == levels and int(given["--steps"]) == len(levels) - 1
     assert given["--sampling-method"] == only(graph, "KSamplerSelect")["sampler_name"]
     assert ("--guidance" in given) == (family == "flux")
+    said = re.findall(
+        r"pads a prompt to (\d+) tokens of T5, and this student was trained at 24:", card_of(file).read_text()
+    )
+    assert said == {"sd3": ["77"], "flux": ["256"]}.get(family, [])
 
 
 @pytest.mark.parametrize(

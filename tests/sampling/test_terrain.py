@@ -79,16 +79,16 @@ DIFFICULTY = torch.tensor([0.1, 0.9])
 
 
 def test_it_is_sampled_in_one_two_and_four_calls(denoise: Any) -> None:
-    """One call is the package's own; more calls keep the terrain and the order of difficulty."""
+    """One call is the package's own; more calls give other terrain, whose difficulty raises it as much."""
     student, made = as_student(denoise), {}
-    given: Any = (student, noise(0), None, DIFFICULTY)
+    nothing: Any = None
     for calls, times in TIMES.items():
-        made[calls] = sample_consistency(*given, times, noise, SIGMA_DATA)
+        made[calls] = sample_consistency(student, noise(0), nothing, DIFFICULTY, times, noise, SIGMA_DATA)
         assert made[calls].isfinite().all() and made[calls].abs().max() < 1.5
-        slopes = (made[calls][..., 1:] - made[calls][..., :-1]).abs().mean((1, 2, 3))
-        assert slopes[1] > slopes[0]
+        easy, hard = made[calls].mean((1, 2, 3)).tolist()
+        assert hard > easy + 0.2
     own = denoise(noise(0) * SIGMA_MAX / SIGMA_DATA, torch.full((2,), SIGMA_MAX), DIFFICULTY)
-    torch.testing.assert_close(made[1], own, atol=2e-3, rtol=0)
+    torch.testing.assert_close(made[1], own, atol=1e-3, rtol=0)
     assert all((made[calls] - made[1]).abs().max() > 0.01 for calls in (2, 4))
 
 
@@ -102,4 +102,4 @@ def test_it_is_a_consistency_function(denoise: Any) -> None:
         wide: Tensor = t.view(-1, 1, 1, 1)
         again: Any = (as_student(denoise), wide.cos() * x0 + wide.sin() * noise(1), t, None, DIFFICULTY, SIGMA_DATA)
         errors.append((predict_data(*again) - x0).square().mean().sqrt().item())
-    assert errors[0] < errors[1] < errors[2] and errors[1] < 0.2
+    assert errors[0] < errors[1] < errors[2] and errors[2] < 0.15

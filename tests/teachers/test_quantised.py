@@ -215,12 +215,14 @@ def test_a_run_above_it_leaves_a_lora_for_the_plain_weights(
     [(trained, average)] = copies
     assert codes_of(trained) and codes_of(trained) == codes_of(average)
     student = tmp_path / "run" / "student"
-    assert read_card(student).teacher_settings().quantise == "nf4"
+    settings = read_card(student).teacher_settings()
+    assert (settings.quantise, settings.quantise_encoders) == ("nf4", "int8")
     above, _, _ = load_student(student, "cpu")
     below, _, _ = load_student(student, "cpu", quantise="none")
     assert any(isinstance(layer, QuantisedLinear) for layer in above.transformer.modules())
     kept, plain = (each.encode(["red heart"]).embeds for each in (above, below))
-    files = load_teacher(TeacherSettings(source=str(tiny_sana), max_tokens=24), "cpu").encode(["red heart"]).embeds
+    of_files = TeacherSettings(source=str(tiny_sana), max_tokens=24, dtype=settings.dtype)
+    files = load_teacher(of_files, "cpu").encode(["red heart"]).embeds
     assert not torch.equal(kept, plain) and torch.equal(plain, files)
     merged, _, _ = load_merged(student, "cpu")
     before, after = below.transformer.state_dict(), merged.transformer.state_dict()

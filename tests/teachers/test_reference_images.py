@@ -328,7 +328,7 @@ def test_a_run_with_images_and_its_student_in_diffusers(table: Path, tmp_path: P
         for each in (other, image)
     )
     card = json.loads((student / CARD).read_text())
-    assert 'image=PIL.Image.open("reference.png")' in (student / "README.md").read_text()
+    assert 'image=PIL.Image.open("image.png")' in (student / "README.md").read_text()
     pipe: Any = diffusers.Flux2KleinPipeline.from_pretrained(student)
     pipe.set_progress_bar_config(disable=True)
     teacher = load_teacher(config.teacher, "cpu")

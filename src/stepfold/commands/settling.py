@@ -132,7 +132,7 @@ def within_hours(settled: Settled, step_sec: float) -> Settled:
     assert settled.facts and settled.choice
     pass_sec, facts = pass_seconds(settled, step_sec), replace(settled.facts, hours=None)
     all_weights = replace(facts, gib={"whole": facts.gib["whole"]})
-    lora = replace(facts, gib=facts.gib | {"whole": float("inf")})
+    lora = replace(facts, gib={**facts.gib, "whole": float("inf")})
     full = {
         kind: hours_of(config_by(choose(each), settled.changes, settled.given), facts, pass_sec)
         for kind, each in (("whole", all_weights), ("lora", lora))

@@ -144,5 +144,7 @@ def convolved(weights: dict[str, Tensor], x: Tensor, name: str, norm: str, strid
         total = max((-(-side // stride) - 1) * stride + kernel.shape[-1] - side, 0)
         padding += [total // 2, total - total // 2]
     x = F.conv2d(F.pad(x, padding), kernel, stride=stride, groups=x.shape[1] // kernel.shape[1])
-    moments = (weights[f"{norm}.running_{which}"] for which in ("mean", "var"))
-    return F.batch_norm(x, *moments, weights[f"{norm}.weight"], weights[f"{norm}.bias"], eps=1e-3)
+    mean, variance, weight, bias = (
+        weights[f"{norm}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    return F.batch_norm(x, mean, variance, weight, bias, eps=1e-3)

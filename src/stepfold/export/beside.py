@@ -40,6 +40,8 @@ SD_CPP = {
     "ZImagePipeline": ("--vae VAE", "--llm qwen_3_4b"),
 }
 """Class of a pipeline -> options of stable-diffusion.cpp for the user's own files, as its sources of May 2026 say."""
+SD_CPP_TOKENS = {"StableDiffusion3Pipeline": 77, "FluxPipeline": 256}
+"""Class of a pipeline -> the tokens of T5 to which stable-diffusion.cpp pads a prompt; no option changes them."""
 
 CARRIED = """
 The file carries the LoRAs that the teacher had: {loras}. Load it on the base model without them. Their licences apply
@@ -74,6 +76,10 @@ Replace the names that begin with YOUR by your own files.
 ```
 {command}
 ```
+"""
+OTHER_TOKENS = """
+It pads a prompt to {theirs} tokens of T5, and this student was trained at {ours}: its images differ from ours. Train
+with `teacher.max_tokens={theirs}` for stable-diffusion.cpp.
 """
 
 
@@ -215,4 +221,6 @@ def sd_cpp_command(file: str, card: Card) -> str:
         options += ["-r", IMAGE]
     options += ["--sampling-method", SAMPLERS[in_diffusers(card.recipe.sampler)], "--steps", steps]
     options += ["--sigmas", in_text(levels_of(card, steps)).replace(" ", "")]
-    return IN_SD_CPP.format(command=shlex.join(["sd-cli", *map(str, options)]))
+    tokens = SD_CPP_TOKENS.get(card.pipeline, card.max_tokens)
+    other = OTHER_TOKENS.format(theirs=tokens, ours=card.max_tokens) if tokens != card.max_tokens else ""
+    return IN_SD_CPP.format(command=shlex.join(["sd-cli", *map(str, options)])) + other

@@ -222,7 +222,7 @@ def load(graph: Graph, loader: Loader, card: Card, file: str, *, lora: bool) -> 
 def image_of(graph: Graph, card: Card, title: str) -> list[Any]:
     """Adds the image of a prompt, scaled and cropped as in training."""
     image = add(graph, "LoadImage", f"YOURS: {title}", image=IMAGE)
-    sizes = {"width": card.width, "height": card.height}
+    sizes: dict[str, Any] = {"width": card.width, "height": card.height}
     return add(graph, "ImageScale", image=image, upscale_method="lanczos", crop="center", **sizes)
 
 
@@ -243,6 +243,6 @@ def empty_latents(graph: Graph, loader: Loader, card: Card, vae: list[Any], *, p
     if card.output == "frames":
         sizes = {**sizes, "length": card.frames}
     if per_token:
-        first = {"start_image": image_of(graph, card, "the first frame")} if card.with_images else {}
+        first: dict[str, Any] = {"start_image": image_of(graph, card, "the first frame")} if card.with_images else {}
         return add(graph, "Wan22ImageToVideoLatent", vae=vae, **sizes, **first)
     return add(graph, loader.latent, **sizes)

@@ -34,13 +34,18 @@ def original_state(network: Any) -> dict[str, Tensor]:
             raise UserError(f"the single-file layout of a {kind} has no place for {name}; use --to pipeline")
         whole, places = pieces_of(original)
         parts[PREFIXES.get(kind, "") + whole].update(zip(places, tensor.chunk(len(places)), strict=True))
-    state = {name: torch.cat([pieces[i] for i in sorted(pieces)]) for name, pieces in parts.items()}
+    state = {name: joined([pieces[i] for i in sorted(pieces)]) for name, pieces in parts.items()}
     if kind == "SanaTransformer2DModel":  # its loader insists on them; the second one is read for guidance only
         places, config = network.patch_embed.pos_embed, network.config
         width = config.num_attention_heads * config.attention_head_dim
         state["pos_embed"] = torch.zeros(1, 1, width) if places is None else places
         state["y_embedder.y_embedding"] = torch.zeros(1, config.caption_channels)
     return state
+
+
+def joined(pieces: list[Tensor]) -> Tensor:
+    """Row after row; one piece stays where it is, so that a UNet is not held twice."""
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def marks_of(network: Any, schedule: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -186,9 +186,10 @@ def time_for(facts: Facts, whole: bool) -> tuple[float, tuple[str, ...]]:
 def alternatives(facts: Facts) -> list[Choice]:
     """The choice, those for other numbers of steps, all weights for one and four, and the family's preset as it is."""
     free = replace(facts, hours=None)
-    all_weights = replace(free, gib={"whole": facts.gib["whole"]})
     found = [choose(facts), *(choose(replace(free, steps=steps)) for steps in (1, 4, 8))]
-    found += [choose(replace(all_weights, steps=steps)) for steps in (1, 4)]
+    if math.isfinite(facts.gib["whole"]):
+        all_weights = replace(free, gib={"whole": facts.gib["whole"]})
+        found += [choose(replace(all_weights, steps=steps)) for steps in (1, 4)]
     if "none" in facts.gib:
         found.append(Choice(facts.preset, room_for(facts, False)[0], "the preset as it is"))
     return list({(choice.preset, *sorted(choice.changes.items())): choice for choice in found}.values())
