@@ -10,7 +10,7 @@ from unittest.mock import patch
 import diffusers
 import torch
 from counting import CPU, CountedBytes, default_dtype
-from shapes import SHAPES, Shape
+from shapes import ENCODERS, SHAPES, Shape
 from step_rows import Precision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,6 +23,7 @@ from stepfold.students.lora import lora_student
 from stepfold.teachers import pipeline
 from stepfold.teachers.contract import Condition, deepcopy_sharing
 from stepfold.teachers.loading import FAMILIES, load_teacher
+from stepfold.teachers.parts import ENCODER_BLOCKS
 from stepfold.teachers.quantised import quantise
 from stepfold.training.draws import draw
 from stepfold.training.precision import student_precision, walk_precision
@@ -70,21 +71,46 @@ def count_weights(family: str, rank: int = 64) -> dict[str, float]:
     blocks = FAMILIES[shape.pipeline].lora_blocks
     with torch.device("meta"):
         network = shape.make_network()
-    weights = sum(p.numel() for p in network.parameters())
-    layers = [
+    matrices = rank * sum(o + i for o, i in layers_of(network, blocks))
+    return rounded_gib(network, blocks) | {"lora": 5 * 4 * matrices / 2**30}
+
+
+def count_encoder(name: str) -> dict[str, float]:
+    """GiB of a text encoder in bfloat16, and quantised as `teacher.quantise_encoders` does it.
+
+    Args:
+        name: one of `shapes.ENCODERS`.
+
+    Returns:
+        `parameters` in billions, `none`, `int8`, `fp8` and `nf4`.
+    """
+    kind, configured = ENCODERS[name]
+    with torch.device("meta"):
+        encoder = kind(configured())
+    return {"parameters": sum(p.numel() for p in encoder.parameters()) / 1e9} | rounded_gib(encoder, ENCODER_BLOCKS)
+
+
+def layers_of(network: nn.Module, blocks: Sequence[str]) -> list[Any]:
+    """Shapes of the weights of the linear layers of its blocks."""
+    return [
         layer.weight.shape
         for name, layer in network.named_modules()
         if isinstance(layer, nn.Linear) and any(part in name for part in blocks)
     ]
+
+
+def rounded_gib(network: nn.Module, blocks: Sequence[str]) -> dict[str, float]:
+    """GiB of a network in bfloat16, by how the linear layers of its blocks are quantised."""
+    weights, layers = sum(p.numel() for p in network.parameters()), layers_of(network, blocks)
     inside, rows = sum(o * i for o, i in layers), sum(o for o, _ in layers)
-    matrices = rank * sum(o + i for o, i in layers)
-    taken = {
+    outside = 2 * (weights - inside)
+    bytes_taken = {
         "none": 2 * weights,
-        "int8": 2 * (weights - inside) + inside + 4 * rows,
-        "nf4": 2 * (weights - inside) + inside / 2 + inside / 64 * 4,
-        "lora": 5 * 4 * matrices,
+        "int8": outside + inside + 4 * rows,
+        "fp8": outside + inside + 4 * rows,
+        "nf4": outside + inside / 2 + inside / 64 * 4,
     }
-    return {what: count / 2**30 for what, count in (taken | {"fp8": taken["int8"]}).items()}
+    return {kind: count / 2**30 for kind, count in bytes_taken.items()}
 
 
 def count_lora_step(family: str, shape: Shape, stacks: dict[str, int], changes: Sequence[str]) -> dict[str, float]:

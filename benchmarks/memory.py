@@ -3,6 +3,7 @@
     python benchmarks/memory.py                                the bundled teacher, some minutes
     python benchmarks/memory.py --size sana-0.6b --count       by count: no GPU, no weights (see counting.py)
     python benchmarks/memory.py --count --presets flux --set teacher.quantise=nf4    flux-lora-4step, by count
+    python benchmarks/memory.py --count --encoders     text encoders by teacher.quantise_encoders, by count
     python benchmarks/memory.py --size flux --count --scores --few-blocks    methods with a fake score, by count
 
 The methods are those of table T3 of `stepfold reproduce`. The batch size counts TBCM's prompts; the others, whose
@@ -21,9 +22,9 @@ from typing import Any, cast
 import torch
 from common import PeakMemory, console, in_child, make_parser, open_record, show, training_device, write_record
 from counting import count_few, count_step
-from counting_presets import count_preset, count_weights
+from counting_presets import count_encoder, count_preset, count_weights
 from models import COUNTED, Place, make_place, open_teacher
-from shapes import SHAPES
+from shapes import ENCODERS, SHAPES
 from torch import Tensor
 
 from stepfold.config import Config
@@ -175,10 +176,17 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     add("--count", action="store_true", help="add up the bytes of a step's tensors instead, on this machine")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that differs from T3's")
     add("--presets", nargs="+", choices=SHAPES, default=[], help="with --count: families of presets FAMILY-lora-4step")
+    add("--encoders", action="store_true", help="with --count: text encoders, their weights alone")
     add("--weights-only", action="store_true", help="with --presets: no step")
     add("--scores", action="store_true", help="methods with a fake score instead; with --count")
     add("--few-blocks", action="store_true", help="with --count: on few of the equal blocks, the rest as those")
     args = parser.parse_args(argv)
+    if args.encoders:
+        record = open_record("memory", argv, torch.device("cpu"))
+        record |= {"counted": True, "rows": [{"encoder": name, **count_encoder(name)} for name in ENCODERS]}
+        console.print(record["rows"])
+        write_record(args.out, record)
+        return record
     if args.presets:
         record = open_record("memory", argv, torch.device("cpu"))
         record |= {"set": args.set, "counted": True, "rows": count_presets(args.presets, args.set, args.weights_only)}

@@ -19,10 +19,12 @@ from stepfold.config import Config, load_config, to_yaml
 from stepfold.objectives.adversarial import NAME
 from stepfold.objectives.contract import Networks
 from stepfold.objectives.denoising import FAKE
+from stepfold.sampling.recipe import policy_of
 from stepfold.scores import FakeSettings
 from stepfold.spaces.records import pairs_per_prompt
 from stepfold.spaces.rollout import rollout_length
 from stepfold.students.starting import make_fake
+from stepfold.students.whole import new_student
 from stepfold.training.critics import critics_of
 from stepfold.training.draws import draw
 from stepfold.training.states import collect
@@ -53,6 +55,7 @@ SCORES: dict[str, tuple[str, ...]] = {
         "reward.space=rollout",
     ),
     "endpoint": ("objective=pair",),
+    "pi-flow, four steps": ("objective=policy", "space.kind=policy"),
     "adversarial": ("space.kind=endpoints", "adversarial.weight=0.5"),
     "adversarial, alternating": (
         "space.kind=endpoints", "adversarial.weight=0.5", "adversarial.updates=2", "adversarial.r1_weight=100",
@@ -76,6 +79,8 @@ class Count:
 
 def passes_of(config: Config) -> float:
     """The sum of the passes of a step, for each prompt; heads and a reward's networks are left out."""
+    if config.objective == "policy":  # its own path, the teacher's two branches at each state, and with a gradient
+        return config.policy.steps * (1 + 2 * config.policy.states + 3)
     walked = 2 * config.space.route_steps
     pairs = pairs_per_prompt(config.space.route_steps, config.space.keep_first)
     if config.objective == "pair":
@@ -146,8 +151,10 @@ def count(bench: Bench, config: Config) -> Count:
     modules: dict[str, nn.Module] = {NAME: Heads()} if config.adversarial.weight else {}
     if config.fake.updates:
         modules[FAKE] = make_fake(bench.teacher, FakeSettings(kind="whole")).to(bench.device)
+    policy = policy_of(config, bench.teacher)
+    student = new_student(bench.teacher, policy=policy) if policy else bench.student
     networks = Networks(
-        bench.student, bench.teacher, modules, tangent="one_pass", reward=lambda x0, samples: x0.flatten(1).mean(1)
+        student, bench.teacher, modules, tangent="one_pass", reward=lambda x0, samples: x0.flatten(1).mean(1)
     )
     steps, first = config.rollout.steps, config.rollout.first - 1
     turns = steps - first
@@ -169,7 +176,7 @@ def count(bench: Bench, config: Config) -> Count:
                     states = critic.states(networks, batch, condition, config, number, found)
                     critic.loss(networks, batch, states, config).value.mean().backward()
             add_gradients(terms, networks, found, batch.draws, config, turn, precision)
-    bench.student.zero_grad(set_to_none=True)
+    student.zero_grad(set_to_none=True)
     return Count(counter.get_total_flops() / turns / unit.get_total_flops(), passes_of(config))
 
 

@@ -1,9 +1,11 @@
 """The networks of the four-step presets at their published sizes, without weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import transformers
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
@@ -13,7 +15,7 @@ from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from models import DC_AE_F32C32, TRANSFORMERS
+from models import DC_AE_F32C32, GEMMA_2B, TRANSFORMERS
 
 
 @dataclass(frozen=True)
@@ -123,3 +125,34 @@ SHAPES: dict[str, Shape] = {
     ),
 }  # fmt: skip
 """Family of a preset FAMILY-lora-4step -> its teacher; texts at the longest that is read by default."""
+
+T5_XXL: dict[str, Any] = dict(
+    d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, feed_forward_proj="gated-gelu"
+)
+QWEN_7B: dict[str, Any] = dict(
+    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+    vocab_size=152064,
+)  # fmt: skip
+ENCODERS: dict[str, tuple[Any, Callable[[], Any]]] = {
+    "Qwen3 4B": (
+        transformers.Qwen3Model,
+        lambda: transformers.Qwen3Config(
+            hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+            num_key_value_heads=8, head_dim=128, vocab_size=151936,
+        ),
+    ),
+    "Gemma 2 2B": (transformers.Gemma2Model, lambda: transformers.Gemma2Config(**GEMMA_2B)),
+    "T5 XXL": (transformers.T5EncoderModel, lambda: transformers.T5Config(vocab_size=32128, **T5_XXL)),
+    "UMT5 XXL": (transformers.UMT5EncoderModel, lambda: transformers.UMT5Config(vocab_size=256384, **T5_XXL)),
+    "Qwen2.5-VL 7B": (
+        transformers.Qwen2_5_VLForConditionalGeneration,
+        lambda: transformers.Qwen2_5_VLConfig(
+            text_config=QWEN_7B, vision_config=dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=3584)
+        ),
+    ),
+    "Mistral Small 3 24B": (
+        transformers.Mistral3ForConditionalGeneration,
+        lambda: transformers.Mistral3Config(tie_word_embeddings=False),
+    ),
+}  # fmt: skip
+"""Text encoder -> its class and what makes its config, of the published size."""

@@ -22,14 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stepfold.api import distill_module, draw
-from stepfold.errors import UserError
+from stepfold.api import ModuleTeacher, NoiseSchedule, UserError, distill_module, draw
 from stepfold.evaluation.metrics import frechet_distance
 from stepfold.maths.formulations import euler_step
-from stepfold.maths.noise_schedules import NoiseSchedule
 from stepfold.maths.routes import even_flow_times
 from stepfold.teachers.contract import Student
-from stepfold.teachers.module import ModuleTeacher
 
 PACKAGE = "galaxygrad==0.2.1"
 NETWORKS = {

@@ -6,9 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stepfold.api import distill_module, draw
-from stepfold.teachers.contract import Condition
-from stepfold.teachers.module import ModuleTeacher
+from stepfold.api import Condition, ModuleTeacher, distill_module, draw
 
 RINGS = {"small ring": 0.6, "large ring": 1.9}
 

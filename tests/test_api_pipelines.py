@@ -24,7 +24,7 @@ from stepfold.jobs.exporting import run_export
 from stepfold.jobs.sampling import run_sample
 from stepfold.teachers.fingerprints import encoder_fingerprint, teacher_fingerprint
 from stepfold.teachers.licences import licences_of
-from stepfold.teachers.live import copied, lent, object_fingerprint, sampled
+from stepfold.teachers.live import copied, lent, object_fingerprint, on_cpu, sampled
 from stepfold.teachers.loading import counts_to_thousand, load_teacher
 from stepfold.training.runs import read_metrics
 
@@ -133,6 +133,12 @@ def test_a_copy_of_an_object_is_in_float32() -> None:
         teacher = load_teacher(TeacherSettings(source=source, max_tokens=32), "cpu", torch.float32)
     assert {p.dtype for p in teacher.transformer.parameters()} == {torch.float32}
     assert {p.dtype for p in pipe.transformer.parameters()} == {torch.bfloat16}
+    there = nn.Linear(2, 2, device="meta")  # stands for a GPU, whose memory a copy must not take
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        on_cpu(there)
+    tied = nn.Sequential(layer := nn.Linear(2, 2), layer)
+    copy_ = on_cpu(tied)
+    assert copy_[0] is copy_[1] and copy_[0].weight is not layer.weight and torch.equal(copy_[0].weight, layer.weight)
 
 
 def test_a_whole_student_from_a_lora_leaves_the_object_as_it_was(
@@ -147,10 +153,10 @@ def test_a_whole_student_from_a_lora_leaves_the_object_as_it_was(
 
 
 def test_the_calls_have_the_commands_options() -> None:
-    """All that the jobs take, but what needs a file of an image or a network of the teacher's."""
+    """All that the jobs take."""
     for call, job, left_out in (
         (api.export, run_export, set()),
-        (api.sample, run_sample, {"gamma", "image", "first_step", "folder"}),
+        (api.sample, run_sample, {"folder"}),
     ):
         given, wanted = (set(inspect.signature(each).parameters) for each in (call, job))
         assert wanted - given <= left_out, wanted - given
@@ -310,6 +316,7 @@ def test_objects_that_are_no_plain_weights_are_refused(spoil: Any, said: str, tm
         ("teacher.revision=main", "teacher.revision and teacher.variant are for hub ids; load the object with them"),
         ("teacher.lora=[style.safetensors]", r"merge it into the object with pipe.fuse_lora\(\)"),
         ("teacher.quantise=int8", "teacher.quantise would change the object's weights; give the pipeline's folder"),
+        ("teacher.quantise_encoders=nf4", "teacher.quantise_encoders would change the object's weights; give the"),
         (
             "training.shard=all optimiser.name=adamw",
             "training.shard would take the object's weights apart; give the pipeline's folder",

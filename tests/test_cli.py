@@ -96,7 +96,8 @@ def run(tiny_sana: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     prompts.write_bytes(MESSY.encode())
     settings = [part for change in FAST for part in ("--set", change)]
     out = folder / "run"
-    return out, Result("distill", "--teacher", tiny_sana, "--prompts", prompts, "--out", out, *settings)
+    given = ("--preset", "default", "--teacher", tiny_sana, "--prompts", prompts)
+    return out, Result("distill", *given, "--out", out, *settings)
 
 
 def test_messy_prompts_are_accepted_and_counted(run: tuple[Path, Result]) -> None:
@@ -112,7 +113,8 @@ def test_messy_prompts_are_accepted_and_counted(run: tuple[Path, Result]) -> Non
 
 def test_a_teacher_whose_time_is_too_fast_is_pointed_out(first_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
     settings = [part for change in (*FAST, "objective=continuous") for part in ("--set", change)]
-    result = Result("distill", "--teacher", first_sana, "--prompts", prompts_file, "--out", tmp_path / "run", *settings)
+    given = ("--preset", "default", "--teacher", first_sana, "--prompts", prompts_file)
+    result = Result("distill", *given, "--out", tmp_path / "run", *settings)
     assert result.code == 0
     said = re.search(r"counts to 1000, and its dF/dt is (\S+) .*; above 50 take .*`stepfold retime` first", result.err)
     assert said and float(said[1]) > 50
@@ -411,10 +413,10 @@ def test_dry_run_prints_settings_that_load(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_default_preset_goes_with_the_teacher() -> None:
-    assert Result("distill", "--dry-run").out == to_yaml(load_config("demo"))
-    other = Result("distill", "--teacher", "x/y", "--prompts", "p.txt", "--dry-run")
-    assert other.out == to_yaml(load_config("default", prompts="p.txt", teacher__source="x/y"))
+def test_the_bundled_teacher_has_a_preset_of_its_own() -> None:
+    for teacher in ((), ("--teacher", "emoji")):
+        result = Result("distill", *teacher, "--dry-run")
+        assert result.err == "" and result.out == to_yaml(load_config("demo"))
 
 
 def test_doctor_says_ok_and_writes_its_findings(tiny_sana: Path, tmp_path: Path) -> None:
@@ -571,7 +573,7 @@ def test_an_option_of_one_value_is_given_once(words: tuple[str, ...]) -> None:
 def test_steps_are_those_of_sampling(command: str) -> None:
     """One word, one meaning: of commands that train, the option says which steps it means."""
     for given in (("--steps", "500"), ("--steps=500",)):
-        assert_one_line(Result(command, *given), "--steps counts sampling steps, of sample", "are --train-steps")
+        assert_one_line(Result(command, *given), "--steps", "sampling steps", "are --train-steps")
     shown = Result(command, "--help").out
     assert "--train-steps" in shown and "training.steps" in shown
     for other in ("sample", "evaluate"):
@@ -760,7 +762,7 @@ def test_encoded_prompts_take_the_presets_size(tiny_sana: Path, prompts_file: Pa
     ],
 )
 def test_no_memory_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    raised = [error, RuntimeError("a fault of ours")]
+    raised = [error, error, RuntimeError("a fault of ours")]
 
     def fails(*args: object, **settings: object) -> None:
         raise raised.pop(0)
@@ -769,5 +771,14 @@ def test_no_memory_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch
     done = Result("distill")
     assert done.code == 2 and done.err.startswith("error: out of memory ("), done.err
     assert "training.micro_batch=1" in done.err and done.err.count("\n") == 1
+    other = Result("schedule").err  # which has no --set
+    assert "a smaller --batch" in other and "--set" not in other
+    raised = [error, error, RuntimeError("a fault of ours")]
+    doctor = Result("doctor").err  # which has no --set
+    assert "--quantise int8" in doctor and "--set" not in doctor
+    retime = Result("retime").err  # which has no --lora, --dtype and --batch
+    assert "--set training.micro_batch=1" in retime and not any(
+        f"--{word}" in retime for word in ("lora", "batch", "n ")
+    )
     with pytest.raises(RuntimeError, match="a fault of ours"):
         Result("distill")

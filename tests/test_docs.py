@@ -104,7 +104,7 @@ def test_a_wrong_option_would_be_found() -> None:
 def test_the_student_loads_as_the_first_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = blocks(ROOT / "docs" / "index.md", "python")
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, ["export", "emoji-student", "--to", "pipeline", "--out", "runs/mine/student"])
+    result = CliRunner().invoke(app, ["export", "emoji-student", "--to", "pipeline", "--out", "runs/demo/student"])
     assert result.exit_code == 0, result.output
     names: dict[str, Any] = {}
     exec(code, names)

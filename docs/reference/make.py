@@ -306,7 +306,8 @@ def teachers_page() -> str:
 def convention_row(name: str, family: type[PipelineTeacher]) -> tuple[str, ...]:
     """A family's row: what its class and those of diffusers say, without any weights."""
     teacher = without_networks(name, family)
-    kind, noisy = teacher.guidance_kinds()[0], isinstance(teacher.schedule, VPSchedule)
+    kind = teacher.guidance_kinds(teacher.transformer.config, teacher.pipe.config)[0]
+    noisy = isinstance(teacher.schedule, VPSchedule)
     own = "by size and number of steps" if family.shift_at is not Family.shift_at else "the scheduler's"
     scale = inspect.signature(teacher.pipe.__call__).parameters.get(family.scale_argument)
     plus = teacher.guidance_weight(0.0)

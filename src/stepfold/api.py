@@ -1,7 +1,7 @@
 """The Python API: for diffusers pipelines, from folders, hub ids or objects, and for a network of one's own."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,11 +16,13 @@ from stepfold.jobs.devices import usable_device
 from stepfold.jobs.distilling import run_distill
 from stepfold.jobs.exporting import run_export
 from stepfold.jobs.sampling import run_sample
-from stepfold.maths.noise_schedules import NoiseSchedule
+from stepfold.levels.calibrated import CalibratedScheduler
+from stepfold.maths.noise_schedules import FLOW, TRIGFLOW, NoiseSchedule, exploding, vp_sde, vp_steps
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.prompts.syntax import notes_of
 from stepfold.randomness import normal
 from stepfold.sampling.samplers import SAMPLERS, sampler_of
+from stepfold.students.policy_scheduler import PolicyScheduler
 from stepfold.students.two_times import EMBEDDER
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition, PictureScore, Student
@@ -41,8 +43,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
-    "Condition", "ModuleTeacher", "NoiseSchedule", "NonFiniteError", "UserError", "distill_module", "distill_pipeline",
-    "draw", "export", "load_module_student", "sample",
+    "FLOW", "TRIGFLOW", "CalibratedScheduler", "Condition", "ModuleTeacher", "NoiseSchedule", "NonFiniteError",
+    "PolicyScheduler", "UserError", "distill_module", "distill_pipeline", "draw", "exploding", "export",
+    "load_module_student", "sample", "vp_sde", "vp_steps",
 ]  # fmt: skip
 WEIGHTS = "student.safetensors"
 
@@ -60,15 +63,15 @@ def distill_pipeline(
 ) -> Path:
     """Distils a diffusers pipeline; the very run of `stepfold distill`.
 
-    Of a pipeline object no file is read. It needs the memory that it has, and is frozen while the run goes on; then it
-    is as before. A run is resumed with an object of the same weights.
+    Of a pipeline object no file is read. It is frozen while the run goes on; then it is as before. A run is resumed
+    with an object of the same weights.
 
     Args:
         teacher: a pipeline object; or its folder, a hub id, or `emoji`.
         prompts: as of `distill_module`; None for the bundled teacher's own.
         folder: of the run; new, or to be resumed.
         changes: settings as for `--set`, such as `student.lora=64`.
-        preset: name or yaml file of the settings to start from.
+        preset: name or yaml file of the settings to start from; `default` trains all weights, 20,000 steps.
         resume: continue the run that the folder holds.
         device: cpu, cuda, cuda:1, or auto.
         quiet: show no progress.
@@ -116,6 +119,9 @@ def sample(
     seed: int = 0,
     guidance: float | None = None,
     sampler: str | None = None,
+    gamma: float = 0.0,
+    image: "str | Path | Image | None" = None,
+    first_step: Literal["student", "teacher"] = "student",
     device: str = "auto",
     teacher: "DiffusionPipeline | None" = None,
 ) -> "list[Image]":
@@ -128,7 +134,9 @@ def sample(
         seed: of the noise.
         guidance: scale that the student is told; None for its usual one.
         sampler: its name; None for the student's own.
-        device: of torch; auto is cuda where there is one, else cpu.
+        gamma: share of fresh noise in a flow map's steps, in [0, 1].
+        image: of all prompts, a file or a picture, for a student of images; `first_step`: who takes it.
+        device: as of `distill_pipeline`.
         teacher: the pipeline object that a LoRA student was distilled from, if it was one.
 
     Raises:
@@ -139,14 +147,9 @@ def sample(
     """
     with _source_of(teacher):
         return run_sample(
-            Path(student),
-            prompts,
-            steps=steps,
-            seed=seed,
-            guidance=guidance,
-            device=usable_device(device),
-            sampler=sampler,
-        )
+            Path(student), prompts, steps=steps, seed=seed, guidance=guidance, device=usable_device(device),
+            sampler=sampler, gamma=gamma, image=Path(image) if isinstance(image, str) else image, first_step=first_step,
+        )  # fmt: skip
 
 
 def export(
@@ -196,10 +199,8 @@ def export(
 @contextmanager
 def _source_of(teacher: Any) -> Iterator[str]:
     """Around a job; yields what stands for a teacher in settings: its folder or hub id, or a name for the object."""
-    if teacher is None or isinstance(teacher, str | Path):
-        yield str(teacher)
-        return
-    with lent(teacher) as source:
+    named = teacher is None or isinstance(teacher, str | Path)
+    with nullcontext(str(teacher)) if named else lent(teacher) as source:
         yield source
 
 
@@ -211,15 +212,14 @@ def _refuse_what_objects_lack(config: Config, dtype: str) -> None:
     """
     settings = config.teacher
     if settings.dtype != dtype:
-        raise UserError(
-            f"teacher.dtype is {settings.dtype}, but this pipeline object is in {dtype}; leave it out of the changes"
-        )
+        raise UserError(f"teacher.dtype is {settings.dtype}, but this pipeline object is in {dtype}; leave it out")
     if settings.revision or settings.variant:
         raise UserError("teacher.revision and teacher.variant are for hub ids; load the object with them")
     if settings.lora:
         raise UserError("teacher.lora is for folders and hub ids; merge it into the object with pipe.fuse_lora()")
-    if settings.quantise != "none":
-        raise UserError("teacher.quantise would change the object's weights; give the pipeline's folder instead")
+    for name in ("quantise", "quantise_encoders"):
+        if getattr(settings, name) != "none":
+            raise UserError(f"teacher.{name} would change the object's weights; give the pipeline's folder instead")
     if config.training.shard != "none":
         raise UserError("training.shard would take the object's weights apart; give the pipeline's folder instead")
 

@@ -132,6 +132,7 @@ CELLS = {
     "accuracy": ("accuracy", "{:.1%}"),
     "clip_score": ("CLIP score", "{:.1f}"),
     "fd": ("FD", "{:.4f}"),
+    "fd_imagenet": ("FD-ImageNet", "{:.2f}"),
     "diversity": ("diversity", "{:.3f}"),
     "agreement": ("latent MSE", "{:.3f}"),
     "images_per_sec": ("images/s", "{:.1f}"),
@@ -148,8 +149,9 @@ def results_table(result: dict) -> Table:
     groups |= result.get("pipelines", {})
     rows = [row for group in groups.values() for row in group.values()]
     keys = [key for key in CELLS if any(row.get(key) is not None for row in rows)]
-    fd = fd_title(result.get("protocol", {}).get("n"))
-    table = Table("sampler", *(fd if key == "fd" else CELLS[key][0] for key in keys), box=None)
+    n, names = result.get("protocol", {}).get("n"), {key: CELLS[key][0] for key in keys}
+    heads = [fd_title(n, name) if key.startswith("fd") else name for key, name in names.items()]
+    table = Table("sampler", *heads, box=None)
     for who, group in groups.items():
         for steps, row in group.items():
             cells = ["-" if row.get(key) is None else CELLS[key][1].format(row[key]) for key in keys]

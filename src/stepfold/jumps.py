@@ -123,6 +123,54 @@ class SemigroupSettings(Section):
         return (1 - done) * self.alpha + done * self.alpha_final
 
 
+class PolicySettings(Section):
+    """pi-Flow: one call of the student gives several velocities, and a policy takes many steps with them."""
+
+    steps: int = Field(default=4, ge=1, le=MOST_SEGMENTS, description="network calls that the student is trained for")
+    nodes: int = Field(
+        default=10,
+        ge=3,
+        le=32,
+        description="N, velocities of a call, each the network's channels once more; not 2, which pipelines take for a "
+        "learned variance",
+    )
+    substeps: int = Field(default=32, ge=1, le=256, description="the policy's own Euler steps for each network call")
+    states: int = Field(
+        default=4, ge=1, le=64, description="of each call's part of the path, at which the teacher is asked"
+    )
+
+    @model_validator(mode="after")
+    def _has_states(self) -> "PolicySettings":
+        if self.states > self.substeps:
+            raise ValueError(
+                f"policy.states is {self.states}, but there are {self.substeps} substeps to take them from; give "
+                f"policy.states={self.substeps} or less"
+            )
+        return self
+
+
+def check_policy(config: Any) -> None:
+    """Refuses settings that do not go with a policy student, which gives several F at a time.
+
+    Raises:
+        ValueError: as `check_targets`.
+    """
+    spaces, later = set(config.space.weights), [phase.set for phase in config.training.phases]
+    names = {config.objective, *(changes.get("objective", config.objective) for changes in later)}
+    if "policy" not in names | spaces:
+        return
+    if names != {"policy"} or spaces != {"policy"}:
+        raise ValueError(
+            "a policy's states and its objective go together, in all phases; give objective=policy and "
+            "space.kind=policy, or neither"
+        )
+    for other in ("adversarial", "matching", "anchor", "reward"):
+        if getattr(config, other).weight:
+            raise ValueError(f"{other}.weight has no place beside objective=policy; set {other}.weight=0")
+    if config.student.times == "two":
+        raise ValueError("a policy student jumps between its own times; leave student.times at one")
+
+
 def check_targets(config: Any) -> None:
     """Refuses settings whose target times fit neither the student nor the objective nor the space.
 
@@ -179,8 +227,13 @@ def check_targets(config: Any) -> None:
             "consistency.tangent_weight=ayf is 0 where target.rule=diagonal; give consistency.tangent_weight=trig, or "
             "leave diagonal out"
         )
+    if config.space.times == "noise" and objective != "velocity":
+        raise ValueError(
+            f"space.times=noise is one-step regression, not objective={objective}; give objective=velocity"
+        )
     if "prior" in spaces:
         check_prior(config)
+    check_policy(config)
 
 
 def check_prior(config: Any) -> None:

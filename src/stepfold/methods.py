@@ -17,7 +17,7 @@ class Method:
 
     words: str
     no_tangent: str | None = None
-    sampler: Literal["consistency", "flow"] = "consistency"
+    sampler: Literal["consistency", "flow", "policy"] = "consistency"
     aimed: bool = False
 
 
@@ -34,5 +34,6 @@ METHODS: dict[str, Method] = {
     "matching": Method("distribution matching (arXiv:2405.14867)", "distribution matching has none"),
     "decoupled": Method("decoupled distribution matching (arXiv:2511.22677)", "distribution matching has none"),
     "identity": Method("score identity distillation (SiD, arXiv:2404.04057)", "score identity distillation has none"),
+    "policy": Method("policy imitation (pi-Flow, arXiv:2510.14974)", "policy imitation has none", "policy"),
 }
 """Objective, as settings call it -> what it is."""

@@ -85,6 +85,11 @@ class TeacherSettings(Section):
         description="flow-matching noise levels, [lowest, highest] in [0, 1], between which classifier-free guidance "
         "acts; elsewhere the teacher follows its prompt alone, at half the cost, for more diverse images",
     )
+    guidance_rule: Literal["pipeline", "zero_star"] = Field(
+        default="pipeline",
+        description="`pipeline`, classifier-free guidance as the teacher's pipeline has it; `zero_star`, with the "
+        "branch without a prompt scaled towards the other (CFG-Zero*)",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="of the teacher's weights; bfloat16 halves them, and calls to them run under autocast (a student's "
@@ -92,6 +97,10 @@ class TeacherSettings(Section):
     )
     quantise: Literal["none", "int8", "fp8", "nf4"] = Field(
         default="none", description="of the weights beneath a LoRA: int8 and fp8 take a byte each, nf4 half a byte"
+    )
+    quantise_encoders: Literal["none", "int8", "fp8", "nf4"] = Field(
+        default="none",
+        description="of the text encoders' weights, in the same ways; students have the plain ones",
     )
     null_mask: Literal["own", "prompt"] = Field(
         default="own",
@@ -113,9 +122,13 @@ class TeacherSettings(Section):
     )
     image_column: str | None = Field(
         default=None,
-        description="of FLUX.2: the column of the prompts' table with the path of each prompt's reference image; "
-        "default: no images",
+        description="the column of the prompts' table with the path of each prompt's image: of FLUX.2 a reference, of "
+        "Wan 2.2 TI2V-5B the first frame; default: no images",
     )
+
+    def plain(self) -> "TeacherSettings":
+        """The same with the weights of its files."""
+        return self.model_copy(update={"quantise": "none", "quantise_encoders": "none"})
 
     @field_validator("guidance_interval")
     @classmethod
@@ -133,11 +146,17 @@ class TeacherSettings(Section):
 
 
 def check_quantised(config: Any) -> None:
-    """Refuses networks with all weights of their own beside a quantised teacher; `config` is `config.Config`.
+    """Refuses what needs the plain weights of a quantised teacher; `config` is `config.Config`.
 
     Raises:
         ValueError: which, and the way out.
     """
+    encoders = config.teacher.quantise_encoders
+    if encoders != "none" and config.teacher.lora and not config.student.lora:
+        raise ValueError(
+            f"a student of all weights is saved with plain text encoders, and teacher.quantise_encoders={encoders} "
+            "leaves none with teacher.lora merged in; give student.lora=64, or teacher.quantise_encoders=none"
+        )
     way_out = f"but teacher.quantise={config.teacher.quantise} leaves no weights to train"
     if config.teacher.quantise != "none" and not config.student.lora:
         raise ValueError(f"student.lora is 0, {way_out}; give student.lora=64, or teacher.quantise=none")

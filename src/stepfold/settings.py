@@ -10,9 +10,18 @@ from stepfold.sections import LARGEST, Beta, Section
 PriorWeight = Literal["inverse_tangent", "none"]
 Normalisation = Literal["l2", "l2_per_element", "none"]
 TangentWeight = Literal["trig", "meanflow", "ayf"]
-SpaceName = Literal["generation", "endpoints", "images", "coupling", "prior", "rollout"]
+SpaceName = Literal["generation", "endpoints", "images", "coupling", "prior", "rollout", "policy"]
 ObjectiveName = Literal[
-    "continuous", "discrete", "velocity", "pair", "semigroup", "lagrange", "matching", "decoupled", "identity"
+    "continuous",
+    "discrete",
+    "velocity",
+    "pair",
+    "semigroup",
+    "lagrange",
+    "matching",
+    "decoupled",
+    "identity",
+    "policy",
 ]
 
 
@@ -62,7 +71,8 @@ class SpaceSettings(Section):
         default="generation",
         description="`generation`, the teacher's walk itself (TBCM); `endpoints`, its end noised afresh (image-free "
         "sCM); `images`, noised (sCM); `coupling`, its end joined to its own noise (reflow); `prior`, pure noise alone "
-        "(lagrange, semigroup); `rollout`, the student's own steps (matching, decoupled, identity). Each latent is "
+        "(lagrange, semigroup); `rollout`, the student's own steps (matching, decoupled, identity); `policy`, the "
+        "states of its own policy (objective policy). Each latent is "
         "noised to as many times as a walk would keep, drawn as the route says. Several with weights: `{generation: 1, "
         "endpoints: 0.5}`",
     )
@@ -85,6 +95,12 @@ class SpaceSettings(Section):
     )
     route: Literal["reference", "logit_normal", "random"] = Field(
         default="reference", description="how the times are drawn"
+    )
+    times: Literal["route", "u_shaped", "noise"] = Field(
+        default="route",
+        description="that latents are noised to: `route`, as the route says; `u_shaped`, mostly near the image and "
+        "near pure noise (RF++); `noise`, pure noise alone, of kind coupling, for students of one step (one-step "
+        "regression)",
     )
     route_steps: int = Field(default=16, ge=2, le=256, description="N, teacher steps per trajectory")
     route_shift: float = Field(default=2.5, gt=0, description="shift of the reference route's flow-Euler ladder")
@@ -138,6 +154,8 @@ class SpaceSettings(Section):
             raise ValueError(
                 f"bank holds ends of trajectories, and {others[0]} needs more; give kind coupling or endpoints"
             )
+        if self.times == "noise" and set(self.weights) != {"coupling"}:
+            raise ValueError("times=noise regresses an end on its own noise; give kind coupling, or times=route")
         if self.anneal_steps and "coupling" not in self.weights:
             raise ValueError("anneal_steps is for kind coupling; leave it out")
         return self
@@ -160,6 +178,17 @@ class ConsistencySettings(Section):
     r_warmup: int = Field(default=4000, ge=0, description="H, steps")
     r_cooldown_start: int = Field(default=15000, ge=0, description="S_r, step")
     r_cooldown_steps: int = Field(default=2000, ge=0, description="T_r, steps")
+
+
+class VelocitySettings(Section):
+    """Velocity matching."""
+
+    huber_constant: float = Field(
+        default=0.0,
+        ge=0,
+        description="of the pseudo-Huber distance, per square root of elements, of F; 0: the square. RF++ has 0.00054 "
+        "times the square root of elements: 0.098 for Sana at 1024 px",
+    )
 
 
 class DiscreteSettings(Section):
@@ -224,7 +253,7 @@ class OptimiserSettings(Section):
 Precision = Literal["no", "bf16", "auto"]
 
 
-PHASE_SETTINGS = ("objective", "space", "target", "consistency", "discrete", "semigroup", "adversarial")
+PHASE_SETTINGS = ("objective", "space", "target", "consistency", "discrete", "velocity", "semigroup", "adversarial")
 PHASE_SETTINGS += ("optimiser.lr", "optimiser.clip", "training.micro_batch", "training.tangent")
 PHASE_SETTINGS += ("fake.updates", "rollout", "matching", "decoupled", "identity", "anchor", "reward")
 FIXED_IN_PHASES = ("adversarial.neighbours", "space.reuse", "space.images", "space.cache_latents", "space.guidance")
@@ -342,7 +371,7 @@ class EvaluationSettings(Section):
         description="images per row of the report's table; at most 64 with a teacher of your own; 0 for no table",
     )
     guidance: float | None = Field(
-        default=None, description="scale that the teacher is measured at; default: the pipeline's own"
+        default=None, description="scale that the teacher is measured at; default: the one that the student stands for"
     )
     steps: tuple[StepCount, ...] | None = Field(
         default=None,

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from stepfold.evaluation.judge import load_judge, text_features
 from stepfold.export.pipeline import save_student
 from stepfold.sampling.recipe import make_recipe
 from stepfold.students.lora import lora_student
+from stepfold.students.whole import new_student
 from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher
 
@@ -92,6 +94,95 @@ def test_practice_computes_everything_at_every_call(tiny_sana: Path) -> None:
     assert not torch.equal(plain.caption_projection(embeds), transformer.caption_projection(embeds))
 
 
+@pytest.mark.parametrize(("name", "moves"), [("lcm", [1, 1, 1]), ("sana-sprint", [1, 0, 1]), ("dmd2", [1, 0, 0])])
+def test_a_peers_student_moves_when_it_is_its_turn(name: str, moves: list[int], tiny_sana: Path) -> None:
+    """Sana-Sprint's student and heads take turns; DMD2's fake score learns in each step, its student in each fifth."""
+    practice = importlib.import_module("practice")
+    torch.manual_seed(0)
+    teacher, generator = SanaTeacher(tiny_sana), torch.Generator().manual_seed(1)
+    peer = practice.PEERS[name](teacher, new_student(teacher), 1e-3)
+    x0 = teacher.sigma_data * torch.randn(3, *teacher.latent_shape, generator=generator)
+    batch = practice.Clean(x0, teacher.encode(["a fox", "a cat", "a fox"]), torch.full((3,), 4.5), generator)
+    students, others = [], []
+    for _ in moves:
+        students.append(flat(peer.student))
+        others.append(flat(getattr(peer, {"lcm": "average", "sana-sprint": "heads", "dmd2": "fake"}[name])))
+        peer.update(batch)
+    students.append(flat(peer.student))
+    changed = [int(not torch.equal(a, b)) for a, b in pairwise(students)]
+    assert changed == moves and all(each.isfinite().all() for each in students)
+    assert not torch.equal(flat(peer.average), students[0])
+    if name == "dmd2":
+        assert not torch.equal(others[0], others[1]) and not torch.equal(others[1], others[2])
+    if name == "sana-sprint":
+        assert torch.equal(others[0], others[1]) and not torch.equal(others[1], others[2])
+
+
+def test_lcms_target_is_the_average_after_the_teachers_step(tiny_sana: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of one step by hand; at the lowest level the target is where the teacher's step ends, at t = 0."""
+    practice = importlib.import_module("practice")
+    teacher = SanaTeacher(tiny_sana)
+    peer = practice.LCM(teacher, new_student(teacher), 1e-3)
+    generator = torch.Generator().manual_seed(2)
+    x0 = teacher.sigma_data * torch.randn(2, *teacher.latent_shape, generator=generator)
+    batch = practice.Clean(x0, teacher.encode(["a fox", "a cat"]), torch.full((2,), 4.5), generator)
+    monkeypatch.setattr(practice.Clean, "uniform", lambda self: torch.tensor([0.0, 0.99]))  # levels 50 and 1 of 50
+    noise = teacher.sigma_data * torch.randn(x0.shape, generator=generator)
+    monkeypatch.setattr(practice.Clean, "noise", lambda self, sigma_data: noise)
+    found: list[Tensor] = []
+    monkeypatch.setattr(peer, "move_student", lambda loss: found.append(loss.detach()))
+    peer.update(batch)
+    t, t_next = (torch.tensor([0.5 * math.pi, math.atan2(1, 49)]), torch.tensor([math.atan2(49, 1), 0.0]))
+    wide, later = t.view(-1, 1, 1, 1), t_next.view(-1, 1, 1, 1)
+    x = wide.cos() * x0 + wide.sin() * noise
+    dxdt = teacher.velocity(x, t, batch.condition, batch.guidance)
+    x_next = (wide - later).cos() * x - (wide - later).sin() * dxdt
+    with torch.no_grad():
+        ours = peer.picture(peer.student, x, t, batch)
+        target = torch.cat([peer.picture(peer.average, x_next, t_next, batch)[:1], x_next[1:]])
+    expected = (((ours - target) ** 2 + 1e-6).sqrt() - 1e-3).flatten(1).mean(1)
+    torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_time_to_quality_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preset's checkpoints and a peer's steps are measured; a row that is there is not run again."""
+    bench = importlib.import_module("time_to_quality")
+    tiny = ["training.steps=2", "training.prompts_per_step=1", "space.route_steps=2", "training.preview_every=9"]
+    options = ["--presets", "demo", "--peers", "lcm", "--n", "2", "--every", "1", "--batch", "2", "--stock", "3"]
+    options += ["--minutes", "0.0001", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out.json")]
+    options += [part for change in tiny for part in ("--set", change)]
+    bench.main([*options, "--fd", "0"])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [check["steps"] for check in rows["preset demo"]["checks"]] == [1, 2]
+    assert [check["steps"] for check in rows["peer lcm"]["checks"]] == [1]  # its minutes were over
+    for row in rows.values():
+        assert row["reached"] is None
+        for check in row["checks"]:
+            assert check["fd"] > 0 <= check["accuracy"] <= 1 and check["sec"] > 0 < check["spent_sec"]
+    with pytest.raises(SystemExit):
+        bench.main(["--peers", "nobody"])
+    monkeypatch.setattr(bench, "of_preset", None)
+    monkeypatch.setattr(bench, "of_peer", None)
+    bench.main([*options, "--fd", "0"])
+    assert json.loads((tmp_path / "out.json").read_text())["rows"] == rows
+    reached = {"reached": rows["peer lcm"]["checks"][0], "checks": rows["peer lcm"]["checks"]}
+    assert bench.words("x", reached)[3] == "1" and bench.words("x", rows["peer lcm"])[3] == "(1)"
+
+
+def test_the_first_check_with_the_quality_counts() -> None:
+    bench = importlib.import_module("time_to_quality")
+    setting = bench.Setting(None, None, None, 0.02, 0.85, 1, 0)
+    near = [{"fd": 0.021, "accuracy": 0.9}, {"fd": 0.019, "accuracy": 0.84}]
+    good = {"fd": 0.02, "accuracy": 0.85}
+    assert not any(map(setting.passes, near)) and setting.passes(good)
+    assert bench.outcome([*near, good], setting)["reached"] == good and bench.outcome(near, setting)["reached"] is None
+
+
+def flat(module: Any) -> Tensor:
+    """A copy of its weights."""
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
 @pytest.mark.long
 def test_stages_are_those_of_a_step(tmp_path: Path) -> None:
     record = run("stages", tmp_path, "--rounds", "1", "--steps", "1", "--set", "training.prompts_per_step=1")
@@ -142,6 +233,22 @@ def test_weights_of_a_preset_by_count(tmp_path: Path) -> None:
     (row,) = json.loads(path.read_text())["rows"]
     rounded = {what: round(row[what], 1) for what in ("none", "int8", "fp8", "nf4", "lora")}
     assert rounded == {"none": 11.5, "int8": 5.8, "fp8": 5.8, "nf4": 3.2, "lora": 3.6}
+
+
+@pytest.mark.long
+def test_text_encoders_by_count() -> None:
+    """Each has its published number of parameters, in billions, and its row of the page."""
+    counting = importlib.import_module("counting_presets")
+    published = {
+        "Qwen3 4B": 4.02, "Gemma 2 2B": 2.61, "T5 XXL": 4.76, "UMT5 XXL": 5.68, "Qwen2.5-VL 7B": 8.29,
+        "Mistral Small 3 24B": 24.01,
+    }  # fmt: skip
+    page = (Path(__file__).parents[2] / "docs" / "speed.md").read_text()
+    for name, parameters in published.items():
+        found = counting.count_encoder(name)
+        assert found["parameters"] == pytest.approx(parameters, abs=0.006), name
+        cells = " | ".join(f"{found[kind]:.1f}" for kind in ("none", "int8", "nf4"))
+        assert f"| {name} | {found['parameters']:.2f} billion | {cells} |" in page, name
 
 
 @pytest.mark.long

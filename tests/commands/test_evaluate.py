@@ -55,4 +55,5 @@ def test_students_of_two_sizes_stand_each_beside_its_own_teacher(
     assert set(result["protocols"]) == {"teacher", mine} and result["teacher"] != result[mine]
     assert list(result["pipelines"]) == names
     assert all(result["pipelines"][name]["1"]["agreement"] > 0 for name in names)
-    assert len(results_table(result).rows) == 2 * (4 + 1) + 2  # each teacher at another scale too, the students'
+    assert len(results_table(result).rows) == 2 * 4 + 2
+    assert result["protocol"]["guidance"] == 3.0  # that of the students, though the pipeline's is 4.5

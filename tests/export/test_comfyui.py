@@ -18,8 +18,8 @@ import torch
 from forms import cases
 from torch import Tensor
 
-from stepfold.export.beside import card_of, workflow_of
-from stepfold.export.comfyui import LOADERS, in_text, no_workflow, steps_of, workflow
+from stepfold.export.beside import card_of, file_card, sd_cpp_command, workflow_of
+from stepfold.export.comfyui import LOADERS, in_text, levels_of, no_workflow, says_levels, steps_of, workflow
 from stepfold.jobs.exporting import run_export
 from stepfold.maths.formulations import data_prediction, trigflow_time
 from stepfold.sampling.consistency import sample_consistency
@@ -38,6 +38,8 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "LoraLoader": ("MODEL", "CLIP"), "LoraLoaderModelOnly": ("MODEL",),
     "CLIPTextEncode": ("CONDITIONING",), "CLIPTextEncodeLumina2": ("CONDITIONING",),
     "ConditioningZeroOut": ("CONDITIONING",), "FluxGuidance": ("CONDITIONING",), "CFGGuider": ("GUIDER",),
+    "LoadImage": ("IMAGE", "MASK"), "ImageScale": ("IMAGE",), "VAEEncode": ("LATENT",),
+    "ReferenceLatent": ("CONDITIONING",),
     "RandomNoise": ("NOISE",), "KSamplerSelect": ("SAMPLER",), "ManualSigmas": ("SIGMAS",),
     "EmptyLatentImage": ("LATENT",), "EmptySD3LatentImage": ("LATENT",), "EmptyFlux2LatentImage": ("LATENT",),
     "EmptyHunyuanLatentVideo": ("LATENT",), "Wan22ImageToVideoLatent": ("LATENT",),
@@ -59,12 +61,17 @@ INPUTS: dict[str, dict[str, Any]] = {
     "CLIPTextEncode": {"clip": "CLIP", "text": str},
     "CLIPTextEncodeLumina2": {"clip": "CLIP", "system_prompt": ("superior", "alignment"), "user_prompt": str},
     "ConditioningZeroOut": {"conditioning": "CONDITIONING"},
-    "FluxGuidance": {"conditioning": "CONDITIONING", "guidance": float},
+    "FluxGuidance": {"conditioning": "CONDITIONING", "guidance": float}, "LoadImage": {"image": str},
+    "ImageScale": {
+        "image": "IMAGE", "upscale_method": ("lanczos",), "width": int, "height": int, "crop": ("center",)
+    },
+    "VAEEncode": {"pixels": "IMAGE", "vae": "VAE"},
+    "ReferenceLatent": {"conditioning": "CONDITIONING", "latent": "LATENT"},
     "CFGGuider": {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "cfg": float},
     "RandomNoise": {"noise_seed": int}, "KSamplerSelect": {"sampler_name": ("lcm", "euler")},
     "ManualSigmas": {"sigmas": str}, "EmptyLatentImage": SIZES, "EmptySD3LatentImage": SIZES,
     "EmptyFlux2LatentImage": SIZES, "EmptyHunyuanLatentVideo": SIZES | {"length": int},
-    "Wan22ImageToVideoLatent": SIZES | {"length": int, "vae": "VAE"},
+    "Wan22ImageToVideoLatent": SIZES | {"length": int, "vae": "VAE", "start_image": "IMAGE"},
     "SamplerCustomAdvanced": {
         "noise": "NOISE", "guider": "GUIDER", "sampler": "SAMPLER", "sigmas": "SIGMAS", "latent_image": "LATENT"
     },
@@ -91,7 +98,7 @@ def check_nodes(graph: Graph) -> None:
     assert all(isinstance(node["class_type"], str) and isinstance(node["inputs"], dict) for node in graph.values())
     for number, node in graph.items():
         wanted = INPUTS[node["class_type"]]
-        assert node["inputs"].keys() == wanted.keys(), (number, node)
+        assert {"start_image"} >= wanted.keys() - node["inputs"].keys() and node["inputs"].keys() <= wanted.keys(), node
         for name, value in node["inputs"].items():
             kind = wanted[name]
             if isinstance(kind, str):
@@ -241,6 +248,30 @@ def test_the_teachers_loras_come_first(student_of: StudentOf) -> None:
         assert loaded["model"] == [last, 0]
 
 
+def test_a_student_of_images_is_shown_one(student_of: StudentOf) -> None:
+    """Beside the text and its scale, in ComfyUI and in stable-diffusion.cpp."""
+    card = read_card(student_of("flux2 dev", lora=4))
+    assert "-r" not in sd_cpp_command("fox.safetensors", card).split()
+    card = card.model_copy(update={"config": card.config | {"teacher": card.config["teacher"] | {"image_column": "p"}}})
+    graph = workflow(card, "fox.safetensors", lora=True)
+    check_nodes(graph)
+    node = {kind: number for number, each in graph.items() for kind in [each["class_type"]]}
+    assert only(graph, "CFGGuider")["positive"] == [node["ReferenceLatent"], 0]
+    assert only(graph, "ReferenceLatent")["conditioning"] == [node["FluxGuidance"], 0]
+    assert only(graph, "VAEEncode")["vae"] == only(graph, "VAEDecode")["vae"]
+    assert only(graph, "LoadImage")["image"] == "YOUR_IMAGE.png"
+    assert graph[node["LoadImage"]]["_meta"]["title"].startswith("YOURS")
+    assert (only(graph, "ImageScale")["width"], only(graph, "ImageScale")["height"]) == (card.width, card.height)
+    assert "-r YOUR_IMAGE.png" in sd_cpp_command("fox.safetensors", card)
+    film = read_card(student_of("wan 2.2 ti2v", lora=4)).model_copy(
+        update={"config": card.config, "pipeline": "WanImageToVideoPipeline"}
+    )
+    graph = workflow(film, "fox.safetensors", lora=True, per_token=True)
+    check_nodes(graph)
+    (scaled,) = [number for number, each in graph.items() if each["class_type"] == "ImageScale"]
+    assert only(graph, "Wan22ImageToVideoLatent")["start_image"] == [scaled, 0] and len(only(graph, "LoadImage")) == 1
+
+
 SD_CPP = {
     "-m", "--diffusion-model", "--vae", "--clip_l", "--clip_g", "--t5xxl", "--llm", "-p", "-W", "-H", "--cfg-scale",
     "--guidance", "--sampling-method", "--steps", "--sigmas",
@@ -267,6 +298,23 @@ def test_the_command_for_stable_diffusion_cpp(family: str, sampler: Any, student
         r"pads a prompt to (\d+) tokens of T5, and this student was trained at 24:", card_of(file).read_text()
     )
     assert said == {"sd3": ["77"], "flux": ["256"]}.get(family, [])
+
+
+@pytest.mark.parametrize(
+    ("family", "levels"),
+    [("ernie-image", "1, 0.857142857, 0.666666667, 0.4, 0"), ("qwen", "1, 0.707106781, 0.5, 0.292893219, 0")],
+)
+def test_a_card_without_a_workflow_has_the_settings(
+    family: str, levels: str, student_of: StudentOf, tmp_path: Path
+) -> None:
+    """Of families of flow matching; the levels of others are counted in another way by each program."""
+    card = read_card(student_of(family, 4))
+    found = [float(level) for level in levels.split(", ")]
+    assert levels_of(card, 4) == pytest.approx(found, abs=1e-5)
+    text = file_card(tmp_path / "fox.safetensors", card, "comfy", no_workflow(card, "comfy"), sd_cpp=False)
+    assert "no workflow: no loader" in text and "The sampler is `lcm`, and CFG is 1" in text
+    assert f"| 4 | {in_text(levels_of(card, 4))} |" in text and "guidance scale that the network embeds" not in text
+    assert not says_levels(card.model_copy(update={"scheduler": "LCMScheduler"}))
 
 
 def test_where_there_is_no_workflow_the_card_says_why(student_of: StudentOf, tmp_path: Path) -> None:

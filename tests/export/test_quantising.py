@@ -89,7 +89,7 @@ def test_the_loss_is_measured_beside_the_student_and_in_its_card(made: tuple[Pat
     row = re.search(r"^\| 2 \| nf4 \| (\S+) \| (\S+) \|$", readme, re.MULTILINE)
     assert row and float(row[1]) == pytest.approx(loss["forms"]["nf4"]["2"]["latent_error"], abs=6e-4)
     assert float(row[2]) == pytest.approx(loss["forms"]["nf4"]["2"]["change"], abs=6e-4)
-    assert 'pip install "bitsandbytes' in readme and "torch_dtype=torch.bfloat16" in readme
+    assert 'pip install "bitsandbytes' in readme and "dtype=torch.bfloat16" in readme
 
 
 def test_without_memory_to_measure_the_folder_stays(
@@ -130,7 +130,7 @@ def test_the_command_prints_it(made: tuple[Path, Path, dict[str, Any]], tmp_path
     assert set(loss["forms"]) == {"student", "int8"} and loss["protocol"]["n"] == 1 and loss["images"] is None
     assert set(loss["forms"]["int8"]["1"]) == {"latent_error", "change"}
     assert "int8 1 step" in result.out and "change" in result.out and str(out) in result.out
-    assert "torch_dtype=torch.float32" in (out / "README.md").read_text()
+    assert "dtype=torch.float32" in (out / "README.md").read_text()
     assert Result("sample", out, "red heart", "--out", tmp_path / "a.png").code == 0
     assert_one_line(Result("quantise", student, *options, "--n", "0"), "is there already")
 

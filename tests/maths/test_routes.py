@@ -57,6 +57,18 @@ def test_extreme_draws_stay_inside(edge):
     assert is_route(routes.logit_normal_route(torch.tensor([[-9.0, 9.0, 30.0]]), 0.5))
 
 
+def test_u_shaped_times_have_the_density_of_their_formula():
+    """Of the flow time u, e^{4 u} + e^{4 (1 - u)}: its share below each of some levels, by the integral."""
+    even = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    u = flow_time(routes.u_shaped_times(even))
+    for level in (0.05, 0.2, 0.5, 0.9):
+        wanted = (math.expm1(4 * level) + math.exp(4) * -math.expm1(-4 * level)) / (2 * math.expm1(4))
+        assert (u < level).double().mean().item() == pytest.approx(wanted, abs=1e-4)
+    ends = routes.u_shaped_times(torch.tensor([0.0, 0.5, 1 - 2**-24]))
+    assert is_route(ends.sort(descending=True).values[None])
+    assert routes.u_shaped_times(even, 1.2).max() == 1.2
+
+
 def test_random_route_is_uniform():
     t = all_routes(torch.float64, num_steps=2)["random"][:, 1]  # the smaller of two draws of U(0, pi/2)
     assert t.mean().item() == pytest.approx(math.pi / 6, abs=0.03)

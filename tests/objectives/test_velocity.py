@@ -1,15 +1,20 @@
 """Velocity matching, and the fake score's loss, on Gaussians."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from gaussians import SIGMA_DATA, Score, gaussian, nothing
+from gaussians import SIGMA_DATA, Law, Score, batch_of, gaussian, nothing
 from torch import Tensor
 
+from stepfold.config import load_config
 from stepfold.maths.formulations import guide, interpolate
+from stepfold.objectives.contract import Networks
 from stepfold.objectives.denoising import denoising_error
-from stepfold.objectives.velocity import velocity_error
+from stepfold.objectives.velocity import velocity_error, velocity_loss
+from stepfold.spaces.coupling import coupled_pairs
+from stepfold.spaces.records import Pairs
 
 
 def test_the_teachers_own_F_has_no_error_and_another_has_its_distance() -> None:
@@ -20,6 +25,36 @@ def test_the_teachers_own_F_has_no_error_and_another_has_its_distance() -> None:
     torch.testing.assert_close(
         velocity_error(F + 0.3, dxdt, SIGMA_DATA), torch.tensor([0.09] * 5, dtype=torch.float64), rtol=1e-12, atol=0
     )
+
+
+def test_the_distance_is_the_square_or_pseudo_huber() -> None:
+    """sqrt(e + c^2) - c of the squared error e; a large c is the square over 2 c, a small one the norm."""
+    x, t = torch.randn(5, 3).double(), torch.rand(5).double() * math.pi / 2
+    dxdt, zero = gaussian(0.4, 0.2).velocity(x, t), torch.zeros(5)
+    pairs = Pairs(
+        x=x, t=t, condition=nothing(5), guidance=zero, prompt=zero, number=zero, num_drawn=5, dxdt=dxdt, t_next=t, x0=x
+    )
+    networks: Any = Networks(Score(0.5, 0.3), Law(0.4, 0.2))  # type: ignore[arg-type]
+
+    def value(constant: float) -> Tensor:
+        config = load_config("reflow", [f"velocity.huber_constant={constant}"])
+        return velocity_loss(networks, pairs, batch_of(5).draws, config, 0).value.detach()
+
+    square = value(0)
+    torch.testing.assert_close(value(0.3), torch.sqrt(square + 0.09) - 0.3, rtol=1e-12, atol=0)
+    torch.testing.assert_close(2e3 * value(1e3), square, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(value(1e-9), square.sqrt(), rtol=1e-6, atol=1e-8)
+
+
+def test_regression_of_an_end_on_its_noise_is_velocity_matching_there() -> None:
+    """At pi/2 the line's velocity is -x_0: the perfect one-step student has no error, on other noise it has."""
+    law, noise = gaussian(0.4, 0.2), SIGMA_DATA * torch.randn(6, 3).double()
+    t = torch.full((6,), math.pi / 2, dtype=torch.float64)
+    x0 = law.consistency(noise, t)
+    for z, wrong in ((noise, False), (noise.roll(1, 0), True)):
+        found = coupled_pairs(x0, z, t[:, None], nothing(6), torch.ones(6).double(), None)
+        error = velocity_error(law.F_of_consistency(found.x, found.t), found.dxdt, SIGMA_DATA)
+        assert (error > 1e-3).any() if wrong else error.max() < 1e-24
 
 
 def test_no_gradient_reaches_the_velocity() -> None:

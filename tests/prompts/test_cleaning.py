@@ -1,6 +1,7 @@
 """Prompts are counted, cleaned and split as the rules say."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,20 @@ def test_statistics() -> None:
     assert numbers["longer than 2000 characters"] == 1 and sum(numbers["languages"].values()) == 4
     assert numbers["words"] == {"mean": 9 / 4, "median": 2, "95%": 4, "most": 4}
     assert spread(Counter(range(1, 101))) == {"mean": 50.5, "median": 50, "95%": 95, "most": 100}
+
+
+def test_without_the_package_languages_are_left_out_unless_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pip install stepfold[lora]` has no py3langid, and a page's second command ended in an error there."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\na dog\n")
+    monkeypatch.setitem(sys.modules, "py3langid", None)
+    monkeypatch.setattr("stepfold.commands.prompts.find_spec", lambda name: None)
+    done = CliRunner().invoke(app, ["prompts", "stats", str(file)])
+    assert done.exit_code == 0 and "languages are not guessed; pip install py3langid" in done.output
+    asked = CliRunner().invoke(app, ["prompts", "stats", str(file), "--languages"])
+    assert isinstance(asked.exception, UserError) and "languages need py3langid" in str(asked.exception)
 
 
 def test_a_split_is_of_the_right_size_and_does_not_depend_on_the_rest() -> None:

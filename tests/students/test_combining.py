@@ -14,6 +14,7 @@ from stepfold.commands.combine import run_combine
 from stepfold.config import load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.export.pipeline import metrics_beside
 from stepfold.jobs.distilling import run_distill
 from stepfold.jobs.sampling import run_sample
 from stepfold.students.combining import combine, put_sum, with_coefficient
@@ -111,3 +112,23 @@ def test_a_sum_that_other_prompts_do_not_like_is_not_written(
         (old / "student.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match=r"has 1 whole checkpoints, .*; train with --set training.keep_checkpoints=8"):
         run_combine(run, tmp_path / "new", **options)
+
+
+def test_the_card_of_a_sum_has_no_scores_of_the_runs_student(tmp_path: Path) -> None:
+    """`combine RUN --out RUN/combined` lies in the run, whose report is of other weights."""
+    (tmp_path / "report.json").write_text('{"student": {}}')
+    assert metrics_beside(tmp_path / "student") == {"student": {}} and metrics_beside(tmp_path / "combined") is None
+
+
+def test_it_replaces_an_earlier_student_alone(run: Path, tmp_path: Path) -> None:
+    """--force once deleted whatever --out named: a run with its checkpoints, a folder of models."""
+    other = tmp_path / "models"
+    (other / "mine").mkdir(parents=True)
+    for out in (run, other):
+        with pytest.raises(UserError, match="is there already; choose another --out, or --force to replace an earlier"):
+            command.combine(run, out, force=True)
+    with pytest.raises(UserError, match="is the student itself, or in it"):
+        command.combine(run, run / "student", force=True)
+    with pytest.raises(UserError, match=r"is a student, and the checkpoints are in its run; give its run, .*run$"):
+        command.combine(run / "student", tmp_path / "new")
+    assert (run / "checkpoints").is_dir() and (other / "mine").is_dir()

@@ -6,18 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from forms import cases
 from safetensors.torch import load_file
 from test_cli import Result
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stepfold.commands.prompts import run_encode
 from stepfold.config import TeacherSettings, load_config
+from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.export.pipeline import save_student
 from stepfold.maths.tangent import total_derivative
+from stepfold.prompts.conditions import cache_of, conditions_from
+from stepfold.prompts.reading import open_prompts
 from stepfold.students.card import read_card
 from stepfold.students.loading import load_merged, load_student
 from stepfold.students.lora import lora_student
+from stepfold.students.whole import new_student
 from stepfold.teachers import quantised
 from stepfold.teachers.contract import deepcopy_sharing
 from stepfold.teachers.loading import load_teacher
@@ -187,18 +195,23 @@ def test_a_run_above_it_leaves_a_lora_for_the_plain_weights(
     small = (
         "training.steps=2", "training.preview_every=9", "space.route_steps=3", "training.precision=no",
         "training.walk_precision=no", "teacher.max_tokens=24", "space.filter_rule=off", "evaluation.n=0",
-        "teacher.quantise=nf4", "optimiser.name=adamw", "optimiser.lr=0.01",
+        "teacher.quantise=nf4", "teacher.quantise_encoders=int8", "optimiser.name=adamw", "optimiser.lr=0.01",
     )  # fmt: skip
-    given = [part for change in small for part in ("--set", change)]
-    common = ("--teacher", tiny_sana, "--prompts", prompts_file, "--lora", 2, "--out", tmp_path / "run", "--quiet")
+    given = ["--preset", "default", *(part for change in small for part in ("--set", change))]
+    common = ("--teacher", tiny_sana, "--prompts", prompts_file, "--lora", "2", "--out", tmp_path / "run", "--quiet")
     assert (result := Result("distill", *common, *given)).code == 0, result.err
     [(trained, average)] = copies
     assert codes_of(trained) and codes_of(trained) == codes_of(average)
     student = tmp_path / "run" / "student"
-    assert read_card(student).teacher_settings().quantise == "nf4"
+    settings = read_card(student).teacher_settings()
+    assert (settings.quantise, settings.quantise_encoders) == ("nf4", "int8")
     above, _, _ = load_student(student, "cpu")
     below, _, _ = load_student(student, "cpu", quantise="none")
     assert any(isinstance(layer, QuantisedLinear) for layer in above.transformer.modules())
+    kept, plain = (each.encode(["red heart"]).embeds for each in (above, below))
+    of_files = TeacherSettings(source=str(tiny_sana), max_tokens=24, dtype=settings.dtype)
+    files = load_teacher(of_files, "cpu").encode(["red heart"]).embeds
+    assert not torch.equal(kept, plain) and torch.equal(plain, files)
     merged, _, _ = load_merged(student, "cpu")
     before, after = below.transformer.state_dict(), merged.transformer.state_dict()
     lora = load_file(student / "pytorch_lora_weights.safetensors")
@@ -212,13 +225,56 @@ def test_a_run_above_it_leaves_a_lora_for_the_plain_weights(
     )
 
 
-def test_doctor_measures_what_it_costs(tiny_sana: Path) -> None:
-    settings = TeacherSettings(source=str(tiny_sana), max_tokens=32, quantise="int8")
+@pytest.mark.parametrize("kind", cases(KINDS, short=["nf4"]))
+def test_text_encoders_are_quantised_and_students_have_the_plain_ones(
+    kind: Any, tiny_sana: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    """Once: what was parked comes back as it was. Conditions on disk are those of their kind."""
+    common = (f"teacher.source={tiny_sana}", "teacher.max_tokens=32", f"prompts={prompts_file}", "objective=discrete")
+    rounded = (*common, f"teacher.quantise_encoders={kind}")
+    config = load_config("default", rounded)
+    plain, teacher = (load_teacher(load_config("default", each).teacher, "cpu") for each in (common, rounded))
+    wanted, found = plain.encode(["red heart"]).embeds, teacher.encode(["red heart"]).embeds
+    assert 1e-4 < float((found - wanted).norm() / wanted.norm()) < 0.3
+    encoder, codes = teacher.pipe.text_encoder, codes_of(teacher.pipe.text_encoder)
+    linears = {name for name, layer in encoder.named_modules() if isinstance(layer, nn.Linear)}
+    inside = {name for name, layer in encoder.named_modules() if isinstance(layer, QuantisedLinear)}
+    assert inside == {name for name in linears if "layers" in name} and inside
+    assert not any(isinstance(layer, QuantisedLinear) for layer in teacher.transformer.modules())
+    teacher.park_text_encoder()
+    assert torch.equal(teacher.encode(["red heart"]).embeds, found) and codes_of(encoder) == codes
+
+    folder = tmp_path / "student"
+    save_student(teacher, new_student(teacher), folder, config, tiny.recipe(teacher), "red heart")
+    ours, theirs = (load_file(next((each / "text_encoder").glob("*.safetensors"))) for each in (folder, tiny_sana))
+    assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert teacher.pipe.text_encoder is encoder
+
+    run_encode(config.teacher, prompts_file, tmp_path / "cache", batch=5, display=Display(quiet=True), device="cpu")
+    prompts = open_prompts(prompts_file)
+    other = load_config("default", [*common, f"conditions={tmp_path / 'cache'}"])
+    with pytest.raises(UserError, match=rf"encoded with another quantise_encoders \('{kind}' there, None now\)"):
+        cache_of(other, prompts)
+    same = load_config("default", [*rounded, f"conditions={tmp_path / 'cache'}"])
+    kept = conditions_from(cache_of(same, prompts), teacher, prompts)([1])
+    torch.testing.assert_close(kept.embeds, teacher.encode([prompts.prompt(1)]).embeds, rtol=0.01, atol=0.01)
+
+
+def test_a_lora_in_text_encoders_that_are_quantised_is_for_lora_students() -> None:
+    given = ("teacher.quantise_encoders=int8", "teacher.lora=style.safetensors", "prompts=p.txt")
+    with pytest.raises(UserError, match=r"quantise_encoders=int8 leaves none with .*; give student.lora=64, or"):
+        load_config("default", given, teacher__source="x/y")
+    load_config("default", [*given, "student.lora=4"], teacher__source="x/y")
+
+
+@pytest.mark.parametrize(
+    ("encoders", "what"), [("none", "int8 weights"), ("nf4", "int8 weights and nf4 text encoders")]
+)
+def test_doctor_measures_what_it_costs(encoders: Any, what: str, tiny_sana: Path) -> None:
+    settings = TeacherSettings(source=str(tiny_sana), max_tokens=32, quantise="int8", quantise_encoders=encoders)
     findings = {finding.check: finding for finding in examine(settings, "cpu", lora=4)}
-    assert (
-        findings["velocity with int8 weights"].ok
-        and "relative difference" in findings["velocity with int8 weights"].number
-    )
+    found = findings[f"velocity with {what}"]
+    assert found.ok and "relative difference" in found.number
     with pytest.raises(UserError, match="--quantise int8 leaves no weights to train; add --lora 64"):
         examine(settings, "cpu")
 

@@ -11,6 +11,7 @@ from forms import cases
 
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
+from stepfold.maths.policy import Policy
 from stepfold.students.lora import lora_student
 from stepfold.students.whole import new_student
 from stepfold.teachers.loading import load_teacher
@@ -67,6 +68,7 @@ def test_what_is_said_is_what_a_run_would_do(name: str, tmp_path: Path) -> None:
 
     can = {method.partition(" (")[0]: line.startswith("yes") for method, line in found.items()}
     assert can["AYF, MeanFlow, CTM"] == works(lambda: new_student(teacher, two_times=True))
+    assert can["pi-Flow"] == works(lambda: new_student(teacher, policy=Policy(3, 4, 1.0)))
     assert can["VSD, SiD-LSG"] == works(lambda: teacher.null(teacher.encode(["7"])))
     assert can["LoRA student"] == works(lambda: lora_student(teacher, 2))
     assert can["DMD, SiD, DP-DMD"] and works(lambda: lora_student(teacher, 2, for_export=False))

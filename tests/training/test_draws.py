@@ -7,11 +7,15 @@ import pytest
 import tiny
 import torch
 
-from stepfold.config import TeacherSettings, load_config
+from stepfold.config import Config, TeacherSettings, load_config
+from stepfold.errors import UserError
+from stepfold.maths.formulations import flow_time
 from stepfold.prompts.reading import open_prompts
+from stepfold.sampling.recipe import trained_steps
 from stepfold.spaces.records import pairs_per_prompt
 from stepfold.teachers.loading import load_teacher
 from stepfold.training.draws import draw
+from stepfold.training.states import states_per_prompt
 
 CPU = torch.device("cpu")
 
@@ -63,3 +67,27 @@ def test_times_of_noised_latents_are_shared_by_a_step_or_are_the_prompts_own(
     shared, own = times("step"), times("prompt")
     assert torch.equal(shared[0], shared[1]) and not torch.equal(own[0], own[1])
     assert not torch.equal(shared, times("step", 1))
+
+
+def test_times_may_be_noise_alone_or_u_shaped(tiny_sana: Path, prompts_file: Path) -> None:
+    """One state a prompt where all is noise, so that its student takes one step; else as many as the route has."""
+    teacher, prompts = load_teacher(TeacherSettings(source=str(tiny_sana)), "cpu"), open_prompts(prompts_file)
+
+    def config_of(*changes: str) -> Config:
+        own = ["space.kind=coupling", "objective=velocity", "space.route_per=prompt", "training.prompts_per_step=64"]
+        return load_config("default", [*own, *changes], teacher__source=str(tiny_sana), prompts=str(prompts_file))
+
+    config = config_of("space.times=noise")
+    times = draw(0, prompts, teacher, config, CPU).times(config.space)
+    assert times.shape == (64, 1) and times.min().item() == pytest.approx(math.pi / 2, abs=1e-6)
+    assert states_per_prompt("coupling", config) == 1 and trained_steps(config) == {1}
+    config = config_of("space.times=u_shaped")
+    times = draw(0, prompts, teacher, config, CPU).times(config.space)
+    assert times.shape == (64, states_per_prompt("coupling", config)) and trained_steps(config) is None
+    ends = ((flow_time(times) < 0.2) | (flow_time(times) > 0.8)).float().mean()
+    assert ends.item() == pytest.approx((math.expm1(0.8) - math.exp(4) * math.expm1(-0.8)) / math.expm1(4), abs=0.05)
+    for changes, said in (
+        (["space.kind=endpoints"], "give kind coupling"), (["objective=discrete"], "give objective=velocity"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            config_of("space.times=noise", *changes)

@@ -15,7 +15,7 @@ from stepfold.commands.options import (
     TeacherLoraOption,
     VariantOption,
     pixels_of,
-    teacher_settings,
+    run_teacher,
 )
 from stepfold.errors import UserError
 from stepfold.jobs.devices import usable_device
@@ -28,8 +28,13 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     help="Sample a teacher's images once and keep them with their noise, for reflow (`space.bank`)."
-    "\n\n    stepfold bank make ./my-sd3 --prompts prompts.txt --count 10000 --out bank"
-    "\n\n    stepfold distill --preset reflow --teacher ./my-sd3 --prompts prompts.txt --set space.bank=bank",
+    "\n\n    stepfold bank make emoji --preset reflow --guidance 3 --count 4096 --out bank"
+    "\n\n    stepfold distill --preset reflow --set space.bank=bank"
+    "\n\nThe preset `reflow` is tuned for the bundled model. For your own, take the settings of `lora-4step` with "
+    "`objective=velocity` and `space.kind=coupling`; the guidance scale is the bank's."
+    "\n\n    stepfold bank make ./my-sd3 --preset sd3-lora-4step --prompts prompts.txt --guidance 7 --out bank"
+    "\n\n    stepfold distill --preset sd3-lora-4step --teacher ./my-sd3 --prompts prompts.txt --set space.bank=bank "
+    "--set space.kind=coupling --set objective=velocity --set 'space.guidance=[7]'",
 )
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the bank.", show_default=False)]
@@ -61,16 +66,30 @@ def make(
     variant: VariantOption = None,
     size: SizeOption = None,
     dtype: DtypeOption = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="The preset of the run that will train on it: its teacher settings.", show_default=False),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="As the run's, for settings of the teacher alone: --set teacher.max_tokens=77.",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Sample the teacher's images and write them beside the numbers of their noise.
 
-    A bank that was stopped goes on with the same command. Several machines share the work with --part.
+    A bank that was stopped goes on with the same command. Several machines share the work with --part. The run that
+    trains on it needs the same teacher, with the same settings.
 
-    stepfold bank make emoji --guidance 3 --count 4096 --out bank
+    stepfold bank make emoji --preset reflow --guidance 3 --count 4096 --out bank
 
-    stepfold bank make ./my-sd3 --prompts prompts.txt --dtype bfloat16 --out bank --part 2/4
+    stepfold bank make ./my-sd3 --preset sd3-lora-4step --prompts prompts.txt --out bank --part 2/4
     """
     from stepfold.bank import make_bank
     from stepfold.display import Display, quiet_libraries
@@ -78,9 +97,11 @@ def make(
     quiet_libraries()
     display, place = Display(quiet), part_of(part)
     height, width = pixels_of(size) if size else (None, None)
-    settings = teacher_settings(
-        source=teacher, lora=teacher_lora, revision=revision, variant=variant, height=height, width=width, dtype=dtype
-    )
+    given = {
+        "source": teacher, "lora": teacher_lora, "revision": revision, "variant": variant, "height": height,
+        "width": width, "dtype": dtype,
+    }  # fmt: skip
+    settings = run_teacher(preset, changes, prompts, given)
     index, end_of = source(
         settings, prompts, count=count, steps=steps, guidance=guidance, seed=seed, device=usable_device(device)
     )

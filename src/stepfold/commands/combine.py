@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stepfold.commands.options import DeviceOption, Quiet, refuse_existing
+from stepfold.commands.options import DeviceOption, Quiet
 from stepfold.errors import UserError
 from stepfold.jobs.devices import usable_device
 
@@ -34,7 +34,7 @@ def combine(
         Path | None, typer.Option(help="Prompts. Default: the run's that it did not train on.", show_default=False)
     ] = None,
     sweeps: Annotated[int, typer.Option(min=1, help="Sweeps over all checkpoints, at most.")] = 3,
-    force: Annotated[bool, typer.Option("--force", help="Replace what --out holds.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier student in --out.")] = False,
     device: DeviceOption = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -48,9 +48,11 @@ def combine(
     stepfold combine runs/mine --out runs/combined --steps 4 --prompts others.txt
     """
     from stepfold.display import Display, quiet_libraries
+    from stepfold.jobs.exporting import check_target
+    from stepfold.students.card import student_folder
 
     quiet_libraries()
-    refuse_existing(out, force)
+    check_target(out, student_folder(run).resolve(), force=force)
     found = run_combine(
         run, out, steps=steps, n=n, prompts=prompts, sweeps=sweeps, display=Display(quiet),
         device=usable_device(device),
@@ -83,13 +85,17 @@ def run_combine(
     from stepfold.evaluation.measure import student_sampler
     from stepfold.export.pipeline import save_student
     from stepfold.prompts.conditions import encoded
-    from stepfold.students.card import read_card
+    from stepfold.students.card import read_card, student_folder
     from stepfold.students.combining import EVALUATIONS, put_sum
     from stepfold.students.combining import combine as search
     from stepfold.students.starting import make_student
     from stepfold.teachers.loading import load_teacher
     from stepfold.training.runs import checkpoints, damage
 
+    if student_folder(folder).resolve() == folder.resolve():
+        run = folder.resolve().parent
+        fix = f"give its run, {run}" if (run / "checkpoints").is_dir() else "give the folder of its run"
+        raise UserError(f"{folder} is a student, and the checkpoints are in its run; {fix}")
     card = read_card(folder)
     config = validate(card.config)
     saved = [path for path in checkpoints(folder) if damage(path) is None]
@@ -103,7 +109,8 @@ def run_combine(
     if half < FEW:
         raise UserError(f"{len(chosen.index)} prompts, half of them for the verdict; give {2 * FEW} or more")
     teacher = load_teacher(card.teacher_settings(), device)
-    student = make_student(teacher, config.student.model_copy(update={"init": None}), card.teacher_settings())
+    start = config.student.model_copy(update={"init": None})
+    student = make_student(teacher, start, card.teacher_settings(), card.recipe.policy)
     names = [f"{part} {path.name}" for path in saved for part in ("average", "student")]
     states = [load_file(path / f"{part}.safetensors") for path in saved for part in ("average", "student")]
     reference = names.index(f"average {saved[-1].name}")

@@ -60,10 +60,13 @@ def demo(
         check_host(host)
     training = offered(runs, offer or []) if allow_training else None
     from stepfold.display import quiet_libraries
+    from stepfold.students.card import read_card
+
+    quiet_libraries()
+    read_card(student).check_texts()
     from stepfold.web.drawing import load_models, warm_up
     from stepfold.web.page import build, serve
 
-    quiet_libraries()
     models = load_models(student, teacher, usable_device(device))
     warm_up(models)
     page = build(models, runs, training)

@@ -11,6 +11,7 @@ from stepfold.commands.options import (
     ChangesOption,
     DeviceOption,
     DtypeOption,
+    HoursOption,
     LearningRateOption,
     LoraOption,
     PresetOption,
@@ -22,9 +23,10 @@ from stepfold.commands.options import (
     TeacherOption,
     TrainStepsOption,
     VariantOption,
-    chosen_preset,
-    config_of,
+    WishedStepsOption,
 )
+from stepfold.commands.settling import settle, within_hours
+from stepfold.errors import UserError
 from stepfold.jobs.devices import usable_device
 from stepfold.jobs.distilling import run_distill
 
@@ -37,6 +39,8 @@ def distill(
     prompts: PromptsOption = None,
     preset: PresetOption = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/PRESET.", show_default=False)] = None,
+    steps: WishedStepsOption = None,
+    hours: HoursOption = None,
     train_steps: TrainStepsOption = None,
     lora: LoraOption = None,
     size: SizeOption = None,
@@ -58,9 +62,12 @@ def distill(
     """Distil a teacher into a few-step student.
 
     Writes checkpoints, previews, report.html and report.json into the run folder, and the student into its `student`
-    folder, which plain diffusers loads.
+    folder, which plain diffusers loads. Without --preset, a rule chooses the method for a --teacher of yours, and says
+    why; `stepfold plan` prices the alternatives.
 
         stepfold distill
+
+        stepfold distill --teacher ./my-sdxl --prompts prompts.txt --steps 4 --out runs/mine
 
         stepfold distill --preset sana-lora-4step --teacher ./my-sana --prompts prompts.txt --out runs/mine
 
@@ -70,12 +77,17 @@ def distill(
     """
     from stepfold.config import to_yaml
 
-    config = config_of(
-        preset, changes, teacher=teacher, teacher_lora=teacher_lora, prompts=prompts, init=init,
-        train_steps=train_steps, lora=lora, size=size, dtype=dtype, lr=lr, revision=revision, variant=variant,
+    if dry_run and hours is not None:
+        raise UserError("--hours takes a trial, which --dry-run leaves out; leave out one of them")
+    settled = settle(
+        preset, changes, steps=steps, hours=hours, device=device, out=out, resume=resume, teacher=teacher,
+        teacher_lora=teacher_lora, prompts=prompts, init=init, train_steps=train_steps, lora=lora, size=size,
+        dtype=dtype, lr=lr, revision=revision, variant=variant,
     )  # fmt: skip
     if dry_run:
-        typer.echo(to_yaml(config), nl=False)
+        for note in settled.notes():
+            typer.echo(note, err=True)
+        typer.echo(to_yaml(settled.config), nl=False)
         return
     from stepfold.display import Display, quiet_libraries, results_table, show_table
     from stepfold.evaluation.verdict import headline
@@ -83,10 +95,19 @@ def distill(
     quiet_libraries()
     if device != "auto":
         usable_device(device)
-    folder = out or Path("runs") / Path(chosen_preset(preset, teacher)).stem
     display = Display(quiet or bool(other_process()))
+    folder = out or Path("runs") / Path(settled.name).stem
+    if hours is not None and settled.choice:
+        from stepfold.commands.plan import TRIAL_STEPS, make_plan
+        from stepfold.training.opening import check_run
+
+        check_run(folder, settled.config, resume)  # before the trial, which takes minutes
+        trial = make_plan(settled.config, TRIAL_STEPS, display, device)
+        settled = within_hours(settled, trial.whole_step_sec, trial.fixed_sec)
+    for note in settled.notes():
+        display.note(note)
     with continued_by(folder, resume, display.note) as command:
-        result = run_distill(config, folder, resume=resume, display=display, command=command, device=device)
+        result = run_distill(settled.config, folder, resume=resume, display=display, command=command, device=device)
     if not other_process():
         if result["teacher"]:
             show_table(results_table(result))

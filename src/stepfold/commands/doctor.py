@@ -39,6 +39,10 @@ def doctor(
         Literal["none", "int8", "fp8", "nf4"],
         typer.Option(help="Keep the weights of its blocks in 8 or 4 bits, beneath a LoRA student."),
     ] = "none",
+    quantise_encoders: Annotated[
+        Literal["none", "int8", "fp8", "nf4"],
+        typer.Option(help="Keep the weights of its text encoders in 8 or 4 bits."),
+    ] = "none",
     lora: Annotated[int, typer.Option(min=0, help="Rank of a LoRA student; 0 for all weights.")] = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -69,6 +73,7 @@ def doctor(
         lora=teacher_lora,
         dtype=dtype,
         quantise=quantise,
+        quantise_encoders=quantise_encoders,
         height=height,
         width=width,
         frames=frames,

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from contextvars import ContextVar
 from pathlib import Path
@@ -101,6 +101,20 @@ DtypeOption = Annotated[
     Literal["float32", "bfloat16"] | None,
     typer.Option("--dtype", help="Precision of the teacher's weights: `teacher.dtype`.", show_default=False),
 ]
+WishedStepsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        help="Without --preset: sampling steps that the student is for, 1, 2, 4 or 8. Default: 4.",
+        show_default=False,
+    ),
+]
+HoursOption = Annotated[
+    float | None,
+    typer.Option(
+        "--hours", help="Without --preset: hours that the run may take, by a trial of some steps.", show_default=False
+    ),
+]
 LearningRateOption = Annotated[
     float | None, typer.Option("--lr", help="Learning rate: `optimiser.lr`.", show_default=False)
 ]
@@ -129,11 +143,11 @@ _stdout: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
 """Standard output, while a command prints elsewhere."""
 
 
-def config_of(preset: str | None, changes: Sequence[str] | None, **given: Any) -> "Config":
+def config_of(preset: "str | Config | None", changes: Sequence[str] | None, **given: Any) -> "Config":
     """The settings of a distillation: the preset's, changed by `--set` and by short forms.
 
     Args:
-        preset: as `chosen_preset`.
+        preset: as `chosen_preset`, or settings to change.
         changes: of `--set`, key=value.
         **given: short forms, by their names in SETTINGS; None for one that is not given.
 
@@ -146,9 +160,11 @@ def config_of(preset: str | None, changes: Sequence[str] | None, **given: Any) -
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise UserError(f"--set {twice[0]} is given {keys.count(twice[0])} times and has one value; give it once")
     top = {name.replace(".", "__"): value for name, value in short_forms(changes, **given).items()}
-    config = load_config(chosen_preset(preset, given.get("teacher")), changes or [], **top)
+    named = preset if preset is None or isinstance(preset, str) else ""
+    start = chosen_preset(named, given.get("teacher")) if named == preset else preset
+    config = load_config(start, changes or [], **top)
     told = given.get("teacher") is not None or "teacher.source" in keys
-    if config.teacher.source == "emoji" and not told and (preset or "").endswith("lora-4step"):
+    if config.teacher.source == "emoji" and not told and (named or "").endswith("lora-4step"):
         raise UserError(
             f"--preset {preset} is for a model of yours, and no --teacher is given; add --teacher FOLDER (--teacher "
             "emoji for the bundled model)"
@@ -236,6 +252,30 @@ def teacher_settings(**given: Any) -> "TeacherSettings":
 
     chosen = {name: value for name, value in given.items() if value is not None}
     return validate({"prompts": "", "teacher": chosen, "student": {"lora": 1}}).teacher
+
+
+def run_teacher(
+    preset: str | None, changes: Sequence[str] | None, prompts: object, given: Mapping[str, object]
+) -> "TeacherSettings":
+    """The teacher of a run that a command prepares: of its preset, its `--set teacher.*` and the command's options.
+
+    Args:
+        preset: of the run; None for `default`.
+        changes: of `--set`, key=value.
+        prompts: their file; the settings ask for one.
+        given: name -> setting of the teacher; None leaves it as it is.
+
+    Raises:
+        UserError: a change is not of the teacher, or a setting is out of range.
+    """
+    from stepfold.config import load_config
+
+    top: dict[str, Any] = {f"teacher__{name}": value for name, value in given.items() if value is not None}
+    for change in changes or []:
+        if not change.startswith("teacher."):
+            raise UserError(f"--set {change}: only settings of the teacher matter here; give teacher.KEY=VALUE")
+    top |= {} if preset else {"student__lora": 1}  # what a quantised base takes; nothing here depends on it
+    return load_config(preset or "default", changes or [], prompts=str(prompts), **top).teacher
 
 
 def chosen_preset(preset: str | None, teacher: str | None) -> str:

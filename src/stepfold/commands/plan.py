@@ -12,6 +12,7 @@ from stepfold.commands.options import (
     ChangesOption,
     DeviceOption,
     DtypeOption,
+    HoursOption,
     JsonOption,
     LearningRateOption,
     LoraOption,
@@ -24,9 +25,10 @@ from stepfold.commands.options import (
     TeacherOption,
     TrainStepsOption,
     VariantOption,
-    config_of,
+    WishedStepsOption,
     write_json,
 )
+from stepfold.commands.settling import priced, settle, within_hours
 from stepfold.jobs.devices import usable_device
 from stepfold.jobs.distilling import run_distill
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from stepfold.config import Config
     from stepfold.display import Display
 
+TRIAL_STEPS = 12
 TRIAL_PICTURES = 32  # pictures per row of the trial's table; its time grows with their number
 
 
@@ -44,13 +47,17 @@ def plan(
     variant: VariantOption = None,
     prompts: PromptsOption = None,
     preset: PresetOption = None,
+    steps: WishedStepsOption = None,
+    hours: HoursOption = None,
     train_steps: TrainStepsOption = None,
     lora: LoraOption = None,
     size: SizeOption = None,
     dtype: DtypeOption = None,
     lr: LearningRateOption = None,
     changes: ChangesOption = None,
-    timed_steps: Annotated[int, typer.Option(min=2, help="Optimiser steps to time; the first one is start-up.")] = 12,
+    timed_steps: Annotated[
+        int, typer.Option(min=2, help="Optimiser steps to time; the first one is start-up.")
+    ] = TRIAL_STEPS,
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
     quiet: Quiet = False,
@@ -58,9 +65,12 @@ def plan(
     """Say what a distillation will take before you start it: time of a step, hours, peak memory.
 
     It runs a few steps of the real thing in a folder that is thrown away. Options are those of `stepfold distill`.
-    Each number is `measured` on this machine, or `counted` from measured ones.
+    Each number is `measured` on this machine, or `counted` from measured ones. Without --preset, for a --teacher of
+    yours, a table has the method that the rule chose and the alternatives side by side.
 
     stepfold plan
+
+    stepfold plan --teacher ./my-sdxl --prompts prompts.txt --steps 4
 
     stepfold plan --preset sdxl-lora-4step --teacher ./my-sdxl --prompts prompts.txt
     """
@@ -68,19 +78,38 @@ def plan(
 
     from stepfold.display import Display, quiet_libraries, show_table
 
-    config = config_of(
-        preset, changes, teacher=teacher, teacher_lora=teacher_lora, prompts=prompts,
-        train_steps=train_steps, lora=lora, size=size, dtype=dtype, lr=lr, revision=revision, variant=variant,
+    settled = settle(
+        preset, changes, steps=steps, hours=hours, device=device, teacher=teacher, teacher_lora=teacher_lora,
+        prompts=prompts, train_steps=train_steps, lora=lora, size=size, dtype=dtype, lr=lr, revision=revision,
+        variant=variant,
     )  # fmt: skip
     quiet_libraries()
     if device != "auto":
         usable_device(device)
-    found = make_plan(config, timed_steps, Display(quiet), device)
+    display = Display(quiet)
+    found = make_plan(settled.config, timed_steps, display, device)
     table = Table("what", "prediction", "how", box=None)
     for row in plan_rows(found):
         table.add_row(*row)
     show_table(table)
-    write_json(json_file, vars(found))
+    if settled.choice is None:
+        write_json(json_file, vars(found))
+        return
+    seconds = found.whole_step_sec, found.fixed_sec
+    rows = priced(settled, *seconds)
+    table = Table("preset", "method", "passes a step", "weights and states, GiB", "steps", "hours", box=None)
+    for row in rows:
+        table.add_row(*(row_words(row)))
+    show_table(table)
+    for note in (within_hours(settled, *seconds) if hours else settled).notes():
+        display.note(note)
+    write_json(json_file, vars(found) | {"alternatives": rows})
+
+
+def row_words(row: dict[str, Any]) -> list[str]:
+    """A row of `priced`, for people."""
+    gib = "?" if row["gib"] is None else f"{row['gib']:.1f}"
+    return [row["preset"], row["method"], f"{row['passes']:,}", gib, f"{row['steps']:,}", f"{row['hours']:.2g}"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +135,16 @@ class Plan:
     trial_steps: int
     steps: int
     device: str
+
+    @property
+    def fixed_sec(self) -> float:
+        """Of the parts that take as long however many steps there are."""
+        return sum(self.parts_sec.get(name, 0) for name in ("start", "evaluation"))
+
+    @property
+    def whole_step_sec(self) -> float:
+        """Of a step, with its share of previews and checkpoints."""
+        return (self.total_sec - self.fixed_sec) / self.steps
 
 
 def make_plan(config: "Config", steps: int, display: "Display", device: str = "auto") -> Plan:
@@ -135,6 +174,7 @@ def make_plan(config: "Config", steps: int, display: "Display", device: str = "a
     steps = min(1 + max(1, math.ceil((steps - 1) / cycle)) * cycle, training.steps)
     changes: dict[str, Any] = {"steps": steps, "preview_every": steps, "checkpoint_every": steps, "phases": ()}
     changes["look_every"] = 1  # each step is timed
+    changes["trackers"] = ()  # a trial is no run in the user's project
     trial = config.model_copy(
         update={
             "training": training.model_copy(update=changes),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -23,6 +24,7 @@ from stepfold.commands.options import (
     WidthOption,
     pixels_of,
     refuse_existing,
+    run_teacher,
     write_json,
 )
 from stepfold.errors import UserError
@@ -76,7 +78,14 @@ def stats(
         ),
     ] = None,
     teacher: CountingTeacher = None,
-    languages: Annotated[bool, typer.Option(help="Guess the languages (extra prompts).")] = True,
+    languages: Annotated[
+        bool | None,
+        typer.Option(
+            "--languages/--no-languages",
+            help="Guess the languages. Default: yes where py3langid is installed (extra prompts).",
+            show_default=False,
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """How many prompts, how long, how many repeated, in which languages; what in them is no plain text.
@@ -89,11 +98,14 @@ def stats(
     from stepfold.prompts.tables import read_texts
 
     findings = Findings(tokens_of(teacher, longest))
-    numbers = statistics(read_texts(file, column), languages, findings)
+    known = languages is None and find_spec("py3langid") is not None
+    numbers = statistics(read_texts(file, column), known or bool(languages), findings)
     for name, value in numbers.items():
         many = isinstance(value, dict)
         text = ", ".join(f"{key} {number:.4g}" for key, number in value.items()) if many else f"{value:,}"
         typer.echo(f"{name:28} {text or '-'}")
+    if languages is None and not known:
+        typer.echo("note: languages are not guessed; pip install py3langid", err=True)
     write_json(json_file, numbers | {"notes": said(findings.notes())})
 
 
@@ -180,7 +192,8 @@ def clean(
         for prompt in cleaned(read_texts(file, column), rules, counts, findings):
             target.write(prompt + "\n")
         if not counts["kept"]:
-            raise UserError(f"no prompt of {file} is left; {dict(counts)}")
+            dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if name != "read")
+            raise UserError(f"no prompt of {file} is left of {counts['read']} ({dropped}); loosen what dropped them")
     names = ("read", *(name for name in counts if name not in ("read", "kept")), "kept")
     numbers = {name: counts[name] for name in names if counts[name]}
     for name, count in numbers.items():
@@ -283,7 +296,6 @@ def encode(
 
     stepfold prompts encode prompts.txt --teacher ./my-sdxl --preset sdxl-lora-4step --out my-conditions
     """
-    from stepfold.config import load_config
     from stepfold.display import Display, quiet_libraries
 
     if teacher != "emoji" and prompts is None:
@@ -296,12 +308,7 @@ def encode(
         "source": teacher, "revision": revision, "variant": variant, "lora": teacher_lora, "max_tokens": max_tokens,
         "height": height, "width": width, "frames": frames, "dtype": dtype, "image_column": image_column,
     }  # fmt: skip
-    top = {f"teacher__{name}": value for name, value in given.items() if value is not None}
-    for change in changes or []:
-        if not change.startswith("teacher."):
-            raise UserError(f"--set {change}: prompts depend on settings of the teacher alone; give teacher.KEY=VALUE")
-    top |= {} if preset else {"student__lora": 1}  # what a quantised base takes; nothing here depends on it
-    settings = load_config(preset or "default", changes or [], prompts=str(prompts), **top).teacher
+    settings = run_teacher(preset, changes, prompts, given)
     run_encode(settings, prompts, out, batch=batch, display=Display(quiet), device=usable_device(device))
     typer.echo(f"conditions: {out}")
 

@@ -58,7 +58,7 @@ def retime(
 
     stepfold retime ./my-sana --prompts prompts.txt --train-steps 5000 --set optimiser.lr=1e-5 --out runs/long --resume
 
-    stepfold distill --teacher runs/retimed/teacher --prompts prompts.txt
+    stepfold distill --preset released --teacher runs/retimed/teacher --prompts prompts.txt --out runs/mine
     """
     from stepfold.display import Display, quiet_libraries
 

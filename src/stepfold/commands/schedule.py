@@ -108,7 +108,10 @@ def schedule(
     for lines in use:
         typer.echo(f"\n# {lines['name']}, in diffusers:\n{lines['diffusers']}")
         if lines["comfyui"]:
-            typer.echo(f"# in ComfyUI, ManualSigmas:\n{lines['comfyui']}")
+            told = lines["comfyui_guidance"]
+            typer.echo(f"# in ComfyUI, sampler euler, {told}, ManualSigmas:\n{lines['comfyui']}")
+    if use:
+        typer.echo("\nNearer ends can lack fine detail: compare images before you use these levels.")
     typer.echo(f"\nschedule: {out}")
 
 
@@ -156,7 +159,9 @@ def run_schedule(
     """
     from stepfold import assets
     from stepfold.levels.record import lines_for, write_schedule
+    from stepfold.prompts.conditions import encoded
     from stepfold.prompts.reading import open_prompts, shuffled_index
+    from stepfold.teachers.contract import concatenate
     from stepfold.teachers.fingerprints import teacher_fingerprint
     from stepfold.teachers.loading import load_teacher
 
@@ -186,7 +191,7 @@ def run_schedule(
         solvers = ["euler"]
     wanted = [(name, k) for k in steps for name in solvers if (name, k) not in known]
     index = [shuffled_index(i, len(file), seed) for i in range(2 * half)]
-    condition = teacher.encode([file.prompt(i) for i in index])
+    condition = concatenate([encoded(teacher, file, index[i : i + batch]) for i in range(0, len(index), batch)])
     teacher.park_text_encoder()
     if wanted:
         for row in search_rows(teacher, condition, scale, wanted, known, key, batch, display):

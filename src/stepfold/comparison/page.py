@@ -8,7 +8,7 @@ from typing import Any
 from stepfold.comparison.figures import draw_against, draw_diversity, draw_steps, mean_at, peak_memory
 from stepfold.comparison.rows import METHODS, SEARCH, TIMING, Comparison, load_rows, searched_name
 from stepfold.comparison.stage import Stage
-from stepfold.comparison.verdicts import BETTER, Verdict, values_at, verdicts
+from stepfold.comparison.verdicts import BETTER, Verdict, disagreements, values_at, verdicts
 from stepfold.evaluation.protocol import Protocol, counted
 from stepfold.reproduction.figures import save_figures
 from stepfold.reproduction.kept import keep
@@ -170,8 +170,9 @@ def _quality(asked: Comparison, rows: Mapping[str, Records], k: int) -> list[str
     answers = {metric: judged(rows, k, metric) for metric in BETTER}
     lines = [f"## {counted(k)}".capitalize() if k == 1 else f"## {counted(k)}", ""]
     lines += [f"Students sampled in {counted(k)}, the lowest FD first.", ""]
-    lines += ["| row | made for | accuracy, % | verdict | FD | verdict | diversity | agreement | seeds |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    second = means_of(rows, k, "fd_imagenet")
+    heads = ["row", "made for", "accuracy, %", "verdict", "FD", "verdict", *["FD-ImageNet"] * bool(second), "diversity"]
+    lines += [f"| {' | '.join([*heads, 'agreement', 'seeds'])} |", "|---" * (len(heads) + 2) + "|"]
     found = {row: mean_at(records, k, "fd") for row, records in rows.items()}
     for row in sorted(rows, key=lambda row: (found[row] is None, found[row] or 0.0)):
         records, steps = rows[row], ", ".join(map(str, asked.rows[row].steps))
@@ -179,14 +180,32 @@ def _quality(asked: Comparison, rows: Mapping[str, Records], k: int) -> list[str
         diverged = f", {len(records) - len(ended)} diverged" if len(records) > len(ended) else ""
         if found[row] is None:
             why = f"not run{diverged}" if not ended else f"has no times for {counted(k)}"
-            lines.append(f"| {row} | {steps} | | | | | | | {why} |")
+            lines.append(f"| {row} | {steps} | {'| ' * (len(heads) - 1)}{why} |")
             continue
         cells = (
             _of(records, k, "accuracy", 1, 100), answers["accuracy"][row], _of(records, k, "fd", 4),
-            answers["fd"][row], _of(records, k, "diversity", 3), _of(records, k, "agreement", 3),
+            answers["fd"][row], *[_of(records, k, "fd_imagenet", 2)] * bool(second), _of(records, k, "diversity", 3),
+            _of(records, k, "agreement", 3),
         )  # fmt: skip
         lines.append(f"| {row} | {steps} | {' | '.join(cells)} | {len(ended)}{diverged} |")
-    return lines
+    return [*lines, *_opinions(means_of(rows, k, "fd"), second)]
+
+
+def means_of(rows: Mapping[str, Records], steps: int, metric: str) -> dict[str, float]:
+    """Row -> mean of a score at so many sampling steps, of the rows that have one."""
+    means = {row: mean_at(records, steps, metric) for row, records in rows.items()}
+    return {row: mean for row, mean in means.items() if mean is not None}
+
+
+def _opinions(first: Mapping[str, float], second: Mapping[str, float]) -> list[str]:
+    """Whether FD and FD-ImageNet put the rows in the same order, where there are several with both."""
+    if len(first.keys() & second.keys()) < 2:
+        return []
+    apart = disagreements(first, second)
+    if not apart:
+        return ["", "FD-ImageNet puts the rows in the same order as FD."]
+    pairs = "; ".join(f"{low} before {high}" for low, high in apart)
+    return ["", f"FD-ImageNet turns around these orders of FD: {pairs}. Take neither order as settled."]
 
 
 def _of(records: Records, steps: int, metric: str, digits: int, scale: float = 1.0) -> str:

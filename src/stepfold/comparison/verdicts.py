@@ -13,7 +13,18 @@ BETTER: dict[str, Literal["higher", "lower"]] = {"fd": "lower", "accuracy": "hig
 def values_at(records: Sequence[dict[str, Any]], steps: int, metric: str) -> list[float]:
     """One value a seed of a score at so many sampling steps, of the seeds that have one."""
     rows = [record["student"].get(str(steps)) for record in scored(list(records))]
-    return [row[metric] for row in rows if row and row[metric] is not None]
+    return [row[metric] for row in rows if row and row.get(metric) is not None]
+
+
+def disagreements(first: Mapping[str, float], second: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Pairs of rows, the one with the lower first score leading, that the second score orders the other way."""
+    rows = sorted(first.keys() & second.keys(), key=lambda row: (first[row], row))
+    return [
+        (low, high)
+        for i, low in enumerate(rows)
+        for high in rows[i + 1 :]
+        if first[low] < first[high] and second[low] > second[high]
+    ]
 
 
 def verdicts(values: Mapping[str, Sequence[float]], better: Literal["higher", "lower"]) -> dict[str, Verdict]:

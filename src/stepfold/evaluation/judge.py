@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from stepfold.errors import NonFiniteError, UserError, first_line
+from stepfold.evaluation.imagenet import ImageNet, load_imagenet
 from stepfold.randomness import send
 
 BATCH = 256
@@ -35,6 +36,7 @@ class Judge:
         mean: float64 [D], on the CPU.
         covariance: float64 [D, D], on the CPU.
         diversity: mean pairwise feature distance between real pictures of one prompt.
+        imagenet: a second opinion; None without its package.
     """
 
     clip: CLIPModel
@@ -48,6 +50,7 @@ class Judge:
     mean: Tensor
     covariance: Tensor
     diversity: float
+    imagenet: ImageNet | None = None
 
 
 def load_judge(folder: str | Path, device: torch.device | str) -> Judge:
@@ -92,6 +95,7 @@ def load_judge(folder: str | Path, device: torch.device | str) -> Judge:
         mean=statistics["mean"].double(),
         covariance=statistics["covariance"].double(),
         diversity=float(statistics["diversity"]),
+        imagenet=load_imagenet(folder, device),
     )
 
 

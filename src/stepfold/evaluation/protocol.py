@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stepfold.errors import UserError
+from stepfold.evaluation.imagenet import FEATURES, imagenet_features
 from stepfold.evaluation.judge import Judge, image_features, text_features
 from stepfold.evaluation.metrics import StreamingMoments, accuracy, clip_score, diversity, frechet_distance
 from stepfold.prompts.reading import shuffled_index
@@ -110,6 +111,7 @@ class Scores:
         agreement: latent error against the teacher's reference from the same noise, in latent variances, or None.
         images_per_sec: pictures made per second, the judge's own time left out; timed once, so for who times it again.
         calls: of the network for one picture, both branches of classifier-free guidance counted; None if not known.
+        fd_imagenet: Frechet distance to real pictures in the features of a network of ImageNet; None without it.
     """
 
     accuracy: float
@@ -119,10 +121,11 @@ class Scores:
     agreement: float | None
     images_per_sec: float
     calls: int | None = None
+    fd_imagenet: float | None = None
 
     def to_json(self) -> dict[str, float | None]:
-        """A plain dict, ready for json.dumps and for the report."""
-        return asdict(self)
+        """A plain dict, ready for json.dumps and for the report; `fd_imagenet` only where it was measured."""
+        return {key: value for key, value in asdict(self).items() if key != "fd_imagenet" or value is not None}
 
 
 def protocol_prompts(judge: Judge, protocol: Protocol) -> tuple[list[str], Tensor, Tensor]:
@@ -167,12 +170,14 @@ def score_images(
         NonFiniteError: a picture holds NaN or infinity.
     """
     parts: list[Tensor] = []
-    moments = StreamingMoments.empty(len(judge.mean))
+    moments, second, other = StreamingMoments.empty(len(judge.mean)), judge.imagenet, StreamingMoments.empty(FEATURES)
     sampling_sec = 0.0
     for batch, elapsed_sec in _timed(images):
         sampling_sec += elapsed_sec
         parts.append(image_features(judge, batch))
         moments = moments.updated(parts[-1])
+        if second is not None:
+            other = other.updated(imagenet_features(second.weights, batch))
     assert moments.count == len(prompts) == len(targets) == len(groups), (
         f"{moments.count} images, {len(prompts)} prompts, {len(targets)} targets, {len(groups)} groups"
     )
@@ -184,6 +189,7 @@ def score_images(
         diversity=diversity(features, groups.cpu()).item(),
         agreement=agreement,
         images_per_sec=moments.count / sampling_sec,
+        fd_imagenet=second.distance(other) if second is not None else None,
     )
 
 
@@ -192,9 +198,9 @@ def counted(steps: int) -> str:
     return f"{steps} step{'' if steps == 1 else 's'}"
 
 
-def fd_title(n: int | None) -> str:
+def fd_title(n: int | None, name: str = "FD") -> str:
     """`FD (n = 500)`: it compares at equal n only, so it never stands without."""
-    return f"FD (n = {n:,})" if n else "FD"
+    return f"{name} (n = {n:,})" if n else name
 
 
 def rows_by_steps(scores: dict[str, Scores], *, timed: bool = False) -> dict[str, dict[str, Any]]:

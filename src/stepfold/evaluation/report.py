@@ -148,8 +148,9 @@ def columns_of(report: Mapping[str, Any]) -> list[str]:
 
 
 def title(report: Mapping[str, Any], key: str) -> str:
-    """A metric's label; that of FD has the number of images."""
-    return fd_title(report.get("protocol", {}).get("n")) if key == "fd" else METRICS[key].label
+    """A metric's label; that of a Frechet distance has the number of images."""
+    label = METRICS[key].label
+    return fd_title(report.get("protocol", {}).get("n"), label) if key.startswith("fd") else label
 
 
 @dataclass(frozen=True)

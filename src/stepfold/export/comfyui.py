@@ -33,6 +33,7 @@ MOST_LEVEL = 5000.0
 """Above ComfyUI's highest noise level of Stable Diffusion, where a schedule that ends in pure noise has infinity."""
 YOURS = "YOUR_"
 """How the names of files begin that the user puts in."""
+IMAGE = f"{YOURS}IMAGE.png"
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,21 @@ LOADERS = {
     "StableDiffusion3Pipeline": Loader(("clip_l", "clip_g", "t5xxl"), "sd3", checkpoint=True),
     "FluxPipeline": Loader(("clip_l", "t5xxl"), "flux", scale=True),
     "Flux2Pipeline": Loader(("mistral_3_small",), "flux2", FLUX2, scale=True),
-    "Flux2KleinPipeline": Loader(("qwen_3_4b",), "flux2", FLUX2),
+    "Flux2KleinPipeline": Loader(("qwen_3_4b_or_8b",), "flux2", FLUX2),  # of the 4B, and of the 9B
     "Lumina2Pipeline": Loader(("gemma_2_2b",), "lumina2"),
     "ZImagePipeline": Loader(("qwen_3_4b",), "lumina2"),
     "WanPipeline": Loader(("umt5_xxl",), "wan", "EmptyHunyuanLatentVideo"),
+    "WanImageToVideoPipeline": Loader(("umt5_xxl",), "wan"),
 }
 """Class of a pipeline -> its loaders."""
 ENCODER_LOADERS = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader"}
 READS_DIFFUSERS_NAMES = ("FluxPipeline", "StableDiffusion3Pipeline")
 """Pipelines whose LoRAs ComfyUI reads under diffusers' names."""
+
+
+def loader_of(card: Card) -> Loader:
+    """The loaders of a card's family; one without files where they are not known."""
+    return LOADERS.get(card.pipeline, Loader())
 
 
 def no_workflow(card: Card, keys: Keys | None = None, *, retimed: bool = False) -> str:
@@ -104,17 +111,22 @@ def steps_of(card: Card) -> list[int]:
     return [steps for steps, call in card.calls.items() if call.get("sigmas") or steps in card.recipe.times]
 
 
+def says_levels(card: Card) -> bool:
+    """Whether a card tells noise levels that other programs take: of a family in `LOADERS`, or of flow matching."""
+    return bool(card.calls) and (card.pipeline in LOADERS or card.scheduler.startswith("FlowMatch"))
+
+
 def levels_of(card: Card, num_steps: int) -> list[float]:
     """Noise levels of a student's steps as ComfyUI counts them, the final 0 among them.
 
     Args:
-        card: of a family in `LOADERS`, with `calls`.
+        card: one that `says_levels`.
         num_steps: one of `steps_of`.
     """
     if listed := card.calls[num_steps].get("sigmas"):
         return [*listed, 0.0]
     times = torch.tensor(card.recipe.times_for(num_steps), dtype=torch.float64).clamp(max=math.pi / 2)
-    levels = times.tan().clamp(max=MOST_LEVEL) if LOADERS[card.pipeline].variance_preserving else flow_time(times)
+    levels = times.tan().clamp(max=MOST_LEVEL) if loader_of(card).variance_preserving else flow_time(times)
     return [*levels.tolist(), 0.0]
 
 
@@ -144,6 +156,8 @@ def workflow(card: Card, file: str, *, lora: bool, per_token: bool = False) -> G
     if loader.scale:
         scale = float(card.calls[steps]["guidance_scale"])
         positive = add(graph, "FluxGuidance", "The scale that it was trained at", conditioning=positive, guidance=scale)
+    if card.with_images and not per_token:
+        positive = beside_image(graph, card, positive, vae)
     guider = add(graph, "CFGGuider", "Guidance off: cfg 1", model=model, positive=positive, negative=negative, cfg=1.0)
     levels = f"Its noise levels for {steps} step{'s' * (steps != 1)}"
     sampled = add(
@@ -205,6 +219,19 @@ def load(graph: Graph, loader: Loader, card: Card, file: str, *, lora: bool) -> 
     return model, clip, vae
 
 
+def image_of(graph: Graph, card: Card, title: str) -> list[Any]:
+    """Adds the image of a prompt, scaled and cropped as in training."""
+    image = add(graph, "LoadImage", f"YOURS: {title}", image=IMAGE)
+    sizes: dict[str, Any] = {"width": card.width, "height": card.height}
+    return add(graph, "ImageScale", image=image, upscale_method="lanczos", crop="center", **sizes)
+
+
+def beside_image(graph: Graph, card: Card, text: list[Any], vae: list[Any]) -> list[Any]:
+    """Adds the reference image of a prompt; returns the condition of both."""
+    latent = add(graph, "VAEEncode", pixels=image_of(graph, card, "the reference image"), vae=vae)
+    return add(graph, "ReferenceLatent", conditioning=text, latent=latent)
+
+
 def yours(name: str) -> str:
     """The placeholder of a file of the user's."""
     return f"{YOURS}{name}.safetensors"
@@ -216,5 +243,6 @@ def empty_latents(graph: Graph, loader: Loader, card: Card, vae: list[Any], *, p
     if card.output == "frames":
         sizes = {**sizes, "length": card.frames}
     if per_token:
-        return add(graph, "Wan22ImageToVideoLatent", vae=vae, **sizes)
+        first: dict[str, Any] = {"start_image": image_of(graph, card, "the first frame")} if card.with_images else {}
+        return add(graph, "Wan22ImageToVideoLatent", vae=vae, **sizes, **first)
     return add(graph, loader.latent, **sizes)

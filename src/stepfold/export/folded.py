@@ -15,6 +15,7 @@ from stepfold.export.comfyui import Keys
 from stepfold.export.lora import write_lora, write_peft
 from stepfold.export.lora_keys import renamed
 from stepfold.export.pipeline import use_of, write_cards
+from stepfold.export.policy import export_collapsed
 from stepfold.sampling.recipe import Recipe
 from stepfold.students.card import Card, read_card, student_folder
 from stepfold.students.folding import fold, fold_targets
@@ -28,14 +29,17 @@ from stepfold.training.runs import writing
 
 
 def export_folded(folder: Path, out: Path, num_steps: int) -> None:
-    """A flow-map student as a whole pipeline folder for exactly `num_steps` deterministic steps.
+    """A flow-map student as a whole pipeline folder for exactly `num_steps` deterministic steps; a policy for one.
 
     A network that reads times in [0, 1] counts them to 1000 from then on, where its pipeline can say so.
 
     Raises:
         UserError: the student is no flow map, its card does not list that many steps, or its pipeline cannot take them.
     """
-    recipe = folded_recipe(read_card(folder), num_steps)
+    if (card := read_card(folder)).recipe.policy:
+        export_collapsed(folder, card, out, num_steps)
+        return
+    recipe = folded_recipe(card, num_steps)
     teacher, student, card = load_merged(folder, "cpu")
     times = recipe.times[num_steps]
     check_times(teacher, times)
@@ -124,6 +128,8 @@ def folded_recipe(card: Card, num_steps: int) -> Recipe:
     Raises:
         UserError: the student is no flow map, or its card does not list that many steps.
     """
+    if card.recipe.policy:
+        raise UserError("a policy student's last layer has no place in a LoRA file; use --to pipeline")
     if card.recipe.sampler != "flow_map":
         raise UserError(
             f"--steps is for flow maps, and this student is for {card.recipe.sampler} sampling, which takes any number "

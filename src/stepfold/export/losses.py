@@ -9,7 +9,7 @@ from stepfold.students.card import Card
 from stepfold.teachers.quantised_files import PACKAGES
 
 LOAD = """# pip install "{package}"
-pipe = {{pipeline}}.from_pretrained({{name}}, torch_dtype=torch.{dtype}){{parts}}{device}"""
+pipe = {{pipeline}}.from_pretrained({{name}}, dtype=torch.{dtype}){{parts}}{device}"""
 ON_A_GPU = '\npipe.to("cuda")  # diffusers loads bitsandbytes\' weights on a GPU alone'
 SECTION = """
 ## Quantised

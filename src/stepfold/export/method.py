@@ -12,6 +12,7 @@ SPACES = {
     "prior": "pure noise",
     "rollout": "the student's own rollouts",
     "coupling": "noise joined to the ends of the teacher's trajectories",
+    "policy": "the path of the student's own policy",
 }
 NAMED: dict[tuple[str, tuple[str, ...]], str] = {
     ("continuous", ("generation",)): "trajectory-backward consistency (TBCM, arXiv:2511.20410)",
@@ -19,6 +20,7 @@ NAMED: dict[tuple[str, tuple[str, ...]], str] = {
     ("velocity", ("generation",)): "guidance distillation on trajectories (arXiv:2503.07274)",
     ("matching", ("rollout",)): "distribution matching (DMD2 without its discriminator, arXiv:2405.14867)",
     ("decoupled", ("rollout",)): "decoupled distribution matching (arXiv:2511.22677)",
+    ("policy", ("policy",)): "policy imitation with the DX policy (pi-Flow, arXiv:2510.14974)",
     ("identity", ("rollout",)): "score identity distillation (SiD, arXiv:2404.04057)",
 }
 """Objective on spaces that has a name of its own."""

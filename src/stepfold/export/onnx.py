@@ -192,6 +192,8 @@ def network_graph(
         UserError: torch cannot make a graph of this network.
     """
     compute_afresh(student.modules())
+    if card.with_images:
+        raise UserError(f"{folder} reads an image too, and an onnx graph here takes a text; use --to pipeline")
     condition = teacher.encode((teacher.examples or (card.example, "a cat"))[:2]).each(Tensor.contiguous)
     if condition.second is not None:
         raise UserError(f"{folder} reads two texts, and an onnx graph here takes one; use --to pipeline")

@@ -16,11 +16,14 @@ from stepfold.export.casting import Half, rounded_parts
 from stepfold.export.files import FILES, README, listing
 from stepfold.export.losses import loading_of, quantised_section
 from stepfold.export.method import method_of, source_of
+from stepfold.export.policy_words import of_policy
 from stepfold.sampling.recipe import Recipe, times_of
 from stepfold.sampling.samplers import in_diffusers
 from stepfold.students.card import ANYFLOW, CARD, Card, read_card, write_card
 from stepfold.students.loading import load_merged, load_student
 from stepfold.students.lora import lora_files, save_lora
+from stepfold.students.policy import save_policy
+from stepfold.students.policy_scheduler import PolicyScheduler
 from stepfold.students.saving import loses_guidance, save_whole
 from stepfold.students.two_times import save_embedder
 from stepfold.teachers.calls import set_parts
@@ -65,7 +68,7 @@ stepfold export {name} --to pipeline --steps {steps}
 ```"""
 WITH_IMAGE = """
 
-Each prompt has a reference image, of the same height and width: `image=PIL.Image.open("reference.png")`."""
+Each prompt has an image, of the same height and width: `image=PIL.Image.open("image.png")`."""
 OF_OBJECT = """
 
 The teacher was a {pipeline} object in Python. `TEACHER` is where its weights come from, or a folder that
@@ -159,14 +162,18 @@ def use_of(teacher: PipelineTeacher, recipe: Recipe, *, lora: bool, asked: Seque
         asked: numbers of steps besides the usual ones.
     """
     sampler = in_diffusers(recipe.sampler)
-    times = recipe.times if sampler == recipe.sampler else recipe.without_target(times_of(teacher, sampler))
+    times = (
+        recipe.times
+        if recipe.policy or sampler == recipe.sampler
+        else recipe.without_target(times_of(teacher, sampler))
+    )
     scheduler = teacher.lora_scheduler(sampler) if lora else teacher.student_scheduler(sampler)
     call = teacher.lora_call if lora else teacher.student_call
     said = [k for k in sorted({*CALLED_STEPS[sampler], *asked}) if k in times] or sorted(times)
     levels = {k: times[k] for k in said}
     return {
         "pipeline": (type(teacher.pipe) if lora else teacher.student_class(sampler)).__name__,
-        "scheduler": type(scheduler).__name__,
+        "scheduler": PolicyScheduler.__name__ if recipe.policy else type(scheduler).__name__,
         "calls": {k: call(listed, recipe.guidance, sampler) for k, listed in levels.items()},
         "conventions": conventions(teacher, levels, sampler),
     }
@@ -180,9 +187,10 @@ def write_cards(folder: Path, card: Card, metrics: dict[str, Any] | None = None,
 
 
 def metrics_beside(folder: Path) -> dict[str, Any] | None:
-    """What the run that a student folder lies in measured, if it lies in one."""
+    """What a run measured of its own student, if the folder is that; not of another one in the run's folder."""
     report = folder.resolve().parent / "report.json"
-    return json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
+    own = report.is_file() and folder.resolve().name == "student"
+    return json.loads(report.read_text(encoding="utf-8")) if own else None
 
 
 def export_pipeline(folder: Path, out: Path, dtype: Half | None = None) -> None:
@@ -213,6 +221,7 @@ def export_pipeline(folder: Path, out: Path, dtype: Half | None = None) -> None:
                 rounded_parts(teacher.pipe, dtype)
             teacher.pipe.save_pretrained(part, safe_serialization=True)
             save_embedder(student, part)
+            save_policy(teacher, student, part, card.recipe, lora=False)
             use = {} if card.calls else use_of(teacher, card.recipe, lora=True, asked=card.asked_steps)
             write_cards(part, card.model_copy(update=use | {"merged": True}), metrics_beside(folder))
         else:
@@ -280,7 +289,8 @@ A student is derived from its teacher: the licences of the teacher's network, te
 def made_for(card: Card) -> str:
     """Which sampler the student is for, where that is not the usual one."""
     if card.folded_steps:
-        return f" It is a flow map for exactly {card.folded_steps} steps."
+        kind = "flow map" if card.config.get("objective") != "policy" else "policy"
+        return f" It is a {kind} for exactly {several(card.folded_steps, 'step', 'steps')}."
     if card.recipe.sampler == "flow" and len(card.recipe.times) == 1:
         return OF_SEGMENTS
     return MADE_FOR.get(card.recipe.sampler, "")
@@ -293,6 +303,8 @@ def several(count: int, one: str, many: str) -> str:
 
 def how_to_use(card: Card, name: str, adapted: str = "") -> str:
     """The README's code for plain diffusers, and what to change for another number of steps; see `model_card`."""
+    if card.recipe.policy:
+        return of_policy(card, name, USE, RESULTS[card.output])
     if not card.recipe.jumps_to_zero:
         return OF_EDGES.format(steps=card.asked_steps[0], name=name)
     card.check_calls()

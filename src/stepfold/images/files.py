@@ -37,12 +37,14 @@ def check_picture(path: Path, what: str) -> None:
         raise UserError(f"{what} has {width} x {height} pixels, more than {MOST_PIXELS:,}; make it smaller")
 
 
-def read_picture(path: Path, height: int, width: int) -> Tensor:
-    """The picture of a file as `fitted`.
+def read_picture(path: Path | Image.Image, height: int, width: int) -> Tensor:
+    """The picture of a file, or one in memory, as `fitted`.
 
     Raises:
         UserError: as `check_picture`, or its end is missing.
     """
+    if isinstance(path, Image.Image):
+        return fitted(path, height, width)
     check_picture(path, f"image {path}")
     try:
         with Image.open(path) as image:

@@ -1,5 +1,6 @@
 """A distillation from settings to files: checked, loaded, trained, measured, reported."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +83,7 @@ def load(
     import torch
 
     from stepfold.prompts.conditions import cache_of, conditions_from, notes_on
-    from stepfold.sampling.recipe import make_recipe
+    from stepfold.sampling.recipe import make_recipe, policy_of
     from stepfold.sampling.samplers import in_diffusers
     from stepfold.students.starting import make_student
     from stepfold.teachers.fingerprints import teacher_fingerprint
@@ -91,7 +92,7 @@ def load(
     from stepfold.training.accelerators import make_accelerator, processes_of
     from stepfold.training.choices import choose_precision
     from stepfold.training.draws import guidance_scales
-    from stepfold.training.opening import Source, as_begun, check_run, prepare_run
+    from stepfold.training.opening import Source, as_begun, as_started, check_run, prepare_run
 
     if "images" in config.space.weights and config.space.images is None:
         raise UserError("space.kind=images needs a folder of images; add --set space.images=FOLDER")
@@ -130,8 +131,10 @@ def load(
         )
     bank, score = bank_of(config, teacher, prompts), open_score(config, teacher)
     torch.manual_seed(config.seed)  # its new layers' first values, however the teacher was loaded
-    student = make_student(teacher, config.student, config.teacher)
-    usual = teacher.default_guidance if config.evaluation.guidance is None else config.evaluation.guidance
+    starting = as_started(folder, config, resume).student
+    student = make_student(teacher, starting, config.teacher, policy_of(config, teacher))
+    asked = config.evaluation.guidance
+    usual = teacher.default_guidance if asked is None else asked
     recipe = make_recipe(config, teacher, guidance_scales(config, teacher), usual)
     if config.student.lora:
         teacher.lora_scheduler(in_diffusers(recipe.sampler))  # refused now, not when the student is saved
@@ -148,7 +151,7 @@ def load(
     processes.wait()
     blacks, latents = kept_latents(folder, config, accelerator, teacher, cache, images, display)
     run = Run(
-        config, folder, accelerator, processes, prompts, teacher, usual, recipe,
+        config, folder, accelerator, processes, prompts, teacher, recipe.guidance if asked is None else asked, recipe,
         conditions=conditions_from(cache, teacher, prompts), cached=cache is not None,
         blacks=blacks, latents=latents, bank=bank, lock=lock, score=score,
     )  # fmt: skip
@@ -174,6 +177,10 @@ def open_score(config: "Config", teacher: "PipelineTeacher") -> "PictureScore | 
     return clip_reward(clip, teacher.device)
 
 
+ENDS_DEPEND_ON = ("max_tokens", "null_mask", "guidance", "guidance_interval")
+"""Settings of a teacher that its images depend on and its fingerprint does not have."""
+
+
 def bank_of(config: "Config", teacher: "PipelineTeacher", prompts: "PromptFile | ImageFolder") -> "Bank | None":
     """The bank that the settings name; None where they name none.
 
@@ -194,10 +201,18 @@ def bank_of(config: "Config", teacher: "PipelineTeacher", prompts: "PromptFile |
         "latent_shape": list(shape),
     }  # fmt: skip
     bank = open_bank(Path(config.space.bank), wanted)
+    now, then = config.teacher.model_dump(mode="json"), bank.index.get("settings", {})
+    for name in ENDS_DEPEND_ON:
+        if name in then and then[name] != now[name]:
+            value = json.dumps(then[name])
+            raise UserError(
+                f"{bank.folder} was sampled with teacher.{name}={value}, not {json.dumps(now[name])}; add "
+                f"--set 'teacher.{name}={value}', or make a bank with this run's --preset and --set"
+            )
     scale = float(bank.index["guidance"])
     if set(guidance_scales(config, teacher)) != {scale}:
         raise UserError(
-            f"{bank.folder} was sampled at guidance scale {scale:g}; add --set space.guidance=[{scale:g}], which the "
+            f"{bank.folder} was sampled at guidance scale {scale:g}; add --set 'space.guidance=[{scale:g}]', which the "
             "student then stands for"
         )
     return bank

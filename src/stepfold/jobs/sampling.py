@@ -20,7 +20,7 @@ def run_sample(
     device: str,
     sampler: str | None = None,
     gamma: float = 0.0,
-    image: Path | None = None,
+    image: "Path | Image.Image | None" = None,
     first_step: str = "student",
 ) -> "list[Image.Image]":
     """Pictures of a student, one a prompt; the same as its pipeline's with the same noise.
@@ -35,12 +35,12 @@ def run_sample(
         device: of torch.
         sampler: its name; None for the student's own.
         gamma: share of fresh noise in a flow map's steps, in [0, 1].
-        image: reference image of all prompts; None for text alone.
+        image: reference image of all prompts, for a student that was trained with images; a file or a picture.
         first_step: `student`, or `teacher`, which is loaded too then.
 
     Raises:
-        UserError: the folder is no student, it reads no image, or it was not trained for this scale, sampler,
-            gamma or number of steps.
+        UserError: the folder is no student, or it was not trained for this scale, sampler, gamma, number of steps,
+            or with an image, or with none.
     """
     import torch
 
@@ -54,14 +54,14 @@ def run_sample(
 
     if first_step == "teacher" and gamma:
         raise UserError("--gamma adds fresh noise to the student's own steps alone; leave it or --first-step out")
-    asked = read_card(folder).recipe.sampled_by(sampler)
+    card = read_card(folder)
+    card.check_image(image is not None)
+    asked = card.recipe.sampled_by(sampler)
     asked.gamma_for(gamma)  # refused before anything is loaded
     scale = asked.scale_for(guidance)
     pipeline, student, card = load_student(folder, device)
     recipe = card.recipe.sampled_by(sampler)
-    if image and not pipeline.reads_images:
-        raise UserError(f"--image is for students of FLUX.2, and this one is a {card.pipeline}; leave it out")
-    pictures = [read_picture(image, pipeline.height, pipeline.width)] * len(prompts) if image else None
+    pictures = None if image is None else [read_picture(image, pipeline.height, pipeline.width)] * len(prompts)
     condition = pipeline.encode(prompts, pictures)
     shape = pipeline.latent_shape
     noise = torch.stack([normal(shape, seed, "sample", i) for i in range(len(prompts))])

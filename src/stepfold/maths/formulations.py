@@ -206,13 +206,17 @@ def flow_prediction(
     Args:
         x_unit: x / sigma_data [B, ...].
         t: [B], in [0, pi/2].
-        velocity: calls the network: (x_flow [B, ...], t_flow [B]) -> n - x_0 [B, ...].
+        velocity: calls the network: (x_flow [B, C, ...], t_flow [B]) -> n - x_0 [B, C, ...]; or N of them along the
+            channels, [B, N C, ...], which become as many F.
         clamp: see `flow_state`.
 
     Reference: arXiv:2511.20410, Eq. (5-7).
     """
     x_flow, t_flow = flow_state(x_unit, t, clamp=clamp)
-    return trigflow_output(x_flow, t_flow, velocity(x_flow, t_flow))
+    v = velocity(x_flow, t_flow)
+    if (count := v.shape[1] // x_flow.shape[1]) > 1:
+        x_flow = torch.cat([x_flow] * count, 1)
+    return trigflow_output(x_flow, t_flow, v)
 
 
 # EDM: x_edm = x_0 + sigma n, the model predicts the denoised x_0

@@ -1,5 +1,6 @@
 """Velocity matching: the student's own velocity is that of the pairs (reflow on couplings, guidance on walks)."""
 
+import torch
 from torch import Tensor
 
 from stepfold.config import Config
@@ -23,9 +24,14 @@ def velocity_error(F: Tensor, dxdt: Tensor, sigma_data: float) -> Tensor:
 
 
 def velocity_loss(networks: Networks, pairs: Pairs, draws: Draws, config: Config, step: int) -> Loss:
-    """Velocity matching of each pair; see `Objective`."""
+    """Velocity matching of each pair, by the square or a pseudo-Huber distance; see `Objective`.
+
+    Reference: arXiv:2405.20320 (RF++), for the distance.
+    Deviation: of F, in latent units, without the factor 1 - t_FM and without LPIPS.
+    """
     sigma_data = networks.teacher.sigma_data
     with networks.precision():
         F = networks.student(pairs.x / sigma_data, pairs.t, pairs.condition, pairs.guidance)
-    error = velocity_error(F, pairs.dxdt, sigma_data)
-    return Loss(error, {"|F|": F.detach().flatten(1).norm(dim=1), "squared_error": error.detach()})
+    error, constant = velocity_error(F, pairs.dxdt, sigma_data), config.velocity.huber_constant
+    distance = torch.sqrt(error + constant**2) - constant if constant else error
+    return Loss(distance, {"|F|": F.detach().flatten(1).norm(dim=1), "squared_error": error.detach()})

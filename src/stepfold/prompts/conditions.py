@@ -80,6 +80,7 @@ def conditions_key(settings: TeacherSettings, prompts_sha256: str) -> dict[str, 
         "teacher": settings.source,
         "lora": ", ".join(map(str, settings.lora)) or None,
         "encoder": encoder_fingerprint(place_of(settings)),
+        "quantise_encoders": None if settings.quantise_encoders == "none" else settings.quantise_encoders,
         "max_tokens": settings.max_tokens,
         "height": settings.height,  # of the black picture
         "width": settings.width,

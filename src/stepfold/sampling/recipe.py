@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from stepfold.config import Config, phases_of
 from stepfold.errors import UserError
 from stepfold.jumps import ANYWHERE
+from stepfold.maths.policy import Policy
 from stepfold.maths.routes import START
 from stepfold.sampling.samplers import check_sampler, sampler_of
 from stepfold.settings import Section
@@ -17,6 +18,7 @@ NUM_STEPS: dict[SamplerName, tuple[int, ...]] = {
     "consistency": (1, 2, 3, 4, 5, 6, 7, 8),
     "flow": (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 28, 50),
     "flow_map": (1, 2, 3, 4, 5, 6, 7, 8),
+    "policy": (1, 2, 3, 4, 5, 6, 7, 8),
 }
 """Sampler -> numbers of steps that a card lists times for."""
 
@@ -32,6 +34,7 @@ class Recipe(Section):
         guidance: scale that the student is told unless another one is asked for.
         sigma_data: standard deviation of its latents.
         jumps_anywhere: whether the student was trained to jump from any time to any other, as gamma-sampling needs.
+        policy: the form of a policy student's policy; None for others.
     """
 
     sampler: SamplerName
@@ -40,6 +43,7 @@ class Recipe(Section):
     guidance: float
     sigma_data: float = Field(gt=0)
     jumps_anywhere: bool = False
+    policy: Policy | None = None
 
     @field_validator("times")
     @classmethod
@@ -56,15 +60,19 @@ class Recipe(Section):
     def _has_times(self) -> "Recipe":
         if not self.times and self.sampler != "consistency":
             raise ValueError(f"a {self.sampler} student's card lists its times; copy the folder again")
+        if (self.policy is None) == (self.sampler == "policy"):
+            raise ValueError(
+                "the card of a policy student, and no other, says the form of its policy; copy the folder again"
+            )
         return self
 
     @property
     def jumps_to_zero(self) -> bool:
         """Whether consistency sampling, which tells a student no target but 0, is what it was trained for.
 
-        A map of segments alone is not: but for the last one, 0 lies beyond its edge.
+        A map of segments alone is not: but for the last one, 0 lies beyond its edge. Nor is a policy.
         """
-        return self.sampler != "flow_map" or self.jumps_anywhere or 1 in self.times
+        return self.sampler != "policy" and (self.sampler != "flow_map" or self.jumps_anywhere or 1 in self.times)
 
     def without_target(self, listed: dict[int, tuple[float, ...]]) -> dict[int, tuple[float, ...]]:
         """Those of a consistency model's times that a flow map may be sampled at when it is told no target."""
@@ -81,7 +89,7 @@ class Recipe(Section):
         Raises:
             UserError: there is no such sampler, or the student was not trained for it.
         """
-        if asked == "consistency" and not self.jumps_to_zero:
+        if asked == "consistency" and self.sampler == "flow_map" and not self.jumps_to_zero:
             raise UserError(
                 "--sampler is consistency, but this student was trained to jump from edge to edge of its segments, not "
                 "to 0; leave --sampler out"
@@ -164,7 +172,16 @@ def make_recipe(config: Config, teacher: Teacher, taught: Sequence[float], usual
         guidance=usual if len(set(taught)) > 1 else taught[0],
         sigma_data=teacher.sigma_data,
         jumps_anywhere=sampler == "flow_map" and trained is None,
+        policy=policy_of(config, teacher),
     )
+
+
+def policy_of(config: Config, teacher: Teacher) -> Policy | None:
+    """The form of a run's student's policy; None where it has none."""
+    part = config.policy
+    if config.objective != "policy":
+        return None
+    return Policy(part.nodes, part.substeps, teacher.shift_at(part.steps))
 
 
 def trained_steps(config: Config) -> set[int] | None:
@@ -173,6 +190,10 @@ def trained_steps(config: Config) -> set[int] | None:
     Of segments it is their number: a student's own steps go from edge to edge. From pure noise alone it is one step.
     """
     _, last = phases_of(config)[-1]
+    if last.objective == "policy":
+        return {last.policy.steps}
+    if last.space.times == "noise":
+        return {1}
     if not last.target.jumps:
         return None
     if set(last.space.weights) == {"prior"}:

@@ -11,6 +11,7 @@ from stepfold.methods import METHODS
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.sampling.flow import sample_flow
 from stepfold.sampling.flow_map import sample_flow_map
+from stepfold.sampling.policy import sample_policy
 from stepfold.teachers.contract import SamplerName
 
 StudentSampler = Callable[..., Tensor]
@@ -23,16 +24,21 @@ SAMPLERS: dict[SamplerName, StudentSampler] = {
     "consistency": sample_consistency,
     "flow": sample_flow,
     "flow_map": sample_flow_map,
+    "policy": sample_policy,
 }
 """A new sampler is one file and its name here."""
 
 NO_TARGET = "it is told one time and does not know where to jump"
+ONE_F = "it gives one F at a time, and a policy is made of several"
+SEVERAL_F = "it gives several F at a time, which only its policy puts together"
 UNFIT: dict[tuple[SamplerName, SamplerName], str] = {
     ("consistency", "flow"): "its F points at the end of the trajectory, not along it, so Euler steps leave the path",
     ("consistency", "flow_map"): NO_TARGET,
     ("flow", "consistency"): "its F is a velocity, which points at the mean of all possible pictures: a blurred one",
     ("flow", "flow_map"): NO_TARGET,
     ("flow_map", "flow"): "its F is the mean velocity of a jump, not the velocity at a time",
+    **{(name, "policy"): ONE_F for name in ("consistency", "flow", "flow_map")},
+    **{("policy", name): SEVERAL_F for name in ("consistency", "flow", "flow_map")},
 }
 """(sampler that a student was trained for, another one) -> why the other one is wrong for it.
 
@@ -71,5 +77,8 @@ def sampler_of(config: Config) -> SamplerName:
 
 
 def in_diffusers(sampler: SamplerName) -> SamplerName:
-    """The sampler with which plain diffusers samples a student: it tells a network no target, so a map jumps to 0."""
-    return "consistency" if sampler == "flow_map" else sampler
+    """The sampler with which plain diffusers samples a student: it tells a network no target, so a map jumps to 0.
+
+    A policy's steps come to Euler steps with a mean of its velocities.
+    """
+    return {"flow_map": "consistency", "policy": "flow"}.get(sampler, sampler)  # type: ignore[return-value]

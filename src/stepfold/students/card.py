@@ -117,12 +117,49 @@ class Card(Section):
         """Whether the student is told its target time too."""
         return self.config.get("student", {}).get("times", "one") == "two"
 
+    @property
+    def with_images(self) -> bool:
+        """Whether the student was trained with a reference image for each prompt."""
+        teacher = self.config.get("teacher")
+        return isinstance(teacher, dict) and bool(teacher.get("image_column"))
+
+    def check_image(self, given: bool) -> None:
+        """Refuses an image for a student of texts alone, and none for one of images.
+
+        Raises:
+            UserError: which, and the way out.
+        """
+        if given and not self.with_images:
+            raise UserError(
+                "--image is for a student that was trained with an image for each prompt (teacher.image_column), and "
+                "this one was trained with texts alone; leave it out"
+            )
+        if self.with_images and not given:
+            raise UserError("this student was trained with an image for each prompt; give one with --image FILE")
+
+    def check_texts(self) -> None:
+        """Refuses a student of images where texts alone are drawn.
+
+        Raises:
+            UserError: it is one.
+        """
+        if self.with_images:
+            raise UserError("here texts alone are drawn, and this student needs an image; use stepfold sample --image")
+
     def check_told(self) -> None:
         """Refuses a student of segments that has to be told where to jump to: without that its network means 0.
+
+        A policy student, whose network gives several velocities, too.
 
         Raises:
             UserError: it is one; what plain diffusers can take instead.
         """
+        if self.recipe.policy:
+            one = " --steps 1" if 1 in self.recipe.times else ""
+            raise UserError(
+                f"this student gives {self.recipe.policy.nodes} velocities at a time, which other tools do not put "
+                f"together; export it with --to pipeline{one}, or use stepfold sample"
+            )
         if not self.recipe.jumps_to_zero:
             steps = max(self.recipe.times)
             raise UserError(

@@ -8,6 +8,7 @@ from stepfold.errors import UserError
 from stepfold.sampling.recipe import times_of
 from stepfold.students.card import ANYFLOW, CARD, Card, read_card, student_folder
 from stepfold.students.lora import load_lora, lora_files
+from stepfold.students.policy import head_of, load_head, widen
 from stepfold.students.saving import load_network_only
 from stepfold.students.two_times import load_embedder
 from stepfold.students.whole import as_student
@@ -28,7 +29,7 @@ def load_student(
     Args:
         folder: the student's.
         device: where it goes.
-        quantise: how the network beneath a LoRA is kept; None for as it was trained.
+        quantise: how the network beneath a LoRA is kept, of `none` the text encoders too; None for as it was trained.
 
     Raises:
         UserError: the folder is no student that stepfold wrote.
@@ -40,8 +41,9 @@ def load_student(
         )
     if card.lora_rank:
         settings = card.teacher_settings()
-        teacher = load_teacher(settings.model_copy(update={"quantise": quantise or settings.quantise}), device)
-        options = {"convolutions": card.lora_convolutions, "two_times": card.two_times}
+        rounded = settings.model_copy(update={"quantise": quantise or settings.quantise})
+        teacher = load_teacher(settings.plain() if quantise == "none" else rounded, device)
+        options = {"convolutions": card.lora_convolutions, "two_times": card.two_times, "policy": card.recipe.policy}
         student: Student = load_lora(teacher, folder, card.lora_rank, **options)
     elif card.network_only:
         teacher = load_teacher(card.teacher_settings(), device)
@@ -49,8 +51,9 @@ def load_student(
     else:
         check_folder(folder)
         sizes = {name: getattr(card, name) for name in ("height", "width", "frames", "max_tokens")}
-        teacher = make_teacher(str(folder), device=device, **sizes)
-        student = as_student(teacher, two_times=card.two_times)
+        velocities = card.recipe.policy.nodes if card.recipe.policy else 1
+        teacher = make_teacher(str(folder), device=device, velocities=velocities, **sizes)
+        student = as_student(teacher, two_times=card.two_times, policy=card.recipe.policy)
         load_embedder(student, folder)
     return teacher, student, checked(card, teacher)
 
@@ -65,13 +68,16 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     card.check_plain()
     if not card.lora_rank:
         return load_student(folder, device)
-    settings = card.teacher_settings().model_copy(update={"quantise": "none"})
+    settings = card.teacher_settings().plain()
     with copied(settings.source):
         teacher = load_teacher(settings, device, torch.float32)
     for part, file in lora_files(teacher).items():
         merge_lora(teacher.pipe, str(folder / file), 1.0, lambda: None, part)  # a student has none on text encoders
-    student = as_student(teacher, two_times=card.two_times)
+    if card.recipe.policy:
+        widen(teacher.transformer, head_of(teacher), card.recipe.policy.nodes)
+    student = as_student(teacher, two_times=card.two_times, policy=card.recipe.policy)
     load_embedder(student, folder)
+    load_head(teacher, teacher.transformer, folder, card.recipe.policy)
     return teacher, student, checked(card, teacher)
 
 

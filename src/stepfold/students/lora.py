@@ -8,9 +8,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stepfold.errors import UserError
+from stepfold.maths.policy import Policy
 from stepfold.sampling.recipe import Recipe
 from stepfold.sampling.samplers import in_diffusers
 from stepfold.students.networks import NetworkStudent
+from stepfold.students.policy import head_of, load_head, save_policy, widen
 from stepfold.students.two_times import load_embedder, save_embedder
 from stepfold.students.whole import time_part, weight_start
 from stepfold.teachers.contract import Student, deepcopy_sharing
@@ -33,6 +35,7 @@ def lora_student(
     convolutions: bool = False,
     two_times: bool = False,
     for_export: bool = True,
+    policy: Policy | None = None,
 ) -> NetworkStudent:
     """A student that shares the teacher's weights; its LoRA matrices start at nothing, so it starts as the teacher.
 
@@ -42,10 +45,11 @@ def lora_student(
         convolutions: whether the 1 x 1 convolutions of those blocks get matrices too. They hold 47% of Sana's weights.
         two_times: whether the student is told its target time too; the second embedder is trained whole.
         for_export: whether the teacher's pipeline must be able to load it; a critic's network is thrown away.
+        policy: the form of a policy student's policy; its last layer is trained whole.
 
     Raises:
         UserError: peft is not installed, the teacher's pipeline loads no such LoRA, or its network has no place for a
-            second time.
+            second time or gives one velocity only.
     """
     if for_export and not teacher.loads_lora:
         raise UserError(f"{type(teacher.pipe).__name__} loads no LoRA; train all weights (leave student.lora at 0)")
@@ -56,12 +60,15 @@ def lora_student(
     compute_afresh(network.modules())
     for part in teacher.network_parts(network).values():
         add_matrices(teacher, part, rank, convolutions, for_export)
+    if policy:
+        widen(network, head_of(teacher), policy.nodes)
     part = time_part(teacher, network) if two_times else None
     student = NetworkStudent(network, teacher.predict, weight_start(teacher.latent_shape), part).to(teacher.device)
     for parameter in student.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(teacher.work_dtype)
     taken = {tensor.data_ptr() for tensor in shared}
+    student.policy = policy
     student.shared = frozenset(name for name, tensor in student.state_dict().items() if tensor.data_ptr() in taken)
     return student
 
@@ -107,10 +114,17 @@ def save_lora(teacher: PipelineTeacher, student: Student, folder: Path, recipe: 
         teacher.pipe.save_lora_weights(folder, weight_name=file, **options)
     teacher.lora_scheduler(in_diffusers(recipe.sampler)).save_config(folder / "scheduler")
     save_embedder(student, folder)
+    save_policy(teacher, student, folder, recipe, lora=True)
 
 
 def load_lora(
-    teacher: PipelineTeacher, folder: Path, rank: int, *, convolutions: bool = False, two_times: bool = False
+    teacher: PipelineTeacher,
+    folder: Path,
+    rank: int,
+    *,
+    convolutions: bool = False,
+    two_times: bool = False,
+    policy: Policy | None = None,
 ) -> NetworkStudent:
     """The LoRA student that `save_lora` wrote; arguments as of `lora_student`.
 
@@ -119,8 +133,9 @@ def load_lora(
     """
     from peft import set_peft_model_state_dict
 
-    student = lora_student(teacher, rank, convolutions=convolutions, two_times=two_times)
+    student = lora_student(teacher, rank, convolutions=convolutions, two_times=two_times, policy=policy)
     load_embedder(student, folder)
+    load_head(teacher, student.transformer, folder, policy)
     parts, prefix = teacher.network_parts(student.transformer), f"{teacher.network_part}."
     for part, file in lora_files(teacher).items():
         if not (folder / file).is_file():

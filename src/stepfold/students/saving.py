@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from stepfold.sampling.recipe import Recipe
 from stepfold.sampling.samplers import in_diffusers
+from stepfold.students.policy import save_policy
 from stepfold.students.sana import SanaStudent, plain_transformer
 from stepfold.students.two_times import load_embedder, save_embedder
 from stepfold.students.whole import new_student
@@ -36,11 +37,12 @@ def save_whole(
         teacher.student_class(sampler), lambda: teacher.student_parts(sampler) | teacher.network_parts(network), folder
     )
     save_embedder(student, folder)
+    save_policy(teacher, student, folder, recipe, lora=False)
 
 
 def loses_guidance(student: Student, recipe: Recipe) -> bool:
     """Whether the saved student stands for its usual guidance scale alone: no pipeline tells it another one."""
-    return isinstance(student, SanaStudent) and recipe.sampler == "flow"
+    return isinstance(student, SanaStudent) and in_diffusers(recipe.sampler) == "flow"
 
 
 def load_network_only(teacher: PipelineTeacher, folder: Path, *, two_times: bool = False) -> Student:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from stepfold.errors import UserError
+from stepfold.maths.policy import Policy
 from stepfold.scores import FakeSettings
 from stepfold.sections import TeacherSettings
 from stepfold.settings import StudentSettings
@@ -23,7 +24,12 @@ SAME_TEACHER = ("source", "revision", "variant", "lora")
 """Settings of the teacher that a student and the earlier one must have in common."""
 
 
-def make_student(teacher: PipelineTeacher, settings: StudentSettings, of_teacher: TeacherSettings) -> Student:
+def make_student(
+    teacher: PipelineTeacher,
+    settings: StudentSettings,
+    of_teacher: TeacherSettings,
+    policy: Policy | None = None,
+) -> Student:
     """The student of a run, as it starts; `of_teacher` are the settings that `teacher` was loaded with.
 
     Raises:
@@ -32,10 +38,10 @@ def make_student(teacher: PipelineTeacher, settings: StudentSettings, of_teacher
     two_times = settings.times == "two"
     if settings.lora:
         student: Student = lora_student(
-            teacher, settings.lora, convolutions=settings.lora_convolutions, two_times=two_times
+            teacher, settings.lora, convolutions=settings.lora_convolutions, two_times=two_times, policy=policy
         )
     else:
-        student = new_student(teacher, settings.depth, two_times=two_times)
+        student = new_student(teacher, settings.depth, two_times=two_times, policy=policy)
     if settings.init:
         start_from(Path(settings.init), student, settings, of_teacher)
     return student

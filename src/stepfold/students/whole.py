@@ -7,8 +7,10 @@ from typing import Any
 from torch import nn
 
 from stepfold.errors import UserError
+from stepfold.maths.policy import Policy
 from stepfold.students.depth import drop_blocks
 from stepfold.students.networks import ModuleStudent, NetworkStudent
+from stepfold.students.policy import head_of, widen
 from stepfold.students.sana import SanaStudent, student_transformer
 from stepfold.teachers.contract import Student
 from stepfold.teachers.module import ModuleTeacher
@@ -17,16 +19,23 @@ from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.sana import SanaTeacher, SprintTeacher
 
 
-def new_student(teacher: PipelineTeacher | ModuleTeacher, depth: float = 1.0, *, two_times: bool = False) -> Student:
+def new_student(
+    teacher: PipelineTeacher | ModuleTeacher,
+    depth: float = 1.0,
+    *,
+    two_times: bool = False,
+    policy: Policy | None = None,
+) -> Student:
     """A student with weights of its own that starts as its teacher.
 
     Args:
         teacher: what it is copied from; stays as it is.
         depth: share of the teacher's blocks that the student keeps, in (0, 1]. Below 1 it starts elsewhere.
         two_times: whether the student is told its target time too. It starts as the teacher for all of them.
+        policy: the form of a policy student's policy; all its velocities start as the teacher's.
 
     Raises:
-        UserError: this network cannot lose blocks, or has no place for a second time.
+        UserError: this network cannot lose blocks, has no place for a second time, or gives one velocity only.
     """
     start = weight_start(teacher.latent_shape)
     if isinstance(teacher, ModuleTeacher):
@@ -41,18 +50,24 @@ def new_student(teacher: PipelineTeacher | ModuleTeacher, depth: float = 1.0, *,
     else:
         part = time_part(teacher, network) if two_times else None
         student = NetworkStudent(network, teacher.plain_predict, start, part)
+    if policy:
+        widen(network, head_of(teacher), policy.nodes)
+    student.policy = policy
     return student.to(teacher.device)
 
 
-def as_student(teacher: PipelineTeacher, *, two_times: bool = False) -> Student:
+def as_student(teacher: PipelineTeacher, *, two_times: bool = False, policy: Policy | None = None) -> Student:
     """The network of a pipeline folder that is a student's, as a student: the very weights, no copy.
 
-    With `two_times` its second embedder is new; see `two_times.load_embedder`.
+    With `two_times` its second embedder is new; see `two_times.load_embedder`. With `policy` the network gives several
+    velocities already.
     """
     network, part = teacher.transformer, time_part(teacher, teacher.transformer) if two_times else None
     if isinstance(teacher, SprintTeacher):
         return SanaStudent(network, time_part=part)
-    return NetworkStudent(network, teacher.predict, time_part=part)
+    student = NetworkStudent(network, teacher.predict, time_part=part)
+    student.policy = policy
+    return student
 
 
 def time_part(teacher: PipelineTeacher | ModuleTeacher, network: nn.Module) -> str:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from stepfold.errors import UserError
+from stepfold.maths.policy import Policy
 
 Module = TypeVar("Module", bound=nn.Module)
 Scale = TypeVar("Scale", float, Tensor)
 GuidanceKind = Literal["classifier_free", "embedded", "none"]
-SamplerName = Literal["consistency", "flow", "flow_map"]
+SamplerName = Literal["consistency", "flow", "flow_map", "policy"]
 PictureScore = Callable[[Tensor, Sequence[str]], Tensor]
 """(pictures [M, 3, H, W] in [0, 1] with a graph, prompts [M]) -> scores [M] with a graph to the pictures.
 
@@ -143,12 +144,14 @@ class Student(nn.Module):
         shared: names of parameters and buffers that are the teacher's own, not copies: frozen, and not saved.
         reads_target: whether the student is told two times, t and the target time s.
         can_recompute: whether its blocks are known, so that `recompute_blocks` works.
+        policy: the form of its policy, of a student that gives N F at a time along the channels; None for others.
     """
 
     sampler: SamplerName = "consistency"
     shared: frozenset[str] = frozenset()
     reads_target: bool = False
     can_recompute: bool = False
+    policy: Policy | None = None
 
     @abstractmethod
     def forward(

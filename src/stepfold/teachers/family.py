@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import guide, trigflow_time
-from stepfold.teachers.calls import PipelineCalls
 from stepfold.teachers.contract import Condition, GuidanceKind
+from stepfold.teachers.guiding import Guiding
 from stepfold.teachers.schedules import Schedule, flow_shift, read_flow
 from stepfold.teachers.tokens import TextReader, tokenizer_in, usual_tokens
 
@@ -22,7 +20,7 @@ Predict = Callable[[Any, Tensor, Tensor, Condition, Tensor | None], Tensor]
 """(network, x / sigma_data [B, ...], t [B], condition, guidance scales [B] for a network that embeds them) -> F."""
 
 
-class Family(PipelineCalls):
+class Family(Guiding):
     """Abstract: the answers in which families differ, most with a usual one; `PipelineTeacher` asks for them.
 
     A family sets the first two and says the rest in its methods.
@@ -39,9 +37,9 @@ class Family(PipelineCalls):
         stand_ins: parts whose configs the pipeline's class reads as it is made, even where the part itself comes later.
         picture_output: where a block that gives two streams has that of the picture.
         outputs: channels out for each channel in; with a learned variance 2.
+        head: name of the network's last layer, a linear one with bias, where its config says `out_channels` freely.
         autoencoder_layout: what `to_autoencoder` does, in words that end "which is the last line below, ".
         time_field: field of the network's config, if any, that the network multiplies a time of [0, 1] by.
-        reads_images: whether a condition may hold an image beside the text, as its second text.
         unread: optional parts of the pipeline that are left out.
         rounds: whether the network rounds to bfloat16 within, whatever its weights are.
         video_autoencoder: whether the autoencoder takes videos where the pipeline makes pictures: one frame then.
@@ -52,7 +50,7 @@ class Family(PipelineCalls):
         frames: of a video; 1 where the pipeline makes pictures.
         factor: pixels a latent, along each side.
         schedule: the pipeline's noise schedule.
-        guided_times: lowest and highest time at which classifier-free guidance acts; None for all.
+        velocities: how many the network gives at a time; several only that of a policy student.
     """
 
     pipelines: ClassVar[tuple[type, ...]] = ()
@@ -66,15 +64,14 @@ class Family(PipelineCalls):
     stand_ins: ClassVar[tuple[str, ...]] = ()
     picture_output: ClassVar[int] = -1
     outputs: ClassVar[tuple[int, ...]] = (1,)
+    head: ClassVar[str] = ""
     autoencoder_layout: ClassVar[str] = ""
     time_field: ClassVar[str] = ""
-    reads_images: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
     rounds: ClassVar[bool] = False
     video_autoencoder: ClassVar[bool] = False
     ode: Literal["flow", "trigflow"] = "flow"
     start_time: float = math.pi / 2
-    guided_times: tuple[float, float] | None = None
 
     source: str
     index: dict[str, Any]
@@ -83,6 +80,7 @@ class Family(PipelineCalls):
     frames: int
     factor: int
     schedule: Schedule
+    velocities: int
 
     @classmethod
     def time_scale_of(cls, network: Mapping[str, Any], schedule: Mapping[str, Any]) -> float:
@@ -153,8 +151,9 @@ class Family(PipelineCalls):
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(own, **changes)
         return {self.network_part: network, "scheduler": scheduler}
 
-    def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
-        """What this network can do about guidance, the usual one first."""
+    @classmethod
+    def guidance_kinds(cls, network: Mapping[str, Any], pipeline: Mapping[str, Any]) -> tuple[GuidanceKind, ...]:
+        """What a network can do about guidance, the usual one first; configs are the network's and the pipeline's."""
         return ("classifier_free", "none")
 
     @property
@@ -181,7 +180,7 @@ class Family(PipelineCalls):
             if (value := config.get(field)) not in understood:
                 raise UserError(f"this {name}'s config has {field}={value!r}: {what}; use a plain text-to-image model")
         taken, given = self.network_channels()
-        if given not in [taken * each for each in self.outputs]:
+        if given not in [taken * self.velocities * each for each in self.outputs]:
             raise UserError(
                 f"this {name} takes {taken} channels and gives {given}: it is for editing, or predicts something "
                 "else beside; use a plain text-to-image model"
@@ -226,14 +225,6 @@ class Family(PipelineCalls):
 
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """Prompts as in use -> condition; text encoders are loaded."""
-        raise NotImplementedError
-
-    def with_images(self, texts: Condition, images: Sequence[Tensor] | None) -> Condition:
-        """Texts with an image [3, height, width] in [0, 1] each, of the teacher's own size; None for none."""
-        return replace(texts, second=self.encode_images(torch.stack(list(images)))) if images else texts
-
-    def encode_images(self, images: Tensor) -> Condition:
-        """Images [B, 3, height, width] in [0, 1], of families with `reads_images` -> a condition's second text."""
         raise NotImplementedError
 
     def encode_nothing(self) -> Condition:
@@ -333,45 +324,6 @@ class Family(PipelineCalls):
     def from_autoencoder(self, latents: Tensor) -> Tensor:
         """The inverse of `to_autoencoder`."""
         return latents
-
-    def guided(self, x_unit: Tensor, t: Tensor, without: Tensor, with_prompt: Tensor, weight: Tensor) -> Tensor:
-        """F of the two branches of classifier-free guidance -> F under guidance, as the pipeline does it by default.
-
-        Both predictions are there in full, so a family may rescale token by token, or guide x_0 = cos t x_unit - sin t
-        F and go back. Flow velocities are `formulations.flow_velocity` of F at `flow_state(x_unit, t)`.
-
-        Args:
-            x_unit, t: as of `Predict`.
-            without, with_prompt: F of either branch [B, ...].
-            weight: w [B], `guidance_weight` of the scales.
-        """
-        return guide(without, with_prompt, weight)
-
-    def guide_between(self, lowest: float, highest: float) -> None:
-        """Lets classifier-free guidance act between two flow-matching noise levels alone.
-
-        Reference: arXiv:2404.07724 (guidance in a limited interval), whose levels are EDM's.
-
-        Raises:
-            UserError: this teacher's guidance is not classifier-free.
-        """
-        if self.guidance_kind != "classifier_free":
-            raise UserError(
-                f"teacher.guidance_interval is set, but the guidance of {self.source!r} is {self.guidance_kind}, not "
-                "classifier_free, and cannot be switched off; leave it out"
-            )
-        low, high = trigflow_time(torch.tensor([lowest, highest], dtype=torch.float64)).tolist()
-        self.guided_times = low, high
-
-    def weight_at(self, t: Tensor, guidance: Tensor | None) -> Tensor | None:
-        """Weights w [B] of classifier-free guidance at times t [B]; None where none acts, which costs half."""
-        if guidance is None or self.guidance_kind != "classifier_free":
-            return None
-        weight = self.guidance_weight(guidance)
-        if self.guided_times is None:
-            return weight
-        acts = (t >= self.guided_times[0]) & (t <= self.guided_times[1])
-        return torch.where(acts, weight, 1.0) if acts.any() else None
 
     def usual_guidance(self) -> float:
         """The scale of the pipeline's own call."""

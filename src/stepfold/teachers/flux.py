@@ -1,6 +1,6 @@
 """FLUX.1: flow prediction on latents packed two by two; dev embeds its guidance scale, schnell has none."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -98,6 +98,7 @@ class FluxTeacher(PackedTeacher):
     """FluxPipeline; the student is one too, with guidance embedded as in its teacher."""
 
     pipelines = (FluxPipeline,)
+    head = "proj_out"
     time_module = "time_text_embed"
     readers = ("tokenizer_2",)
     fields: ClassVar[Any] = {"patch_size": ((1,), "the pipeline packs four latents into a token itself")}
@@ -107,10 +108,11 @@ class FluxTeacher(PackedTeacher):
         self.transformer.x_embedder.register_forward_hook(keep_precision)  # a student's copy has it too
         return partial(flux_network, time_scale=self.time_scale)
 
+    @classmethod
     @override
-    def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
+    def guidance_kinds(cls, network: Mapping[str, Any], pipeline: Mapping[str, Any]) -> tuple[GuidanceKind, ...]:
         """Classifier-free guidance is for networks that were tuned back to it; they are told 1 where they embed it."""
-        return ("embedded" if self.transformer.config.guidance_embeds else "none", "classifier_free")
+        return ("embedded" if network["guidance_embeds"] else "none", "classifier_free")
 
     @override
     def own_guidance(self, guidance: float) -> dict[str, Any]:

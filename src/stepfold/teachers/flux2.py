@@ -1,6 +1,6 @@
 """FLUX.2: flow prediction on latents of two-by-two patches; klein is guided by two calls, dev embeds its scale."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -108,8 +108,12 @@ class Flux2Teacher(PatchedLatents):
     time_module = "time_guidance_embed"
     even_ladder = True
     prompt_argument = "prompt"
-    reads_images = True
     fields: ClassVar[Any] = {"patch_size": ((1,), "the pipeline makes patches of the latents itself")}
+
+    @property
+    @override
+    def reads_images(self) -> bool:
+        return True
 
     @override
     def predictor(self) -> Predict:
@@ -120,9 +124,10 @@ class Flux2Teacher(PatchedLatents):
     def of_the_prompt_alone(self) -> list[nn.Module]:
         return [self.transformer.context_embedder]
 
+    @classmethod
     @override
-    def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
-        return ("embedded" if self.transformer.config.guidance_embeds else "none",)
+    def guidance_kinds(cls, network: Mapping[str, Any], pipeline: Mapping[str, Any]) -> tuple[GuidanceKind, ...]:
+        return ("embedded" if network["guidance_embeds"] else "none",)
 
     @override
     def shift_at(self, num_steps: int) -> float:
@@ -184,9 +189,10 @@ class Flux2KleinTeacher(Flux2Teacher):
 
     pipelines = (Flux2KleinPipeline,)
 
+    @classmethod
     @override
-    def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
-        return ("none",) if self.pipe.config.is_distilled else ("classifier_free", "none")
+    def guidance_kinds(cls, network: Mapping[str, Any], pipeline: Mapping[str, Any]) -> tuple[GuidanceKind, ...]:
+        return ("none",) if pipeline.get("is_distilled") else ("classifier_free", "none")
 
     @classmethod
     @override

@@ -85,19 +85,27 @@ def lent(pipe: Any) -> Iterator[str]:
 
 @contextmanager
 def copied(source: str) -> Iterator[None]:
-    """Within it a source that stands for an object stands for a float32 copy of it, whose weights may be changed."""
+    """Within it a source that stands for an object stands for a float32 copy of it on the CPU, to be changed."""
     if (pipe := pipeline_at(source)) is None:
         yield
         return
     own = copy.copy(pipe)
     for name, network in networks(pipe).items():
-        setattr(own, name, copy.deepcopy(network).float())
+        setattr(own, name, on_cpu(network).float())
     compute_afresh([module for network in networks(own).values() for module in network.modules()])
     token = _lent.set({**(_lent.get() or {}), source: own})
     try:
         yield
     finally:
         _lent.reset(token)
+
+
+def on_cpu(network: nn.Module) -> nn.Module:
+    """A copy of a network on the CPU, which takes no memory of its device."""
+    memo: dict[int, Any] = {id(buffer): buffer.to("cpu", copy=True) for buffer in network.buffers()}
+    for weight in network.parameters():
+        memo[id(weight)] = nn.Parameter(weight.detach().to("cpu", copy=True), weight.requires_grad)
+    return copy.deepcopy(network, memo)
 
 
 def networks(pipe: Any) -> dict[str, nn.Module]:

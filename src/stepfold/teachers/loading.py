@@ -155,10 +155,13 @@ def load_teacher(
         null=null,
         loras=[(lora.source, lora.scale) for lora in settings.lora],
         quantised="none" if encodes_only else settings.quantise,
+        encoders_quantised=settings.quantise_encoders,
     )
     if settings.guidance_interval:
         teacher.guide_between(*settings.guidance_interval)
-    if settings.image_column and not teacher.reads_images:
+    if settings.guidance_rule == "zero_star":
+        teacher.guide_from_zero_star()
+    if settings.image_column and not teacher.take_images():
         raise UserError(
             f"teacher.image_column is {settings.image_column!r}, but {type(teacher.pipe).__name__} reads no images "
             "here; leave it out"

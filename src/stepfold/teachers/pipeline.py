@@ -1,8 +1,7 @@
 """What families of diffusers pipelines share as teachers; a family adds how network and encoders are called."""
 
 import inspect
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,14 +12,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError, first_line
-from stepfold.teachers.calls import parts_of, set_parts
+from stepfold.teachers.calls import set_parts
 from stepfold.teachers.contract import NO_NULL, Condition, GuidanceKind, concatenate
-from stepfold.teachers.family import Family, Predict
-from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_network, load_pipeline, part_config
+from stepfold.teachers.family import Predict
+from stepfold.teachers.folders import DEVICE_ERRORS, load_index, load_pipeline, part_config
 from stepfold.teachers.lora_merging import merge_lora
 from stepfold.teachers.once import compute_once, forget
+from stepfold.teachers.parts import PipelineParts
 from stepfold.teachers.quantised import Quantised, quantise
-from stepfold.teachers.safety import is_part
 
 SIGMA_DATA = 0.5
 DECODED_AT_ONCE = 512 * 512  # pixels
@@ -48,7 +47,7 @@ def _under_autocast(
         return predict(network, x_unit, t, condition, guidance)
 
 
-class PipelineTeacher(Family):
+class PipelineTeacher(PipelineParts):
     """A diffusers pipeline, from a folder or a hub id, as a TrigFlow teacher: what all families share."""
 
     def __init__(
@@ -70,6 +69,8 @@ class PipelineTeacher(Family):
         loras: Sequence[tuple[str, float]] = (),
         variant: str | None = None,
         quantised: Quantised = "none",
+        encoders_quantised: Quantised = "none",
+        velocities: int = 1,
     ) -> None:
         """`network_only` leaves text encoders and VAE for when they are needed; it takes the unconditional `null`.
 
@@ -80,7 +81,7 @@ class PipelineTeacher(Family):
         """
         self.source, self.device, self.dtype, self.variant = str(source), torch.device(device), dtype, variant
         self.work_dtype = torch.promote_types(dtype, torch.float32)  # of conditions, and of weights that are trained
-        self.sigma_data = SIGMA_DATA
+        self.sigma_data, self.velocities = SIGMA_DATA, velocities
         self.index = load_index(self.source)
         self.check_index()
         self.pipe: Any = load_pipeline(
@@ -95,7 +96,7 @@ class PipelineTeacher(Family):
         network = quantise(self.whole_network(), quantised, self.lora_blocks, place)
         self.transformer: Any = network.to(place).eval().requires_grad_(False)
         compute_once(self.of_the_prompt_alone())
-        kinds = self.guidance_kinds()
+        kinds = self.guidance_kinds(self.transformer.config, self.pipe.config)
         self.guidance_kind: GuidanceKind = kinds[0] if guidance_kind == "auto" else guidance_kind
         if self.guidance_kind not in kinds:
             raise UserError(
@@ -105,7 +106,7 @@ class PipelineTeacher(Family):
         self.default_guidance = self.usual_guidance()
         self.takes_length = self.length_argument in inspect.signature(self.pipe.__call__).parameters
         self.max_tokens = self.usual_tokens() if max_tokens is None else max_tokens
-        self.null_mask = null_mask
+        self.null_mask, self.encoders_quantised = null_mask, encoders_quantised
         vae = part_config(self.source, self.index, "vae")
         self.factor = self.pixels_a_latent(vae)
         self.check_network(self.autoencoder_channels(vae))
@@ -118,7 +119,6 @@ class PipelineTeacher(Family):
         self.shift = self.shift_at(self.usual_steps())
         self.plain_predict = self.predictor()
         self.predict = in_precision(self.plain_predict, dtype)
-
         parts = self.feature_parts()
         count = min(NUM_FEATURES, len(parts))
         chosen = [parts[(i + 1) * len(parts) // count - 1] for i in range(count)]
@@ -168,32 +168,10 @@ class PipelineTeacher(Family):
         self._load_text_encoders()
         return self.encode_nothing()
 
-    def _text_encoders(self) -> list[str]:
-        return [part for part, spec in self.index.items() if is_part(spec) and spec[0] and part[:12] == "text_encoder"]
-
-    def _read_text_encoders(self) -> None:
-        for name in self._text_encoders():
-            if getattr(self.pipe, name) is None:
-                setattr(self.pipe, name, self._read_network(name))
-
-    def _read_network(self, part: str) -> Any:
-        return load_network(self.source, part, self.index[part], self.dtype, self.variant)
-
-    def _load_text_encoders(self) -> None:
-        self._read_text_encoders()
-        for name in self._text_encoders():
-            getattr(self.pipe, name).to(self.device).eval().requires_grad_(False)
-
     @property
     def null_condition(self) -> Condition | None:
         """The unconditional branch's condition, one row, untrimmed; None for teachers without such a branch."""
         return self._null
-
-    @override
-    def park_text_encoder(self) -> None:
-        for name in self._text_encoders():
-            if (encoder := getattr(self.pipe, name)) is not None:
-                encoder.to("cpu")
 
     @override
     def clear_prompt_cache(self) -> None:
@@ -226,7 +204,7 @@ class PipelineTeacher(Family):
             x_unit = x / self.sigma_data
             weight = self.weight_at(t, guidance)
             if weight is not None:
-                F = self.guided(x_unit, t, *self._branches(x_unit, t, condition), weight)
+                F = self.guided_branches(x_unit, t, *self._branches(x_unit, t, condition), weight)
             else:
                 F = self._unguided(x_unit, t, condition, torch.ones_like(t) if guidance is None else guidance)
             return (self.sigma_data * F).to(x.dtype)
@@ -306,18 +284,6 @@ class PipelineTeacher(Family):
                 handle.remove()
         return maps
 
-    def _read_vae(self) -> Any:
-        if self.pipe.vae is None:
-            self.pipe.vae = self._read_network("vae")
-        return self.pipe.vae
-
-    def _vae(self) -> Any:
-        return self._read_vae().to(self.device).eval().requires_grad_(False)
-
-    def autoencoder_scale(self) -> tuple[Any, Any]:
-        """`latent_scale` of the pipeline's own autoencoder."""
-        return self.latent_scale(self._read_vae())
-
     def autoencoder_latents(self, unit: Tensor) -> Tensor:
         """Unit latents [B, ...] as the autoencoder decodes them."""
         scale, offset = self.autoencoder_scale()
@@ -327,10 +293,6 @@ class PipelineTeacher(Family):
         """The inverse of `autoencoder_latents`."""
         scale, offset = self.autoencoder_scale()
         return (self.from_autoencoder(latents) - offset) * scale
-
-    @override
-    def release_decoder(self) -> None:
-        self.pipe.vae = None
 
     @override
     def decode(self, x0: Tensor, batch: int | None = None, *, with_gradient: bool = False) -> Tensor:
@@ -378,22 +340,3 @@ class PipelineTeacher(Family):
             return self.latents_of(self.pipe, prompts, draws, **call)
         finally:
             set_parts(self.pipe, old)
-
-    def save_retimed(self, network: Any, folder: Path) -> None:
-        """Writes this teacher with a network that reads times of [0, 1] in the place of its own."""
-        self.write_pipeline(type(self.pipe), lambda: parts_of(self.pipe) | self.retimed_parts(network), folder)
-
-    def write_pipeline(self, kind: Any, parts: Callable[[], dict[str, Any]], folder: Path) -> None:
-        """Writes a pipeline folder.
-
-        Args:
-            kind: the pipeline's class.
-            parts: called when text encoders and autoencoder have been read.
-            folder: made if it does not exist.
-        """
-        self._read_vae()
-        self._read_text_encoders()
-        kind(**parts()).save_pretrained(folder, safe_serialization=True)
-        if extras := self.index_extras():
-            index = folder / "model_index.json"
-            index.write_text(json.dumps(json.loads(index.read_text(encoding="utf-8")) | extras, indent=2) + "\n")

@@ -128,7 +128,7 @@ def quantise(
 
     Args:
         network: frozen.
-        kind: how; `none` leaves it.
+        kind: how; `none` leaves it, and layers that are quantised already stay as they are.
         blocks: parts of the names of its blocks.
         device: where each layer goes, one after the other.
         columns: layers whose inputs are no multiple of it stay as they are.
@@ -136,7 +136,10 @@ def quantise(
     layers = {
         name: layer
         for name, layer in network.named_modules()
-        if isinstance(layer, nn.Linear) and any(part in name for part in blocks) and layer.in_features % columns == 0
+        if isinstance(layer, nn.Linear)
+        and not isinstance(layer, QuantisedLinear)
+        and any(part in name for part in blocks)
+        and layer.in_features % columns == 0
     }
     for name, layer in layers.items() if kind != "none" else ():
         network.set_submodule(name, quantised_layer(layer, kind, device))

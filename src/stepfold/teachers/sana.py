@@ -64,6 +64,7 @@ class GemmaTexts(PipelineTeacher):
 
     lowers = True
     text_options: ClassVar[dict[str, Any]] = {"do_classifier_free_guidance": False}
+    fixed_options: ClassVar[Any] = {"use_resolution_binning": False}
 
     @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
@@ -104,10 +105,6 @@ class GemmaTexts(PipelineTeacher):
             parts += [part for part in (attention.to_k, attention.to_v, attention.norm_k) if part is not None]
         return parts
 
-    @override
-    def call_options(self) -> dict[str, Any]:
-        return {"use_resolution_binning": False}
-
 
 class SanaTeacher(GemmaTexts):
     """SanaPipeline.
@@ -117,6 +114,7 @@ class SanaTeacher(GemmaTexts):
     """
 
     pipelines = (SanaPipeline,)
+    head = "proj_out"
     fields: ClassVar[Any] = {"guidance_embeds": ((False, None), "SanaPipeline does not tell it the guidance")}
 
     @classmethod
@@ -148,9 +146,10 @@ class SanaTeacher(GemmaTexts):
         network.register_to_config(timestep_scale=self.transformer.config.timestep_scale / self.time_scale)
         return {self.network_part: network}
 
+    @classmethod
     @override
-    def guidance_kinds(self) -> tuple[GuidanceKind, ...]:
-        return ("embedded",) if self.transformer.config.guidance_embeds else ("classifier_free", "none")
+    def guidance_kinds(cls, network: Mapping[str, Any], pipeline: Mapping[str, Any]) -> tuple[GuidanceKind, ...]:
+        return ("embedded",) if network["guidance_embeds"] else ("classifier_free", "none")
 
     @property
     @override
@@ -216,6 +215,7 @@ class SprintTeacher(SanaTeacher):
     """SanaSprintPipeline: TrigFlow, time on [0, 1], guidance embedded; the student is one too."""
 
     pipelines = (SanaSprintPipeline,)
+    head = ""
     fields: ClassVar[Any] = {"guidance_embeds": ((True,), "SanaSprintPipeline tells it the guidance")}
     text_options: ClassVar[dict[str, Any]] = {}
 

@@ -36,6 +36,7 @@ class SD3Teacher(PipelineTeacher):
     """StableDiffusion3Pipeline; the student is one too, and needs no guidance."""
 
     pipelines = (StableDiffusion3Pipeline,)
+    head = "proj_out"
     time_module = "time_text_embed"
     readers = ("tokenizer_3", "tokenizer")
 

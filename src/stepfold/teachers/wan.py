@@ -1,21 +1,24 @@
-"""Wan 2.1 and 2.2, text to video: flow prediction, classifier-free guidance; latents [B, C, F, H, W]."""
+"""Wan 2.1 and 2.2, to videos from a text, and from a first frame: flow prediction; latents [B, C, F, H, W]."""
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers import WanPipeline
+from diffusers import WanImageToVideoPipeline, WanPipeline
 from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import flow_prediction, flow_time
-from stepfold.teachers.calls import OwnLevels, by_equal_factors
+from stepfold.maths.formulations import flow_prediction, flow_time, unsqueeze_like
+from stepfold.teachers.calls import OwnLevels, by_equal_factors, parts_of
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.experts import Experts
 from stepfold.teachers.family import Predict
 from stepfold.teachers.video import VideoTeacher
+
+LEAST_LEVEL = 1e-6
+"""Noise level below which a velocity to a first frame is not divided further."""
 
 
 def wan_network(
@@ -25,16 +28,32 @@ def wan_network(
 
     It attends to padding, which is zero up to `tokens` positions. It is told one time a sample; Wan 2.2's pipeline of
     text and images tells it to every token, and without an image they are all that one.
+
+    The condition's second text is a first frame: its clean latents take the place of the state's, at time 0, and the
+    velocity there leads to them.
     """
     real = condition.embeds * condition.mask[..., None].to(condition.embeds.dtype)
+    frames, height, width = x_unit.shape[2:]
+    first = None
+    if condition.second is not None:
+        first = condition.second.embeds.to(x_unit.dtype).mT.unflatten(2, (1, height, width))
 
     def velocity(x_flow: Tensor, t_flow: Tensor) -> Tensor:
-        return transformer(
-            hidden_states=x_flow,
-            timestep=1000 * t_flow,
+        seen, times = x_flow, 1000 * t_flow
+        if first is not None:
+            seen = torch.cat([first, x_flow[:, :, 1:]], 2)
+            later = torch.arange(frames, device=t_flow.device).clamp(max=1).repeat_interleave(height * width // 4)
+            times = times[:, None] * later
+        made = transformer(
+            hidden_states=seen,
+            timestep=times,
             encoder_hidden_states=nn.functional.pad(real, (0, 0, 0, tokens - real.shape[1])),
             return_dict=False,
         )[0]
+        if first is None:
+            return made
+        to_first = (x_flow[:, :, :1] - first) / unsqueeze_like(t_flow, x_flow).clamp(min=LEAST_LEVEL)
+        return torch.cat([to_first, made[:, :, 1:]], 2)
 
     return flow_prediction(x_unit, t, velocity)
 
@@ -52,9 +71,12 @@ def anyflow_classes() -> tuple[Any, Any, Any]:
 
 
 class WanTeacher(OwnLevels, VideoTeacher):
-    """WanPipeline; the student is one too, of as many networks, without guidance. Pictures of it are filmstrips."""
+    """WanPipeline; the student is one too, of as many networks, without guidance. Pictures of it are filmstrips.
 
-    pipelines = (WanPipeline,)
+    With first frames it is WanImageToVideoPipeline, which takes the parts of Wan 2.2 TI2V-5B.
+    """
+
+    pipelines = (WanPipeline, WanImageToVideoPipeline)
     fields: ClassVar[Any] = {
         "image_dim": ((None,), "it reads an image beside the text"),
         "added_kv_proj_dim": ((None,), "it reads an image beside the text"),
@@ -62,7 +84,12 @@ class WanTeacher(OwnLevels, VideoTeacher):
 
     @override
     def check_index(self) -> None:
-        """Refuses a second network without a boundary, which its pipeline never calls, and the reverse."""
+        """Refuses a second network without a boundary, which its pipeline never calls, and images in more channels."""
+        if self.index.get("_class_name") == WanImageToVideoPipeline.__name__ and not self.index.get("expand_timesteps"):
+            raise UserError(
+                f"teacher {self.source!r} is a WanImageToVideoPipeline whose network reads images in channels of their "
+                "own; give a WanPipeline, or Wan 2.2 TI2V-5B"
+            )
         second, _ = self.index.get("transformer_2") or (None, None)
         if bool(second) != (self.index.get("boundary_ratio") is not None):
             raise UserError(
@@ -115,7 +142,40 @@ class WanTeacher(OwnLevels, VideoTeacher):
 
     @override
     def time_part(self, network: Any) -> str | None:
-        return None if isinstance(network, Experts) else "condition_embedder.time_embedder"
+        """None where there are several times: of two networks, and of a first frame's tokens."""
+        several = isinstance(network, Experts) or self.reads_images
+        return None if several else "condition_embedder.time_embedder"
+
+    @property
+    @override
+    def reads_images(self) -> bool:
+        return isinstance(self.pipe, WanImageToVideoPipeline)
+
+    @override
+    def take_images(self) -> bool:
+        """Puts the parts of a pipeline that tells each token its time into the class that is shown first frames.
+
+        Raises:
+            UserError: it is trained at other sizes than theirs.
+        """
+        if not (self.reads_images or self.index.get("expand_timesteps")):
+            return False
+        if other := [shape for shape in self.latent_shapes if shape != self.latent_shape]:
+            height, width = (self.factor * side for side in other[0][-2:])
+            raise UserError(
+                f"first frames are {self.height} x {self.width}, and teacher.sizes has {height} x {width}; leave out "
+                "teacher.sizes"
+            )
+        if not self.reads_images:
+            self.pipe = WanImageToVideoPipeline(**parts_of(self.pipe))
+            self.pipe.set_progress_bar_config(disable=True)
+        return True
+
+    @override
+    def encode_images(self, images: Tensor) -> Condition:
+        """Tokens of the clean latents of a video of one frame."""
+        latents = super(VideoTeacher, self).encode_pictures(images.unsqueeze(2)) / self.sigma_data
+        return Condition.whole(latents.flatten(2).mT)
 
     @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 from stepfold.errors import UserError
+from stepfold.students.policy import head_of
 from stepfold.students.whole import time_part
 from stepfold.teachers.pipeline import PipelineTeacher
 
@@ -25,6 +26,7 @@ def allowed_methods(teacher: PipelineTeacher, tangent: str) -> dict[str, str]:
         "Sana-Sprint, LADD (adversarial)": f"yes: heads read {len(teacher.feature_widths)} feature maps of the network",
         "sCM over images": over_images(teacher),
         "reward": reward(teacher),
+        "pi-Flow (a policy)": policy(teacher),
         "LoRA student": lora(teacher),
     }
 
@@ -87,6 +89,14 @@ def over_images(teacher: PipelineTeacher) -> str:
 def reward(teacher: PipelineTeacher) -> str:
     """Whether a student's pictures can be scored by a CLIP."""
     return no("this teacher makes videos") if teacher.frames > 1 else "yes: a gradient comes through its decoder"
+
+
+def policy(teacher: PipelineTeacher) -> str:
+    """Whether a student can give several velocities at a time."""
+    try:
+        return f"yes: {head_of(teacher)}, the network's last layer, can be made several times as wide"
+    except UserError as error:
+        return no(str(error))
 
 
 def lora(teacher: PipelineTeacher) -> str:

@@ -74,7 +74,7 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
     """
     if settings.quantise != "none" and not lora:
         raise UserError(f"--quantise {settings.quantise} leaves no weights to train; add --lora 64")
-    plain = plain_velocity(settings, device) if settings.quantise != "none" else None
+    plain = plain_velocity(settings, device) if rounded_parts(settings) else None
     teacher = load_teacher(settings, device)
     student = lora_student(teacher, lora) if lora else new_student(teacher)
     prompts = (teacher.examples or PROMPTS)[:TRIED]
@@ -95,7 +95,7 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
     agree, size = tangents
     return [
         *own_loop(teacher, prompts, condition, guidance),
-        *quantised_velocity(teacher, settings.quantise, plain),
+        *quantised_velocity(teacher, settings, plain),
         same_network(teacher, student, pairs),
         agree,
         chosen_backend(student, condition.rows(slice(0, 1)), teacher.latent_shape, config, lora),
@@ -170,21 +170,27 @@ def velocity_at(teacher: PipelineTeacher) -> Tensor:
 def plain_velocity(settings: TeacherSettings, device: str) -> Tensor | None:
     """`velocity_at` of the weights as they are; None where the device has no room for them."""
     try:
-        return velocity_at(load_teacher(settings.model_copy(update={"quantise": "none"}), device))
+        return velocity_at(load_teacher(settings.plain(), device))
     except torch.OutOfMemoryError:
         return None
     finally:
         gc.collect()
 
 
-def quantised_velocity(teacher: PipelineTeacher, kind: str, plain: Tensor | None) -> list[Finding]:
+def rounded_parts(settings: TeacherSettings) -> dict[str, str]:
+    """Part of a teacher that is quantised -> how."""
+    kinds = {"weights": settings.quantise, "text encoders": settings.quantise_encoders}
+    return {part: kind for part, kind in kinds.items() if kind != "none"}
+
+
+def quantised_velocity(teacher: PipelineTeacher, settings: TeacherSettings, plain: Tensor | None) -> list[Finding]:
     """How far quantised weights lead from the plain ones; nothing of a teacher that has these."""
-    if kind == "none":
+    if not (parts := rounded_parts(settings)):
         return []
-    check = f"velocity with {kind} weights"
+    check = "velocity with " + " and ".join(f"{kind} {part}" for part, kind in parts.items())
     if plain is None:
         return [Finding(check, "not run: the plain weights do not fit beside it", "any", True)]
-    error, most = median_relative(velocity_at(teacher), plain), QUANTISED[kind]
+    error, most = median_relative(velocity_at(teacher), plain), sum(QUANTISED[kind] for kind in parts.values())
     return [Finding(check, f"relative difference {error:.1e} from the plain ones", f"<= {most:g}", error <= most)]
 
 

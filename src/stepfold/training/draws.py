@@ -16,6 +16,7 @@ from stepfold.maths.routes import (
     random_route,
     random_times,
     reference_route,
+    u_shaped_times,
 )
 from stepfold.prompts.reading import Prompts, shuffled_index
 from stepfold.randomness import Draws, normal, send, uniform
@@ -124,7 +125,7 @@ def guidance_scales(config: Config, teacher: Teacher) -> tuple[float, ...]:
     if len(set(scales)) > 1 and not reads:
         raise UserError(
             f"space.guidance has {len(set(scales))} scales, but this student's network takes none, so it "
-            f"could not tell them apart; give one, for example --set space.guidance=[{usual:g}]"
+            f"could not tell them apart; give one, for example --set 'space.guidance=[{usual:g}]'"
         )
     return scales
 
@@ -160,13 +161,17 @@ def draw_times(
 ) -> Tensor:
     """As many times [M], falling, as a walk would keep: one from each cell of the reference ladder, or independent.
 
-    They are shared by the prompts of a batch unless `route_per` is `prompt`.
+    They are shared by the prompts of a batch unless `route_per` is `prompt`. Of `space.times=noise` it is one.
     """
     count = pairs_per_prompt(space.route_steps, space.keep_first)
-    if space.route == "reference":
+    if space.times == "noise":
+        return torch.full((1,), at_most(start_time, torch.float32))
+    if space.route == "reference" and space.times == "route":
         return draw_route(space, seed, number, sample, sigma_data, start_time)[-count:]
     key = ("times of step", number) if space.route_per == "step" else ("times of sample", sample)
-    if space.route == "logit_normal":
+    if space.times == "u_shaped":
+        times = u_shaped_times(uniform((count,), seed, *key), start_time)
+    elif space.route == "logit_normal":
         numbers = normal((count,), seed, *key)
         times = logit_normal_times(numbers, sigma_data, space.logit_mean, space.logit_std, start_time)
     else:

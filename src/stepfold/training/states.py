@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stepfold import randomness
 from stepfold.config import Config
+from stepfold.errors import UserError
 from stepfold.maths.formulations import equivalent_noise
 from stepfold.maths.routes import random_ladder
 from stepfold.objectives.contract import Networks
@@ -17,6 +18,7 @@ from stepfold.spaces.anchor import anchored_pairs
 from stepfold.spaces.coupling import coupled_pairs
 from stepfold.spaces.diffusion import noised_pairs
 from stepfold.spaces.generation import Trajectory, brightness_filter, pairs_from, walk
+from stepfold.spaces.policy import policy_states
 from stepfold.spaces.prior import prior_states
 from stepfold.spaces.records import States, pairs_per_prompt
 from stepfold.spaces.rollout import rolled_states, rollout_length
@@ -250,6 +252,32 @@ def rollout(batch: Batch, condition: Condition, networks: Networks, config: Conf
     )  # fmt: skip
 
 
+def from_policy(start: Start) -> States:
+    """Policy space: the student's own policy from noise on, and the teacher's velocities at its states."""
+    batch, networks, part = start.batch, start.networks, start.config.policy
+    student, teacher = networks.student, networks.teacher
+    if student.policy is None:
+        raise UserError(
+            "objective=policy needs a student that gives several F at a time, and this one gives one; give a pipeline "
+            "of Sana, Stable Diffusion 3 or FLUX.1, or another objective"
+        )
+    times = [min(time, batch.start_time) for time in teacher.student_times(part.steps, "policy")]
+
+    def heads(x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        with networks.precision():
+            F = student(x / teacher.sigma_data, t, condition, guidance)
+        return teacher.sigma_data * F.to(x.dtype)
+
+    def velocity(x: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
+        with networks.walk_precision():
+            return teacher.velocity(x, t, condition, guidance)
+
+    uniform = batch.draws.uniform("policy states", (part.steps, part.states))
+    return policy_states(
+        heads, velocity, student.policy, batch.noise(), times, uniform, start.condition, batch.guidance
+    )  # fmt: skip
+
+
 SPACES: dict[str, Callable[[Start], States]] = {
     "generation": from_walk,
     "endpoints": from_clean,
@@ -258,15 +286,20 @@ SPACES: dict[str, Callable[[Start], States]] = {
     "prior": from_prior,
     "rollout": from_rollout,
     "anchor": from_anchor,
+    "policy": from_policy,
 }
 """All sample spaces by the names that settings call them."""
 FROM_WALKS = {"generation", "endpoints", "coupling"}
 FROM_CLEAN = FROM_WALKS | {"images"}
-WITHOUT_TARGETS = {"rollout", "anchor"}
+WITHOUT_TARGETS = {"rollout", "anchor", "policy"}
 """Spaces whose target times do not come from `target`."""
 
 
 def states_per_prompt(space: str, config: Config) -> int:
     """How many states a space has of each prompt."""
+    if space == "policy":
+        return config.policy.steps
+    if space == "coupling" and config.space.times == "noise":
+        return 1
     draws = 1 if space in WITHOUT_TARGETS else config.target.draws
     return draws * (pairs_per_prompt(config.space.route_steps, config.space.keep_first) if space in FROM_CLEAN else 1)

@@ -19,6 +19,7 @@ from stepfold.objectives.identity import identity_loss
 from stepfold.objectives.lagrange import lagrange_loss
 from stepfold.objectives.matching import matching_loss
 from stepfold.objectives.pair import pair_loss
+from stepfold.objectives.policy import policy_loss
 from stepfold.objectives.reward import reward_loss
 from stepfold.objectives.semigroup import semigroup_loss
 from stepfold.objectives.velocity import velocity_loss
@@ -41,6 +42,7 @@ OBJECTIVES: dict[str, Objective] = {
     "matching": matching_loss,
     "decoupled": decoupled_loss,
     "identity": identity_loss,
+    "policy": policy_loss,
     "reward": reward_loss,
 }
 """All objectives by the names that settings call them."""

@@ -1,0 +1,357 @@
+"""The method of a run that names none: a rule on teacher, machine and aim, its reasons, and the alternatives' cost."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stepfold.config import Config, TeacherSettings
+    from stepfold.teachers.contract import GuidanceKind
+
+SAMPLING_STEPS = (1, 2, 4, 8)
+ROOM = 0.8
+"""Share of a device's memory for weights and states; activations add 11 and 17% to Sana 1.6B's and 0.6B's, counted."""
+ENOUGH = 0.2
+"""Share of a preset's steps below which a run is called short: on the bundled model it brings most of the quality."""
+LARGE = 5.0
+"""Billions of parameters from which a backward pass has one state: activations of such a network are not counted."""
+FRAMES = 33
+"""Of a video, as the video families' presets have it."""
+RANK = 64
+BYTES = {"none": 2.0, "int8": 1.0, "nf4": 0.5625}
+"""`teacher.quantise` -> bytes a weight of the blocks' linear layers, for a LoRA student."""
+QUANTISED = {
+    "whole": "",
+    "none": "",
+    "int8": ", with the teacher in int8: its velocity is off by 0.9%",
+    "nf4": ", with the teacher in nf4: its velocity is off by 14%",
+}
+WHOLE_BYTES, LORA_BYTES = 18, 20
+"""A parameter that is trained, with its teacher's, gradient, average and moments: CAME's one, AdamW's two."""
+FLOW_MAP = {
+    "objective": "discrete",
+    "student.times": "two",
+    "target.rule": "edge",
+    "target.segments": "{1: 0.5, 2: 0.1, 4: 0.2, 8: 0.2}",
+    "target.draws": "2",
+    "space.kind": "generation",
+    "space.keep_first": "true",
+}
+FOLDED = "Plain diffusers and ComfyUI take it after `stepfold export --steps 8`, of a LoRA of rank 7 or more."
+ALL_WEIGHTS = {"student.lora": "0", "optimiser.name": "came", "optimiser.lr": "1.0e-5"}
+"""All weights in place of a four-step preset's LoRA."""
+ALONE = {"space.kind": "generation"}
+BOTH = {"space.kind": "{generation: 1, endpoints: 1}"}
+PRESETS = {
+    "StableDiffusionXLPipeline": "sdxl-lora-4step",
+    "StableDiffusion3Pipeline": "sd3-lora-4step",
+    "FluxPipeline": "flux-lora-4step",
+    "SanaPipeline": "sana-lora-4step",
+    "Lumina2Pipeline": "lumina2-lora-4step",
+    "Flux2KleinPipeline": "flux2-klein-lora-4step",
+    "ZImagePipeline": "z-image-lora-4step",
+    "QwenImagePipeline": "qwen-image-lora-4step",
+    "ChromaPipeline": "chroma-lora-4step",
+}
+"""Pipeline -> its family's four-step preset; see `family_preset` for those of which one class has several sizes."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rule reads.
+
+    Attributes:
+        preset: the four-step preset of the teacher's family.
+        counts_to: the largest timestep of its network, 1 or 1000.
+        guidance: its kind.
+        gib: counted weights and states of a run: `whole`, where all weights are trained; and for a LoRA by the names of
+            `BYTES`, which a pipeline without LoRAs lacks.
+        memory_gib: of the device.
+        second_time: whether its network can be told a target time.
+        steps: sampling steps that the student is for.
+        hours: that the run may take; None for any.
+        full_hours: `whole` and `lora` -> hours of all their preset's steps, counted from measured ones; None before.
+        fixed_hours: of a run's start and evaluation, which take as long however many steps there are.
+        billions: of the network's parameters.
+        video: whether it makes videos.
+        no_lora: why no LoRA can be; empty where one can.
+    """
+
+    preset: str
+    counts_to: float
+    guidance: "GuidanceKind"
+    gib: Mapping[str, float]
+    memory_gib: float
+    second_time: bool = True
+    steps: int = 4
+    hours: float | None = None
+    full_hours: Mapping[str, float] | None = None
+    fixed_hours: float = 0.0
+    billions: float = 0.0
+    video: bool = False
+    no_lora: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the rule says.
+
+    Attributes:
+        preset: of the teacher's family, to start from.
+        changes: settings besides that differ from the preset's, by their names.
+        method: in a few words.
+        reasons: a line each.
+        share: of the preset's steps that the hours are enough for, in (0, 1].
+    """
+
+    preset: str
+    changes: Mapping[str, str]
+    method: str
+    reasons: tuple[str, ...] = ()
+    share: float = 1.0
+
+    @property
+    def words(self) -> str:
+        """The preset and its changes, as options."""
+        return " ".join([f"--preset {self.preset}", *(f"--set {quoted(k, v)}" for k, v in self.changes.items())])
+
+
+def quoted(key: str, value: str) -> str:
+    """`key=value`, as a shell takes it."""
+    return f"'{key}={value}'" if set(value) & set("{[ ") else f"{key}={value}"
+
+
+def choose(facts: Facts) -> Choice:
+    """The rule; every number in its words is the bundled teacher's, from docs/lab-log.md."""
+    whole, why = trains_all(facts)
+    changes, method, how = method_of(facts)
+    more, memory = room_for(facts, whole)
+    share, time = time_for(facts, whole)
+    changes |= (ALL_WEIGHTS if whole else {}) | more
+    method = f"{method}, all weights" if whole else method
+    return Choice(facts.preset, beyond(facts.preset, changes), method, (how, f"{why} {memory}", *time), share)
+
+
+def beyond(preset: str, changes: Mapping[str, str]) -> dict[str, str]:
+    """The changes that a preset does not have already."""
+    have, with_them = (settings_of(preset, each) for each in ((), tuple(f"{key}={changes[key]}" for key in changes)))
+    return {key: value for key, value in changes.items() if have[key] != with_them[key]}
+
+
+@cache
+def settings_of(preset: str, changes: tuple[str, ...]) -> dict[str, Any]:
+    """Dotted name -> value of a preset's settings, changed, for a teacher of one's own; of sections and their keys."""
+    from stepfold.config import load_config
+
+    values = load_config(preset, changes, teacher__source="x/y", prompts="").model_dump()
+    sections = {name: inner for name, inner in values.items() if isinstance(inner, dict)}
+    return values | {f"{name}.{key}": value for name, inner in sections.items() for key, value in inner.items()}
+
+
+def trains_all(facts: Facts) -> tuple[bool, str]:
+    """Whether the student has all weights of its own, and why."""
+    if "none" not in facts.gib:
+        return True, f"All weights are trained{f', since {facts.no_lora}' if facts.no_lora else ''}."
+    if math.isinf(facts.gib["whole"]):
+        return False, "A LoRA, as asked for."
+    if facts.steps > 1:
+        return False, "A LoRA, which was better than all weights at two and four steps (one seed)."
+    if facts.gib["whole"] > ROOM * facts.memory_gib:
+        return False, f"A LoRA: all weights need {facts.gib['whole']:.1f} GiB."
+    if facts.hours and facts.full_hours and facts.hours - facts.fixed_hours < ENOUGH * facts.full_hours["whole"]:
+        return False, "A LoRA: the hours are less than a fifth of what all weights take."
+    said = "All weights, at one step three points better than a LoRA (AdamW at 4e-4: 85.8 against 82.8%, one seed)."
+    return True, said
+
+
+def method_of(facts: Facts) -> tuple[dict[str, str], str, str]:
+    """Settings of objective and space, what they are in a few words, and why."""
+    eight = {"evaluation.steps": "[8, 4, 2, 1]"} if facts.steps == 8 else {}
+    if facts.steps == 8 and facts.second_time:
+        told = "68, 92, 93 and 93% at one, two, four and eight steps as a LoRA, and 91% at eight with all weights"
+        return FLOW_MAP | eight, "flow map", f"A flow map with discrete targets: {told} (one seed). {FOLDED}"
+    if facts.steps == 1:
+        said = "Discrete consistency on trajectories: 83.9% at one step (three seeds), continuous 77.8% (one seed)."
+        return {"objective": "discrete"} | ALONE, "discrete, trajectories", said
+    untold = "The network cannot be told a target time, so this is no flow map; eight steps are not measured. "
+    before = untold if eight else ""
+    if facts.counts_to < 10:
+        ends = "Continuous consistency, since timesteps are in [0, 1], with noised ends: at four steps 92%, without 83%"
+        return eight | BOTH, "continuous, with noised ends", f"{before}{ends} (three seeds, all weights)."
+    start = f"{before}Discrete consistency: with timesteps in [0, 1000] dF/dt is large, which a tangent cannot use."
+    said = (
+        f"{start} Trajectories alone: 90, 89 and 81% at four, two and one steps; with noised ends, in about the same "
+        "time, 92, 86 and 75% (LoRA, one seed)."
+    )
+    return eight | ALONE, "discrete, trajectories", said
+
+
+def room_for(facts: Facts, whole: bool) -> tuple[dict[str, str], str]:
+    """Settings that this network and this memory ask for, and what weights and states take."""
+    room = ROOM * facts.memory_gib
+    fitting = next((kind for kind in BYTES if facts.gib.get(kind, room + 1) <= room), "nf4")
+    kind = "whole" if whole else fitting
+    taken = facts.gib[kind]
+    end = "" if taken <= room else "; it may not fit, which `stepfold plan` tries out"
+    words = f"Weights and states take {taken:.1f} GiB of {facts.memory_gib:.1f} (counted){QUANTISED[kind]}{end}."
+    changes = {} if kind in ("whole", "none") else {"teacher.quantise": kind}
+    if facts.video or facts.billions >= LARGE:
+        changes["training.micro_batch"] = "1"
+        words += " Activations are not counted, so a backward pass has one state."
+    if facts.video:
+        changes["teacher.frames"] = str(FRAMES)
+        words += f" Videos have {FRAMES} frames."
+    if facts.guidance == "none":
+        changes["space.guidance"] = "null"  # a family's preset has a scale, which this network cannot be told
+    return changes, words
+
+
+def time_for(facts: Facts, whole: bool) -> tuple[float, tuple[str, ...]]:
+    """The share of the preset's steps that the hours are enough for, and a line about it."""
+    if facts.hours is None or not facts.full_hours:
+        return 1.0, ()
+    full = facts.full_hours["whole" if whole else "lora"]
+    share = min(1.0, (facts.hours - facts.fixed_hours) / full)
+    if share == 1:
+        taken = f"{full + facts.fixed_hours:.2g} h (counted), which fit into {facts.hours:g} h"
+        return share, (f"All steps of the preset take {taken}.",)
+    short = "" if share >= ENOUGH else ", which is short: a fifth brought most of the quality"
+    return share, (f"{facts.hours:g} h are enough for {share:.0%} of the preset's steps{short}.",)
+
+
+def alternatives(facts: Facts) -> list[Choice]:
+    """The choice, those for other numbers of steps, all weights for one and four, and the family's preset as it is."""
+    free = replace(facts, hours=None)
+    found = [choose(facts), *(choose(replace(free, steps=steps)) for steps in (1, 4, 8))]
+    if math.isfinite(facts.gib["whole"]):
+        all_weights = replace(free, gib={"whole": facts.gib["whole"]})
+        found += [choose(replace(all_weights, steps=steps)) for steps in (1, 4)]
+    if "none" in facts.gib:
+        changes = beyond(facts.preset, room_for(facts, False)[0])
+        found.append(Choice(facts.preset, changes, "the preset as it is"))
+    different: dict[Any, Choice] = {}
+    for choice in found:
+        different.setdefault(frozenset(choice.changes.items()), choice)
+    return list(different.values())
+
+
+def passes(config: "Config", guidance: "GuidanceKind") -> int:
+    """Forward passes of one image in a step of trajectories or noised ends; a backward pass counts as two.
+
+    The student's: forward, backward, the blocks once more with `training.checkpointing`, and one for the tangent, or
+    for a discrete target that no other state gives.
+
+    Args:
+        config: the settings, with an objective that is not auto.
+        guidance: the teacher's; classifier-free guidance calls it twice.
+    """
+    from stepfold.training.states import states_per_prompt
+
+    space, training, target = config.space, config.training, config.target
+    prompts, calls = training.prompts_per_step, 2 if guidance == "classifier_free" else 1
+    teacher, student = -(-calls * prompts * space.route_steps // space.reuse), 0
+    for name in space.weights:
+        states = prompts * states_per_prompt(name, config)
+        walk = states // (prompts * target.draws)
+        shared = name == "generation" and target.shared and not training.micro_batch % walk
+        own = 0 if config.objective == "discrete" and shared else 1
+        student += states * (3 + own + training.checkpointing)
+        teacher += calls * states // target.draws if name == "endpoints" else 0
+    return teacher + student
+
+
+def family_preset(index: Mapping[str, Any], network: Mapping[str, Any]) -> str:
+    """The four-step preset of a pipeline's family, `lora-4step` where it has none.
+
+    Args:
+        index: its model_index.json.
+        network: its network's config.
+    """
+    name = str(index.get("_class_name"))
+    if name == "StableDiffusionPipeline" and network.get("sample_size") == 64:
+        return "sd1-lora-4step"
+    if name == "WanPipeline":
+        return "wan22-ti2v-lora-4step" if index.get("expand_timesteps") else "wan-lora-4step"
+    return PRESETS.get(name, "lora-4step")
+
+
+def read_facts(teacher: "TeacherSettings", lora: int | None, steps: int, hours: float | None, device: str) -> Facts:
+    """What the rule reads of a teacher, from its configs alone, and of this machine.
+
+    Args:
+        teacher: its settings.
+        lora: rank that the user asks for; 0 for all weights, None for no wish.
+        steps, hours, device: of the run.
+
+    Raises:
+        UserError: there is no such teacher.
+    """
+    import torch
+
+    from stepfold.jobs.devices import usable_device
+    from stepfold.teachers.family import Family
+    from stepfold.teachers.folders import load_index, part_config, unloadable, without_weights
+    from stepfold.teachers.loading import family_of, place_of
+    from stepfold.training.choices import device_memory
+
+    source = place_of(teacher)
+    family, index = family_of(source), load_index(source)
+    try:
+        parts = [part for part in (family.network_part, f"{family.network_part}_2") if (index.get(part) or [None])[0]]
+        networks = [without_weights(source, part, index[part]) for part in parts]
+        config = networks[0].config
+        counts_to = family.time_scale_of(config, part_config(source, index, "scheduler"))
+        kind = family.guidance_kinds(config, index)[0] if teacher.guidance == "auto" else teacher.guidance
+    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise unloadable(source, error) from None
+    gib = weights_gib(networks, family.lora_blocks, lora or RANK)
+    no_lora = no_lora_since(family.loads_lora, lora)
+    if no_lora:
+        gib = {"whole": gib["whole"]}
+    elif lora:
+        gib["whole"] = math.inf  # not wanted
+    told = bool(family.time_module) or family.time_part is not Family.time_part
+    return Facts(
+        family_preset(index, config), counts_to, kind, gib, device_memory(torch.device(usable_device(device))) / 2**30,
+        second_time=told and len(networks) == 1, steps=steps, hours=hours,
+        billions=sum(weight.numel() for network in networks for weight in network.parameters()) / 1e9,
+        video=family.output == "frames", no_lora=no_lora,
+    )  # fmt: skip
+
+
+def no_lora_since(loads: bool, wished: int | None) -> str:
+    """Why no LoRA can be, or an empty text; `loads` is whether the pipeline loads LoRAs, `wished` the rank asked for.
+
+    A LoRA that is asked for is left to the run, which refuses it where it cannot be.
+    """
+    if not loads:
+        return "the pipeline loads no LoRA"
+    if wished == 0:
+        return "no LoRA is wanted"
+    return "peft is missing (pip install peft)" if find_spec("peft") is None else ""
+
+
+def weights_gib(networks: Sequence[Any], blocks: Sequence[str], rank: int) -> dict[str, float]:
+    """Counted GiB of weights and states; see `Facts.gib`.
+
+    Args:
+        networks: on the meta device.
+        blocks: parts of the names of the blocks that a LoRA is for.
+        rank: of the LoRA.
+    """
+    from torch import nn
+
+    total = sum(weight.numel() for network in networks for weight in network.parameters())
+    layers = [
+        layer
+        for network in networks
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear) and any(part in name for part in blocks)
+    ]
+    inside = sum(layer.weight.numel() for layer in layers)
+    lora = LORA_BYTES * rank * sum(layer.in_features + layer.out_features for layer in layers)
+    taken = {kind: 2 * (total - inside) + each * inside + lora for kind, each in BYTES.items()}
+    return {kind: count / 2**30 for kind, count in (taken | {"whole": WHOLE_BYTES * total}).items()}
