@@ -15,11 +15,14 @@ from stepfold import bank as banks
 from stepfold.bank import flaws_of, is_whole, make_bank, noise_of, open_bank, shard_path
 from stepfold.cli import app
 from stepfold.commands.bank import part_of, source
+from stepfold.commands.own_teacher import choose
 from stepfold.config import TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.jobs.distilling import run_distill
+from stepfold.prompts.reading import shuffled_index
 from stepfold.sampling.teacher import sample_teacher
+from stepfold.students.card import read_card
 from stepfold.teachers.loading import load_teacher
 from stepfold.training.runs import read_metrics
 
@@ -160,14 +163,14 @@ def test_a_run_on_a_bank_resumes_to_the_bit_and_samples_no_teacher(
     torch.testing.assert_close(rows.x0, exact, rtol=2e-3, atol=2e-3)
 
     def run(name: str, *more: str, resume: bool = False) -> list[dict[str, Any]]:
-        config = load_config(
-            "default", changes(tiny_sana, prompts_file, f"space.bank={made}", "space.guidance=[2.0]", *more)
-        )
+        ours = ("seed=8", f"space.bank={made}", "space.guidance=[2.0]", *more)
+        config = load_config("default", changes(tiny_sana, prompts_file, *ours))
         run_distill(config, tmp_path / name, resume=resume, display=Display(quiet=True), command="test")
         return [{name: value for name, value in row.items() if name != "sec"} for row in read_metrics(tmp_path / name)]
 
     monkeypatch.setattr("stepfold.training.states.walk", lambda *args: pytest.fail("the teacher was walked"))
     whole = run("whole")
+    check_held_out(tmp_path / "whole", made)
     assert run("half", "training.steps=2") == whole[:2]
     assert run("half", resume=True) == whole and len(whole) == 3
     assert run("annealed", "space.anneal_steps=2")[2]["loss"] != whole[2]["loss"]  # the step before was another
@@ -177,6 +180,24 @@ def test_a_run_on_a_bank_resumes_to_the_bit_and_samples_no_teacher(
         run("longer", "teacher.max_tokens=12")
     with pytest.raises(UserError, match="bank holds ends of trajectories, and generation needs more"):
         run("walks", "space.kind=generation")
+
+
+def check_held_out(run: Path, bank: Path) -> None:
+    """Its prompts are those that no row of the bank brought to it, and nobody knows them without its note of the bank.
+
+    The bank has more rows than the file has prompts. With this seed they reach the two that come last in the file's
+    own order.
+    """
+    rows = [shuffled_index(i, 16, 8) for i in range(6)]
+    reached = set(open_bank(bank, {}).rows(rows).prompt)
+    protocol = json.loads((run / "report.json").read_text())["protocol"]
+    assert protocol["unseen"] == protocol["n"] and not reached & set(protocol["index"])
+    card = read_card(run)
+    chosen = choose(run, card, None, 6)[1]
+    assert chosen.unseen == 6 and not reached & set(chosen.index)
+    (run / "bank.json").rename(run / "elsewhere.json")
+    assert choose(run, card, None, 6)[1].unseen is None
+    (run / "elsewhere.json").rename(run / "bank.json")
 
 
 def test_the_command_makes_checks_and_shows(

@@ -773,5 +773,12 @@ def test_no_memory_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch
     assert "training.micro_batch=1" in done.err and done.err.count("\n") == 1
     other = Result("schedule").err  # which has no --set
     assert "a smaller --batch" in other and "--set" not in other
+    raised = [error, error, RuntimeError("a fault of ours")]
+    doctor = Result("doctor").err  # which has no --set
+    assert "--quantise int8" in doctor and "--set" not in doctor
+    retime = Result("retime").err  # which has no --lora, --dtype and --batch
+    assert "--set training.micro_batch=1" in retime and not any(
+        f"--{word}" in retime for word in ("lora", "batch", "n ")
+    )
     with pytest.raises(RuntimeError, match="a fault of ours"):
         Result("distill")

@@ -192,6 +192,16 @@ def test_a_preset_builds_on_another(tmp_path: Path) -> None:
     assert config == demo.model_copy(update={"space": space, "seed": 3, "training": training})
 
 
+def test_a_setting_that_is_a_mapping_replaces_the_base_presets(tmp_path: Path) -> None:
+    """Sections are merged; a mapping of shares is one value, as with `--set`."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: flow-map\ntarget: {segments: {4: 0.5, 8: 0.5}}\n")
+    base, config = load_config("flow-map"), load_config(str(path))
+    assert set(base.target.grids) > {4, 8} == set(config.target.grids)
+    assert config.target == base.target.model_copy(update={"segments": {4: 0.5, 8: 0.5}})
+    assert config == load_config("flow-map", ["target.segments={4: 0.5, 8: 0.5}"])
+
+
 def test_a_preset_that_builds_on_itself_or_on_nothing_is_named(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(f"preset: {path}\n")

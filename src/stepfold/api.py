@@ -1,7 +1,7 @@
 """The Python API: for diffusers pipelines, from folders, hub ids or objects, and for a network of one's own."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,11 +16,13 @@ from stepfold.jobs.devices import usable_device
 from stepfold.jobs.distilling import run_distill
 from stepfold.jobs.exporting import run_export
 from stepfold.jobs.sampling import run_sample
+from stepfold.levels.calibrated import CalibratedScheduler
 from stepfold.maths.noise_schedules import FLOW, TRIGFLOW, NoiseSchedule, exploding, vp_sde, vp_steps
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.prompts.syntax import notes_of
 from stepfold.randomness import normal
 from stepfold.sampling.samplers import SAMPLERS, sampler_of
+from stepfold.students.policy_scheduler import PolicyScheduler
 from stepfold.students.two_times import EMBEDDER
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition, PictureScore, Student
@@ -41,8 +43,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
-    "FLOW", "TRIGFLOW", "Condition", "ModuleTeacher", "NoiseSchedule", "NonFiniteError", "UserError", "distill_module",
-    "distill_pipeline", "draw", "exploding", "export", "load_module_student", "sample", "vp_sde", "vp_steps",
+    "FLOW", "TRIGFLOW", "CalibratedScheduler", "Condition", "ModuleTeacher", "NoiseSchedule", "NonFiniteError",
+    "PolicyScheduler", "UserError", "distill_module", "distill_pipeline", "draw", "exploding", "export",
+    "load_module_student", "sample", "vp_sde", "vp_steps",
 ]  # fmt: skip
 WEIGHTS = "student.safetensors"
 
@@ -196,10 +199,8 @@ def export(
 @contextmanager
 def _source_of(teacher: Any) -> Iterator[str]:
     """Around a job; yields what stands for a teacher in settings: its folder or hub id, or a name for the object."""
-    if teacher is None or isinstance(teacher, str | Path):
-        yield str(teacher)
-        return
-    with lent(teacher) as source:
+    named = teacher is None or isinstance(teacher, str | Path)
+    with nullcontext(str(teacher)) if named else lent(teacher) as source:
         yield source
 
 

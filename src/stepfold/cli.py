@@ -79,6 +79,21 @@ app.add_typer(prompts, name="prompts", rich_help_panel="Prepare")
 app.add_typer(bank, name="bank", rich_help_panel="Prepare")
 
 
+LESS_IN_TRAINING = (
+    "in this order: --set training.micro_batch=1, --lora 64 --dtype bfloat16, prompts encoded before (stepfold prompts "
+    "encode), --set teacher.quantise=int8, a smaller --size"
+)
+LESS_MEMORY = {
+    "distill": LESS_IN_TRAINING,
+    "plan": LESS_IN_TRAINING,
+    "doctor": "in this order: --lora 64 --dtype bfloat16, --quantise int8, a smaller --size; else --device cpu",
+    "retime": "in this order: --set training.micro_batch=1, --set training.checkpointing=true, prompts encoded before "
+    "(stepfold prompts encode, then --set conditions=FOLDER); it trains all weights in float32",
+}
+"""Command -> what to try where memory ran out."""
+LESS_ELSEWHERE = "a smaller --batch, --n or --size, or --dtype bfloat16, where the command has them; else --device cpu"
+
+
 def main() -> None:
     """Runs the command line; a user's mistake is one line and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -102,14 +117,7 @@ def main() -> None:
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        trains = {"distill", "plan", "doctor"} & set(sys.argv[1:2])
-        fix = (
-            "in this order: --set training.micro_batch=1, --lora 64 --dtype bfloat16, prompts encoded before (stepfold "
-            "prompts encode), --set teacher.quantise=int8, a smaller --size"
-            if trains
-            else "a smaller --batch, --n or --size, or --dtype bfloat16, where the command has them; else --device cpu"
-        )
-        fail(f"out of memory ({first_line(error)}); {fix}", 2)
+        fail(f"out of memory ({first_line(error)}); {LESS_MEMORY.get(sys.argv[1], LESS_ELSEWHERE)}", 2)
     except OSError as error:  # a path that no file can have, a full disk behind standard output
         with suppress(OSError):
             fail(f"{error.strerror or error}{f': {str(error.filename)[:200]}' if error.filename else ''}", 2)

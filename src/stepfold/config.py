@@ -254,12 +254,13 @@ def _preset_values(preset: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     return _over(_preset_values(below, (*above, preset)), values)
 
 
-def _over(below: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`below` with `values` in place of its own, section by section."""
+def _over(below: dict[str, Any], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`below` with `values` in place of its own, section by section; a setting that is a mapping is replaced whole."""
     both = below | values
     for key, value in values.items():
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
-            both[key] = _over(below[key], value)
+        is_section = isinstance(value, dict) and f"{prefix}{key}" not in setting_names()
+        if is_section and isinstance(below.get(key), dict):
+            both[key] = _over(below[key], value, f"{prefix}{key}.")
     return both
 
 

@@ -64,6 +64,16 @@ def test_another_sampler_is_one_line(run: Path, tmp_path: Path) -> None:
         assert "\n" not in str(result.exception)
 
 
+def test_an_image_is_kept_unless_its_name_is_given(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sample.png").write_bytes(b"of yesterday")
+    command = ["sample", str(run / "student"), "red heart", "--steps", "1"]
+    said = [CliRunner().invoke(app, command).stdout.split()[-1] for _ in range(2)]
+    assert said == ["sample-2.png", "sample-3.png"] and (tmp_path / "sample.png").read_bytes() == b"of yesterday"
+    assert CliRunner().invoke(app, [*command, "--out", "sample.png"]).exit_code == 0
+    assert (tmp_path / "sample.png").read_bytes() == (tmp_path / "sample-2.png").read_bytes()
+
+
 def test_a_lora_that_its_pipeline_cannot_sample_is_refused_before_the_run(tmp_path: Path, prompts_file: Path) -> None:
     sprint = tiny.save(tiny.make_sprint, tmp_path / "sprint")
     config = settings(sprint, prompts_file, "student.lora=4")

@@ -34,6 +34,7 @@ from stepfold.evaluation.judge import load_judge
 from stepfold.evaluation.metrics import StreamingMoments, frechet_distance
 from stepfold.evaluation.protocol import Scores, fd_title, score_images
 from stepfold.evaluation.report import columns_of, title
+from stepfold.evaluation.verdict import sentences
 
 needs_package = pytest.mark.skipif(find_spec(imagenet.PACKAGE) is None, reason=f"{imagenet.PACKAGE} is not installed")
 KERNELS, WIDTHS = (3, 3, 5, 3, 5, 5, 3), (16, 24, 40, 80, 112, 192, 320)
@@ -171,6 +172,16 @@ def test_reports_and_pages_show_it_only_where_it_is() -> None:
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     plain = {row: [{"student": {"1": scores(0.02, None) | {"agreement": 0.3}}, "diverged": False}] for row in "ab"}
     assert not any("ImageNet" in line for line in _quality(asked, plain, 1))
+
+
+def test_a_report_says_where_the_second_opinion_is_the_opposite() -> None:
+    teacher = {"20": scores(0.03, 10.0), "4": scores(0.04, 20.0), "1": scores(0.01, 30.0)}
+    said = " ".join(sentences({"student": {"1": scores(0.02, 15.0)}, "teacher": teacher}))
+    assert "better than the teacher at 4 and 20 steps. FD-ImageNet says the opposite at 1 and 20 steps." in said
+    same = {"20": scores(0.03, 20.0), "1": scores(0.01, 5.0)}
+    assert "FD-ImageNet agrees." in " ".join(sentences({"student": {"1": scores(0.02, 15.0)}, "teacher": same}))
+    plain = {"20": scores(0.03, None)}
+    assert "ImageNet" not in " ".join(sentences({"student": {"1": scores(0.02, None)}, "teacher": plain}))
 
 
 @needs_package

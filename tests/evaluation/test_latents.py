@@ -17,6 +17,7 @@ from stepfold.evaluation.measure import evaluation_noise
 from stepfold.evaluation.metrics import relative_error
 from stepfold.jobs.distilling import run_distill
 from stepfold.jobs.finishing import trained_samples
+from stepfold.prompts.reading import shuffled_index
 from stepfold.randomness import normal
 from stepfold.sampling.samplers import SAMPLERS
 from stepfold.sampling.teacher import sample_teacher
@@ -66,6 +67,18 @@ def test_held_out_prompts_are_those_that_the_run_does_not_reach(prompts: Path, s
     chosen = held_out(len(texts), trained_samples(config), config.seed, 4)
     assert len(set(chosen.index)) == 4
     assert len(set(chosen.index) - trained) == chosen.unseen == unseen
+
+
+@pytest.mark.parametrize("rows", [10, 24, 60])
+@pytest.mark.parametrize("trained", [5, 20, 500])
+def test_a_banks_rows_decide_which_prompts_are_held_out(rows: int, trained: int) -> None:
+    """Of 24 prompts, row r being of prompt r % 24, as the run draws its rows."""
+    met = [shuffled_index(i, rows, 3) % 24 for i in range(trained)]
+    chosen = held_out(24, trained, 3, 4, rows)
+    assert len(set(chosen.index)) == 4
+    assert chosen.unseen == len(set(chosen.index) - set(met)) == min(4, 24 - len(set(met)))
+    if rows == 24:
+        assert chosen == held_out(24, trained, 3, 4)
 
 
 def test_the_samples_of_a_run_count_reuse() -> None:

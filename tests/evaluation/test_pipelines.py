@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -42,6 +44,33 @@ def test_a_call_that_the_pipeline_refuses_is_one_line(sana: Drawer) -> None:
 def test_videos_are_not_measured() -> None:
     with pytest.raises(UserError, match="WanPipeline makes videos"):
         draw(Drawer(tiny.make_wan()), ["a cat"], [0], 2, 4.5, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "negatives", "fixed"),
+    [
+        (diffusers.QwenImagePipeline, [" ", " "], {}),
+        (diffusers.LongCatImagePipeline, ["", ""], {"enable_prompt_rewrite": False}),
+        (diffusers.ErnieImagePipeline, None, {"use_pe": False}),
+    ],
+)
+def test_a_teacher_is_called_as_for_its_students(
+    kind: type, negatives: list[str] | None, fixed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without negative prompts Qwen-Image has no guidance, and two others rewrite the prompts."""
+    told: list[dict[str, Any]] = []
+
+    def call(self: Any, prompt: Any = None, num_inference_steps: int = 50, **options: Any) -> Any:
+        told.append(options)
+        return SimpleNamespace(images=torch.zeros(len(prompt), 3, 8, 8))
+
+    monkeypatch.setattr(kind, "__call__", call)
+    pipe = object.__new__(kind)
+    draw(Drawer(pipe), ["a cat", "a dog"], [0, 1], 2, 4.0, seed=0)
+    draw(Drawer(pipe), ["a cat"], [0], 2, 1.0, seed=0)  # guidance is off
+    draw(Drawer(pipe, {2: {"num_inference_steps": 2}}), ["a cat"], [0], 2, None, seed=0)  # of a student
+    assert [options.get("negative_prompt") for options in told] == [negatives, None, None]
+    assert told[0].items() >= fixed.items() and not fixed.keys() & told[2].keys()
 
 
 @pytest.mark.long

@@ -18,8 +18,8 @@ import torch
 from forms import cases
 from torch import Tensor
 
-from stepfold.export.beside import card_of, sd_cpp_command, workflow_of
-from stepfold.export.comfyui import LOADERS, in_text, no_workflow, steps_of, workflow
+from stepfold.export.beside import card_of, file_card, sd_cpp_command, workflow_of
+from stepfold.export.comfyui import LOADERS, in_text, levels_of, no_workflow, says_levels, steps_of, workflow
 from stepfold.jobs.exporting import run_export
 from stepfold.maths.formulations import data_prediction, trigflow_time
 from stepfold.sampling.consistency import sample_consistency
@@ -298,6 +298,23 @@ def test_the_command_for_stable_diffusion_cpp(family: str, sampler: Any, student
         r"pads a prompt to (\d+) tokens of T5, and this student was trained at 24:", card_of(file).read_text()
     )
     assert said == {"sd3": ["77"], "flux": ["256"]}.get(family, [])
+
+
+@pytest.mark.parametrize(
+    ("family", "levels"),
+    [("ernie-image", "1, 0.857142857, 0.666666667, 0.4, 0"), ("qwen", "1, 0.707106781, 0.5, 0.292893219, 0")],
+)
+def test_a_card_without_a_workflow_has_the_settings(
+    family: str, levels: str, student_of: StudentOf, tmp_path: Path
+) -> None:
+    """Of families of flow matching; the levels of others are counted in another way by each program."""
+    card = read_card(student_of(family, 4))
+    found = [float(level) for level in levels.split(", ")]
+    assert levels_of(card, 4) == pytest.approx(found, abs=1e-5)
+    text = file_card(tmp_path / "fox.safetensors", card, "comfy", no_workflow(card, "comfy"), sd_cpp=False)
+    assert "no workflow: no loader" in text and "The sampler is `lcm`, and CFG is 1" in text
+    assert f"| 4 | {in_text(levels_of(card, 4))} |" in text and "guidance scale that the network embeds" not in text
+    assert not says_levels(card.model_copy(update={"scheduler": "LCMScheduler"}))
 
 
 def test_where_there_is_no_workflow_the_card_says_why(student_of: StudentOf, tmp_path: Path) -> None:

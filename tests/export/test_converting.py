@@ -18,9 +18,9 @@ from tiny import enliven, make_sana, sana_transformer
 from torch import Tensor
 
 from stepfold.errors import UserError
-from stepfold.export.converting import NETWORK, convert
+from stepfold.export.converting import NETWORK, convert, precision_of, usual_precision
 from stepfold.export.single_file import original_state
-from stepfold.teachers.folders import load_index
+from stepfold.teachers.folders import load_index, stored_dtype
 
 PARTS = {
     "attn1.norm_q.weight": "attn.q_norm.weight",
@@ -170,6 +170,36 @@ def test_a_whole_model_is_read_with_its_autoencoder_and_its_text_encoder(tmp_pat
             theirs, ours = getattr(wanted, part).state_dict(), getattr(made, part).state_dict()
             assert ours.keys() == theirs.keys(), part
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs), part
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_each_part_keeps_its_own_precision(dtype: Any, tmp_path: Path) -> None:
+    """The file's network is in float16 and the base's text encoder in bfloat16; nothing grows to float32."""
+    base = tiny.make_sd1()
+    base.text_encoder.to(torch.bfloat16)
+    base.save_pretrained(tmp_path / "base", safe_serialization=True)
+    (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").unlink()  # the base's own is not read
+    state = {name: value.half().contiguous() for name, value in original_state(tiny.make_sd1().unet).items()}
+    save_file(state, tmp_path / "model.safetensors")
+    convert(tmp_path / "model.safetensors", str(tmp_path / "base"), tmp_path / "out", dtype=dtype)
+    wanted = {"unet": torch.float16, "text_encoder": torch.bfloat16, "vae": torch.float32}
+    if dtype:
+        wanted |= dict.fromkeys(("unet", "text_encoder"), torch.bfloat16)
+    assert {part: stored_dtype(tmp_path / "out" / part) for part in wanted} == wanted
+    made: Any = StableDiffusionPipeline.from_pretrained(tmp_path / "out")  # in float32
+    theirs = {name: value.to(wanted["unet"]).float() for name, value in state.items()}
+    ours = original_state(made.unet)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name].float(), theirs[name]) for name in theirs)
+
+
+def test_eight_bits_become_bfloat16() -> None:
+    eight = torch.ones(2).to(torch.float8_e4m3fn)
+    assert usual_precision(eight).dtype == torch.bfloat16 and usual_precision(torch.ones(2).half()).dtype == torch.half
+    assert usual_precision(torch.ones(2).double()).dtype == torch.float32
+    assert (
+        precision_of({"a": torch.ones(3).half(), "b": torch.ones(2), "n": torch.ones(9, dtype=torch.int64)})
+        == torch.half
+    )
 
 
 def test_what_a_file_says_of_itself_is_heard(tmp_path: Path) -> None:

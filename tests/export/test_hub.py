@@ -1,8 +1,10 @@
 """`stepfold push`: what would go to the hub; nothing here reaches it."""
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from stepfold.errors import UserError
 from stepfold.export.hub import hub_card, push, teacher_of_nobody_else
+from stepfold.export.pipeline import write_cards
 from stepfold.jobs.exporting import run_export
 from stepfold.students.card import CARD, read_card
 
@@ -17,17 +20,26 @@ StudentOf = Callable[..., Path]
 
 
 class Recorder:
-    """Stands in for HfApi: keeps what it is told, and the README as it was then."""
+    """Stands in for HfApi: keeps what it is told, and the repository as it is then."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, public: bool = False) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.files: dict[str, bytes] = {}
+        self.public = public
 
     def create_repo(self, repo_id: str, **options: Any) -> str:
         self.calls.append((repo_id, options))
         return f"hub/{repo_id}"
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, **options: Any) -> None:
-        self.calls.append((repo_id, {"folder": folder_path, "readme": (folder_path / "README.md").read_text()}))
+    def repo_info(self, repo_id: str) -> Any:
+        return SimpleNamespace(private=not self.public)
+
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, ignore_patterns: Sequence[str] = (), **options: Any
+    ) -> None:
+        self.calls.append((repo_id, {"folder": folder_path}))
+        paths = {path.relative_to(folder_path).as_posix(): path for path in folder_path.rglob("*") if path.is_file()}
+        self.files |= {name: path.read_bytes() for name, path in paths.items() if name not in ignore_patterns}
 
 
 @pytest.fixture
@@ -55,17 +67,59 @@ def test_the_front_matter_is_what_the_hub_reads(licence: str, student: Path, tmp
     assert (told.library_name, told.pipeline_tag) == ("diffusers", "text-to-image") and "few-step" in told.tags
 
 
-def test_the_card_goes_first_and_says_it_all(student: Path) -> None:
+def test_the_card_says_it_all(student: Path) -> None:
     api = Recorder()
     assert push(student, "you/mine", private=True, api=api) == "hub/you/mine"
-    (made, options), (filled, upload) = api.calls
+    (made, options), (filled, upload), _ = api.calls
     assert made == filled == "you/mine" and options == {"private": True, "exist_ok": True}
-    assert upload["folder"] == student and upload["readme"] == (student / "README.md").read_text()
-    front, text = upload["readme"].removeprefix("---\n").split("\n---\n", 1)
+    assert upload["folder"] == student and {path.name for path in student.iterdir() if path.is_file()} <= set(api.files)
+    front, text = api.files["README.md"].decode().removeprefix("---\n").split("\n---\n", 1)
     assert front.splitlines()[-2:] == ['license: "other"', 'license_name: "mine-alone"']
     assert "| teacher | mine-alone |" in text
     assert 'from_pretrained("you/mine")' in text and "FOLDER" not in text
     assert "Protocol 0123456789ab: 480 images a row." in text and "| student, 1 step | 0.900 | 27.3 |" in text
+
+
+def test_nothing_private_goes_into_a_public_repository(student: Path) -> None:
+    """`private` counts for new repositories alone on the hub: the upload would be public."""
+    api = Recorder(public=True)
+    with pytest.raises(UserError, match="you/mine is there and public, so --private would publish the student"):
+        push(student, "you/mine", private=True, api=api)
+    assert not api.files
+    push(student, "you/mine", private=False, api=api)
+    assert CARD in api.files
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_no_path_of_this_machine_goes_to_the_hub(lora: int, student_of: StudentOf, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(student_of("sana", lora), folder)
+    card = json.loads((folder / CARD).read_text())
+    card["config"]["prompts"] = str(tmp_path / "secret" / "mine.txt")
+    card["config"]["teacher"]["lora"] = [{"source": str(tmp_path / "style.safetensors"), "scale": 1.0}]
+    card["config"]["reward"]["clip"] = "openai/clip-vit-base-patch32"
+    (folder / CARD).write_text(json.dumps(card))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    api = Recorder()
+    push(folder, "you/mine", private=False, api=api)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    there = json.loads(api.files[CARD])
+    assert there["config"]["prompts"] == "mine.txt" and there["teacher"] == Path(card["teacher"]).name
+    assert there["config"]["teacher"]["lora"][0]["source"] == "style.safetensors"
+    assert there["config"]["reward"]["clip"] == "openai/clip-vit-base-patch32"
+    assert not [name for name, data in api.files.items() if str(tmp_path.parent).encode() in data]
+
+
+def test_an_exported_pipelines_measurements_go_with_it(student: Path, tmp_path: Path) -> None:
+    """Its folder is not the run's student, beside which the report lies."""
+    card = read_card(student)
+    report = json.loads((student.parent / "report.json").read_text())
+    write_cards(student, card, report)
+    out = run_export(student, "pipeline", tmp_path / "run" / "student-pipeline", force=False)
+    assert "| student, 1 step | 0.900 | 27.3 |" in (out / "README.md").read_text()
+    text = hub_card(out, "you/mine")
+    assert "| student, 1 step | 0.900 | 27.3 |" in text and text.count("## Measured") == text.count("## Licence") == 1
+    assert text.index("## Measured") < text.index("## Licence") and 'from_pretrained("you/mine")' in text
 
 
 def test_a_lora_students_card_loads_its_teacher(student_of: StudentOf) -> None:

@@ -108,7 +108,7 @@ def test_three_steps_are_our_schedulers(made: Made, tmp_path: Path, family: str,
     wanted = latents_of(folder)
     out = run_export(folder, "pipeline", tmp_path / "whole", force=False)
     assert relative(latents_of(out), wanted) < 1e-4
-    scheduler = PolicyScheduler.from_pretrained(out, subfolder="policy_scheduler")
+    scheduler: Any = PolicyScheduler.from_pretrained(out, subfolder="policy_scheduler")
     assert relative(in_diffusers(out, scheduler), wanted) < 1e-4
     with pytest.raises(ValueError, match=r"trained for 3 steps, not 2; give num_inference_steps=3"):
         scheduler.set_timesteps(2)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -11,11 +12,13 @@ import pytest
 import tiny
 import torch
 from forms import cases
+from tiny_hunyuan_image import make_hunyuan_image
+from tiny_qwen import make_qwen_image
 
 from stepfold.commands.schedule import start_noise, usual_levels
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
-from stepfold.levels.record import Row, end_of, lines_for, read_schedule, write_schedule
+from stepfold.levels.record import Row, comfyui_guidance, end_of, lines_for, read_schedule, write_schedule
 from stepfold.levels.solvers import velocity_of
 from stepfold.teachers.loading import load_teacher
 
@@ -28,6 +31,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "lumina": tiny.make_lumina2,
     "wan": tiny.make_wan,
     "sd1": tiny.make_sd1,
+    "qwen": make_qwen_image,
+    "hunyuan": make_hunyuan_image,
 }
 
 
@@ -46,7 +51,14 @@ def row_of(solver: str, teacher: Any) -> Row:
             for solver in ("euler", "unipc", "calibrated")
             if family != "sd1" or solver == "euler"
         ],
-        short=[("sana", "euler"), ("flux", "unipc"), ("sd3", "calibrated"), ("sd1", "euler")],
+        short=[
+            ("sana", "euler"),
+            ("flux", "unipc"),
+            ("qwen", "euler"),
+            ("hunyuan", "euler"),
+            ("sd3", "calibrated"),
+            ("sd1", "euler"),
+        ],
     ),
 )
 def test_plain_diffusers_draws_our_latents(family: str, solver: str, tmp_path: Path) -> None:
@@ -62,7 +74,8 @@ def test_plain_diffusers_draws_our_latents(family: str, solver: str, tmp_path: P
     lines = lines_for(teacher, row, scale)["diffusers"].splitlines()
     pipe, own = teacher.pipe, teacher.pipe.scheduler
     unit = start_noise(teacher, 0, range(1)) if teacher.ode == "flow" else unit_noise(teacher)
-    extra = {"latents": teacher.given(unit), "output_type": "latent", "return_dict": False} | teacher.usual_call()
+    usual = {name: value for name, value in teacher.usual_call().items() if name not in teacher.fixed_options}
+    extra = {"latents": teacher.given(unit), "output_type": "latent", "return_dict": False} | usual
     names = {"diffusers": diffusers, "numpy": numpy, "pipe": pipe, "prompt": "red heart", "extra": extra}
     exec("\n".join([*lines[:-1], f"made = {lines[-1].removesuffix(')')}, **extra)"]), names)
     theirs = teacher.made(names["made"][0])
@@ -79,6 +92,20 @@ def test_a_pipeline_that_takes_no_levels_has_no_lines(tmp_path: Path) -> None:
     teacher: Any = load_teacher(TeacherSettings(source=str(folder)), "cpu")
     lines = lines_for(teacher, row_of("euler", teacher), 2.0)
     assert lines["diffusers"] == "# none: DiTPipeline takes no noise levels" and not lines["comfyui"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "off", "said"),
+    [
+        ("classifier_free", 1.0, "CFG 4"),
+        ("classifier_free", 0.0, "CFG 5"),
+        ("embedded", 1.0, "CFG 1, FluxGuidance 4"),
+        ("none", 1.0, "CFG 1"),
+    ],
+)
+def test_comfyui_is_told_the_guidance(kind: str, off: float, said: str) -> None:
+    """Its CFG is 1 where guidance is off; scales of some pipelines are 0 there."""
+    assert comfyui_guidance(SimpleNamespace(guidance_kind=kind, no_guidance=off), 4.0) == said
 
 
 def unit_noise(teacher: Any) -> torch.Tensor:

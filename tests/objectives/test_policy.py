@@ -104,7 +104,7 @@ def test_the_gradient_points_back_and_runs_through_the_velocities_alone() -> Non
     for sign in (1, -1):
         student = follower()
         with torch.no_grad():
-            student.offset += sign * 0.1
+            student.offset.add_(sign * 0.1)
         states = states_of(student, config)
         assert not any(value.requires_grad for value in vars(states).values() if isinstance(value, Tensor))
         loss_of(student, states, config).value.sum().backward()
@@ -145,7 +145,7 @@ def test_the_segments_are_one_rollout_in_a_row() -> None:
 def test_rows_do_not_know_of_each_other() -> None:
     config, student = settings("policy.substeps=16"), follower(16)
     with torch.no_grad():
-        student.offset += torch.arange(NODES) / 10
+        student.offset.add_(torch.arange(NODES) / 10)
     states = states_of(student, config)
     whole = loss_of(student, states, config)
     for row in range(len(states)):

@@ -1,6 +1,7 @@
 """The DX policy's identities, in float64, and diffusers' own scheduler beside it."""
 
 import math
+from typing import Any
 
 import diffusers
 import pytest
@@ -124,7 +125,7 @@ def test_equal_velocities_are_the_teachers_euler_steps_and_others_are_not(times:
 @pytest.mark.skipif(not hasattr(diffusers, "PiflowScheduler"), reason="a diffusers without it")
 def test_our_steps_are_those_of_diffusers_own_scheduler() -> None:
     """Its layout is channels last, its levels are its own, and its policy is the same."""
-    theirs = diffusers.PiflowScheduler(shift=3.2, n_grid=NODES, num_policy_substeps=14, eps=1e-9)
+    theirs: Any = diffusers.PiflowScheduler(shift=3.2, n_grid=NODES, num_policy_substeps=14, eps=1e-9)
     theirs.set_timesteps(4)
     levels = theirs.sigmas.double()
     x = normal(2, 6, 3)

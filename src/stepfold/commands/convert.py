@@ -1,7 +1,7 @@
 """`stepfold convert`: a checkpoint under its original names, one file, becomes a pipeline folder."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -28,12 +28,16 @@ def convert(
     time_scale: Annotated[
         int, typer.Option(help="Range of a Sana's timesteps: 1000 (Sana), 1 (Sana-Sprint and its teacher).")
     ] = 1000,
+    dtype: Annotated[
+        Literal["bfloat16", "float16"] | None,
+        typer.Option(help="Round network and text encoders. Default: each part's own precision.", show_default=False),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a pipeline folder that is there.")] = False,
 ) -> None:
     """Make a pipeline folder of one file.
 
     It may be of Stable Diffusion 1, 2, XL, 3, FLUX.1, FLUX.2, Chroma, ERNIE-Image, Lumina 2, PixArt, Qwen-Image, Sana,
-    Wan or Z-Image. Nothing in the file is run.
+    Wan or Z-Image. Nothing in the file is run. It needs the file and the base without its network in RAM.
 
     stepfold convert my-sdxl.safetensors --base stabilityai/stable-diffusion-xl-base-1.0 --out my-sdxl
 
@@ -51,4 +55,4 @@ def convert(
     if weights not in (None, "last", "ema"):
         raise UserError(f"--weights is {weights!r}; give last or ema")
     chosen: Any = weights
-    typer.echo(f"{converted(file, base, out, time_scale, chosen, network_only)}: {out}")
+    typer.echo(f"{converted(file, base, out, time_scale, chosen, network_only, dtype)}: {out}")

@@ -41,8 +41,8 @@ def evaluate(
         str,
         typer.Option(
             help="`teacher`: latent error against the student's own teacher. `emoji`: the bundled teacher's evaluator. "
-            "`mjhq30k`: FID, CLIP score. `geneval`: images for its scorer. `auto`: teacher, or emoji for the bundled "
-            "one."
+            "`mjhq30k`: FID, CLIP score. `geneval`: images for its scorer. Both load pipelines in float32. `auto`: "
+            "teacher, or emoji for the bundled one."
         ),
     ] = "auto",
     steps: Annotated[
@@ -65,7 +65,7 @@ def evaluate(
         typer.Option(
             min=0,
             max=1000,
-            help="Scale for teacher and students. Default: the teacher's own, and what a student was taught.",
+            help="Scale for teacher and students. Default: the one that a student stands for; another pipeline's own.",
             show_default=False,
         ),
     ] = None,

@@ -132,17 +132,19 @@ def choose(
         )  # fmt: skip
     except UserError as error:
         raise UserError(f"the run's own prompts cannot be read ({error}); give others with --prompts FILE") from None
-    chosen = held_out(len(own), trained_samples(config), config.seed, n)
-    return own, chosen if trained_on(folder) in (None, own.sha256) else replace(chosen, unseen=None)
+    rows = noted(folder, "bank", "count") if config.space.bank else None
+    chosen = held_out(len(own), trained_samples(config), config.seed, n, rows)
+    known = noted(folder, "prompts", "sha256") in (None, own.sha256) and (rows is not None or not config.space.bank)
+    return own, chosen if known else replace(chosen, unseen=None)
 
 
-def trained_on(folder: Path) -> str | None:
-    """The sha256 of the prompts that a run trained on; None where the student lies outside its run."""
+def noted(folder: Path, kind: str, name: str) -> Any:
+    """`sha256` or `count` that a run noted of its `prompts` or `bank`; None where no note is beside the student."""
     from stepfold.students.card import student_folder
 
     try:
-        found = json.loads((student_folder(folder).resolve().parent / "prompts.json").read_text(encoding="utf-8"))
-        return str(found["sha256"])
+        found = json.loads((student_folder(folder).resolve().parent / f"{kind}.json").read_text(encoding="utf-8"))
+        return {"sha256": str, "count": int}[name](found[name])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

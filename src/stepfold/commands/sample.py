@@ -1,6 +1,7 @@
 """`stepfold sample`: images of a student."""
 
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,7 +41,14 @@ def sample(
         Path | None,
         typer.Option(help="Reference image of all prompts, for a student trained with images.", show_default=False),
     ] = None,
-    out: Annotated[Path, typer.Option(help="PNG to write; several prompts go side by side.")] = Path("sample.png"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="PNG to write, also over one that is there; several prompts go side by side. Default: sample.png, or "
+            "sample-2.png and so on where that is taken.",
+            show_default=False,
+        ),
+    ] = None,
     race: Annotated[
         Path | None,
         typer.Option(
@@ -66,7 +74,7 @@ def sample(
     from stepfold.display import quiet_libraries
     from stepfold.training.runs import writing
 
-    if out.suffix.lower() != ".png":
+    if out and out.suffix.lower() != ".png":
         raise UserError(f"--out {out} is no PNG; give a name that ends in .png")
     quiet_libraries()
     if race:
@@ -88,9 +96,16 @@ def sample(
     for picture in pictures:
         strip.paste(picture, (left, 0))
         left += picture.width
+    out = out or free_name()
     with writing(out) as part:
         strip.save(part, format="PNG")
     typer.echo(out)
+
+
+def free_name() -> Path:
+    """`sample.png`, or the first of `sample-2.png`, `sample-3.png`, ... that is not there."""
+    names = chain(["sample.png"], (f"sample-{number}.png" for number in count(2)))
+    return next(path for path in map(Path, names) if not path.exists())
 
 
 def run_race(

@@ -108,7 +108,8 @@ def schedule(
     for lines in use:
         typer.echo(f"\n# {lines['name']}, in diffusers:\n{lines['diffusers']}")
         if lines["comfyui"]:
-            typer.echo(f"# in ComfyUI, sampler euler, ManualSigmas:\n{lines['comfyui']}")
+            told = lines["comfyui_guidance"]
+            typer.echo(f"# in ComfyUI, sampler euler, {told}, ManualSigmas:\n{lines['comfyui']}")
     if use:
         typer.echo("\nNearer ends can lack fine detail: compare images before you use these levels.")
     typer.echo(f"\nschedule: {out}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -75,18 +76,24 @@ class Chosen:
         return f"{n} prompts, {held}: the file has too few"
 
 
-def held_out(count: int, trained: int, seed: int, n: int) -> Chosen:
-    """The prompts that come last in a run's order, which the run reaches last or not at all.
+def held_out(count: int, trained: int, seed: int, n: int, rows: int | None = None) -> Chosen:
+    """The prompts that a run reaches last or not at all.
 
     Args:
         count: prompts in the file.
         trained: samples that the run trained on, in its order from the first.
         seed: of the run.
         n: prompts wanted; fewer where the file has fewer.
+        rows: of the bank that the run trained on, in which row r is of prompt r % count; None without a bank.
     """
     n = min(n, count)
-    index = tuple(shuffled_index(position, count, seed) for position in range(count - n, count))
-    return Chosen(index, max(0, min(n, count - trained)))
+    late = (shuffled_index(position, count, seed) for position in reversed(range(count)))
+    if rows in (None, count):  # each prompt once an epoch
+        return Chosen(tuple(islice(late, n))[::-1], max(0, min(n, count - trained)))
+    assert rows is not None
+    met = dict.fromkeys(shuffled_index(position, rows, seed) % count for position in range(min(trained, rows)))
+    unseen = tuple(islice((i for i in late if i not in met), n))
+    return Chosen((*list(reversed(met))[: n - len(unseen)], *unseen), len(unseen))
 
 
 def known_steps(recipe: Recipe, asked: Sequence[int] | None = None) -> tuple[int, ...]:

@@ -66,7 +66,7 @@ class Drawer:
             if guidance is not None and options.get(family.scale_argument) != family.no_guidance:
                 options[family.scale_argument] = guidance
             return options
-        options = {"num_inference_steps": steps}
+        options = {"num_inference_steps": steps} | family.fixed_options
         if guidance is not None:
             options[family.scale_argument] = guidance
         if "use_resolution_binning" in accepted:  # else Sana and PixArt draw at 1024 px, whatever they were trained for
@@ -94,8 +94,11 @@ def draw(
     """
     options = drawer.options(steps, guidance)
     options |= {"output_type": "pt", "generator": [generator(seed, "pipeline", key) for key in keys]}
-    named = FAMILIES.get(type(drawer.pipe).__name__, PipelineTeacher).prompt_argument
+    family = FAMILIES.get(type(drawer.pipe).__name__, PipelineTeacher)
+    named = family.prompt_argument
     first, options = ([], options | {named: list(prompts)}) if named else ([list(prompts)], options)
+    if not drawer.calls and guidance != family.no_guidance:
+        options |= family.negatives(len(prompts))
     try:
         return drawer.pipe(*first, **options).images.float().clamp(0, 1)
     except (TypeError, ValueError) as error:

@@ -257,12 +257,22 @@ def _ranking(report: Mapping[str, Any]) -> str:
     if fd is None or not known:
         return ""
     beaten = sorted(k for k, value in known.items() if fd < value)
-    named = f"FD: the student's {_in(steps)}"
+    named, against = f"FD: the student's {_in(steps)}", _against_fd(student[steps], teacher, beaten)
     if not beaten:
-        return f"{named} is worse than the teacher at every measured number of steps."
+        return f"{named} is worse than the teacher at every measured number of steps.{against}"
     if len(beaten) == len(known):
-        return f"{named} is better than the teacher at every measured number of steps."
-    return f"{named} is better than the teacher at {listed(beaten)}."
+        return f"{named} is better than the teacher at every measured number of steps.{against}"
+    return f"{named} is better than the teacher at {listed(beaten)}.{against}"
+
+
+def _against_fd(ours: Row, teacher: Mapping[int, Row], beaten: list[int]) -> str:
+    """Where FD-ImageNet says the opposite of FD, which has the student ahead at the steps of `beaten`."""
+    second = ours.get("fd_imagenet")
+    if second is None:
+        return ""
+    known = {k: value for k, row in teacher.items() if (value := row.get("fd_imagenet")) is not None}
+    apart = sorted(k for k, value in known.items() if (second < value) != (k in beaten))
+    return f" FD-ImageNet says the opposite at {listed(apart)}." if apart else " FD-ImageNet agrees." if known else ""
 
 
 def _collapsed(report: Mapping[str, Any]) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 from stepfold.errors import UserError
 from stepfold.export.comfyui import (
     IMAGE,
-    LOADERS,
     SAMPLERS,
     Keys,
     in_text,
     levels_of,
+    loader_of,
     no_workflow,
+    says_levels,
     steps_of,
     usual_steps,
     workflow,
@@ -35,7 +36,7 @@ SD_CPP = {
     "StableDiffusion3Pipeline": ("--vae VAE", "--clip_l clip_l", "--clip_g clip_g", "--t5xxl t5xxl"),
     "FluxPipeline": ("--vae VAE", "--clip_l clip_l", "--t5xxl t5xxl"),
     "Flux2Pipeline": ("--vae VAE", "--llm mistral_3_small"),
-    "Flux2KleinPipeline": ("--vae VAE", "--llm qwen_3_4b"),
+    "Flux2KleinPipeline": ("--vae VAE", "--llm qwen_3_4b_or_8b"),
     "ZImagePipeline": ("--vae VAE", "--llm qwen_3_4b"),
 }
 """Class of a pipeline -> options of stable-diffusion.cpp for the user's own files, as its sources of May 2026 say."""
@@ -167,7 +168,7 @@ def file_card(
     what = "LoRA" if keys else "network"
     use = f"the LoRA, under {NAMES[keys]} names" if keys else "the network, under its original names"
     rows = [(out.name, use), (card_of(out).name, "this card")]
-    known = card.pipeline in LOADERS and bool(card.calls)
+    known = says_levels(card)
     if reason:
         place = NOT_IN_COMFYUI.format(reason=reason)
     else:
@@ -195,7 +196,7 @@ A student is derived from its teacher: the licences of the teacher's network, te
 def settings_of(card: Card) -> str:
     """The card's section about sampler and noise levels."""
     levels = "\n".join(f"| {steps} | {in_text(levels_of(card, steps))} |" for steps in steps_of(card))
-    told = f" The guidance scale that the network embeds is {scale_of(card):g}." if LOADERS[card.pipeline].scale else ""
+    told = f" The guidance scale that the network embeds is {scale_of(card):g}." if loader_of(card).scale else ""
     return SETTINGS.format(sampler=SAMPLERS[in_diffusers(card.recipe.sampler)], scale=told, levels=levels)
 
 
@@ -214,7 +215,7 @@ def sd_cpp_command(file: str, card: Card) -> str:
         name, own = option.split()
         options += [name, yours(own)]
     options += ["--diffusion-model", file, "-p", card.example, "-W", card.width, "-H", card.height, "--cfg-scale", 1]
-    if LOADERS[card.pipeline].scale:
+    if loader_of(card).scale:
         options += ["--guidance", f"{scale_of(card):g}"]
     if card.with_images:
         options += ["-r", IMAGE]

@@ -65,7 +65,7 @@ LOADERS = {
     "StableDiffusion3Pipeline": Loader(("clip_l", "clip_g", "t5xxl"), "sd3", checkpoint=True),
     "FluxPipeline": Loader(("clip_l", "t5xxl"), "flux", scale=True),
     "Flux2Pipeline": Loader(("mistral_3_small",), "flux2", FLUX2, scale=True),
-    "Flux2KleinPipeline": Loader(("qwen_3_4b",), "flux2", FLUX2),
+    "Flux2KleinPipeline": Loader(("qwen_3_4b_or_8b",), "flux2", FLUX2),  # of the 4B, and of the 9B
     "Lumina2Pipeline": Loader(("gemma_2_2b",), "lumina2"),
     "ZImagePipeline": Loader(("qwen_3_4b",), "lumina2"),
     "WanPipeline": Loader(("umt5_xxl",), "wan", "EmptyHunyuanLatentVideo"),
@@ -75,6 +75,11 @@ LOADERS = {
 ENCODER_LOADERS = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader"}
 READS_DIFFUSERS_NAMES = ("FluxPipeline", "StableDiffusion3Pipeline")
 """Pipelines whose LoRAs ComfyUI reads under diffusers' names."""
+
+
+def loader_of(card: Card) -> Loader:
+    """The loaders of a card's family; one without files where they are not known."""
+    return LOADERS.get(card.pipeline, Loader())
 
 
 def no_workflow(card: Card, keys: Keys | None = None, *, retimed: bool = False) -> str:
@@ -106,17 +111,22 @@ def steps_of(card: Card) -> list[int]:
     return [steps for steps, call in card.calls.items() if call.get("sigmas") or steps in card.recipe.times]
 
 
+def says_levels(card: Card) -> bool:
+    """Whether a card tells noise levels that other programs take: of a family in `LOADERS`, or of flow matching."""
+    return bool(card.calls) and (card.pipeline in LOADERS or card.scheduler.startswith("FlowMatch"))
+
+
 def levels_of(card: Card, num_steps: int) -> list[float]:
     """Noise levels of a student's steps as ComfyUI counts them, the final 0 among them.
 
     Args:
-        card: of a family in `LOADERS`, with `calls`.
+        card: one that `says_levels`.
         num_steps: one of `steps_of`.
     """
     if listed := card.calls[num_steps].get("sigmas"):
         return [*listed, 0.0]
     times = torch.tensor(card.recipe.times_for(num_steps), dtype=torch.float64).clamp(max=math.pi / 2)
-    levels = times.tan().clamp(max=MOST_LEVEL) if LOADERS[card.pipeline].variance_preserving else flow_time(times)
+    levels = times.tan().clamp(max=MOST_LEVEL) if loader_of(card).variance_preserving else flow_time(times)
     return [*levels.tolist(), 0.0]
 
 

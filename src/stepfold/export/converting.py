@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stepfold.errors import UserError, first_line
+from stepfold.export.casting import Half, rounded_parts
 from stepfold.export.layouts import SANA, from_table, layout, pieces_of
 from stepfold.teachers.calls import parts_of
-from stepfold.teachers.folders import load_index, load_pipeline
+from stepfold.teachers.folders import load_index, load_pipeline, without_weights
 from stepfold.teachers.loading import FAMILIES, folder_of
-from stepfold.teachers.pipeline import SIGMA_DATA
+from stepfold.teachers.pipeline import SIGMA_DATA, PipelineTeacher
 from stepfold.training.runs import writing
 
 Weights = Literal["last", "ema"]
@@ -29,6 +30,7 @@ NETWORK, AVERAGE, AUTOENCODER, ENCODERS = (
     ("cond_stage_model.", "conditioner.", "text_encoders."),
 )  # fmt: skip
 """What the names of a whole model's parts begin with."""
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 WRAPPERS = ("module.", "_orig_mod.")
 """What trainers put before every name: DistributedDataParallel, and torch.compile."""
 SCHEDULE = ("alphas_cumprod", "betas", "sqrt_alphas_cumprod", "log_one_minus_alphas_cumprod", "posterior_", "sqrt_")
@@ -154,11 +156,10 @@ def fill(
             f"the checkpoint has {more[0]}, and {len(more) - 1} more, that the base's {kind} has no place for{scaled}; "
             "give a --base of the same kind"
         )
-    found = {
-        name: torch.cat([pieces[original][place] for place in places]) for name, (original, places) in places_of.items()
-    }
+    parts_of_each = {name: [pieces[original][at] for at in places] for name, (original, places) in places_of.items()}
+    found = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in parts_of_each.items()}
     try:
-        network.load_state_dict(found)
+        network.load_state_dict(found, assign=True)  # in the file's precision, and without a copy
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(
@@ -205,7 +206,8 @@ def of_other_family(state: dict[str, Tensor], pipe: Any, source: str, network_on
     if not network_only:
         if part_of(state, *AUTOENCODER):
             vae: Any = type(pipe.vae)
-            changed["vae"] = vae.from_single_file(dict(state), config=source, subfolder="vae")
+            dtype = precision_of(part_of(state, *AUTOENCODER))
+            changed["vae"] = vae.from_single_file(dict(state), config=source, subfolder="vae", dtype=dtype)
         if part_of(state, *ENCODERS):
             changed |= text_encoders(state, pipe, source)
     return type(pipe)(**(parts_of(pipe) | changed))
@@ -224,17 +226,33 @@ def text_encoders(state: dict[str, Tensor], pipe: Any, source: str) -> dict[str,
         )
     names = [name for name in ("text_encoder", "text_encoder_2") if getattr(pipe, name, None) is not None]
     try:
-        return {
+        made = {
             name: create_diffusers_clip_model_from_ldm(
                 type(getattr(pipe, name)), dict(state), subfolder=name, config=source
             )
             for name in names
         }
+        return {name: encoder.to(precision_of(part_of(state, *ENCODERS))) for name, encoder in made.items()}
     except (ValueError, RuntimeError, LookupError) as error:
         raise UserError(
             f"the checkpoint's text encoders are not those of the base ({first_line(error)}); give a --base of the "
             "same kind"
         ) from None
+
+
+def usual_precision(value: Tensor) -> Tensor:
+    """A tensor in a precision that pipelines are saved in: 8 bits become bfloat16, float64 becomes float32."""
+    if not value.is_floating_point() or value.dtype in PRECISIONS:
+        return value
+    return value.to(torch.bfloat16 if value.dtype.itemsize == 1 else torch.float32)
+
+
+def precision_of(state: Mapping[str, Tensor]) -> torch.dtype:
+    """The precision that most of the numbers have."""
+    sizes: dict[torch.dtype, int] = defaultdict(int)
+    for value in state.values():
+        sizes[value.dtype] += value.numel() * value.is_floating_point()
+    return max(sizes, key=sizes.__getitem__)
 
 
 def usual_base(state: dict[str, Tensor]) -> str:
@@ -249,8 +267,11 @@ def convert(
     time_scale: Literal[1, 1000] = 1000,
     weights: Weights | None = None,
     network_only: bool = False,
+    dtype: Half | None = None,
 ) -> str:
     """Writes a pipeline folder: what the checkpoint has, all else from `base`; returns the pipeline's class.
+
+    Each part has the precision that it has in the checkpoint or in the base.
 
     Args:
         file: a .pth (tensors only) or .safetensors under original names.
@@ -259,22 +280,28 @@ def convert(
         time_scale: what a Sana's own time counts to: 1000 of Sana, 1 of Sana-Sprint and of its teacher.
         weights: which ones, where it holds the last ones and their average.
         network_only: whether autoencoder and text encoders are the base's, whatever the checkpoint has.
+        dtype: that the networks and text encoders are rounded to, but not the autoencoder; None for none.
 
     Raises:
         UserError: one of them is not what it should be.
     """
-    state = read_original(file, weights)
+    state = {name: usual_precision(value) for name, value in read_original(file, weights).items()}
     if base is None:
         raise UserError(f"--base is missing: a pipeline of the same kind, for all else; such as {usual_base(state)}")
     source = folder_of(base)
     classes = [kind for family in FAMILIES.values() for kind in family.pipelines]
-    pipe: Any = load_pipeline(source, load_index(source), classes, torch.float32, network_only=False)
+    index = load_index(source)
+    part = FAMILIES.get(str(index.get("_class_name")), PipelineTeacher).network_part
+    pipe: Any = load_pipeline(source, index, classes, None, network_only=False, unread=(part,), stand_ins=(part,))
+    setattr(pipe, part, without_weights(source, part, index[part]))
     if isinstance(pipe, SANAS):
         made = sana_pipeline(state, pipe, base, time_scale)
     else:
         made = of_other_family(state, pipe, source, network_only)
-    with writing(out) as part:
-        made.save_pretrained(part, safe_serialization=True)
+    if dtype:
+        rounded_parts(made, dtype)
+    with writing(out) as folder:
+        made.save_pretrained(folder, safe_serialization=True)
     return type(made).__name__
 
 

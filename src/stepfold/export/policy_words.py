@@ -23,7 +23,7 @@ def of_policy(card: Card, name: str, template: str, made: str) -> str:
     """The README's use of a policy student: its template for code, and what the pipeline's result is called."""
     ((steps, call),) = card.calls.items()
     code = template.format(
-        classes=f"{card.pipeline}\nfrom stepfold.students.policy_scheduler import PolicyScheduler",
+        classes=f"{card.pipeline}\nfrom stepfold.api import PolicyScheduler",
         loading=LOAD_POLICY.format(pipeline=card.pipeline, name=json.dumps("WHOLE" if card.lora_rank else name)),
         prompt=json.dumps(card.example, ensure_ascii=False),
         arguments="\n".join(f"    {key}={value!r}," for key, value in call.items()),

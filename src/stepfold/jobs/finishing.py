@@ -113,7 +113,8 @@ def measure_own(run: Run, teacher: "PipelineTeacher", student: "Student", displa
 
     config, prompts = run.config, run.prompts
     n = min(NUM_PROMPTS, config.evaluation.n)
-    chosen = held_out(len(prompts), trained_samples(config), config.seed, n)
+    rows = len(run.bank) if run.bank else None
+    chosen = held_out(len(prompts), trained_samples(config), config.seed, n, rows)
     protocol = LatentProtocol(
         n=len(chosen.index),
         steps=known_steps(run.recipe, config.evaluation.steps),

@@ -134,7 +134,7 @@ def end_of(row: Row, velocity: Any, noise: Tensor) -> Tensor:
 
 
 def lines_for(teacher: Any, row: Row, guidance: float) -> dict[str, str]:
-    """How diffusers and ComfyUI take a row: Python lines, and the text of a ManualSigmas node.
+    """How diffusers and ComfyUI take a row: Python lines, and a ManualSigmas node's text with the guidance beside it.
 
     Schedulers of diffusers shift levels that they are given once more, so theirs is told no shift.
 
@@ -143,12 +143,20 @@ def lines_for(teacher: Any, row: Row, guidance: float) -> dict[str, str]:
         row: what was found.
         guidance: scale that it was searched at.
     """
-    own = teacher.own_guidance(guidance)
+    own = teacher.fixed_options | teacher.own_guidance(guidance)
+    if guidance != teacher.no_guidance and teacher.negative_prompt is not None:
+        own |= {"negative_prompt": teacher.negative_prompt}
+    guiders = [
+        f"pipe.{name} = {f'pipe.{name}.new(guidance_scale={guidance:g})' if part else None}"
+        for name, part in teacher.own_parts(guidance).items()
+    ]
+    cfg = {"comfyui_guidance": comfyui_guidance(teacher, guidance)}
     name, comfyui = f"{row.solver} {row.steps}", ", ".join(f"{level:g}" for level in row.levels)
     if row.solver == "calibrated":
         lines = [
-            "from stepfold.levels.calibrated import CalibratedScheduler",
+            "from stepfold.api import CalibratedScheduler",
             f"pipe.scheduler = CalibratedScheduler({row.levels}, {row.weights}, {teacher.num_train_timesteps})",
+            *guiders,
             f"pipe({called({'num_inference_steps': row.steps} | own)})",
         ]
         return {"name": name, "diffusers": "\n".join(lines), "comfyui": ""}
@@ -163,7 +171,11 @@ def lines_for(teacher: Any, row: Row, guidance: float) -> dict[str, str]:
             'timestep_spacing="leading")',
             f"pipe({called({'sigmas': sigmas} | own)})",
         ]
-        return {"name": name, "diffusers": "\n".join(lines), "comfyui": ", ".join(f"{sigma:.6f}" for sigma in sigmas)}
+        return {
+            "name": name,
+            "diffusers": "\n".join(lines),
+            "comfyui": ", ".join(f"{sigma:.6f}" for sigma in sigmas),
+        } | cfg
     listed = f"{row.levels[:-1]}"
     scheduler = f"diffusers.FlowMatchEulerDiscreteScheduler({teacher.num_train_timesteps}, shift=1.0)"
     if row.solver == "unipc":
@@ -177,9 +189,17 @@ def lines_for(teacher: Any, row: Row, guidance: float) -> dict[str, str]:
         "own = scheduler.set_timesteps  # some pipelines take no levels, and others drop them",
         "scheduler.set_timesteps = lambda num_inference_steps=None, device=None, sigmas=None, mu=None: "
         f"own(sigmas={listed}, device=device)",
+        *guiders,
         f"pipe({called({'num_inference_steps': row.steps} | own)})",
     ]
-    return {"name": name, "diffusers": "\n".join(lines), "comfyui": comfyui if row.solver == "euler" else ""}
+    return {"name": name, "diffusers": "\n".join(lines), "comfyui": comfyui if row.solver == "euler" else ""} | cfg
+
+
+def comfyui_guidance(teacher: Any, guidance: float) -> str:
+    """The scale as ComfyUI takes it: CFG is 1 where guidance is off or is told to the network."""
+    if teacher.guidance_kind == "embedded":
+        return f"CFG 1, FluxGuidance {guidance:g}"
+    return f"CFG {guidance - teacher.no_guidance + 1:g}" if teacher.guidance_kind == "classifier_free" else "CFG 1"
 
 
 def called(arguments: Mapping[str, Any]) -> str:

@@ -56,6 +56,8 @@ class PipelineCalls(Teacher):
         scale_argument: name of the guidance scale in the pipeline's call.
         one_by_one: whether the pipeline is called with a prompt at once: in a batch it has padding attended to.
         prompt_argument: name of the prompt in the pipeline's call, where another argument comes first; else empty.
+        fixed_options: arguments that each call of the pipeline needs, whichever the model.
+        negative_prompt: that of the unconditional branch, where the pipeline needs it for guidance; else None.
         pipe: the pipeline.
         device: where its networks are.
         dtype: of their weights.
@@ -70,6 +72,8 @@ class PipelineCalls(Teacher):
     one_by_one: ClassVar[bool] = False
     scale_argument: ClassVar[str] = "guidance_scale"
     prompt_argument: ClassVar[str] = ""
+    fixed_options: ClassVar[Mapping[str, Any]] = {}
+    negative_prompt: ClassVar[str | None] = None
     length_argument: ClassVar[str] = "max_sequence_length"
 
     pipe: Any
@@ -99,7 +103,7 @@ class PipelineCalls(Teacher):
 
     def call_options(self) -> dict[str, Any]:
         """Arguments that each call of the pipeline needs besides the usual ones."""
-        return {}
+        return dict(self.fixed_options)
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents [B, ...] as the pipeline's own sampler has them."""
@@ -144,7 +148,13 @@ class PipelineCalls(Teacher):
             draws: B generators on the CPU; each draws its prompt's unit noise.
         """
         noise = torch.stack([torch.randn(self.latent_shape, generator=draw) for draw in draws])
-        return {"prompt": list(prompts), "latents": self.given(noise.to(self.device, self.dtype))}
+        latents = self.given(noise.to(self.device, self.dtype))
+        return {"prompt": list(prompts), "latents": latents} | self.negatives(len(prompts))
+
+    @classmethod
+    def negatives(cls, count: int) -> dict[str, Any]:
+        """The argument with the negative prompts of so many prompts, where the pipeline needs them for guidance."""
+        return {} if cls.negative_prompt is None else {"negative_prompt": [cls.negative_prompt] * count}
 
     def latents_of(self, pipe: Any, prompts: Sequence[str], draws: Sequence[torch.Generator], **call: Any) -> Tensor:
         """Unit latents [B, ...] that a pipeline of this family makes in its own loop; for arguments see `inputs`."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import ErnieImagePipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class ErnieImageTeacher(OwnLevels, PatchedLatents):
     unread = ("pe", "pe_tokenizer")
     even_ladder = True
     lora_blocks = ("layers.",)
+    fixed_options: ClassVar[Any] = {"use_pe": False}
 
     @override
     def predictor(self) -> Predict:
@@ -77,10 +78,6 @@ class ErnieImageTeacher(OwnLevels, PatchedLatents):
         self.pipe.tokenizer.model_max_length = self.max_tokens
         texts = self.pipe.encode_prompt(list(prompts), self.device)
         return Condition.ragged([text.to(self.work_dtype) for text in texts])
-
-    @override
-    def call_options(self) -> dict[str, Any]:
-        return {"use_pe": False}
 
     @override
     def fresh_scheduler(self) -> Any:

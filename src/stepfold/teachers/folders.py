@@ -10,7 +10,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants, get_session
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import T5GemmaConfig
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
@@ -86,7 +86,7 @@ def load_pipeline(
     source: str,
     index: dict[str, Any],
     classes: Sequence[type],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     network_only: bool,
     variant: str | None = None,
     *,
@@ -96,8 +96,9 @@ def load_pipeline(
 ) -> Any:
     """Loads a pipeline, all or without text encoders and VAE; safetensors only, of a variant where there is one.
 
-    `tokenizers_only` leaves out all its networks; `unread` are optional parts that are left out in any case. Those of
-    `stand_ins` are there without weights while the class reads their configs.
+    `tokenizers_only` leaves out all its networks; `unread` are parts that are left out in any case. Those of
+    `stand_ins` are there without weights while the class reads their configs. Without a `dtype` each network has that
+    of its files.
 
     Raises:
         UserError: it is of another class, or does not load.
@@ -120,7 +121,7 @@ def load_pipeline(
             check_files(Path(folder))
         networks = load_networks(folder, index, dtype, variant, absent)
         for part in (hollow := set(stand_ins) & set(absent)):
-            networks[part] = without_weights(folder, part, index[part])
+            networks[part] = without_weights(source, part, index[part])  # a hub download leaves its config out
         given = absent | networks
         pipe = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, variant=variant, **given)
         for part in hollow:
@@ -133,14 +134,28 @@ def load_pipeline(
 
 
 def load_networks(
-    folder: str, index: Mapping[str, Any], dtype: torch.dtype, variant: str | None = None, absent: Container[str] = ()
+    folder: str,
+    index: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    variant: str | None = None,
+    absent: Container[str] = (),
 ) -> dict[str, Any]:
     """A pipeline's networks by their parts' names, but for those that are to be absent; see `load_network`."""
     return {
-        part: load_network(folder, part, spec, dtype, variant)
+        part: load_network(folder, part, spec, dtype or stored_dtype(Path(folder) / part), variant)
         for part, spec in index.items()
         if part not in absent and is_part(spec) and is_network(spec)
     }
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The precision of a network's files, by their first tensor; float32 where it is none of the usual ones."""
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: len(file.name))  # a variant's names are longer
+    if not files:
+        return torch.float32
+    with safe_open(files[0], framework="pt") as tensors:
+        name = tensors.get_slice(next(iter(tensors.keys()))).get_dtype()
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(name, torch.float32)
 
 
 def without_weights(source: str, part: str, spec: Sequence[str]) -> Any:

@@ -46,6 +46,8 @@ class LongCatImageTeacher(PackedTeacher):
     pipelines = (LongCatImagePipeline,)
     time_module = "time_embed"
     loads_lora = False
+    fixed_options: ClassVar[Any] = {"enable_prompt_rewrite": False}  # by default its text encoder writes prompts itself
+    negative_prompt = ""  # by default one for all, which does not fit several
     fields: ClassVar[Any] = {"patch_size": ((1,), "the pipeline packs four latents into a token itself")}
 
     @override
@@ -67,16 +69,6 @@ class LongCatImageTeacher(PackedTeacher):
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
         """Always as long as the pipeline reads; padding is attended to as in use."""
         return Condition.whole(self.pipe.encode_prompt(list(prompts))[0].to(self.work_dtype))
-
-    @override
-    def inputs(self, prompts: Sequence[str], draws: Sequence[torch.Generator]) -> dict[str, Any]:
-        """With one negative prompt each: the pipeline's own is one for all, which does not fit several."""
-        return super().inputs(prompts, draws) | {"negative_prompt": [""] * len(prompts)}
-
-    @override
-    def call_options(self) -> dict[str, Any]:
-        """By default the pipeline has its text encoder write each prompt anew."""
-        return {"enable_prompt_rewrite": False}
 
     @override
     def block_stacks(self) -> dict[str, str]:

@@ -33,6 +33,7 @@ class PixArtTeacher(VPTeacher):
     loads_lora = False
     lowers = True
     outputs = (1, 2)
+    fixed_options: ClassVar[Any] = {"use_resolution_binning": False}
     fields: ClassVar[Any] = {
         "use_additional_conditions": ((False,), "it reads the picture's size beside the text, as PixArt-Alpha does")
     }
@@ -59,7 +60,3 @@ class PixArtTeacher(VPTeacher):
             clean_caption=inspect.signature(self.pipe.__call__).parameters["clean_caption"].default,
         )  # fmt: skip
         return Condition(embeds.to(self.work_dtype), mask)
-
-    @override
-    def call_options(self) -> dict[str, Any]:
-        return {"use_resolution_binning": False}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import PRXPipeline
 from diffusers.models.embeddings import get_timestep_embedding
@@ -43,6 +43,7 @@ class PRXTeacher(PipelineTeacher):
     lowers = True
     time_field = "time_factor"
     length_argument = "tokenizer_max_length"
+    fixed_options: ClassVar[Any] = {"use_resolution_binning": False}
 
     @override
     def predictor(self) -> Predict:
@@ -73,10 +74,6 @@ class PRXTeacher(PipelineTeacher):
             list(prompts), self.device, False, tokenizer_max_length=self.max_tokens
         )
         return Condition(embeds.to(self.work_dtype), mask.long())
-
-    @override
-    def call_options(self) -> dict[str, Any]:
-        return {"use_resolution_binning": False}
 
     @override
     def student_call(self, times: Sequence[float], guidance: float, sampler: SamplerName) -> dict[str, Any]:

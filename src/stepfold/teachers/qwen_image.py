@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor
 from typing_extensions import override
@@ -68,6 +67,7 @@ class QwenImageTeacher(QwenLatents):
     pipelines = (QwenImagePipeline,)
     time_module = "time_text_embed"
     scale_argument = "true_cfg_scale"
+    negative_prompt = NOTHING
     fields: ClassVar[Any] = {
         "guidance_embeds": ((False, None), "the pipeline cannot call a network that embeds guidance"),
         "zero_cond_t": ((False, None), "it edits images"),
@@ -111,11 +111,6 @@ class QwenImageTeacher(QwenLatents):
     @override
     def encode_nothing(self) -> Condition:
         return self.encode_texts([NOTHING])
-
-    @override
-    def inputs(self, prompts: Sequence[str], draws: Sequence[torch.Generator]) -> dict[str, Any]:
-        """With one negative prompt each, without which the pipeline has no guidance."""
-        return super().inputs(prompts, draws) | {"negative_prompt": [NOTHING] * len(prompts)}
 
     @override
     def idle_parameters(self) -> tuple[str, ...]:

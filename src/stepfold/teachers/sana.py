@@ -64,6 +64,7 @@ class GemmaTexts(PipelineTeacher):
 
     lowers = True
     text_options: ClassVar[dict[str, Any]] = {"do_classifier_free_guidance": False}
+    fixed_options: ClassVar[Any] = {"use_resolution_binning": False}
 
     @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
@@ -103,10 +104,6 @@ class GemmaTexts(PipelineTeacher):
             attention = block.attn2
             parts += [part for part in (attention.to_k, attention.to_v, attention.norm_k) if part is not None]
         return parts
-
-    @override
-    def call_options(self) -> dict[str, Any]:
-        return {"use_resolution_binning": False}
 
 
 class SanaTeacher(GemmaTexts):
