@@ -200,11 +200,11 @@ def preset_purpose(name: str) -> str:
     return re.split(r"(?<=\.) ", " ".join(line.removeprefix("# ") for line in comment))[0]
 
 
-def load_config(preset: str, changes: Sequence[str] = (), **top: Any) -> Config:
+def load_config(preset: str | Config, changes: Sequence[str] = (), **top: Any) -> Config:
     """A preset, changed by `key=value` strings, such as `training.steps=100`.
 
     Args:
-        preset: a name from `preset_names`, or the path of a yaml file.
+        preset: a name from `preset_names`, the path of a yaml file, or settings themselves.
         changes: dotted keys with yaml values.
         **top: dotted keys (with `__` for the dot) that are set unless None.
 
@@ -216,7 +216,7 @@ def load_config(preset: str, changes: Sequence[str] = (), **top: Any) -> Config:
         >>> config.training.steps, config.objective, config.seed
         (100, 'discrete', 3)
     """
-    values = _preset_values(preset)
+    values = preset.model_dump() if isinstance(preset, Config) else _preset_values(preset)
     for change in changes:
         key, sep, value = change.partition("=")
         if not sep:

@@ -8,7 +8,7 @@ import pytest
 from forms import cases
 
 from stepfold.commands.plan import evaluation_prompts, make_plan, plan_rows, reckon
-from stepfold.config import load_config
+from stepfold.config import Config, load_config
 from stepfold.display import Display
 from stepfold.jobs.distilling import run_distill
 from stepfold.students.sana import SanaStudent
@@ -50,6 +50,15 @@ def test_the_parts_add_up() -> None:
         "in all": "counted",
         "peak memory": "measured on NVIDIA H200",
     }
+
+
+def test_a_trial_is_no_run_of_a_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was one more run, `trial-1a2b3c4d`, in the user's project."""
+    seen: list[Config] = []
+    monkeypatch.setattr("stepfold.commands.plan.run_distill", lambda config, *_, **__: seen.append(config))
+    monkeypatch.setattr("stepfold.commands.plan.reckon", lambda *_: None)
+    make_plan(load_config("demo", ["training.trackers=[wandb]"]), 2, Display(quiet=True))
+    assert seen[0].training.trackers == () and seen[0].training.steps == 2
 
 
 @pytest.mark.parametrize(("source", "count", "prompts"), [("emoji", 6000, 500), ("x", 6000, 64), ("x", 40, 40)])

@@ -10,9 +10,12 @@ import torch
 from diffusers import SanaTransformer2DModel
 from test_cli import Result, assert_one_line
 from test_family_presets import PIPELINES
+from tiny import make_wan, save
 
 from stepfold.commands.plan import Plan
+from stepfold.commands.settling import priced, settle, within_hours
 from stepfold.config import from_yaml, load_config, preset_names, to_yaml
+from stepfold.errors import UserError
 from stepfold.jobs import choosing
 from stepfold.jobs.choosing import Facts, alternatives, choose, family_preset, passes, read_facts
 from stepfold.objectives.contract import Networks
@@ -29,64 +32,79 @@ GIB = {"whole": 40.0, "none": 8.0, "int8": 5.0, "nf4": 3.0}
 SDXL = Facts("sdxl-lora-4step", 1000, "classifier_free", GIB, 24.0)
 FLOW = replace(SDXL, preset="lora-4step", counts_to=1)
 ALL = {"whole": 40.0}
-MAP = {"student.times": "two", "target.rule": "edge", "space.kind": "generation", "evaluation.steps": "[8, 4, 2, 1]"}
+WHOLE = {"student.lora": "0", "optimiser.name": "came", "optimiser.lr": "1.0e-5"}
+LUMINA2 = replace(SDXL, preset="lumina2-lora-4step", counts_to=1)
+MAP = {"student.times": "two", "target.rule": "edge", "evaluation.steps": "[8, 4, 2, 1]"}
 ENDS = {"space.kind": "{generation: 1, endpoints: 1}"}
+ONE = {"training.micro_batch": "1"}
 
 
 @pytest.mark.parametrize(
     ("facts", "preset", "changes", "words"),
     [
-        (SDXL, "sdxl-lora-4step", {"space.kind": "generation"}, "Trajectories alone: 90%"),
-        (replace(SDXL, steps=2), "sdxl-lora-4step", {"space.kind": "generation"}, "dF/dt is large"),
-        (FLOW, "lora-4step", {}, "timesteps are in [0, 1], with noised ends: at four steps 92%"),
+        (SDXL, "sdxl-lora-4step", {}, "Trajectories alone: 90, 89 and 81%"),
+        (replace(SDXL, steps=2), "sdxl-lora-4step", {}, "dF/dt is large"),
+        (FLOW, "lora-4step", ENDS, "timesteps are in [0, 1], with noised ends: at four steps 92%"),
+        (LUMINA2, "lumina2-lora-4step", {}, "with noised ends"),
+        (replace(LUMINA2, steps=1), "lumina2-lora-4step", {"space.kind": "generation"}, "Discrete consistency on"),
+        (replace(LUMINA2, steps=8), "lumina2-lora-4step", MAP | {"space.kind": "generation"}, "export --steps 8`"),
         (replace(SDXL, steps=8), "sdxl-lora-4step", MAP, "A flow map with discrete targets: 68"),
-        (replace(SDXL, steps=8, gib=ALL), "default", MAP, "91% at eight steps"),
+        (replace(SDXL, steps=8, gib=ALL), "sdxl-lora-4step", MAP | WHOLE, "91% at eight with all weights"),
         (
             replace(SDXL, steps=8, second_time=False), "sdxl-lora-4step",
-            {"space.kind": "generation", "evaluation.steps": "[8, 4, 2, 1]"}, "eight steps are not measured",
+            {"evaluation.steps": "[8, 4, 2, 1]"}, "eight steps are not measured",
         ),
-        (replace(FLOW, steps=8, second_time=False), "lora-4step", {"evaluation.steps": "[8, 4, 2, 1]"}, "not measured"),
-        (replace(SDXL, gib=ALL), "default", ENDS, "Noised ends too: 83%"),
-        (replace(FLOW, gib=ALL), "default", ENDS, "no LoRA can be"),
-        (replace(FLOW, steps=1, memory_gib=51), "default", {"objective": "discrete"}, "three points better"),
+        (
+            replace(FLOW, steps=8, second_time=False), "lora-4step",
+            ENDS | {"evaluation.steps": "[8, 4, 2, 1]"}, "not measured",
+        ),
+        (replace(SDXL, gib=ALL), "sdxl-lora-4step", WHOLE, "All weights are trained. Weights"),
+        (replace(FLOW, gib=ALL, no_lora="peft is gone"), "lora-4step", ENDS | WHOLE, "trained, since peft is gone."),
+        (
+            replace(FLOW, steps=1, memory_gib=51), "lora-4step",
+            WHOLE | {"objective": "discrete"}, "three points better than a LoRA (AdamW at 4e-4",
+        ),
         (replace(FLOW, steps=1, memory_gib=49), "lora-4step", {"objective": "discrete"}, "all weights need 40.0 GiB"),
         (replace(SDXL, memory_gib=11), "sdxl-lora-4step", {}, "8.0 GiB of 11.0 (counted)."),
         (replace(SDXL, memory_gib=9), "sdxl-lora-4step", {"teacher.quantise": "int8"}, "off by 0.9%."),
         (replace(SDXL, memory_gib=4), "sdxl-lora-4step", {"teacher.quantise": "nf4"}, "off by 14%."),
         (replace(SDXL, memory_gib=3), "sdxl-lora-4step", {"teacher.quantise": "nf4"}, "14%; it may not fit"),
-        (replace(SDXL, gib=ALL), "default", {}, "of 24.0 (counted); it may not fit"),
+        (replace(SDXL, gib=ALL), "sdxl-lora-4step", WHOLE, "of 24.0 (counted); it may not fit"),
+        (replace(FLOW, billions=8), "lora-4step", ENDS | ONE, "Activations are not counted, so a backward pass has"),
+        (replace(FLOW, billions=4.9), "lora-4step", ENDS, "of 24.0 (counted)."),
+        (replace(FLOW, video=True), "lora-4step", ENDS | ONE | {"teacher.frames": "33"}, "Videos have 33 frames."),
+        (replace(SDXL, billions=12, preset="flux-lora-4step"), "flux-lora-4step", {}, "Activations are not counted"),
+        (replace(SDXL, video=True, preset="wan-lora-4step"), "wan-lora-4step", {}, "33 frames"),
         (replace(SDXL, guidance="none"), "sdxl-lora-4step", {"space.guidance": "null"}, ""),
     ],
 )  # fmt: skip
 def test_every_branch(facts: Facts, preset: str, changes: dict[str, str], words: str) -> None:
     found = choose(facts)
     assert found.preset == preset and found.share == 1 and changes.items() <= found.changes.items()
-    for key in ("teacher.quantise", "space.guidance", "student.times", "evaluation.steps"):
-        assert (key in found.changes) == (key in changes)
+    several = {"objective", "target.segments", "target.draws"}  # of the flow map, and what auto would be
+    assert set(found.changes) - several == set(changes) - several
     assert words in " ".join(found.reasons) and len(found.reasons) == 2
 
 
 @pytest.mark.parametrize(
-    ("facts", "hours", "preset", "share", "words"),
+    ("facts", "hours", "lora", "share", "words"),
     [
-        (SDXL, 20, "sdxl-lora-4step", 1.0, "All steps of the preset take 10 h (counted), which fit into 20 h."),
-        (SDXL, 5, "sdxl-lora-4step", 0.5, "5 h are enough for 50% of the preset's steps."),
-        (SDXL, 1, "sdxl-lora-4step", 0.1, "10% of the preset's steps, which is short"),
-        (replace(SDXL, steps=1, memory_gib=80), 30, "default", 0.3, "30% of the preset's steps."),
-        (
-            replace(SDXL, steps=1, memory_gib=80),
-            15,
-            "sdxl-lora-4step",
-            1.0,
-            "less than a fifth of what all weights take",
-        ),
+        (SDXL, 20, 64, 1.0, "All steps of the preset take 10 h (counted), which fit into 20 h."),
+        (SDXL, 5, 64, 0.5, "5 h are enough for 50% of the preset's steps."),
+        (SDXL, 1, 64, 0.1, "10% of the preset's steps, which is short"),
+        (replace(SDXL, fixed_hours=1), 6, 64, 0.5, "6 h are enough for 50% of the preset's steps."),
+        (replace(SDXL, fixed_hours=1), 20, 64, 1.0, "All steps of the preset take 11 h (counted), which fit into"),
+        (replace(SDXL, steps=1, memory_gib=80), 30, 0, 0.3, "30% of the preset's steps."),
+        (replace(SDXL, steps=1, memory_gib=80), 15, 64, 1.0, "less than a fifth of what all weights take"),
+        (replace(SDXL, steps=1, memory_gib=80, fixed_hours=11), 30, 64, 1.0, "less than a fifth of what all weights"),
     ],
 )
-def test_hours(facts: Facts, hours: float, preset: str, share: float, words: str) -> None:
+def test_hours(facts: Facts, hours: float, lora: int, share: float, words: str) -> None:
     untimed = choose(replace(facts, hours=hours))
     assert untimed.share == 1 and untimed == choose(facts)
     found = choose(replace(facts, hours=hours, full_hours={"whole": 100.0, "lora": 10.0}))
-    assert (found.preset, found.share) == (preset, pytest.approx(share)) and words in " ".join(found.reasons)
+    rank = int(found.changes.get("student.lora", 64))
+    assert (rank, found.share) == (lora, pytest.approx(share)) and words in " ".join(found.reasons)
 
 
 def test_alternatives_are_settings_and_all_different() -> None:
@@ -97,9 +115,20 @@ def test_alternatives_are_settings_and_all_different() -> None:
             changes = [f"{key}={value}" for key, value in choice.changes.items()]
             load_config(choice.preset, changes, teacher__source="x/y", prompts="p.txt")
     asked = replace(SDXL, gib=GIB | {"whole": float("inf")})
-    assert {choice.preset for choice in alternatives(asked)} == {"sdxl-lora-4step"}
+    assert not any("student.lora" in choice.changes for choice in alternatives(asked))
     assert "A LoRA, as asked for." in choose(replace(asked, steps=1)).reasons[1]
-    assert "the preset as it is" in {choice.method for choice in alternatives(SDXL)}
+    assert "the preset as it is" in {choice.method for choice in alternatives(FLOW)}
+    assert "the preset as it is" not in {choice.method for choice in alternatives(SDXL)}  # which the rule chose
+
+
+def test_all_weights_are_counted_as_they_run() -> None:
+    """18 bytes a parameter are for a teacher in bfloat16 and CAME; recomputed blocks and small parts come with it."""
+    choice = choose(replace(SDXL, gib=ALL))
+    config = load_config(
+        choice.preset, [f"{key}={value}" for key, value in choice.changes.items()], teacher__source="x/y", prompts="p"
+    )
+    assert (config.teacher.dtype, config.optimiser.name, config.optimiser.lr) == ("bfloat16", "came", 1e-5)
+    assert (config.student.lora, config.training.steps, config.training.micro_batch) == (0, 2000, 4)
 
 
 def test_families_have_their_presets() -> None:
@@ -121,25 +150,28 @@ def test_facts_of_a_folder(tiny_sana: Path, first_sana: Path) -> None:
     assert found.gib["whole"] == pytest.approx(18 * parameters / 2**30) and found.gib["nf4"] < found.gib["none"]
     assert read_facts(TeacherSettings(source=str(first_sana)), None, 4, None, "cpu").counts_to == 1000
     whole = read_facts(TeacherSettings(source=str(tiny_sana)), 0, 4, None, "cpu")
-    assert set(whole.gib) == {"whole"} and choose(whole).preset == "default"
+    assert set(whole.gib) == {"whole"} and choose(whole).changes["student.lora"] == "0"
+    assert whole.no_lora == "no LoRA is wanted" and not found.no_lora and not found.video
+    assert found.billions == pytest.approx(parameters / 1e9)
     lora = read_facts(TeacherSettings(source=str(tiny_sana)), 8, 1, None, "cpu")
     assert lora.gib["none"] < found.gib["none"] and choose(lora).preset == "sana-lora-4step"
     unguided = TeacherSettings(source=str(tiny_sana), guidance="none")
     assert read_facts(unguided, None, 4, None, "cpu").guidance == "none"
 
 
+BOTH_KINDS = "space.kind={generation: 1, endpoints: 1}"
 SMALL = ("space.route_steps=4", "training.precision=no", "training.walk_precision=no", "teacher.dtype=float32")
 
 
 @pytest.mark.parametrize(
     ("preset", "changes", "calls"),
     [
-        ("lora-4step", ["space.kind=generation", "objective=discrete"], 8 + 4 * 4),
-        ("lora-4step", ["objective=discrete"], 16 + 4 * 4 + 4 * 5),
-        ("lora-4step", [], 16 + 8 * 5),  # continuous
-        ("lora-4step", ["space.kind=generation", "objective=discrete", "training.micro_batch=3"], 8 + 4 * 5),
+        ("lora-4step", ["objective=discrete"], 8 + 4 * 4),
+        ("lora-4step", ["objective=discrete", BOTH_KINDS], 16 + 4 * 4 + 4 * 5),
+        ("lora-4step", [BOTH_KINDS], 16 + 8 * 5),  # continuous
+        ("lora-4step", ["objective=discrete", "training.micro_batch=3"], 8 + 4 * 5),
         ("default", ["objective=discrete"], 8 + 3 * 3),  # the next state's own pass is the target
-        ("default", ["objective=discrete", "space.kind={generation: 1, endpoints: 1}"], 8 + 3 * 3 + 6 + 3 * 4),
+        ("default", ["objective=discrete", BOTH_KINDS], 8 + 3 * 3 + 6 + 3 * 4),
         ("default", ["objective=discrete", "teacher.guidance=none"], 4 + 3 * 3),
         ("flow", [], 8 + 8 * 4),
     ],
@@ -178,7 +210,11 @@ def test_passes_are_the_calls_of_a_step(
 def test_passes_are_those_of_the_docs() -> None:
     """docs/four-step-lora.md counts them by hand."""
     config = load_config("lora-4step", ["objective=discrete"], teacher__source="x/y", prompts="p.txt")
-    assert (passes(config, "classifier_free"), passes(config, "embedded")) == (224, 192)
+    assert (passes(config, "classifier_free"), passes(config, "embedded")) == (112, 96)
+    flux = load_config("flux-lora-4step", ["objective=discrete"], teacher__source="x/y", prompts="p.txt")
+    assert passes(flux, "embedded") == 96
+    both = load_config("lora-4step", ["objective=discrete", BOTH_KINDS], teacher__source="x/y", prompts="p.txt")
+    assert passes(both, "classifier_free") == 224
 
 
 FEW = (
@@ -188,16 +224,19 @@ FEW = (
 
 
 @pytest.fixture
-def ten_hours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every trial says that the run takes ten hours, all of it steps."""
+def trials(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds of each trial's run, all of it steps: ten hours by the first one, and five by any other one."""
+    seconds: list[float] = []
 
     def make_plan(config: Any, *_: Any) -> Plan:
-        return Plan("one_pass", 1.0, {"steps": 36000.0}, 36000.0, 1.5, 12, config.training.steps, "cpu")
+        seconds.append(18000.0 if seconds else 36000.0)
+        return Plan("one_pass", 1.0, {"steps": seconds[-1]}, seconds[-1], 1.5, 12, config.training.steps, "cpu")
 
     monkeypatch.setattr("stepfold.commands.plan.make_plan", make_plan)
+    return seconds
 
 
-@pytest.mark.usefixtures("ten_hours")
+@pytest.mark.usefixtures("trials")
 def test_distill_and_plan_say_what_they_chose(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
     few = [part for change in FEW for part in ("--set", change)]
     common = ("--teacher", tiny_sana, "--prompts", prompts_file, *few)
@@ -219,18 +258,49 @@ def test_distill_and_plan_say_what_they_chose(tiny_sana: Path, prompts_file: Pat
     assert again.code == 0, again.err
 
 
-@pytest.mark.usefixtures("ten_hours")
-def test_hours_shorten_a_run(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
+def test_hours_shorten_a_run_which_goes_on_as_it_began(
+    tiny_sana: Path, prompts_file: Path, tmp_path: Path, trials: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No two trials say the same; the command that a stopped run prints has `--hours`, and maybe no `--out`."""
+    monkeypatch.chdir(tmp_path)
     few = [part for change in FEW[1:] for part in ("--set", change)]
     common = ("--teacher", tiny_sana, "--prompts", prompts_file, *few, "--hours", "0.01")
-    planned = Result("plan", *common)
-    assert planned.code == 0 and "0.01 h are enough for 0% of the preset's steps, which is short" in planned.err
-    done = Result("distill", *common, "--out", tmp_path / "run")
+    done = Result("distill", *common)
     assert done.code == 0, done.err
-    config = from_yaml(tmp_path / "run" / "config.yaml")
+    assert "0.01 h are enough for 0% of the preset's steps, which is short" in done.err
+    config = from_yaml(tmp_path / "runs" / "sana-lora-4step" / "config.yaml")
     assert config.training.steps == 2  # of 2,000
     assert (config.consistency.r_warmup, config.consistency.r_cooldown_start) == (1, 2)
     assert config.optimiser.warmup == 1
+    for out in ((), ("--out", "runs/sana-lora-4step")):
+        assert_one_line(Result("distill", *common, *out), "already holds a run; add --resume")
+        again = Result("distill", *common, *out, "--resume")
+        assert again.code == 0, again.err
+        assert "goes on with the settings that it began with; --hours change nothing" in again.err
+    assert len(trials) == 1
+    planned = Result("plan", *common)
+    assert planned.code == 0 and "0.01 h are enough for 0% of the preset's steps, which is short" in planned.err
+
+
+def test_start_and_evaluation_take_their_time_of_the_hours(tiny_sana: Path) -> None:
+    plan = Plan("", 1.0, {"start": 1000.0, "steps": 30.0, "previews": 6.0, "evaluation": 200.0}, 1236.0, 1.0, 12, 9, "")
+    assert (plan.fixed_sec, plan.whole_step_sec) == (1200, 4)
+    settled = settle(None, None, steps=4, hours=6, device="cpu", teacher=str(tiny_sana), prompts="p.txt")
+    found = within_hours(settled, 18.0, 3600.0)
+    assert settled.config.training.steps == 2000 and found.config.training.steps == 1000
+    assert priced(settled, 18.0, 3600.0)[0]["hours"] == pytest.approx(11)
+    with pytest.raises(UserError, match=r"--hours is 6, but start and evaluation alone take 6 h; give more, or --set"):
+        within_hours(settled, 18.0, 6 * 3600.0)
+
+
+def test_a_run_of_an_earlier_version_goes_on(tiny_sana: Path, tmp_path: Path) -> None:
+    config = load_config("lora-4step", ["training.steps=9"], teacher__source=str(tiny_sana), prompts="p.txt")
+    (tmp_path / "config.yaml").write_text(to_yaml(config).replace("walk_precision", "rollout_precision"))
+    given: dict[str, Any] = {"steps": 8, "hours": None, "device": "cpu", "teacher": str(tiny_sana), "prompts": "p.txt"}
+    found = settle(None, ["optimiser.lr=3e-4"], out=tmp_path, resume=True, **given)
+    assert found.config == load_config(config, ["optimiser.lr=3e-4"]) and found.config != config
+    assert found.notes() == ["the run goes on with the settings that it began with; --steps change nothing"]
+    assert settle(None, None, out=tmp_path, **given).config.student.times == "two"  # not resumed: the rule's
 
 
 @pytest.mark.parametrize(
@@ -258,8 +328,21 @@ def test_hours_of_several_processes_and_of_a_dry_run(tiny_sana: Path, monkeypatc
 
 def test_a_dry_run_says_its_reasons_apart(tiny_sana: Path) -> None:
     result = Result("distill", "--teacher", tiny_sana, "--prompts", "p.txt", "--lora", "0", "--steps", "4", "--dry-run")
-    assert result.err.startswith("method: --preset default --set 'space.kind={generation: 1, endpoints: 1}'\n")
-    assert "loads no LoRA" not in result.err and result.err.count("\n") == 3
-    changes = ["space.kind={generation: 1, endpoints: 1}", "student.lora=0"]
-    expected = load_config("default", changes, teacher__source=str(tiny_sana), prompts="p.txt")
+    changes = [BOTH_KINDS, "student.lora=0", "optimiser.name=came", "optimiser.lr=1.0e-5"]
+    words = " --set ".join(["sana-lora-4step", f"'{BOTH_KINDS}'", *changes[1:]])
+    assert result.err.startswith(f"method: --preset {words}\n") and result.err.count("\n") == 3
+    assert "92%, without 83% (three seeds, all weights). 2,000 optimiser steps.\n" in result.err
+    expected = load_config("sana-lora-4step", changes, teacher__source=str(tiny_sana), prompts="p.txt")
     assert result.out == to_yaml(expected)
+
+
+def test_why_no_lora(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choosing.no_lora_since(True, None) == choosing.no_lora_since(True, 8) == ""
+    assert choosing.no_lora_since(False, 8) == "the pipeline loads no LoRA"
+    monkeypatch.setattr(choosing, "find_spec", lambda _: None)
+    assert "(pip install peft)" in choosing.no_lora_since(True, None)
+
+
+def test_the_facts_of_a_video(tmp_path: Path) -> None:
+    found = read_facts(TeacherSettings(source=str(save(make_wan, tmp_path / "wan"))), None, 4, None, "cpu")
+    assert found.video and found.preset == "wan-lora-4step" and found.billions < 1

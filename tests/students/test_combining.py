@@ -129,4 +129,6 @@ def test_it_replaces_an_earlier_student_alone(run: Path, tmp_path: Path) -> None
             command.combine(run, out, force=True)
     with pytest.raises(UserError, match="is the student itself, or in it"):
         command.combine(run, run / "student", force=True)
+    with pytest.raises(UserError, match=r"is a student, and the checkpoints are in its run; give its run, .*run$"):
+        command.combine(run / "student", tmp_path / "new")
     assert (run / "checkpoints").is_dir() and (other / "mine").is_dir()

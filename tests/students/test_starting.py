@@ -1,10 +1,12 @@
 """A student goes on from an earlier student of the same teacher, with another method."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stepfold.config import Config, load_config
 from stepfold.display import Display
@@ -98,6 +100,23 @@ def test_a_run_goes_on_with_another_method_and_its_card_says_from_where(
     (_, first, _), (_, second, card) = load_student(whole, "cpu"), load_student(student, "cpu")
     assert same_output(second, first, condition, 1e-5)
     assert card.config["student"]["init"] == str(whole)
+
+
+def test_a_run_that_goes_on_needs_its_first_student_no_more(
+    whole: Path, settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Its checkpoints have the weights; without them it is needed again."""
+    earlier, folder = tmp_path / "earlier", tmp_path / "run"
+    shutil.copytree(whole, earlier)
+    config = settings("objective=discrete", f"student.init={earlier}")
+    before = load_file(run(config, folder) / "transformer" / "diffusion_pytorch_model.safetensors")
+    shutil.rmtree(earlier)
+    run_distill(config, folder, resume=True, display=Display(quiet=True), command="test")
+    after = load_file(folder / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(UserError, match="earlier"):
+        run_distill(config, folder, resume=True, display=Display(quiet=True), command="test")
 
 
 def test_what_cannot_go_on_is_one_line_and_leaves_no_run(

@@ -198,19 +198,7 @@ def test_a_run_above_it_leaves_a_lora_for_the_plain_weights(
         "teacher.quantise=nf4", "teacher.quantise_encoders=int8", "optimiser.name=adamw", "optimiser.lr=0.01",
     )  # fmt: skip
     given = ["--preset", "default", *(part for change in small for part in ("--set", change))]
-    common = (
-        "--preset",
-        "default",
-        "--teacher",
-        tiny_sana,
-        "--prompts",
-        prompts_file,
-        "--lora",
-        2,
-        "--out",
-        tmp_path / "run",
-        "--quiet",
-    )
+    common = ("--teacher", tiny_sana, "--prompts", prompts_file, "--lora", "2", "--out", tmp_path / "run", "--quiet")
     assert (result := Result("distill", *common, *given)).code == 0, result.err
     [(trained, average)] = copies
     assert codes_of(trained) and codes_of(trained) == codes_of(average)

@@ -19,7 +19,7 @@ from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.jobs.distilling import run_distill
 from stepfold.training.opening import as_begun, check_run, is_running, open_run
-from stepfold.training.runs import checkpoints, read_metrics, writing
+from stepfold.training.runs import append_metrics, checkpoints, read_metrics, writing
 
 Settings = Callable[..., Config]
 
@@ -100,10 +100,30 @@ def test_who_looks_whether_a_run_is_on_does_not_keep_it_from_starting(tmp_path: 
 
 def test_open_run_names_the_settings_that_differ(tmp_path: Path) -> None:
     open_run(tmp_path, config_of("training.steps=8", "seed=3"), resume=False)
+    append_metrics(tmp_path, {"step": 0})
     with pytest.raises(UserError) as caught:
         open_run(tmp_path, config_of("training.steps=7", "seed=3"), resume=True)
     assert "training.steps 8 there, 7 given" in str(caught.value)
     assert "seed" not in str(caught.value)
+
+
+@pytest.mark.parametrize("left", [None, "metrics", "checkpoint"])
+def test_a_run_without_a_step_goes_on_with_other_settings(left: str | None, tmp_path: Path) -> None:
+    """After "out of memory" at the first step the advice is one: training.micro_batch=1."""
+    open_run(tmp_path, config_of(), resume=False).release()
+    smaller = config_of("training.micro_batch=1")
+    with pytest.raises(UserError, match=r"already holds a run; add --resume"):
+        open_run(tmp_path, smaller, resume=False)
+    if left:
+        if left == "metrics":
+            append_metrics(tmp_path, {"step": 0})
+        else:
+            (tmp_path / "checkpoints" / "000001").mkdir(parents=True)
+        with pytest.raises(UserError, match=r"training\.micro_batch 0 there, 1 given"):
+            open_run(tmp_path, smaller, resume=True)
+        return
+    open_run(tmp_path, smaller, resume=True).release()
+    assert from_yaml(tmp_path / "config.yaml") == smaller
 
 
 def test_open_run_leaves_foreign_files_alone(tmp_path: Path) -> None:
@@ -154,6 +174,7 @@ def test_what_a_phase_decides_stays_as_it_was(tmp_path: Path) -> None:
     """The rate of a phase falls with the whole run's steps; here all of it is warm-up, which does not know them."""
     phases = "training.phases=[{steps: 2, set: {objective: discrete}}]"
     open_run(tmp_path, config_of("training.steps=4", "optimiser.warmup=20", phases), resume=False).release()
+    append_metrics(tmp_path, {"step": 0})
     check_run(tmp_path, config_of("training.steps=8", "optimiser.warmup=20", phases), resume=True)
     with pytest.raises(UserError, match=r"training\.phases"):
         check_run(tmp_path, config_of("training.steps=8", "optimiser.warmup=20"), resume=True)
@@ -165,6 +186,7 @@ def test_auto_is_what_it_was_when_the_run_began(tmp_path: Path) -> None:
     there = ("training.precision=bf16", "training.walk_precision=no", "objective=discrete")
     assert as_begun(tmp_path, config_of(*auto)) == config_of(*auto)
     open_run(tmp_path, config_of(*there), resume=False).release()
+    append_metrics(tmp_path, {"step": 0})
     assert as_begun(tmp_path, config_of(*auto)) == config_of(*there)
     other = config_of("training.precision=no", *auto[1:])
     assert as_begun(tmp_path, other) == config_of("training.precision=no", *there[1:])

@@ -85,13 +85,17 @@ def run_combine(
     from stepfold.evaluation.measure import student_sampler
     from stepfold.export.pipeline import save_student
     from stepfold.prompts.conditions import encoded
-    from stepfold.students.card import read_card
+    from stepfold.students.card import read_card, student_folder
     from stepfold.students.combining import EVALUATIONS, put_sum
     from stepfold.students.combining import combine as search
     from stepfold.students.starting import make_student
     from stepfold.teachers.loading import load_teacher
     from stepfold.training.runs import checkpoints, damage
 
+    if student_folder(folder).resolve() == folder.resolve():
+        run = folder.resolve().parent
+        fix = f"give its run, {run}" if (run / "checkpoints").is_dir() else "give the folder of its run"
+        raise UserError(f"{folder} is a student, and the checkpoints are in its run; {fix}")
     card = read_card(folder)
     config = validate(card.config)
     saved = [path for path in checkpoints(folder) if damage(path) is None]

@@ -80,12 +80,13 @@ def distill(
     if dry_run and hours is not None:
         raise UserError("--hours takes a trial, which --dry-run leaves out; leave out one of them")
     settled = settle(
-        preset, changes, steps=steps, hours=hours, device=device, resumed=out if resume else None, teacher=teacher,
+        preset, changes, steps=steps, hours=hours, device=device, out=out, resume=resume, teacher=teacher,
         teacher_lora=teacher_lora, prompts=prompts, init=init, train_steps=train_steps, lora=lora, size=size,
         dtype=dtype, lr=lr, revision=revision, variant=variant,
     )  # fmt: skip
     if dry_run:
-        typer.echo("\n".join(settled.notes()), err=True, nl=bool(settled.choice))
+        for note in settled.notes():
+            typer.echo(note, err=True)
         typer.echo(to_yaml(settled.config), nl=False)
         return
     from stepfold.display import Display, quiet_libraries, results_table, show_table
@@ -95,12 +96,14 @@ def distill(
     if device != "auto":
         usable_device(device)
     display = Display(quiet or bool(other_process()))
+    folder = out or Path("runs") / Path(settled.name).stem
     if hours is not None and settled.choice:
         from stepfold.commands.plan import TRIAL_STEPS, make_plan
+        from stepfold.training.opening import check_run
 
+        check_run(folder, settled.config, resume)  # before the trial, which takes minutes
         trial = make_plan(settled.config, TRIAL_STEPS, display, device)
-        settled = within_hours(settled, trial.total_sec / trial.steps)
-    folder = out or Path("runs") / Path(settled.name).stem
+        settled = within_hours(settled, trial.whole_step_sec, trial.fixed_sec)
     for note in settled.notes():
         display.note(note)
     with continued_by(folder, resume, display.note) as command:

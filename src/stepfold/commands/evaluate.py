@@ -65,7 +65,7 @@ def evaluate(
         typer.Option(
             min=0,
             max=1000,
-            help="Scale for teacher and students. Default: a student's own, for its teacher too; that of another pipeline.",
+            help="Scale for teacher and students. Default: the student's own, or another pipeline's.",
             show_default=False,
         ),
     ] = None,

@@ -143,11 +143,11 @@ _stdout: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
 """Standard output, while a command prints elsewhere."""
 
 
-def config_of(preset: str | None, changes: Sequence[str] | None, **given: Any) -> "Config":
+def config_of(preset: "str | Config | None", changes: Sequence[str] | None, **given: Any) -> "Config":
     """The settings of a distillation: the preset's, changed by `--set` and by short forms.
 
     Args:
-        preset: as `chosen_preset`.
+        preset: as `chosen_preset`, or settings to change.
         changes: of `--set`, key=value.
         **given: short forms, by their names in SETTINGS; None for one that is not given.
 
@@ -160,9 +160,11 @@ def config_of(preset: str | None, changes: Sequence[str] | None, **given: Any) -
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise UserError(f"--set {twice[0]} is given {keys.count(twice[0])} times and has one value; give it once")
     top = {name.replace(".", "__"): value for name, value in short_forms(changes, **given).items()}
-    config = load_config(chosen_preset(preset, given.get("teacher")), changes or [], **top)
+    named = preset if isinstance(preset, str) else None
+    whole = None if preset is None or isinstance(preset, str) else preset
+    config = load_config(whole or chosen_preset(named, given.get("teacher")), changes or [], **top)
     told = given.get("teacher") is not None or "teacher.source" in keys
-    if config.teacher.source == "emoji" and not told and (preset or "").endswith("lora-4step"):
+    if config.teacher.source == "emoji" and not told and (named or "").endswith("lora-4step"):
         raise UserError(
             f"--preset {preset} is for a model of yours, and no --teacher is given; add --teacher FOLDER (--teacher "
             "emoji for the bundled model)"

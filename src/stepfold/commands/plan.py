@@ -95,13 +95,13 @@ def plan(
     if settled.choice is None:
         write_json(json_file, vars(found))
         return
-    step_sec = found.total_sec / found.steps
-    rows = priced(settled, step_sec)
+    seconds = found.whole_step_sec, found.fixed_sec
+    rows = priced(settled, *seconds)
     table = Table("preset", "method", "passes a step", "weights and states, GiB", "steps", "hours", box=None)
     for row in rows:
         table.add_row(*(row_words(row)))
     show_table(table)
-    for note in (within_hours(settled, step_sec) if hours else settled).notes():
+    for note in (within_hours(settled, *seconds) if hours else settled).notes():
         display.note(note)
     write_json(json_file, vars(found) | {"alternatives": rows})
 
@@ -136,6 +136,16 @@ class Plan:
     steps: int
     device: str
 
+    @property
+    def fixed_sec(self) -> float:
+        """Of the parts that take as long however many steps there are."""
+        return sum(self.parts_sec.get(name, 0) for name in ("start", "evaluation"))
+
+    @property
+    def whole_step_sec(self) -> float:
+        """Of a step, with its share of previews and checkpoints."""
+        return (self.total_sec - self.fixed_sec) / self.steps
+
 
 def make_plan(config: "Config", steps: int, display: "Display", device: str = "auto") -> Plan:
     """Runs `steps` steps of a distillation in a folder that is thrown away, and reckons the rest.
@@ -164,6 +174,7 @@ def make_plan(config: "Config", steps: int, display: "Display", device: str = "a
     steps = min(1 + max(1, math.ceil((steps - 1) / cycle)) * cycle, training.steps)
     changes: dict[str, Any] = {"steps": steps, "preview_every": steps, "checkpoint_every": steps, "phases": ()}
     changes["look_every"] = 1  # each step is timed
+    changes["trackers"] = ()  # a trial is no run in the user's project
     trial = config.model_copy(
         update={
             "training": training.model_copy(update=changes),

@@ -44,8 +44,8 @@ def sample(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="PNG to write; it replaces a file of this name. Several prompts go side by side. Default: sample.png, "
-            "or sample-2.png and so on where that is taken.",
+            help="PNG to write; an older one is replaced. Several prompts go side by side. Default: sample.png, or "
+            "sample-2.png and so on where that is taken.",
             show_default=False,
         ),
     ] = None,

@@ -26,6 +26,7 @@ class Settled:
         changes: of `--set`.
         given: short forms, by their names in `options.SETTINGS`.
         facts, choice: of the rule; None where it did not choose.
+        unread: options that the run in the folder, which goes on, does not read.
     """
 
     config: "Config"
@@ -34,12 +35,16 @@ class Settled:
     given: dict[str, Any]
     facts: Facts | None = None
     choice: Choice | None = None
+    unread: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
-        """What the rule chose, and why."""
+        """What the rule chose, and why; or which options nothing reads."""
+        if self.unread:
+            return [f"the run goes on with the settings that it began with; {' and '.join(self.unread)} change nothing"]
         if self.choice is None:
             return []
         first, *others = self.choice.reasons
+        first = f"{first} {self.config.training.steps:,} optimiser steps."
         return [f"method: {self.choice.words}", f"why (accuracies are the bundled model's): {first}", *others]
 
 
@@ -50,7 +55,8 @@ def settle(
     steps: int | None,
     hours: float | None,
     device: str,
-    resumed: Path | None = None,
+    out: Path | None = None,
+    resume: bool = False,
     **given: Any,
 ) -> Settled:
     """The settings of a run.
@@ -61,7 +67,8 @@ def settle(
         steps: sampling steps that the student is for; None for four.
         hours: that the run may take.
         device: as of `--device`.
-        resumed: folder of a run that goes on; its settings are there already.
+        out: folder of the run; None for `runs/PRESET`.
+        resume: the run in it goes on, with the settings that are there already.
         **given: short forms.
 
     Raises:
@@ -74,16 +81,27 @@ def settle(
             reason = f"--preset {preset} is one" if preset else "the bundled teacher has presets (stepfold presets)"
             raise UserError(f"{name} is for choosing a method, and {reason}; leave it out")
         return Settled(config_of(preset, own, **given), chosen_preset(preset, teacher), own, given)
-    if resumed and (resumed / "config.yaml").is_file():
-        return Settled(config_of(str(resumed / "config.yaml"), own, **given), resumed.name, own, given)
+    wishes = tuple(name for name, value in (("--steps", steps), ("--hours", hours)) if value is not None)
+    if out and resume and (out / "config.yaml").is_file():
+        return as_there(out, own, given, wishes)
     if hours and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--hours counts on a trial in one process, and there are several; give --train-steps")
     of_teacher = [change for change in own if change.startswith("teacher.") and "quantise" not in change]
     source = {name: given.get(name) for name in ("teacher", "revision", "variant")}
     settings = config_of("default", of_teacher, prompts="", **source).teacher
     facts = read_facts(settings, wished_rank(own, given.get("lora")), steps or 4, hours, device)
+    if not out and resume and (Path("runs") / facts.preset / "config.yaml").is_file():
+        return as_there(Path("runs") / facts.preset, own, given, wishes)
     choice = choose(facts)
     return Settled(config_by(choice, own, given), choice.preset, own, given, facts, choice)
+
+
+def as_there(folder: Path, changes: tuple[str, ...], given: dict[str, Any], wishes: tuple[str, ...]) -> Settled:
+    """The settings of the run in a folder, under those that the user gives again."""
+    from stepfold.config import from_yaml
+
+    config = config_of(from_yaml(folder / "config.yaml"), changes, **given)
+    return Settled(config, folder.name, changes, given, unread=wishes)
 
 
 def wished_rank(changes: Sequence[str], lora: int | None) -> int | None:
@@ -127,9 +145,24 @@ def config_by(choice: Choice, changes: Sequence[str], given: dict[str, Any]) -> 
     return config_by(replace(choice, share=1.0), [*changes, *less], given)
 
 
-def within_hours(settled: Settled, step_sec: float) -> Settled:
-    """The choice again, with as many steps as the hours are enough for; `step_sec` is that of a trial."""
-    assert settled.facts and settled.choice
+def within_hours(settled: Settled, step_sec: float, fixed_sec: float) -> Settled:
+    """The choice again, with as many steps as the hours are enough for.
+
+    Args:
+        settled: the choice before.
+        step_sec: of a step, by a trial.
+        fixed_sec: of all that takes as long however many steps there are.
+
+    Raises:
+        UserError: the hours are not enough for that.
+    """
+    assert settled.facts and settled.choice and settled.facts.hours
+    fixed_hours = fixed_sec / 3600
+    if settled.facts.hours <= fixed_hours:
+        raise UserError(
+            f"--hours is {settled.facts.hours:g}, but start and evaluation alone take {fixed_hours:.2g} h; give more, "
+            "or --set evaluation.n=0"
+        )
     pass_sec, facts = pass_seconds(settled, step_sec), replace(settled.facts, hours=None)
     all_weights = replace(facts, gib={"whole": facts.gib["whole"]})
     lora = replace(facts, gib={**facts.gib, "whole": float("inf")})
@@ -137,14 +170,14 @@ def within_hours(settled: Settled, step_sec: float) -> Settled:
         kind: hours_of(config_by(choose(each), settled.changes, settled.given), facts, pass_sec)
         for kind, each in (("whole", all_weights), ("lora", lora))
     }
-    facts = replace(settled.facts, full_hours=full)
+    facts = replace(settled.facts, full_hours=full, fixed_hours=fixed_hours)
     choice = choose(facts)
     config = config_by(choice, settled.changes, settled.given)
     return replace(settled, config=config, name=choice.preset, facts=facts, choice=choice)
 
 
 def pass_seconds(settled: Settled, step_sec: float) -> float:
-    """Seconds of the whole run a forward pass, where a step's share of it is so long."""
+    """Of a forward pass, where a step takes so long."""
     assert settled.facts
     return step_sec / passes_of(settled.config, settled.facts)
 
@@ -160,7 +193,7 @@ def hours_of(config: "Config", facts: Facts, pass_sec: float) -> float:
     return config.training.steps * passes_of(config, facts) * pass_sec / 3600
 
 
-def priced(settled: Settled, step_sec: float) -> list[dict[str, Any]]:
+def priced(settled: Settled, step_sec: float, fixed_sec: float) -> list[dict[str, Any]]:
     """The choice and its alternatives: preset, method, passes a step, weights and states in GiB, steps, hours."""
     assert settled.facts and settled.choice
     facts, pass_sec, rows = settled.facts, pass_seconds(settled, step_sec), []
@@ -174,7 +207,7 @@ def priced(settled: Settled, step_sec: float) -> list[dict[str, Any]]:
             {
                 "preset": choice.preset, "method": choice.method, "settings": choice.words,
                 "passes": passes_of(config, facts), "gib": facts.gib.get(kind), "steps": config.training.steps,
-                "hours": hours_of(config, facts, pass_sec),
+                "hours": hours_of(config, facts, pass_sec) + fixed_sec / 3600,
             }
         )  # fmt: skip
     return rows

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ ROOM = 0.8
 """Share of a device's memory for weights and states; activations add 11 and 17% to Sana 1.6B's and 0.6B's, counted."""
 ENOUGH = 0.2
 """Share of a preset's steps below which a run is called short: on the bundled model it brings most of the quality."""
+LARGE = 5.0
+"""Billions of parameters from which a backward pass has one state: activations of such a network are not counted."""
+FRAMES = 33
+"""Of a video, as the video families' presets have it."""
 RANK = 64
 BYTES = {"none": 2.0, "int8": 1.0, "nf4": 0.5625}
 """`teacher.quantise` -> bytes a weight of the blocks' linear layers, for a LoRA student."""
@@ -35,6 +40,9 @@ FLOW_MAP = {
     "space.kind": "generation",
     "space.keep_first": "true",
 }
+FOLDED = "Plain diffusers and ComfyUI take it after `stepfold export --steps 8`, of a LoRA of rank 7 or more."
+ALL_WEIGHTS = {"student.lora": "0", "optimiser.name": "came", "optimiser.lr": "1.0e-5"}
+"""All weights in place of a four-step preset's LoRA."""
 ALONE = {"space.kind": "generation"}
 BOTH = {"space.kind": "{generation: 1, endpoints: 1}"}
 PRESETS = {
@@ -65,7 +73,11 @@ class Facts:
         second_time: whether its network can be told a target time.
         steps: sampling steps that the student is for.
         hours: that the run may take; None for any.
-        full_hours: `whole` and `lora` -> hours of all their preset's steps, counted from measured ones; empty before.
+        full_hours: `whole` and `lora` -> hours of all their preset's steps, counted from measured ones; None before.
+        fixed_hours: of a run's start and evaluation, which take as long however many steps there are.
+        billions: of the network's parameters.
+        video: whether it makes videos.
+        no_lora: why no LoRA can be; empty where one can.
     """
 
     preset: str
@@ -77,6 +89,10 @@ class Facts:
     steps: int = 4
     hours: float | None = None
     full_hours: Mapping[str, float] | None = None
+    fixed_hours: float = 0.0
+    billions: float = 0.0
+    video: bool = False
+    no_lora: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,8 +100,8 @@ class Choice:
     """What the rule says.
 
     Attributes:
-        preset: to start from.
-        changes: settings besides, by their names.
+        preset: of the teacher's family, to start from.
+        changes: settings besides that differ from the preset's, by their names.
         method: in a few words.
         reasons: a line each.
         share: of the preset's steps that the hours are enough for, in (0, 1].
@@ -111,34 +127,52 @@ def quoted(key: str, value: str) -> str:
 def choose(facts: Facts) -> Choice:
     """The rule; every number in its words is the bundled teacher's, from docs/lab-log.md."""
     whole, why = trains_all(facts)
-    changes, method, how = method_of(facts, whole)
+    changes, method, how = method_of(facts)
     more, memory = room_for(facts, whole)
     share, time = time_for(facts, whole)
-    preset = "default" if whole else facts.preset
-    return Choice(preset, changes | more, method, (how, f"{why} {memory}", *time), share)
+    changes |= (ALL_WEIGHTS if whole else {}) | more
+    method = f"{method}, all weights" if whole else method
+    return Choice(facts.preset, beyond(facts.preset, changes), method, (how, f"{why} {memory}", *time), share)
+
+
+def beyond(preset: str, changes: Mapping[str, str]) -> dict[str, str]:
+    """The changes that a preset does not have already."""
+    have, with_them = (settings_of(preset, each) for each in ((), tuple(f"{key}={changes[key]}" for key in changes)))
+    return {key: value for key, value in changes.items() if have[key] != with_them[key]}
+
+
+@cache
+def settings_of(preset: str, changes: tuple[str, ...]) -> dict[str, Any]:
+    """Dotted name -> value of a preset's settings, changed, for a teacher of one's own; of sections and their keys."""
+    from stepfold.config import load_config
+
+    values = load_config(preset, changes, teacher__source="x/y", prompts="").model_dump()
+    sections = {name: inner for name, inner in values.items() if isinstance(inner, dict)}
+    return values | {f"{name}.{key}": value for name, inner in sections.items() for key, value in inner.items()}
 
 
 def trains_all(facts: Facts) -> tuple[bool, str]:
     """Whether the student has all weights of its own, and why."""
     if "none" not in facts.gib:
-        return True, "All weights are trained, since no LoRA can be, or none is wanted."
+        return True, f"All weights are trained{f', since {facts.no_lora}' if facts.no_lora else ''}."
     if math.isinf(facts.gib["whole"]):
         return False, "A LoRA, as asked for."
     if facts.steps > 1:
         return False, "A LoRA, which was better than all weights at two and four steps (one seed)."
     if facts.gib["whole"] > ROOM * facts.memory_gib:
         return False, f"A LoRA: all weights need {facts.gib['whole']:.1f} GiB."
-    if facts.hours and facts.full_hours and facts.hours < ENOUGH * facts.full_hours["whole"]:
+    if facts.hours and facts.full_hours and facts.hours - facts.fixed_hours < ENOUGH * facts.full_hours["whole"]:
         return False, "A LoRA: the hours are less than a fifth of what all weights take."
-    return True, "All weights, at one step three points better than a LoRA (85.8 against 82.8%, one seed)."
+    said = "All weights, at one step three points better than a LoRA (AdamW at 4e-4: 85.8 against 82.8%, one seed)."
+    return True, said
 
 
-def method_of(facts: Facts, whole: bool) -> tuple[dict[str, str], str, str]:
+def method_of(facts: Facts) -> tuple[dict[str, str], str, str]:
     """Settings of objective and space, what they are in a few words, and why."""
     eight = {"evaluation.steps": "[8, 4, 2, 1]"} if facts.steps == 8 else {}
     if facts.steps == 8 and facts.second_time:
-        told = "91% at eight steps" if whole else "68, 92, 93 and 93% at one, two, four and eight steps as a LoRA"
-        return FLOW_MAP | eight, "flow map", f"A flow map with discrete targets: {told} (one seed)."
+        told = "68, 92, 93 and 93% at one, two, four and eight steps as a LoRA, and 91% at eight with all weights"
+        return FLOW_MAP | eight, "flow map", f"A flow map with discrete targets: {told} (one seed). {FOLDED}"
     if facts.steps == 1:
         said = "Discrete consistency on trajectories: 83.9% at one step (three seeds), continuous 77.8% (one seed)."
         return {"objective": "discrete"} | ALONE, "discrete, trajectories", said
@@ -148,11 +182,9 @@ def method_of(facts: Facts, whole: bool) -> tuple[dict[str, str], str, str]:
         ends = "Continuous consistency, since timesteps are in [0, 1], with noised ends: at four steps 92%, without 83%"
         return eight | BOTH, "continuous, with noised ends", f"{before}{ends} (three seeds, all weights)."
     start = f"{before}Discrete consistency: with timesteps in [0, 1000] dF/dt is large, which a tangent cannot use."
-    if whole:
-        said = f"{start} Noised ends too: 83% at four steps, without them 81% (one seed)."
-        return eight | BOTH, "discrete, with noised ends", said
     said = (
-        f"{start} Trajectories alone: 90% at four steps (LoRA, one seed), at half the cost of noised ends beside them."
+        f"{start} Trajectories alone: 90, 89 and 81% at four, two and one steps; with noised ends, in about the same "
+        "time, 92, 86 and 75% (LoRA, one seed)."
     )
     return eight | ALONE, "discrete, trajectories", said
 
@@ -166,6 +198,12 @@ def room_for(facts: Facts, whole: bool) -> tuple[dict[str, str], str]:
     end = "" if taken <= room else "; it may not fit, which `stepfold plan` tries out"
     words = f"Weights and states take {taken:.1f} GiB of {facts.memory_gib:.1f} (counted){QUANTISED[kind]}{end}."
     changes = {} if kind in ("whole", "none") else {"teacher.quantise": kind}
+    if facts.video or facts.billions >= LARGE:
+        changes["training.micro_batch"] = "1"
+        words += " Activations are not counted, so a backward pass has one state."
+    if facts.video:
+        changes["teacher.frames"] = str(FRAMES)
+        words += f" Videos have {FRAMES} frames."
     if facts.guidance == "none":
         changes["space.guidance"] = "null"  # a family's preset has a scale, which this network cannot be told
     return changes, words
@@ -176,9 +214,10 @@ def time_for(facts: Facts, whole: bool) -> tuple[float, tuple[str, ...]]:
     if facts.hours is None or not facts.full_hours:
         return 1.0, ()
     full = facts.full_hours["whole" if whole else "lora"]
-    share = min(1.0, facts.hours / full)
+    share = min(1.0, (facts.hours - facts.fixed_hours) / full)
     if share == 1:
-        return share, (f"All steps of the preset take {full:.2g} h (counted), which fit into {facts.hours:g} h.",)
+        taken = f"{full + facts.fixed_hours:.2g} h (counted), which fit into {facts.hours:g} h"
+        return share, (f"All steps of the preset take {taken}.",)
     short = "" if share >= ENOUGH else ", which is short: a fifth brought most of the quality"
     return share, (f"{facts.hours:g} h are enough for {share:.0%} of the preset's steps{short}.",)
 
@@ -191,8 +230,12 @@ def alternatives(facts: Facts) -> list[Choice]:
         all_weights = replace(free, gib={"whole": facts.gib["whole"]})
         found += [choose(replace(all_weights, steps=steps)) for steps in (1, 4)]
     if "none" in facts.gib:
-        found.append(Choice(facts.preset, room_for(facts, False)[0], "the preset as it is"))
-    return list({(choice.preset, *sorted(choice.changes.items())): choice for choice in found}.values())
+        changes = beyond(facts.preset, room_for(facts, False)[0])
+        found.append(Choice(facts.preset, changes, "the preset as it is"))
+    different: dict[Any, Choice] = {}
+    for choice in found:
+        different.setdefault(frozenset(choice.changes.items()), choice)
+    return list(different.values())
 
 
 def passes(config: "Config", guidance: "GuidanceKind") -> int:
@@ -265,15 +308,30 @@ def read_facts(teacher: "TeacherSettings", lora: int | None, steps: int, hours: 
     except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise unloadable(source, error) from None
     gib = weights_gib(networks, family.lora_blocks, lora or RANK)
-    if not family.loads_lora or lora == 0 or find_spec("peft") is None:
+    no_lora = no_lora_since(family.loads_lora, lora)
+    if no_lora:
         gib = {"whole": gib["whole"]}
-    if lora:
+    elif lora:
         gib["whole"] = math.inf  # not wanted
     told = bool(family.time_module) or family.time_part is not Family.time_part
     return Facts(
         family_preset(index, config), counts_to, kind, gib, device_memory(torch.device(usable_device(device))) / 2**30,
         second_time=told and len(networks) == 1, steps=steps, hours=hours,
+        billions=sum(weight.numel() for network in networks for weight in network.parameters()) / 1e9,
+        video=family.output == "frames", no_lora=no_lora,
     )  # fmt: skip
+
+
+def no_lora_since(loads: bool, wished: int | None) -> str:
+    """Why no LoRA can be, or an empty text; `loads` is whether the pipeline loads LoRAs, `wished` the rank asked for.
+
+    A LoRA that is asked for is left to the run, which refuses it where it cannot be.
+    """
+    if not loads:
+        return "the pipeline loads no LoRA"
+    if wished == 0:
+        return "no LoRA is wanted"
+    return "peft is missing (pip install peft)" if find_spec("peft") is None else ""
 
 
 def weights_gib(networks: Sequence[Any], blocks: Sequence[str], rank: int) -> dict[str, float]:

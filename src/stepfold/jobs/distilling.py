@@ -92,7 +92,7 @@ def load(
     from stepfold.training.accelerators import make_accelerator, processes_of
     from stepfold.training.choices import choose_precision
     from stepfold.training.draws import guidance_scales
-    from stepfold.training.opening import Source, as_begun, check_run, prepare_run
+    from stepfold.training.opening import Source, as_begun, as_started, check_run, prepare_run
 
     if "images" in config.space.weights and config.space.images is None:
         raise UserError("space.kind=images needs a folder of images; add --set space.images=FOLDER")
@@ -131,7 +131,8 @@ def load(
         )
     bank, score = bank_of(config, teacher, prompts), open_score(config, teacher)
     torch.manual_seed(config.seed)  # its new layers' first values, however the teacher was loaded
-    student = make_student(teacher, config.student, config.teacher, policy_of(config, teacher))
+    starting = as_started(folder, config, resume).student
+    student = make_student(teacher, starting, config.teacher, policy_of(config, teacher))
     asked = config.evaluation.guidance
     usual = teacher.default_guidance if asked is None else asked
     recipe = make_recipe(config, teacher, guidance_scales(config, teacher), usual)

@@ -18,8 +18,10 @@ from stepfold.training.runs import (
     METRICS,
     checkpoints,
     clear_leftovers,
+    damage,
     holds_files,
     make_folder,
+    read_metrics,
     remove_old_checkpoints,
     saved_step,
     set_aside_damaged,
@@ -54,6 +56,8 @@ def refuse_ways_out(folder: Path) -> None:
 def check_run(folder: Path, config: Config, resume: bool) -> None:
     """Checks that the run folder is free, or this run's own.
 
+    A run that took no step may go on with other settings: after "out of memory" at its first one it must.
+
     Raises:
         UserError: the folder is a file, holds another run or holds other files.
     """
@@ -63,7 +67,8 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
         if not resume:
             raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --out")
         there = from_yaml(config_file)
-        if there != config and not can_be_longer(folder, there, config):
+        begun = bool(checkpoints(folder) or read_metrics(folder))
+        if begun and there != config and not can_be_longer(folder, there, config):
             longer = with_steps(there, config.training.steps) == config and config.training.steps > there.training.steps
             fix = "a run can be made longer only until its learning rate falls (optimiser.decay)" if longer else ""
             raise UserError(
@@ -110,6 +115,14 @@ def as_begun(folder: Path, config: Config) -> Config:
     return config.model_copy(update=changes | {"training": config.training.model_copy(update=training)})
 
 
+def as_started(folder: Path, config: Config, resume: bool) -> Config:
+    """The settings by which a run's student is made: a run that goes on needs no earlier student that is gone."""
+    init = config.student.init
+    if not resume or init is None or Path(init).exists() or all(damage(path) for path in checkpoints(folder)):
+        return config
+    return config.model_copy(update={"student": config.student.model_copy(update={"init": None})})
+
+
 def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
     """Makes the run folder and notes the settings in it, or checks that the one there is this run's.
 
@@ -136,7 +149,7 @@ def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from None
     clear_leftovers(folder)
-    if from_yaml(folder / CONFIG) != config:  # the run is made longer
+    if from_yaml(folder / CONFIG) != config:  # the run is made longer, or took no step
         with writing(folder / CONFIG) as part:
             part.write_text(to_yaml(config), encoding="utf-8")
     return lock
