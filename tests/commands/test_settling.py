@@ -301,7 +301,7 @@ def test_start_and_evaluation_take_their_time_of_the_hours(tiny_sana: Path) -> N
     given: dict[str, Any] = {"steps": 4, "hours": 6, "device": "cpu", "teacher": str(tiny_sana), "prompts": "p.txt"}
     quantised = within_hours(
         settle(None, ["teacher.quantise=int8"], **given), 18.0, 3600.0
-    )  # no student of all weights
+    )
     assert quantised.config.training.steps == 1000 and quantised.config.student.lora
 
 
