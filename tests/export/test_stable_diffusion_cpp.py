@@ -1,9 +1,11 @@
 """stable-diffusion.cpp, with the command that a single file's card prints, generates what our own sampler does."""
 
+import json
 import os
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -73,7 +75,7 @@ def clip_encoder(kind: type) -> Any:
 
 
 def silent(encoder: nn.Module) -> nn.Module:
-    """One that says zeros, as stable-diffusion.cpp does where an encoder's file is missing."""
+    """One that says zeros, as stable-diffusion.cpp does where T5's file is missing."""
     for parameter in encoder.parameters():
         nn.init.zeros_(parameter)
     return encoder
@@ -265,17 +267,37 @@ def our_images(student_folder: Path, steps: Iterable[int], starts: Iterable[floa
 
 
 def put_users_files(folder: Path) -> None:
-    """Under the names that the command has for them; not T5 and CLIP-G, which then say zeros."""
+    """Under the names that the command has for them; not T5, which then says zeros."""
     teacher = folder / "teacher"
     vae, clip = teacher / "vae/diffusion_pytorch_model.safetensors", teacher / "text_encoder/model.safetensors"
     if not (teacher / "unet").is_dir():
-        shutil.move(vae, folder / "YOUR_VAE.safetensors")
+        shutil.copy(vae, folder / "YOUR_VAE.safetensors")
         save_file(published_names(load_file(clip)), folder / "YOUR_clip_l.safetensors")
+        if (teacher / "text_encoder_3").is_dir():
+            put_silent_clip_g(folder / "YOUR_clip_g.safetensors")
         return
     state = {f"first_stage_model.{name}": tensor for name, tensor in load_file(vae).items()}
     state |= {f"cond_stage_model.transformer.{name}": each for name, each in published_names(load_file(clip)).items()}
     other = torch.randn(320, 4, 3, 3)  # the teacher's, which the student's replaces
     save_file(state | {"model.diffusion_model.input_blocks.0.0.weight": other}, folder / "YOUR_MODEL.safetensors")
+
+
+def put_silent_clip_g(file: Path) -> None:
+    """CLIP-G of its real size, all zeros, which take no place on the disk: stable-diffusion.cpp fails without one."""
+    config = CLIPTextConfig(
+        vocab_size=VOCABULARY, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+        projection_dim=1280,
+    )  # fmt: skip
+    with torch.device("meta"):
+        state = published_names(CLIPTextModelWithProjection(config).state_dict())
+    end, header = 0, {}
+    for name, tensor in state.items():
+        start, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        out.truncate(out.tell() + end)
 
 
 def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
