@@ -42,7 +42,7 @@ ONE = {"training.micro_batch": "1"}
 @pytest.mark.parametrize(
     ("facts", "preset", "changes", "words"),
     [
-        (SDXL, "sdxl-lora-4step", {}, "Trajectories alone: 90, 89 and 81%"),
+        (SDXL, "sdxl-lora-4step", {}, "Trajectories alone: 90, 90 and 80%"),
         (replace(SDXL, steps=2), "sdxl-lora-4step", {}, "dF/dt is large"),
         (FLOW, "lora-4step", ENDS, "timesteps are in [0, 1], with noised ends: at four steps 92%"),
         (LUMINA2, "lumina2-lora-4step", {}, "with noised ends"),

@@ -183,8 +183,8 @@ def method_of(facts: Facts) -> tuple[dict[str, str], str, str]:
         return eight | BOTH, "continuous, with noised ends", f"{before}{ends} (three seeds, all weights)."
     start = f"{before}Discrete consistency: with timesteps in [0, 1000] dF/dt is large, which a tangent cannot use."
     said = (
-        f"{start} Trajectories alone: 90, 89 and 81% at four, two and one steps; with noised ends, in about the same "
-        "time, 92, 86 and 75% (LoRA, one seed)."
+        f"{start} Trajectories alone: 90, 90 and 80% at four, two and one steps; with noised ends, in about the same "
+        "time, 91, 86 and 73% (LoRA, two seeds)."
     )
     return eight | ALONE, "discrete, trajectories", said
 
