@@ -299,9 +299,7 @@ def test_start_and_evaluation_take_their_time_of_the_hours(tiny_sana: Path) -> N
     with pytest.raises(UserError, match=r"--hours is 6, but start and evaluation alone take 6 h; give more, or --set"):
         within_hours(settled, 18.0, 6 * 3600.0)
     given: dict[str, Any] = {"steps": 4, "hours": 6, "device": "cpu", "teacher": str(tiny_sana), "prompts": "p.txt"}
-    quantised = within_hours(
-        settle(None, ["teacher.quantise=int8"], **given), 18.0, 3600.0
-    )
+    quantised = within_hours(settle(None, ["teacher.quantise=int8"], **given), 18.0, 3600.0)
     assert quantised.config.training.steps == 1000 and quantised.config.student.lora
 
 
