@@ -153,6 +153,7 @@ def made(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> Path:
     return tmp_path / "bank"
 
 
+@pytest.mark.long
 def test_a_run_on_a_bank_resumes_to_the_bit_and_samples_no_teacher(
     tiny_sana: Path, prompts_file: Path, tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

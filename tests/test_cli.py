@@ -424,7 +424,7 @@ def test_doctor_says_ok_and_writes_its_findings(tiny_sana: Path, tmp_path: Path)
     result = Result("doctor", tiny_sana, "--json", path)
     assert result.code == 0, result.out
     findings = json.loads(path.read_text())
-    assert result.out.count(" ok") == len(findings) == 28
+    assert result.out.count(" ok") == len(findings) == 29
     assert all(f["ok"] is True and f["number"] for f in findings)
 
 

@@ -144,6 +144,7 @@ def test_lcms_target_is_the_average_after_the_teachers_step(tiny_sana: Path, mon
     torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_time_to_quality_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A preset's checkpoints and a peer's steps are measured; a row that is there is not run again."""
     bench = importlib.import_module("time_to_quality")

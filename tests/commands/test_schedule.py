@@ -82,6 +82,7 @@ def test_usual_levels_are_the_teachers_own_and_even_ones(tmp_path: Path) -> None
     assert found["even"] == pytest.approx([1, 0.9, 0.75, 0.5, 0])
 
 
+@pytest.mark.long
 def test_levels_stand_beside_a_student(tmp_path: Path) -> None:
     """And those of another guidance scale do not."""
     config = load_config("demo").teacher

@@ -265,6 +265,7 @@ def test_distill_and_plan_say_what_they_chose(tiny_sana: Path, prompts_file: Pat
     assert again.code == 0, again.err
 
 
+@pytest.mark.long
 def test_hours_shorten_a_run_which_goes_on_as_it_began(
     tiny_sana: Path, prompts_file: Path, tmp_path: Path, trials: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,7 @@ def test_recomputed_blocks_keep_less(tiny_sana: Path) -> None:
     assert kept_bytes(student, teacher, recompute=True) < 0.5 * kept_bytes(student, teacher, recompute=False)
 
 
+@pytest.mark.long
 def test_a_network_without_lists_of_blocks_is_a_block_by_itself() -> None:
     network = nn.Linear(3, 3)
     x, t = torch.randn(2, 3), torch.ones(2)

@@ -102,6 +102,7 @@ def test_a_run_goes_on_with_another_method_and_its_card_says_from_where(
     assert card.config["student"]["init"] == str(whole)
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_needs_its_first_student_no_more(
     whole: Path, settings: Callable[..., Config], tmp_path: Path
 ) -> None:

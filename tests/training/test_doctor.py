@@ -48,7 +48,7 @@ def pairs(teacher: SanaTeacher) -> Pairs:
 def test_sound_teacher_passes_every_check(tiny_sana: Path) -> None:
     findings = doctor.examine(TeacherSettings(source=str(tiny_sana), max_tokens=64), "cpu")
     assert [f for f in findings if not f.ok] == []
-    assert len({f.check for f in findings}) == len(findings) == 28
+    assert len({f.check for f in findings}) == len(findings) == 29
     assert all(f.number and f.want for f in findings)
     said = conventions(load_teacher(TeacherSettings(source=str(tiny_sana), max_tokens=64), "cpu"))
     assert said.items() <= {f.check: f.number for f in findings}.items()
@@ -61,7 +61,7 @@ def test_sound_teacher_passes_every_check(tiny_sana: Path) -> None:
 def test_it_looks_at_a_teacher_as_it_will_be_trained(tiny_sana: Path, dtype: Any, lora: int) -> None:
     settings = TeacherSettings(source=str(tiny_sana), max_tokens=64, dtype=dtype)
     findings = {finding.check: finding for finding in doctor.examine(settings, "cpu", lora)}
-    assert [f for f in findings.values() if not f.ok] == [] and len(findings) == 28
+    assert [f for f in findings.values() if not f.ok] == [] and len(findings) == 29
     steps = findings["network = the pipeline's own, 4 calls"]
     assert steps.want == ("<= 1e-04" if dtype == "float32" else "<= 3e-01")
     assert 0 < float(steps.number.split()[-1]) < (1e-4 if dtype == "float32" else 0.05)

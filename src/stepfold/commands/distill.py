@@ -27,7 +27,6 @@ from stepfold.commands.options import (
 )
 from stepfold.commands.settling import settle, within_hours
 from stepfold.errors import UserError
-from stepfold.jobs.devices import usable_device
 from stepfold.jobs.distilling import run_distill
 
 
@@ -93,8 +92,6 @@ def distill(
     from stepfold.evaluation.verdict import headline
 
     quiet_libraries()
-    if device != "auto":
-        usable_device(device)
     display = Display(quiet or bool(other_process()))
     folder = out or Path("runs") / Path(settled.name).stem
     if hours is not None and settled.choice:

@@ -29,7 +29,6 @@ from stepfold.commands.options import (
     write_json,
 )
 from stepfold.commands.settling import priced, settle, within_hours
-from stepfold.jobs.devices import usable_device
 from stepfold.jobs.distilling import run_distill
 
 if TYPE_CHECKING:
@@ -84,8 +83,6 @@ def plan(
         variant=variant,
     )  # fmt: skip
     quiet_libraries()
-    if device != "auto":
-        usable_device(device)
     display = Display(quiet)
     found = make_plan(settled.config, timed_steps, display, device)
     table = Table("what", "prediction", "how", box=None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stepfold.commands.options import chosen_preset, config_of, short_forms
 from stepfold.errors import UserError
 from stepfold.jobs.choosing import SAMPLING_STEPS, Choice, Facts, alternatives, choose, passes, read_facts
+from stepfold.jobs.devices import usable_device
 
 if TYPE_CHECKING:
     from stepfold.config import Config
@@ -74,6 +75,8 @@ def settle(
     Raises:
         UserError: an option is wrong, or asks for a choice where there is none.
     """
+    if device != "auto":
+        usable_device(device)  # before the teacher is looked for, on the hub maybe
     check_wishes(steps, hours, given.get("train_steps"))
     own, teacher = tuple(changes or ()), given.get("teacher")
     if preset or teacher in (None, "emoji"):
