@@ -226,3 +226,10 @@ def test_the_command_makes_checks_and_shows(
     shard_path(Path(out), 1).unlink()
     broken = CliRunner().invoke(app, ["bank", "check", out, "--quiet"])
     assert isinstance(broken.exception, UserError) and "couplings_00001.safetensors is missing" in broken.output
+
+
+def test_a_bank_of_images_is_refused_before_it_is_sampled() -> None:
+    """It was sampled from the texts alone, whole, and the run refused it then."""
+    settings = TeacherSettings(source="x/y", image_column="image")
+    with pytest.raises(UserError, match="sampled from texts alone; leave"):
+        source(settings, "p.txt", count=None, steps=1, guidance=None, seed=0, device="cpu")

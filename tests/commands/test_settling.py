@@ -322,6 +322,7 @@ def test_a_run_of_an_earlier_version_goes_on(tiny_sana: Path, tmp_path: Path) ->
         (["--hours", 1, "--preset", "demo"], "--hours is for choosing a method, and --preset demo is one"),
         (["--hours", 0, "--teacher", "x"], "--hours is 0; give more than 0"),
         (["--hours", 1, "--train-steps", 5, "--teacher", "x"], "give one of them"),
+        (["--hours", 1, "--set", "training.steps=5", "--teacher", "x"], "give one of them"),
         (["--teacher", "no/such"], "no/such"),
     ],
 )

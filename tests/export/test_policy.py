@@ -1,5 +1,6 @@
 """A policy student draws our latents in plain diffusers: one step in a stock network, several with our scheduler."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,12 +146,15 @@ def test_a_run_makes_such_a_student(tiny_sana: Path, prompts_file: Path, tmp_pat
     changes = [
         "objective=policy", "space.kind=policy", "policy.steps=1", "policy.nodes=3", "policy.states=2",
         "training.steps=2", "training.prompts_per_step=2", "training.precision=no", "training.walk_precision=no",
-        "optimiser.name=adamw", "optimiser.lr=1e-2", "space.guidance=[2.0]", "evaluation.n=0", "evaluation.steps=[1]",
+        "optimiser.name=adamw", "optimiser.lr=1e-2", "space.guidance=[2.0]", "evaluation.n=2",
+        "evaluation.steps=[4, 1]",
         "teacher.height=32", "teacher.width=32", "teacher.max_tokens=24", "training.preview_every=9",
     ]  # fmt: skip
     config = load_config("default", changes, teacher__source=str(tiny_sana), prompts=str(prompts_file))
     run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
     card = read_card(tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert list(report["student"]) == ["1"]  # the run ended in an error here, since the preset has other steps too
     assert card.recipe.policy == Policy(3, 32, card.recipe.policy.shift) and list(card.recipe.times) == [1]  # type: ignore[union-attr]
     assert "pi-Flow, arXiv:2510.14974" in model_card(card)
     one = run_export(tmp_path / "run", "pipeline", tmp_path / "one", force=False, steps=1)

@@ -222,6 +222,8 @@ def source(
 
     if prompts is None and settings.source != "emoji":
         raise UserError("a teacher of your own has no prompts here; give some with --prompts FILE")
+    if settings.image_column:
+        raise UserError("a bank is sampled from texts alone; leave teacher.image_column out")
     file = open_prompts(prompts or assets.PROMPTS)
     teacher = load_teacher(settings, device)
     scale = float(teacher.default_guidance if guidance is None else guidance)

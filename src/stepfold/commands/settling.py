@@ -77,8 +77,9 @@ def settle(
     """
     if device != "auto":
         usable_device(device)  # before the teacher is looked for, on the hub maybe
-    check_wishes(steps, hours, given.get("train_steps"))
     own, teacher = tuple(changes or ()), given.get("teacher")
+    told = given.get("train_steps") is not None or any(change.startswith("training.steps=") for change in own)
+    check_wishes(steps, hours, told)
     if preset or teacher in (None, "emoji"):
         if name := next((name for name, value in (("--steps", steps), ("--hours", hours)) if value is not None), None):
             reason = f"--preset {preset} is one" if preset else "the bundled teacher has presets (stepfold presets)"
@@ -113,8 +114,8 @@ def wished_rank(changes: Sequence[str], lora: int | None) -> int | None:
     return int(asked[0]) if asked and asked[0].strip().isdecimal() else lora
 
 
-def check_wishes(steps: int | None, hours: float | None, train_steps: int | None) -> None:
-    """Refuses numbers that are no wish.
+def check_wishes(steps: int | None, hours: float | None, told: bool) -> None:
+    """Refuses numbers that are no wish; `told` is whether the user says how many optimiser steps there are.
 
     Raises:
         UserError: naming the option.
@@ -126,7 +127,7 @@ def check_wishes(steps: int | None, hours: float | None, train_steps: int | None
         )
     if hours is not None and not 0 < hours <= 10000:
         raise UserError(f"--hours is {hours:g}; give more than 0, at most 10000")
-    if hours is not None and train_steps is not None:
+    if hours is not None and told:
         raise UserError("--hours and --train-steps both say how long the run is; give one of them")
 
 

@@ -117,7 +117,7 @@ def measure_own(run: Run, teacher: "PipelineTeacher", student: "Student", displa
     chosen = held_out(len(prompts), trained_samples(config), config.seed, n, rows)
     protocol = LatentProtocol(
         n=len(chosen.index),
-        steps=known_steps(run.recipe, config.evaluation.steps),
+        steps=known_steps(run.recipe, [k for k in config.evaluation.steps or () if k in run.recipe.times]),
         guidance=run.recipe.guidance,
         prompts_sha256=prompts.sha256,
         index=chosen.index,
