@@ -1,6 +1,7 @@
 """Feature statistics of real renders for FD-ImageNet: `python recipes/emoji_teacher/second_opinion.py`.
 
-They come from the font as the judge's do (make.py), with another number of them. It needs the extra `eval`.
+They come from the font as the judge's do (make.py), with another number of them. It needs the extra `eval`,
+and runs after make.py, which empties the folder.
 """
 
 import argparse

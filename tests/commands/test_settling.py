@@ -37,16 +37,20 @@ LUMINA2 = replace(SDXL, preset="lumina2-lora-4step", counts_to=1)
 MAP = {"student.times": "two", "target.rule": "edge", "evaluation.steps": "[8, 4, 2, 1]"}
 ENDS = {"space.kind": "{generation: 1, endpoints: 1}"}
 ONE = {"training.micro_batch": "1"}
+ONE_STEP = {"evaluation.steps": "[1, 2, 4]"}
 
 
 @pytest.mark.parametrize(
     ("facts", "preset", "changes", "words"),
     [
-        (SDXL, "sdxl-lora-4step", {}, "Trajectories alone: 90, 89 and 81%"),
-        (replace(SDXL, steps=2), "sdxl-lora-4step", {}, "dF/dt is large"),
+        (SDXL, "sdxl-lora-4step", {}, "Trajectories alone: 90, 90 and 80%"),
+        (replace(SDXL, steps=2), "sdxl-lora-4step", {"evaluation.steps": "[2, 4, 1]"}, "dF/dt is large"),
         (FLOW, "lora-4step", ENDS, "timesteps are in [0, 1], with noised ends: at four steps 92%"),
         (LUMINA2, "lumina2-lora-4step", {}, "with noised ends"),
-        (replace(LUMINA2, steps=1), "lumina2-lora-4step", {"space.kind": "generation"}, "Discrete consistency on"),
+        (
+            replace(LUMINA2, steps=1), "lumina2-lora-4step",
+            ONE_STEP | {"space.kind": "generation"}, "Discrete consistency on",
+        ),
         (replace(LUMINA2, steps=8), "lumina2-lora-4step", MAP | {"space.kind": "generation"}, "export --steps 8`"),
         (replace(SDXL, steps=8), "sdxl-lora-4step", MAP, "A flow map with discrete targets: 68"),
         (replace(SDXL, steps=8, gib=ALL), "sdxl-lora-4step", MAP | WHOLE, "91% at eight with all weights"),
@@ -62,9 +66,12 @@ ONE = {"training.micro_batch": "1"}
         (replace(FLOW, gib=ALL, no_lora="peft is gone"), "lora-4step", ENDS | WHOLE, "trained, since peft is gone."),
         (
             replace(FLOW, steps=1, memory_gib=51), "lora-4step",
-            WHOLE | {"objective": "discrete"}, "three points better than a LoRA (AdamW at 4e-4",
+            WHOLE | ONE_STEP | {"objective": "discrete"}, "three points better than a LoRA (AdamW at 4e-4",
         ),
-        (replace(FLOW, steps=1, memory_gib=49), "lora-4step", {"objective": "discrete"}, "all weights need 40.0 GiB"),
+        (
+            replace(FLOW, steps=1, memory_gib=49), "lora-4step",
+            ONE_STEP | {"objective": "discrete"}, "all weights need 40.0 GiB",
+        ),
         (replace(SDXL, memory_gib=11), "sdxl-lora-4step", {}, "8.0 GiB of 11.0 (counted)."),
         (replace(SDXL, memory_gib=9), "sdxl-lora-4step", {"teacher.quantise": "int8"}, "off by 0.9%."),
         (replace(SDXL, memory_gib=4), "sdxl-lora-4step", {"teacher.quantise": "nf4"}, "off by 14%."),
@@ -291,6 +298,9 @@ def test_start_and_evaluation_take_their_time_of_the_hours(tiny_sana: Path) -> N
     assert priced(settled, 18.0, 3600.0)[0]["hours"] == pytest.approx(11)
     with pytest.raises(UserError, match=r"--hours is 6, but start and evaluation alone take 6 h; give more, or --set"):
         within_hours(settled, 18.0, 6 * 3600.0)
+    given: dict[str, Any] = {"steps": 4, "hours": 6, "device": "cpu", "teacher": str(tiny_sana), "prompts": "p.txt"}
+    quantised = within_hours(settle(None, ["teacher.quantise=int8"], **given), 18.0, 3600.0)
+    assert quantised.config.training.steps == 1000 and quantised.config.student.lora
 
 
 def test_a_run_of_an_earlier_version_goes_on(tiny_sana: Path, tmp_path: Path) -> None:

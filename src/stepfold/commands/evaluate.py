@@ -65,7 +65,7 @@ def evaluate(
         typer.Option(
             min=0,
             max=1000,
-            help="Scale for teacher and students. Default: the one that a student stands for; another pipeline's own.",
+            help="Scale for teacher and students. Default: the student's own, or another pipeline's.",
             show_default=False,
         ),
     ] = None,

@@ -160,11 +160,10 @@ def config_of(preset: "str | Config | None", changes: Sequence[str] | None, **gi
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise UserError(f"--set {twice[0]} is given {keys.count(twice[0])} times and has one value; give it once")
     top = {name.replace(".", "__"): value for name, value in short_forms(changes, **given).items()}
-    named = preset if preset is None or isinstance(preset, str) else ""
-    start = chosen_preset(named, given.get("teacher")) if named == preset else preset
+    start = chosen_preset(preset, given.get("teacher")) if preset is None or isinstance(preset, str) else preset
     config = load_config(start, changes or [], **top)
     told = given.get("teacher") is not None or "teacher.source" in keys
-    if config.teacher.source == "emoji" and not told and (named or "").endswith("lora-4step"):
+    if config.teacher.source == "emoji" and not told and isinstance(start, str) and start.endswith("lora-4step"):
         raise UserError(
             f"--preset {preset} is for a model of yours, and no --teacher is given; add --teacher FOLDER (--teacher "
             "emoji for the bundled model)"

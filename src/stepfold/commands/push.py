@@ -10,7 +10,7 @@ from stepfold.commands.options import JsonOption, StudentArgument, write_json
 def push(
     student: StudentArgument,
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the hub; made if it does not exist.")],
-    private: Annotated[bool, typer.Option("--private", help="Create the repository as private; refuse a public one.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create it as private; refuse a public one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and the card, and stop.")] = False,
     json_file: JsonOption = None,
 ) -> None:

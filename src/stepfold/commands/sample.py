@@ -44,7 +44,7 @@ def sample(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="PNG to write, also over one that is there; several prompts go side by side. Default: sample.png, or "
+            help="PNG to write; an older one is replaced. Several prompts go side by side. Default: sample.png, or "
             "sample-2.png and so on where that is taken.",
             show_default=False,
         ),

@@ -166,10 +166,12 @@ def within_hours(settled: Settled, step_sec: float, fixed_sec: float) -> Settled
     pass_sec, facts = pass_seconds(settled, step_sec), replace(settled.facts, hours=None)
     all_weights = replace(facts, gib={"whole": facts.gib["whole"]})
     lora = replace(facts, gib={**facts.gib, "whole": float("inf")})
-    full = {
-        kind: hours_of(config_by(choose(each), settled.changes, settled.given), facts, pass_sec)
-        for kind, each in (("whole", all_weights), ("lora", lora))
-    }
+    full = {}
+    for kind, each in (("whole", all_weights), ("lora", lora)):
+        try:
+            full[kind] = hours_of(config_by(choose(each), settled.changes, settled.given), facts, pass_sec)
+        except UserError:  # the user's own settings are for the other kind alone
+            full[kind] = float("inf")
     facts = replace(settled.facts, full_hours=full, fixed_hours=fixed_hours)
     choice = choose(facts)
     config = config_by(choice, settled.changes, settled.given)

@@ -66,7 +66,7 @@ class Drawer:
             if guidance is not None and options.get(family.scale_argument) != family.no_guidance:
                 options[family.scale_argument] = guidance
             return options
-        options = {"num_inference_steps": steps} | family.fixed_options
+        options = {"num_inference_steps": steps, **family.fixed_options}
         if guidance is not None:
             options[family.scale_argument] = guidance
         if "use_resolution_binning" in accepted:  # else Sana and PixArt draw at 1024 px, whatever they were trained for

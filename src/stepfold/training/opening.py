@@ -29,6 +29,8 @@ from stepfold.training.runs import (
 )
 
 LOCK = ".lock"
+KEPT = ("blacks.safetensors", "latents.safetensors")
+"""Files of `training/latents.py`, which depend on the settings."""
 LOCK_SEC = 1.0  # to wait for a run's lock: `is_running`, in another process, holds it for an instant
 
 
@@ -67,8 +69,7 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
         if not resume:
             raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --out")
         there = from_yaml(config_file)
-        begun = bool(checkpoints(folder) or read_metrics(folder))
-        if begun and there != config and not can_be_longer(folder, there, config):
+        if took_a_step(folder) and there != config and not can_be_longer(folder, there, config):
             longer = with_steps(there, config.training.steps) == config and config.training.steps > there.training.steps
             fix = "a run can be made longer only until its learning rate falls (optimiser.decay)" if longer else ""
             raise UserError(
@@ -79,6 +80,11 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
         raise UserError(f"{folder} is a file; choose another --out")
     elif folder.exists() and holds_files(folder):
         raise UserError(f"{folder} is not empty and holds no run; choose another --out")
+
+
+def took_a_step(folder: Path) -> bool:
+    """Whether a run has anything that other settings would have made otherwise."""
+    return bool(checkpoints(folder) or read_metrics(folder))
 
 
 def with_steps(config: Config, steps: int) -> Config:
@@ -150,6 +156,9 @@ def open_run(folder: Path, config: Config, resume: bool) -> FileLock:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from None
     clear_leftovers(folder)
     if from_yaml(folder / CONFIG) != config:  # the run is made longer, or took no step
+        if not took_a_step(folder):
+            for name in KEPT:
+                (folder / name).unlink(missing_ok=True)
         with writing(folder / CONFIG) as part:
             part.write_text(to_yaml(config), encoding="utf-8")
     return lock
