@@ -333,8 +333,9 @@ def theirs_in_diffusers(made: Made, steps: int) -> Any:
     """The image [H, W, 3] of plain diffusers in grey levels, with the call of the student's card."""
     folder = run_export(made.folder / "student", "pipeline", made.folder / "pipeline", force=True)
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder)
-    generator = torch.Generator().manual_seed(SEED)
-    return 255 * pipe(PROMPT, generator=generator, output_type="np", **read_card(folder).calls[steps]).images[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)  # the scheduler asks no other generator for its fresh noise
+        return 255 * pipe(PROMPT, output_type="np", **read_card(folder).calls[steps]).images[0]
 
 
 def differences(image: Any, ours: Any) -> tuple[float, float]:
