@@ -1,6 +1,8 @@
 """HunyuanImage 2.1: flow prediction, guidance by a guider, two texts; latents [B, C, H, W]."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,6 +17,20 @@ from stepfold.teachers.guiders import GuiderTeacher, QuotedTexts
 from stepfold.teachers.tokens import TextReader
 
 
+@contextmanager
+def recomputed(transformer: Any) -> Iterator[None]:
+    """Blocks that the backward pass computes again take arguments by name, as this network gives them to diffusers."""
+    if not transformer.gradient_checkpointing:
+        yield
+        return
+    own = transformer._gradient_checkpointing_func
+    transformer._gradient_checkpointing_func = lambda block, *inputs, **named: own(partial(block, **named), *inputs)
+    try:
+        yield
+    finally:
+        transformer._gradient_checkpointing_func = own
+
+
 def hunyuan_image_network(
     transformer: Any, x_unit: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, *, time_scale: float
 ) -> Tensor:
@@ -23,15 +39,16 @@ def hunyuan_image_network(
     assert quoted is not None
 
     def velocity(x_flow: Tensor, t_flow: Tensor) -> Tensor:
-        return transformer(
-            hidden_states=x_flow,
-            timestep=time_scale * t_flow,
-            encoder_hidden_states=condition.embeds,
-            encoder_attention_mask=condition.mask,
-            encoder_hidden_states_2=quoted.embeds,
-            encoder_attention_mask_2=quoted.mask,
-            return_dict=False,
-        )[0]
+        with recomputed(transformer):
+            return transformer(
+                hidden_states=x_flow,
+                timestep=time_scale * t_flow,
+                encoder_hidden_states=condition.embeds,
+                encoder_attention_mask=condition.mask,
+                encoder_hidden_states_2=quoted.embeds,
+                encoder_attention_mask_2=quoted.mask,
+                return_dict=False,
+            )[0]
 
     return flow_prediction(x_unit, t, velocity)
 
