@@ -12,7 +12,7 @@ from test_cli import Result, assert_one_line
 from test_family_presets import PIPELINES
 from tiny import make_wan, save
 
-from stepfold.commands.plan import Plan
+from stepfold.commands.plan import Plan, row_words
 from stepfold.commands.settling import priced, settle, within_hours
 from stepfold.config import from_yaml, load_config, preset_names, to_yaml
 from stepfold.errors import UserError
@@ -36,6 +36,8 @@ WHOLE = {"student.lora": "0", "optimiser.name": "came", "optimiser.lr": "1.0e-5"
 LUMINA2 = replace(SDXL, preset="lumina2-lora-4step", counts_to=1)
 MAP = {"student.times": "two", "target.rule": "edge", "evaluation.steps": "[8, 4, 2, 1]"}
 ENDS = {"space.kind": "{generation: 1, endpoints: 1}"}
+ALONE = {"space.kind": "endpoints"}
+TWO = {"evaluation.steps": "[2, 4, 1]"}
 ONE = {"training.micro_batch": "1"}
 ONE_STEP = {"evaluation.steps": "[1, 2, 4]"}
 
@@ -43,8 +45,9 @@ ONE_STEP = {"evaluation.steps": "[1, 2, 4]"}
 @pytest.mark.parametrize(
     ("facts", "preset", "changes", "words"),
     [
+        (replace(SDXL, gib=ALL, steps=2), "sdxl-lora-4step", WHOLE | ALONE | TWO, "Noised ends alone: 87% at four"),
         (SDXL, "sdxl-lora-4step", {}, "Trajectories alone: 90, 90 and 80%"),
-        (replace(SDXL, steps=2), "sdxl-lora-4step", {"evaluation.steps": "[2, 4, 1]"}, "dF/dt is large"),
+        (replace(SDXL, steps=2), "sdxl-lora-4step", TWO, "dF/dt is large"),
         (FLOW, "lora-4step", ENDS, "timesteps are in [0, 1], with noised ends: at four steps 92%"),
         (LUMINA2, "lumina2-lora-4step", {}, "with noised ends"),
         (
@@ -62,7 +65,7 @@ ONE_STEP = {"evaluation.steps": "[1, 2, 4]"}
             replace(FLOW, steps=8, second_time=False), "lora-4step",
             ENDS | {"evaluation.steps": "[8, 4, 2, 1]"}, "not measured",
         ),
-        (replace(SDXL, gib=ALL), "sdxl-lora-4step", WHOLE, "All weights are trained. Weights"),
+        (replace(SDXL, gib=ALL), "sdxl-lora-4step", WHOLE | ALONE, "All weights are trained. Weights"),
         (replace(FLOW, gib=ALL, no_lora="peft is gone"), "lora-4step", ENDS | WHOLE, "trained, since peft is gone."),
         (
             replace(FLOW, steps=1, memory_gib=51), "lora-4step",
@@ -76,7 +79,7 @@ ONE_STEP = {"evaluation.steps": "[1, 2, 4]"}
         (replace(SDXL, memory_gib=9), "sdxl-lora-4step", {"teacher.quantise": "int8"}, "off by 0.9%."),
         (replace(SDXL, memory_gib=4), "sdxl-lora-4step", {"teacher.quantise": "nf4"}, "off by 14%."),
         (replace(SDXL, memory_gib=3), "sdxl-lora-4step", {"teacher.quantise": "nf4"}, "14%; it may not fit"),
-        (replace(SDXL, gib=ALL), "sdxl-lora-4step", WHOLE, "of 24.0 (counted); it may not fit"),
+        (replace(SDXL, gib=ALL), "sdxl-lora-4step", WHOLE | ALONE, "of 24.0 (counted); it may not fit"),
         (replace(FLOW, billions=8), "lora-4step", ENDS | ONE, "Activations are not counted, so a backward pass has"),
         (replace(FLOW, billions=4.9), "lora-4step", ENDS, "of 24.0 (counted)."),
         (replace(FLOW, video=True), "lora-4step", ENDS | ONE | {"teacher.frames": "33"}, "Videos have 33 frames."),
@@ -296,7 +299,9 @@ def test_start_and_evaluation_take_their_time_of_the_hours(tiny_sana: Path) -> N
     settled = settle(None, None, steps=4, hours=6, device="cpu", teacher=str(tiny_sana), prompts="p.txt")
     found = within_hours(settled, 18.0, 3600.0)
     assert settled.config.training.steps == 2000 and found.config.training.steps == 1000
-    assert priced(settled, 18.0, 3600.0)[0]["hours"] == pytest.approx(11)
+    rows = priced(settled, 18.0, 3600.0)
+    assert rows[0]["hours"] == pytest.approx(11)
+    assert len({tuple(row_words(row)) for row in rows}) == len(rows)  # people can tell them apart
     with pytest.raises(UserError, match=r"--hours is 6, but start and evaluation alone take 6 h; give more, or --set"):
         within_hours(settled, 18.0, 6 * 3600.0)
     given: dict[str, Any] = {"steps": 4, "hours": 6, "device": "cpu", "teacher": str(tiny_sana), "prompts": "p.txt"}

@@ -12,6 +12,7 @@ from stepfold.commands.options import (
     Quiet,
     RevisionOption,
     SizeOption,
+    TeacherChangesOption,
     TeacherLoraOption,
     VariantOption,
     pixels_of,
@@ -70,15 +71,7 @@ def make(
         str | None,
         typer.Option(help="The preset of the run that will train on it: its teacher settings.", show_default=False),
     ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="As the run's, for settings of the teacher alone: --set teacher.max_tokens=77.",
-            show_default=False,
-        ),
-    ] = None,
+    changes: TeacherChangesOption = None,
     device: DeviceOption = "auto",
     quiet: Quiet = False,
 ) -> None:

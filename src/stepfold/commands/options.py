@@ -80,6 +80,15 @@ ChangesOption = Annotated[
 ]
 
 
+TeacherChangesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="As the run's, for settings of the teacher alone: --set teacher.guidance=classifier_free.",
+        show_default=False,
+    ),
+]
 TrainStepsOption = Annotated[
     int | None,
     typer.Option("--train-steps", min=1, help="Optimiser steps: `training.steps`.", show_default=False),

@@ -94,7 +94,7 @@ def plan(
         return
     seconds = found.whole_step_sec, found.fixed_sec
     rows = priced(settled, *seconds)
-    table = Table("preset", "method", "passes a step", "weights and states, GiB", "steps", "hours", box=None)
+    table = Table("for steps", "method", "passes", "GiB", "train steps", "hours", "--preset", "--set", box=None)
     for row in rows:
         table.add_row(*(row_words(row)))
     show_table(table)
@@ -104,9 +104,11 @@ def plan(
 
 
 def row_words(row: dict[str, Any]) -> list[str]:
-    """A row of `priced`, for people."""
+    """A row of `priced`, for people; what a row is for comes first among its sampling steps."""
     gib = "?" if row["gib"] is None else f"{row['gib']:.1f}"
-    return [row["preset"], row["method"], f"{row['passes']:,}", gib, f"{row['steps']:,}", f"{row['hours']:.2g}"]
+    numbers = f"{row['passes']:,}", gib, f"{row['steps']:,}", f"{row['hours']:.2g}"
+    changes = "\n".join(f"{key}={value}" for key, value in row["changes"].items())
+    return [", ".join(map(str, row["sampling_steps"])), row["method"], *numbers, row["preset"], changes]
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def hours_of(config: "Config", facts: Facts, pass_sec: float) -> float:
 
 
 def priced(settled: Settled, step_sec: float, fixed_sec: float) -> list[dict[str, Any]]:
-    """The choice and its alternatives: preset, method, passes a step, weights and states in GiB, steps, hours."""
+    """The choice and its alternatives: preset and changes, method, passes a step, GiB of weights and states, hours."""
     assert settled.facts and settled.choice
     facts, pass_sec, rows = settled.facts, pass_seconds(settled, step_sec), []
     for choice in alternatives(replace(facts, hours=None)):
@@ -212,6 +212,7 @@ def priced(settled: Settled, step_sec: float, fixed_sec: float) -> list[dict[str
         rows.append(
             {
                 "preset": choice.preset, "method": choice.method, "settings": choice.words,
+                "changes": dict(choice.changes), "sampling_steps": list(config.evaluation.steps or (1, 2, 4)),
                 "passes": passes_of(config, facts), "gib": facts.gib.get(kind), "steps": config.training.steps,
                 "hours": hours_of(config, facts, pass_sec) + fixed_sec / 3600,
             }

@@ -205,7 +205,8 @@ def _opinions(first: Mapping[str, float], second: Mapping[str, float]) -> list[s
     if not apart:
         return ["", "FD-ImageNet puts the rows in the same order as FD."]
     pairs = "; ".join(f"{low} before {high}" for low, high in apart)
-    return ["", f"FD-ImageNet turns around these orders of FD: {pairs}. Take neither order as settled."]
+    turned = f"FD-ImageNet turns around these orders of FD, by the means, however close: {pairs}"
+    return ["", f"{turned}. Take neither order as settled."]
 
 
 def _of(records: Records, steps: int, metric: str, digits: int, scale: float = 1.0) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
@@ -15,6 +14,7 @@ from typing_extensions import override
 
 from stepfold.levels.search import Reference
 from stepfold.levels.solvers import Velocity
+from stepfold.teachers.listed_scheduler import ListedScheduler
 
 RIDGE = 1e-3  # of the mean diagonal of the normal equations
 
@@ -78,7 +78,7 @@ def calibrated_rollout(
     return x
 
 
-class CalibratedScheduler(FlowMatchEulerDiscreteScheduler):
+class CalibratedScheduler(ListedScheduler):
     """A scheduler for pipelines of flow-matching teachers that takes the levels and weights of one search.
 
     It is a class of this package: a pipeline that is saved with it needs the package to load.
@@ -88,7 +88,7 @@ class CalibratedScheduler(FlowMatchEulerDiscreteScheduler):
         pipe("a fox in snow", num_inference_steps=4)
     """
 
-    config: Any
+    made = "scheduler was fitted"
 
     @register_to_config
     def __init__(
@@ -101,35 +101,10 @@ class CalibratedScheduler(FlowMatchEulerDiscreteScheduler):
         self.velocities: list[Tensor] = []
 
     @override
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-        timesteps: Any = None,
-    ) -> None:
-        """The levels of the search, whatever levels and shift a pipeline gives.
-
-        Raises:
-            ValueError: another number of steps is asked for.
-        """
-        levels = torch.tensor(self.config.levels, dtype=torch.float32)
-        num_inference_steps = num_inference_steps or len(sigmas if sigmas is not None else levels[1:])
-        if num_inference_steps != len(levels) - 1:
-            raise ValueError(
-                f"this scheduler was fitted for {len(levels) - 1} steps, not {num_inference_steps}; give "
-                f"num_inference_steps={len(levels) - 1}"
-            )
-        self.num_inference_steps, self.velocities = len(levels) - 1, []
-        self.sigmas, self.timesteps = levels, (levels[:-1] * self.config.num_train_timesteps).to(device)
-        self._step_index = self._begin_index = None
-
-    @override
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **other: Any) -> Any:
         """The next state; see `corrected`."""
-        i = len(self.velocities)
-        self.velocities.append(model_output.float())
+        i = self._step_index or 0
+        self._step_index, self.velocities = i + 1, [*self.velocities[:i], model_output.float()]
         step = self.config.levels[i + 1] - self.config.levels[i]
         x = corrected(sample.float(), step, self.velocities, self.config.weights[i]).to(model_output.dtype)
         return FlowMatchEulerDiscreteSchedulerOutput(x) if return_dict else (x,)  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
@@ -16,9 +15,10 @@ from typing_extensions import override
 
 from stepfold.maths.formulations import flow_time
 from stepfold.sampling.recipe import Recipe
+from stepfold.teachers.listed_scheduler import ListedScheduler
 
 
-class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
+class PolicyScheduler(ListedScheduler):
     """Euler steps with a mean of N velocities, of weights of its own for each step: the student's policy, exactly.
 
     It is a class of this package: plain diffusers needs the package for it.
@@ -28,7 +28,7 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
         pipe("a fox in snow", num_inference_steps=4, guidance_scale=1.0)
     """
 
-    config: Any
+    made = "student was trained"
 
     @register_to_config
     def __init__(
@@ -38,38 +38,12 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
         num_train_timesteps: int = 1000,
     ) -> None:
         super().__init__(num_train_timesteps=num_train_timesteps)
-        self.count = 0
-
-    @override
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-        timesteps: Any = None,
-    ) -> None:
-        """The student's own levels, whatever levels and shift a pipeline gives.
-
-        Raises:
-            ValueError: another number of steps is asked for.
-        """
-        levels = torch.tensor(self.config.levels, dtype=torch.float32)
-        asked = num_inference_steps or len(sigmas if sigmas is not None else levels[1:])
-        if asked != len(levels) - 1:
-            raise ValueError(
-                f"this student was trained for {len(levels) - 1} steps, not {asked}; give "
-                f"num_inference_steps={len(levels) - 1}"
-            )
-        self.num_inference_steps, self.count = asked, 0
-        self.sigmas, self.timesteps = levels, (levels[:-1] * self.config.num_train_timesteps).to(device)
-        self._step_index = self._begin_index = None
 
     @override
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **other: Any) -> Any:
         """The next state: channels are the dimension that is N times that of the sample."""
-        i, weights = self.count, self.config.weights[self.count]
-        self.count += 1
+        i = self._step_index or 0
+        self._step_index, weights = i + 1, self.config.weights[i]
         wide = next(d for d, size in enumerate(model_output.shape) if size != sample.shape[d])
         velocity = sum(w * v for w, v in zip(weights, model_output.float().chunk(len(weights), wide), strict=True))
         x = sample.float() + (self.config.levels[i + 1] - self.config.levels[i]) * torch.as_tensor(velocity)
