@@ -111,7 +111,10 @@ class SpaceSettings(Section):
     logit_std: float = Field(default=1.6, gt=0, description="P_std of the logit-normal route")
     keep_first: bool = Field(default=False, description="train on the state at t = pi/2 too")
     reuse: int = Field(
-        default=1, ge=1, description="updates made of each step's pairs; 2 halves the teacher's share of the time"
+        default=1,
+        ge=1,
+        description="updates made of each step's pairs; 2 halves the teacher's share of the time. "
+        "States of the student's own (kinds rollout and policy) are checkpointed after the last of them",
     )
     guidance: tuple[float, ...] | None = Field(
         default=None,

@@ -132,6 +132,29 @@ def test_a_run_is_resumed_to_the_bit(
     assert teacher.transformer.proj_out.out_features * FORM.nodes == len(weight)
 
 
+def test_states_of_the_student_are_kept_over_a_checkpoint(
+    tmp_path: Path, teacher: SanaTeacher, settings: Settings, prompts: PromptFile, tensors: Callable
+) -> None:
+    """Two updates from each: a run that went on between them would take states of another student."""
+    changes = ("space.reuse=2", "training.steps=6", "training.checkpoint_every=3")
+    config = settings(*POLICY, *changes, "training.keep_checkpoints=9")
+    tmp_path.joinpath("run").mkdir()
+
+    def train() -> None:
+        student, black = student_of(teacher, config), torch.zeros(teacher.latent_shape)
+        distill(config, tmp_path / "run", teacher, student, prompts, [black], make_accelerator("no"))
+
+    train()
+    rows, saved = read_metrics(tmp_path / "run"), checkpoints(tmp_path / "run")
+    whole = tensors(saved[-1])
+    assert [int(folder.name.split("_")[-1]) for folder in saved] == [4, 6]
+    shutil.rmtree(saved[-1])
+    train()
+    assert read_metrics(tmp_path / "run") == rows
+    again = tensors(saved[-1])
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
 def test_the_card_says_the_form_and_the_one_number_of_steps(teacher: SanaTeacher, settings: Settings) -> None:
     recipe = make_recipe(settings(*POLICY), teacher, (2.0,), 2.0)
     assert recipe.policy == Policy(4, 32, teacher.shift_at(3)) and list(recipe.times) == [3]

@@ -28,6 +28,7 @@ from stepfold.training.runs import (
 )
 from stepfold.training.set_up import Made, set_up
 from stepfold.training.stages import Stages
+from stepfold.training.states import FOLLOW_STUDENT
 from stepfold.training.step import Run, train_step
 from stepfold.training.stopping import stop_requests
 
@@ -130,6 +131,8 @@ def take_steps(made: Made, batches: Batches, looks: Looks, start: int, preview: 
     if start % training.preview_every == 0 or start == training.steps:
         with run.stages("first preview"):  # a kill may have come before it was drawn
             preview(run.average, start)
+    own = any(term.space in FOLLOW_STUDENT for each in run.phases for term in each.terms)
+    kept = config.space.reuse if own else 1  # steps that states are kept for, between which no run can go on
     background = BackgroundWrites() if writes_beside(run) else nullcontext()
     with made.compiling, stop_requests() as stop, background as writes:
         batch = condition = states = None
@@ -140,8 +143,9 @@ def take_steps(made: Made, batches: Batches, looks: Looks, start: int, preview: 
             assert condition is not None and states is not None
             looks.records.append(train_step(run, step, batch, condition, states))
 
-            last, asked = step + 1 == training.steps, stop.requested  # read once: a request in between waits a step
-            saves = last or (step + 1) % training.checkpoint_every == 0
+            last, ends = step + 1 == training.steps, (step + 1) % kept == 0
+            asked = ends and stop.requested  # read once: a request in between waits a step
+            saves = last or (ends and (step + 1) % training.checkpoint_every < kept)
             shows = last or (step + 1) % training.preview_every == 0
             due = saves or shows or looks.are_due or (asked and run.processes.count == 1)
             stopping = due and run.processes.any(asked)

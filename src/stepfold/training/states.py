@@ -293,6 +293,8 @@ FROM_WALKS = {"generation", "endpoints", "coupling"}
 FROM_CLEAN = FROM_WALKS | {"images"}
 WITHOUT_TARGETS = {"rollout", "anchor", "policy"}
 """Spaces whose target times do not come from `target`."""
+FOLLOW_STUDENT = {"rollout", "policy"}
+"""Spaces of the student's own states, which cannot be made again once it has learnt from them."""
 
 
 def states_per_prompt(space: str, config: Config) -> int:
