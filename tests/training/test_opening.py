@@ -18,8 +18,8 @@ from stepfold.config import Config, from_yaml, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.jobs.distilling import run_distill
-from stepfold.training.opening import as_begun, check_run, is_running, open_run
-from stepfold.training.runs import append_metrics, checkpoints, read_metrics, writing
+from stepfold.training.opening import as_begun, check_run, is_running, open_run, prepare_run
+from stepfold.training.runs import CHECKSUMS, append_metrics, checkpoints, read_metrics, writing
 
 Settings = Callable[..., Config]
 
@@ -128,6 +128,37 @@ def test_a_run_without_a_step_goes_on_with_other_settings(left: str | None, tmp_
     (tmp_path / "blacks.safetensors").write_text("its own")
     open_run(tmp_path, smaller, resume=True).release()
     assert (tmp_path / "blacks.safetensors").exists()
+
+
+@pytest.mark.parametrize("result", ["student/stepfold.json", "report.json", "teacher/model_index.json"])
+def test_a_run_that_has_ended_does_not_begin_again_over_its_results(tmp_path: Path, result: str) -> None:
+    """Its checkpoints were deleted to save room: a job that is started again by itself must not lose the student."""
+    open_run(tmp_path, config_of(), resume=False).release()
+    append_metrics(tmp_path, {"step": 0})
+    open_run(tmp_path, config_of(), resume=True).release()  # stopped before its first checkpoint: it begins again
+    (tmp_path / result).parent.mkdir(exist_ok=True)
+    (tmp_path / result).write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(
+        UserError, match=rf"has ended and no whole .* keep .*{result[:6]}.*another --out to train again"
+    ):
+        open_run(tmp_path, config_of(), resume=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "checkpoints" / "000001").mkdir(parents=True)
+    check_run(tmp_path, config_of(), resume=True)
+
+
+def test_damaged_checkpoints_alone_do_not_either(tmp_path: Path) -> None:
+    """They are set aside, and what the run made stays."""
+    open_run(tmp_path, config_of(), resume=False).release()
+    checkpoint = tmp_path / "checkpoints" / "000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / CHECKSUMS).write_text('{"state.json": 1}')
+    prepare_run(tmp_path, config_of(), True, [], lambda note: None).release()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["damaged_000001"]
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(UserError, match="has ended and no whole checkpoint of it"):
+        prepare_run(tmp_path, config_of(), True, [], lambda note: None)
 
 
 def test_open_run_leaves_foreign_files_alone(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ from stepfold.training.runs import (
 LOCK = ".lock"
 KEPT = ("blacks.safetensors", "latents.safetensors")
 """Files of `training/latents.py`, which depend on the settings."""
+RESULTS = ("student", "student.safetensors", "teacher", "report.json")
+"""What ends a run: of a distillation, of a network of one's own, of a re-timing; after its last checkpoint."""
 LOCK_SEC = 1.0  # to wait for a run's lock: `is_running`, in another process, holds it for an instant
 
 
@@ -61,13 +63,15 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
     A run that took no step may go on with other settings: after "out of memory" at its first one it must.
 
     Raises:
-        UserError: the folder is a file, holds another run or holds other files.
+        UserError: the folder is a file, holds another run or holds other files, or its run has ended and its
+            checkpoints are gone.
     """
     config_file = folder / CONFIG
     if config_file.exists():
         refuse_ways_out(folder)
         if not resume:
             raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --out")
+        refuse_finished(folder)
         there = from_yaml(config_file)
         if took_a_step(folder) and there != config and not can_be_longer(folder, there, config):
             longer = with_steps(there, config.training.steps) == config and config.training.steps > there.training.steps
@@ -80,6 +84,20 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
         raise UserError(f"{folder} is a file; choose another --out")
     elif folder.exists() and holds_files(folder):
         raise UserError(f"{folder} is not empty and holds no run; choose another --out")
+
+
+def refuse_finished(folder: Path) -> None:
+    """Refuses to go on with a run that has ended and has no checkpoint: it would be made again, over its results.
+
+    Raises:
+        UserError: it is one.
+    """
+    found = next((name for name in RESULTS if (folder / name).exists()), None)
+    if found and not checkpoints(folder):
+        raise UserError(
+            f"{folder} holds a run that has ended and no whole checkpoint of it, so it would begin again over what it "
+            f"made; keep {folder / found}, and choose another --out to train again"
+        )
 
 
 def took_a_step(folder: Path) -> bool:
@@ -242,6 +260,7 @@ def prepare_run(
         remember(folder, source)
     for finding in set_aside_damaged(folder):
         note(finding)
+    refuse_finished(folder)  # of damaged checkpoints alone
     remove_old_checkpoints(folder, config.training.keep_checkpoints)  # a kill may have come before that
     if resume and not checkpoints(folder):
         note(f"{folder} holds no checkpoint yet: starting from the teacher")
