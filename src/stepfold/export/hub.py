@@ -14,6 +14,7 @@ from stepfold.errors import UserError, first_line
 from stepfold.export.files import README, listing
 from stepfold.export.pipeline import metrics_beside, model_card
 from stepfold.students.card import CARD, Card, read_card
+from stepfold.students.intact import check_digests
 from stepfold.teachers.folders import check_folder
 from stepfold.teachers.licences import is_hub_id, licences_of
 from stepfold.teachers.live import is_live
@@ -37,6 +38,7 @@ def hub_card(folder: Path, repo: str) -> str:
     card = read_card(folder)
     if not card.lora_rank:
         check_folder(folder)
+    check_digests(folder, card.digests)
     if not is_live(card.teacher):
         card = card.model_copy(update={"licences": licences_of(card.teacher)})
     metrics = metrics_beside(folder)

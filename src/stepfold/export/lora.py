@@ -46,6 +46,8 @@ def export_lora(folder: Path, out: Path, keys: Keys = "diffusers", *, whole: boo
     if more := card.lora_parts:
         raise UserError(f"{folder} has another LoRA for {', '.join(more)}; use the folder, as its README says")
     file = folder / LORA_WEIGHTS
+    if not card.digests and not whole and keys in ("diffusers", "peft"):
+        load_student(folder, "cpu", quantise="none")  # of an early card, which does not say what the file should hold
     if whole:
         export_whole(folder, out, keys)
     elif keys == "peft":

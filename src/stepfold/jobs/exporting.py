@@ -43,6 +43,7 @@ def run_export(
     from stepfold.export.single_file import export_single_file
     from stepfold.export.web import export_web
     from stepfold.students.card import is_run, read_card, student_folder
+    from stepfold.students.intact import check_digests
 
     writers: dict[str, tuple[Callable[[Path, Path], None], str]] = {
         "pipeline": (export_pipeline, "-pipeline"),

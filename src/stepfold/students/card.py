@@ -12,6 +12,7 @@ from stepfold.config import renamed
 from stepfold.errors import UserError, first_line
 from stepfold.sampling.recipe import Recipe
 from stepfold.sections import Section, TeacherSettings
+from stepfold.students.intact import digests_in
 
 CARD = "stepfold.json"
 RUN = "config.yaml"
@@ -59,6 +60,8 @@ class Card(Section):
         loras_in_diffusers: whether plain diffusers merges the teacher's own LoRAs as their files say.
         lora_parts: part of the pipeline -> the file of its LoRA, for networks beside the usual one.
         quantised: how its weights were rounded; None for plain ones.
+        digests: file of weights that lies directly in the folder -> `intact.digest_of` its tensors; empty in earlier
+            cards.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -84,6 +87,7 @@ class Card(Section):
     loras_in_diffusers: bool = True
     lora_parts: dict[str, str] = Field(default_factory=dict)
     quantised: Quantisation | None = None
+    digests: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _has_a_rank(self) -> "Card":
@@ -230,7 +234,8 @@ def read_card(folder: Path) -> Card:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Writes a student folder's `stepfold.json`."""
+    """Writes a student folder's `stepfold.json`, which knows the files of weights beside it again."""
+    card = card.model_copy(update={"digests": digests_in(folder)})
     (folder / CARD).write_text(json.dumps(card.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
 
 

@@ -7,7 +7,7 @@ import torch
 from stepfold.errors import UserError
 from stepfold.sampling.recipe import times_of
 from stepfold.students.card import ANYFLOW, CARD, Card, read_card, student_folder
-from stepfold.students.lora import load_lora, lora_files
+from stepfold.students.lora import load_lora, lora_files, read_matrices
 from stepfold.students.policy import head_of, load_head, widen
 from stepfold.students.saving import load_network_only
 from stepfold.students.two_times import load_embedder
@@ -71,6 +71,7 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     settings = card.teacher_settings().plain()
     with copied(settings.source):
         teacher = load_teacher(settings, device, torch.float32)
+    read_matrices(teacher, folder, card.lora_rank, convolutions=card.lora_convolutions)
     for part, file in lora_files(teacher).items():
         merge_lora(teacher.pipe, str(folder / file), 1.0, lambda: None, part)  # a student has none on text encoders
     if card.recipe.policy:

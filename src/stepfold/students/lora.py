@@ -4,15 +4,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from stepfold.errors import UserError
 from stepfold.maths.policy import Policy
 from stepfold.sampling.recipe import Recipe
 from stepfold.sampling.samplers import in_diffusers
+from stepfold.students.intact import check_shapes, read_weights, shapes_in, shapes_of
 from stepfold.students.networks import NetworkStudent
-from stepfold.students.policy import head_of, load_head, save_policy, widen
+from stepfold.students.policy import HEAD, head_of, load_head, save_policy, widen
 from stepfold.students.two_times import load_embedder, save_embedder
 from stepfold.students.whole import time_part, weight_start
 from stepfold.teachers.contract import Student, deepcopy_sharing
@@ -77,22 +77,26 @@ def add_matrices(teacher: PipelineTeacher, network: Any, rank: int, convolutions
     """Gives one of the pipeline's networks its matrices; arguments as of `lora_student`."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    blocks = {
-        name: module
-        for name, module in network.named_modules()
-        if any(part in name for part in teacher.lora_blocks)
-    }  # fmt: skip
-    pointwise = {name for name, module in blocks.items() if is_pointwise(module)} if convolutions else set()
-    if for_export and convolutions and not pointwise:
+    layers = lora_layers(teacher, network, convolutions)
+    if for_export and convolutions and not any(is_pointwise(layer) for layer in layers.values()):
         raise UserError(
             f"a {type(network).__name__} has no 1 x 1 convolutions in its blocks; leave student.lora_convolutions off"
         )
-    layers = [name for name, module in blocks.items() if isinstance(module, nn.Linear) or name in pointwise]
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers))
     if teacher.loads_lora:
         network.add_adapter(config)
     else:  # diffusers gives networks whose pipelines load no LoRA no such method
         inject_adapter_in_model(config, network)
+
+
+def lora_layers(teacher: PipelineTeacher, network: Any, convolutions: bool) -> dict[str, Any]:
+    """Name -> layer of one of the pipeline's networks that gets matrices; arguments as of `lora_student`."""
+    return {
+        name: layer
+        for name, layer in network.named_modules()
+        if any(part in name for part in teacher.lora_blocks)
+        and (isinstance(layer, nn.Linear) or (convolutions and is_pointwise(layer)))
+    }
 
 
 def is_pointwise(module: nn.Module) -> bool:
@@ -117,6 +121,47 @@ def save_lora(teacher: PipelineTeacher, student: Student, folder: Path, recipe: 
     save_policy(teacher, student, folder, recipe, lora=True)
 
 
+def lora_shapes(teacher: PipelineTeacher, network: Any, rank: int, convolutions: bool) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each tensor that the file of a network's matrices has.
+
+    Args:
+        teacher: whose networks get matrices.
+        network: one of them, without matrices yet.
+        rank, convolutions: as of `lora_student`.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, layer in lora_layers(teacher, network, convolutions).items():
+        linear = isinstance(layer, nn.Linear)
+        inputs, outputs = (layer.in_features, layer.out_features) if linear else (layer.in_channels, layer.out_channels)
+        kernel, layer_name = () if linear else (1, 1), f"{teacher.network_part}.{name}"
+        found[f"{layer_name}.lora_A.weight"] = (rank, inputs, *kernel)
+        found[f"{layer_name}.lora_B.weight"] = (outputs, rank, *kernel)
+    return found
+
+
+def read_matrices(
+    teacher: PipelineTeacher, folder: Path, rank: int, *, convolutions: bool = False
+) -> dict[str, dict[str, Tensor]]:
+    """Part of the teacher's pipeline -> its matrices in a student's folder, under the names of their file.
+
+    Arguments as of `lora_student`; the teacher's networks have no matrices.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not have the student's own matrices and no others. The libraries
+            leave out what they do not know, and start at nothing where there is none.
+    """
+    found, parts = {}, teacher.network_parts(teacher.transformer)
+    for part, file in lora_files(teacher).items():
+        path = folder / file
+        if not path.is_file():
+            raise UserError(f"{folder} lacks {file}; give the student's own folder, not an export, or copy it again")
+        found[part] = read_weights(path)
+        check_shapes(path, shapes_of(found[part]), lora_shapes(teacher, parts[part], rank, convolutions))
+    if (head := folder / HEAD).is_file():
+        shapes_in(head)  # refused where it is cut
+    return found
+
+
 def load_lora(
     teacher: PipelineTeacher,
     folder: Path,
@@ -129,17 +174,15 @@ def load_lora(
     """The LoRA student that `save_lora` wrote; arguments as of `lora_student`.
 
     Raises:
-        UserError: a file is missing.
+        UserError: a file is missing, damaged or not the student's.
     """
     from peft import set_peft_model_state_dict
 
+    matrices = read_matrices(teacher, folder, rank, convolutions=convolutions)
     student = lora_student(teacher, rank, convolutions=convolutions, two_times=two_times, policy=policy)
     load_embedder(student, folder)
     load_head(teacher, student.transformer, folder, policy)
     parts, prefix = teacher.network_parts(student.transformer), f"{teacher.network_part}."
-    for part, file in lora_files(teacher).items():
-        if not (folder / file).is_file():
-            raise UserError(f"{folder} lacks {file}; give the student's own folder, not an export, or copy it again")
-        weights = {name.removeprefix(prefix): value for name, value in load_file(folder / file).items()}
-        set_peft_model_state_dict(parts[part], weights)
+    for part, weights in matrices.items():
+        set_peft_model_state_dict(parts[part], {name.removeprefix(prefix): weights[name] for name in weights})
     return student

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from stepfold.sampling.recipe import Recipe
 from stepfold.sampling.samplers import in_diffusers
+from stepfold.students.intact import check_shapes, read_weights, shapes_of
 from stepfold.students.policy import save_policy
 from stepfold.students.sana import SanaStudent, plain_transformer
 from stepfold.students.two_times import load_embedder, save_embedder
@@ -49,6 +48,8 @@ def load_network_only(teacher: PipelineTeacher, folder: Path, *, two_times: bool
     """The student of `teacher` that a folder has the network of, in any precision; the rest is the teacher's."""
     student = new_student(teacher, two_times=two_times)
     load_embedder(student, folder)
-    weights = load_file(folder / teacher.network_part / NETWORK_WEIGHTS)
-    student.get_submodule("transformer").load_state_dict(weights)
+    file, network = folder / teacher.network_part / NETWORK_WEIGHTS, student.get_submodule("transformer")
+    weights = read_weights(file)
+    check_shapes(file, shapes_of(weights), shapes_of(network.state_dict()))
+    network.load_state_dict(weights)
     return student.eval().requires_grad_(False)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -112,6 +113,6 @@ def load_embedder(student: Student, folder: Path) -> None:
     file = folder / f"{EMBEDDER}.safetensors"
     try:
         student.get_submodule(EMBEDDER).load_state_dict(load_file(file))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{file} does not load ({reason}); copy the student folder again") from None
