@@ -177,6 +177,48 @@ def test_times_that_the_embedder_cannot_tell_apart_are_refused(student_of: Stude
         run_export(student_of("wan", sampler="flow_map"), "pipeline", tmp_path / "w", force=False, steps=4)
 
 
+def test_a_flow_map_does_not_become_a_file_that_others_sample_otherwise(student_of: StudentOf, tmp_path: Path) -> None:
+    """Unfolded, a LoRA or a single file would be a consistency model there; its README names the right one."""
+    whole, lora = (student_of("sd3", rank, sampler="flow_map") for rank in (0, 8))
+    for keys in (None, "comfy", "peft"):
+        with pytest.raises(UserError, match=r"is a flow map, .* for 8 steps first: --to lora --steps 8"):
+            run_export(lora, "lora", tmp_path / "x.safetensors", force=False, keys=keys)  # type: ignore[arg-type]
+    for folder in (whole, lora):
+        with pytest.raises(UserError, match=r"first: --to pipeline --steps 8, and export that folder --to single-file"):
+            run_export(folder, "single-file", tmp_path / "x.safetensors", force=False)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="has all weights of its own and no LoRA"):
+        run_export(whole, "lora", tmp_path / "x.safetensors", force=False)
+    for folder, options in ((whole, "--to pipeline --steps 8"), (lora, "--to lora --steps 8")):
+        assert f"stepfold export FOLDER {options}" in model_card(read_card(folder))
+    folded = run_export(whole, "pipeline", tmp_path / "4", force=False, steps=4)
+    assert "stepfold export" not in model_card(read_card(folded))
+
+
+@pytest.mark.parametrize(
+    ("rank", "asked", "times", "options"),
+    [
+        (8, [8, 4, 2, 1], (1, 2, 4, 8), "--to lora --steps 8"),
+        (4, [8, 4, 2, 1], (1, 2, 4, 8), "--to pipeline --steps 8"),
+        (0, [4], (1, 2, 4, 8), "--to pipeline --steps 4"),
+        (8, [3], (1, 2), "--to lora --steps 2"),
+        (8, [1], (1,), ""),
+    ],
+)
+def test_which_fold_a_card_names(
+    student_of: StudentOf, rank: int, asked: list[int], times: tuple[int, ...], options: str
+) -> None:
+    """For its first number of steps, as a LoRA where its rank has room; a map of one step needs none."""
+    card = read_card(student_of("sd3", 4, sampler="flow_map"))
+    config = card.config | {"student": {"lora": rank}, "evaluation": {"steps": asked}}
+    recipe = card.recipe.model_copy(update={"times": {k: card.recipe.times[k] for k in times}})
+    changed = card.model_copy(update={"config": config, "recipe": recipe})
+    assert changed.folding == options
+    if not options:
+        changed.check_folded("lora")
+    assert student_of("sd3") and not read_card(student_of("sd3")).folding
+
+
 def test_what_cannot_be_folded_is_refused(student_of: StudentOf, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--steps is for flow maps, and this student is for consistency"):
         run_export(student_of("sd3"), "pipeline", tmp_path / "x", force=False, steps=4)

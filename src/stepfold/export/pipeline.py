@@ -59,6 +59,13 @@ JUMPS = """
 
 Plain diffusers tells the network one time, and so samples it as a consistency model. `stepfold sample` tells it where
 to jump to as well, which `target_embedder.safetensors` is for."""
+JUMPS_FOLDED = """
+
+For plain diffusers and ComfyUI its jumps are folded for one number of steps, which are Euler steps then:
+
+```
+stepfold export {name} {options}
+```"""
 OF_EDGES = """Plain diffusers tells the network one time, and this student has to be told the edge that it jumps to as
 well. `stepfold sample {name}` does so, in {steps} steps. For plain diffusers its jumps are folded into a folder of its
 own:
@@ -352,6 +359,8 @@ def how_to_use(card: Card, name: str, adapted: str = "") -> str:
         use += f"\n\nFor {WORDS.get(other, other)} step{'s' * (other != 1)}: {words}."
     if card.pipeline == ANYFLOW:
         return use + TOLD_BOTH.format(fewest=min(card.calls), most=max(card.calls))
+    if card.folding:
+        return use + JUMPS + JUMPS_FOLDED.format(name=name, options=card.folding)
     return use + JUMPS if card.recipe.sampler == "flow_map" else use
 
 

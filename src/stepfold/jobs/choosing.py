@@ -40,7 +40,10 @@ FLOW_MAP = {
     "space.kind": "generation",
     "space.keep_first": "true",
 }
-FOLDED = "Plain diffusers and ComfyUI take it after `stepfold export --steps 8`, of a LoRA of rank 7 or more."
+FOLDED = (
+    "Plain diffusers and ComfyUI take it after `stepfold export STUDENT --to lora --steps 8`, of rank 7 or more; all "
+    "weights after `--to pipeline --steps 8`."
+)
 ALL_WEIGHTS = {"student.lora": "0", "optimiser.name": "came", "optimiser.lr": "1.0e-5"}
 """All weights in place of a four-step preset's LoRA."""
 FIRST = {1: "[1, 2, 4]", 2: "[2, 4, 1]", 4: "[4, 2, 1]", 8: "[8, 4, 2, 1]"}

@@ -79,12 +79,14 @@ def run_export(
     card = read_card(student)
     if steps is None and not (to == "pipeline" and card.recipe.policy):
         card.check_told()
+        card.check_folded(to)
     if to != "pipeline" or dtype or steps:
         card.check_plain()
     suffix = Path(ending).suffix
     if target.suffix != suffix and suffix:
         raise UserError(f"--out {target} is no {suffix} file; give a name that ends in {suffix}")
     check_target(target, student, force=force, to_file=bool(suffix))
+    check_digests(student, card.digests)
     if suffix == ".safetensors" and not force:
         check_free(target)
     write(student, target)

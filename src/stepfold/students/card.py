@@ -171,6 +171,35 @@ class Card(Section):
                 f"export it with --to pipeline --steps {steps}, or use stepfold sample"
             )
 
+    @property
+    def folding(self) -> str:
+        """The options of `stepfold export` that fold a flow map's jumps for its usual number of steps; else empty.
+
+        In one step it jumps to 0, as other tools sample it, so a student for that alone needs no fold.
+        """
+        if self.recipe.sampler != "flow_map" or max(self.recipe.times) == 1:
+            return ""
+        steps = next((k for k in self.asked_steps if k in self.recipe.times), max(self.recipe.times))
+        return f"--to {'lora' if self.lora_rank >= max(steps - 1, 1) else 'pipeline'} --steps {steps}"
+
+    def check_folded(self, to: str) -> None:
+        """Refuses to write a flow map for tools that tell it one time: they would sample another model with it.
+
+        Args:
+            to: what it is to become.
+
+        Raises:
+            UserError: it is one; the export that these tools sample rightly.
+        """
+        if not self.folding or to not in ("lora", "single-file") or (to == "lora" and not self.lora_rank):
+            return
+        steps = self.folding.rpartition(" ")[2]
+        fix = self.folding if to == "lora" else f"--to pipeline --steps {steps}, and export that folder --to {to}"
+        raise UserError(
+            f"this student is a flow map, and other tools do not tell it where to jump to; fold its jumps for {steps} "
+            f"steps first: {fix}"
+        )
+
     def check_plain(self) -> None:
         """Refuses a quantised student where plain weights are needed.
 
