@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -19,6 +20,7 @@ from forms import cases
 from PIL import Image
 
 import stepfold
+from stepfold import cli
 from stepfold.cli import main
 from stepfold.config import TeacherSettings, from_yaml, load_config, preset_names, to_yaml
 from stepfold.training import doctor
@@ -782,3 +784,20 @@ def test_no_memory_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch
     )
     with pytest.raises(RuntimeError, match="a fault of ours"):
         Result("distill")
+
+
+def test_warnings_of_the_libraries_that_tell_nothing_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped hub id is one line; diffusers gives huggingface_hub an argument that this deprecates."""
+
+    def app(**options: object) -> None:
+        warnings.warn(
+            "The `local_dir_use_symlinks` argument is deprecated and ignored in `hf_hub_download`.", stacklevel=2
+        )
+        warnings.warn("something else", stacklevel=2)
+
+    monkeypatch.setattr(cli, "app", app)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert [str(each.message) for each in said] == ["something else"]

@@ -326,3 +326,10 @@ def test_settings_of_one_lora_or_none_are_read_as_an_earlier_version_wrote_them(
     for lora in (None, "a.safetensors"):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(values | {"teacher": values["teacher"] | {"lora": lora}}))
         assert from_yaml(tmp_path / "config.yaml") == load_config("demo", teacher__lora=lora)
+
+
+def test_one_scale_is_a_list_of_one() -> None:
+    with pytest.raises(
+        UserError, match=r"space\.guidance is 3: give a list .*, for example --set 'space\.guidance=\[3\]'$"
+    ):
+        load_config("demo", ["space.guidance=3"])

@@ -63,6 +63,11 @@ def options(
     """What `stepfold` takes before a command."""
 
 
+KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    ("`torch.jit.script` is deprecated", FutureWarning),  # diffusers, with torch 2.15
+    ("The `local_dir_use_symlinks` argument is deprecated", UserWarning),  # diffusers, with huggingface_hub 2
+)
+"""How warnings of the libraries begin that tell the user nothing, and their kinds."""
 GROUPS = {
     "Distil": (distill, plan, schedule, combine),
     "Look": (sample, demo, evaluate, runs, compare, reproduce),
@@ -97,7 +102,8 @@ LESS_ELSEWHERE = "a smaller --batch, --n or --size, or --dtype bfloat16, where t
 def main() -> None:
     """Runs the command line; a user's mistake is one line and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # diffusers, with torch 2.15
+    for text, kind in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", text, kind)
     try:
         sys.exit(app(prog_name="stepfold", standalone_mode=False) or 0)
     except ClickException as error:

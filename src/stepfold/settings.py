@@ -140,6 +140,13 @@ class SpaceSettings(Section):
         """The space that terms without one of their own take their states from."""
         return next(iter(self.weights))
 
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _is_a_list(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            raise ValueError(f"give a list of scales, for example --set 'space.guidance=[{value:g}]'")
+        return value
+
     @field_validator("kind")
     @classmethod
     def _spaces_together(cls, kind: Any) -> Any:

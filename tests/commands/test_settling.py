@@ -1,6 +1,8 @@
 """The rule for runs that name no preset: every branch, its prices against counted calls, and what commands say."""
 
+import itertools
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from stepfold.training.draws import draw
 from stepfold.training.states import collect
 from stepfold.training.terms import add_gradients, terms_of
 
+ROOT = Path(__file__).parents[2]
 GIB = {"whole": 40.0, "none": 8.0, "int8": 5.0, "nf4": 3.0}
 SDXL = Facts("sdxl-lora-4step", 1000, "classifier_free", GIB, 24.0)
 FLOW = replace(SDXL, preset="lora-4step", counts_to=1)
@@ -54,9 +57,9 @@ ONE_STEP = {"evaluation.steps": "[1, 2, 4]"}
             replace(LUMINA2, steps=1), "lumina2-lora-4step",
             ONE_STEP | {"space.kind": "generation"}, "Discrete consistency on",
         ),
-        (replace(LUMINA2, steps=8), "lumina2-lora-4step", MAP | {"space.kind": "generation"}, "export --steps 8`"),
+        (replace(LUMINA2, steps=8), "lumina2-lora-4step", MAP | {"space.kind": "generation"}, "--to lora --steps 8`"),
         (replace(SDXL, steps=8), "sdxl-lora-4step", MAP, "A flow map with discrete targets: 68"),
-        (replace(SDXL, steps=8, gib=ALL), "sdxl-lora-4step", MAP | WHOLE, "91% at eight with all weights"),
+        (replace(SDXL, steps=8, gib=ALL), "sdxl-lora-4step", MAP | WHOLE, "92% at eight with all weights"),
         (
             replace(SDXL, steps=8, second_time=False), "sdxl-lora-4step",
             {"evaluation.steps": "[8, 4, 2, 1]"}, "eight steps are not measured",
@@ -69,7 +72,7 @@ ONE_STEP = {"evaluation.steps": "[1, 2, 4]"}
         (replace(FLOW, gib=ALL, no_lora="peft is gone"), "lora-4step", ENDS | WHOLE, "trained, since peft is gone."),
         (
             replace(FLOW, steps=1, memory_gib=51), "lora-4step",
-            WHOLE | ONE_STEP | {"objective": "discrete"}, "three points better than a LoRA (AdamW at 4e-4",
+            WHOLE | ONE_STEP | {"objective": "discrete"}, "three points better than a LoRA (85.8 against",
         ),
         (
             replace(FLOW, steps=1, memory_gib=49), "lora-4step",
@@ -129,6 +132,34 @@ def test_alternatives_are_settings_and_all_different() -> None:
     assert "A LoRA, as asked for." in choose(replace(asked, steps=1)).reasons[1]
     assert "the preset as it is" in {choice.method for choice in alternatives(FLOW)}
     assert "the preset as it is" not in {choice.method for choice in alternatives(SDXL)}  # which the rule chose
+
+
+def commands_of_families() -> list[tuple[str, list[str]]]:
+    """The page's commands that train from prompts for four steps: heading -> options, those of `--lora 0` marked so."""
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    found = []
+    for section in page.split("\n## ")[1:]:
+        heading = section.partition("\n")[0]
+        found += [(heading, shlex.split(line)) for line in section.splitlines() if line.startswith("stepfold distill")]
+    return [(heading, words) for heading, words in found if any("lora-4step" in word for word in words)]
+
+
+@pytest.mark.parametrize(("heading", "words"), commands_of_families())
+def test_the_commands_of_families_are_of_the_rule(heading: str, words: list[str]) -> None:
+    """Each trains the states, and all or few weights, that the rule takes for four steps of such a teacher."""
+    options = list(itertools.pairwise(words))
+    preset = next(value for name, value in options if name == "--preset")
+    whole, given = ("--lora", "0") in options, [value for name, value in options if name == "--set"]
+    given += ["student.lora=0"] if whole else []
+    given += [f"optimiser.lr={value}" for name, value in options if name == "--lr"]
+    counts_to = 1 if heading in ("Lumina Image 2", "Sana-Sprint", "Anima") else 1000
+    choice = choose(replace(SDXL, preset=preset, counts_to=counts_to, gib=ALL if whole else GIB))
+    ours, rules = (
+        load_config(preset, changes, teacher__source="x/y", prompts="p.txt")
+        for changes in (given, [f"{key}={value}" for key, value in choice.changes.items()])
+    )
+    assert ours.space.kind == rules.space.kind and ours.student.lora == rules.student.lora
+    assert ours.optimiser == rules.optimiser and ours.evaluation.steps == rules.evaluation.steps
 
 
 def test_all_weights_are_counted_as_they_run() -> None:

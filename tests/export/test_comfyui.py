@@ -326,5 +326,7 @@ def test_where_there_is_no_workflow_the_card_says_why(student_of: StudentOf, tmp
     run_export(student_of("retimed sd3", lora=4), "lora", file, force=True)
     assert "no workflow: the network was re-timed to read [0, 1]" in card_of(file).read_text()
     card = read_card(student_of("sdxl", lora=4))
+    assert no_workflow(card, "diffusers").endswith("under other names; export with --keys kohya")
+    card = read_card(student_of("wan", lora=4))
     assert no_workflow(card, "diffusers").endswith("under other names; export with --keys comfy")
     assert not no_workflow(card, "comfy") and not no_workflow(card)

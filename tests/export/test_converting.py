@@ -18,7 +18,7 @@ from tiny import enliven, make_sana, sana_transformer
 from torch import Tensor
 
 from stepfold.errors import UserError
-from stepfold.export.converting import NETWORK, convert, precision_of, usual_precision
+from stepfold.export.converting import NETWORK, convert, precision_of, read_original, usual_precision
 from stepfold.export.single_file import original_state
 from stepfold.teachers.folders import load_index, stored_dtype
 
@@ -235,6 +235,16 @@ def test_what_the_base_says_of_itself_stays(is_distilled: bool, tmp_path: Path) 
     save_file({name: value.contiguous() for name, value in original_state(network).items()}, file)
     assert convert(file, str(base), tmp_path / "out") == "Flux2KleinPipeline"
     assert load_index(str(tmp_path / "out"))["is_distilled"] is is_distilled
+
+
+@pytest.mark.parametrize("end", ["lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora.up.weight"])
+def test_a_lora_is_no_checkpoint(tmp_path: Path, end: str) -> None:
+    """The likeliest mistake of someone with a LoRA: it was asked for the weights of a whole network."""
+    save_file({f"unet.down.attn1.to_q.{end}": torch.ones(2, 2)}, tmp_path / "mine.safetensors")
+    with pytest.raises(
+        UserError, match=r"mine\.safetensors is a LoRA and not a network; .* --teacher-lora .*mine\.safe"
+    ):
+        read_original(tmp_path / "mine.safetensors")
 
 
 def test_the_average_is_asked_about(tiny_sana: Path, tmp_path: Path) -> None:

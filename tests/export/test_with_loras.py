@@ -28,6 +28,9 @@ StudentOf = Callable[..., Path]
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "sdxl": ("diffusers", "comfy", "kohya", "peft"),
+    "flux": ("diffusers", "peft"),
+    "sd1": ("diffusers", "comfy", "kohya", "peft"),
+    "sd3": ("diffusers", "peft"),
     "flux2": ("diffusers", "comfy", "kohya", "peft"),
     "z-image": ("diffusers", "comfy", "kohya", "peft"),
     "qwen": ("diffusers", "comfy", "kohya", "peft"),

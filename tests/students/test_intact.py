@@ -13,14 +13,16 @@ from forms import cases
 from safetensors.torch import load_file, save_file
 
 from stepfold.config import load_config
-from stepfold.errors import UserError
+from stepfold.errors import NonFiniteError, UserError
 from stepfold.export.hub import hub_card
 from stepfold.export.pipeline import save_student
 from stepfold.jobs.exporting import run_export
+from stepfold.jobs.sampling import run_sample
 from stepfold.students.card import CARD, read_card, write_card
 from stepfold.students.intact import digest_of
 from stepfold.students.loading import load_merged, load_student
 from stepfold.students.lora import LORA_WEIGHTS, lora_shapes, lora_student
+from stepfold.students.starting import make_student
 from stepfold.students.two_times import EMBEDDER
 from stepfold.teachers.loading import load_teacher
 
@@ -104,8 +106,6 @@ def finished(source: Path, folder: Path, rank: int) -> Path:
         "default", [f"teacher.source={source}", f"student.lora={rank}", "prompts=x", "objective=discrete", *sizes, *two]
     )
     teacher = load_teacher(config.teacher, "cpu")
-    from stepfold.students.starting import make_student
-
     student = make_student(teacher, config.student, config.teacher)
     with torch.no_grad():
         for parameter in student.parameters():
@@ -187,3 +187,11 @@ def test_a_card_is_of_the_files_beside_it(lora: Path, tmp_path: Path) -> None:
     assert set(read_card(lora).digests) == {LORA_WEIGHTS}
     write_card(tmp_path, read_card(lora))
     assert read_card(tmp_path).digests == {}
+
+
+def test_a_whole_student_that_samples_nan_makes_no_image(flow_map: Path, tmp_path: Path) -> None:
+    """It was an image, black or grey, and exit code 0."""
+    damage = changed(lambda weights: {name: torch.full_like(value, torch.nan) for name, value in weights.items()})
+    folder = damaged(flow_map, tmp_path, "transformer/diffusion_pytorch_model.safetensors", damage)
+    with pytest.raises(NonFiniteError, match=r"student samples numbers that are not finite, so there is no image"):
+        run_sample(folder, ["a cat"], steps=1, seed=0, guidance=None, device="cpu")

@@ -45,7 +45,8 @@ class Settled:
         if self.choice is None:
             return []
         first, *others = self.choice.reasons
-        first = f"{first} {self.config.training.steps:,} optimiser steps."
+        steps = self.config.training.steps
+        first = f"{first} {steps:,} optimiser step{'s' * (steps != 1)}."
         return [f"method: {self.choice.words}", f"why (accuracies are the bundled model's): {first}", *others]
 
 

@@ -95,7 +95,8 @@ def no_workflow(card: Card, keys: Keys | None = None, *, retimed: bool = False) 
     if card.pipeline not in LOADERS:
         return f"no loader of {card.pipeline or 'this pipeline'} in ComfyUI is known here"
     if keys == "diffusers" and card.pipeline not in READS_DIFFUSERS_NAMES:
-        return "ComfyUI reads this family's LoRAs under other names; export with --keys comfy"
+        names = "kohya" if LOADERS[card.pipeline] is STABLE_DIFFUSION else "comfy"
+        return f"ComfyUI reads this family's LoRAs under other names; export with --keys {names}"
     return ""
 
 

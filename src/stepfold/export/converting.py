@@ -1,5 +1,6 @@
 """`stepfold convert`: a checkpoint under its original names, one file, becomes a pipeline folder."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -36,6 +37,8 @@ WRAPPERS = ("module.", "_orig_mod.")
 SCHEDULE = ("alphas_cumprod", "betas", "sqrt_alphas_cumprod", "log_one_minus_alphas_cumprod", "posterior_", "sqrt_")
 """Tables that the base's scheduler computes; old checkpoints have them beside the weights."""
 MARKS = ("v_pred", "ztsnr")
+LORA = re.compile(r"[._]lora_(A|B|up|down)\.|[._]lora\.(up|down)\.|lora_linear_layer")
+"""Part of a name of each pair of matrices in a LoRA."""
 UNUSED = ("pos_embed", "y_embedder.y_embedding", "logvar_linear.")
 """What a network in use has no need of: fixed positions, the empty prompt of training, the adaptive weight's head."""
 
@@ -68,6 +71,10 @@ def read_original(file: Path, weights: Weights | None = None) -> dict[str, Tenso
     for wrapper in WRAPPERS:
         if state and all(name.startswith(wrapper) for name in state):
             state = {name.removeprefix(wrapper): value for name, value in state.items()}
+    if any(LORA.search(name) for name in state):
+        raise UserError(
+            f"{file} is a LoRA and not a network; give it beside its teacher: --teacher TEACHER --teacher-lora {file}"
+        )
     return state
 
 

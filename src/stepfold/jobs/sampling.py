@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepfold.errors import UserError
+from stepfold.errors import NonFiniteError, UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,6 +41,7 @@ def run_sample(
     Raises:
         UserError: the folder is no student, or it was not trained for this scale, sampler, gamma, number of steps,
             or with an image, or with none.
+        NonFiniteError: it samples NaN or infinity.
     """
     import torch
 
@@ -77,4 +78,9 @@ def run_sample(
         torch.full((len(prompts),), scale, device=device),
         range(len(prompts)),
     )
+    if not bool(x0.isfinite().all()):
+        raise NonFiniteError(
+            f"the student {folder} samples numbers that are not finite, so there is no image; its weights are damaged, "
+            "or its run went wrong: copy the student folder again, or look at the run's report"
+        )
     return [to_image(picture) for picture in pipeline.decode(x0)]

@@ -77,7 +77,7 @@ def cheapest_path(cost: Tensor, num_steps: int) -> list[int]:
     Returns:
         num_steps + 1 numbers of nodes.
 
-    Reference: arXiv:2312.16486 (BOSS), arXiv:2409.18864 (GITS).
+    Reference: arXiv:2312.16414 (BOSS), arXiv:2405.11326 (GITS).
     """
     count = len(cost)
     upper = torch.ones_like(cost).triu(1).bool()
