@@ -45,6 +45,13 @@ class LoraSettings(Section):
         return self.source if self.scale == 1 else f"{self.source}:{self.scale!r}"
 
 
+def list_of_scales(given: Any) -> Any:
+    """Refuses a single guidance scale in the place of a list, with the way to give it."""
+    if isinstance(given, int | float):
+        raise ValueError(f"give a list of scales, for example --set 'space.guidance=[{given:g}]'")
+    return given
+
+
 def lora_of(given: Any) -> Any:
     """FILE or FILE:SCALE as the fields of `LoraSettings`; a file that has such a name is meant as a whole."""
     if not isinstance(given, str):

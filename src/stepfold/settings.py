@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from stepfold.maths.schedules import TangentSchedule
-from stepfold.sections import LARGEST, Beta, Section
+from stepfold.sections import LARGEST, Beta, Section, list_of_scales
 
 PriorWeight = Literal["inverse_tangent", "none"]
 Normalisation = Literal["l2", "l2_per_element", "none"]
@@ -140,12 +140,7 @@ class SpaceSettings(Section):
         """The space that terms without one of their own take their states from."""
         return next(iter(self.weights))
 
-    @field_validator("guidance", mode="before")
-    @classmethod
-    def _is_a_list(cls, value: Any) -> Any:
-        if isinstance(value, int | float):
-            raise ValueError(f"give a list of scales, for example --set 'space.guidance=[{value:g}]'")
-        return value
+    _scales = field_validator("guidance", mode="before")(list_of_scales)
 
     @field_validator("kind")
     @classmethod
