@@ -330,6 +330,6 @@ def test_settings_of_one_lora_or_none_are_read_as_an_earlier_version_wrote_them(
 
 def test_one_scale_is_a_list_of_one() -> None:
     with pytest.raises(
-        UserError, match=r"space\.guidance is 3: give a list .*, for example --set 'space\.guidance=\[3\]'$"
+        UserError, match=r"space\.guidance is 3: a single scale .*; give --set 'space\.guidance=\[3\]'$"
     ):
         load_config("demo", ["space.guidance=3"])

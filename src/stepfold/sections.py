@@ -48,7 +48,7 @@ class LoraSettings(Section):
 def list_of_scales(given: Any) -> Any:
     """Refuses a single guidance scale in the place of a list, with the way to give it."""
     if isinstance(given, int | float):
-        raise ValueError(f"give a list of scales, for example --set 'space.guidance=[{given:g}]'")
+        raise ValueError(f"a single scale is no list; give --set 'space.guidance=[{given:g}]'")
     return given
 
 
