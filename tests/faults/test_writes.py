@@ -65,6 +65,7 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path: Pat
         run = tmp_path / f"run{at}"
         open_run(run, load_config("demo"), resume=False).release(force=True)
         write(run / "student", "old")
+        (run / "checkpoints" / "000001").mkdir(parents=True)  # without one, a run that has ended is not resumed
         if not killed(at, lambda run=run: write(run / "student", "new")):
             break
         there = (run / "student").is_dir()
@@ -72,10 +73,10 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path: Pat
         content = {path.name: path.read_text() for path in (run / "student").iterdir()}
         assert content in ({"card": word, "weights": word} for word in ("old", "new"))
         found.append((there, content["card"]))
-        assert sorted(set(os.listdir(run)) - {".lock"}) == ["config.yaml", "student"]
+        assert sorted(set(os.listdir(run)) - {".lock"}) == ["checkpoints", "config.yaml", "student"]
         write(run / "student", "newest")
         assert {path.read_text() for path in (run / "student").iterdir()} == {"newest"}
-        assert sorted(set(os.listdir(run)) - {".lock"}) == ["config.yaml", "student"]
+        assert sorted(set(os.listdir(run)) - {".lock"}) == ["checkpoints", "config.yaml", "student"]
     made = 4  # the new folder, its two files, and the first rename: until then the old one is in its place
     assert found == [(True, "old")] * made + [(False, "old")] + [(True, "new")] * 3, "two files and the folder go last"
 

@@ -335,7 +335,7 @@ def test_a_visitor_does_not_wait_for_what_another_has_overtaken(
     monkeypatch.setattr(module, "draw_student", student)
     monkeypatch.setattr(module, "draw_teacher", teacher)
     events = json.loads(raw(address, "config"))["dependencies"]
-    event = next(event["id"] for event in events if (len(event["inputs"]), len(event["outputs"])) == (5, 4))
+    event = next(event["id"] for event in events if (len(event["inputs"]), len(event["outputs"])) == (6, 4))
     for seed in range(12):
         values = {"data": ["fox", 1, 3, seed, 2, 0], "fn_index": event, "session_hash": "busy"}
         raw(address, "gradio_api/queue/join", json.dumps(values).encode(), **{"Content-Type": "application/json"})
