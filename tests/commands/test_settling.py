@@ -22,6 +22,7 @@ from stepfold.jobs import choosing
 from stepfold.jobs.choosing import Facts, alternatives, choose, family_preset, passes, read_facts
 from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import open_prompts
+from stepfold.sampling.recipe import policy_of
 from stepfold.sections import TeacherSettings
 from stepfold.students.starting import make_student
 from stepfold.teachers.loading import choose_objective, load_teacher
@@ -131,6 +132,11 @@ def test_alternatives_are_settings_and_all_different() -> None:
     assert not any("student.lora" in choice.changes for choice in alternatives(asked))
     assert "A LoRA, as asked for." in choose(replace(asked, steps=1)).reasons[1]
     assert "the preset as it is" in {choice.method for choice in alternatives(FLOW)}
+    assert not any("pi-Flow" in choice.method for choice in alternatives(SDXL))
+    wide = {choice.method: choice.words for choice in alternatives(replace(FLOW, widens=True, memory_gib=9))}
+    assert "--set objective=policy" in wide["pi-Flow"] and "--set teacher.quantise=int8" in wide["pi-Flow"]
+    wide = {choice.method: choice.words for choice in alternatives(replace(FLOW, widens=True, gib=ALL))}
+    assert "--set student.lora=0" in wide["pi-Flow, all weights"]
     assert "the preset as it is" not in {choice.method for choice in alternatives(SDXL)}  # which the rule chose
 
 
@@ -215,19 +221,22 @@ SMALL = ("space.route_steps=4", "training.precision=no", "training.walk_precisio
         ("default", ["objective=discrete", BOTH_KINDS], 8 + 3 * 3 + 6 + 3 * 4),
         ("default", ["objective=discrete", "teacher.guidance=none"], 4 + 3 * 3),
         ("flow", [], 8 + 8 * 4),
+        ("policy", [], 4 * (1 + 2 * 2) + 4 * 4),
+        ("policy", ["policy.steps=2", "policy.states=3", "teacher.guidance=none"], 2 * (1 + 3) + 2 * 4),
     ],
 )
 def test_passes_are_the_calls_of_a_step(
     preset: str, changes: list[str], calls: int, tiny_sana: Path, prompts_file: Path
 ) -> None:
     """Rows that the network is called with; backward passes, recomputed blocks and the tangent by their definition."""
-    if preset == "flow":
-        preset, changes = "lora-4step", [f"{key}={value}" for key, value in choosing.FLOW_MAP.items()]
+    settings = {"flow": choosing.FLOW_MAP, "policy": choosing.POLICY}.get(preset, {})
+    if settings:
+        preset, changes = "lora-4step", [*(f"{key}={value}" for key, value in settings.items()), *changes]
     own = [*SMALL, "space.filter_rule=off", *changes, *(["student.lora=2"] if preset != "default" else [])]
     config = choose_objective(load_config(preset, own, teacher__source=str(tiny_sana), prompts=str(prompts_file)))
     teacher = load_teacher(config.teacher, torch.device("cpu"))
     accelerator = make_accelerator("no", device="cpu")
-    student = make_student(teacher, config.student, config.teacher)
+    student = make_student(teacher, config.student, config.teacher, policy_of(config, teacher))
     networks = Networks(student, teacher, tangent="one_pass", average=student)
     batch = draw(0, open_prompts(prompts_file), teacher, config, torch.device("cpu"))
     rows: list[tuple[int, bool]] = []
@@ -288,7 +297,7 @@ def test_distill_and_plan_say_what_they_chose(tiny_sana: Path, prompts_file: Pat
     assert rows[0]["method"] == "continuous, with noised ends" and rows[0]["hours"] == pytest.approx(10)
     a_pass = [row["hours"] / (row["passes"] * row["steps"]) for row in rows]
     assert a_pass == pytest.approx([a_pass[0]] * len(rows)) and len(rows) >= 4
-    assert "flow map" in planned.out and f"{rows[1]['passes']}" in planned.out
+    assert "flow map" in planned.out and "pi-Flow" in planned.out and f"{rows[1]['passes']}" in planned.out
     out = tmp_path / "run"
     assert_one_line(Result("distill", *common, "--lora", "2"), "--lora and --set student.lora are one setting")
     done = Result("distill", *common, "--steps", "1", "--out", out)

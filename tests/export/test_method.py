@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from stepfold.config import load_config
-from stepfold.export.method import method_of, source_of
+from stepfold.export.method import method_of, source_of, step_of
 
 
 def settings(preset: str, *changes: str) -> dict[str, Any]:
@@ -64,3 +64,19 @@ def test_a_card_of_an_earlier_version_may_lack_settings() -> None:
     old: dict[str, Any] = {"training": {"steps": 3}, "space": {}}
     assert method_of(old) == "trajectory-backward consistency (TBCM, arXiv:2511.20410)"
     assert source_of(old) == "prompts alone"
+
+
+@pytest.mark.parametrize(
+    ("preset", "said"),
+    [
+        ("demo", "8 trajectories, 9 route steps"),
+        ("scm", "30 images"),
+        ("dmd", "8 prompts"),
+        ("dp-dmd", "8 trajectories, 9 route steps"),
+        ("rcm", "2 trajectories, 16 route steps"),
+        ("pi-flow", "12 prompts"),
+    ],
+)
+def test_a_step_learns_from_what_the_method_walks(preset: str, said: str) -> None:
+    """pi-Flow was said to take trajectories of route steps, which it has none of."""
+    assert step_of(settings(preset)) == said

@@ -14,6 +14,7 @@ from forms import cases
 from stepfold.config import load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.export.files import OTHER_FILE
 from stepfold.export.pipeline import model_card, save_student
 from stepfold.jobs.distilling import run_distill
 from stepfold.jobs.exporting import run_export
@@ -118,6 +119,8 @@ def test_three_steps_are_our_schedulers(made: Made, tmp_path: Path, family: str,
     text = model_card(read_card(out))
     assert "gives 4 velocities at a time" in text and 'subfolder="policy_scheduler"' in text
     assert ("--out WHOLE" in model_card(read_card(folder))) == (rank > 0)
+    for card in (folder / "README.md", out / "README.md"):
+        assert OTHER_FILE not in card.read_text() and "follows the policy in diffusers" in card.read_text()
 
 
 def test_other_exports_and_steps_are_refused(made: Made, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ USES = {
     "pytorch_lora_weights.safetensors": "the LoRA, for `load_lora_weights`",
     "transformer_2_lora.safetensors": "the LoRA of the network for low noise levels",
     "target_embedder.safetensors": "tells the network the time that it jumps to; `stepfold sample` reads it",
+    "policy_head.safetensors": "the last layer, whose velocities are a policy's; `stepfold sample` reads it",
+    "policy_scheduler": "follows the policy in diffusers",
     "adapter_model.safetensors": "the LoRA, for `PeftModel.from_pretrained`",
     "adapter_config.json": "rank, scale and layers of the LoRA, for the same",
     "model.onnx": "the network, for onnxruntime",

@@ -30,6 +30,8 @@ BESIDE = {
     "anchor.weight": ", its first step on the teacher's trajectory (DP-DMD, arXiv:2602.03139)",
 }
 """Weight -> the term that it adds."""
+WALKED = {"generation", "endpoints", "coupling"}
+"""Spaces of the teacher's trajectories."""
 
 
 def method_of(config: Mapping[str, Any]) -> str:
@@ -44,6 +46,21 @@ def method_of(config: Mapping[str, Any]) -> str:
 def source_of(config: Mapping[str, Any]) -> str:
     """What a run learned from besides its teacher."""
     return "captioned images" if any("images" in spaces_of(part) for part in parts_of(config)) else "prompts alone"
+
+
+def step_of(config: Mapping[str, Any]) -> str:
+    """What a step of a run learned from: so many images, prompts, or trajectories of so many route steps."""
+    count, spaces = config["training"]["prompts_per_step"], {name for p in parts_of(config) for name in spaces_of(p)}
+    if "images" in spaces or config["space"].get("images"):
+        return several(count, "image", "images")
+    if spaces & WALKED or config.get("anchor", {}).get("weight"):
+        return f"{several(count, 'trajectory', 'trajectories')}, {config['space']['route_steps']} route steps"
+    return several(count, "prompt", "prompts")
+
+
+def several(count: int, one: str, many: str) -> str:
+    """`1 step`, `2,000 steps`."""
+    return f"{count:,} {one if count == 1 else many}"
 
 
 def parts_of(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from stepfold.evaluation.verdict import METRICS, number
 from stepfold.export.casting import Half, rounded_parts
 from stepfold.export.files import FILES, README, listing
 from stepfold.export.losses import loading_of, quantised_section
-from stepfold.export.method import method_of, source_of
+from stepfold.export.method import method_of, several, source_of, step_of
 from stepfold.export.policy_words import of_policy
 from stepfold.sampling.recipe import Recipe, times_of
 from stepfold.sampling.samplers import in_diffusers
@@ -259,13 +259,10 @@ def model_card(
     Raises:
         UserError: the card is of a version that did not say how plain diffusers calls a student.
     """
-    training, space = card.config["training"], card.config["space"]
     licences = "\n".join(f"| {part} | {in_words(licence)} |" for part, licence in card.licences.items())
     front = "".join(f"{field}: {json.dumps(value)}\n" for field, value in card.licences["teacher"].items())
     front += f"base_model: {card.teacher}\n" * is_hub_id(card.teacher)
-    steps = several(training["steps"], "optimiser step", "optimiser steps")
-    what = ("image", "images") if space.get("images") else ("trajectory", "trajectories")
-    per_step = several(training["prompts_per_step"], *what)
+    steps = several(card.config["training"]["steps"], "optimiser step", "optimiser steps")
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-{RESULTS[card.output]}
@@ -275,7 +272,7 @@ tags: [few-step, distillation, stepfold]
 # A few-step student of `{card.teacher}`
 
 Distilled from {source_of(card.config)} by stepfold {card.stepfold}, with {method_of(card.config)}.
-It took {steps} of {per_step}, {space["route_steps"]} route steps, guidance
+It took {steps} of {step_of(card.config)}, guidance
 {", ".join(f"{scale:g}" for scale in card.recipe.taught)}.{made_for(card)} The whole recipe is in
 `{CARD}`.
 
@@ -301,11 +298,6 @@ def made_for(card: Card) -> str:
     if card.recipe.sampler == "flow" and len(card.recipe.times) == 1:
         return OF_SEGMENTS
     return MADE_FOR.get(card.recipe.sampler, "")
-
-
-def several(count: int, one: str, many: str) -> str:
-    """`1 step`, `2,000 steps`."""
-    return f"{count:,} {one if count == 1 else many}"
 
 
 def how_to_use(card: Card, name: str, adapted: str = "") -> str:

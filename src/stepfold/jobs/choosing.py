@@ -40,6 +40,12 @@ FLOW_MAP = {
     "space.kind": "generation",
     "space.keep_first": "true",
 }
+POLICY = {
+    "objective": "policy",
+    "space.kind": "policy",
+    "policy.states": "2",
+    "evaluation.steps": "[4]",
+}
 FOLDED = (
     "Plain diffusers and ComfyUI take it after `stepfold export STUDENT --to lora --steps 8`, of rank 7 or more; all "
     "weights after `--to pipeline --steps 8`."
@@ -77,6 +83,7 @@ class Facts:
             `BYTES`, which a pipeline without LoRAs lacks.
         memory_gib: of the device.
         second_time: whether its network can be told a target time.
+        widens: whether its network can give several velocities at a time, as pi-Flow's does.
         steps: sampling steps that the student is for.
         hours: that the run may take; None for any.
         full_hours: `whole` and `lora` -> hours of all their preset's steps, counted from measured ones; None before.
@@ -92,6 +99,7 @@ class Facts:
     gib: Mapping[str, float]
     memory_gib: float
     second_time: bool = True
+    widens: bool = False
     steps: int = 4
     hours: float | None = None
     full_hours: Mapping[str, float] | None = None
@@ -235,7 +243,7 @@ def time_for(facts: Facts, whole: bool) -> tuple[float, tuple[str, ...]]:
 
 
 def alternatives(facts: Facts) -> list[Choice]:
-    """The choice, those for other numbers of steps, all weights for one and four, and the family's preset as it is.
+    """The choice, those for other numbers of steps, all weights for one and four, pi-Flow, and the preset as it is.
 
     Args:
         facts: without hours, which price no method.
@@ -244,6 +252,11 @@ def alternatives(facts: Facts) -> list[Choice]:
     if math.isfinite(facts.gib["whole"]):
         all_weights = replace(facts, gib={"whole": facts.gib["whole"]})
         found += [choose(replace(all_weights, steps=steps)) for steps in (1, 4)]
+    if facts.widens:
+        whole = trains_all(replace(facts, steps=4))[0]
+        changes = POLICY | (ALL_WEIGHTS if whole else {}) | room_for(facts, whole)[0]
+        method = "pi-Flow, all weights" if whole else "pi-Flow"
+        found.append(Choice(facts.preset, beyond(facts.preset, changes), method))
     if "none" in facts.gib:
         changes = beyond(facts.preset, room_for(facts, False)[0])
         found.append(Choice(facts.preset, changes, "the preset as it is"))
@@ -254,7 +267,7 @@ def alternatives(facts: Facts) -> list[Choice]:
 
 
 def passes(config: "Config", guidance: "GuidanceKind") -> int:
-    """Forward passes of one image in a step of trajectories or noised ends; a backward pass counts as two.
+    """Forward passes of one image in a step of trajectories, noised ends or a policy; a backward pass counts as two.
 
     The student's: forward, backward, the blocks once more with `training.checkpointing`, and one for the tangent, or
     for a discrete target that no other state gives.
@@ -267,6 +280,10 @@ def passes(config: "Config", guidance: "GuidanceKind") -> int:
 
     space, training, target = config.space, config.training, config.target
     prompts, calls = training.prompts_per_step, 2 if guidance == "classifier_free" else 1
+    if config.objective == "policy":
+        states = prompts * states_per_prompt("policy", config)
+        walk = states * (1 + calls * config.policy.states)  # the student's own, and the teacher's velocities on it
+        return -(-walk // space.reuse) + states * (3 + training.checkpointing)
     teacher, student = -(-calls * prompts * space.route_steps // space.reuse), 0
     for name in space.weights:
         states = prompts * states_per_prompt(name, config)
@@ -331,7 +348,7 @@ def read_facts(teacher: "TeacherSettings", lora: int | None, steps: int, hours: 
     told = bool(family.time_module) or family.time_part is not Family.time_part
     return Facts(
         family_preset(index, config), counts_to, kind, gib, device_memory(torch.device(usable_device(device))) / 2**30,
-        second_time=told and len(networks) == 1, steps=steps, hours=hours,
+        second_time=told and len(networks) == 1, widens=bool(family.head), steps=steps, hours=hours,
         billions=sum(weight.numel() for network in networks for weight in network.parameters()) / 1e9,
         video=family.output == "frames", no_lora=no_lora,
     )  # fmt: skip
