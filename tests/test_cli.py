@@ -355,6 +355,10 @@ def test_a_teacher_in_one_file_gets_the_way_to_a_folder(prompts_file: Path, tmp_
     made = f"stepfold convert {file} --base PIPELINE --out FOLDER"
     assert_one_line(distill(*args), "is one file, and a pipeline folder is needed", made)
     assert_one_line(Result("doctor", file), made)
+    picture = tmp_path / "fox.png"
+    picture.write_bytes(b"")
+    assert_one_line(Result("doctor", picture), f"'{picture}' is no model; give a pipeline folder or a hub id")
+    assert_one_line(Result("evaluate", tmp_path / "runs" / "none"), "there is no folder", "give one that is there")
 
 
 def test_odd_sizes_are_one_line(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:

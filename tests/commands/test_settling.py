@@ -19,7 +19,8 @@ from stepfold.commands.settling import priced, settle, within_hours
 from stepfold.config import from_yaml, load_config, preset_names, to_yaml
 from stepfold.errors import UserError
 from stepfold.jobs import choosing
-from stepfold.jobs.choosing import Facts, alternatives, choose, family_preset, passes, read_facts
+from stepfold.jobs.choosing import alternatives, choose, passes
+from stepfold.jobs.facts import PRESETS, Facts, family_preset, foreign_preset, no_lora_since, read_facts
 from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import open_prompts
 from stepfold.sampling.recipe import policy_of
@@ -79,13 +80,13 @@ ONE_STEP = {"evaluation.steps": "[1, 2, 4]"}
             replace(FLOW, steps=1, memory_gib=49), "lora-4step",
             ONE_STEP | {"objective": "discrete"}, "all weights need 40.0 GiB",
         ),
-        (replace(SDXL, memory_gib=11), "sdxl-lora-4step", {}, "8.0 GiB of 11.0 (counted)."),
+        (replace(SDXL, memory_gib=11), "sdxl-lora-4step", {}, "8.0 GiB of 11.0 GiB (counted)."),
         (replace(SDXL, memory_gib=9), "sdxl-lora-4step", {"teacher.quantise": "int8"}, "off by 0.9%."),
         (replace(SDXL, memory_gib=4), "sdxl-lora-4step", {"teacher.quantise": "nf4"}, "off by 14%."),
         (replace(SDXL, memory_gib=3), "sdxl-lora-4step", {"teacher.quantise": "nf4"}, "14%; it may not fit"),
-        (replace(SDXL, gib=ALL), "sdxl-lora-4step", WHOLE | ALONE, "of 24.0 (counted); it may not fit"),
+        (replace(SDXL, gib=ALL), "sdxl-lora-4step", WHOLE | ALONE, "of 24.0 GiB (counted); it may not fit"),
         (replace(FLOW, billions=8), "lora-4step", ENDS | ONE, "Activations are not counted, so a backward pass has"),
-        (replace(FLOW, billions=4.9), "lora-4step", ENDS, "of 24.0 (counted)."),
+        (replace(FLOW, billions=4.9), "lora-4step", ENDS, "of 24.0 GiB (counted)."),
         (replace(FLOW, video=True), "lora-4step", ENDS | ONE | {"teacher.frames": "33"}, "Videos have 33 frames."),
         (replace(SDXL, billions=12, preset="flux-lora-4step"), "flux-lora-4step", {}, "Activations are not counted"),
         (replace(SDXL, video=True, preset="wan-lora-4step"), "wan-lora-4step", {}, "33 frames"),
@@ -140,6 +141,14 @@ def test_alternatives_are_settings_and_all_different() -> None:
     assert "the preset as it is" not in {choice.method for choice in alternatives(SDXL)}  # which the rule chose
 
 
+def test_a_preset_of_another_family_is_said(tiny_sana: Path) -> None:
+    teacher = TeacherSettings(source=str(tiny_sana))
+    said = foreign_preset("sdxl-lora-4step", teacher)
+    assert "for a StableDiffusionXLPipeline, and the teacher is a SanaPipeline; its family has sana-lora-4step" in said
+    assert not foreign_preset("sana-lora-4step", teacher) and not foreign_preset("lora-4step", teacher)
+    assert not foreign_preset("wan-lora-4step", TeacherSettings(source="nowhere/at-all.pth"))
+
+
 def commands_of_families() -> list[tuple[str, list[str]]]:
     """The page's commands that train from prompts for four steps: heading -> options, those of `--lora 0` marked so."""
     page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8").replace("\\\n", " ")
@@ -185,7 +194,7 @@ def test_families_have_their_presets() -> None:
         assert family_preset(index, {"sample_size": 64}) == f"{family}-lora-4step"
     assert family_preset({"_class_name": "StableDiffusionPipeline"}, {"sample_size": 96}) == "lora-4step"
     assert family_preset({"_class_name": "KreaPipeline"}, {}) == "lora-4step"
-    assert set(choosing.PRESETS.values()) < set(preset_names())
+    assert set(PRESETS.values()) < set(preset_names())
 
 
 def test_facts_of_a_folder(tiny_sana: Path, first_sana: Path) -> None:
@@ -394,10 +403,10 @@ def test_a_dry_run_says_its_reasons_apart(tiny_sana: Path) -> None:
 
 
 def test_why_no_lora(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choosing.no_lora_since(True, None) == choosing.no_lora_since(True, 8) == ""
-    assert choosing.no_lora_since(False, 8) == "the pipeline loads no LoRA"
-    monkeypatch.setattr(choosing, "find_spec", lambda _: None)
-    assert "(pip install peft)" in choosing.no_lora_since(True, None)
+    assert no_lora_since(True, None) == no_lora_since(True, 8) == ""
+    assert no_lora_since(False, 8) == "the pipeline loads no LoRA"
+    monkeypatch.setattr("stepfold.jobs.facts.find_spec", lambda _: None)
+    assert "(pip install peft)" in no_lora_since(True, None)
 
 
 def test_the_facts_of_a_video(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from stepfold.commands.options import chosen_preset, config_of, short_forms
 from stepfold.errors import UserError
-from stepfold.jobs.choosing import SAMPLING_STEPS, Choice, Facts, alternatives, choose, passes, read_facts
+from stepfold.jobs.choosing import SAMPLING_STEPS, Choice, alternatives, choose, passes
 from stepfold.jobs.devices import usable_device
+from stepfold.jobs.facts import Facts, foreign_preset, read_facts
 
 if TYPE_CHECKING:
     from stepfold.config import Config
@@ -39,11 +40,12 @@ class Settled:
     unread: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
-        """What the rule chose, and why; or which options nothing reads."""
+        """What the rule chose, and why; which options nothing reads; or that the preset is another family's."""
         if self.unread:
             return [f"the run goes on with the settings that it began with; {' and '.join(self.unread)} change nothing"]
         if self.choice is None:
-            return []
+            foreign = foreign_preset(self.name, self.config.teacher)
+            return [foreign] if foreign else []
         first, *others = self.choice.reasons
         steps = self.config.training.steps
         first = f"{first} {steps:,} optimiser step{'s' * (steps != 1)}."

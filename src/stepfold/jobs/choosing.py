@@ -1,14 +1,15 @@
 """The method of a run that names none: a rule on teacher, machine and aim, its reasons, and the alternatives' cost."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from stepfold.jobs.facts import BYTES, Facts
+
 if TYPE_CHECKING:
-    from stepfold.config import Config, TeacherSettings
+    from stepfold.config import Config
     from stepfold.teachers.contract import GuidanceKind
 
 SAMPLING_STEPS = (1, 2, 4, 8)
@@ -20,17 +21,12 @@ LARGE = 5.0
 """Billions of parameters from which a backward pass has one state: activations of such a network are not counted."""
 FRAMES = 33
 """Of a video, as the video families' presets have it."""
-RANK = 64
-BYTES = {"none": 2.0, "int8": 1.0, "nf4": 0.5625}
-"""`teacher.quantise` -> bytes a weight of the blocks' linear layers, for a LoRA student."""
 QUANTISED = {
     "whole": "",
     "none": "",
     "int8": ", with the teacher in int8: its velocity is off by 0.9%",
     "nf4": ", with the teacher in nf4: its velocity is off by 14%",
 }
-WHOLE_BYTES, LORA_BYTES = 18, 20
-"""A parameter that is trained, with its teacher's, gradient, average and moments: CAME's one, AdamW's two."""
 FLOW_MAP = {
     "objective": "discrete",
     "student.times": "two",
@@ -57,56 +53,6 @@ FIRST = {1: "[1, 2, 4]", 2: "[2, 4, 1]", 4: "[4, 2, 1]", 8: "[8, 4, 2, 1]"}
 ALONE = {"space.kind": "generation"}
 ENDS = {"space.kind": "endpoints"}
 BOTH = {"space.kind": "{generation: 1, endpoints: 1}"}
-PRESETS = {
-    "StableDiffusionXLPipeline": "sdxl-lora-4step",
-    "StableDiffusion3Pipeline": "sd3-lora-4step",
-    "FluxPipeline": "flux-lora-4step",
-    "SanaPipeline": "sana-lora-4step",
-    "Lumina2Pipeline": "lumina2-lora-4step",
-    "Flux2KleinPipeline": "flux2-klein-lora-4step",
-    "ZImagePipeline": "z-image-lora-4step",
-    "QwenImagePipeline": "qwen-image-lora-4step",
-    "ChromaPipeline": "chroma-lora-4step",
-}
-"""Pipeline -> its family's four-step preset; see `family_preset` for those of which one class has several sizes."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the rule reads.
-
-    Attributes:
-        preset: the four-step preset of the teacher's family.
-        counts_to: the largest timestep of its network, 1 or 1000.
-        guidance: its kind.
-        gib: counted weights and states of a run: `whole`, where all weights are trained; and for a LoRA by the names of
-            `BYTES`, which a pipeline without LoRAs lacks.
-        memory_gib: of the device.
-        second_time: whether its network can be told a target time.
-        widens: whether its network can give several velocities at a time, as pi-Flow's does.
-        steps: sampling steps that the student is for.
-        hours: that the run may take; None for any.
-        full_hours: `whole` and `lora` -> hours of all their preset's steps, counted from measured ones; None before.
-        fixed_hours: of a run's start and evaluation, which take as long however many steps there are.
-        billions: of the network's parameters.
-        video: whether it makes videos.
-        no_lora: why no LoRA can be; empty where one can.
-    """
-
-    preset: str
-    counts_to: float
-    guidance: "GuidanceKind"
-    gib: Mapping[str, float]
-    memory_gib: float
-    second_time: bool = True
-    widens: bool = False
-    steps: int = 4
-    hours: float | None = None
-    full_hours: Mapping[str, float] | None = None
-    fixed_hours: float = 0.0
-    billions: float = 0.0
-    video: bool = False
-    no_lora: str = ""
 
 
 @dataclass(frozen=True)
@@ -216,7 +162,8 @@ def room_for(facts: Facts, whole: bool) -> tuple[dict[str, str], str]:
     kind = "whole" if whole else fitting
     taken = facts.gib[kind]
     end = "" if taken <= room else "; it may not fit, which `stepfold plan` tries out"
-    words = f"Weights and states take {taken:.1f} GiB of {facts.memory_gib:.1f} (counted){QUANTISED[kind]}{end}."
+    size = f"{taken:.1f} GiB" if taken >= 0.05 else f"{1024 * taken:.0f} MiB"
+    words = f"Weights and states take {size} of {facts.memory_gib:.1f} GiB (counted){QUANTISED[kind]}{end}."
     changes = {} if kind in ("whole", "none") else {"teacher.quantise": kind}
     if facts.video or facts.billions >= LARGE:
         changes["training.micro_batch"] = "1"
@@ -293,97 +240,3 @@ def passes(config: "Config", guidance: "GuidanceKind") -> int:
         student += states * (3 + own + training.checkpointing)
         teacher += calls * states // target.draws if name == "endpoints" else 0
     return teacher + student
-
-
-def family_preset(index: Mapping[str, Any], network: Mapping[str, Any]) -> str:
-    """The four-step preset of a pipeline's family, `lora-4step` where it has none.
-
-    Args:
-        index: its model_index.json.
-        network: its network's config.
-    """
-    name = str(index.get("_class_name"))
-    if name == "StableDiffusionPipeline" and network.get("sample_size") == 64:
-        return "sd1-lora-4step"
-    if name == "WanPipeline":
-        return "wan22-ti2v-lora-4step" if index.get("expand_timesteps") else "wan-lora-4step"
-    return PRESETS.get(name, "lora-4step")
-
-
-def read_facts(teacher: "TeacherSettings", lora: int | None, steps: int, hours: float | None, device: str) -> Facts:
-    """What the rule reads of a teacher, from its configs alone, and of this machine.
-
-    Args:
-        teacher: its settings.
-        lora: rank that the user asks for; 0 for all weights, None for no wish.
-        steps, hours, device: of the run.
-
-    Raises:
-        UserError: there is no such teacher.
-    """
-    import torch
-
-    from stepfold.jobs.devices import usable_device
-    from stepfold.teachers.family import Family
-    from stepfold.teachers.folders import load_index, part_config, unloadable, without_weights
-    from stepfold.teachers.loading import family_of, place_of
-    from stepfold.training.choices import device_memory
-
-    source = place_of(teacher)
-    family, index = family_of(source), load_index(source)
-    try:
-        parts = [part for part in (family.network_part, f"{family.network_part}_2") if (index.get(part) or [None])[0]]
-        networks = [without_weights(source, part, index[part]) for part in parts]
-        config = networks[0].config
-        counts_to = family.time_scale_of(config, part_config(source, index, "scheduler"))
-        kind = family.guidance_kinds(config, index)[0] if teacher.guidance == "auto" else teacher.guidance
-    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
-        raise unloadable(source, error) from None
-    gib = weights_gib(networks, family.lora_blocks, lora or RANK)
-    no_lora = no_lora_since(family.loads_lora, lora)
-    if no_lora:
-        gib = {"whole": gib["whole"]}
-    elif lora:
-        gib["whole"] = math.inf  # not wanted
-    told = bool(family.time_module) or family.time_part is not Family.time_part
-    return Facts(
-        family_preset(index, config), counts_to, kind, gib, device_memory(torch.device(usable_device(device))) / 2**30,
-        second_time=told and len(networks) == 1, widens=bool(family.head), steps=steps, hours=hours,
-        billions=sum(weight.numel() for network in networks for weight in network.parameters()) / 1e9,
-        video=family.output == "frames", no_lora=no_lora,
-    )  # fmt: skip
-
-
-def no_lora_since(loads: bool, wished: int | None) -> str:
-    """Why no LoRA can be, or an empty text; `loads` is whether the pipeline loads LoRAs, `wished` the rank asked for.
-
-    A LoRA that is asked for is left to the run, which refuses it where it cannot be.
-    """
-    if not loads:
-        return "the pipeline loads no LoRA"
-    if wished == 0:
-        return "no LoRA is wanted"
-    return "peft is missing (pip install peft)" if find_spec("peft") is None else ""
-
-
-def weights_gib(networks: Sequence[Any], blocks: Sequence[str], rank: int) -> dict[str, float]:
-    """Counted GiB of weights and states; see `Facts.gib`.
-
-    Args:
-        networks: on the meta device.
-        blocks: parts of the names of the blocks that a LoRA is for.
-        rank: of the LoRA.
-    """
-    from torch import nn
-
-    total = sum(weight.numel() for network in networks for weight in network.parameters())
-    layers = [
-        layer
-        for network in networks
-        for name, layer in network.named_modules()
-        if isinstance(layer, nn.Linear) and any(part in name for part in blocks)
-    ]
-    inside = sum(layer.weight.numel() for layer in layers)
-    lora = LORA_BYTES * rank * sum(layer.in_features + layer.out_features for layer in layers)
-    taken = {kind: 2 * (total - inside) + each * inside + lora for kind, each in BYTES.items()}
-    return {kind: count / 2**30 for kind, count in (taken | {"whole": WHOLE_BYTES * total}).items()}

@@ -19,6 +19,7 @@ from stepfold.teachers.contract import Student, deepcopy_sharing
 from stepfold.teachers.once import compute_afresh
 from stepfold.teachers.pipeline import PipelineTeacher
 
+ALL_WEIGHTS = "give --lora 0, and a smaller rate, such as --lr 1e-5 with --set optimiser.name=came"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
@@ -52,7 +53,7 @@ def lora_student(
             second time or gives one velocity only.
     """
     if for_export and not teacher.loads_lora:
-        raise UserError(f"{type(teacher.pipe).__name__} loads no LoRA; train all weights (leave student.lora at 0)")
+        raise UserError(f"{type(teacher.pipe).__name__} loads no LoRA; train all weights: {ALL_WEIGHTS}")
     if find_spec("peft") is None:
         raise UserError("student.lora needs peft; pip install peft")
     shared = [*teacher.transformer.parameters(), *teacher.transformer.buffers()]

@@ -260,6 +260,10 @@ def check_folder(folder: Path) -> dict[str, Any]:
     index, modular = folder / "model_index.json", (folder / MODULAR_INDEX).is_file()
     inside = [] if (folder / "config.yaml").exists() else sorted(folder.glob("*.safetensors"))  # a run has one, too
     single = folder if folder.is_file() else next(iter(inside), None)
+    if not folder.exists():
+        raise UserError(f"there is no folder {str(folder)!r}; give one that is there")
+    if folder.is_file() and folder.suffix not in (*FILES, ".gguf", ".sft"):
+        raise UserError(f"{str(folder)!r} is no model; give a pipeline folder or a hub id")
     if not index.is_file() and single and not modular:
         raise UserError(
             f"teacher {str(folder)!r} is one file, and a pipeline folder is needed; make one: "
