@@ -141,6 +141,10 @@ def test_a_student_of_ones_own_is_loaded_into_its_like(tmp_path: Path) -> None:
     assert torch.equal(again.transformer.last.weight, student.transformer.last.weight) and not again.training
     with pytest.raises(UserError, match=r"has the weights of another student \(.*give the `student`"):
         load_module_student(teacher, tmp_path / "run")
+    with pytest.raises(UserError, match=r"there is no .*student\.safetensors; give the folder of a run"):
+        load_module_student(teacher, tmp_path / "run" / "student")
+    drawn = draw(teacher, again, "a")
+    assert drawn.shape == (1, 4) and torch.equal(drawn, draw(teacher, again, ["a"]))
 
 
 class Wide(nn.Module):

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,42 @@ def test_a_lora_of_an_object_is_exported_with_it(pairs: dict[int, tuple[Any, Pat
     assert files[0].read_bytes() == files[1].read_bytes()
     with pytest.raises(UserError, match=r"was a SanaPipeline object in Python .*give stepfold\.api the object"):
         api.sample(ours, ["a fox"])
+
+
+def test_a_lora_of_an_object_is_not_put_on_another(pairs: dict[int, tuple[Any, Path, Path]], tmp_path: Path) -> None:
+    """Its images were those of neither."""
+    _, ours, _ = pairs[4]
+    other = make_sana()
+    with torch.no_grad():
+        next(other.transformer.parameters()).add_(1)
+    for use in (partial(api.sample, ours, "a fox"), partial(api.export, ours, "pipeline", tmp_path / "x")):
+        with pytest.raises(UserError, match="has other weights than that which this LoRA was distilled from"):
+            use(teacher=other)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_that_no_command_would_take_are_refused(
+    pairs: dict[int, tuple[Any, Path, Path]], tmp_path: Path
+) -> None:
+    _, _, student = pairs[0]
+    (one,), (same,) = api.sample(student, "a fox"), api.sample(student, ["a fox"])
+    assert one.tobytes() == same.tobytes()  # it was a picture for each letter
+    wrong: Any
+    for wrong, said in (
+        ({"prompts": []}, "there are no prompts"),
+        ({"steps": 0}, "steps is 0, and a picture takes one or more"),
+        ({"first_step": "techer"}, "first_step is 'techer'; give 'student' or 'teacher'"),
+        ({"teacher": "a/b"}, "teacher is 'a/b', but here it is a pipeline object; leave it out"),
+    ):
+        with pytest.raises(UserError, match=said):
+            api.sample(student, **({"prompts": "a fox"} | wrong))
+    for wrong, said in (
+        ({"to": "lora", "keys": "nope"}, "--keys is 'nope'; give one of diffusers, comfy, kohya, peft"),
+        ({"to": "pipeline", "dtype": "fp16"}, "--dtype is 'fp16'; give one of bfloat16, float16"),
+    ):
+        with pytest.raises(UserError, match=said):
+            api.export(student, out=tmp_path / "x", **wrong)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,9 @@ def test_the_latent_error_stands_beside_the_line_to_beat(tmp_path: Path):
         "Measured on 2 held-out prompts, at guidance 4.5.",
     ]
     assert best_steps(report, "latent_error") == 2
+    (first, *_) = figures(report | {"usual_steps": 2})
+    assert (first.big, first.label) == ("0.30", "latent error in 2 steps")  # it was always the fewest
+    assert figures(report | {"usual_steps": 3}) == figures(report)  # which was not measured
     html = write_report(tmp_path, report)[1].read_text(encoding="utf-8")
     assert [row[:3] for row in table_of(html)] == [
         ["Sampler", "Calls an image", "Latent error"],

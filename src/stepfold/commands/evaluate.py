@@ -183,9 +183,8 @@ def run_evaluate(
 ) -> dict[str, Any]:
     """Students and any other diffusers pipelines under the bundled teacher's protocol, beside that teacher.
 
-    Students start from the noise of their teacher, and so have an agreement with it; those whose teacher has other
-    settings (a size, a LoRA) stand beside that one. `steps` are 1, 2 and 4 for them if None, 8 too among flow maps, and
-    the pipeline's own default for others.
+    Students start from the noise of their teacher, and so have an agreement with it; those of other settings (a size,
+    a LoRA) stand beside theirs. Without `steps`, they take 1, 2 and 4, flow maps 8 too, and others their own default.
 
     Raises:
         UserError: a folder is no pipeline; a student's teacher is not the bundled one, so there is no judge for it.
@@ -211,17 +210,18 @@ def run_evaluate(
         )  # fmt: skip
         pipelines |= {name: found.pop(f"student {name}") for name in group}
         teachers |= {who.replace("teacher", whose, 1): row for who, row in found.items() if row}
-    protocol = protocols["teacher"]
     jobs = [(name, drawer, k) for name, drawer in drawers.items() for k in steps or drawer.usual_steps]
     with display.measuring({f"{name} {k}": n for name, _, k in jobs}) as tick:
         for name, drawer, k in jobs:
-            scores = measure_pipeline(judge, protocol, drawer, k, guidance, partial(tick, f"{name} {k}"))
+            scores = measure_pipeline(judge, protocols["teacher"], drawer, k, guidance, partial(tick, f"{name} {k}"))
             pipelines.setdefault(name, {}).update(rows_by_steps({f"{name} {k}": scores})[name])
-    result = {"versions": versions(), "protocol": protocol_record(protocol), "reals": {"diversity": judge.diversity}}
+    record = protocol_record(protocols["teacher"])
+    result = {"versions": versions(), "protocol": record, "reals": {"diversity": judge.diversity}}
     if len(protocols) > 1:
         result["protocols"] = {who: protocol_record(other) for who, other in protocols.items()}
     if len(names) == 1 and students:
-        return result | {"student_folder": names[0]} | teachers | {"student": pipelines[names[0]]}
+        result |= {"student_folder": names[0], "usual_steps": students[names[0]][1].usual_steps}
+        return result | teachers | {"student": pipelines[names[0]]}
     return result | teachers | {"pipelines": {name: pipelines[name] for name in names}}
 
 

@@ -143,12 +143,18 @@ class Figure:
     detail: str = ""
 
 
+def usual_steps(report: Mapping[str, Any]) -> int:
+    """The measured number of steps that the student is for; the fewest where a report does not say it."""
+    measured, usual = by_steps(report, "student"), report.get("usual_steps")
+    return usual if usual in measured else min(measured)
+
+
 def figures(report: Mapping[str, Any]) -> list[Figure]:
     """Quality, calls, and what the quality is to be held against; none where nothing was measured."""
     student = by_steps(report, "student")
     if not student:
         return []
-    steps = min(student)
+    steps = usual_steps(report)
     ours = student[steps]
     found = [_accuracy(report, steps, ours), _latent(steps, ours), _calls(report, steps)]
     found += [_diversity(report, ours), _line_to_beat(report, steps)]
@@ -249,9 +255,9 @@ def _beaten(student: Mapping[int, Row], teacher: Mapping[int, Row], key: str, la
 
 
 def _ranking(report: Mapping[str, Any]) -> str:
-    """At how many steps the teacher's FD is worse than that of the student at its fewest."""
+    """At how many steps the teacher's FD is worse than that of the student at its usual number."""
     student, teacher = by_steps(report, "student"), by_steps(report, "teacher")
-    steps = min(student)
+    steps = usual_steps(report)
     fd = student[steps].get("fd")
     known = {k: value for k, scores in teacher.items() if (value := scores.get("fd")) is not None}
     if fd is None or not known:
@@ -278,7 +284,7 @@ def _against_fd(ours: Row, teacher: Mapping[int, Row], beaten: list[int]) -> str
 def _collapsed(report: Mapping[str, Any]) -> str:
     """Whether images of one prompt have become one image."""
     rows, student = by_steps(report, taught_teacher(report)), by_steps(report, "student")
-    ours, theirs = student[min(student)].get("diversity"), rows[max(rows)].get("diversity") if rows else None
+    ours, theirs = student[usual_steps(report)].get("diversity"), rows[max(rows)].get("diversity") if rows else None
     if ours is None or not theirs or ours > DIVERSITY_FALLS * theirs:
         return ""
     return (

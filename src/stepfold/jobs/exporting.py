@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from stepfold.errors import UserError
 
@@ -101,6 +101,12 @@ def check_options(
     Raises:
         UserError: naming the first.
     """
+    from stepfold.export.casting import Half
+    from stepfold.export.lora_keys import Keys
+
+    for name, value, names in (("keys", keys, get_args(Keys)), ("dtype", dtype, get_args(Half))):
+        if value and value not in names:
+            raise UserError(f"--{name} is {value!r}; give one of {', '.join(names)}")
     if keys and to != "lora":
         raise UserError(f"--keys {keys} is for --to lora; leave it out of --to {to}")
     if with_loras and (to != "lora" or steps is not None):

@@ -86,7 +86,7 @@ def finish(run: Run, average: "Student", course: "Course", display: "Display", c
     with course.stages("evaluation"):
         scores = evaluated(run, teacher, average, display)
     teacher.release_decoder()
-    result = report_of(run, course, scores, command)
+    result = report_of(run, course, scores, command, card.usual_steps)
     write_report(run.folder, result)
     with writing(student / "README.md") as part:
         part.write_text(model_card(card, result, files=listing(student)), encoding="utf-8")
@@ -191,8 +191,8 @@ def measure_student(
     return {"reals": {"diversity": judge.diversity}} | rows_by_steps(scores)
 
 
-def report_of(run: Run, course: "Course", scores: dict[str, Any], command: str) -> dict[str, Any]:
-    """What report.json holds."""
+def report_of(run: Run, course: "Course", scores: dict[str, Any], command: str, usual_steps: int) -> dict[str, Any]:
+    """What report.json holds; `usual_steps` is the student's usual number of sampling steps."""
     from stepfold.evaluation.curves import curves_from_rows
     from stepfold.evaluation.latents import calls_per_step
     from stepfold.evaluation.preview import errors_over_steps
@@ -207,7 +207,8 @@ def report_of(run: Run, course: "Course", scores: dict[str, Any], command: str) 
         "facts": facts_of(config, numbers),
         "command": command,
         "next_command": None if scores["student"] else f"stepfold evaluate {shlex.quote(str(student))}",
-        "use": how_to_use(student, run.prompts.prompt(0), scores),
+        "usual_steps": usual_steps,
+        "use": how_to_use(student, run.prompts.prompt(0), usual_steps),
         "versions": versions(),
         "preset": preset,
         "changed": changed,
@@ -260,11 +261,8 @@ def raised_score(config: "Config") -> str:
     return f"trained to raise the score of {config.reward.clip or 'a function'}, measured by {measured}"
 
 
-def how_to_use(student: Path, prompt: str, scores: dict[str, Any]) -> list[tuple[str, str]]:
-    """What one does with a student, and the command for it."""
-    from stepfold.evaluation.verdict import best_steps
-
-    steps = best_steps(scores, "latent_error") or best_steps(scores, "accuracy") or 1
+def how_to_use(student: Path, prompt: str, steps: int) -> list[tuple[str, str]]:
+    """What one does with a student that is usually sampled in so many steps, and the command for it."""
     folder = shlex.quote(str(student))
     sample = f"stepfold sample {folder} {shlex.quote(prompt)}"
     return [

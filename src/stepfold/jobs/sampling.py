@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def run_sample(
     folder: Path,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     steps: int | None,
     seed: int,
@@ -27,7 +27,7 @@ def run_sample(
 
     Args:
         folder: of the student.
-        prompts: B strings.
+        prompts: B strings, or one.
         steps: network calls per picture; None for what the student was made for, the first of its run's
             `evaluation.steps`, or 1.
         seed: of the noise.
@@ -39,8 +39,8 @@ def run_sample(
         first_step: `student`, or `teacher`, which is loaded too then.
 
     Raises:
-        UserError: the folder is no student, or it was not trained for this scale, sampler, gamma, number of steps,
-            or with an image, or with none.
+        UserError: there are no prompts, the folder is no student, or it was not trained for this scale, sampler, gamma,
+            number of steps, or with an image, or with none.
         NonFiniteError: it samples NaN or infinity.
     """
     import torch
@@ -53,8 +53,8 @@ def run_sample(
     from stepfold.students.loading import load_student
     from stepfold.teachers.loading import load_teacher
 
-    if first_step == "teacher" and gamma:
-        raise UserError("--gamma adds fresh noise to the student's own steps alone; leave it or --first-step out")
+    prompts = as_texts(prompts)
+    check_asked(steps, first_step, gamma)
     card = read_card(folder)
     card.check_image(image is not None)
     asked = card.recipe.sampled_by(sampler)
@@ -66,7 +66,7 @@ def run_sample(
     condition = pipeline.encode(prompts, pictures)
     shape = pipeline.latent_shape
     noise = torch.stack([normal(shape, seed, "sample", i) for i in range(len(prompts))])
-    count = steps or next(iter(card.asked_steps), 1)
+    count = steps or card.usual_steps
     if first_step == "teacher":
         teacher = load_teacher(card.teacher_settings(), device)
         drawn_by = hybrid_sampler(teacher, student, recipe, count, seed)
@@ -84,3 +84,29 @@ def run_sample(
             "or its run went wrong: copy the student folder again, or look at the run's report"
         )
     return [to_image(picture) for picture in pipeline.decode(x0)]
+
+
+def as_texts(prompts: str | Sequence[str]) -> list[str]:
+    """Prompts as a list; a single text is one prompt.
+
+    Raises:
+        UserError: there are none.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise UserError("there are no prompts; give a text, or a list of them")
+    return texts
+
+
+def check_asked(steps: int | None, first_step: str, gamma: float) -> None:
+    """Refuses arguments of `run_sample` that are none, or do not go together.
+
+    Raises:
+        UserError: naming the first.
+    """
+    if steps is not None and steps < 1:
+        raise UserError(f"steps is {steps}, and a picture takes one or more; leave it out for the student's own number")
+    if first_step not in ("student", "teacher"):
+        raise UserError(f"first_step is {first_step!r}; give 'student' or 'teacher'")
+    if first_step == "teacher" and gamma:
+        raise UserError("--gamma adds fresh noise to the student's own steps alone; leave it or --first-step out")

@@ -43,6 +43,7 @@ class Card(Section):
     Attributes:
         stepfold: version that wrote it.
         teacher: 'emoji', a folder or a hub id.
+        teacher_sha256: of the network of a teacher that was an object in Python, of a LoRA; empty for others.
         height, width: of its pictures, in pixels.
         frames: of its videos.
         max_tokens: of a prompt.
@@ -68,6 +69,7 @@ class Card(Section):
 
     stepfold: str = "0.1.0"
     teacher: str
+    teacher_sha256: str = ""
     height: Count
     width: Count
     frames: Count | None = None
@@ -115,6 +117,11 @@ class Card(Section):
         if self.recipe.sampler != "consistency" and len(self.recipe.times) == 1:
             return tuple(self.recipe.times)
         return tuple(self.config.get("evaluation", {}).get("steps") or ())
+
+    @property
+    def usual_steps(self) -> int:
+        """The number of steps that it is sampled in where none is asked for."""
+        return next(iter(self.asked_steps), 1)
 
     @property
     def two_times(self) -> bool:

@@ -6,6 +6,7 @@ import torch
 
 from stepfold.errors import UserError
 from stepfold.sampling.recipe import times_of
+from stepfold.sections import TeacherSettings
 from stepfold.students.card import ANYFLOW, CARD, Card, read_card, student_folder
 from stepfold.students.lora import load_lora, lora_files, read_matrices
 from stepfold.students.policy import head_of, load_head, widen
@@ -13,6 +14,7 @@ from stepfold.students.saving import load_network_only
 from stepfold.students.two_times import load_embedder
 from stepfold.students.whole import as_student
 from stepfold.teachers.contract import Student
+from stepfold.teachers.fingerprints import lent_fingerprint
 from stepfold.teachers.folders import check_folder
 from stepfold.teachers.live import copied
 from stepfold.teachers.loading import load_teacher, make_teacher
@@ -32,7 +34,7 @@ def load_student(
         quantise: how the network beneath a LoRA is kept, of `none` the text encoders too; None for as it was trained.
 
     Raises:
-        UserError: the folder is no student that stepfold wrote.
+        UserError: the folder is no student that stepfold wrote, or its teacher was another object.
     """
     card, folder = read_card(folder), student_folder(folder)
     if card.pipeline == ANYFLOW:
@@ -40,7 +42,7 @@ def load_student(
             f"{folder} is an export for diffusers' {ANYFLOW}, as its README says; give the student that it was made of"
         )
     if card.lora_rank:
-        settings = card.teacher_settings()
+        settings = settings_of(card)
         rounded = settings.model_copy(update={"quantise": quantise or settings.quantise})
         teacher = load_teacher(settings.plain() if quantise == "none" else rounded, device)
         options = {"convolutions": card.lora_convolutions, "two_times": card.two_times, "policy": card.recipe.policy}
@@ -62,13 +64,13 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     """As `load_student`, but a LoRA student is merged into its teacher's network, in float32: both are one then.
 
     Raises:
-        UserError: the student is quantised.
+        UserError: the student is quantised, or its teacher was another object.
     """
     card, folder = read_card(folder), student_folder(folder)
     card.check_plain()
     if not card.lora_rank:
         return load_student(folder, device)
-    settings = card.teacher_settings().plain()
+    settings = settings_of(card).plain()
     with copied(settings.source):
         teacher = load_teacher(settings, device, torch.float32)
     read_matrices(teacher, folder, card.lora_rank, convolutions=card.lora_convolutions)
@@ -80,6 +82,21 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     load_embedder(student, folder)
     load_head(teacher, teacher.transformer, folder, card.recipe.policy)
     return teacher, student, checked(card, teacher)
+
+
+def settings_of(card: Card) -> TeacherSettings:
+    """The settings of a LoRA student's teacher.
+
+    Raises:
+        UserError: it was an object in Python, and the one that is given has other weights.
+    """
+    settings = card.teacher_settings()
+    if card.teacher_sha256 and card.teacher_sha256 != lent_fingerprint(settings.source):
+        raise UserError(
+            "the teacher object has other weights than that which this LoRA was distilled from, or the same in another "
+            "precision; give that one, loaded as it was then"
+        )
+    return settings
 
 
 def checked(card: Card, teacher: PipelineTeacher) -> Card:

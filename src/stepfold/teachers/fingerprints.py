@@ -65,6 +65,12 @@ def teacher_fingerprint(settings: TeacherSettings, *, network_only: bool) -> str
     return " ".join(found)
 
 
+def lent_fingerprint(source: str) -> str:
+    """Tells the networks of pipeline objects apart; empty for a folder or a hub id."""
+    pipe = pipeline_at(source)
+    return object_fingerprint(pipe, (family_of(source).network_part,)) if pipe else ""
+
+
 def module_fingerprint(network: nn.Module) -> str:
     """Tells networks of one's own apart, by all their weights."""
     digest = hashlib.sha256()

@@ -1,0 +1,212 @@
+"""Runs and samples of a network of one's own; `stepfold.api` has them for users."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepfold.config import Config, TeacherSettings, from_yaml, load_config, phases_of
+from stepfold.display import Display
+from stepfold.errors import UserError, first_line
+from stepfold.jobs.sampling import as_texts
+from stepfold.prompts.reading import PromptFile, open_prompts
+from stepfold.prompts.syntax import notes_of
+from stepfold.randomness import normal
+from stepfold.sampling.samplers import SAMPLERS, sampler_of
+from stepfold.students.intact import read_weights
+from stepfold.students.two_times import EMBEDDER
+from stepfold.students.whole import new_student
+from stepfold.teachers.contract import PictureScore, Student
+from stepfold.teachers.fingerprints import module_fingerprint
+from stepfold.teachers.module import ModuleTeacher
+from stepfold.training.accelerators import make_accelerator
+from stepfold.training.choices import choose_precision
+from stepfold.training.distill import distill
+from stepfold.training.draws import guidance_scales
+from stepfold.training.opening import Source, as_begun, check_run, prepare_run
+from stepfold.training.processes import gathered
+from stepfold.training.runs import CONFIG, writing
+
+WEIGHTS = "student.safetensors"
+
+
+def distill_module(
+    teacher: ModuleTeacher,
+    prompts: str | Path | None,
+    folder: str | Path,
+    changes: Sequence[str] = (),
+    *,
+    student: Student | None = None,
+    score: PictureScore | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> Student:
+    """Distils a network of one's own; the same loop, checkpoints and exact resume as `stepfold distill`.
+
+    Args:
+        teacher: the network, wrapped.
+        prompts: a text file, one prompt a line; or a table, as `open_prompts` takes it. None for a network that takes
+            no condition.
+        folder: of the run; new, or to be resumed. The student's weights are written into it, in safetensors.
+        changes: settings as for `--set`, on top of the preset `default`, such as `objective=discrete`.
+        student: what is trained, in place; None for a student that starts as the teacher.
+        score: (samples of unit variance [M, ...] with a graph, prompts [M]) -> scores [M], which the student raises
+            where `reward.weight` is above 0.
+        resume: continue the run that the folder holds.
+        quiet: show no progress.
+
+    Returns:
+        The student: the average over training.
+
+    Raises:
+        UserError: something in settings, prompts or folder is wrong.
+        NonFiniteError: the training diverged.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+    """
+    folder = Path(folder)
+    changes = ["objective=continuous", "space.filter_rule=off", *changes]  # a filter needs a black picture
+    source = type(teacher.network).__name__
+    _refuse_other_prompts(teacher, prompts)
+    config = load_config("default", changes, teacher__source=source, prompts="" if prompts is None else str(prompts))
+    config = choose_precision(as_begun(folder, config) if resume else config)
+    file = open_prompts(prompts) if prompts is not None else _NoPrompts()
+    accelerator, display = make_accelerator(config.training.precision), Display(quiet)
+    _refuse_what_modules_lack(config, source)
+    check_run(folder, config, resume)
+    wrapped: Any = teacher  # it has what the loop asks for, but no pictures
+    guidance_scales(config, wrapped)  # before anything is written
+    student = student or new_student(teacher, config.student.depth, two_times=config.student.times == "two")
+    blacks = [torch.zeros(teacher.latent_shape, device=accelerator.device)]
+    teacher.network.to(accelerator.device)
+    sources = [Source("teacher", source, module_fingerprint(teacher.network))]
+    if isinstance(file, PromptFile):
+        sources.insert(0, Source("prompts", str(file.source), file.sha256, len(file)))
+        for note in notes_of(file.foreign):
+            display.note(note)
+    lock = prepare_run(folder, config, resume, sources, display.note)
+    student.to(accelerator.device)
+    with display.training(config.training.steps):
+        average = distill(
+            config, folder, wrapped, student, file, blacks, accelerator,
+            report=display.step, make_fake=lambda: new_student(teacher), score=score,
+        )  # fmt: skip
+    average.sampler = sampler_of(config)
+    with writing(folder / WEIGHTS) as part:
+        save_file(gathered(average.state_dict(), keep=True), part)
+    lock.release()
+    return average.eval()
+
+
+class _NoPrompts:
+    """Stands for the prompts of a network that takes no condition: a single one, empty."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def prompt(self, index: int) -> str:
+        """The empty prompt; its samples differ in their noise."""
+        return ""
+
+
+def _refuse_other_prompts(teacher: ModuleTeacher, prompts: object) -> None:
+    """Refuses prompts for a network that takes none, and none for one that takes some."""
+    if isinstance(prompts, int):
+        prompts = None  # a number of samples
+    if prompts is None and teacher.takes_prompts:
+        raise UserError(
+            "this network takes a condition of each prompt, but there are no prompts; give them, or make its teacher "
+            "with None for `encode`"
+        )
+    if prompts is not None and not teacher.takes_prompts:
+        raise UserError(
+            "this network takes no condition (its `encode` is None); give None instead of prompts to distil it, and a "
+            "number of samples to draw"
+        )
+
+
+def _refuse_what_modules_lack(config: Config, source: str) -> None:
+    """Refuses settings that ask a network of one's own for what only a pipeline has.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    phases = [each for _, each in phases_of(config)]
+    if config.student.lora:
+        raise UserError("a network of one's own trains all its weights; leave student.lora at 0")
+    if config.teacher != TeacherSettings(source=source):
+        raise UserError("settings of `teacher` are for pipelines; what there is to say is an argument of ModuleTeacher")
+    if config.conditions:
+        raise UserError("conditions on disk are a pipeline's; leave `conditions` out: ModuleTeacher has its `encode`")
+    if config.space.images or any("images" in each.space.weights for each in phases):
+        raise UserError("a network of one's own comes without an autoencoder; take space.kind=generation or endpoints")
+    if any(each.space.filter_rule != "off" for each in phases):
+        raise UserError("a network of one's own has no black picture to filter by; leave space.filter_rule=off")
+    if any(each.fake.updates and each.fake.kind == "lora" for each in phases):
+        raise UserError("a network of one's own has a whole fake score; give fake.kind=whole and fake.lr_factor=2")
+    if config.reward.clip:
+        raise UserError("a CLIP scores pictures; leave reward.clip out and give distill_module a `score` of samples")
+    if any(each.adversarial.weight for each in phases):
+        raise UserError("the discriminator reads features of a pipeline's network; leave adversarial.weight at 0")
+
+
+def load_module_student(teacher: ModuleTeacher, folder: str | Path, *, student: Student | None = None) -> Student:
+    """The student that `distill_module` left in a run folder.
+
+    Args:
+        teacher: the network, wrapped.
+        folder: of the run.
+        student: one built as that which `distill_module` was given, whose weights become the run's; None if it was
+            given none.
+
+    Raises:
+        UserError: there are no weights, or they are damaged or another student's.
+    """
+    file = Path(folder) / WEIGHTS
+    if not file.is_file():
+        raise UserError(f"there is no {file}; give the folder of a run of distill_module that has ended")
+    weights = read_weights(file)
+    if student is None:
+        student = new_student(teacher, two_times=any(name.startswith(f"{EMBEDDER}.") for name in weights))
+    try:
+        student.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{file} has the weights of another student ({first_line(error)}); give the `student` "
+            "that distill_module was given, or the teacher of that run"
+        ) from None
+    student.sampler = sampler_of(from_yaml(Path(folder) / CONFIG))
+    return student.eval()
+
+
+def draw(
+    teacher: ModuleTeacher, student: Student, prompts: str | Sequence[str] | int, *, seed: int = 0, steps: int = 1
+) -> Tensor:
+    """The student's samples, one a prompt, of unit variance [B, ...]; equal seeds start from equal noise.
+
+    They are drawn with the student's own sampler, and its teacher's times.
+
+    Args:
+        teacher: the network, wrapped.
+        student: of it.
+        prompts: B strings, or one; of a network that takes no condition, the number B.
+        seed: of the noise.
+        steps: network calls a sample.
+
+    Raises:
+        UserError: prompts for a network that takes none, or none for one that takes some.
+    """
+    _refuse_other_prompts(teacher, prompts)
+    prompts = [""] * prompts if isinstance(prompts, int) else as_texts(prompts)
+    device, sigma_data = next(student.parameters()).device, teacher.sigma_data
+
+    def noise(step: int) -> Tensor:
+        parts = [normal(teacher.latent_shape, seed, "draw", step, i) for i in range(len(prompts))]
+        return sigma_data * torch.stack(parts).to(device)
+
+    guidance = torch.ones(len(prompts), device=device)
+    times, condition = teacher.student_times(steps, student.sampler), teacher.encode(prompts)
+    condition = condition.to(device, condition.embeds.dtype)
+    return SAMPLERS[student.sampler](student, noise(0), condition, guidance, times, noise, sigma_data) / sigma_data
