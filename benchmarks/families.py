@@ -49,6 +49,12 @@ SDXL: dict[str, Any] = dict(
 )  # fmt: skip
 WAN: dict[str, Any] = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 WAN_5B: dict[str, Any] = dict(in_channels=48, out_channels=48, num_attention_heads=24, ffn_dim=14336, num_layers=30)
+KANDINSKY: dict[str, Any] = dict(in_visual_dim=16, out_visual_dim=16)
+KANDINSKY_IMAGE = KANDINSKY | dict(model_dim=2560, ff_dim=10240, num_visual_blocks=50, axes_dims=(32, 48, 48))
+KANDINSKY_LITE = KANDINSKY | dict(model_dim=1792, ff_dim=7168, visual_cond=True)
+KANDINSKY_PRO = KANDINSKY_IMAGE | dict(
+    model_dim=4096, ff_dim=16384, time_dim=1024, num_text_blocks=4, num_visual_blocks=60, visual_cond=True
+)
 Networks = list[tuple[str, dict[str, Any]]]
 ROWS: dict[str, tuple[str, str, Networks]] = {
     "Sana 0.6B, 1.6B": ("SanaPipeline", "SanaTransformer2DModel", [("0.6B", SANA_06), ("1.6B", SANA_16)]),
@@ -69,6 +75,15 @@ ROWS: dict[str, tuple[str, str, Networks]] = {
     "Wan 2.2 TI2V-5B": ("WanPipeline", "WanTransformer3DModel", [("5B", WAN_5B)]),
     "Wan 2.2 A14B, two networks": ("WanPipeline", "WanTransformer3DModel", [("two of 14B", {})]),
     "HunyuanVideo 1.5": ("HunyuanVideo15Pipeline", "HunyuanVideo15Transformer3DModel", [("480p", {})]),
+    "Kandinsky 5 image lite": (
+        "Kandinsky5T2IPipeline", "Kandinsky5Transformer3DModel", [("image lite", KANDINSKY_IMAGE)],
+    ),
+    "Kandinsky 5 video lite, pro": (
+        "Kandinsky5T2VPipeline", "Kandinsky5Transformer3DModel", [("lite", KANDINSKY_LITE), ("pro", KANDINSKY_PRO)],
+    ),
+    "HunyuanImage 2.1": (
+        "HunyuanImagePipeline", "HunyuanImageTransformer2DModel", [("2.1", dict(text_embed_2_dim=1472))],
+    ),
     "Qwen-Image": ("QwenImagePipeline", "QwenImageTransformer2DModel", [("defaults", {})]),
     "Chroma": ("ChromaPipeline", "ChromaTransformer2DModel", [("defaults", {})]),
     "LongCat-Image": (

@@ -20,6 +20,7 @@ from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.module import ModuleTeacher
 from stepfold.training.runs import read_metrics
+from stepfold.web.runs import read_run
 
 
 @pytest.mark.long
@@ -251,6 +252,7 @@ def test_a_student_is_kept_read_back_and_resumed(tmp_path: Path) -> None:
     prompts.write_text("small ring\nlarge ring\n")
     few = ["training.steps=4", "training.prompts_per_step=2", "optimiser.name=adamw", "training.precision=no"]
     student = distill_module(teacher, prompts, tmp_path / "run", few, quiet=True)
+    assert read_run(tmp_path, "run").state == "finished"  # it was "stopped", for want of a folder `student`
     again = load_module_student(teacher, tmp_path / "run")
     ours, theirs = (draw(teacher, s, ["small ring"] * 3, seed=4, steps=2) for s in (student, again))
     assert torch.equal(ours, theirs) and ours.shape == (3, 2)

@@ -23,7 +23,9 @@ from stepfold.config import TeacherSettings, load_config
 from stepfold.errors import UserError
 from stepfold.jobs.exporting import run_export
 from stepfold.jobs.sampling import run_sample
-from stepfold.teachers.fingerprints import encoder_fingerprint, teacher_fingerprint
+from stepfold.sections import LoraSettings
+from stepfold.students.card import read_card
+from stepfold.teachers.fingerprints import encoder_fingerprint, network_fingerprint, teacher_fingerprint
 from stepfold.teachers.licences import licences_of
 from stepfold.teachers.live import copied, lent, object_fingerprint, on_cpu, sampled
 from stepfold.teachers.loading import counts_to_thousand, load_teacher
@@ -114,9 +116,36 @@ def test_a_lora_of_an_object_is_not_put_on_another(pairs: dict[int, tuple[Any, P
     with torch.no_grad():
         next(other.transformer.parameters()).add_(1)
     for use in (partial(api.sample, ours, "a fox"), partial(api.export, ours, "pipeline", tmp_path / "x")):
-        with pytest.raises(UserError, match="has other weights than that which this LoRA was distilled from"):
+        with pytest.raises(UserError, match="was distilled from other weights than live:SanaPipeline holds now"):
             use(teacher=other)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lora_is_not_put_on_a_folder_that_has_changed(
+    pairs: dict[int, tuple[Any, Path, Path]], tmp_path: Path
+) -> None:
+    """Nor without the LoRA of its teacher that it was distilled with."""
+    _, _, student = pairs[4]
+    card = read_card(student)
+    weights = Path(card.teacher) / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    try:
+        weights.write_bytes(before[:-4] + b"\0\0\0\1")
+        with pytest.raises(
+            UserError, match=r"other weights than .*saved holds now; put those back\. If it is the same"
+        ):
+            api.sample(student, "a fox")
+    finally:
+        weights.write_bytes(before)
+    assert api.sample(student, "a fox")
+    style = tmp_path / "style.safetensors"
+    style.write_bytes(b"one")
+    settings = TeacherSettings(source=card.teacher, lora=(LoraSettings(source=str(style)),))
+    found = {network_fingerprint(settings), card.base}
+    style.write_bytes(b"two")
+    assert len(found | {network_fingerprint(settings)}) == 3
+    away = TeacherSettings(source="emoji", lora=(LoraSettings(source="no/where"),))  # of the hub: taken as it is
+    assert network_fingerprint(away) == network_fingerprint(TeacherSettings(source="emoji")) != ""
 
 
 def test_arguments_that_no_command_would_take_are_refused(

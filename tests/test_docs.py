@@ -354,9 +354,11 @@ def test_the_index_of_the_lab_log_has_every_entry_once() -> None:
 
 
 def test_the_memory_of_families_is_the_counted_one() -> None:
-    """Each number of the page's table, to its digits; rows that the record lacks are not compared."""
+    """Each number of the page's table, to its digits, and no row without a record."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "families.json").read_text())["rows"]
     page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    table = page.partition("| network | parameters |")[2].partition("\n\n")[0]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]] == list(rows)
     for row, networks in rows.items():
         (cells,) = re.findall(rf"^\| {re.escape(row)} \| (.*) \|$", page, re.MULTILINE)
         for cell, key, unit in zip(cells.split(" | "), ("parameters", "all_gib", "lora_gib"), (1e9, 1, 1), strict=True):

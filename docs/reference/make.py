@@ -210,7 +210,7 @@ def commands() -> str:
 
 
 API = {
-    "Distil from Python": ("api", "teachers.module", "teachers.contract"),
+    "Distil from Python": ("api", "modules", "teachers.module", "teachers.contract"),
     "Students": ("students.whole", "students.lora", "students.two_times"),
     "Mathematics": (
         "maths.formulations", "maths.noise_schedules", "maths.routes", "maths.tangent", "maths.schedules",

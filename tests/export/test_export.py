@@ -102,7 +102,7 @@ def test_a_student_with_weights_of_its_own_is_a_pipeline(student_of: StudentOf, 
     files = {path.relative_to(student) for path in student.rglob("*") if path.is_file()}
     assert files == {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
     assert all((student / file).read_bytes() == (whole / file).read_bytes() for file in files)
-    with pytest.raises(UserError, match=r"all weights of its own and no LoRA; train with --set student.lora=64"):
+    with pytest.raises(UserError, match=r"all weights of its own and no LoRA; use --to pipeline, or train"):
         run_export(student, "lora", None, force=False)
 
 

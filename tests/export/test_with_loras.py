@@ -109,7 +109,8 @@ def with_style(step_saver: Path, style: Path, folder: Path) -> Path:
     shutil.copytree(step_saver, folder)
     card = read_card(folder)
     theirs = card.config["teacher"] | {"lora": [{"source": str(style), "scale": SCALE}]}
-    write_card(folder, card.model_copy(update={"config": card.config | {"teacher": theirs}}))
+    config = card.config | {"teacher": theirs}
+    write_card(folder, card.model_copy(update={"config": config, "base": ""}))
     return folder
 
 

@@ -167,6 +167,8 @@ def run_schedule(
 
     if prompts is None and settings.source != "emoji":
         raise UserError("a teacher of your own has no prompts here; give some with --prompts FILE, 128 are enough")
+    if n < LEAST:
+        raise UserError(f"--n is {n}, and a search needs {LEAST} prompts or more; 64 are usual")
     file = open_prompts(prompts or assets.PROMPTS)
     half = min(n, len(file) // 2)
     if half < LEAST:

@@ -41,7 +41,8 @@ def export_lora(folder: Path, out: Path, keys: Keys = "diffusers", *, whole: boo
     card = read_card(folder)
     if not card.lora_rank:
         raise UserError(
-            f"{folder} has all weights of its own and no LoRA; train with --set student.lora=64, or use --to pipeline"
+            f"{folder} has all weights of its own and no LoRA; use --to pipeline, or train a LoRA (--lora 64) where "
+            "the family has them"
         )
     if more := card.lora_parts:
         raise UserError(f"{folder} has another LoRA for {', '.join(more)}; use the folder, as its README says")
@@ -81,7 +82,7 @@ def export_whole(folder: Path, out: Path, keys: Keys) -> None:
             "for; use --keys diffusers, or load that LoRA beside the student"
         )
     theirs = card.config | {"teacher": card.config["teacher"] | {"lora": []}}
-    card = card.model_copy(update={"config": theirs, "loras_in_diffusers": True})
+    card = card.model_copy(update={"config": theirs, "base": "", "loras_in_diffusers": True})
     if keys == "peft":
         write_peft(out, weights, card, partial(shutil.copytree, folder / "scheduler"))
         return

@@ -29,7 +29,7 @@ from stepfold.students.two_times import save_embedder
 from stepfold.teachers.calls import set_parts
 from stepfold.teachers.contract import SamplerName, Student
 from stepfold.teachers.conventions import conventions
-from stepfold.teachers.fingerprints import lent_fingerprint
+from stepfold.teachers.fingerprints import network_fingerprint
 from stepfold.teachers.folders import check_folder
 from stepfold.teachers.licences import in_words, is_hub_id, licences_of
 from stepfold.teachers.live import is_live
@@ -136,7 +136,7 @@ def save_student(
     card = Card(
         stepfold=__version__,
         teacher=config.teacher.source,
-        teacher_sha256=lent_fingerprint(config.teacher.source) if config.student.lora else "",
+        base=network_fingerprint(config.teacher) if config.student.lora else "",
         height=teacher.height,
         width=teacher.width,
         frames=teacher.frames,

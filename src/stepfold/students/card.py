@@ -43,7 +43,7 @@ class Card(Section):
     Attributes:
         stepfold: version that wrote it.
         teacher: 'emoji', a folder or a hub id.
-        teacher_sha256: of the network of a teacher that was an object in Python, of a LoRA; empty for others.
+        base: `network_fingerprint` of the teacher that a LoRA is for; empty for others, and in earlier cards.
         height, width: of its pictures, in pixels.
         frames: of its videos.
         max_tokens: of a prompt.
@@ -69,7 +69,7 @@ class Card(Section):
 
     stepfold: str = "0.1.0"
     teacher: str
-    teacher_sha256: str = ""
+    base: str = ""
     height: Count
     width: Count
     frames: Count | None = None

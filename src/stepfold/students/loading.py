@@ -14,7 +14,7 @@ from stepfold.students.saving import load_network_only
 from stepfold.students.two_times import load_embedder
 from stepfold.students.whole import as_student
 from stepfold.teachers.contract import Student
-from stepfold.teachers.fingerprints import lent_fingerprint
+from stepfold.teachers.fingerprints import network_fingerprint
 from stepfold.teachers.folders import check_folder
 from stepfold.teachers.live import copied
 from stepfold.teachers.loading import load_teacher, make_teacher
@@ -34,7 +34,7 @@ def load_student(
         quantise: how the network beneath a LoRA is kept, of `none` the text encoders too; None for as it was trained.
 
     Raises:
-        UserError: the folder is no student that stepfold wrote, or its teacher was another object.
+        UserError: the folder is no student that stepfold wrote, or its teacher has changed.
     """
     card, folder = read_card(folder), student_folder(folder)
     if card.pipeline == ANYFLOW:
@@ -64,7 +64,7 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     """As `load_student`, but a LoRA student is merged into its teacher's network, in float32: both are one then.
 
     Raises:
-        UserError: the student is quantised, or its teacher was another object.
+        UserError: the student is quantised, or its teacher has changed.
     """
     card, folder = read_card(folder), student_folder(folder)
     card.check_plain()
@@ -88,13 +88,14 @@ def settings_of(card: Card) -> TeacherSettings:
     """The settings of a LoRA student's teacher.
 
     Raises:
-        UserError: it was an object in Python, and the one that is given has other weights.
+        UserError: its network, or a LoRA of its, is another than when the student was distilled.
     """
     settings = card.teacher_settings()
-    if card.teacher_sha256 and card.teacher_sha256 != lent_fingerprint(settings.source):
+    if card.base and card.base != network_fingerprint(settings):
+        loras = "".join(f", {each.source}" for each in settings.lora)
         raise UserError(
-            "the teacher object has other weights than that which this LoRA was distilled from, or the same in another "
-            "precision; give that one, loaded as it was then"
+            f"this LoRA was distilled from other weights than {settings.source}{loras} holds now; put those back. If "
+            f"it is the same model in another form, delete the line `base` in {CARD}"
         )
     return settings
 

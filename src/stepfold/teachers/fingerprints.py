@@ -57,18 +57,40 @@ def teacher_fingerprint(settings: TeacherSettings, *, network_only: bool) -> str
         found = [object_fingerprint(pipe, parts) if pipe else sampled_sha256(files_of(folder, parts), folder)]
     else:
         found = [revision_of(place)]
+    return " ".join([*found, *_loras(settings, by_name=True)])
+
+
+def network_fingerprint(settings: TeacherSettings) -> str:
+    """Tells the networks apart that LoRA students are for: by weights and configs of folders, objects and LoRA files.
+
+    A hub id and its LoRAs are taken as they are; empty where nothing else is.
+
+    Args:
+        settings: which teacher.
+    """
+    place = place_of(settings)
+    folder, pipe, parts = Path(place), pipeline_at(place), (family_of(place).network_part,)
+    found = [object_fingerprint(pipe, parts)] if pipe else []
+    if not pipe and folder.is_dir():
+        files = (
+            path for path in files_of(folder, parts) if path.suffix == ".safetensors" or path.name == "config.json"
+        )
+        found = [sampled_sha256(files, folder)]
+    return " ".join([*found, *_loras(settings, by_name=False)])
+
+
+def _loras(settings: TeacherSettings, *, by_name: bool) -> list[str]:
+    """Fingerprints of LoRAs that lie here; with `by_name` also those of the hub, and scales."""
+    found: list[str] = []
     for lora in settings.lora:
         where = Path(lora.source)
         files = [path for path in where.rglob("*") if path.is_file()] if where.is_dir() else [where]
-        found.append(sampled_sha256(files, where.parent) if where.exists() else f"hub {lora.source}")
-        found += [f"scale {lora.scale!r}"] * (lora.scale != 1)
-    return " ".join(found)
-
-
-def lent_fingerprint(source: str) -> str:
-    """Tells the networks of pipeline objects apart; empty for a folder or a hub id."""
-    pipe = pipeline_at(source)
-    return object_fingerprint(pipe, (family_of(source).network_part,)) if pipe else ""
+        if where.exists():
+            found.append(sampled_sha256(files, where.parent))
+        elif by_name:
+            found.append(f"hub {lora.source}")
+        found += [f"scale {lora.scale!r}"] * (by_name and lora.scale != 1)
+    return found
 
 
 def module_fingerprint(network: nn.Module) -> str:

@@ -21,6 +21,8 @@ from stepfold.training.runs import CONFIG, METRICS, read_metrics
 
 DEPTH, MOST_RUNS = 3, 200
 LARGEST_METRICS, LARGEST_PICTURE, LARGEST_REPORT = 64 * 2**20, 8 * 2**20, 16 * 2**20  # bytes
+ENDS = ("student", "teacher", "student.safetensors")
+"""What a finished run leaves: of distill, of retime, of a network of one's own."""
 LARGEST_N = 10**9  # pictures of an evaluation
 MOST_CALLS, LARGEST_VALUE = 10**4, 1e6  # of an image, and of a metric
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -112,7 +114,7 @@ def read_run(root: Path, name: Any) -> Run:
         step = int(max((row["step"] for row in rows_of(folder)), default=-1)) + 1
     except UserError as error:
         return replace(run, state="unreadable", steps=steps, problem=str(error))
-    done = run.has_report or any((folder / made).is_dir() for made in ("student", "teacher"))
+    done = run.has_report or any((folder / made).exists() for made in ENDS)
     state = "running" if is_running(folder) else "finished" if done else "stopped"
     return replace(run, state=state, step=step, steps=steps)
 
