@@ -242,6 +242,13 @@ def test_the_latent_error_stands_beside_the_line_to_beat(tmp_path: Path):
     (first, *_) = figures(report | {"usual_steps": 2})
     assert (first.big, first.label) == ("0.30", "latent error in 2 steps")  # it was always the fewest
     assert figures(report | {"usual_steps": 3}) == figures(report)  # which was not measured
+    noisy = report | {"usual_steps": 2, "fresh_noise": True}  # so that its two steps draw another image
+    assert [(figure.big, figure.label) for figure in figures(noisy)] == [
+        ("0.50", "latent error in one step"),
+        ("20 → 2", "network calls an image: the teacher's, the student's"),
+        ("0.90", "latent error of the untrained teacher in one step"),
+    ]
+    assert sentences(noisy)[0] == "Latent error: the student is better than the untrained teacher in one step."
     html = write_report(tmp_path, report)[1].read_text(encoding="utf-8")
     assert [row[:3] for row in table_of(html)] == [
         ["Sampler", "Calls an image", "Latent error"],

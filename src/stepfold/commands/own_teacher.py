@@ -97,6 +97,7 @@ def run_own(
         result = {
             "title": f"{name}: few-step student of {models.card.teacher}",
             "student_folder": name,
+            "usual_steps": models.card.usual_steps,
             "command": command,
             "versions": versions(),
             "teacher_calls_per_step": calls_per_step(teacher),

@@ -32,7 +32,8 @@ METRICS = {
     "latent_error": Metric(
         "Latent error",
         "Distance of the latents from the end of the teacher's long trajectory, from the same noise, relative to that "
-        "end (L2). 0 is the same image; about 1.4 is an unrelated one. Lower is better.",
+        "end (L2). 0 is the same image; about 1.4 is an unrelated one. Lower is better. Between the steps of a "
+        "consistency student, fresh noise makes it another image, so only its one step compares.",
         3,
         "low",
     ),
@@ -156,7 +157,7 @@ def figures(report: Mapping[str, Any]) -> list[Figure]:
         return []
     steps = usual_steps(report)
     ours = student[steps]
-    found = [_accuracy(report, steps, ours), _latent(steps, ours), _calls(report, steps)]
+    found = [_accuracy(report, steps, ours), _latent(report, steps), _calls(report, steps)]
     found += [_diversity(report, ours), _line_to_beat(report, steps)]
     return [figure for figure in found if figure]
 
@@ -186,8 +187,14 @@ def _accuracy(report: Mapping[str, Any], steps: int, ours: Row) -> Figure | None
     return Figure(f"{100 * a / b:.0f}%", f"of the teacher's accuracy in {_in(steps)}", against)
 
 
-def _latent(steps: int, ours: Row) -> Figure | None:
-    value = ours.get("latent_error")
+def _compared(report: Mapping[str, Any], steps: int) -> int:
+    """The number of steps whose latent errors are compared: one, of students that add fresh noise between steps."""
+    return 1 if report.get("fresh_noise") and 1 in by_steps(report, "student") else steps
+
+
+def _latent(report: Mapping[str, Any], steps: int) -> Figure | None:
+    steps = _compared(report, steps)
+    value = by_steps(report, "student")[steps].get("latent_error")
     if value is None:
         return None
     return Figure(number(value, 2), f"latent error in {_in(steps)}", "0 is the teacher's image, 1.4 an unrelated one")
@@ -215,6 +222,7 @@ def _diversity(report: Mapping[str, Any], ours: Row) -> Figure | None:
 
 
 def _line_to_beat(report: Mapping[str, Any], steps: int) -> Figure | None:
+    steps = _compared(report, steps)
     value = by_steps(report, "teacher").get(steps, {}).get("latent_error")
     if value is None:
         return None
@@ -227,8 +235,9 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
     looks = symptoms_of(report.get("curves") or {})
     if not student or not teacher:
         return [f"No {'student' if not student else 'teacher'} has been measured.", *looks]
+    alike = {steps: row for steps, row in student.items() if steps == 1 or not report.get("fresh_noise")}
     said = [
-        _beaten(student, teacher, "latent_error", "Latent error"),
+        _beaten(alike, teacher, "latent_error", "Latent error"),
         _ranking(report),
         _measured_on(report),
         _collapsed(report),
@@ -246,6 +255,10 @@ def _beaten(student: Mapping[int, Row], teacher: Mapping[int, Row], key: str, la
     if not pairs:
         return ""
     better = [steps for steps, (a, b) in pairs.items() if a < b]
+    if len(pairs) == 1:
+        (steps,) = pairs
+        than = "better" if better else "no better"
+        return f"{label}: the student is {than} than the untrained teacher in {_in(steps)}."
     if len(better) == len(pairs):
         return f"{label}: the student is better than the untrained teacher at every measured number of steps."
     if not better:

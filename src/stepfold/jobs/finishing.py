@@ -173,7 +173,8 @@ def latent_scores(
     names = (*samplers_of(teacher, student, recipe, protocol), *(searched or {}))
     with display.measuring(dict.fromkeys(names, protocol.n)) as tick:
         scores = measure_latents(teacher, student, recipe, protocol, condition, texts, clip, tick, searched)
-    return {"protocol": protocol.record() | {"unseen": chosen.unseen, "prompts": chosen.said}} | scores
+    said = {"unseen": chosen.unseen, "prompts": chosen.said}
+    return {"protocol": protocol.record() | said, "fresh_noise": recipe.sampler == "consistency"} | scores
 
 
 def measure_student(
