@@ -228,7 +228,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         assert float(index["sigma_data"]) > 0
         float(index["guidance"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, AssertionError) as error:
-        raise UserError(f"{folder} holds no bank ({error!r}); make one with stepfold bank make") from None
+        why = "" if isinstance(error, FileNotFoundError) else f" ({error!r})"
+        raise UserError(f"{folder} holds no bank{why}; make one with stepfold bank make") from None
     return index
 
 

@@ -1,6 +1,8 @@
 """`stepfold sample`, and how a run decides what its student is sampled with."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -11,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from stepfold.cli import app
-from stepfold.config import Config, load_config
+from stepfold.commands.sample import note_unheard
+from stepfold.config import Config, TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.jobs.distilling import run_distill
@@ -19,6 +22,7 @@ from stepfold.jobs.sampling import run_sample
 from stepfold.randomness import generator
 from stepfold.students.card import read_card
 from stepfold.students.loading import load_student
+from stepfold.teachers.loading import load_teacher
 
 SETTINGS = (
     "teacher.height=32", "teacher.width=32", "teacher.max_tokens=24", "space.route_steps=4", "space.filter_rule=off",
@@ -98,9 +102,6 @@ def test_the_teacher_may_take_the_first_step(run: Path, tmp_path: Path) -> None:
 
 def test_a_student_that_has_its_guidance_inside_is_a_teacher_of_half_the_cost(run: Path) -> None:
     """It is no longer told a scale; its velocity is the one that it was taught at its trajectories' scale."""
-    from stepfold.config import TeacherSettings
-    from stepfold.teachers.loading import load_teacher
-
     teacher = load_teacher(
         TeacherSettings(source=str(run / "student"), height=32, width=32, max_tokens=24, guidance="none"), "cpu"
     )
@@ -115,3 +116,34 @@ def test_a_student_that_has_its_guidance_inside_is_a_teacher_of_half_the_cost(ru
         told = 0.5 * student(x / 0.5, t, condition, scale)
     torch.testing.assert_close(ours, told, rtol=1e-4, atol=1e-5)
     assert rows == [2]
+
+
+def test_a_scale_outside_of_those_taught_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = SimpleNamespace(recipe=SimpleNamespace(taught=(3.0, 5.0)))
+    monkeypatch.setattr("stepfold.students.card.read_card", lambda _: card)
+    for guidance in (None, 3.0, 4.0, 5.0):
+        note_unheard(tmp_path, guidance)
+    assert capsys.readouterr() == ("", "")
+    note_unheard(tmp_path, 9.0)
+    assert capsys.readouterr().err == "--guidance 9 is outside of 3 to 5, which the student was taught\n"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "student", "said"),
+    [
+        ({"times": {"1": [], "2": []}}, {}, "is a student sampled by consistency, which has no trajectories"),
+        ({"sampler": "flow_map", "times": {"1": [], "2": []}}, {}, "sampled by flow map, which has no trajectories"),
+        ({"sampler": "flow", "times": {"4": []}}, {}, "is a student for one number of steps, which has no"),
+        ({"sampler": "flow", "times": {"1": [], "2": []}}, {"lora": 4}, "is a LoRA; make it whole first: stepfold exp"),
+        ({"sampler": "flow", "times": {"1": [], "2": []}}, {}, ""),
+    ],
+)
+def test_a_student_whose_network_is_no_velocity_is_no_teacher(
+    recipe: dict[str, Any], student: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """It was walked at times that it does not know, without a word."""
+    (tmp_path / "stepfold.json").write_text(json.dumps({"recipe": recipe, "config": {"student": student}}))
+    with pytest.raises(UserError, match=said or "has no model_index.json"):
+        load_teacher(TeacherSettings(source=str(tmp_path)), "cpu")

@@ -12,6 +12,7 @@ from stepfold.config import Config, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.jobs.distilling import run_distill
+from stepfold.sampling.recipe import policy_of
 from stepfold.students.loading import load_student
 from stepfold.students.starting import make_student
 from stepfold.students.whole import new_student
@@ -59,7 +60,8 @@ def same_output(a: Student, b: Student, condition: object, tolerance: float = 0.
 def started(folder: Path, config: Config) -> tuple[Student, object]:
     teacher = load_teacher(config.teacher, "cpu")
     settings = config.student.model_copy(update={"init": str(folder)})
-    return make_student(teacher, settings, config.teacher), teacher.encode(["a fox", "a cat"])
+    student = make_student(teacher, settings, config.teacher, policy_of(config, teacher))
+    return student, teacher.encode(["a fox", "a cat"])
 
 
 def test_a_whole_student_starts_where_the_earlier_one_ended(whole: Path, settings: Callable[..., Config]) -> None:
@@ -141,6 +143,9 @@ def test_ranks_and_teachers_must_be_the_same(
 ) -> None:
     with pytest.raises(UserError, match=r"is a LoRA of rank 4, but student\.lora is 8; give --set student\.lora=4"):
         started(lora, settings("student.lora=8"))
+    several = settings("student.lora=4", "objective=policy", "space.kind=policy", "policy.nodes=3")
+    with pytest.raises(UserError, match=r"gives one velocity at a time, and this run's student 3 velocities; give the"):
+        started(lora, several)
     other = settings().model_copy(update={"teacher": settings().teacher.model_copy(update={"source": str(first_sana)})})
     with pytest.raises(UserError, match=r"is a student of another teacher \(teacher\.source is .* there and .* here\)"):
         started(lora, other)

@@ -1,5 +1,6 @@
 """A pipeline folder or a hub id: what its index says, and how it is loaded; safetensors only, nothing of it is run."""
 
+import json
 import re
 from collections.abc import Container, Mapping, Sequence
 from functools import cache
@@ -23,6 +24,8 @@ FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 """Endings of one file's name, which no hub id has."""
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """Errors of a GPU, which no folder is to blame for."""
+STUDENT = "stepfold.json"
+"""The card in a student's folder."""
 VARIANT = re.compile(r"\.([a-z]\w*)(-\d+-of-\d+)?\.safetensors$")
 """The name of a variant, at the end of a file's: model.fp16.safetensors."""
 HARMLESS = {
@@ -232,6 +235,30 @@ def reader_of(library: str, kind: str, source: str, part: str) -> tuple[Any, dic
 def variant_in(source: str, part: str, variant: str | None) -> str | None:
     """The variant, if that part of a pipeline's folder has weights of it; as pipelines do, the plain ones otherwise."""
     return variant if variant and any((Path(source) / part).glob(f"*.{variant}*.safetensors")) else None
+
+
+def check_teaches(folder: Path) -> None:
+    """Refuses a student's folder as a teacher, unless its network is a velocity at all times.
+
+    Raises:
+        UserError: it is a LoRA, or knows few times, or predicts the image or a jump.
+    """
+    try:
+        card = json.loads((folder / STUDENT).read_text(encoding="utf-8"))
+        recipe, config = card["recipe"], card["config"]
+        sampler, times = recipe.get("sampler", "consistency"), len(recipe.get("times", {}))
+        lora = config.get("student", {}).get("lora", 0) and not card.get("merged")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return  # no student, or a damaged card, which is no teacher's
+    way_out = "give the teacher that it was distilled from; --init STUDENT goes on with a student"
+    if sampler != "flow" or times == 1:
+        what = "for one number of steps" if times == 1 else f"sampled by {sampler.replace('_', ' ')}"
+        raise UserError(f"teacher {str(folder)!r} is a student {what}, which has no trajectories; {way_out}")
+    if lora:
+        raise UserError(
+            f"teacher {str(folder)!r} is a student that is a LoRA; make it whole first: "
+            f"stepfold export {folder} --to pipeline"
+        )
 
 
 def unloadable(source: str, error: Exception) -> UserError:

@@ -19,6 +19,7 @@ from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
 from stepfold.teachers.folders import (
     DEVICE_ERRORS,
     check_folder,
+    check_teaches,
     fix_for,
     hub_is_away,
     load_index,
@@ -241,11 +242,12 @@ def place_of(settings: TeacherSettings) -> str:
     """Where a teacher is loaded from: its folder or hub id; of a revision or a variant of a hub id, the folder fetched.
 
     Raises:
-        UserError: the hub has no such revision or variant, or a folder was to have a revision.
+        UserError: the hub has no such revision or variant, a folder was to have a revision, or is a student's.
     """
     source = folder_of(settings.source)
     if is_live(source):
         return source
+    check_teaches(Path(source))
     local = Path(source).exists()
     if local and settings.revision:
         raise UserError(f"teacher.revision is for hub ids, but {source!r} is a folder; leave it out")
