@@ -157,6 +157,8 @@ def test_arguments_that_no_command_would_take_are_refused(
     wrong: Any
     for wrong, said in (
         ({"prompts": []}, "there are no prompts"),
+        ({"prompts": None}, "there are no prompts"),
+        ({"prompts": ["a fox", 2]}, "prompts holds 2, which is no text"),
         ({"steps": 0}, "steps is 0, and a picture takes one or more"),
         ({"first_step": "techer"}, "first_step is 'techer'; give 'student' or 'teacher'"),
         ({"teacher": "a/b"}, "teacher is 'a/b', but here it is a pipeline object; leave it out"),

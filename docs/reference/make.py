@@ -78,6 +78,8 @@ ELSEWHERE = {
     "discrete.jump_power": "[log](../lab-log.md)",
     "student.lora_convolutions": "[log](../lab-log.md)",
     "student.times": "[log](../lab-log.md)",
+    "policy.steps": "[log](../lab-log.md)",
+    "policy.states": "[log](../lab-log.md)",
     "target.rule": "[log](../lab-log.md)",
     "target.segments": "[log](../lab-log.md)",
     "target.draws": "[log](../lab-log.md)",

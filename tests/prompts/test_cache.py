@@ -176,11 +176,16 @@ def test_what_was_made_for_something_else_is_refused(
         open_conditions(tmp_path / "none", key(settings, prompts_file))
     encode()
     folder, right = tmp_path / "cache", key(settings, prompts_file)
-    for name, value in (("prompts", "abc"), ("max_tokens", 8), ("encoder", "other"), ("teacher", "other")):
-        with pytest.raises(UserError, match=f"encoded with another {name} "):
+    for name, value, said in (
+        ("prompts", "abc", "other prompts;"),
+        ("encoder", "other", "another text encoder;"),
+        ("max_tokens", 8, "another max_tokens "),
+        ("teacher", "other", "another teacher "),
+    ):
+        with pytest.raises(UserError, match=f"encoded with {said}"):
             open_conditions(folder, right | {name: value})
     prompts_file.write_text("a cat\n")
-    with pytest.raises(UserError, match="encoded with another prompts"):
+    with pytest.raises(UserError, match="encoded with other prompts"):
         encode()
     (folder / "conditions_00001.safetensors").unlink()
     with pytest.raises(UserError, match="lacks 1 of 3 shards; finish it"):

@@ -90,11 +90,13 @@ def as_texts(prompts: str | Sequence[str]) -> list[str]:
     """Prompts as a list; a single text is one prompt.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or one is no text.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
     if not texts:
         raise UserError("there are no prompts; give a text, or a list of them")
+    if others := [each for each in texts if not isinstance(each, str)]:
+        raise UserError(f"prompts holds {others[0]!r}, which is no text; give texts alone")
     return texts
 
 

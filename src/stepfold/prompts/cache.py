@@ -254,10 +254,9 @@ def check_key(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> No
     differing = [name for name in wanted if there.get(name) != wanted[name]]
     if differing:
         name = differing[0]
-        raise UserError(
-            f"{folder} was encoded with another {name} ({there.get(name)!r} there, {wanted[name]!r} now); "
-            "encode again into another folder"
-        )
+        what = {"prompts": "other prompts", "encoder": "another text encoder"}.get(name)
+        values = f"another {name} ({there.get(name)!r} there, {wanted[name]!r} now)"
+        raise UserError(f"{folder} was encoded with {what or values}; encode again into another folder")
 
 
 def shard_path(folder: Path, number: int) -> Path:
