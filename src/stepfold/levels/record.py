@@ -98,8 +98,9 @@ def check_schedule(path: Path, key: Mapping[str, Any], wanted: Mapping[str, Any]
     """
     for name, value in wanted.items():
         if key.get(name) != value:
+            what = f"{name}={key.get(name)!r}, not {value!r}" if name != "fingerprint" else "another teacher"
             raise UserError(
-                f"{path} was searched for {name}={key.get(name)!r}, not {value!r}, and levels belong to one teacher, "
+                f"{path} was searched for {what}, and levels belong to one teacher, "
                 "guidance scale and size; search again (stepfold schedule), to another --out"
             )
 

@@ -103,9 +103,10 @@ class Recipe(Section):
             UserError: the card does not list them.
         """
         if num_steps not in self.times:
-            known = ", ".join(map(str, sorted(self.times)))
+            known, several = ", ".join(map(str, sorted(self.times))), len(self.times) > 1
             raise UserError(
-                f"this student's card has times for {known} steps, not for {num_steps}; choose one of these"
+                f"this student's card has times for {known} step{'' if known == '1' else 's'}, not for {num_steps}; "
+                f"{'choose one of these' if several else f'give --steps {known}'}"
             )
         return self.times[num_steps]
 
