@@ -1,6 +1,7 @@
 """Contract of the objectives as a run calls them, on a Gaussian teacher: a new objective adds a row to ROWS."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,8 @@ ROWS: dict[str, type[Score]] = {
     "identity": Perfect,
 }
 """Objective -> the network that is perfect for it, given the teacher's own law."""
+OWN = ("adversarial", "decoupled", "policy", "reward")
+"""Objectives whose states or networks are of another kind; each has the same contract in a file of its own."""
 AIMED: dict[str, tuple[str, ...]] = {
     "continuous": ("target.rule={gap: 0.5, zero: 0.25, diagonal: 0.25}",),
     "pair": ("target.rule={later: 0.75, diagonal: 0.25}", "space.route_steps=256"),
@@ -62,6 +65,11 @@ def walked(config: Config) -> Pairs:
     pairs = collect(["generation"], batch_of(4), nothing(4), networks, config)["generation"]
     assert isinstance(pairs, Pairs)
     return replace(pairs.rows(pairs.t < 1.5), walk_length=0)
+
+
+def test_every_objective_has_its_contract() -> None:
+    assert ROWS.keys() | set(OWN) == OBJECTIVES.keys() and not ROWS.keys() & set(OWN)
+    assert all((Path(__file__).parent / f"test_{name}.py").is_file() for name in OWN)
 
 
 @each_case
