@@ -232,7 +232,7 @@ class PipelineTeacher(PipelineParts):
         except (UserError, *DEVICE_ERRORS):
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if self._answered:
+            if self._answered or type(error).__module__.startswith("torch."):  # the compiler's, which says it itself
                 raise
             raise UserError(
                 f"the network of teacher {self.source!r} cannot be called with what its text encoders give "
