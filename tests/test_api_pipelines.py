@@ -24,7 +24,7 @@ from stepfold.errors import UserError
 from stepfold.jobs.exporting import run_export
 from stepfold.jobs.sampling import run_sample
 from stepfold.sections import LoraSettings
-from stepfold.students.card import read_card
+from stepfold.students.card import read_card, write_card
 from stepfold.teachers.fingerprints import encoder_fingerprint, network_fingerprint, teacher_fingerprint
 from stepfold.teachers.licences import licences_of
 from stepfold.teachers.live import copied, lent, object_fingerprint, on_cpu, sampled
@@ -116,7 +116,7 @@ def test_a_lora_of_an_object_is_not_put_on_another(pairs: dict[int, tuple[Any, P
     with torch.no_grad():
         next(other.transformer.parameters()).add_(1)
     for use in (partial(api.sample, ours, "a fox"), partial(api.export, ours, "pipeline", tmp_path / "x")):
-        with pytest.raises(UserError, match="was distilled from other weights than live:SanaPipeline holds now"):
+        with pytest.raises(UserError, match="weights of live:SanaPipeline are not those that this LoRA was"):
             use(teacher=other)
     assert not list(tmp_path.iterdir())
 
@@ -131,17 +131,35 @@ def test_a_lora_is_not_put_on_a_folder_that_has_changed(
     before = weights.read_bytes()
     try:
         weights.write_bytes(before[:-4] + b"\0\0\0\1")
-        with pytest.raises(
-            UserError, match=r"other weights than .*saved holds now; put those back\. If it is the same"
-        ):
+        with pytest.raises(UserError, match=r"saved are not those that .* put those back\. If it is the same"):
             api.sample(student, "a fox")
     finally:
         weights.write_bytes(before)
     assert api.sample(student, "a fox")
+    extra, config = weights.with_name("diffusion_pytorch_model.fp16.safetensors"), weights.with_name("config.json")
+    told = config.read_text()
+    try:  # neither is another network
+        extra.write_bytes(before[:-4] + b"\0\0\0\1")
+        config.write_text(json.dumps(json.loads(told) | {"_diffusers_version": "99"}))
+        assert api.sample(student, "a fox")
+    finally:
+        extra.unlink()
+        config.write_text(told)
     style = tmp_path / "style.safetensors"
     style.write_bytes(b"one")
     settings = TeacherSettings(source=card.teacher, lora=(LoraSettings(source=str(style)),))
     found = {network_fingerprint(settings), card.base}
+    renamed = style.rename(tmp_path / "other.safetensors")
+    assert network_fingerprint(TeacherSettings(source=card.teacher, lora=(LoraSettings(source=str(renamed)),))) in found
+    gone = card.config | {"teacher": card.config["teacher"] | {"lora": [{"source": str(style), "scale": 1.0}]}}
+    elsewhere = Path(shutil.copytree(student, tmp_path / "student"))
+    write_card(elsewhere, card.model_copy(update={"config": gone, "base": f"{card.base} abc"}))
+    with pytest.raises(UserError, match=r"style\.safetensors.* does not load .*no such file"):
+        api.sample(elsewhere, "a fox")
+    moved = card.config | {"teacher": card.config["teacher"] | {"source": str(tmp_path / "moved")}}
+    write_card(elsewhere, card.model_copy(update={"config": moved}))
+    with pytest.raises(UserError, match=r"if that has moved, correct config\.teacher\.source there"):
+        api.sample(elsewhere, "a fox")
     style.write_bytes(b"two")
     assert len(found | {network_fingerprint(settings)}) == 3
     away = TeacherSettings(source="emoji", lora=(LoraSettings(source="no/where"),))  # of the hub: taken as it is

@@ -164,7 +164,8 @@ class Line:
 
 def _table(report: Mapping[str, Any], columns: Sequence[str]) -> list[list[Line]]:
     """Rows in groups of one number of steps, fewest first: the student, then the teacher; last the real images."""
-    best = {key: best_steps(report, key) for key in columns}
+    noisy = {"latent_error"} if report.get("fresh_noise") else set[str]()  # whose steps do not compare
+    best = {key: None if key in noisy else best_steps(report, key) for key in columns}
     students = {who: by_steps(report, who) for who in ("student", *teachers_of(report))}
     counts = sorted({steps for rows in students.values() for steps in rows})
     groups = []

@@ -22,6 +22,8 @@ from stepfold.teachers.lora_merging import merge_lora
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.quantised import Quantised
 
+MOVED = f"a student's {CARD} names its teacher: if that has moved, correct config.teacher.source there"
+
 
 def load_student(
     folder: Path, device: torch.device | str, quantise: Quantised | None = None
@@ -88,14 +90,20 @@ def settings_of(card: Card) -> TeacherSettings:
     """The settings of a LoRA student's teacher.
 
     Raises:
-        UserError: its network, or a LoRA of its, is another than when the student was distilled.
+        UserError: it is not there; or its network, or a LoRA of its, is another than when the student was distilled.
     """
     settings = card.teacher_settings()
-    if card.base and card.base != network_fingerprint(settings):
+    try:
+        now = network_fingerprint(settings) if card.base else ""
+    except UserError as error:
+        raise UserError(f"{error}; {MOVED}") from None
+    if now.count(" ") < card.base.count(" "):  # a LoRA is away, which loading says
+        return settings
+    if now != card.base:
         loras = "".join(f", {each.source}" for each in settings.lora)
         raise UserError(
-            f"this LoRA was distilled from other weights than {settings.source}{loras} holds now; put those back. If "
-            f"it is the same model in another form, delete the line `base` in {CARD}"
+            f"the weights of {settings.source}{loras} are not those that this LoRA was distilled from; put those back. "
+            f"If it is the same model in another form, delete the line `base` in {CARD}"
         )
     return settings
 

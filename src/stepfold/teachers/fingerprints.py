@@ -1,6 +1,7 @@
 """What tells one teacher from another that lies in the same place: its weights, its encoders."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from torch import nn
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
 from stepfold.fingerprints import sampled_sha256
+from stepfold.teachers.folders import VARIANT
 from stepfold.teachers.live import object_fingerprint, pipeline_at
 from stepfold.teachers.loading import family_of, folder_of, place_of
+from stepfold.teachers.safety import read_json
 
 ENCODERS = ("text_encoder", "tokenizer", "vae", "text_conditioner", "t5_tokenizer")
 """How the names of parts begin that conditions and pictures are made with."""
@@ -63,30 +66,39 @@ def teacher_fingerprint(settings: TeacherSettings, *, network_only: bool) -> str
 def network_fingerprint(settings: TeacherSettings) -> str:
     """Tells the networks apart that LoRA students are for: by weights and configs of folders, objects and LoRA files.
 
-    A hub id and its LoRAs are taken as they are; empty where nothing else is.
+    A hub id and its LoRAs are taken as they are; empty where nothing else is. Each part is a word.
 
     Args:
         settings: which teacher.
     """
     place = place_of(settings)
-    folder, pipe, parts = Path(place), pipeline_at(place), (family_of(place).network_part,)
-    found = [object_fingerprint(pipe, parts)] if pipe else []
+    folder, pipe, part = Path(place), pipeline_at(place), family_of(place).network_part
+    found = [object_fingerprint(pipe, (part,))] if pipe else []
     if not pipe and folder.is_dir():
-        files = (
-            path for path in files_of(folder, parts) if path.suffix == ".safetensors" or path.name == "config.json"
-        )
-        found = [sampled_sha256(files, folder)]
+        found = [_network_sha256(folder, part, settings.variant)]
     return " ".join([*found, *_loras(settings, by_name=False)])
 
 
+def _network_sha256(folder: Path, part: str, variant: str | None) -> str:
+    """Changes with the files of weights that are loaded, and with what its configs say; not with who wrote them."""
+    weights = [path for path in files_of(folder, (part,)) if path.suffix == ".safetensors"]
+    kinds = {path: match[1] if (match := VARIANT.search(path.name)) else None for path in weights}
+    loaded = [path for path in weights if kinds[path] == variant] or [path for path in weights if not kinds[path]]
+    digest = hashlib.sha256(sampled_sha256(loaded or weights, folder).encode())
+    for path in (path for path in files_of(folder, (part,)) if path.name == "config.json"):
+        said = {key: value for key, value in read_json(path, f"{path}").items() if not key.startswith("_")}
+        digest.update(json.dumps(said, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def _loras(settings: TeacherSettings, *, by_name: bool) -> list[str]:
-    """Fingerprints of LoRAs that lie here; with `by_name` also those of the hub, and scales."""
+    """Fingerprints of LoRAs that lie here; with `by_name` also those of the hub, names and scales."""
     found: list[str] = []
     for lora in settings.lora:
         where = Path(lora.source)
         files = [path for path in where.rglob("*") if path.is_file()] if where.is_dir() else [where]
         if where.exists():
-            found.append(sampled_sha256(files, where.parent))
+            found.append(sampled_sha256(files, where.parent if by_name else where))
         elif by_name:
             found.append(f"hub {lora.source}")
         found += [f"scale {lora.scale!r}"] * (by_name and lora.scale != 1)

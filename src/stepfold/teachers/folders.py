@@ -296,6 +296,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
             f"teacher {str(folder)!r} is one file, and a pipeline folder is needed; make one: "
             f"stepfold convert {single} --base PIPELINE --out FOLDER"
         )
+    if not index.is_file() and (folder / "config.yaml").is_file():
+        raise UserError(f"{str(folder)!r} is a run; give its teacher or a pipeline folder, not a run")
     if not index.is_file() and not modular:
         raise UserError(
             f"teacher folder {str(folder)!r} has no model_index.json; give a folder written by save_pretrained"
