@@ -184,7 +184,9 @@ def test_export_and_push_from_the_command_line(run: tuple[Path, Result], tmp_pat
     assert (result.code, result.out) == (0, f"pipeline: {out}\n"), result.err
     assert_one_line(Result("export", student, "--to", "pipeline", "--out", out), "is there already", "--force")
     assert Result("export", student, "--to", "pipeline", "--out", out, "--force").code == 0
-    assert_one_line(Result("export", student, "--to", "lora"), "no LoRA", "student.lora=64")
+    assert_one_line(
+        Result("export", student, "--to", "lora"), "no LoRA", "use --to pipeline, or train a LoRA (--lora 64)"
+    )
     file = Result("export", student, "--to", "single-file", "--out", out.with_name("one.safetensors"))
     card = out.with_name("one.README.md")
     assert file.code == 0 and f"no scheduler and no times in it: {card} says how" in file.out

@@ -89,8 +89,9 @@ FAMILIES = {
 }  # fmt: skip
 """Family -> names under which ComfyUI reads its LoRAs."""
 SHORT = ["sdxl", "flux"]
-CLOSE = {"v sdxl from noise": 1e-3}
-"""Family -> how close, where ComfyUI's highest noise level, 4519, is no pure noise."""
+CLOSE = {"v sdxl from noise": 3e-3}
+"""Family -> how close, where ComfyUI's highest noise level, 4519, is no pure noise: 1 / 4519 of the image is left,
+which the network enlarges, 7 times on a CPU with AVX-512."""
 
 
 def check_nodes(graph: Graph) -> None:

@@ -115,6 +115,8 @@ def test_the_commands(tmp_path: Path) -> None:
     assert result.exit_code == 0 and sorted([*parts[0], *parts[1]]) == ["a cat", "a cat", "a dog", "fox"]
     assert not set(parts[0]) & set(parts[1])
     assert json.loads((tmp_path / "split.json").read_text()) == {"train": len(parts[0]), "test": len(parts[1])}
+    few = run("split", str(table), "--out", str(tmp_path / "few"), "--test", "0")
+    assert few.exit_code == 0 and "test.txt is empty: 4 prompts are few for --test 0; give another" in few.output
 
 
 BORROWED = [

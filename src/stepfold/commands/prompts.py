@@ -241,6 +241,9 @@ def split(
                 (held if chosen else train).write(prompt + "\n")
                 counts[chosen] += 1
     typer.echo(f"{paths[0]}: {counts[0]:,}\n{paths[1]}: {counts[1]:,}")
+    for path, count in zip(paths, counts, strict=True):
+        if not count:
+            typer.echo(f"{path} is empty: {sum(counts):,} prompts are few for --test {test:g}; give another", err=True)
     write_json(json_file, {"train": counts[0], "test": counts[1]})
 
 

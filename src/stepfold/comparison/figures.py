@@ -40,7 +40,8 @@ def draw_steps(rows: Rows, teacher: Mapping[str, Any], steps: tuple[int, ...]) -
         for plot, metric in zip(plots.flat, ("fd", "accuracy"), strict=True):
             points = [(k, value) for k, value in of_row[metric] if value is not None]
             style = "k--" if row not in rows else ("o-", "s--", "^:")[number // 10 % 3]
-            plot.plot(*(zip(*points, strict=True) if points else ([], [])), style, markersize=4, label=row)
+            if points:  # a row that has not run keeps its colour
+                plot.plot(*zip(*points, strict=True), style, markersize=4, label=row)
     for plot, metric in zip(plots.flat, ("fd", "accuracy"), strict=True):
         plot.set_xscale("log", base=2)
         plot.set_xticks(sorted(steps), [str(k) for k in sorted(steps)])
