@@ -10,6 +10,10 @@ LARGEST = 1e9
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+CARD = "stepfold.json"
+"""The card in a student's folder; see `students.card`."""
+
+
 class Section(BaseModel):
     """A part of the settings: unknown keys are errors, values cannot change."""
 

@@ -142,11 +142,11 @@ def test_alternatives_are_settings_and_all_different() -> None:
 
 
 def test_a_preset_of_another_family_is_said(tiny_sana: Path) -> None:
-    teacher = TeacherSettings(source=str(tiny_sana))
+    teacher = str(tiny_sana)
     said = foreign_preset("sdxl-lora-4step", teacher)
     assert "for a StableDiffusionXLPipeline, and the teacher is a SanaPipeline; its family has sana-lora-4step" in said
     assert not foreign_preset("sana-lora-4step", teacher) and not foreign_preset("lora-4step", teacher)
-    assert not foreign_preset("wan-lora-4step", TeacherSettings(source="nowhere/at-all.pth"))
+    assert not foreign_preset("wan-lora-4step", "nowhere/at-all")
 
 
 def commands_of_families() -> list[tuple[str, list[str]]]:

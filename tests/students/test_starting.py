@@ -144,7 +144,7 @@ def test_ranks_and_teachers_must_be_the_same(
     with pytest.raises(UserError, match=r"is a LoRA of rank 4, but student\.lora is 8; give --set student\.lora=4"):
         started(lora, settings("student.lora=8"))
     several = settings("student.lora=4", "objective=policy", "space.kind=policy", "policy.nodes=3")
-    with pytest.raises(UserError, match=r"gives one velocity at a time, and this run's student 3 velocities; give the"):
+    with pytest.raises(UserError, match=r"not give as many velocities at a time as this run's student \(1, 3\);"):
         started(lora, several)
     other = settings().model_copy(update={"teacher": settings().teacher.model_copy(update={"source": str(first_sana)})})
     with pytest.raises(UserError, match=r"is a student of another teacher \(teacher\.source is .* there and .* here\)"):

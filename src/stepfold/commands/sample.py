@@ -87,11 +87,11 @@ def sample(
         run_race(student, prompts, race, steps=steps, seed=seed, guidance=guidance, device=usable_device(device))
         typer.echo(race)
         return
+    note_unheard(student, guidance)
     pictures = run_sample(
         student, prompts, steps=steps, seed=seed, guidance=guidance, sampler=sampler, gamma=gamma, image=image,
         first_step=first_step, device=usable_device(device),
     )  # fmt: skip
-    note_unheard(student, guidance)
     strip = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
     left = 0
     for picture in pictures:

@@ -1,9 +1,11 @@
 """What the rule for a run without a preset reads of a teacher and a machine."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -88,24 +90,20 @@ def family_preset(index: Mapping[str, Any], network: Mapping[str, Any]) -> str:
     return PRESETS.get(name, "lora-4step")
 
 
-def foreign_preset(preset: str, teacher: "TeacherSettings") -> str:
-    """What to say of a preset that is another family's than the teacher's; empty where it is not.
+def foreign_preset(preset: str, source: str) -> str:
+    """What to say of a preset that is another family's than a teacher's; empty where it is not.
 
     Args:
         preset: its name.
-        teacher: settings of a teacher; one that cannot be read is left to the run, which says so.
+        source: the teacher's folder. A hub id is left to the run, since this reads no more than a file.
     """
-    from stepfold.errors import UserError
-    from stepfold.teachers.folders import load_index
-    from stepfold.teachers.loading import place_of
-
     owners = {name: pipeline for pipeline, name in PRESETS.items()} | OTHER_PRESETS
     if preset not in owners:
         return ""
     try:
-        pipeline = str(load_index(place_of(teacher)).get("_class_name"))
-    except UserError:
-        return ""
+        pipeline = json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""  # which the run says
     if pipeline == owners[preset]:
         return ""
     return (

@@ -11,10 +11,9 @@ from stepfold import assets
 from stepfold.config import renamed
 from stepfold.errors import UserError, first_line
 from stepfold.sampling.recipe import Recipe
-from stepfold.sections import Section, TeacherSettings
+from stepfold.sections import CARD, Section, TeacherSettings
 from stepfold.students.intact import digests_in
 
-CARD = "stepfold.json"
 RUN = "config.yaml"
 BUNDLED_STUDENT = "emoji-student"
 ANYFLOW = "AnyFlowPipeline"

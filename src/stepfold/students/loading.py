@@ -44,7 +44,7 @@ def load_student(
             f"{folder} is an export for diffusers' {ANYFLOW}, as its README says; give the student that it was made of"
         )
     if card.lora_rank:
-        settings = settings_of(card)
+        settings = base_of(card)
         rounded = settings.model_copy(update={"quantise": quantise or settings.quantise})
         teacher = load_teacher(settings.plain() if quantise == "none" else rounded, device)
         options = {"convolutions": card.lora_convolutions, "two_times": card.two_times, "policy": card.recipe.policy}
@@ -72,7 +72,7 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     card.check_plain()
     if not card.lora_rank:
         return load_student(folder, device)
-    settings = settings_of(card).plain()
+    settings = base_of(card).plain()
     with copied(settings.source):
         teacher = load_teacher(settings, device, torch.float32)
     read_matrices(teacher, folder, card.lora_rank, convolutions=card.lora_convolutions)
@@ -86,7 +86,7 @@ def load_merged(folder: Path, device: torch.device | str) -> tuple[PipelineTeach
     return teacher, student, checked(card, teacher)
 
 
-def settings_of(card: Card) -> TeacherSettings:
+def base_of(card: Card) -> TeacherSettings:
     """The settings of a LoRA student's teacher.
 
     Raises:

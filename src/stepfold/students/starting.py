@@ -89,19 +89,14 @@ def start_from(folder: Path, student: Student, settings: StudentSettings, of_tea
     then, now = (policy.nodes if policy else 1 for policy in (card.recipe.policy, student.policy))
     if then != now:
         raise UserError(
-            f"student.init {folder} gives {count_of(then)} at a time, and this run's student {count_of(now)}; give the "
-            "same objective, and with objective=policy the same policy.nodes"
+            f"student.init {folder} does not give as many velocities at a time as this run's student ({then}, {now}); "
+            "give the same objective, and with objective=policy the same policy.nodes"
         )
     device = next(student.parameters()).device
     becomes_whole = card.lora_rank and not settings.lora
     as_here = partial(load_student, folder, device, of_teacher.quantise)
     earlier = whole_from_lora(folder, device) if becomes_whole else as_here()[1]
     copy_weights(earlier, student, folder)
-
-
-def count_of(velocities: int) -> str:
-    """`one velocity`, `10 velocities`."""
-    return "one velocity" if velocities == 1 else f"{velocities} velocities"
 
 
 def whole_from_lora(folder: Path, device: torch.device) -> Student:

@@ -86,7 +86,9 @@ def _network_sha256(folder: Path, part: str, variant: str | None) -> str:
     loaded = [path for path in weights if kinds[path] == variant] or [path for path in weights if not kinds[path]]
     digest = hashlib.sha256(sampled_sha256(loaded or weights, folder).encode())
     for path in (path for path in files_of(folder, (part,)) if path.name == "config.json"):
-        said = {key: value for key, value in read_json(path, f"{path}").items() if not key.startswith("_")}
+        said = read_json(path, f"{path}")
+        if isinstance(said, dict):
+            said = {key: value for key, value in said.items() if not key.startswith("_")}
         digest.update(json.dumps(said, sort_keys=True).encode())
     return digest.hexdigest()
 

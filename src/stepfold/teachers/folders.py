@@ -1,6 +1,5 @@
 """A pipeline folder or a hub id: what its index says, and how it is loaded; safetensors only, nothing of it is run."""
 
-import json
 import re
 from collections.abc import Container, Mapping, Sequence
 from functools import cache
@@ -16,6 +15,7 @@ from transformers import T5GemmaConfig
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from stepfold.errors import UserError, first_line
+from stepfold.sections import CARD
 from stepfold.teachers.live import config_of, copy_without, index_of, pipeline_at
 from stepfold.teachers.quantised_files import read_quantised
 from stepfold.teachers.safety import MODULAR_INDEX, OWNERS, check_files, check_index, is_part, modular_index, read_json
@@ -24,8 +24,6 @@ FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 """Endings of one file's name, which no hub id has."""
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """Errors of a GPU, which no folder is to blame for."""
-STUDENT = "stepfold.json"
-"""The card in a student's folder."""
 VARIANT = re.compile(r"\.([a-z]\w*)(-\d+-of-\d+)?\.safetensors$")
 """The name of a variant, at the end of a file's: model.fp16.safetensors."""
 HARMLESS = {
@@ -244,11 +242,11 @@ def check_teaches(folder: Path) -> None:
         UserError: it is a LoRA, or knows few times, or predicts the image or a jump.
     """
     try:
-        card = json.loads((folder / STUDENT).read_text(encoding="utf-8"))
+        card = read_json(folder / CARD, CARD)
         recipe, config = card["recipe"], card["config"]
         sampler, times = recipe.get("sampler", "consistency"), len(recipe.get("times", {}))
         lora = config.get("student", {}).get("lora", 0) and not card.get("merged")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (UserError, OSError, LookupError, TypeError, AttributeError):
         return  # no student, or a damaged card, which is no teacher's
     way_out = "give the teacher that it was distilled from; --init STUDENT goes on with a student"
     if sampler != "flow" or times == 1:
