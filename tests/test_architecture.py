@@ -261,3 +261,33 @@ def test_files_and_functions_are_read_in_one_go(path: Path) -> None:
     assert len(text.splitlines()) <= LINES_OF_A_FILE
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     assert {node.name: lines_of(node) for node in functions if lines_of(node) > LINES_OF_A_FUNCTION} == {}
+
+
+LINES_OF_A_FAMILY = 90
+OLDER = ("teachers/sana.py", "teachers/dit.py")
+"""Families of the first edition, of two pipelines and of classes in place of prompts."""
+
+
+def is_family(file: str) -> bool:
+    """Whether a class in it names its pipelines."""
+    bodies = [node.body for node in ast.walk(tree(file)) if isinstance(node, ast.ClassDef)]
+    assigned = [node for body in bodies for node in body if isinstance(node, ast.Assign)]
+    return file.startswith("teachers/") and "pipelines" in {ast.unparse(node.targets[0]) for node in assigned}
+
+
+def code_lines(file: str) -> int:
+    """Lines of a file that are neither blank, nor a comment, nor of a docstring."""
+    texts = [
+        node
+        for node in ast.walk(tree(file))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+    silent = {line for node in texts for line in range(node.lineno, (node.end_lineno or 0) + 1)}
+    lines = enumerate((SOURCE / file).read_text().splitlines(), 1)
+    return sum(bool(line.split("#")[0].strip()) and number not in silent for number, line in lines)
+
+
+def test_a_family_is_a_file_of_few_lines() -> None:
+    families = {file: code_lines(file) for file in FILES if is_family(file)}
+    assert len(families) > 20 and "teachers/wan.py" in families
+    assert {file for file, lines in families.items() if lines > LINES_OF_A_FAMILY} == set(OLDER)

@@ -23,6 +23,7 @@ import stepfold
 from stepfold import cli
 from stepfold.cli import main
 from stepfold.config import TeacherSettings, from_yaml, load_config, preset_names, to_yaml
+from stepfold.errors import Caution
 from stepfold.training import doctor
 from stepfold.training.doctor import Finding
 
@@ -807,3 +808,12 @@ def test_warnings_of_the_libraries_that_tell_nothing_are_not_shown(monkeypatch: 
         with pytest.raises(SystemExit):
             cli.main()
     assert [str(each.message) for each in said] == ["something else"]
+
+
+def test_what_we_warn_of_is_one_line_and_what_libraries_do_is_as_python_shows_it() -> None:
+    ours, theirs = StringIO(), StringIO()
+    cli.show_warning(Caution("guidance 9 is far"), Caution, "here.py", 3, ours)
+    cli.show_warning(FutureWarning("gone soon"), FutureWarning, "there.py", 4, theirs)
+    assert (
+        ours.getvalue() == "note: guidance 9 is far\n" and "there.py:4: FutureWarning: gone soon" in theirs.getvalue()
+    )

@@ -12,7 +12,7 @@ from tiny import t5_tokenizer
 from tiny_qwen import qwen_autoencoder, qwen_tokenizer
 from tiny_z_image import qwen_encoder
 
-from stepfold.teachers.anima import AnimaModularPipeline
+from stepfold.teachers.anima_pipeline import AnimaModularPipeline
 
 
 def make_anima(num_layers: int = 2, **fields: Any) -> AnimaModularPipeline:

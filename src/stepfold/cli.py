@@ -30,7 +30,7 @@ from stepfold.commands.retime import retime
 from stepfold.commands.runs import runs
 from stepfold.commands.sample import sample
 from stepfold.commands.schedule import schedule
-from stepfold.errors import NonFiniteError, UserError, first_line, out_of_memory
+from stepfold.errors import Caution, NonFiniteError, UserError, first_line, out_of_memory
 
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # type: ignore[assignment] # typer's own, or click's
 app = typer.Typer(
@@ -99,11 +99,21 @@ LESS_MEMORY = {
 LESS_ELSEWHERE = "a smaller --batch, --n or --size, or --dtype bfloat16, where the command has them; else --device cpu"
 
 
+def show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """What we warn of is one line; the rest is as Python shows it."""
+    ours = isinstance(message, Caution)
+    shown = f"note: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(shown)
+
+
 def main() -> None:
     """Runs the command line; a user's mistake is one line and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for text, kind in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", text, kind)
+    warnings.showwarning = show_warning
     try:
         sys.exit(app(prog_name="stepfold", standalone_mode=False) or 0)
     except ClickException as error:

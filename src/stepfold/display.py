@@ -151,7 +151,9 @@ def results_table(result: dict) -> Table:
     keys = [key for key in CELLS if any(row.get(key) is not None for row in rows)]
     n, names = result.get("protocol", {}).get("n"), {key: CELLS[key][0] for key in keys}
     heads = [fd_title(n, name) if key.startswith("fd") else name for key, name in names.items()]
-    table = Table("sampler", *heads, box=None)
+    noisy = "latent_error" in keys and result.get("fresh_noise")
+    caption = "latent errors compare at one step alone: further steps add fresh noise" if noisy else None
+    table = Table("sampler", *heads, box=None, caption=caption, caption_justify="left")
     for who, group in groups.items():
         for steps, row in group.items():
             cells = ["-" if row.get(key) is None else CELLS[key][1].format(row[key]) for key in keys]

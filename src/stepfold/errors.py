@@ -18,6 +18,10 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+class Caution(UserWarning):
+    """Something that a user should know and that stops nothing; the command line says it in one line."""
+
+
 class NonFiniteError(RuntimeError):
     """A loss, gradient or model output is no longer finite. The run stops and keeps its last good checkpoint."""
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -13,7 +12,6 @@ import torch
 from typer.testing import CliRunner
 
 from stepfold.cli import app
-from stepfold.commands.sample import note_unheard
 from stepfold.config import Config, TeacherSettings, load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
@@ -116,18 +114,6 @@ def test_a_student_that_has_its_guidance_inside_is_a_teacher_of_half_the_cost(ru
         told = 0.5 * student(x / 0.5, t, condition, scale)
     torch.testing.assert_close(ours, told, rtol=1e-4, atol=1e-5)
     assert rows == [2]
-
-
-def test_a_scale_outside_of_those_taught_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    card = SimpleNamespace(recipe=SimpleNamespace(taught=(3.0, 5.0)))
-    monkeypatch.setattr("stepfold.students.card.read_card", lambda _: card)
-    for guidance in (None, 3.0, 4.0, 5.0):
-        note_unheard(tmp_path, guidance)
-    assert capsys.readouterr() == ("", "")
-    note_unheard(tmp_path, 9.0)
-    assert capsys.readouterr().err == "--guidance 9 is outside of 3 to 5, which the student was taught\n"
 
 
 @pytest.mark.parametrize(

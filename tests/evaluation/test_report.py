@@ -249,6 +249,10 @@ def test_the_latent_error_stands_beside_the_line_to_beat(tmp_path: Path):
         ("0.90", "latent error of the untrained teacher in one step"),
     ]
     assert sentences(noisy)[0] == "Latent error: the student is better than the untrained teacher in one step."
+    caption = str(results_table(noisy).caption)
+    assert "compare at one step alone" in caption and results_table(report).caption is None
+    for one, said in ((noisy, True), (report, False)):
+        assert ("compare at one step alone" in write_report(tmp_path, one)[1].read_text(encoding="utf-8")) is said
     html = write_report(tmp_path, report)[1].read_text(encoding="utf-8")
     assert [row[:3] for row in table_of(html)] == [
         ["Sampler", "Calls an image", "Latent error"],

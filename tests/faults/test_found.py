@@ -197,6 +197,20 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
+def test_a_folder_of_encoded_prompts_is_of_one_precision(tmp_path: Path) -> None:
+    """Begun in float32 and gone on with in bfloat16, it mixed both without a word."""
+
+    def again(precision: str) -> None:
+        black = torch.zeros(4, 2, 2)
+        encode_prompts(tmp_path / "cache", {"k": 1}, Numbered(), encode, None, black, batch=3, precision=precision)
+
+    again("float32")
+    again("float32")
+    with pytest.raises(UserError, match="was begun with --dtype float32, and this is bfloat16; give --dtype float32"):
+        again("bfloat16")
+    assert len(open_conditions(tmp_path / "cache", {"k": 1}, 3).rows([0])) == 1
+
+
 def test_a_kill_in_the_first_write_of_all(tmp_path: Path) -> None:
     """Found by `benchmarks/kills.py`: the folder was "not empty" ever after. Other files still stay untouched."""
     for folder in (tmp_path / "cache", tmp_path / "run"):

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from stepfold.config import validate
-from stepfold.errors import UserError
+from stepfold.errors import Caution, UserError
 from stepfold.maths.routes import few_step_times
 from stepfold.methods import METHODS
 from stepfold.sampling.recipe import NUM_STEPS, Recipe, make_recipe
@@ -85,7 +85,9 @@ def test_other_steps_than_the_card_lists_are_refused():
 
 def test_a_student_of_one_scale_takes_no_other():
     several, one = Recipe.model_validate(FIELDS), Recipe.model_validate(FIELDS | {"taught": [3.0, 3.0], "guidance": 3})
-    assert several.scale_for(None) == 4 and several.scale_for(7.0) == 7
+    assert several.scale_for(None) == 4 and several.scale_for(3.5) == 3.5
+    with pytest.warns(Caution, match="^guidance 7 is outside of 3 to 4, which the student was taught$"):
+        assert several.scale_for(7.0) == 7
     assert one.scale_for(None) == one.scale_for(3.0) == 3
     with pytest.raises(UserError, match=r"--guidance is 7, but this student was taught at 3 alone.*leave --guidance"):
         one.scale_for(7.0)

@@ -47,10 +47,13 @@ from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.ernie_image import ErnieImageTeacher
 from stepfold.teachers.family import Family
 from stepfold.teachers.flux import FluxTeacher
-from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
+from stepfold.teachers.flux2 import Flux2Teacher
+from stepfold.teachers.flux2_klein import Flux2KleinTeacher
 from stepfold.teachers.hunyuan_image import HunyuanImageTeacher
 from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
-from stepfold.teachers.kandinsky5 import Kandinsky5ImageTeacher, Kandinsky5Teacher, Kandinsky5VideoTeacher
+from stepfold.teachers.kandinsky5 import Kandinsky5Teacher
+from stepfold.teachers.kandinsky5_image import Kandinsky5ImageTeacher
+from stepfold.teachers.kandinsky5_video import Kandinsky5VideoTeacher
 from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.loading import family_of
 from stepfold.teachers.longcat_image import LongCatImageTeacher

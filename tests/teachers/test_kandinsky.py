@@ -13,7 +13,7 @@ from tiny_kandinsky import SIZES, make_kandinsky_image, make_kandinsky_video
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
 from stepfold.students.whole import new_student
-from stepfold.teachers.kandinsky5 import spread_of_video
+from stepfold.teachers.kandinsky5_video import spread_of_video
 from stepfold.teachers.loading import load_teacher
 
 

@@ -98,6 +98,7 @@ def run_own(
             "title": f"{name}: few-step student of {models.card.teacher}",
             "student_folder": name,
             "usual_steps": models.card.usual_steps,
+            "fresh_noise": recipe.sampler == "consistency",
             "command": command,
             "versions": versions(),
             "teacher_calls_per_step": calls_per_step(teacher),

@@ -337,5 +337,5 @@ def run_encode(
     with display.measuring({"prompts": len(file)}) as tick:
         encode_prompts(
             folder, key, file, conditions_from(None, teacher, file), teacher.null_condition, black, batch=batch,
-            note=display.note, tick=partial(tick, "prompts"),
+            precision=settings.dtype, note=display.note, tick=partial(tick, "prompts"),
         )  # fmt: skip

@@ -87,7 +87,6 @@ def sample(
         run_race(student, prompts, race, steps=steps, seed=seed, guidance=guidance, device=usable_device(device))
         typer.echo(race)
         return
-    note_unheard(student, guidance)
     pictures = run_sample(
         student, prompts, steps=steps, seed=seed, guidance=guidance, sampler=sampler, gamma=gamma, image=image,
         first_step=first_step, device=usable_device(device),
@@ -107,18 +106,6 @@ def free_name() -> Path:
     """`sample.png`, or the first of `sample-2.png`, `sample-3.png`, ... that is not there."""
     names = chain(["sample.png"], (f"sample-{number}.png" for number in count(2)))
     return next(path for path in map(Path, names) if not path.exists())
-
-
-def note_unheard(folder: Path, guidance: float | None) -> None:
-    """Says where a student of several guidance scales is told one outside of them."""
-    from stepfold.students.card import read_card
-
-    taught = read_card(folder).recipe.taught
-    if guidance is not None and not min(taught) <= guidance <= max(taught):
-        typer.echo(
-            f"--guidance {guidance:g} is outside of {min(taught):g} to {max(taught):g}, which the student was taught",
-            err=True,
-        )
 
 
 def run_race(

@@ -19,9 +19,10 @@ from stepfold.students.card import ANYFLOW, Card, read_card
 from stepfold.students.folding import MOST_ERROR
 from stepfold.students.loading import load_merged
 from stepfold.students.two_times import EMBEDDER
+from stepfold.teachers.anyflow import anyflow_classes, timesteps
 from stepfold.teachers.calls import scheduler_times
 from stepfold.teachers.pipeline import PipelineTeacher
-from stepfold.teachers.wan import WanTeacher, anyflow_classes, timesteps
+from stepfold.teachers.wan import WanTeacher
 from stepfold.training.runs import writing
 
 KEPT = ("tokenizer", "text_encoder", "vae")

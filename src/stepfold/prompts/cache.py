@@ -67,6 +67,7 @@ def encode_prompts(
     black: Tensor,
     *,
     batch: int,
+    precision: str = "",
     note: Callable[[str], None] = lambda text: None,
     tick: Callable[[int], None] = lambda count: None,
 ) -> None:
@@ -79,6 +80,7 @@ def encode_prompts(
         encode: numbers of prompts -> their conditions.
         null, black: see `ConditionCache`.
         batch: prompts a call of `encode`.
+        precision: of the encoders; a folder is of one. A run may read it at any.
         note: told the size before it starts.
         tick: called with the number of prompts done.
 
@@ -87,7 +89,13 @@ def encode_prompts(
     """
     index = {**key, "count": len(prompts), "shard": SHARD}
     if (folder / INDEX).exists():
-        check_key(folder, read_index(folder), index)
+        there = read_index(folder)
+        check_key(folder, there, index)
+        if (before := there.get("precision", precision)) != precision:
+            raise UserError(
+                f"{folder} was begun with --dtype {before}, and this is {precision}; give --dtype {before}, or encode "
+                "into another folder"
+            )
     elif folder.exists() and holds_files(folder):
         raise UserError(f"{folder} is not empty and holds no encoded prompts; choose another --out")
     make_folder(folder)
@@ -102,7 +110,7 @@ def encode_prompts(
             "name a larger disk in --out"
         )
     with writing(folder / INDEX) as part:
-        part.write_text(json.dumps(index, indent=2) + "\n")
+        part.write_text(json.dumps(index | {"precision": precision}, indent=2) + "\n")
     extras = {"black": black.cpu().contiguous()}
     if null is not None:
         for text, of in texts_of(null).items():

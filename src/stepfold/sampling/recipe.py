@@ -1,12 +1,13 @@
 """How a student is sampled: the part of its card that code obeys."""
 
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 
 from pydantic import Field, field_validator, model_validator
 
 from stepfold.config import Config, phases_of
-from stepfold.errors import UserError
+from stepfold.errors import Caution, UserError
 from stepfold.jumps import ANYWHERE
 from stepfold.maths.policy import Policy
 from stepfold.maths.routes import START
@@ -111,7 +112,7 @@ class Recipe(Section):
         return self.times[num_steps]
 
     def scale_for(self, asked: float | None) -> float:
-        """The guidance scale to tell the student.
+        """The guidance scale to tell the student; warns of one outside of those that it was taught.
 
         Args:
             asked: scale that the user wants; None for the student's usual one.
@@ -124,7 +125,12 @@ class Recipe(Section):
                 f"--guidance is {asked:g}, but this student was taught at {self.taught[0]:g} alone and stands for "
                 "that; leave --guidance out"
             )
-        return self.guidance if asked is None else asked
+        if asked is None:
+            return self.guidance
+        if not (least := min(self.taught)) <= asked <= (most := max(self.taught)):
+            outside = f"guidance {asked:g} is outside of {least:g} to {most:g}, which the student was taught"
+            warnings.warn(outside, Caution, stacklevel=2)
+        return asked
 
     def gamma_for(self, asked: float) -> float:
         """The share of fresh noise in the student's steps.

@@ -4,57 +4,20 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-from diffusers.loaders import AnimaLoraLoaderMixin
-from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
 from diffusers.utils import is_torchvision_available
 from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError
 from stepfold.maths.formulations import flow_prediction
+from stepfold.teachers.anima_pipeline import AnimaModularPipeline
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.family import Predict
 from stepfold.teachers.guiders import GuiderTeacher
-from stepfold.teachers.modular import ModularParts
 from stepfold.teachers.qwen_image import QwenAutoencoder
 
 USUAL_SIDE = 128
 """Latents along a side, where the call says nothing."""
-
-
-class AnimaModularPipeline(AnimaLoraLoaderMixin, ModularParts):
-    """The parts of diffusers' pipeline of that name."""
-
-    def __init__(
-        self, transformer: Any, text_conditioner: Any, text_encoder: Any, tokenizer: Any, t5_tokenizer: Any, vae: Any,
-        scheduler: Any, guider: Any,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.register_modules(
-            transformer=transformer, text_conditioner=text_conditioner, text_encoder=text_encoder, tokenizer=tokenizer,
-            t5_tokenizer=t5_tokenizer, vae=vae, scheduler=scheduler, guider=guider,
-        )  # fmt: skip
-
-    def __call__(
-        self,
-        prompt: list[str],
-        num_inference_steps: int = 50,
-        max_sequence_length: int = 512,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        """See `AnimaAutoBlocks`, the text-to-image workflow."""
-        call = {"num_inference_steps": num_inference_steps, "max_sequence_length": max_sequence_length}
-        return self.run(output_type, return_dict, {"prompt": prompt} | call | kwargs)
-
-    @classmethod
-    def save_lora_weights(  # type: ignore[override]
-        cls, save_directory: Any, transformer_lora_layers: Any, weight_name: str | None = None
-    ) -> None:
-        """As of other pipelines; diffusers has none for Anima, though it loads such a file."""
-        state = cls.pack_weights(transformer_lora_layers, cls.transformer_name)
-        cls.write_lora_layers(state, save_directory, True, weight_name, None, True)  # type: ignore[arg-type]
 
 
 def anima_network(
@@ -130,20 +93,8 @@ class AnimaTeacher(GuiderTeacher, QwenAutoencoder):
 
     @override
     def encode_texts(self, prompts: Sequence[str]) -> Condition:
-        """States of the text encoder, read at a second tokenizer's tokens; past a prompt's end there are zeros."""
-        read = AnimaTextEncoderStep.encode_prompt(
-            self.pipe, list(prompts), prepare_unconditional_embeds=False, max_sequence_length=self.max_tokens,
-            device=self.device,
-        )  # fmt: skip
-        mask = read["t5_attention_mask"]
-        assert mask is not None
-        embeds = self.pipe.text_conditioner.to(self.device)(
-            source_hidden_states=read["qwen_prompt_embeds"],
-            target_input_ids=read["t5_input_ids"],
-            target_attention_mask=mask,
-            source_attention_mask=read["qwen_attention_mask"],
-        )
-        return Condition(embeds[:, : mask.shape[1]].to(self.work_dtype), mask.long())
+        embeds, mask = self.pipe.read(prompts, self.max_tokens, self.device)
+        return Condition(embeds.to(self.work_dtype), mask.long())
 
     @classmethod
     @override

@@ -13,7 +13,7 @@ from stepfold.maths.formulations import flow_prediction
 from stepfold.teachers.calls import OwnLevels
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.family import Predict
-from stepfold.teachers.flux2 import PatchedLatents
+from stepfold.teachers.patched import PatchedLatents
 from stepfold.teachers.tokens import TextReader
 
 LONGEST = 1024

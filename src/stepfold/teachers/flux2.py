@@ -1,104 +1,26 @@
-"""FLUX.2: flow prediction on latents of two-by-two patches; klein is guided by two calls, dev embeds its scale."""
+"""FLUX.2 dev, which embeds its guidance: flow prediction on latents of two-by-two patches."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
-from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from diffusers import Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 from typing_extensions import override
 
 from stepfold.errors import UserError
-from stepfold.maths.formulations import flow_prediction
-from stepfold.teachers.contract import Condition, GuidanceKind, SamplerName
+from stepfold.teachers.contract import Condition, GuidanceKind
 from stepfold.teachers.family import Predict
-from stepfold.teachers.pipeline import PipelineTeacher
+from stepfold.teachers.flux2_network import flux2_network
+from stepfold.teachers.patched import PatchedLatents
 from stepfold.teachers.schedules import flow_shift
-from stepfold.teachers.tokens import chat_opening, tokenizer_in
+from stepfold.teachers.tokens import tokenizer_in
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Where a prompt stands in a template."""
-
-
-REFERENCE_FRAME = 10
-"""Where the frame of a reference image stands among the positions."""
 SMALLEST_SIDE, LONGEST_RATIO, LARGEST_REFERENCE = 64, 8, 1024 * 1024
 """Of a reference image, in pixels; the pipeline refuses others, and makes larger ones smaller."""
-
-
-def places(*sides: int, device: torch.device, first: int = 0) -> Tensor:
-    """Position ids [product of the sides, 4] of frame, row, column and token of the text; frames begin at `first`."""
-    ids = torch.cartesian_prod(*(torch.arange(side, device=device) for side in sides))
-    return ids + torch.tensor([first, 0, 0, 0], device=device)
-
-
-def flux2_network(
-    transformer: Any,
-    x_unit: Tensor,
-    t: Tensor,
-    condition: Condition,
-    guidance: Tensor | None,
-    *,
-    time_scale: float,
-    reference: tuple[int, int],
-) -> Tensor:
-    """F [B, C, H, W] of a Flux2Transformer2DModel, whose time counts to `time_scale`; it multiplies it by 1000.
-
-    The condition's second text is a reference image: clean latents of height and width `reference` behind the noisy
-    ones.
-    """
-    height, width = x_unit.shape[-2:]
-    ids, image = places(1, height, width, 1, device=x_unit.device), condition.second
-    if image is not None:
-        ids = torch.cat([ids, places(1, *reference, 1, device=x_unit.device, first=REFERENCE_FRAME)])
-
-    def velocity(x_flow: Tensor, t_flow: Tensor) -> Tensor:
-        noisy = x_flow.flatten(2).mT
-        tokens = transformer(
-            hidden_states=noisy if image is None else torch.cat([noisy, image.embeds.to(noisy.dtype)], 1),
-            timestep=time_scale / 1000 * t_flow,
-            guidance=guidance,
-            encoder_hidden_states=condition.embeds,
-            txt_ids=places(1, 1, 1, condition.embeds.shape[1], device=x_flow.device),
-            img_ids=ids,
-            return_dict=False,
-        )[0]
-        return tokens[:, : height * width].mT.unflatten(2, (height, width))
-
-    return flow_prediction(x_unit, t, velocity)
-
-
-class PatchedLatents(PipelineTeacher):
-    """Abstract: latents [B, C, H / 16, W / 16] are patches of two by two, normalised by running statistics."""
-
-    autoencoder_layout = "once its channels, four by four, are squares of two by two"
-
-    @override
-    def autoencoder_channels(self, vae: dict[str, Any]) -> int:
-        return 4 * vae["latent_channels"]
-
-    @override
-    def pixels_a_latent(self, vae: dict[str, Any]) -> int:
-        return 2 * super().pixels_a_latent(vae)
-
-    def variance_floor(self, vae: Any) -> float:
-        """What the pipeline adds to the autoencoder's running variance."""
-        return vae.config.batch_norm_eps
-
-    @override
-    def latent_scale(self, vae: Any) -> tuple[Any, Any]:
-        mean, variance = (values.to(self.device)[:, None, None] for values in (vae.bn.running_mean, vae.bn.running_var))
-        return (variance + self.variance_floor(vae)).rsqrt(), mean
-
-    @override
-    def to_autoencoder(self, latents: Tensor) -> Tensor:
-        return nn.functional.pixel_shuffle(latents, 2)
-
-    @override
-    def from_autoencoder(self, latents: Tensor) -> Tensor:
-        return nn.functional.pixel_unshuffle(latents, 2)
 
 
 class Flux2Teacher(PatchedLatents):
@@ -182,33 +104,3 @@ class Flux2Teacher(PatchedLatents):
     def given(self, noise: Tensor) -> Tensor:
         """The pipeline packs it itself."""
         return noise
-
-
-class Flux2KleinTeacher(Flux2Teacher):
-    """Flux2KleinPipeline; the student is one too, saved as distilled: it goes without guidance at any scale."""
-
-    pipelines = (Flux2KleinPipeline,)
-
-    @classmethod
-    @override
-    def guidance_kinds(cls, network: Mapping[str, Any], pipeline: Mapping[str, Any]) -> tuple[GuidanceKind, ...]:
-        return ("none",) if pipeline.get("is_distilled") else ("classifier_free", "none")
-
-    @classmethod
-    @override
-    def before_prompts(cls, pipe: Any) -> tuple[str, int]:
-        """The beginning of the user's turn."""
-        return chat_opening(pipe.tokenizer, enable_thinking=False), 0
-
-    @override
-    def made(self, latents: Tensor) -> Tensor:
-        """The pipeline returns the autoencoder's."""
-        return self.unit_latents(latents)
-
-    @override
-    def student_parts(self, sampler: SamplerName) -> dict[str, Any]:
-        return super().student_parts(sampler) | {"is_distilled": True}
-
-    @override
-    def retimed_parts(self, network: Any) -> dict[str, Any]:
-        return super().retimed_parts(network) | {"is_distilled": self.pipe.config.is_distilled}

@@ -15,7 +15,8 @@ from stepfold.teachers.contract import Condition
 from stepfold.teachers.dit import DiTTeacher
 from stepfold.teachers.ernie_image import ErnieImageTeacher
 from stepfold.teachers.flux import FluxTeacher
-from stepfold.teachers.flux2 import Flux2KleinTeacher, Flux2Teacher
+from stepfold.teachers.flux2 import Flux2Teacher
+from stepfold.teachers.flux2_klein import Flux2KleinTeacher
 from stepfold.teachers.folders import (
     DEVICE_ERRORS,
     check_folder,
@@ -30,7 +31,8 @@ from stepfold.teachers.folders import (
 )
 from stepfold.teachers.hunyuan_image import HunyuanImageTeacher
 from stepfold.teachers.hunyuan_video15 import HunyuanVideo15Teacher
-from stepfold.teachers.kandinsky5 import Kandinsky5ImageTeacher, Kandinsky5VideoTeacher
+from stepfold.teachers.kandinsky5_image import Kandinsky5ImageTeacher
+from stepfold.teachers.kandinsky5_video import Kandinsky5VideoTeacher
 from stepfold.teachers.krea2 import Krea2Teacher
 from stepfold.teachers.live import is_live
 from stepfold.teachers.longcat_image import LongCatImageTeacher
