@@ -144,6 +144,7 @@ def results_table(result: dict) -> Table:
     """The rows of a report as a table for the terminal."""
     # imported late: --help has no use for torch
     from stepfold.evaluation.protocol import counted, fd_title, teachers_of
+    from stepfold.evaluation.verdict import noisy_note
 
     groups = {who: result[who] for who in (*teachers_of(result), "student") if who in result}
     groups |= result.get("pipelines", {})
@@ -151,8 +152,7 @@ def results_table(result: dict) -> Table:
     keys = [key for key in CELLS if any(row.get(key) is not None for row in rows)]
     n, names = result.get("protocol", {}).get("n"), {key: CELLS[key][0] for key in keys}
     heads = [fd_title(n, name) if key.startswith("fd") else name for key, name in names.items()]
-    noisy = "latent_error" in keys and result.get("fresh_noise")
-    caption = "latent errors compare at one step alone: further steps add fresh noise" if noisy else None
+    caption = noisy_note(result, keys) or None
     table = Table("sampler", *heads, box=None, caption=caption, caption_justify="left")
     for who, group in groups.items():
         for steps, row in group.items():

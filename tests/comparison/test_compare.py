@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from stepfold.cli import app
 from stepfold.commands.compare import asked_for, counts, numbers
+from stepfold.commands.options import check_page
 from stepfold.comparison import rows as planning
 from stepfold.comparison.page import SEARCHED, minutes_of, page, write_page
 from stepfold.comparison.rows import (
@@ -35,7 +36,7 @@ from stepfold.comparison.rows import (
     steps_for,
 )
 from stepfold.comparison.stage import choose_rates, listing, stage_of
-from stepfold.comparison.sweep import check_protocol, protocol_of, run_timing
+from stepfold.comparison.sweep import check_protocol, compare, protocol_of, run_timing
 from stepfold.comparison.verdicts import values_at, verdicts
 from stepfold.config import load_config, preset_names
 from stepfold.display import Display
@@ -112,6 +113,10 @@ def test_what_is_counted_in_steps_is_stretched_with_a_run() -> None:
     assert longer.optimiser.warmup == 2 * config.optimiser.warmup
     assert longer.fake.head_start == 2 * config.fake.head_start and longer.training.ema == pytest.approx(0.98)
     assert longer.consistency.r_cooldown_start == 2 * config.consistency.r_cooldown_start
+    rule = ("semigroup.alpha=0.5", "semigroup.alpha_final=0.1", "semigroup.alpha_steps=60", "reward.from_step=90")
+    shorter = load_config("shortcut", (*rule, *scaled(load_config("shortcut", rule), 20)))
+    assert load_config("shortcut").training.steps == 120
+    assert (shorter.semigroup.alpha_steps, shorter.reward.from_step) == (10, 15)
     third = load_config("progressive", scaled(load_config("progressive"), 40)).training
     assert [phase.steps for phase in third.phases] == [10, 10, 10] and third.preview_every == 40
     assert load_config("progressive", scaled(load_config("progressive"), 2)).training.ema == 0
@@ -230,6 +235,79 @@ def test_the_page_has_verdicts_costs_and_what_is_missing(tmp_path: Path) -> None
     assert stage_of(ask, elsewhere) == stage
     write_page(ask, stage, protocol, elsewhere, tmp_path / "page" / "methods.md")
     assert (tmp_path / "page" / "methods.md").read_text(encoding="utf-8") == text
+
+
+def test_a_page_of_some_rows_keeps_the_numbers_of_the_others(tmp_path: Path) -> None:
+    """A page of the demo alone took 36 of 38 runs out of the file beside it."""
+    both, one = asked(seeds=1), asked(("demo",), seeds=1)
+    for run in plan_timing(both):
+        write(tmp_path / "runs", run, timed(1.0))
+    for run in stage_of(both, tmp_path / "runs").of(METHODS):
+        write(tmp_path / "runs", run, ended(0.1 if run.row == "demo" else 0.2))
+    path = tmp_path / "methods.md"
+    write_page(both, stage_of(both, tmp_path / "runs"), EMOJI, tmp_path / "runs", path)
+    text, before = path.read_text(), json.loads(path.with_suffix(".json").read_text())
+    assert len(before["runs"]) == 4 and before["command"] == "compare"
+
+    elsewhere = tmp_path / "elsewhere"
+    recall(path.with_suffix(".json"), elsewhere, (SEARCHED,))
+    write_page(one, stage_of(one, elsewhere), EMOJI, elsewhere, path)
+    assert "| dmd |" not in path.read_text()
+    after = json.loads(path.with_suffix(".json").read_text())
+    assert after["runs"] == before["runs"] and after["teacher"] == before["teacher"]
+    again = tmp_path / "again"
+    assert recall(path.with_suffix(".json"), again, (SEARCHED,)) == 4
+    write_page(both, stage_of(both, again), EMOJI, again, path)
+    assert path.read_text() == text
+
+    (run,) = stage_of(one, again).of(METHODS)  # scored on other images: the dmd's teacher is not this one's
+    write(again, run, ended(0.1) | {"teacher": {"20": before["teacher"]["20"] | {"fd": 0.5}}})
+    write_page(one, stage_of(one, again), EMOJI, again, path)
+    (other,) = (run for run in stage_of(both, again).of(METHODS) if run.row == "dmd")
+    recall(path.with_suffix(".json"), tmp_path / "third", (SEARCHED,))
+    kept = json.loads((tmp_path / "third" / other.name / SCORES).read_text())
+    assert kept["teacher"] == before["teacher"] != json.loads(path.with_suffix(".json").read_text())["teacher"]
+
+
+def test_the_page_lists_what_is_changed_of_the_presets(tmp_path: Path) -> None:
+    changed = asked_for(
+        ["demo", "lora-4step"], MINUTE, ["optimiser.lr=1e-5"], seeds=1, rates=(), steps=(1,), pictures=4
+    )
+    text = page(changed, stage_of(changed, tmp_path), EMOJI, {}, {})
+    assert "- demo: `optimiser.lr=1e-5`\n" in text and "the preset's own" not in text
+    assert re.search(r"- lora-4step: .*`student.lora=32`.*`optimiser.lr=1e-5`\n", text)
+    assert all(f"- `{change}`\n" in text for change in ROWS.common)
+    assert "settings of their own" not in page(asked(), stage_of(asked(), tmp_path), EMOJI, {}, {})
+
+
+@pytest.mark.parametrize("change", ["training.steps=5", "seed=3", "training.checkpoint_every=2"])
+def test_what_the_budget_gives_is_no_setting(change: str) -> None:
+    """`training.steps=5` was taken: warm-up and average were stretched from it, a hundredfold."""
+    with pytest.raises(UserError, match="whose budget and --seeds give"):
+        asked_for(["demo"], MINUTE, [change], seeds=1, rates=(), steps=(1,), pictures=4)
+
+
+@pytest.mark.parametrize("page_file", [".", "", "page.json"])
+@pytest.mark.parametrize("command", ["compare", "reproduce"])
+def test_a_page_is_a_markdown_file(command: str, page_file: str) -> None:
+    with pytest.raises(UserError, match=r"give the name of a .md file"):
+        check_page(Path(page_file), command)
+
+
+def test_a_page_of_another_command_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "page.json").write_text(json.dumps({"command": "compare"}))
+    check_page(tmp_path / "page.md", "compare")
+    with pytest.raises(UserError, match="is a page of stepfold compare; give another --page"):
+        check_page(tmp_path / "page.md", "reproduce")
+
+
+def test_searched_levels_are_looked_at_before_hours_of_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no file of `stepfold schedule`"):
+        compare(
+            asked(), tmp_path / "runs", tmp_path / "page.md", Display(quiet=True),
+            workers=1, schedule=tmp_path / "nofile.json", page_only=False,
+        )  # fmt: skip
+    assert not (tmp_path / "runs").exists()
 
 
 def test_one_seed_has_no_verdict_and_equal_pairs_show_time(tmp_path: Path) -> None:

@@ -11,11 +11,19 @@ from typing import Any
 import pytest
 import torch
 
+from stepfold.commands.own_teacher import check_unread
 from stepfold.errors import UserError
 from stepfold.evaluation.judge import Judge, image_features, text_features
 from stepfold.evaluation.measure import protocol_samplers
 from stepfold.evaluation.metrics import accuracy, clip_score, diversity, frechet_distance
-from stepfold.evaluation.protocol import EMOJI, Protocol, emoji_protocol, protocol_prompts, score_images
+from stepfold.evaluation.protocol import (
+    EMOJI,
+    Protocol,
+    check_steps,
+    emoji_protocol,
+    protocol_prompts,
+    score_images,
+)
 from stepfold.sampling.recipe import Recipe
 
 SMALL = Protocol(name="small", version=1, n=20, seed=3, samples_per_prompt=2)
@@ -61,6 +69,30 @@ def test_flow_maps_are_measured_at_eight_steps_too_with_the_teacher_beside_them(
     assert ours == replace(EMOJI, teacher_steps=(20, 8, 4, 2, 1), student_steps=(8, 4, 2, 1))
     assert emoji_protocol([flow_map], [1, 4], 500, 4.5) == replace(EMOJI, student_steps=(4, 1))
     assert emoji_protocol([plain], [8], 500, 4.5) == replace(EMOJI, student_steps=(8,))
+
+
+def test_a_number_of_steps_that_no_student_has_is_refused():
+    """Four steps were measured where one was asked for."""
+    one, four = (
+        Recipe(sampler="consistency", times=times, taught=(3.0,), guidance=3.0, sigma_data=1.0)
+        for times in ({1: (1.5,), 2: (1.5, 1.0)}, {4: (1.5, 1.2, 0.9, 0.5)})
+    )
+    check_steps([one, four], None)
+    check_steps([one, four], [4, 1])
+    for recipes, steps, said in (
+        ([four], [1], "has times for 4 steps, not for 1"),
+        ([one], [3, 1], "has times for 1, 2 steps, not for 3"),
+        ([one, four], [2], "has times for 4 steps, not for 2"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_steps(recipes, steps)
+
+
+@pytest.mark.parametrize("name", ["prompts", "clip", "images", "out"])
+def test_options_that_the_bundled_evaluator_does_not_read_are_refused(name: str):
+    check_unread(**dict.fromkeys(["prompts", "clip", "images", "out"]))
+    with pytest.raises(UserError, match=f"^--{name} is not for --protocol emoji.*give --protocol teacher$"):
+        check_unread(**{name: "x"})
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from stepfold.errors import UserError
 from stepfold.export.hub import hub_card, push, teacher_of_nobody_else
-from stepfold.export.pipeline import write_cards
+from stepfold.export.pipeline import measured, write_cards
 from stepfold.jobs.exporting import run_export
 from stepfold.students.card import CARD, read_card
 
@@ -108,6 +108,14 @@ def test_no_path_of_this_machine_goes_to_the_hub(lora: int, student_of: StudentO
     assert there["config"]["teacher"]["lora"][0]["source"] == "style.safetensors"
     assert there["config"]["reward"]["clip"] == "openai/clip-vit-base-patch32"
     assert not [name for name, data in api.files.items() if str(tmp_path.parent).encode() in data]
+
+
+def test_a_card_says_which_latent_errors_compare() -> None:
+    rows = {"1": {"latent_error": 0.5}, "4": {"latent_error": 0.9}}
+    metrics = {"protocol": {"hash": "0" * 64, "n": 4}, "teacher": rows, "student": rows}
+    assert "compare at one step alone: further steps add fresh noise.\n" in measured(metrics | {"fresh_noise": True})
+    assert "fresh noise" not in measured(metrics) and "| student, 4 steps | 0.900 |" in measured(metrics)
+    assert "fresh noise" not in measured(metrics | {"fresh_noise": True, "student": {"1": rows["1"]}})
 
 
 def test_an_exported_pipelines_measurements_go_with_it(student: Path, tmp_path: Path) -> None:

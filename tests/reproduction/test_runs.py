@@ -47,6 +47,7 @@ from stepfold.reproduction.runs import (
     score,
     solvers_note,
 )
+from stepfold.reproduction.sweep import sweep
 
 EXPERIMENTS = load_experiments()
 
@@ -375,6 +376,34 @@ def test_a_table_runs_resumes_and_makes_a_page(
     write_page(experiments, runs, elsewhere, tmp_path / "page" / "paper.md")
     assert (tmp_path / "page" / "paper.md").read_text() == text
     assert recall(tmp_path / "page" / "paper.json", tmp_path / "runs") == 0
+
+
+def test_another_number_of_steps_stretches_r_and_is_named() -> None:
+    """The page said 120 steps of runs of 500, and the course of r ended after a quarter of them."""
+    few, many = (plan(EXPERIMENTS, ["T7"], extra) for extra in ([], ["training.steps=480"]))
+    assert {run.config.training.steps for run in many} == {480}
+    for before, after in zip(few, many, strict=True):
+        assert after.config.consistency.r_warmup == 4 * before.config.consistency.r_warmup
+    text = page(EXPERIMENTS, {}, {}, extra=["training.steps=480"])
+    assert "(480 steps of 28 to 32), all with `training.steps=480`, and is measured" in text
+    assert "(120 steps of 28 to 32) and is measured" in page(EXPERIMENTS, {}, {})
+    own = plan(EXPERIMENTS, ["T7"], ["training.steps=480", "consistency.r_warmup=7"])
+    assert {run.config.consistency.r_warmup for run in own} == {7}
+
+
+def test_a_page_without_images_shows_the_rows_that_needed_some(tmp_path: Path) -> None:
+    (run,) = [run for run in plan(EXPERIMENTS, [], [], tmp_path) if run.config.space.images and run.config.seed == 0][
+        :1
+    ]
+    (tmp_path / "runs" / run.name).mkdir(parents=True)
+    record = {"command": "c", "diverged": True, "steps": 3}
+    (tmp_path / "runs" / run.name / SCORES).write_text(json.dumps(record))
+    for _ in range(2):
+        sweep(
+            EXPERIMENTS, [], tmp_path / "runs", tmp_path / "paper.md", Display(quiet=True),
+            workers=1, extra=[], images=None, page_only=True,
+        )  # fmt: skip
+        assert json.loads((tmp_path / "paper.json").read_text())["runs"] == {run.name: record}
 
 
 @pytest.mark.long

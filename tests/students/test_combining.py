@@ -110,7 +110,7 @@ def test_a_sum_that_other_prompts_do_not_like_is_not_written(
         run_combine(run, tmp_path / "new", **options)
     for old in sorted((run / "checkpoints").iterdir())[:1]:
         (old / "student.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"has 1 whole checkpoints, .*; train with --set training.keep_checkpoints=8"):
+    with pytest.raises(UserError, match=r"has 1 whole checkpoint, .*; train with --set training.keep_checkpoints=8"):
         run_combine(run, tmp_path / "new", **options)
 
 

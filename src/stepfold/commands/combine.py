@@ -59,7 +59,11 @@ def combine(
     )  # fmt: skip
     for name, coefficient in zip(found["states"], found["coefficients"], strict=True):
         typer.echo(f"{name:24} {coefficient:+.3f}")
-    typer.echo(f"latent error on other prompts: {found['before']:.4f} before, {found['after']:.4f} now\nstudent: {out}")
+    less = 100 * (1 - found["after"] / found["before"])
+    typer.echo(
+        f"latent error on other prompts: {found['before']:.4f} before, {found['after']:.4f} now ({less:.2g}% less)"
+    )
+    typer.echo(f"student: {out}")
 
 
 def run_combine(
@@ -101,8 +105,8 @@ def run_combine(
     saved = [path for path in checkpoints(folder) if damage(path) is None]
     if len(saved) < 2:
         raise UserError(
-            f"{folder} has {len(saved)} whole checkpoints, and a sum needs 2 or more; train with "
-            "--set training.keep_checkpoints=8"
+            f"{folder} has {len(saved)} whole checkpoint{'s' * (len(saved) != 1)}, and a sum needs 2 or more; train "
+            "with --set training.keep_checkpoints=8"
         )
     texts, chosen = choose(folder, card, prompts, 2 * n)
     half = len(chosen.index) // 2
@@ -124,7 +128,9 @@ def run_combine(
         ]
 
     error_on = partial(error_of, student, sampler, states)
-    display.note(f"{len(states)} states of {len(saved)} checkpoints, {half} prompts, {count} sampling steps")
+    display.note(
+        f"{len(states)} states of {len(saved)} checkpoints, {half} prompts, {count} sampling step{'s' * (count != 1)}"
+    )
     with display.searching({"coefficients": 1 + sweeps * (len(states) - 1) * EVALUATIONS}) as tick:
         counted = partial(tick, "coefficients", 1)
         found, _ = search(partial(error_on, halves[0], counted), len(states), reference, sweeps)

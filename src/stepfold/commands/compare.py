@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepfold.commands.options import Quiet, ScheduleOption
+from stepfold.commands.options import Quiet, ScheduleOption, check_page
 from stepfold.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def compare(
     from stepfold.display import Display, quiet_libraries
     from stepfold.reproduction.kept import recall
 
+    check_page(page, "compare")
     given = {"minutes": minutes, "demo steps": demo_steps, "pairs": pairs}
     budgets = [Budget(kind, amount) for kind, amount in given.items() if amount is not None]  # type: ignore[arg-type]
     if len(budgets) > 1:
@@ -136,8 +137,9 @@ def asked_for(
     Raises:
         UserError: no such row, or a bad setting.
     """
-    from stepfold.comparison.rows import Comparison, choose_rows, load_rows
+    from stepfold.comparison.rows import Comparison, check_changes, choose_rows, load_rows
 
+    check_changes(changes)
     rows = load_rows()
     return Comparison(
         rows={name: row.with_changes(changes) for name, row in choose_rows(rows, presets).items()},
@@ -191,7 +193,8 @@ def show_plan(asked: "Comparison", out: Path, workers: int) -> None:
         state = "done" if line.done else "to do"
         typer.echo(f"{state:6} {line.run.table}: {line.run.row}, seed {line.run.config.seed}, {steps}{took}")
     planned = len(asked.rows) * (1 + len(asked.rates) + asked.seeds)
-    typer.echo(f"{len(asked.rows)} rows, each trained {asked.budget.words} a run, {planned} runs in all")
+    rows = f"{len(asked.rows)} row{'s' * (len(asked.rows) != 1)}"
+    typer.echo(f"{rows}, each trained {asked.budget.words} a run, {planned} runs in all")
     if left is None:
         typer.echo("hours: not known before the first short runs have timed the rows; start it, or give --minutes")
         return

@@ -93,8 +93,7 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for images and a report (teacher; default: none), or for images. Default: runs/PROTOCOL.",
-            show_default=False,
+            help="Folder of images, with a report (teacher). Default: none; runs/PROTOCOL.", show_default=False
         ),
     ] = None,
     json_file: JsonOption = None,
@@ -116,7 +115,7 @@ def evaluate(
 
     stepfold evaluate ./my-sana --protocol geneval --prompts evaluation_metadata.jsonl
     """
-    from stepfold.commands.own_teacher import NUM_PROMPTS, is_own, run_own
+    from stepfold.commands.own_teacher import NUM_PROMPTS, check_unread, is_own, run_own
     from stepfold.display import Display, mjhq_table, quiet_libraries, results_table, show_table
     from stepfold.evaluation.verdict import headline
 
@@ -136,7 +135,7 @@ def evaluate(
             folders, steps=counts, n=n or NUM_PROMPTS, guidance=guidance, prompts=prompts, clip=clip, out=out,
             display=display, device=usable_device(device), schedule=schedule, command=typed(),
         )  # fmt: skip
-        write_json(json_file, next(iter(found.values())) if len(found) == 1 else {"students": found})
+        write_json(json_file, found[str(folders[0])] if len(found) == 1 else {"students": found})
         for name, row in found.items():
             typer.echo(f"{name}: {row['protocol']['prompts']}")
             show_table(results_table(row))
@@ -160,6 +159,7 @@ def evaluate(
         )  # fmt: skip
         table = mjhq_table(result)
     else:
+        check_unread(prompts=prompts, clip=clip, images=images, out=out)
         result = run_evaluate(
             folders, steps=counts, n=n or 2000, guidance=guidance, display=display, device=usable_device(device),
             schedule=schedule,
@@ -195,8 +195,7 @@ def run_evaluate(
     from stepfold.evaluation.protocol import protocol_record, rows_by_steps, teacher_of
     from stepfold.evaluation.report import versions
 
-    names = list(dict.fromkeys(map(str, folders)))
-    students = open_students(names, device)
+    students = open_students(names := list(dict.fromkeys(map(str, folders))), device)
     drawers = {name: open_drawer(Path(name), device) for name in names if name not in students}
     judge = load_judge(assets.JUDGE, device)
     protocols: dict[str, Protocol] = {}
@@ -291,15 +290,16 @@ def measure_students(
         The protocol, and who (`teacher`, `student NAME`) -> steps -> scores.
     """
     from stepfold.evaluation.measure import measure_groups, protocol_samplers
-    from stepfold.evaluation.protocol import emoji_protocol, rows_by_steps
+    from stepfold.evaluation.protocol import check_steps, emoji_protocol, rows_by_steps
     from stepfold.levels.record import searched_samplers
     from stepfold.teachers.loading import load_teacher
 
+    recipes = [recipe for _, recipe in students.values()]
+    check_steps(recipes, steps)
     teacher = load_teacher(settings, device)
-    scale = teacher.default_guidance if scale is None else scale
-    protocol = emoji_protocol([recipe for _, recipe in students.values()], steps, n, scale)
+    protocol = emoji_protocol(recipes, steps, n, teacher.default_guidance if scale is None else scale)
     named = {f"student {name}": student for name, student in students.items()}
-    searched = searched_samplers(schedule, teacher, settings, scale) if schedule else {}
+    searched = searched_samplers(schedule, teacher, settings, protocol.guidance) if schedule else {}
     groups = protocol_samplers(teacher, named, protocol, told, searched)
     with display.measuring({name: n for group in groups.values() for name in group}) as tick:
         return protocol, rows_by_steps(measure_groups(judge, protocol, teacher, groups, teacher.device, tick))

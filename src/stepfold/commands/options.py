@@ -291,6 +291,22 @@ def chosen_preset(preset: str | None, teacher: str | None) -> str:
     return preset or ("demo" if teacher in (None, "emoji") else "default")
 
 
+def check_page(page: Path, command: str) -> None:
+    """Refuses a page of another kind of file, and one of another command, whose numbers it would replace.
+
+    Raises:
+        UserError: naming the page.
+    """
+    if page.suffix != ".md":
+        raise UserError(f"--page is {str(page)!r}; give the name of a .md file, for example runs/{command}/page.md")
+    try:
+        writer = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["command"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # there is none, or it is damaged, which is said elsewhere
+    if writer != command:
+        raise UserError(f"{page} is a page of stepfold {writer}; give another --page")
+
+
 def write_json(path: Path | None, value: Any) -> None:
     """For `--json`: the file whole or not at all, or standard output; nothing where none is asked for."""
     from stepfold.training.runs import writing

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stepfold.commands.options import Quiet, write_json
+from stepfold.commands.options import Quiet, check_page, write_json
 from stepfold.errors import UserError
 
 
@@ -60,6 +60,11 @@ def reproduce(
     if json_file and not dry_run:
         raise UserError(
             f"--json goes with --dry-run; the numbers of a sweep are written to {page.with_suffix('.json')}"
+        )
+    check_page(page, "reproduce")
+    if images and not images.is_dir():
+        raise UserError(
+            f"--images {images} is no folder; make it with recipes/emoji_teacher/render.py, or leave it out"
         )
     experiments, display, extra = load_experiments(), Display(quiet), changes or []
     planned = plan(experiments, tables or [], extra, images)

@@ -23,9 +23,9 @@ Records = list[dict[str, Any]]
 INTRODUCTION = """\
 Written by `stepfold compare` from the json file beside this page; no number is typed by hand.
 
-Every row distils the bundled teacher {budget} a run. {equal} The settings are those of its preset, with the
-teacher at guidance scale {guidance:g}; batch and sampling times are the preset's own. The learning rate's warm-up,
-the average and the preset's phases are stretched to the run's length. {rates}
+Every row distils the bundled teacher {budget} a run. {equal} The settings are those of its preset, at guidance
+scale {guidance:g}, with the changes that stand under [Settings](#settings). The learning rate's warm-up, the average
+and the preset's phases are stretched to the run's length. {rates}
 
 Scores are those of the bundled evaluator on {pictures:,} images a row, at equal prompts and noise, over {seeds}. FD is
 a Frechet distance in the evaluator's features; it compares at an equal number of images only. Agreement is the latent
@@ -43,7 +43,7 @@ def write_page(asked: Comparison, stage: Stage, protocol: Protocol, root: Path, 
         root: the folder of the runs.
         path: of the page, `.md`.
     """
-    keep(stage.runs, root, path.with_suffix(".json"), (SEARCHED,))
+    keep(stage.runs, root, path.with_suffix(".json"), "compare", (SEARCHED,))
     found, teacher = collect_scores(stage.runs, root), known(teacher_note(protocol, root))
     rows = found.get(METHODS, {})
     records = [record for of_row in rows.values() for record in scored(of_row)]
@@ -112,6 +112,7 @@ def page(
         lines += ["", "## Figures"]
     for figure, caption in drawn.items():
         lines += ["", f"![{caption}](figures/{figure}.svg)", "", caption]
+    lines += ["", *_settings(asked)]
     commands = [f"- {name}: `{records[0]['command']}`" for name, records in rows.items() if records]
     lines += ["", "## Commands", "", "Each row's run with seed 0:", "", *(commands or ["- none yet"])]
     left = [f"- `{preset}`: {reason}" for preset, reason in load_rows().left_out.items()]
@@ -122,12 +123,12 @@ def _introduction(asked: Comparison, protocol: Protocol, rows: Mapping[str, Reco
     equal = "That is processor time on a CPU, which other work does not lengthen, and time on a GPU."
     if asked.budget.kind == "pairs":
         equal = "A pair is a state that the student is trained on; the time differs by row."
-    rates = "The learning rate is the preset's; none was searched for."
+    rates = "No learning rate was searched for."
     if asked.rates:
         listed = ", ".join(f"{rate:g}" for rate in asked.rates)
         rates = (
-            f"The learning rate is the preset's times the best of {listed}. A quarter of the budget and a seed of its "
-            "own decide, by FD at the fewest steps that the row is made for."
+            f"The learning rate is that of its settings times the best of {listed}. A quarter of the budget and a seed "
+            "of its own decide, by FD at the fewest steps that the row is made for."
         )
     most = max((len(scored(records)) for records in rows.values()), default=0)
     weak = "With two or three seeds that is weak evidence." if most > 1 else "One seed gives no verdict."
@@ -135,6 +136,18 @@ def _introduction(asked: Comparison, protocol: Protocol, rows: Mapping[str, Reco
         budget=asked.budget.words, equal=equal, rates=rates, guidance=protocol.guidance, pictures=protocol.n,
         seeds=f"{asked.seeds} seeds" if asked.seeds > 1 else "one seed", most=protocol.teacher_steps[0], weak=weak,
     )  # fmt: skip
+
+
+def _settings(asked: Comparison) -> list[str]:
+    """What is changed of the presets, in all rows and in one."""
+    lines = ["## Settings", "", "All rows have these on top of their presets:", ""]
+    lines += [f"- `{change}`" for change in asked.common]
+    own = {name: row.changes for name, row in asked.rows.items() if row.changes}
+    if own:
+        lines += ["", "These rows have settings of their own too:", ""]
+    for name, changes in own.items():
+        lines.append(f"- {name}: {', '.join(f'`{change}`' for change in changes)}")
+    return lines
 
 
 def judged(rows: Mapping[str, Records], steps: int, metric: str) -> dict[str, Verdict]:

@@ -137,13 +137,13 @@ def scaled(config: Config, steps: int) -> list[str]:
     """The settings that make a run `steps` long, and stretch with it all else that is counted in steps.
 
     These are the course of r, the learning rate's warm-up, the average's window, the phases, the fake score's head
-    start and the annealed coupling.
+    start, the annealed coupling, the semigroup's alpha and a reward's beginning.
     """
     factor = steps / config.training.steps
     ends = [round(factor * end) for end in accumulate((p.steps for p in config.training.phases), initial=0)]
     phases: list[dict[str, Any]] = []
     for phase, (begin, end) in zip(config.training.phases, pairwise(ends), strict=True):
-        counted = {key: round(factor * value) for key, value in phase.set.items() if key in COUNTED}
+        counted = {key: max(1, round(factor * value)) for key, value in phase.set.items() if key in COUNTED and value}
         phases += [{"steps": end - begin, "set": phase.set | counted}] if end > begin else []
     return [
         *stretched(config, steps),
@@ -152,13 +152,39 @@ def scaled(config: Config, steps: int) -> list[str]:
         f"training.phases={json.dumps(phases)}",
         f"fake.head_start={round(factor * config.fake.head_start)}",
         f"space.anneal_steps={round(factor * config.space.anneal_steps)}",
+        *_beginnings(config, factor),
         f"training.checkpoint_every={math.ceil(steps / 4)}",
         f"training.preview_every={steps}",
     ]
 
 
-COUNTED = ("consistency.r_warmup", "consistency.r_cooldown_start", "consistency.r_cooldown_steps")
+def _beginnings(config: Config, factor: float) -> list[str]:
+    """Counts that are left at 0, which most methods have and which names of earlier runs lack."""
+    counted = {"semigroup.alpha_steps": config.semigroup.alpha_steps, "reward.from_step": config.reward.from_step}
+    return [f"{name}={max(1, round(factor * value))}" for name, value in counted.items() if value]
+
+
+COUNTED = (
+    "consistency.r_warmup", "consistency.r_cooldown_start", "consistency.r_cooldown_steps", "semigroup.alpha_steps",
+    "reward.from_step",
+)  # fmt: skip
 """Settings of a phase that are counted in steps."""
+OWN = ("training.steps", "seed", "training.checkpoint_every", "training.preview_every")
+"""Settings that the budget and the number of seeds give."""
+
+
+def check_changes(changes: Sequence[str]) -> None:
+    """Refuses changes of what a comparison sets itself.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    for change in changes:
+        if (name := change.split("=")[0].strip()) in OWN:
+            raise UserError(
+                f"--set {name} is not for compare, whose budget and --seeds give each run its length, seed and "
+                "checkpoints; use --minutes, --steps-of-demo or --pairs, and --seeds"
+            )
 
 
 def make_run(

@@ -55,6 +55,9 @@ def compare(
     """
     protocol = protocol_of(asked, plan_timing(asked)[0].config)
     check_protocol(asked, root, protocol)
+    if schedule:
+        config = plan_timing(asked)[0].config
+        searched_samplers(schedule, load_teacher(config.teacher, "cpu"), config.teacher, protocol.guidance)
     try:
         if not page_only:
             root.mkdir(parents=True, exist_ok=True)

@@ -83,6 +83,20 @@ EMOJI = Protocol(name="emoji", version=1, n=500, seed=0, samples_per_prompt=2)
 MAP_STEPS = 8
 
 
+def check_steps(recipes: Sequence[Recipe], steps: Sequence[int] | None) -> None:
+    """Refuses a number of steps that no student has times for, and a student with times for none of the numbers.
+
+    Raises:
+        UserError: see `Recipe.times_for`.
+    """
+    for k in steps or ():
+        if not any(k in recipe.times for recipe in recipes):
+            recipes[0].times_for(k)
+    for recipe in recipes:
+        if steps and not any(k in recipe.times for k in steps):
+            recipe.times_for(steps[0])
+
+
 def emoji_protocol(recipes: Iterable[Recipe], steps: Iterable[int] | None, n: int, guidance: float) -> Protocol:
     """The bundled teacher's protocol for some students: EMOJI, and for flow maps 8 steps too, the teacher beside them.
 

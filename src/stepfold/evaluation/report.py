@@ -27,6 +27,7 @@ from stepfold.evaluation.verdict import (
     calls,
     curves_over_calls,
     figures,
+    noisy_note,
     number,
     sentences,
 )
@@ -116,7 +117,7 @@ def render_html(report: Mapping[str, Any], folder: Path) -> str:
             (title(report, key), Markup(svg))  # noqa: S704 - matplotlib drew it from numbers
             for key, svg in quality_svgs([curves_over_calls(report)]).items()
         ],
-        fresh_noise=bool(report.get("fresh_noise")),
+        noisy_note=noisy_note(report, columns),
         lead=(previews[-1][0], _embedded_png(previews[-1][1])) if previews else None,
         strip=[(caption, _embedded_png(path, STRIP_WIDTH)) for caption, path in spread(previews[:-1], STRIP)],
         curves=[

@@ -1,7 +1,7 @@
 """What the numbers of a report say: its metrics, three large figures, a few sentences, all computed from them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -185,6 +185,12 @@ def _accuracy(report: Mapping[str, Any], steps: int, ours: Row) -> Figure | None
     if not b:
         return Figure(f"{a:.3f}", f"accuracy in {_in(steps)}", against)
     return Figure(f"{100 * a / b:.0f}%", f"of the teacher's accuracy in {_in(steps)}", against)
+
+
+def noisy_note(report: Mapping[str, Any], columns: Collection[str]) -> str:
+    """What to say where latent errors are shown of steps that do not compare with the teacher's; empty elsewhere."""
+    noisy = report.get("fresh_noise") and "latent_error" in columns and max(by_steps(report, "student"), default=1) > 1
+    return "Latent errors compare at one step alone: further steps add fresh noise" if noisy else ""
 
 
 def _compared(report: Mapping[str, Any], steps: int) -> int:

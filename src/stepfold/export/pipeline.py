@@ -11,7 +11,7 @@ from stepfold.config import Config
 from stepfold.errors import UserError
 from stepfold.evaluation.protocol import counted, teachers_of
 from stepfold.evaluation.report import columns_of, title
-from stepfold.evaluation.verdict import METRICS, number
+from stepfold.evaluation.verdict import METRICS, noisy_note, number
 from stepfold.export.casting import Half, rounded_parts
 from stepfold.export.files import FILES, README, listing
 from stepfold.export.losses import loading_of, quantised_section
@@ -376,4 +376,5 @@ def measured(metrics: dict[str, Any] | None) -> str:
         for steps, scores in metrics.get(who, {}).items():
             cells = " | ".join(number(scores.get(key), METRICS[key].digits) for key in keys)
             rows += f"| {who}, {counted(int(steps))} | {cells} |\n"
-    return rows
+    note = noisy_note(metrics, keys)
+    return rows + f"\n{note}.\n" if note else rows

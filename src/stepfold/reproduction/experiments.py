@@ -129,7 +129,7 @@ def plan(experiments: Experiments, tables: list[str], extra: list[str], images: 
     Args:
         experiments: see `Experiments`.
         tables: names; none means all.
-        extra: settings for every run, as `key=value`.
+        extra: settings for every run, as `key=value`; another number of steps stretches the course of r with it.
         images: the folder for rows that need one; without it they are left out.
 
     Raises:
@@ -146,10 +146,14 @@ def plan(experiments: Experiments, tables: list[str], extra: list[str], images: 
         for seed in range(experiment.seeds)
     ]
     runs.sort(key=lambda run: run[0])
-    return [
-        make_run(experiments, table, row, (*changes, *experiments.tables[table].common, *extra, f"seed={seed}"))
-        for seed, table, row, changes in runs
-    ]
+    planned = []
+    for seed, table, row, changes in runs:
+        own = (*changes, *experiments.tables[table].common)
+        wanted = make_run(experiments, table, row, (*own, *extra)).config.training.steps
+        before = make_run(experiments, table, row, own).config
+        longer = stretched(before, wanted) if wanted != before.training.steps else []
+        planned.append(make_run(experiments, table, row, (*own, *longer, *extra, f"seed={seed}")))
+    return planned
 
 
 def make_run(experiments: Experiments, table: str, row: str, changes: tuple[str, ...]) -> Run:

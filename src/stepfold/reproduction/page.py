@@ -33,7 +33,8 @@ INTRODUCTION = """\
 Written by `stepfold reproduce` from the scores in the json file beside this page; no number is typed by hand.
 
 The teacher is the bundled one. Every row is the preset `{preset}` with the settings named, sees the same number of
-pairs ({steps} steps of 28 to 32) and is measured on the same {pictures} prompts and noises by the bundled judge;
+pairs ({steps} steps of 28 to 32){changed} and is measured on the same {pictures} prompts and noises by the \
+bundled judge;
 rows called "equal time" train for as long as the preset's own row takes instead. What a step takes was measured
 apart, in two short runs of every row, one after the other with nothing else running. The learning rate is the
 preset's for all rows; none was tuned for itself. FD is a Frechet distance in the judge's features and stands for
@@ -47,6 +48,7 @@ def write_page(
     runs: list[Run],
     root: Path,
     path: Path,
+    extra: Sequence[str] = (),
 ) -> None:
     """Writes the markdown page and, beside it, a json file with every number that it stands on, and the figures.
 
@@ -55,8 +57,9 @@ def write_page(
         runs: of all tables, whether they have ended or not.
         root: the sweep's folder.
         path: of the page, `.md`.
+        extra: settings of every run, as for `plan`.
     """
-    keep(runs, root, path.with_suffix(".json"))
+    keep(runs, root, path.with_suffix(".json"), "reproduce")
     solvers, figures = known(solvers_note(experiments, root)), known(root / FIGURES)
     shown = {
         table: rows if experiments.tables[table].costs else with_times(rows)
@@ -68,7 +71,7 @@ def write_page(
     beside = path.with_name(f"{path.stem}-discussion.md")
     discussion = [DISCUSSION.format(file=beside.name)] if beside.exists() else []
     with writing(path) as part:
-        part.write_text(page(experiments, shown, solvers, figures, drawn, grids, discussion), encoding="utf-8")
+        part.write_text(page(experiments, shown, solvers, figures, drawn, grids, discussion, extra), encoding="utf-8")
 
 
 def page(
@@ -79,6 +82,7 @@ def page(
     figures: Mapping[str, str] = MappingProxyType({}),
     grids: Sequence[Path] = (),
     discussion: Sequence[str] = (),
+    extra: Sequence[str] = (),
 ) -> str:
     """The page as markdown.
 
@@ -90,6 +94,7 @@ def page(
         figures: name -> caption.
         grids: the files of `pictures.draw_grids`.
         discussion: lines that stand under the summary.
+        extra: as for `write_page`.
     """
     records = [record for rows in found.values() for of_row in rows.values() for record in of_row]
     own = next((record["teacher"] for record in records if "teacher" in record), None)
@@ -99,7 +104,8 @@ def page(
         INTRODUCTION.format(
             preset=experiments.preset,
             pictures=experiments.pictures,
-            steps=load_config(experiments.preset).training.steps,
+            steps=load_config(experiments.preset, extra).training.steps,
+            changed=f", all with `{' '.join(extra)}`," * bool(extra),
         ),
         "",
         "## Summary",

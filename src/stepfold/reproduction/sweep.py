@@ -52,8 +52,10 @@ def sweep(
             draw_filter_examples(experiments, page.parent / "figures", display)
         draw_grids(experiments, planned, page.parent / "figures", root, display)
     finally:
-        everything = _with_short_and_equal_time(experiments, plan(experiments, [], extra, images), root)
-        write_page(experiments, everything, root, page)
+        # rows that need images are shown without them too, if they were run
+        everything = plan(experiments, [], extra, images or Path("images"))
+        everything = _with_short_and_equal_time(experiments, everything, root)
+        write_page(experiments, everything, root, page, extra)
 
 
 def _with_short_and_equal_time(experiments: Experiments, runs: list[Run], root: Path) -> list[Run]:
