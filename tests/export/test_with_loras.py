@@ -1,6 +1,7 @@
 """One's own LoRA in few steps: a file that carries both, or the step-saver beside a style in plain diffusers."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,52 @@ def test_under_comfyuis_names_and_with_one_workflow(
     assert "fuse_lora" not in (adapter / "README.md").read_text()
 
 
+TEXT_ENCODERS = {
+    ("sdxl", "kohya"): ("lora_te1_text_model_", "lora_te2_text_model_"),
+    ("sdxl", "comfy"): ("text_encoder.text_model.", "text_encoder_2.text_model."),
+    ("sd1", "kohya"): ("lora_te_text_model_",),
+    ("sd1", "comfy"): ("text_encoder.text_model.",),
+    ("flux", "kohya"): ("lora_te1_text_model_",),
+    ("flux", "comfy"): ("text_encoder.text_model.",),
+}
+"""As in `LoRANetwork` of kohya's scripts and `model_lora_keys_clip` of ComfyUI."""
+
+
+@pytest.mark.parametrize(("family", "keys"), cases(TEXT_ENCODERS, short=[("sdxl", "kohya"), ("sdxl", "comfy")]))
+def test_text_encoders_under_kohyas_and_comfyuis_names(
+    family: str, keys: Any, student_of: StudentOf, teacher_of: Callable[[str], PipelineTeacher], tmp_path: Path
+) -> None:
+    step_saver, base = student_of(family, lora=4), teacher_of(family)
+    firsts = TEXT_ENCODERS[family, keys]
+    encoders = ("text_encoder", "text_encoder_2")[: len(firsts)]
+    style = style_of(base, layers_of(step_saver), "diffusers", tmp_path / "style")
+    state, wanted = load_file(style), set[str]()
+    for part, first in zip(encoders, firsts, strict=True):
+        for name, module in getattr(base.pipe, part).named_modules():
+            if "encoder.layers." in name and isinstance(module, nn.Linear):
+                down, up = pair(2, *module.weight.shape)
+                state |= {f"{part}.{name}.lora_A.weight": down, f"{part}.{name}.lora_B.weight": up}
+                layer = name.removeprefix("text_model.")
+                wanted.add(first + (layer.replace(".", "_") if keys == "kohya" else layer))
+    save_file(state, style, {"format": "pt"})
+    student = with_style(step_saver, style, tmp_path / "student")
+    file = run_export(student, "lora", tmp_path / "mine.safetensors", force=False, keys=keys, with_loras=True)
+    ends = re.compile(r"\.(alpha|lora_\w+\.weight)$")
+    assert {name for name in (ends.sub("", key) for key in load_file(file)) if name.startswith(firsts)} == wanted
+    (node,) = (node for node in json.loads(workflow_of(file).read_text()).values() if "Lora" in node["class_type"])
+    assert node["class_type"] == "LoraLoader" and node["inputs"]["strength_clip"] == 1.0
+    if family == "flux":  # of its network diffusers reads kohya's names at the published widths alone
+        return
+    merged, _, card = load_merged(student, "cpu")
+    settings = TeacherSettings(**card.config["teacher"] | {"lora": str(file)})
+    found = [load_teacher(settings, "cpu").pipe]
+    if keys == "kohya":
+        found.append(fused(type(base.pipe).from_pretrained(card.teacher), (file, 1.0)))
+    for pipe in found:
+        for part in (*encoders, "unet"):
+            assert_same(getattr(pipe, part), getattr(merged.pipe, part), getattr(base.pipe, part))
+
+
 def test_what_cannot_be_carried_is_refused(
     student_of: StudentOf, teacher_of: Callable[[str], PipelineTeacher], tmp_path: Path
 ) -> None:
@@ -193,7 +240,9 @@ def test_what_cannot_be_carried_is_refused(
     refused(step_saver, r"--with-loras is for --to lora without --steps; leave it out", to="pipeline")
     refused(step_saver, r"--with-loras is for --to lora without --steps; leave it out", steps=2)
     student = with_style(step_saver, style_of(base, layers, "kohya", tmp_path / "te"), tmp_path / "a")
-    refused(student, r"changes text_encoder, which a file of --keys kohya has no names for; use", keys="kohya")
+    refused(student, r"changes text encoders, and PEFT's folder is of the network alone; leave --keys", keys="peft")
+    file = run_export(student, "lora", tmp_path / "y.safetensors", force=False, with_loras=True)
+    assert "under other names; export with --keys kohya." in card_of(file).read_text()
     style = style_of(base, layers, "kohya", tmp_path / "dora")
     state = load_file(style)
     name = next(name for name in state if name.endswith("lora_up.weight"))

@@ -102,7 +102,7 @@ def write_file(
     retimed: bool = False,
     per_token: bool = False,
     predicts_v: bool = False,
-    reason: str = "",
+    of_text: bool = False,
     carried: Sequence[str] = (),
 ) -> None:
     """Writes a file of weights with its card, and a workflow where ComfyUI loads it.
@@ -115,15 +115,14 @@ def write_file(
         retimed: whether the network reads times of [0, 1].
         per_token: whether it is told a time for each token.
         predicts_v: whether it is a UNet that predicts v.
-        reason: why there is no workflow, where that is no matter of its family.
+        of_text: whether a LoRA changes text encoders too.
         carried: LoRAs of the teacher that are in it.
     """
-    reason = (
-        reason
-        or no_workflow(card, keys, retimed=retimed)
-        or ("" if card.calls else "the card is of an early version and has no noise levels")
+    reason = no_workflow(card, keys, retimed=retimed, of_text=of_text) or (
+        "" if card.calls else "the card is of an early version and has no noise levels"
     )
-    graph = None if reason else workflow(card, out.name, lora=keys is not None, per_token=per_token)
+    lora = keys is not None
+    graph = None if reason else workflow(card, out.name, lora=lora, of_text=of_text, per_token=per_token)
     text = file_card(out, card, keys, reason, sd_cpp=not (keys or retimed or predicts_v), carried=carried)
     with writing(out) as part:
         write(part)

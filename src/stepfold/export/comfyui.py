@@ -82,13 +82,14 @@ def loader_of(card: Card) -> Loader:
     return LOADERS.get(card.pipeline, Loader())
 
 
-def no_workflow(card: Card, keys: Keys | None = None, *, retimed: bool = False) -> str:
+def no_workflow(card: Card, keys: Keys | None = None, *, retimed: bool = False, of_text: bool = False) -> str:
     """Why there is no workflow of a file; empty where there is one.
 
     Args:
         card: the student's.
         keys: names in the file of a LoRA; None for a network.
         retimed: whether the network reads times of [0, 1].
+        of_text: whether a LoRA changes text encoders too.
     """
     if retimed:
         return "the network was re-timed to read [0, 1], and ComfyUI tells it times up to 1000"
@@ -97,6 +98,8 @@ def no_workflow(card: Card, keys: Keys | None = None, *, retimed: bool = False) 
     if keys == "diffusers" and card.pipeline not in READS_DIFFUSERS_NAMES:
         names = "kohya" if LOADERS[card.pipeline] is STABLE_DIFFUSION else "comfy"
         return f"ComfyUI reads this family's LoRAs under other names; export with --keys {names}"
+    if keys == "diffusers" and of_text:
+        return "ComfyUI reads what it changes of the text encoders under other names; export with --keys kohya"
     return ""
 
 
@@ -136,18 +139,19 @@ def in_text(levels: list[float]) -> str:
     return ", ".join(f"{level:.9f}".rstrip("0").rstrip(".") for level in levels)
 
 
-def workflow(card: Card, file: str, *, lora: bool, per_token: bool = False) -> Graph:
+def workflow(card: Card, file: str, *, lora: bool, of_text: bool = False, per_token: bool = False) -> Graph:
     """The workflow of a file of weights, of a family in `LOADERS`.
 
     Args:
         card: the student's, with `calls`.
         file: its name, in ComfyUI's folder of LoRAs or of diffusion models.
         lora: whether it is a LoRA; else the network.
+        of_text: whether that changes text encoders too.
         per_token: whether the network is told a time for each token, as Wan 2.2's of text and images is.
     """
     loader, steps = LOADERS[card.pipeline], usual_steps(card)
     graph: Graph = {}
-    model, clip, vae = load(graph, loader, card, file, lora=lora)
+    model, clip, vae = load(graph, loader, card, file, lora=lora, of_text=of_text)
     if card.pipeline == "Lumina2Pipeline":
         texts = {"system_prompt": "superior", "user_prompt": card.example}
         positive = add(graph, "CLIPTextEncodeLumina2", "Prompt", clip=clip, **texts)
@@ -186,7 +190,9 @@ def add(graph: Graph, kind: str, title: str = "", **inputs: Any) -> list[Any]:
     return [number, 0]
 
 
-def load(graph: Graph, loader: Loader, card: Card, file: str, *, lora: bool) -> tuple[list[Any], list[Any], list[Any]]:
+def load(
+    graph: Graph, loader: Loader, card: Card, file: str, *, lora: bool, of_text: bool
+) -> tuple[list[Any], list[Any], list[Any]]:
     """Adds the loaders; returns the outputs that have network, text encoders and autoencoder.
 
     The LoRAs of the teacher come before the student's own; a network has them already, and its text encoders do not.
@@ -214,7 +220,11 @@ def load(graph: Graph, loader: Loader, card: Card, file: str, *, lora: bool) -> 
         title = "YOURS: the LoRA that you distilled with"
         model = add(graph, "LoraLoader", title, model=model, clip=clip, lora_name=name, **strengths)
         clip = [model[0], 1]
-    if lora:
+    if lora and of_text:
+        strengths = {"strength_model": 1.0, "strength_clip": 1.0}
+        model = add(graph, "LoraLoader", "The student", model=model, clip=clip, lora_name=file, **strengths)
+        clip = [model[0], 1]
+    elif lora:
         model = add(graph, "LoraLoaderModelOnly", "The student", model=model, lora_name=file, strength_model=1.0)
     assert clip is not None
     return model, clip, vae

@@ -14,7 +14,7 @@ from stepfold.errors import UserError
 from stepfold.export.beside import is_retimed, write_file
 from stepfold.export.carried import ENDS, with_loras
 from stepfold.export.comfyui import Keys
-from stepfold.export.lora_keys import renamed
+from stepfold.export.lora_keys import of_text_encoders, renamed
 from stepfold.export.pipeline import metrics_beside, write_cards
 from stepfold.students.card import Card, read_card
 from stepfold.students.loading import load_student
@@ -75,20 +75,22 @@ def export_whole(folder: Path, out: Path, keys: Keys) -> None:
         raise UserError(f"{folder}: its teacher had no LoRA to carry; leave --with-loras out")
     teacher, _, card = load_student(folder, "cpu", quantise="none")
     weights = with_loras(load_file(folder / LORA_WEIGHTS), loras, teacher)
-    others = sorted({name.partition(".")[0] for name in weights} - {teacher.network_part})
-    if others and keys != "diffusers":
+    network = {name: value for name, value in weights.items() if name.startswith(f"{teacher.network_part}.")}
+    encoders = {name: value for name, value in weights.items() if name not in network}
+    if encoders and keys == "peft":
         raise UserError(
-            f"{folder}: a LoRA of its teacher changes {', '.join(others)}, which a file of --keys {keys} has no names "
-            "for; use --keys diffusers, or load that LoRA beside the student"
+            f"{folder}: a LoRA of its teacher changes text encoders, and PEFT's folder is of the network alone; leave "
+            "--keys out, or load that LoRA beside the student"
         )
     theirs = card.config | {"teacher": card.config["teacher"] | {"lora": []}}
     card = card.model_copy(update={"config": theirs, "base": "", "loras_in_diffusers": True})
     if keys == "peft":
         write_peft(out, weights, card, partial(shutil.copytree, folder / "scheduler"))
         return
-    weights = renamed(weights, teacher.transformer, teacher.network_part, keys)
-    reason = "ComfyUI has no names for its changes of the text encoders" if others else ""
-    write_lora(out, weights, card, keys, teacher, reason=reason, carried=[str(lora) for lora in loras])
+    if keys != "diffusers":
+        encoders = of_text_encoders(encoders, teacher.pipe, keys)
+    weights = renamed(network, teacher.transformer, teacher.network_part, keys) | encoders
+    write_lora(out, weights, card, keys, teacher, of_text=bool(encoders), carried=[str(lora) for lora in loras])
 
 
 def write_lora(
@@ -98,7 +100,7 @@ def write_lora(
     keys: Keys,
     teacher: PipelineTeacher,
     *,
-    reason: str = "",
+    of_text: bool = False,
     carried: Sequence[str] = (),
     **notes: str,
 ) -> None:
@@ -110,14 +112,14 @@ def write_lora(
         card: the student's, as it is sampled from this file.
         keys: whose names.
         teacher: the student's.
-        reason: why there is no workflow, where that is no matter of its family.
+        of_text: whether it changes text encoders too.
         carried: the teacher's own LoRAs that are in it.
         notes: what the file says beside the weights.
     """
     save = partial(save_file, weights, metadata={"format": "pt"} | notes)
     per_token = bool(teacher.index.get("expand_timesteps"))
     retimed = is_retimed(teacher)
-    write_file(out, save, card, keys=keys, retimed=retimed, per_token=per_token, reason=reason, carried=carried)
+    write_file(out, save, card, keys=keys, retimed=retimed, per_token=per_token, of_text=of_text, carried=carried)
 
 
 def write_peft(

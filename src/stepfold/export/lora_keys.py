@@ -10,7 +10,10 @@ from torch import Tensor
 from stepfold.errors import UserError
 from stepfold.export.comfyui import Keys
 from stepfold.export.layouts import layout, pieces_of
+from stepfold.teachers.lora_files import ENCODERS
 
+CLIP = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+"""Ends of the names of a CLIP text encoder's layers that kohya's scripts train and ComfyUI knows."""
 Rows = dict[int, tuple[str, slice]]
 """Piece of an original tensor -> the layer that has it, and which of the layer's rows."""
 
@@ -57,9 +60,41 @@ def is_first_unet(network: Any) -> bool:
     return type(network).__name__ == "UNet2DConditionModel" and network.config.addition_embed_type is None
 
 
-def in_kohya(layer: str, down: Tensor, up: Tensor) -> list[tuple[str, Tensor]]:
+def of_text_encoders(weights: Mapping[str, Tensor], pipe: Any, keys: Keys) -> dict[str, Tensor]:
+    """A LoRA's matrices of CLIP text encoders under kohya's names, or those of diffusers that ComfyUI reads too.
+
+    Both say `text_model`, which versions of transformers put into the names of modules or leave out.
+
+    Args:
+        weights: PART.LAYER.lora_A.weight [R, I] and PART.LAYER.lora_B.weight [O, R], at scale 1.
+        pipe: the pipeline that has the text encoders.
+        keys: whose names, kohya's or ComfyUI's.
+
+    Raises:
+        UserError: one of them is of a layer without such a name.
+    """
+    found: dict[str, Tensor] = {}
+    single = getattr(pipe, "text_encoder_2", None) is None
+    for name in (name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")):
+        part, _, layer = name.partition(".")
+        if not (type(getattr(pipe, part)).__name__.startswith("CLIPText") and layer.endswith(CLIP)):
+            raise UserError(
+                f"a LoRA of the teacher changes {name}, which has no name of --keys {keys} here; export with --keys "
+                "diffusers, or load that LoRA beside the student"
+            )
+        layer = f"text_model.{layer.removeprefix('text_model.')}"
+        down, up = weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]
+        if keys == "kohya":
+            prefix = "lora_te" if single else f"lora_te{ENCODERS.index(part) + 1}"
+            found |= dict(in_kohya(layer, down, up, prefix))
+        else:
+            found |= {f"{part}.{layer}.lora_A.weight": down, f"{part}.{layer}.lora_B.weight": up}
+    return found
+
+
+def in_kohya(layer: str, down: Tensor, up: Tensor, prefix: str = "lora_unet") -> list[tuple[str, Tensor]]:
     """A layer's entries; the alpha is its rank, which stands for scale 1."""
-    name = f"lora_unet_{layer.replace('.', '_')}"
+    name = f"{prefix}_{layer.replace('.', '_')}"
     return [
         (f"{name}.lora_down.weight", down),
         (f"{name}.lora_up.weight", up),
