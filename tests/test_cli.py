@@ -119,7 +119,7 @@ def test_a_teacher_whose_time_is_too_fast_is_pointed_out(first_sana: Path, promp
     given = ("--preset", "default", "--teacher", first_sana, "--prompts", prompts_file)
     result = Result("distill", *given, "--out", tmp_path / "run", *settings)
     assert result.code == 0
-    said = re.search(r"counts to 1000, and its dF/dt is (\S+) .*; above 50 take .*`stepfold retime` first", result.err)
+    said = re.search(r"counts to 1000, and its dF/dt is (\S+) .*; above 50 take .*stepfold retime first", result.err)
     assert said and float(said[1]) > 50
 
 

@@ -133,3 +133,16 @@ def test_a_student_whose_network_is_no_velocity_is_no_teacher(
     (tmp_path / "stepfold.json").write_text(json.dumps({"recipe": recipe, "config": {"student": student}}))
     with pytest.raises(UserError, match=said or "has no model_index.json"):
         load_teacher(TeacherSettings(source=str(tmp_path)), "cpu")
+
+
+@pytest.mark.parametrize("name", ["", "pytorch_lora_weights.safetensors"])
+def test_nor_is_its_file_a_lora_of_a_teacher(name: str, tmp_path: Path) -> None:
+    """One that has its guidance inside is: its network is a velocity at all times."""
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"none")
+    for recipe, said in (
+        ({"times": {"1": [], "2": []}}, "is a student sampled by consistency, which has no trajectories"),
+        ({"sampler": "flow", "times": {"1": [], "2": []}}, "does not load"),
+    ):
+        (tmp_path / "stepfold.json").write_text(json.dumps({"recipe": recipe, "config": {"student": {"lora": 4}}}))
+        with pytest.raises(UserError, match=rf"LoRA '\S+{name}' {said}"):
+            load_teacher(TeacherSettings(source="emoji", lora=str(tmp_path / name)), "cpu")  # type: ignore[arg-type]

@@ -53,6 +53,8 @@ def test_the_folder_is_the_same_each_time(student_of: StudentOf, tmp_path: Path)
     assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     with pytest.raises(UserError, match=r"lacks pytorch_lora_weights\.safetensors; give the student's own folder"):
         load_student(out, "cpu")
+    with pytest.raises(UserError, match=r"lacks pytorch_lora_weights\.safetensors; give the student's own folder"):
+        run_export(out, "lora", tmp_path / "again.safetensors", force=False)
 
 
 @pytest.mark.long

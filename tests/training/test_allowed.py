@@ -88,6 +88,9 @@ def test_a_tangent_is_refused_for_its_size_or_for_disagreement() -> None:
     def finding(ok: bool) -> doctor.Finding:
         return doctor.Finding("", "812.00", "", ok)
 
-    assert doctor.why_no_tangent(finding(True), finding(True)) == ""
-    assert doctor.why_no_tangent(finding(True), finding(False)).startswith("dF/dt is 812.00, above 50")
-    assert "do not agree" in doctor.why_no_tangent(finding(False), finding(True))
+    assert doctor.why_no_tangent(finding(True), finding(True), "objective=discrete") == ""
+    assert (
+        doctor.why_no_tangent(finding(True), finding(False), "objective=discrete")
+        == "dF/dt is 812.00, above 50; take objective=discrete"
+    )
+    assert "do not agree" in doctor.why_no_tangent(finding(False), finding(True), "objective=discrete")

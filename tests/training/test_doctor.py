@@ -27,6 +27,7 @@ from stepfold.teachers.loading import load_teacher
 from stepfold.teachers.sana import SanaTeacher, trigflow_network
 from stepfold.teachers.stable_diffusion import StableDiffusionXLTeacher
 from stepfold.training import doctor
+from stepfold.training.steepness import without_tangent
 from stepfold.training.terms import terms_of
 
 
@@ -137,13 +138,28 @@ def test_a_student_that_is_not_the_teacher_is_flagged(teacher: SanaTeacher, pair
 
 def test_a_time_embedding_that_turns_too_fast_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:
     student = new_student(teacher)
-    assert doctor.tangent_size(student, pairs).ok
+    assert doctor.tangent_size(student, pairs, "objective=discrete").ok
     first = student.transformer.time_embed.timestep_embedder.linear_1
     with torch.no_grad():
         first.weight.mul_(1000)
-    finding = doctor.tangent_size(student, pairs)
+    finding = doctor.tangent_size(student, pairs, "objective=discrete")
     assert not finding.ok
     assert float(finding.number) > 50
+
+
+def test_retiming_is_advised_where_retime_takes_the_teacher(first_sana: Path, tmp_path: Path) -> None:
+    """The teachers that are not advised are those that `test_where_there_is_nothing_to_retime` has refused."""
+    sdxl = tiny.save(tiny.make_sdxl, tmp_path / "sdxl")
+    steep, fine = doctor.Finding("", "812.00", "", False), doctor.Finding("", "", "", True)
+    for source, tokens, ways in (
+        (sdxl, None, "objective=discrete"),
+        ("emoji", None, "objective=discrete"),
+        (first_sana, 64, "objective=discrete, or stepfold retime first"),
+    ):
+        teacher = load_teacher(TeacherSettings(source=str(source), max_tokens=tokens), "cpu")
+        said = without_tangent(teacher.retimable)
+        assert said == ways
+        assert doctor.why_no_tangent(fine, steep, said) == f"dF/dt is 812.00, above 50; take {ways}"
 
 
 def test_a_kink_between_the_tangent_backends_is_flagged(teacher: SanaTeacher, pairs: Pairs) -> None:

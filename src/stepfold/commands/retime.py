@@ -129,7 +129,7 @@ def run_retime(
     )
     if teacher.time_scale < 10:
         raise UserError(f"the time of {source!r} counts to {teacher.time_scale:g}, not to 1000; distil it as it is")
-    if teacher.time_embedder(teacher.transformer) is None:
+    if not teacher.retimable:
         raise UserError(
             f"{source!r} is a {type(teacher.pipe).__name__}, but re-timing is for {', '.join(retimable())}; distil it "
             "as it is, with objective=discrete"

@@ -18,7 +18,7 @@ from stepfold.export.lora_keys import of_text_encoders, renamed
 from stepfold.export.pipeline import metrics_beside, write_cards
 from stepfold.students.card import Card, read_card
 from stepfold.students.loading import load_student
-from stepfold.students.lora import LORA_WEIGHTS
+from stepfold.students.lora import LORA_WEIGHTS, check_file
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training.runs import writing
 
@@ -46,7 +46,7 @@ def export_lora(folder: Path, out: Path, keys: Keys = "diffusers", *, whole: boo
         )
     if more := card.lora_parts:
         raise UserError(f"{folder} has another LoRA for {', '.join(more)}; use the folder, as its README says")
-    file = folder / LORA_WEIGHTS
+    check_file(file := folder / LORA_WEIGHTS)
     if not card.digests and not whole and keys in ("diffusers", "peft"):
         load_student(folder, "cpu", quantise="none")  # of an early card, which does not say what the file should hold
     if whole:

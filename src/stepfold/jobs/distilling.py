@@ -275,7 +275,8 @@ def train(
 
     config, device, first = run.config, run.accelerator.device, run.processes.first
     if config.objective == "continuous" and first and counts_to_thousand(config):
-        display.note(steepness(run.teacher, student, run.prompts, run.conditions, config, device))
+        retimable = run.teacher.retimable
+        display.note(steepness(run.teacher, student, run.prompts, run.conditions, config, device, retimable=retimable))
     if first and (short := short_of_r(config)):
         display.note(short)
     preview = make_preview(

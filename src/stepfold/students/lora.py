@@ -153,14 +153,24 @@ def read_matrices(
     """
     found, parts = {}, teacher.network_parts(teacher.transformer)
     for part, file in lora_files(teacher).items():
-        path = folder / file
-        if not path.is_file():
-            raise UserError(f"{folder} lacks {file}; give the student's own folder, not an export, or copy it again")
+        check_file(path := folder / file)
         found[part] = read_weights(path)
         check_shapes(path, shapes_of(found[part]), lora_shapes(teacher, parts[part], rank, convolutions))
     if (head := folder / HEAD).is_file():
         shapes_in(head)  # refused where it is cut
     return found
+
+
+def check_file(file: Path) -> None:
+    """Refuses a folder without the student's matrices, such as an export for PEFT.
+
+    Raises:
+        UserError: they are not there.
+    """
+    if not file.is_file():
+        raise UserError(
+            f"{file.parent} lacks {file.name}; give the student's own folder, not an export, or copy it again"
+        )
 
 
 def load_lora(

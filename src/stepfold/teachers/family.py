@@ -132,6 +132,11 @@ class Family(Guiding):
         """
         return getattr(network, self.time_module) if self.time_module else None
 
+    @property
+    def retimable(self) -> bool:
+        """Whether `stepfold retime` takes it: its time counts to 1000, and its time embedder is known by itself."""
+        return self.time_scale >= 10 and self.time_embedder(self.transformer) is not None
+
     def time_part(self, network: Any) -> str | None:
         """Name of the part of a student's network whose output is its time embedding, made outside the blocks.
 

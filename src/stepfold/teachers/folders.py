@@ -235,8 +235,12 @@ def variant_in(source: str, part: str, variant: str | None) -> str | None:
     return variant if variant and any((Path(source) / part).glob(f"*.{variant}*.safetensors")) else None
 
 
-def check_teaches(folder: Path) -> None:
+def check_teaches(folder: Path, as_lora: str = "") -> None:
     """Refuses a student's folder as a teacher, unless its network is a velocity at all times.
+
+    Args:
+        folder: a teacher's, or that of a LoRA of its.
+        as_lora: that LoRA as it was given; empty for a teacher.
 
     Raises:
         UserError: it is a LoRA, or knows few times, or predicts the image or a jump.
@@ -249,10 +253,11 @@ def check_teaches(folder: Path) -> None:
     except (UserError, OSError, LookupError, TypeError, AttributeError):
         return  # no student, or a damaged card, which is no teacher's
     way_out = "give the teacher that it was distilled from; --init STUDENT goes on with a student"
+    name = f"LoRA {as_lora!r}" if as_lora else f"teacher {str(folder)!r}"
     if sampler != "flow" or times == 1:
         what = "for one number of steps" if times == 1 else f"sampled by {sampler.replace('_', ' ')}"
-        raise UserError(f"teacher {str(folder)!r} is a student {what}, which has no trajectories; {way_out}")
-    if lora:
+        raise UserError(f"{name} is a student {what}, which has no trajectories; {way_out}")
+    if lora and not as_lora:
         raise UserError(
             f"teacher {str(folder)!r} is a student that is a LoRA; make it whole first: "
             f"stepfold export {folder} --to pipeline"

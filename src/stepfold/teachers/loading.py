@@ -244,9 +244,12 @@ def place_of(settings: TeacherSettings) -> str:
     """Where a teacher is loaded from: its folder or hub id; of a revision or a variant of a hub id, the folder fetched.
 
     Raises:
-        UserError: the hub has no such revision or variant, a folder was to have a revision, or is a student's.
+        UserError: the hub has no such revision or variant, a folder was to have one, or it or a LoRA is a student's.
     """
     source = folder_of(settings.source)
+    for lora in settings.lora:
+        place = Path(lora.source)
+        check_teaches(place.parent if place.is_file() else place, lora.source)
     if is_live(source):
         return source
     check_teaches(Path(source))

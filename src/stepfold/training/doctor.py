@@ -30,7 +30,7 @@ from stepfold.training.allowed import allowed_methods
 from stepfold.training.choices import choose_tangent, full_float32
 from stepfold.training.memory import peak_memory_gib
 from stepfold.training.optimisers import make_optimiser
-from stepfold.training.steepness import of_pairs
+from stepfold.training.steepness import of_pairs, without_tangent
 from stepfold.training.terms import add_gradients, terms_of
 
 PROMPTS = ("red heart on blue background", "a picture of pizza", "fox", "green apple on yellow background")
@@ -88,8 +88,9 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
     pairs = pairs_from(trajectory, condition, guidance, keep_first=False, keep=keep)
     config = choose_objective(validate({"prompts": "", "teacher": settings.model_dump(), "student": {"lora": lora}}))
     rounding = ROUNDING[settings.dtype if lora else "float32"]
-    tangents = [backends_agree(student, pairs, rounding), tangent_size(student, pairs)]
-    allowed = allowed_methods(teacher, why_no_tangent(*tangents))
+    ways = without_tangent(teacher.retimable)
+    tangents = [backends_agree(student, pairs, rounding), tangent_size(student, pairs, ways)]
+    allowed = allowed_methods(teacher, why_no_tangent(*tangents, ways))
     if config.objective != "continuous":
         tangents = [without_need(finding) for finding in tangents]
     agree, size = tangents
@@ -108,10 +109,13 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
     ]
 
 
-def why_no_tangent(agree: Finding, size: Finding) -> str:
-    """Why the continuous objective is not for a teacher, from findings about its tangent; empty where it is."""
+def why_no_tangent(agree: Finding, size: Finding, ways: str) -> str:
+    """Why the continuous objective is not for a teacher, from findings about its tangent; empty where it is.
+
+    `ways` are those around a large dF/dt.
+    """
     if not size.ok:
-        return f"dF/dt is {size.number}, above {STEEPEST:g}; take objective=discrete, or stepfold retime"
+        return f"dF/dt is {size.number}, above {STEEPEST:g}; take {ways}"
     return "" if agree.ok else "the tangent's backends do not agree; take objective=discrete"
 
 
@@ -242,13 +246,13 @@ def tangent(student: Student, pairs: Pairs, backend: str) -> Tensor:
         return total_derivative(F, pairs.x / SIGMA_DATA, pairs.t, dx, dt, backend, step).dF
 
 
-def tangent_size(student: Student, pairs: Pairs) -> Finding:
-    """How fast F turns along the trajectory."""
+def tangent_size(student: Student, pairs: Pairs, ways: str) -> Finding:
+    """How fast F turns along the trajectory, and the ways around where that is too fast."""
     size = derivative_size(partial(of_pairs, student, pairs), pairs.x, pairs.t, pairs.dxdt, SIGMA_DATA)
     return Finding(
         "size of dF/dt (root mean square)",
         f"{size:.2f}",
-        f"<= {STEEPEST:g} (else objective=discrete, or stepfold retime)",
+        f"<= {STEEPEST:g} (else {ways})",
         size <= STEEPEST,
     )
 

@@ -30,8 +30,13 @@ def steepness(
     conditions: Callable[[Sequence[int]], Condition],
     config: Config,
     device: torch.device,
+    *,
+    retimable: bool,
 ) -> str:
-    """How large dF/dt is on one walk, of a teacher whose time counts to 1000, and what to do about it."""
+    """How large dF/dt is on one walk, of a teacher whose time counts to 1000, and what to do about it.
+
+    Arguments as of a run; `retimable` is whether `stepfold retime` takes the teacher.
+    """
     space = config.space.model_copy(update={"kind": "generation", "filter_rule": "off"})
     training = config.training.model_copy(update={"prompts_per_step": 1})
     config = config.model_copy(update={"space": space, "training": training})
@@ -47,4 +52,9 @@ def steepness(
     said = f"this teacher's time counts to 1000, and its dF/dt is {size:.3g} (root mean square over one walk)"
     if size <= STEEPEST:
         return f"{said}; up to {STEEPEST:g} objective=continuous is fine"
-    return f"{said}; above {STEEPEST:g} take objective=discrete, which does without it, or `stepfold retime` first"
+    return f"{said}; above {STEEPEST:g} take {without_tangent(retimable)}"
+
+
+def without_tangent(retimable: bool) -> str:
+    """The ways around a large dF/dt; re-timing is one for teachers that `stepfold retime` takes."""
+    return "objective=discrete, or stepfold retime first" if retimable else "objective=discrete"
