@@ -118,6 +118,8 @@ def test_a_lora_of_an_object_is_not_put_on_another(pairs: dict[int, tuple[Any, P
     for use in (partial(api.sample, ours, "a fox"), partial(api.export, ours, "pipeline", tmp_path / "x")):
         with pytest.raises(UserError, match="weights of live:SanaPipeline are not those that this LoRA was"):
             use(teacher=other)
+        with pytest.raises(UserError, match=r"teacher is a StableDiffusionXLP\w+, and .* from a SanaPipeline; give"):
+            use(teacher=make_sdxl())
     assert not list(tmp_path.iterdir())
 
 
@@ -180,6 +182,7 @@ def test_arguments_that_no_command_would_take_are_refused(
         ({"steps": 0}, "steps is 0, and a picture takes one or more"),
         ({"first_step": "techer"}, "first_step is 'techer'; give 'student' or 'teacher'"),
         ({"teacher": "a/b"}, "teacher is 'a/b', but here it is a pipeline object; leave it out"),
+        ({"teacher": make_sana()}, r"was distilled from \S+/saved, no pipeline object; leave teacher=SanaPipeline out"),
     ):
         with pytest.raises(UserError, match=said):
             api.sample(student, **({"prompts": "a fox"} | wrong))
@@ -399,6 +402,7 @@ def test_objects_that_are_no_plain_weights_are_refused(spoil: Any, said: str, tm
     ("change", "said"),
     [
         ("teacher.dtype=bfloat16", "teacher.dtype is bfloat16, but this pipeline object is in float32; leave it out"),
+        ("teacher.source=./sana", "teacher.source is given twice, in changes and as `teacher`; leave it out of"),
         ("teacher.revision=main", "teacher.revision and teacher.variant are for hub ids; load the object with them"),
         ("teacher.lora=[style.safetensors]", r"merge it into the object with pipe.fuse_lora\(\)"),
         ("teacher.quantise=int8", "teacher.quantise would change the object's weights; give the pipeline's folder"),

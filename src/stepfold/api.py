@@ -15,9 +15,10 @@ from stepfold.jobs.sampling import run_sample
 from stepfold.levels.calibrated import CalibratedScheduler
 from stepfold.maths.noise_schedules import FLOW, TRIGFLOW, NoiseSchedule, exploding, vp_sde, vp_steps
 from stepfold.modules import distill_module, draw, load_module_student
+from stepfold.students.card import read_card
 from stepfold.students.policy_scheduler import PolicyScheduler
 from stepfold.teachers.contract import Condition
-from stepfold.teachers.live import dtype_of, is_live, lent, origin_of_object
+from stepfold.teachers.live import PREFIX, dtype_of, is_live, lent, origin_of_object, source_of
 from stepfold.teachers.loading import family_of
 from stepfold.teachers.module import ModuleTeacher
 
@@ -70,6 +71,8 @@ def distill_pipeline(
         student = distill_pipeline(pipe, "prompts.txt", "runs/mine", preset="sdxl-lora-4step")
     """
     display = Display(quiet)
+    if any(change.partition("=")[0].strip() == "teacher.source" for change in changes):
+        raise UserError("teacher.source is given twice, in changes and as `teacher`; leave it out of changes")
     with _source_of(teacher) as source:
         given: dict[str, Any] = {"teacher__source": source, "prompts": None if prompts is None else str(prompts)}
         dtype = dtype_of(teacher, family_of(source).network_part) if is_live(source) else None
@@ -127,7 +130,7 @@ def sample(
     Example:
         images = sample(student, ["a fox in snow"], steps=4, teacher=pipe)
     """
-    with _object(teacher):
+    with _object(student, teacher):
         return run_sample(
             Path(student), prompts, steps=steps, seed=seed, guidance=guidance, device=usable_device(device),
             sampler=sampler, gamma=gamma, image=Path(image) if isinstance(image, str) else image, first_step=first_step,
@@ -170,7 +173,7 @@ def export(
     Example:
         file = export(student, "lora", "fox-4step.safetensors", keys="kohya", teacher=pipe)
     """
-    with _object(teacher):
+    with _object(student, teacher):
         place, page = (None if path is None else Path(path) for path in (out, runtime))
         return run_export(
             Path(student), to, place, force=force, steps=steps, keys=keys, runtime=page, dtype=dtype,
@@ -186,18 +189,26 @@ def _source_of(teacher: Any) -> Iterator[str]:
         yield source
 
 
-def _object(teacher: Any) -> AbstractContextManager[Any]:
+def _object(student: str | Path, teacher: Any) -> AbstractContextManager[Any]:
     """Around a job with a student; lends it the pipeline object that it was distilled from.
 
     Raises:
-        UserError: it is a folder or a hub id, which the student knows itself.
+        UserError: it is a folder or a hub id, which the student knows itself; or no object that this one needs.
     """
     if isinstance(teacher, str | Path):
         raise UserError(
             f"teacher is {str(teacher)!r}, but here it is a pipeline object; leave it out, since a student knows the "
             "folder or hub id that it was distilled from"
         )
-    return nullcontext() if teacher is None else lent(teacher)
+    if teacher is None:
+        return nullcontext()
+    source, kind = read_card(Path(student)).teacher_settings().source, type(teacher).__name__
+    if not is_live(source):
+        raise UserError(f"this student was distilled from {source}, no pipeline object; leave teacher={kind} out")
+    if source != source_of(teacher):
+        own = source.removeprefix(PREFIX)
+        raise UserError(f"teacher is a {kind}, and this student was distilled from a {own}; give that object")
+    return lent(teacher)
 
 
 def _refuse_what_objects_lack(config: Config, dtype: str) -> None:

@@ -141,10 +141,12 @@ def test_alternatives_are_settings_and_all_different() -> None:
     assert "the preset as it is" not in {choice.method for choice in alternatives(SDXL)}  # which the rule chose
 
 
-def test_a_preset_of_another_family_is_said(tiny_sana: Path) -> None:
+def test_a_preset_of_another_family_is_said(tiny_sana: Path, tmp_path: Path) -> None:
     teacher = str(tiny_sana)
     said = foreign_preset("sdxl-lora-4step", teacher)
     assert "for a StableDiffusionXLPipeline, and the teacher is a SanaPipeline; its family has sana-lora-4step" in said
+    (file := tmp_path / "fast.yaml").write_text("preset: sdxl-lora-4step\nseed: 1\n")
+    assert foreign_preset(str(file), teacher) == said
     assert not foreign_preset("sana-lora-4step", teacher) and not foreign_preset("lora-4step", teacher)
     assert not foreign_preset("wan-lora-4step", "nowhere/at-all")
 

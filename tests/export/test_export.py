@@ -131,6 +131,8 @@ def test_mistakes_say_what_to_do(student_of: StudentOf, tmp_path: Path) -> None:
         run_export(student, "gguf", None, force=False)
     with pytest.raises(UserError, match=r"is no .safetensors file"):
         run_export(student, "lora", tmp_path / "mine.pt", force=False)
+    with pytest.raises(UserError, match=r"mine.safetensors is a file's name, and this writes a folder; give"):
+        run_export(student, "lora", tmp_path / "mine.safetensors", force=False, keys="peft")
     for out in (student, student / "part"):
         with pytest.raises(UserError, match="is the student itself, or in it"):
             run_export(student, "pipeline", out, force=True)

@@ -1,6 +1,5 @@
 """`stepfold convert`: a checkpoint under its original names, one file, becomes a pipeline folder."""
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,6 +20,7 @@ from stepfold.export.layouts import SANA, from_table, layout, pieces_of
 from stepfold.teachers.calls import parts_of
 from stepfold.teachers.folders import load_index, load_pipeline, without_weights
 from stepfold.teachers.loading import FAMILIES, folder_of
+from stepfold.teachers.lora_files import check_no_lora
 from stepfold.teachers.pipeline import SIGMA_DATA, PipelineTeacher
 from stepfold.training.runs import writing
 
@@ -37,8 +37,6 @@ WRAPPERS = ("module.", "_orig_mod.")
 SCHEDULE = ("alphas_cumprod", "betas", "sqrt_alphas_cumprod", "log_one_minus_alphas_cumprod", "posterior_", "sqrt_")
 """Tables that the base's scheduler computes; old checkpoints have them beside the weights."""
 MARKS = ("v_pred", "ztsnr")
-LORA = re.compile(r"[._]lora_(A|B|up|down)\.|[._]lora\.(up|down)\.|lora_linear_layer")
-"""Part of a name of each pair of matrices in a LoRA."""
 UNUSED = ("pos_embed", "y_embedder.y_embedding", "logvar_linear.")
 """What a network in use has no need of: fixed positions, the empty prompt of training, the adaptive weight's head."""
 
@@ -71,10 +69,7 @@ def read_original(file: Path, weights: Weights | None = None) -> dict[str, Tenso
     for wrapper in WRAPPERS:
         if state and all(name.startswith(wrapper) for name in state):
             state = {name.removeprefix(wrapper): value for name, value in state.items()}
-    if any(LORA.search(name) for name in state):
-        raise UserError(
-            f"{file} is a LoRA and not a network; give it beside its teacher: --teacher TEACHER --teacher-lora {file}"
-        )
+    check_no_lora(file, state)
     return state
 
 

@@ -85,6 +85,8 @@ def run_export(
     suffix = Path(ending).suffix
     if target.suffix != suffix and suffix:
         raise UserError(f"--out {target} is no {suffix} file; give a name that ends in {suffix}")
+    if target.suffix == ".safetensors" and not suffix:
+        raise UserError(f"--out {target} is a file's name, and this writes a folder; give a name without the ending")
     check_target(target, student, force=force, to_file=bool(suffix))
     check_digests(student, card.digests)
     if suffix == ".safetensors" and not force:

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 if TYPE_CHECKING:
     from stepfold.config import TeacherSettings
     from stepfold.teachers.contract import GuidanceKind
@@ -94,10 +96,13 @@ def foreign_preset(preset: str, source: str) -> str:
     """What to say of a preset that is another family's than a teacher's; empty where it is not.
 
     Args:
-        preset: its name.
+        preset: its name, or a yaml file that builds on it.
         source: the teacher's folder. A hub id is left to the run, since this reads no more than a file.
     """
     owners = {name: pipeline for pipeline, name in PRESETS.items()} | OTHER_PRESETS
+    while preset not in owners and Path(preset).is_file():
+        values = yaml.safe_load(Path(preset).read_text(encoding="utf-8"))
+        preset = str(values.get("preset", "")) if isinstance(values, dict) else ""
     if preset not in owners:
         return ""
     try:

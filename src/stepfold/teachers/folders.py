@@ -17,6 +17,7 @@ from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 from stepfold.errors import UserError, first_line
 from stepfold.sections import CARD
 from stepfold.teachers.live import config_of, copy_without, index_of, pipeline_at
+from stepfold.teachers.lora_files import check_no_lora, names_of
 from stepfold.teachers.quantised_files import read_quantised
 from stepfold.teachers.safety import MODULAR_INDEX, OWNERS, check_files, check_index, is_part, modular_index, read_json
 
@@ -295,6 +296,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if folder.is_file() and folder.suffix not in (*FILES, ".gguf", ".sft"):
         raise UserError(f"{str(folder)!r} is no model; give a pipeline folder or a hub id")
     if not index.is_file() and single and not modular:
+        check_no_lora(single, names_of(single))
         raise UserError(
             f"teacher {str(folder)!r} is one file, and a pipeline folder is needed; make one: "
             f"stepfold convert {single} --base PIPELINE --out FOLDER"

@@ -53,6 +53,11 @@ def pipeline_at(source: str) -> Any:
     return pipe
 
 
+def source_of(pipe: Any) -> str:
+    """What stands for a pipeline object in settings and cards."""
+    return f"{PREFIX}{type(pipe).__name__}"
+
+
 @contextmanager
 def lent(pipe: Any) -> Iterator[str]:
     """Around all that uses a pipeline object as a teacher; afterwards it is as before.
@@ -64,7 +69,7 @@ def lent(pipe: Any) -> Iterator[str]:
         UserError: see `check_object`.
     """
     check_object(pipe)
-    source = f"{PREFIX}{type(pipe).__name__}"
+    source = source_of(pipe)
     modules = [module for part in networks(pipe).values() for module in part.modules()]
     training = [module.training for module in modules]
     parameters = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters(False)]

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ METHODS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "boft_": "BOFT", "ia
 METHODS |= {"vera_": "VeRA", "lora_embedding_": "LoRA of an embedding", "glora": "GLoRA", "bundle_emb": "an embedding"}
 """Parts of the names of tensors -> other methods, which are refused by name."""
 ELSEWHERE = "merge it with the tool that made it, and give the merged pipeline as the teacher"
+LORA = re.compile(r"[._]lora_(A|B|up|down)\.|[._]lora\.(up|down)\.|lora_linear_layer")
+"""Part of a name of each pair of matrices in a LoRA."""
 PATTERN = re.compile(r"[*+?()\[\]{}|$\\]")
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """PEFT's `init_lora_weights` that leave the weights under the LoRA as they are."""
@@ -188,6 +190,27 @@ def read_lora(source: str) -> LoraFile:
         said |= dict(flat(values)) if isinstance(values, dict) else {}
     check_method(source, state, said)
     return LoraFile(layers_of(source, state), said, peft)
+
+
+def check_no_lora(file: Path, names: Iterable[str]) -> None:
+    """Refuses a LoRA in the place of a network, by the names of its tensors.
+
+    Raises:
+        UserError: it is one.
+    """
+    if any(LORA.search(name) for name in names):
+        raise UserError(
+            f"{file} is a LoRA and not a network; give it beside its teacher: --teacher TEACHER --teacher-lora {file}"
+        )
+
+
+def names_of(file: Path) -> list[str]:
+    """The names of a safetensors file's tensors; none where it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except Exception:  # safetensors has kinds of its own
+        return []
 
 
 def unreadable(source: str, error: Exception) -> UserError:
