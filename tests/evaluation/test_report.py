@@ -249,6 +249,8 @@ def test_the_latent_error_stands_beside_the_line_to_beat(tmp_path: Path):
         ("0.90", "latent error of the untrained teacher in one step"),
     ]
     assert sentences(noisy)[0] == "Latent error: the student is better than the untrained teacher in one step."
+    level = noisy | {"student": {"1": {"latent_error": 0.9001}}, "usual_steps": 1}
+    assert sentences(level)[0] == "Latent error: the student is level with the untrained teacher in one step."
     caption = str(results_table(noisy).caption)
     assert "compare at one step alone" in caption and results_table(report).caption is None
     for one, said in ((noisy, True), (report, False)):

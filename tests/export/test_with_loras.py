@@ -232,14 +232,20 @@ def test_what_cannot_be_carried_is_refused(
     out, layers = tmp_path / "x.safetensors", layers_of(step_saver)
 
     def refused(student: Path, said: str, to: str = "lora", **options: Any) -> None:
+        place = out.with_suffix("") if options.get("keys") == "peft" else out
         with pytest.raises(UserError, match=said) as caught:
-            run_export(student, to, out, force=False, with_loras=True, **options)
+            run_export(student, to, place, force=False, with_loras=True, **options)
         assert "\n" not in str(caught.value) and not out.exists()
 
     refused(step_saver, r"its teacher had no LoRA to carry; leave --with-loras out")
     refused(step_saver, r"--with-loras is for --to lora without --steps; leave it out", to="pipeline")
     refused(step_saver, r"--with-loras is for --to lora without --steps; leave it out", steps=2)
     student = with_style(step_saver, style_of(base, layers, "kohya", tmp_path / "te"), tmp_path / "a")
+    beside = run_export(student, "lora", tmp_path / "z.safetensors", force=False, keys="kohya")
+    said = " ".join(card_of(beside).read_text().split())
+    assert f"on top of the LoRAs that the teacher had: `{tmp_path / 'te.safetensors'}:{SCALE}`. Load those too" in said
+    assert "it is `sgm_uniform`" in said and "The size is 32 x 32." in said
+    assert beside.stat().st_mode == card_of(beside).stat().st_mode
     refused(student, r"changes text encoders, and PEFT's folder is of the network alone; leave --keys", keys="peft")
     file = run_export(student, "lora", tmp_path / "y.safetensors", force=False, with_loras=True)
     assert "under other names; export with --keys kohya." in card_of(file).read_text()

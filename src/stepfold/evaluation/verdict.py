@@ -252,9 +252,10 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
 
 
 def _beaten(student: Mapping[int, Row], teacher: Mapping[int, Row], key: str, label: str) -> str:
-    """Where the student is better than the teacher at as many steps."""
+    """Where the student is better than the teacher at as many steps; what a table shows alike is level."""
+    digits = METRICS[key].digits
     pairs = {
-        steps: (a, b)
+        steps: (round(a, digits), round(b, digits))
         for steps, row in student.items()
         if (a := row.get(key)) is not None and (b := teacher.get(steps, {}).get(key)) is not None
     }
@@ -262,9 +263,9 @@ def _beaten(student: Mapping[int, Row], teacher: Mapping[int, Row], key: str, la
         return ""
     better = [steps for steps, (a, b) in pairs.items() if a < b]
     if len(pairs) == 1:
-        (steps,) = pairs
-        than = "better" if better else "no better"
-        return f"{label}: the student is {than} than the untrained teacher in {_in(steps)}."
+        ((steps, (a, b)),) = pairs.items()
+        than = "better than" if better else "level with" if a == b else "no better than"
+        return f"{label}: the student is {than} the untrained teacher in {_in(steps)}."
     if len(better) == len(pairs):
         return f"{label}: the student is better than the untrained teacher at every measured number of steps."
     if not better:

@@ -47,11 +47,15 @@ CARRIED = """
 The file carries the LoRAs that the teacher had: {loras}. Load it on the base model without them. Their licences apply
 too.
 """
+BENEATH = """
+The file goes on top of the LoRAs that the teacher had: {loras}. Load those too, each at the strength behind its name,
+or 1.
+"""
 IN_COMFYUI = """
 ## ComfyUI
 
 Put `{file}` into ComfyUI's `models/{place}`, and drop `{workflow}` on ComfyUI's page. Choose your own files in
-the nodes whose titles begin with YOURS. Keep strength 1 and cfg 1: other values make wrong images.
+the nodes whose titles begin with YOURS. Keep {kept} 1: other values make wrong images.
 """
 NOT_IN_COMFYUI = """
 ## ComfyUI
@@ -61,13 +65,14 @@ There is no workflow: {reason}.
 SETTINGS = """
 ## Settings
 
-The sampler is `{sampler}`, and CFG is 1, which turns guidance off.{scale} A program that takes noise levels gets
-these; its own scheduler and shift do not count then.
+The sampler is `{sampler}`, and CFG is 1, which turns guidance off.{scale}{scheduler} The size is {size}. A program
+that takes noise levels gets these; its own scheduler and shift do not count then.
 
 | steps | noise levels |
 |---|---|
 {levels}
 """
+NAMED = " Where a scheduler is chosen by name, it is `sgm_uniform`, which is near the levels below."
 IN_SD_CPP = """
 ## stable-diffusion.cpp
 
@@ -173,10 +178,13 @@ def file_card(
     else:
         rows.insert(1, (workflow_of(out).name, "a workflow for ComfyUI"))
         folder = "loras" if keys else "diffusion_models"
-        place = IN_COMFYUI.format(file=out.name, place=folder, workflow=workflow_of(out).name)
+        kept = "strength 1 and cfg" if keys else "cfg"
+        place = IN_COMFYUI.format(file=out.name, place=folder, workflow=workflow_of(out).name, kept=kept)
     command = sd_cpp_command(out.name, card) if sd_cpp and known else ""
     licences = "\n".join(f"| {part} | {in_words(licence)} |" for part, licence in card.licences.items())
-    within = CARRIED.format(loras=", ".join(f"`{lora}`" for lora in carried)) if carried else ""
+    beneath = [str(lora) for lora in card.teacher_settings().lora] if keys else []
+    loras = ", ".join(f"`{lora}`" for lora in (*carried, *beneath))
+    within = (CARRIED if carried else BENEATH).format(loras=loras) if loras else ""
     return f"""# A few-step student of `{card.teacher}`: its {what}
 
 Distilled from {source_of(card.config)} by stepfold {card.stepfold}. The `{README}` in the student's folder has its
@@ -196,7 +204,9 @@ def settings_of(card: Card) -> str:
     """The card's section about sampler and noise levels."""
     levels = "\n".join(f"| {steps} | {in_text(levels_of(card, steps))} |" for steps in steps_of(card))
     told = f" The guidance scale that the network embeds is {scale_of(card):g}." if loader_of(card).scale else ""
-    return SETTINGS.format(sampler=SAMPLERS[in_diffusers(card.recipe.sampler)], scale=told, levels=levels)
+    sampler, size = SAMPLERS[in_diffusers(card.recipe.sampler)], f"{card.width} x {card.height}"
+    named = NAMED if loader_of(card).variance_preserving and sampler == "lcm" else ""
+    return SETTINGS.format(sampler=sampler, scale=told, scheduler=named, size=size, levels=levels)
 
 
 def scale_of(card: Card) -> float:

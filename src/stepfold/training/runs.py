@@ -23,6 +23,8 @@ from stepfold.training.processes import gathered, placed, placed_state
 
 STEP = re.compile("[0-9]{6,18}")  # what a checkpoint is called
 CONFIG, METRICS, CHECKSUMS = "config.yaml", "metrics.jsonl", "checksums.json"
+UMASK = os.umask(0o077)  # it can be read by setting it alone
+os.umask(UMASK)
 ASIDE = ".aside.part"  # how the name of a folder ends whose successor is being put in its place
 
 
@@ -46,6 +48,7 @@ def writing(path: Path) -> Iterator[Path]:
             if path.is_symlink():
                 raise UserError(f"{path} is a link to a folder, which is not replaced; give the folder's own name")
             os.replace(path, aside)
+        _readable(part)
         os.replace(part, path)
     except Exception as error:
         if not isinstance(error, OSError) and "(os error " not in str(error):  # safetensors' and tokenizers' own
@@ -58,6 +61,13 @@ def writing(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             _put_back(aside, path)
             _remove(part)
+
+
+def _readable(part: Path) -> None:
+    """Gives files of weights, which safetensors keeps to their owner, the mode of any other new file."""
+    for file in part.rglob("*.safetensors") if part.is_dir() else [part]:
+        if file.is_file():
+            file.chmod(0o666 & ~UMASK)
 
 
 def _put_back(aside: Path, path: Path) -> None:
