@@ -85,8 +85,6 @@ def run_export(
     suffix = Path(ending).suffix
     if target.suffix != suffix and suffix:
         raise UserError(f"--out {target} is no {suffix} file; give a name that ends in {suffix}")
-    if target.suffix == ".safetensors" and not suffix:
-        raise UserError(f"--out {target} is a file's name, and this writes a folder; give a name without the ending")
     check_target(target, student, force=force, to_file=bool(suffix))
     check_digests(student, card.digests)
     if suffix == ".safetensors" and not force:
@@ -120,11 +118,13 @@ def check_options(
 
 
 def check_target(target: Path, student: Path, *, force: bool, to_file: bool = False) -> None:
-    """Refuses a place to write that is the student's own, or taken.
+    """Refuses a place to write that is the student's own, or taken, or a file's name where a folder is written.
 
     Raises:
         UserError: it is.
     """
+    if target.suffix == ".safetensors" and not to_file:
+        raise UserError(f"--out {target} is a file's name, and this writes a folder; give a name without the ending")
     if target.resolve() == student or student in target.resolve().parents:
         raise UserError(f"--out {target} is the student itself, or in it; choose another --out")
     if target.exists() and not (force and replaceable(target, to_file)):

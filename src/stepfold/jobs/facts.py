@@ -2,13 +2,12 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 if TYPE_CHECKING:
     from stepfold.config import TeacherSettings
@@ -101,8 +100,8 @@ def foreign_preset(preset: str, source: str) -> str:
     """
     owners = {name: pipeline for pipeline, name in PRESETS.items()} | OTHER_PRESETS
     while preset not in owners and Path(preset).is_file():
-        values = yaml.safe_load(Path(preset).read_text(encoding="utf-8"))
-        preset = str(values.get("preset", "")) if isinstance(values, dict) else ""
+        found = re.search(r"^preset: *[\"']?([^\s\"'#]+)", Path(preset).read_text(encoding="utf-8"), re.MULTILINE)
+        preset = found[1] if found else ""
     if preset not in owners:
         return ""
     try:
