@@ -89,11 +89,10 @@ def examine(settings: TeacherSettings, device: str, lora: int = 0) -> list[Findi
     config = choose_objective(validate({"prompts": "", "teacher": settings.model_dump(), "student": {"lora": lora}}))
     rounding = ROUNDING[settings.dtype if lora else "float32"]
     ways = without_tangent(teacher.retimable)
-    tangents = [backends_agree(student, pairs, rounding), tangent_size(student, pairs, ways)]
-    allowed = allowed_methods(teacher, why_no_tangent(*tangents, ways))
+    agree, size = backends_agree(student, pairs, rounding), tangent_size(student, pairs, ways)
+    allowed = allowed_methods(teacher, why_no_tangent(agree, size, ways))
     if config.objective != "continuous":
-        tangents = [without_need(finding) for finding in tangents]
-    agree, size = tangents
+        agree, size = without_need(agree), without_need(size)
     return [
         *own_loop(teacher, prompts, condition, guidance),
         *quantised_velocity(teacher, settings, plain),
