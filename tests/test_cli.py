@@ -356,6 +356,11 @@ def test_a_teacher_in_one_file_gets_the_way_to_a_folder(prompts_file: Path, tmp_
     args = ("--teacher", file, "--prompts", prompts_file, "--out", tmp_path / "run")
     assert_one_line(distill(*args), f"there is no file '{file}'", "a pipeline folder or a hub id")
     file.write_bytes(b"")
+    part = tmp_path / "pipe" / "unet"
+    part.mkdir(parents=True)
+    (part.parent / "model_index.json").write_text("{}")
+    (part / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    assert_one_line(Result("doctor", part), f"is a part of the pipeline in '{part.parent}'; give that folder")
     made = f"stepfold convert {file} --base PIPELINE --out FOLDER"
     assert_one_line(distill(*args), "is one file, and a pipeline folder is needed", made)
     assert_one_line(Result("doctor", file), made)

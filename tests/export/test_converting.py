@@ -289,3 +289,12 @@ def test_a_file_in_the_place_of_a_folder_is_told_how_to_become_one(tmp_path: Pat
     for source in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(UserError, match=r"is one file, .*stepfold convert \S*/model\.safetensors --base PIPELINE"):
             load_index(str(source))
+
+
+@pytest.mark.parametrize(("name", "said"), [("prompts.txt", "is no checkpoint; give one of"), ("a.pth", "read safely")])
+@pytest.mark.parametrize("text", ["a red fox\nan owl\n", "hello world", "(lp0"])
+def test_a_text_is_no_checkpoint(tmp_path: Path, name: str, said: str, text: str) -> None:
+    """torch's reader ends in a traceback of its own for some of them."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_original(tmp_path / name)

@@ -37,6 +37,10 @@ WRAPPERS = ("module.", "_orig_mod.")
 SCHEDULE = ("alphas_cumprod", "betas", "sqrt_alphas_cumprod", "log_one_minus_alphas_cumprod", "posterior_", "sqrt_")
 """Tables that the base's scheduler computes; old checkpoints have them beside the weights."""
 MARKS = ("v_pred", "ztsnr")
+OF_PICKLES = (UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError)
+"""What torch's reader of pickles ends in for a file that is none."""
+SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin")
+"""Files of tensors; all but the first two are read as pickles, of which nothing is run."""
 UNUSED = ("pos_embed", "y_embedder.y_embedding", "logvar_linear.")
 """What a network in use has no need of: fixed positions, the empty prompt of training, the adaptive weight's head."""
 
@@ -53,12 +57,14 @@ def read_original(file: Path, weights: Weights | None = None) -> dict[str, Tenso
     """
     if not file.exists():
         raise UserError(f"there is no file {file}; give a checkpoint, .safetensors or .pth")
+    if file.suffix not in SUFFIXES:
+        raise UserError(f"{file} is no checkpoint; give one of {', '.join(SUFFIXES)}")
     try:
-        if file.suffix == ".safetensors":
+        if file.suffix in SUFFIXES[:2]:
             state: Any = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+    except (OSError, SafetensorError, RuntimeError, *OF_PICKLES) as error:
         raise UserError(
             f"{file} is no checkpoint that can be read safely ({first_line(error)}); give a .pth or .safetensors file "
             "of tensors"
@@ -142,7 +148,8 @@ def fill(
     pieces: dict[str, dict[int, Tensor]] = {}
     for original, sizes in rows.items():
         if original not in state:
-            raise UserError(f"the checkpoint has no {original}; is it that of a {kind}?")
+            own = f"it has the names of diffusers: put it into the {kind}'s folder" if {*ours} <= {*state} else ""
+            raise UserError(f"the checkpoint has no {original}; {own or f'is it that of a {kind}?'}")
         if len(state[original]) != sum(sizes.values()):
             raise UserError(
                 f"{original} has {len(state[original])} rows, but the base's network would have "

@@ -295,6 +295,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise UserError(f"there is no folder {str(folder)!r}; give one that is there")
     if folder.is_file() and folder.suffix not in (*FILES, ".gguf", ".sft"):
         raise UserError(f"{str(folder)!r} is no model; give a pipeline folder or a hub id")
+    if not index.is_file() and not modular and (folder.parent / "model_index.json").is_file():
+        raise UserError(f"{str(folder)!r} is a part of the pipeline in {str(folder.parent)!r}; give that folder")
     if not index.is_file() and single and not modular:
         check_no_lora(single, names_of(single))
         raise UserError(
