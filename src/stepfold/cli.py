@@ -99,13 +99,16 @@ LESS_MEMORY = {
 LESS_ELSEWHERE = "a smaller --batch, --n or --size, or --dtype bfloat16, where the command has them; else --device cpu"
 
 
-def show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
-) -> None:
+AS_PYTHON = warnings.formatwarning
+
+
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """What we warn of is one line; the rest is as Python shows it."""
-    ours = isinstance(message, Caution)
-    shown = f"note: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
-    (file or sys.stderr).write(shown)
+    if issubclass(category, Caution):
+        return f"note: {message}\n"
+    return AS_PYTHON(message, category, filename, lineno, line)
 
 
 def main() -> None:
@@ -113,7 +116,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for text, kind in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", text, kind)
-    warnings.showwarning = show_warning
+    warnings.formatwarning = format_warning
     try:
         sys.exit(app(prog_name="stepfold", standalone_mode=False) or 0)
     except ClickException as error:

@@ -17,6 +17,7 @@ from stepfold.cli import app
 from stepfold.commands.compare import asked_for, counts, numbers
 from stepfold.commands.options import check_page
 from stepfold.comparison import rows as planning
+from stepfold.comparison.figures import draw_steps, leaders
 from stepfold.comparison.page import SEARCHED, minutes_of, page, write_page
 from stepfold.comparison.rows import (
     METHODS,
@@ -308,6 +309,17 @@ def test_searched_levels_are_looked_at_before_hours_of_runs(tmp_path: Path) -> N
             workers=1, schedule=tmp_path / "nofile.json", page_only=False,
         )  # fmt: skip
     assert not (tmp_path / "runs").exists()
+
+
+def test_rows_that_lead_somewhere_are_told_apart() -> None:
+    rows = {
+        name: [ended(fd, accuracy=accuracy)] for name, fd, accuracy in (("a", 3, 0.9), ("b", 2, 0.1), ("c", 1, 0.2))
+    }
+    assert leaders(rows | {"none": [DIVERGED]}, (1, 4), 1) == ["a", "c"]
+    assert leaders(rows, (1, 4), 2) == ["a", "b", "c"] and leaders({}, (1,)) == []
+    teacher = {"20": ended(1)["student"]["1"], "4": ended(1)["student"]["1"]}
+    drawn = draw_steps(rows, teacher, (1, 4)).axes[0]
+    assert [text.get_text() for text in drawn.get_legend().get_texts()] == ["a", "b", "c", "teacher, untrained"]
 
 
 def test_one_seed_has_no_verdict_and_equal_pairs_show_time(tmp_path: Path) -> None:

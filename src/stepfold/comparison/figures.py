@@ -16,6 +16,7 @@ Rows = Mapping[str, list[dict[str, Any]]]
 """row -> the records of its seeds."""
 LABELS = {"fd": "FD", "accuracy": "accuracy, %", "diversity": "diversity"}
 SCALES = {"accuracy": 100.0}
+SHOWN, COLOURS = 0.8, 10
 
 
 def mean_at(records: list[dict[str, Any]], steps: int, metric: str) -> float | None:
@@ -24,8 +25,21 @@ def mean_at(records: list[dict[str, Any]], steps: int, metric: str) -> float | N
     return SCALES.get(metric, 1.0) * statistics.fmean(values) if values else None
 
 
+def leaders(rows: Rows, steps: tuple[int, ...], count: int = 2) -> list[str]:
+    """Rows that are among the best `count` in FD or accuracy at some number of steps, in their order."""
+    found: set[str] = set()
+    for k in steps:
+        for metric, sign in (("fd", 1), ("accuracy", -1)):
+            means = {row: mean for row, records in rows.items() if (mean := mean_at(records, k, metric)) is not None}
+            found |= set(sorted(means, key=lambda row: sign * means[row])[:count])
+    return [row for row in rows if row in found]
+
+
 def draw_steps(rows: Rows, teacher: Mapping[str, Any], steps: tuple[int, ...]) -> "Figure":
-    """FD and accuracy against sampling steps: a line a row, the untrained teacher dashed."""
+    """FD and accuracy against sampling steps: a line a row, the untrained teacher dashed.
+
+    Rows that lead nowhere are grey, and cut off where they leave the range of those that do.
+    """
     figure, plots = new_plots(2, 1, "sampling steps", size=7)
     figure.set_size_inches(9, 9)
     curves = {
@@ -36,17 +50,26 @@ def draw_steps(rows: Rows, teacher: Mapping[str, Any], steps: tuple[int, ...]) -
     curves["teacher, untrained"] = {
         metric: [(k, SCALES.get(metric, 1.0) * own[k][metric]) for k in sorted(own)] for metric in ("fd", "accuracy")
     }
-    for number, (row, of_row) in enumerate(curves.items()):
-        for plot, metric in zip(plots.flat, ("fd", "accuracy"), strict=True):
-            points = [(k, value) for k, value in of_row[metric] if value is not None]
-            style = "k--" if row not in rows else ("o-", "s--", "^:")[number // 10 % 3]
-            if points:  # a row that has not run keeps its colour
-                plot.plot(*zip(*points, strict=True), style, markersize=4, label=row)
+    first = leaders(rows, steps)
+    others = [row for row in curves if row not in first]
+    for plot, metric in zip(plots.flat, ("fd", "accuracy"), strict=True):
+        plot.set_yscale("log" if metric == "fd" else "linear")
+        for number, row in enumerate((*first, *others)):
+            points = [(k, value) for k, value in curves[row][metric] if value is not None]
+            if row == others[0]:
+                plot.autoscale_view()
+                plot.autoscale(enable=False, axis="y")
+            line = "-" if number < COLOURS else ":"
+            style: dict[str, Any] = {"marker": "o", "markersize": 4, "label": row, "zorder": 3, "linestyle": line}
+            if row in others:
+                grey = {"color": "0.75", "linewidth": 0.8, "zorder": 1, "label": "_"}
+                style = grey if row in rows else {"color": "black", "linestyle": "--", "label": row}
+            if points:
+                plot.plot(*zip(*points, strict=True), **style)
     for plot, metric in zip(plots.flat, ("fd", "accuracy"), strict=True):
         plot.set_xscale("log", base=2)
         plot.set_xticks(sorted(steps), [str(k) for k in sorted(steps)])
         plot.set(ylabel=LABELS[metric])
-    plots[0][0].set_yscale("log")
     plots[0][0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -62,7 +85,10 @@ def draw_against(rows: Rows, fewest: Mapping[str, int], label: str, of: Mapping[
 
 
 def draw_diversity(rows: Rows, teacher: Mapping[str, Any], steps: tuple[int, ...]) -> "Figure":
-    """Diversity beside accuracy at each of some numbers of steps; the teacher at its most steps is a cross."""
+    """Diversity beside accuracy at each of some numbers of steps; the teacher at its most steps is a cross.
+
+    Rows below `SHOWN` of the best accuracy are left out.
+    """
     figure, plots = new_plots(1, len(steps), LABELS["accuracy"], size=5)
     figure.set_size_inches(5.5 * len(steps), 4.5)
     best = next(iter(teacher.values()), None)
@@ -70,7 +96,8 @@ def draw_diversity(rows: Rows, teacher: Mapping[str, Any], steps: tuple[int, ...
         points = {
             row: (mean_at(records, k, "accuracy"), mean_at(records, k, "diversity")) for row, records in rows.items()
         }
-        _name_points(plot, points)
+        most = max((x for x, _ in points.values() if x is not None), default=0)
+        _name_points(plot, {row: (x, y) for row, (x, y) in points.items() if x is not None and x >= SHOWN * most})
         if best:
             plot.plot(100 * best["accuracy"], best["diversity"], "kx", markersize=8)
         plot.set(ylabel=LABELS["diversity"], title=f"{k} steps" if k > 1 else "1 step")

@@ -64,9 +64,12 @@ def figures(
     fewest = {name: min(row.steps) for name, row in asked.rows.items()}
     shown = tuple(k for k in (1, 4) if k in asked.steps) or asked.steps[:1]
     drawn = {
-        "methods_steps": ("Quality against sampling steps.", draw_steps(rows, teacher, asked.steps)),
+        "methods_steps": (
+            "Quality against sampling steps; rows that are nowhere among the best two are grey.",
+            draw_steps(rows, teacher, asked.steps),
+        ),
         "methods_diversity": (
-            "Diversity beside accuracy; the cross is the teacher at its most steps.",
+            "Diversity beside accuracy, of rows with 80% of the best; the cross is the teacher at its most steps.",
             draw_diversity(rows, teacher, shown),
         ),
         "methods_memory": (
