@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from stepfold.cli import app
-from stepfold.commands.evaluate import open_drawer
+from stepfold.commands.protocols import open_drawer
 from stepfold.config import load_config, phases_of, validate
 from stepfold.display import Display
 from stepfold.errors import UserError

@@ -186,7 +186,7 @@ def test_evaluate_on_prompts_of_ones_own(run: tuple[Path, str], tmp_path: Path) 
     assert CliRunner().invoke(app, command).exit_code == 0
     scores = json.loads(found.read_text())
     assert scores["protocol"]["index"] == [0, 1, 2] and scores["protocol"]["unseen"] is None
-    assert list(scores["student"]) == ["1"]
+    assert list(scores["student"]) == ["1"] and scores["fresh_noise"] is True  # of a consistency student
 
 
 def test_prompts_that_are_gone_or_others_are_said(run: tuple[Path, str], prompts: Path) -> None:

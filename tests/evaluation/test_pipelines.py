@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from stepfold import assets
-from stepfold.commands.evaluate import run_evaluate, run_geneval
+from stepfold.commands.evaluate import run_evaluate
+from stepfold.commands.protocols import run_geneval
 from stepfold.display import Display, results_table
 from stepfold.errors import UserError
 from stepfold.evaluation.pipelines import Drawer, draw, geneval_prompts, write_geneval

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from stepfold.commands.own_teacher import check_unread
+from stepfold.commands.evaluate import check_unread
 from stepfold.errors import UserError
 from stepfold.evaluation.judge import Judge, image_features, text_features
 from stepfold.evaluation.measure import protocol_samplers

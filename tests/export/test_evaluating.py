@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stepfold.commands.evaluate import open_drawer, run_geneval
+from stepfold.commands.protocols import open_drawer, run_geneval
 from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.evaluation.pipelines import draw

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepfold.commands.evaluate import open_drawer
+from stepfold.commands.protocols import open_drawer
 from stepfold.errors import UserError
 from stepfold.evaluation.pipelines import Drawer, draw
 from stepfold.export.pipeline import model_card

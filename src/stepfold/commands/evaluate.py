@@ -1,9 +1,6 @@
 """`stepfold evaluate`: students and other pipelines under one protocol."""
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +17,6 @@ if TYPE_CHECKING:
     from stepfold.config import TeacherSettings
     from stepfold.display import Display
     from stepfold.evaluation.judge import Judge
-    from stepfold.evaluation.pipelines import Drawer
     from stepfold.evaluation.protocol import Protocol
     from stepfold.sampling.recipe import Recipe
     from stepfold.students.card import Card
@@ -93,7 +89,9 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of images, with a report (teacher). Default: none; runs/PROTOCOL.", show_default=False
+            help="Folder for images. teacher writes a report there too; default: none. mjhq30k and geneval: "
+            "runs/PROTOCOL.",
+            show_default=False,
         ),
     ] = None,
     json_file: JsonOption = None,
@@ -115,7 +113,8 @@ def evaluate(
 
     stepfold evaluate ./my-sana --protocol geneval --prompts evaluation_metadata.jsonl
     """
-    from stepfold.commands.own_teacher import NUM_PROMPTS, check_unread, is_own, run_own
+    from stepfold.commands.own_teacher import NUM_PROMPTS, is_own, run_own
+    from stepfold.commands.protocols import run_geneval, run_mjhq
     from stepfold.display import Display, mjhq_table, quiet_libraries, results_table, show_table
     from stepfold.evaluation.verdict import headline
 
@@ -135,7 +134,7 @@ def evaluate(
             folders, steps=counts, n=n or NUM_PROMPTS, guidance=guidance, prompts=prompts, clip=clip, out=out,
             display=display, device=usable_device(device), schedule=schedule, command=typed(),
         )  # fmt: skip
-        write_json(json_file, found[str(folders[0])] if len(found) == 1 else {"students": found})
+        write_json(json_file, next(iter(found.values())) if len(found) == 1 else {"students": found})
         for name, row in found.items():
             typer.echo(f"{name}: {row['protocol']['prompts']}")
             show_table(results_table(row))
@@ -171,6 +170,20 @@ def evaluate(
         typer.echo(f"\n{headline(result)}")
 
 
+def check_unread(**given: object) -> None:
+    """Refuses options that the bundled teacher's evaluator has no use for.
+
+    Raises:
+        UserError: naming the first that is given.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(
+                f"--{name} is not for --protocol emoji, which has prompts and an evaluator of its own; leave it out, "
+                "or give --protocol teacher"
+            )
+
+
 def run_evaluate(
     folders: Sequence[Path],
     *,
@@ -189,13 +202,15 @@ def run_evaluate(
     Raises:
         UserError: a folder is no pipeline; a student's teacher is not the bundled one, so there is no judge for it.
     """
+    from stepfold.commands.protocols import open_drawer
     from stepfold.config import load_config
     from stepfold.evaluation.judge import load_judge
     from stepfold.evaluation.pipelines import measure_pipeline
     from stepfold.evaluation.protocol import protocol_record, rows_by_steps, teacher_of
     from stepfold.evaluation.report import versions
 
-    students = open_students(names := list(dict.fromkeys(map(str, folders))), device)
+    names = list(dict.fromkeys(map(str, folders)))
+    students = open_students(names, device)
     drawers = {name: open_drawer(Path(name), device) for name in names if name not in students}
     judge = load_judge(assets.JUDGE, device)
     protocols: dict[str, Protocol] = {}
@@ -303,98 +318,3 @@ def measure_students(
     groups = protocol_samplers(teacher, named, protocol, told, searched)
     with display.measuring({name: n for group in groups.values() for name in group}) as tick:
         return protocol, rows_by_steps(measure_groups(judge, protocol, teacher, groups, teacher.device, tick))
-
-
-def open_drawer(folder: Path, device: str) -> "Drawer":
-    """The pipeline of a folder, called as a student's card says where it is a student.
-
-    Raises:
-        UserError: the folder is no pipeline, or a student that is none by itself.
-    """
-    from stepfold.evaluation.pipelines import Drawer
-    from stepfold.students.card import is_student, read_card, student_folder
-    from stepfold.teachers.loading import load_any_pipeline
-
-    if not is_student(folder):
-        return Drawer(load_any_pipeline(folder, device))
-    card, given, folder = read_card(folder), folder, student_folder(folder)
-    if card.lora_rank or card.network_only:
-        raise UserError(
-            f"{folder} holds a student without the rest of its pipeline; make it whole first: "
-            f"stepfold export {given} --to pipeline"
-        )
-    card.check_calls()
-    return Drawer(load_any_pipeline(folder, device), card.calls)
-
-
-def run_geneval(
-    folder: Path,
-    prompts: Path,
-    out: Path,
-    *,
-    steps: int | None,
-    guidance: float | None,
-    display: "Display",
-    device: str,
-) -> None:
-    """A pipeline's pictures for GenEval's scorer; a run that was stopped goes on where it was.
-
-    Raises:
-        UserError: the folder is no pipeline, or the prompts are not GenEval's.
-    """
-    from stepfold.evaluation.pipelines import claim, geneval_prompts, write_geneval
-    from stepfold.fingerprints import listing_sha256
-
-    rows = geneval_prompts(prompts)
-    drawer = open_drawer(folder, device)
-    count = steps or drawer.usual_steps[-1]
-    claim(out, {"pipeline": listing_sha256(folder), "steps": count, "guidance": guidance})
-    with display.measuring({"prompts": len(rows)}) as tick:
-        write_geneval(drawer, rows, out, count, guidance, partial(tick, "prompts"))
-
-
-def run_mjhq(
-    folders: Sequence[Path],
-    images: Path,
-    inception: Path,
-    clip: str,
-    out: Path,
-    *,
-    steps: Sequence[int] | None,
-    n: int,
-    guidance: float | None,
-    display: "Display",
-    device: str,
-) -> dict[str, Any]:
-    """FID and CLIP score of pipelines on MJHQ-30k; pictures go to OUT and are not drawn twice.
-
-    Raises:
-        UserError: a folder is no pipeline; the benchmark or the networks that judge are not where they belong.
-    """
-    from stepfold.evaluation import mjhq
-    from stepfold.evaluation.pipelines import claim
-    from stepfold.evaluation.report import versions
-    from stepfold.fingerprints import listing_sha256
-
-    data = mjhq.open_mjhq(images, n)
-    features, scorer = mjhq.inception_features(inception, device), mjhq.load_clip(clip, device)
-    meta, weights = (hashlib.sha256(file.read_bytes()).hexdigest() for file in (images / mjhq.META, inception))
-    protocol = mjhq.MjhqProtocol(n=n, seed=0, images_sha256=meta, inception_sha256=weights, clip=clip)
-    out.mkdir(parents=True, exist_ok=True)
-    with display.measuring({"real pictures": n}) as tick:
-        cache = out / f"reals_{protocol.hash()[:12]}.safetensors"
-        reals = mjhq.real_moments(data, features, cache, partial(tick, "real pictures"))
-    rows: dict[str, Any] = {}
-    for folder in folders:
-        drawer = open_drawer(folder, device)
-        for k in steps or drawer.usual_steps:
-            made_by = {"pipeline": listing_sha256(folder), "steps": k, "guidance": guidance, "prompts": meta}
-            key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
-            with display.measuring(dict.fromkeys(("draw", "judge"), n)) as tick:
-                pictures = out / key
-                claim(pictures, made_by)
-                paths = mjhq.draw_all(drawer, data, pictures, k, guidance, protocol.seed, partial(tick, "draw"))
-                scores = mjhq.measure(paths, data, reals, features, scorer, partial(tick, "judge"))
-            rows.setdefault(str(folder), {})[str(k)] = scores
-    record = asdict(protocol) | {"hash": protocol.hash()}
-    return {"versions": versions(), "protocol": record, "pipelines": rows}

@@ -30,20 +30,6 @@ def is_own(folder: Path) -> bool:
     return (student_folder(folder) / CARD).is_file() and read_card(folder).teacher != "emoji"
 
 
-def check_unread(**given: object) -> None:
-    """Refuses options that the bundled teacher's evaluator has no use for.
-
-    Raises:
-        UserError: naming the first that is given.
-    """
-    for name, value in given.items():
-        if value is not None:
-            raise UserError(
-                f"--{name} is not for --protocol emoji, which has prompts and an evaluator of its own; leave it out, "
-                "or give --protocol teacher"
-            )
-
-
 def run_own(
     folders: Sequence[Path],
     *,

@@ -51,27 +51,27 @@ def draw_steps(rows: Rows, teacher: Mapping[str, Any], steps: tuple[int, ...]) -
         metric: [(k, SCALES.get(metric, 1.0) * own[k][metric]) for k in sorted(own)] for metric in ("fd", "accuracy")
     }
     first = leaders(rows, steps)
-    others = [row for row in curves if row not in first]
     for plot, metric in zip(plots.flat, ("fd", "accuracy"), strict=True):
         plot.set_yscale("log" if metric == "fd" else "linear")
-        for number, row in enumerate((*first, *others)):
-            points = [(k, value) for k, value in curves[row][metric] if value is not None]
-            if row == others[0]:
-                plot.autoscale_view()
-                plot.autoscale(enable=False, axis="y")
-            line = "-" if number < COLOURS else ":"
-            style: dict[str, Any] = {"marker": "o", "markersize": 4, "label": row, "zorder": 3, "linestyle": line}
-            if row in others:
-                grey = {"color": "0.75", "linewidth": 0.8, "zorder": 1, "label": "_"}
-                style = grey if row in rows else {"color": "black", "linestyle": "--", "label": row}
-            if points:
-                plot.plot(*zip(*points, strict=True), **style)
+        for number, row in enumerate(first):
+            _line(plot, curves[row][metric], marker="o", markersize=4, label=row, ls="-" if number < COLOURS else ":")
+        plot.autoscale_view()
+        plot.autoscale(enable=False, axis="y")
+        for row in (row for row in curves if row not in first):
+            own_line = {"color": "0.75", "lw": 0.8, "zorder": 1} if row in rows else {"color": "black", "ls": "--"}
+            _line(plot, curves[row][metric], label="_" if row in rows else row, **own_line)
     for plot, metric in zip(plots.flat, ("fd", "accuracy"), strict=True):
         plot.set_xscale("log", base=2)
         plot.set_xticks(sorted(steps), [str(k) for k in sorted(steps)])
         plot.set(ylabel=LABELS[metric])
     plots[0][0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def _line(plot: "Axes", points: list[tuple[int, float | None]], **style: Any) -> None:
+    known = [(k, value) for k, value in points if value is not None]
+    if known:
+        plot.plot(*zip(*known, strict=True), **style)
 
 
 def draw_against(rows: Rows, fewest: Mapping[str, int], label: str, of: Mapping[str, float]) -> "Figure":

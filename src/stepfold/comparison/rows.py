@@ -159,7 +159,7 @@ def scaled(config: Config, steps: int) -> list[str]:
 
 
 def _beginnings(config: Config, factor: float) -> list[str]:
-    """Counts that are left at 0, which most methods have and which names of earlier runs lack."""
+    """Counts that most methods have at 0, where they stay: with the setting, earlier runs had other names."""
     counted = {"semigroup.alpha_steps": config.semigroup.alpha_steps, "reward.from_step": config.reward.from_step}
     return [f"{name}={max(1, round(factor * value))}" for name, value in counted.items() if value]
 

@@ -53,10 +53,10 @@ def compare(
     Raises:
         UserError: a run failed, but not by diverging; or the runs in `root` were scored otherwise.
     """
-    protocol = protocol_of(asked, plan_timing(asked)[0].config)
+    config = plan_timing(asked)[0].config
+    protocol = protocol_of(asked, config)
     check_protocol(asked, root, protocol)
-    if schedule:
-        config = plan_timing(asked)[0].config
+    if schedule:  # looked at before the runs, which take hours
         searched_samplers(schedule, load_teacher(config.teacher, "cpu"), config.teacher, protocol.guidance)
     try:
         if not page_only:
@@ -64,7 +64,7 @@ def compare(
             run_timing(plan_timing(asked), root, display, protocol, workers)
             run_all(stage_of(asked, root).of(SEARCH), root, display, protocol, workers)
             if schedule:
-                measure_searched(schedule, plan_timing(asked)[0].config, protocol, root, display)
+                measure_searched(schedule, config, protocol, root, display)
             run_all(stage_of(asked, root).runs, root, display, protocol, workers)
     finally:
         write_page(asked, stage_of(asked, root), protocol, root, page)

@@ -149,10 +149,13 @@ def plan(experiments: Experiments, tables: list[str], extra: list[str], images: 
     planned = []
     for seed, table, row, changes in runs:
         own = (*changes, *experiments.tables[table].common)
-        wanted = make_run(experiments, table, row, (*own, *extra)).config.training.steps
-        before = make_run(experiments, table, row, own).config
-        longer = stretched(before, wanted) if wanted != before.training.steps else []
-        planned.append(make_run(experiments, table, row, (*own, *longer, *extra, f"seed={seed}")))
+        run = make_run(experiments, table, row, (*own, *extra, f"seed={seed}"))
+        if extra:
+            before, steps = make_run(experiments, table, row, own).config, run.config.training.steps
+            if steps != before.training.steps:
+                longer = stretched(before, steps)
+                run = make_run(experiments, table, row, (*own, *longer, *extra, f"seed={seed}"))
+        planned.append(run)
     return planned
 
 
