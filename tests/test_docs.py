@@ -330,7 +330,7 @@ def anchors(text: str) -> set[str]:
     return slugs | set(re.findall(r'<a id="([^"]+)">', text))
 
 
-LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "results" / "paper-discussion.md"]
+LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "results").glob("*-discussion.md"))]
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
@@ -365,3 +365,13 @@ def test_the_memory_of_families_is_the_counted_one() -> None:
             said = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", cell)]
             counted = [each[key] / unit for each in networks.values() if each[key] is not None]
             assert said == pytest.approx(counted, rel=5e-3, abs=0.06 if unit == 1 else 0.006), (row, cell)
+
+
+def test_the_discussion_of_methods_has_the_numbers_of_their_tables() -> None:
+    """Each pair of accuracy and FD that the hand-written page gives is one of the generated page's."""
+    results = ROOT / "docs" / "results"
+    tables = (results / "methods.md").read_text(encoding="utf-8")
+    given = re.findall(r"(\d+\.\d)%, (\d\.\d{4})", (results / "methods-discussion.md").read_text(encoding="utf-8"))
+    measured = set(re.findall(r"\| (\d+\.\d) \|(?:[^|]*\|)? (\d\.\d{4}) \|", tables))
+    assert len(given) > 20 and set(given) <= measured, set(given) - measured
+    assert ("95.6", "0.0108") not in measured

@@ -24,7 +24,7 @@ OPENINGS = ("What", "Where", "Whoever", "Whatever", "Of")
 def pages() -> list[Path]:
     """The hand-written pages that are held to the rules."""
     found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-    found.append(ROOT / "docs" / "results" / "paper-discussion.md")
+    found += sorted((ROOT / "docs" / "results").glob("*-discussion.md"))
     return [page for page in found if page.name not in APART]
 
 

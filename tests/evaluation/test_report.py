@@ -251,6 +251,10 @@ def test_the_latent_error_stands_beside_the_line_to_beat(tmp_path: Path):
     assert sentences(noisy)[0] == "Latent error: the student is better than the untrained teacher in one step."
     level = noisy | {"student": {"1": {"latent_error": 0.9001}}, "usual_steps": 1}
     assert sentences(level)[0] == "Latent error: the student is level with the untrained teacher in one step."
+    unlearned = level | {"config": {"objective": "discrete"}, "curves": {"latent_error": [[0, 0.474], [2, 0.473]]}}
+    assert sentences(unlearned)[1].startswith("Previews: the latent error of one step is 0.473, and was 0.474 before")
+    for other in ({"config": {"objective": "decoupled"}}, {"curves": {"latent_error": [[0, 0.474], [2, 0.3]]}}):
+        assert sentences(unlearned | other) == sentences(level)
     caption = str(results_table(noisy).caption)
     assert "compare at one step alone" in caption and results_table(report).caption is None
     for one, said in ((noisy, True), (report, False)):

@@ -230,10 +230,23 @@ def test_exports_in_half_precision_are_the_rounded_ones(
     assert index[0] == index[1] and card[0] == card[1]
 
 
-def test_half_precision_is_for_whole_networks_that_fit_it(student_of: StudentOf, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", ["diffusers", "kohya", "peft"])
+def test_a_lora_in_half_precision_is_the_rounded_one(keys: Any, student_of: StudentOf, tmp_path: Path) -> None:
+    """Its alphas, which count ranks, stay as they are."""
+    student, ending = student_of("sd1", 4), "" if keys == "peft" else ".safetensors"
+    places = [tmp_path / f"{name}{ending}" for name in ("whole", "half")]
+    for given, place in zip((None, "float16"), places, strict=True):
+        run_export(student, "lora", place, force=False, keys=keys, dtype=given)
+    whole, half = (load_file(place if ending else place / "adapter_model.safetensors") for place in places)
+    wanted = {name: value.half() if value.ndim else value for name, value in whole.items()}
+    assert whole.keys() == half.keys() and all(torch.equal(half[name], value) for name, value in wanted.items())
+    assert {value.dtype for value in half.values() if value.ndim} == {torch.float16}
+
+
+def test_half_precision_is_for_files_whose_weights_fit_it(student_of: StudentOf, tmp_path: Path) -> None:
     student = student_of("sd1", 4)
-    for to, steps in (("lora", None), ("onnx", None), ("pipeline", 4)):
-        with pytest.raises(UserError, match=r"--dtype float16 is for --to pipeline or single-file without --steps"):
+    for to, steps in (("lora", 4), ("onnx", None), ("pipeline", 4)):
+        with pytest.raises(UserError, match=r"--dtype float16 is for --to pipeline, lora or single-file without"):
             run_export(student, to, tmp_path / "out.safetensors", force=False, steps=steps, dtype="float16")
     layer = torch.nn.Linear(2, 2)
     layer.weight.data[0, 0] = 1e5

@@ -31,10 +31,10 @@ def loaded(make: Any, folder: Path) -> PipelineTeacher:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({}, r"s = 4\.5 of the pipeline is w = 4\.5; s = 1 turns guidance off"),
+        ({}, r"s = 4\.5 of the pipeline is w = 4\.5 of v_u \+ w \(v_c - v_u\); s = 1 turns guidance off"),
         (
             {"default_guidance": 4.0, "no_guidance": 0.0, "guidance_weight": lambda s: s + 1},
-            r"s = 4 .* w = 5; s = 0 turns",
+            r"s = 4 .* w = 5 of .*; s = 0 turns",
         ),
         ({"guidance_kind": "embedded"}, r"the network is told s, 4\.5 by default; one call"),
         ({"guidance_kind": "none"}, r"no guidance"),

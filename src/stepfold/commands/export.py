@@ -47,7 +47,8 @@ def export(
     dtype: Annotated[
         Literal["bfloat16", "float16"] | None,
         typer.Option(
-            help="Precision of the weights (pipeline, single-file). Default: the student's own, merged LoRAs float32.",
+            help="Precision of the weights (pipeline, lora, single-file). Default: the student's own, merged LoRAs "
+            "float32.",
             show_default=False,
         ),
     ] = None,

@@ -9,6 +9,8 @@ from stepfold.evaluation.protocol import TEACHER_AT, counted, teachers_of
 from stepfold.evaluation.symptoms import DIVERSITY_FALLS, symptoms_of
 
 Row = Mapping[str, float | None]
+LEARNED = 0.98
+"""Latent error of the last preview, in units of the first one's, from which on nothing is seen to be learned."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,7 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
     alike = {steps: row for steps, row in student.items() if steps == 1 or not report.get("fresh_noise")}
     said = [
         _beaten(alike, teacher, "latent_error", "Latent error"),
+        _unchanged(report),
         _ranking(report),
         _measured_on(report),
         _collapsed(report),
@@ -272,6 +275,20 @@ def _beaten(student: Mapping[int, Row], teacher: Mapping[int, Row], key: str, la
         return f"{label}: the student is no better than the untrained teacher at any measured number of steps."
     worse = [steps for steps in pairs if steps not in better]
     return f"{label}: the student beats the untrained teacher at {listed(better)}, not at {listed(worse)}."
+
+
+def _unchanged(report: Mapping[str, Any]) -> str:
+    """Whether the previews of one step are as far from the teacher's trajectory as before the training."""
+    config, course = report.get("config") or {}, (report.get("curves") or {}).get("latent_error") or []
+    if len(course) < 2 or config.get("objective") not in ("continuous", "discrete"):  # which learn to take one step
+        return ""
+    (_, before), (_, after) = course[0], course[-1]
+    if before is None or after is None or after < LEARNED * before:
+        return ""
+    return (
+        f"Previews: the latent error of one step is {after:.3f}, and was {before:.3f} before the training. "
+        "Train longer, or with a higher optimiser.lr."
+    )
 
 
 def _ranking(report: Mapping[str, Any]) -> str:

@@ -1,13 +1,37 @@
 """Exports in half precision: merged in float32, rounded when they are written."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepfold.errors import UserError
 
 Half = Literal["bfloat16", "float16"]
+
+
+def rounded_tensor(name: str, value: Tensor, dtype: Half) -> Tensor:
+    """The tensor in half precision.
+
+    Raises:
+        UserError: it has a number that is too large for float16.
+    """
+    rounded = value.to(getattr(torch, dtype))
+    if not rounded.isfinite().all():
+        raise UserError(f"{name} has a weight that {dtype} cannot hold; give --dtype bfloat16, or leave it out")
+    return rounded
+
+
+def rounded_file(weights: Mapping[str, Tensor], dtype: Half | None) -> dict[str, Tensor]:
+    """The weights of a LoRA file with its matrices rounded; its alphas, which count ranks, stay. None rounds nothing.
+
+    Raises:
+        UserError: as of `rounded_tensor`.
+    """
+    if not dtype:
+        return dict(weights)
+    return {name: rounded_tensor(name, value, dtype) if value.ndim else value for name, value in weights.items()}
 
 
 def round_weights(module: nn.Module, dtype: Half) -> None:
@@ -24,10 +48,7 @@ def round_weights(module: nn.Module, dtype: Half) -> None:
     for name, parameter in module.named_parameters():
         if kept & set(name.split(".")) or not parameter.is_floating_point():
             continue
-        rounded = parameter.data.to(getattr(torch, dtype))
-        if not rounded.isfinite().all():
-            raise UserError(f"{name} has a weight that {dtype} cannot hold; give --dtype bfloat16, or leave it out")
-        parameter.data = rounded
+        parameter.data = rounded_tensor(name, parameter.data, dtype)
 
 
 def rounded_parts(pipe: Any, dtype: Half) -> dict[str, nn.Module]:

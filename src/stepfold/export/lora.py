@@ -13,6 +13,7 @@ from torch import Tensor
 from stepfold.errors import UserError
 from stepfold.export.beside import is_retimed, write_file
 from stepfold.export.carried import ENDS, with_loras
+from stepfold.export.casting import Half, rounded_file
 from stepfold.export.comfyui import Keys
 from stepfold.export.lora_keys import of_text_encoders, renamed
 from stepfold.export.pipeline import metrics_beside, write_cards
@@ -25,7 +26,9 @@ from stepfold.training.runs import writing
 ADAPTER = "adapter_model.safetensors"
 
 
-def export_lora(folder: Path, out: Path, keys: Keys = "diffusers", *, whole: bool = False) -> None:
+def export_lora(
+    folder: Path, out: Path, keys: Keys = "diffusers", *, whole: bool = False, dtype: Half | None = None
+) -> None:
     """A LoRA student as one file for its teacher's pipeline or other programs, or as a folder for PEFT.
 
     Args:
@@ -33,6 +36,7 @@ def export_lora(folder: Path, out: Path, keys: Keys = "diffusers", *, whole: boo
         out: the file, or the folder for PEFT.
         keys: whose names.
         whole: whether the file carries the teacher's own LoRAs too, and is for the base model alone.
+        dtype: that the matrices are rounded to; None keeps theirs.
 
     Raises:
         UserError: the student has all weights of its own, or its network has no names of that tool's; or the teacher's
@@ -50,21 +54,22 @@ def export_lora(folder: Path, out: Path, keys: Keys = "diffusers", *, whole: boo
     if not card.digests and not whole and keys in ("diffusers", "peft"):
         load_student(folder, "cpu", quantise="none")  # of an early card, which does not say what the file should hold
     if whole:
-        export_whole(folder, out, keys)
+        export_whole(folder, out, keys, dtype)
     elif keys == "peft":
         write_scheduler = partial(shutil.copytree, folder / "scheduler")
-        write_peft(out, load_file(file), card, write_scheduler, metrics_beside(folder))
+        write_peft(out, rounded_file(load_file(file), dtype), card, write_scheduler, metrics_beside(folder))
     elif keys == "diffusers":  # the teacher, which may be large, is not needed
         scheduler = folder / "scheduler" / "scheduler_config.json"
         retimed = scheduler.is_file() and json.loads(scheduler.read_text()).get("num_train_timesteps") == 1
-        write_file(out, partial(shutil.copyfile, file), card, keys=keys, retimed=retimed)
+        save = partial(save_file, rounded_file(load_file(file), dtype), metadata={"format": "pt"})
+        write_file(out, save if dtype else partial(shutil.copyfile, file), card, keys=keys, retimed=retimed)
     else:
         teacher, _, card = load_student(folder, "cpu", quantise="none")
         weights = renamed(load_file(file), teacher.transformer, teacher.network_part, keys)
-        write_lora(out, weights, card, keys, teacher)
+        write_lora(out, rounded_file(weights, dtype), card, keys, teacher)
 
 
-def export_whole(folder: Path, out: Path, keys: Keys) -> None:
+def export_whole(folder: Path, out: Path, keys: Keys, dtype: Half | None = None) -> None:
     """As `export_lora` with `whole`, of a LoRA student.
 
     Raises:
@@ -85,11 +90,11 @@ def export_whole(folder: Path, out: Path, keys: Keys) -> None:
     theirs = card.config | {"teacher": card.config["teacher"] | {"lora": []}}
     card = card.model_copy(update={"config": theirs, "base": "", "loras_in_diffusers": True})
     if keys == "peft":
-        write_peft(out, weights, card, partial(shutil.copytree, folder / "scheduler"))
+        write_peft(out, rounded_file(weights, dtype), card, partial(shutil.copytree, folder / "scheduler"))
         return
     if keys != "diffusers":
         encoders = of_text_encoders(encoders, teacher.pipe, keys)
-    weights = renamed(network, teacher.transformer, teacher.network_part, keys) | encoders
+    weights = rounded_file(renamed(network, teacher.transformer, teacher.network_part, keys) | encoders, dtype)
     write_lora(out, weights, card, keys, teacher, of_text=bool(encoders), carried=[str(lora) for lora in loras])
 
 

@@ -27,7 +27,7 @@ def run_export(
     """Writes a student as something else; returns where: `out`, or beside the student.
 
     `steps` folds a flow map for that many steps alone; `keys` names the layers of a LoRA file; `runtime` is where
-    onnxruntime-web is; `dtype` is that of the weights of a pipeline or a single file; `with_loras` carries the
+    onnxruntime-web is; `dtype` is that of the weights of a pipeline, a LoRA or a single file; `with_loras` carries the
     teacher's LoRAs in a LoRA file.
 
     Raises:
@@ -111,8 +111,8 @@ def check_options(
         raise UserError(f"--keys {keys} is for --to lora; leave it out of --to {to}")
     if with_loras and (to != "lora" or steps is not None):
         raise UserError("--with-loras is for --to lora without --steps; leave it out, --to pipeline merges them")
-    if dtype and (to not in ("pipeline", "single-file") or steps is not None):
-        raise UserError(f"--dtype {dtype} is for --to pipeline or single-file without --steps; leave it out")
+    if dtype and (to not in ("pipeline", "lora", "single-file") or steps is not None):
+        raise UserError(f"--dtype {dtype} is for --to pipeline, lora or single-file without --steps; leave it out")
     if runtime and to != "web":
         raise UserError(f"--runtime {runtime} is for --to web; leave it out of --to {to}")
 

@@ -46,7 +46,7 @@ def scale_meaning(teacher: PipelineTeacher) -> str:
     """How the pipeline counts its guidance scale s: the weight w of v_u + w (v_c - v_u), and which s turns it off."""
     s = teacher.default_guidance
     return {
-        "classifier_free": f"s = {s:g} of the pipeline is w = {teacher.guidance_weight(s):g}; "
+        "classifier_free": f"s = {s:g} of the pipeline is w = {teacher.guidance_weight(s):g} of v_u + w (v_c - v_u); "
         f"s = {teacher.no_guidance:g} turns guidance off",
         "embedded": f"the network is told s, {s:g} by default; one call a step",
         "none": "no guidance; one call a step",
