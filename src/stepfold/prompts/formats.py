@@ -14,7 +14,7 @@ from typing import Any, Literal, TextIO
 from stepfold.errors import UserError
 from stepfold.prompts.files import kind_of
 
-USUAL = ("prompt", "text", "caption", "prompts", "texts", "captions")
+USUAL = ("prompt", "text", "caption", "prompts", "texts", "captions", "prompt_en")
 """Columns that are taken without being named, whatever their case."""
 LONGEST_LINE = 2**24
 """Characters; a file of a single endless line, gzipped or not, does not fill the memory."""
