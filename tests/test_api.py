@@ -16,6 +16,7 @@ from stepfold.api import distill_module, draw, load_module_student
 from stepfold.errors import UserError
 from stepfold.maths.closed_form import GaussianTeacher
 from stepfold.maths.formulations import flow_velocity, trigflow_time
+from stepfold.maths.noise_schedules import FLOW
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.module import ModuleTeacher
@@ -221,6 +222,83 @@ def test_a_run_knows_its_module(tmp_path: Path) -> None:
         teacher.network.last.bias += 1e-3
     with pytest.raises(UserError, match=r"the content of Tied \(teacher\) has changed since this run began"):
         distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "run", few, resume=True, quiet=True)
+
+
+def test_a_run_knows_how_its_module_is_read(tmp_path: Path) -> None:
+    """The same weights under another meaning are another teacher: a run went on half under either."""
+    few = ["training.steps=1", "training.prompts_per_step=2", "objective=discrete"]
+    network = nn.Sequential(nn.Linear(4, 4))
+    wrapped = Timeless(network)
+    distill_module(ModuleTeacher(wrapped, None, (4,)), None, tmp_path / "run", few, quiet=True)
+    for other in (
+        ModuleTeacher(wrapped, None, (4,), "trigflow"),
+        ModuleTeacher(wrapped, None, (4,), data_std=2.0),
+        ModuleTeacher(wrapped, None, (4,), "velocity", schedule=FLOW),
+    ):
+        with pytest.raises(UserError, match=r"what ModuleTeacher is told of the network \(now .*\) has changed"):
+            distill_module(other, None, tmp_path / "run", ["training.steps=2", *few[1:]], resume=True, quiet=True)
+        with pytest.raises(UserError, match=r"what ModuleTeacher is told of the network"):
+            load_module_student(other, tmp_path / "run")
+    same = ModuleTeacher(wrapped, None, (4,))
+    load_module_student(same, tmp_path / "run")
+    (tmp_path / "run" / "reading.json").unlink()  # of a run of an earlier version
+    load_module_student(same, tmp_path / "run")
+    distill_module(same, None, tmp_path / "run", ["training.steps=2", *few[1:]], resume=True, quiet=True)
+    assert (tmp_path / "run" / "reading.json").is_file()
+
+
+class Timeless(nn.Module):
+    """A network of x alone, whose output is changed by `after`."""
+
+    def __init__(self, network: nn.Module, after: Any = lambda x: x) -> None:
+        super().__init__()
+        self.network, self.after = network, after
+
+    def forward(self, x: Tensor, t: Tensor) -> Any:
+        return self.after(self.network(x))
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        (lambda x: x[:, :1], r"returns \[2, 1\] for x \[2, 4\]"),
+        (lambda x: x.mean(), r"returns \[\] for x \[2, 4\]"),
+        (lambda x: (x,), r"returns a tuple for x"),
+        (lambda x: None, r"returns a NoneType for x"),
+        (lambda x: x @ torch.ones(3, 3), r"cannot be called with x \[2, 4\], its time \[2\] and the condition: mat1"),
+    ],
+)
+def test_a_network_with_another_output_is_refused_before_a_run_is_made(after: Any, said: str, tmp_path: Path) -> None:
+    """A single number a sample was broadcast without a word, and trained."""
+    teacher = ModuleTeacher(Timeless(nn.Linear(4, 4), after), None, (4,))
+    with pytest.raises(UserError, match=said):
+        distill_module(teacher, None, tmp_path / "run", ["training.steps=1"], quiet=True)
+    assert not (tmp_path / "run").exists() and not teacher.network._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [(lambda p: torch.zeros(len(p), 1, 2), "gives a Tensor for 2"), (lambda p: label([1]), "gives 1 rows for 2")],
+)
+def test_an_encode_that_gives_no_row_a_prompt_is_refused(made: Any, said: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    with pytest.raises(UserError, match=said):
+        distill_module(ModuleTeacher(Tied(), made, (4,)), tmp_path / "prompts.txt", tmp_path / "run", quiet=True)
+
+
+def test_samples_take_a_step_and_are_one_or_more() -> None:
+    """No step gave back the noise."""
+    teacher = ModuleTeacher(Timeless(nn.Linear(4, 4)), None, (4,))
+    student = new_student(teacher)
+    wrong: Any
+    for wrong, count, said in (
+        (0, 3, "steps is 0"),
+        (-1, 3, "steps is -1"),
+        (1.5, 3, "steps is 1.5"),
+        (1, 0, "prompts"),
+    ):
+        with pytest.raises(UserError, match=rf"{said}.*, and `draw` takes one or more"):
+            draw(teacher, student, count, steps=wrong)
 
 
 @pytest.mark.parametrize(

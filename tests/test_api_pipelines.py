@@ -450,3 +450,11 @@ def test_the_examples_of_the_page_run_and_are_those_of_the_docstrings(
     assert names["student"] == Path("runs/mine/student")
     assert (tmp_path / "fox.png").stat().st_size > 100
     assert names["file"].stat().st_size > 1000 and (tmp_path / "fox-4step.README.md").is_file()
+
+
+def test_a_device_that_is_not_here_is_refused(tmp_path: Path, prompts_file: Path) -> None:
+    """Without a GPU, cuda and mps trained on the CPU without a word."""
+    for device in ("cuda:7", "meta7"):
+        with pytest.raises(UserError, match=rf"--device {device} cannot be used here"):
+            api.distill_pipeline("emoji", prompts_file, tmp_path / "run", SHORT, device=device, quiet=True)
+    assert not (tmp_path / "run").exists()

@@ -217,7 +217,7 @@ def load_config(preset: str | Config, changes: Sequence[str] = (), **top: Any) -
         (100, 'discrete', 3)
     """
     values = preset.model_dump() if isinstance(preset, Config) else _preset_values(preset)
-    for change in changes:
+    for change in [changes] if isinstance(changes, str) else changes:
         key, sep, value = change.partition("=")
         if not sep:
             raise UserError(f"--set {change!r} is not key=value; for example --set training.steps=100")

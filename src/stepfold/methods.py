@@ -29,7 +29,11 @@ METHODS: dict[str, Method] = {
     ),
     "velocity": Method("velocity matching (arXiv:2209.03003)", "velocity matching has none", "flow"),
     "pair": Method("regression on pairs of states (like CMT)", "pairs of states have none", aimed=True),
-    "semigroup": Method("jumps composed of two (CTM, arXiv:2310.02279)", "two legs have none", aimed=True),
+    "semigroup": Method(
+        "jumps composed of two (as in CTM, arXiv:2310.02279, and shortcut models, arXiv:2410.12557)",
+        "two legs have none",
+        aimed=True,
+    ),
     "lagrange": Method("the Lagrangian residual of a flow map (AYF, arXiv:2506.14603)", aimed=True),
     "matching": Method("distribution matching (arXiv:2405.14867)", "distribution matching has none"),
     "decoupled": Method("decoupled distribution matching (arXiv:2511.22677)", "distribution matching has none"),

@@ -1,5 +1,6 @@
 """Runs and samples of a network of one's own; `stepfold.api` has them for users."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill
 from stepfold.training.draws import guidance_scales
-from stepfold.training.opening import Source, as_begun, check_run, prepare_run
+from stepfold.training.opening import Source, as_begun, check_run, prepare_run, remember
 from stepfold.training.processes import gathered
 from stepfold.training.runs import CONFIG, writing
 
@@ -81,7 +82,8 @@ def distill_module(
     student = student or new_student(teacher, config.student.depth, two_times=config.student.times == "two")
     blacks = [torch.zeros(teacher.latent_shape, device=accelerator.device)]
     teacher.network.to(accelerator.device)
-    sources = [Source("teacher", source, module_fingerprint(teacher.network))]
+    teacher.check([file.prompt(0)] * 2)
+    sources = [Source("teacher", source, module_fingerprint(teacher.network)), reading_of(teacher)]
     if isinstance(file, PromptFile):
         sources.insert(0, Source("prompts", str(file.source), file.sha256, len(file)))
         for note in notes_of(file.foreign):
@@ -98,6 +100,11 @@ def distill_module(
         save_file(gathered(average.state_dict(), keep=True), part)
     lock.release()
     return average.eval()
+
+
+def reading_of(teacher: ModuleTeacher) -> Source:
+    """What the network is said to predict, and on which schedule; noted beside its weights' fingerprint."""
+    return Source("reading", teacher.reading, hashlib.sha256(teacher.reading.encode()).hexdigest())
 
 
 class _NoPrompts:
@@ -167,6 +174,8 @@ def load_module_student(teacher: ModuleTeacher, folder: str | Path, *, student: 
     file = Path(folder) / WEIGHTS
     if not file.is_file():
         raise UserError(f"there is no {file}; give the folder of a run of distill_module that has ended")
+    if (file.parent / "reading.json").is_file():
+        remember(file.parent, reading_of(teacher))
     weights = read_weights(file)
     if student is None:
         student = new_student(teacher, two_times=any(name.startswith(f"{EMBEDDER}.") for name in weights))
@@ -196,9 +205,12 @@ def draw(
         steps: network calls a sample.
 
     Raises:
-        UserError: prompts for a network that takes none, or none for one that takes some.
+        UserError: prompts for a network that takes none, or none for one that takes some; no step, or no sample.
     """
     _refuse_other_prompts(teacher, prompts)
+    for name, count in (("steps", steps), ("prompts", prompts if isinstance(prompts, int) else len(prompts))):
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"{name} is {count}, and `draw` takes one or more; give a whole number from 1")
     prompts = [""] * prompts if isinstance(prompts, int) else as_texts(prompts)
     device, sigma_data = next(student.parameters()).device, teacher.sigma_data
 

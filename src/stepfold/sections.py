@@ -1,6 +1,7 @@
 """What all sections of settings have in common, and the teacher's: its source, its LoRAs, how it is called."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,7 +36,7 @@ SCALE = re.compile(r"(?P<source>.+):(?P<scale>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?
 class LoraSettings(Section):
     """A LoRA, and how much of its change the teacher gets."""
 
-    source: str = Field(min_length=1, description="safetensors file, folder or hub id")
+    source: str = Field(min_length=1, description="safetensors file, folder or hub id; emoji-fluent is bundled")
     scale: float = Field(default=1.0, description="of the change that it makes; 1: as its file says")
 
     @field_validator("scale")
@@ -49,11 +50,15 @@ class LoraSettings(Section):
         return self.source if self.scale == 1 else f"{self.source}:{self.scale!r}"
 
 
-def list_of_scales(given: Any) -> Any:
-    """Refuses a single guidance scale in the place of a list, with the way to give it."""
-    if isinstance(given, int | float):
-        raise ValueError(f"a single scale is no list; give --set 'space.guidance=[{given:g}]'")
-    return given
+def list_of(setting: str) -> Callable[[Any], Any]:
+    """Refuses a single number in the place of a list, with the way to give it."""
+
+    def check(given: Any) -> Any:
+        if isinstance(given, int | float):
+            raise ValueError(f"a single number is no list; give --set '{setting}=[{given:g}]'")
+        return given
+
+    return check
 
 
 def lora_of(given: Any) -> Any:

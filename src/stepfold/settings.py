@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from stepfold.maths.schedules import TangentSchedule
-from stepfold.sections import LARGEST, Beta, Section, list_of_scales
+from stepfold.sections import LARGEST, Beta, Section, list_of
 
 PriorWeight = Literal["inverse_tangent", "none"]
 Normalisation = Literal["l2", "l2_per_element", "none"]
@@ -140,7 +140,7 @@ class SpaceSettings(Section):
         """The space that terms without one of their own take their states from."""
         return next(iter(self.weights))
 
-    _scales = field_validator("guidance", mode="before")(list_of_scales)
+    _scales = field_validator("guidance", mode="before")(list_of("space.guidance"))
 
     @field_validator("kind")
     @classmethod
@@ -387,6 +387,8 @@ class EvaluationSettings(Section):
     clip: str | None = Field(
         default=None, description="folder or hub id of a CLIP: a CLIP score too, with a teacher of your own"
     )
+
+    _listed = field_validator("steps", mode="before")(list_of("evaluation.steps"))
 
     @field_validator("n")
     @classmethod

@@ -440,3 +440,8 @@ def test_two_rows_are_compared_to_the_end_and_go_on(tmp_path: Path, monkeypatch:
     same = {path for path, at in written.items() if path.exists() and path.stat().st_mtime_ns == at}
     assert {path.parent.name for path in written.keys() - same} == {redone}
     assert values_at([kept["runs"][redone]], 4, "fd") == values_at([again["runs"][redone]], 4, "fd")
+
+
+def test_a_row_without_its_images_is_refused() -> None:
+    with pytest.raises(UserError, match=r"scm trains on images; give a yaml file with the preset and their folder"):
+        choose_rows(load_rows(), ["scm"])

@@ -273,13 +273,15 @@ def test_the_latent_error_stands_beside_the_line_to_beat(tmp_path: Path):
 
 def test_sentences_follow_the_numbers(report: dict):
     assert sentences(report) == [
-        "FD: the student's one step is better than the teacher at 1, 2 and 4 steps.",
+        "FD: the student in one step is better than the teacher at 1, 2 and 4 steps.",
         "Measured on 500 images a row, at guidance 4.5.",
     ]
     for fd, end in ((0.12, "at 1 step."), (0.09, "at 1 and 2 steps."), (0.02, "at every measured number of steps.")):
         assert sentences(report | {"student": {"1": scores(0.5, fd)}})[0].endswith(f"is better than the teacher {end}")
     worse = sentences(report | {"student": {"1": scores(0.5, 9.0)}})[0]
     assert worse.endswith("is worse than the teacher at every measured number of steps.")
+    few = report | {"protocol": report["protocol"] | {"n": 8}}
+    assert sentences(few)[0] == "FD: 8 images rank nothing; evaluate 100 or more."
 
 
 def test_the_teacher_at_the_scale_that_the_student_was_taught(tmp_path: Path, report: dict):

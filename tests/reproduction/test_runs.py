@@ -495,3 +495,17 @@ def test_workers_load_models_one_after_the_other(tmp_path: Path, monkeypatch: py
         ended = [pool.submit(score, tmp_path, EMOJI, tmp_path) for _ in range(3)]
     assert all(isinstance(future.exception(), FileNotFoundError) for future in ended)  # after loading
     assert most == [1]
+
+
+@pytest.mark.parametrize(
+    ("extra", "tables", "said"),
+    [
+        ("seed=4", [], r"--set seed is not for reproduce, whose tables have seeds"),
+        ("space.route=random", ["T4"], r"--set space\.route is what the rows of T4 differ in \(row random\)"),
+    ],
+)
+def test_what_rows_and_seeds_set_is_refused(extra: str, tables: list[str], said: str) -> None:
+    """A page said "all with seed=4" of runs of other seeds; three equal rows had a verdict on their order."""
+    with pytest.raises(UserError, match=said):
+        plan(load_experiments(), tables, [extra])
+    assert plan(load_experiments(), ["T5"], ["space.route=random"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from stepfold import assets
+from stepfold.config import load_config
 from stepfold.errors import UserError
 from stepfold.sampling.recipe import Recipe
 from stepfold.students.card import CARD, Card, read_card, student_folder
@@ -97,3 +98,22 @@ def test_the_bundled_students_card_says_all_of_it():
     assert isinstance(card, Card) and card.network_only
     assert card.recipe.taught == (3.0,) and card.recipe.guidance == 3
     assert "recipe" in json.loads((assets.STUDENT / CARD).read_text())
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "steps"),
+    [
+        ("decoupled", [], 4),
+        ("dmd", ["rollout.steps=2"], 2),
+        ("dmd", ["rollout.lengths=cycled"], 1),
+        ("dmd", ["evaluation.steps=[8, 4]"], 8),
+        ("vsd", [], 1),
+        ("rcm", [], 1),
+        ("demo", [], 1),
+    ],
+)
+def test_a_student_of_four_own_steps_is_sampled_in_four(preset: str, changes: list[str], steps: int, tmp_path: Path):
+    """A student of `decoupled` was sampled in one step, at 78% for 95%."""
+    recipe = RECIPE | {"sampler": "consistency", "times": {"1": [1.57], "2": [1.57, 1.1], "4": [1.57, 1.3, 1.1, 0.6]}}
+    settings = load_config(preset, changes).model_dump(mode="json")
+    assert read_card(written(tmp_path, FIELDS | {"recipe": recipe, "config": settings})).usual_steps == steps

@@ -118,7 +118,7 @@ def run_combine(
     names = [f"{part} {path.name}" for path in saved for part in ("average", "student")]
     states = [load_file(path / f"{part}.safetensors") for path in saved for part in ("average", "student")]
     reference = names.index(f"average {saved[-1].name}")
-    count = steps or next(iter(card.asked_steps), 1)
+    count = steps or card.usual_steps
     sampler = student_sampler(student, card.recipe, count, 0)
     with display.measuring({"the teacher": 2 * half}) as tick:
         encode, scale = partial(encoded, teacher, texts), card.recipe.guidance

@@ -94,6 +94,7 @@ def compare(
     from stepfold.comparison.rows import Budget
     from stepfold.comparison.sweep import compare as run
     from stepfold.display import Display, quiet_libraries
+    from stepfold.levels.record import read_schedule
     from stepfold.reproduction.kept import recall
 
     check_page(page, "compare")
@@ -107,6 +108,8 @@ def compare(
         presets or [], budgets[0] if budgets else Budget("minutes", USUAL_MINUTES), changes or [],
         seeds=seeds, rates=numbers("--rates", rates or "", "0.5,1,2"), steps=counts(steps), pictures=n,
     )  # fmt: skip
+    if schedule:
+        read_schedule(schedule)
     display = Display(quiet)
     if known := recall(page.with_suffix(".json"), out, (SEARCHED,)):
         display.note(f"{known} runs are known from {page.with_suffix('.json')}")

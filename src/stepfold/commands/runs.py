@@ -13,7 +13,7 @@ HEADS = ("run", "state", "steps done", "method", "student", "sampled in", "laten
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Folder with runs in it, up to three folders deep.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(help="Folder with runs, up to three deep; or a run.")] = Path("runs"),
     json_file: JsonOption = None,
 ) -> None:
     """List the runs in a folder: what became of them, how far they are, what their students score.
@@ -30,11 +30,15 @@ def runs(
 
     from stepfold.display import show_table
     from stepfold.evaluation.protocol import fd_title
+    from stepfold.students.card import is_run
     from stepfold.web.runs import count_of, find_runs, method_of, read_run, scores_of, symptoms_in
 
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name the one that your runs are in (--out of stepfold distill)")
-    found = [read_run(folder, name) for name in find_runs(folder)]
+    names = find_runs(folder)
+    if not names and is_run(folder):
+        folder, names = folder.resolve().parent, [folder.resolve().name]
+    found = [read_run(folder, name) for name in names]
     counts = sorted({count_of(run) or 0 for run in found if "fd" in scores_of(run)[1]}, key=lambda n: n or float("inf"))
     rows, table = [], Table(*HEADS, *map(fd_title, counts), box=None)
     for run in found:

@@ -142,7 +142,7 @@ def run_race(
         raise UserError(f"--race draws one prompt, and {len(prompts)} are given; give one")
     card = read_card(folder)
     card.check_texts()
-    steps = steps or next(iter(card.asked_steps), 1)
+    steps = steps or card.usual_steps
     card.recipe.times_for(steps)
     scale = card.recipe.scale_for(guidance)
     models = load_models(folder, None, device)

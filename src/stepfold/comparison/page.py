@@ -252,7 +252,8 @@ def _costs(asked: Comparison, stage: Stage, found: Mapping[str, Mapping[str, Rec
     lines = [
         "## Costs",
         "",
-        "A step's cost and the peak of memory come from short runs of each row, before the others.",
+        "A step's cost and the peak of memory come from short runs of each row, before the others. "
+        "A run that was stopped on the way has no minutes.",
     ]
     lines += [
         "",

@@ -12,7 +12,7 @@ import torch
 import yaml
 from pydantic import Field
 
-from stepfold.config import Config, Section, load_config, preset_names
+from stepfold.config import Config, Section, load_config, phases_of, preset_names
 from stepfold.errors import UserError
 from stepfold.reproduction.experiments import Run, stretched
 
@@ -118,13 +118,16 @@ def choose_rows(rows: Rows, names: Sequence[str]) -> dict[str, Row]:
     """The rows of some names; all for none. Another preset, or a yaml file, is a row of its own.
 
     Raises:
-        UserError: no such row or preset, or one of another teacher.
+        UserError: no such row or preset, or one of another teacher, or without the images that it trains on.
     """
     chosen = {name: rows.rows.get(name) or Row(preset=name, steps=USUAL_STEPS) for name in names} or dict(rows.rows)
     for name, row in chosen.items():
         if name not in rows.rows and not name.endswith((".yaml", ".yml")) and name not in preset_names():
             raise UserError(f"no row {name!r}; there are {', '.join(rows.rows)}; or give a preset, or a yaml file")
-        source = load_config(row.preset, (*rows.common, *row.changes)).teacher.source
+        config = load_config(row.preset, (*rows.common, *row.changes))
+        source = config.teacher.source
+        if any("images" in each.space.weights and not each.space.images for _, each in phases_of(config)):
+            raise UserError(f"{name} trains on images; give a yaml file with the preset and their folder, space.images")
         if source != "emoji":
             raise UserError(
                 f"{name} has the teacher {source!r}, but the evaluator knows the bundled one's images alone; "

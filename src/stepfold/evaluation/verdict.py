@@ -9,6 +9,8 @@ from stepfold.evaluation.protocol import TEACHER_AT, counted, teachers_of
 from stepfold.evaluation.symptoms import DIVERSITY_FALLS, symptoms_of
 
 Row = Mapping[str, float | None]
+FEWEST_IMAGES = 100
+"""Images a row, below which an FD of two samplers says nothing about which is better."""
 LEARNED = 0.98
 """Latent error of the last preview, in units of the first one's, from which on nothing is seen to be learned."""
 
@@ -300,12 +302,21 @@ def _ranking(report: Mapping[str, Any]) -> str:
     if fd is None or not known:
         return ""
     beaten = sorted(k for k, value in known.items() if fd < value)
-    named, against = f"FD: the student's {_in(steps)}", _against_fd(student[steps], teacher, beaten)
+    if (n := _images(report)) < FEWEST_IMAGES:
+        return f"FD: {n} images rank nothing; evaluate {FEWEST_IMAGES} or more."
+    named, against = f"FD: the student in {_in(steps)}", _against_fd(student[steps], teacher, beaten)
     if not beaten:
         return f"{named} is worse than the teacher at every measured number of steps.{against}"
     if len(beaten) == len(known):
         return f"{named} is better than the teacher at every measured number of steps.{against}"
     return f"{named} is better than the teacher at {listed(beaten)}.{against}"
+
+
+def _images(report: Mapping[str, Any]) -> int:
+    """Images of a row that has an FD; where the report does not say, enough."""
+    protocol = report.get("protocol")
+    n = protocol.get("n") if isinstance(protocol, Mapping) else None
+    return n if isinstance(n, int) else FEWEST_IMAGES
 
 
 def _against_fd(ours: Row, teacher: Mapping[int, Row], beaten: list[int]) -> str:

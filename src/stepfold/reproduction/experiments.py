@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -133,10 +134,11 @@ def plan(experiments: Experiments, tables: list[str], extra: list[str], images: 
         images: the folder for rows that need one; without it they are left out.
 
     Raises:
-        UserError: no such table, or a bad setting.
+        UserError: no such table, or a setting that is bad or that a row or its seeds set.
     """
     if unknown := [name for name in tables if name not in experiments.tables]:
         raise UserError(f"no table {unknown[0]!r}; there are {', '.join(experiments.tables)}")
+    check_extra(experiments, extra, tables or list(experiments.tables))
     runs = [
         (seed, table, row, tuple(change.replace(IMAGES, str(images)) for change in changes))
         for table, experiment in experiments.tables.items()
@@ -157,6 +159,24 @@ def plan(experiments: Experiments, tables: list[str], extra: list[str], images: 
                 run = make_run(experiments, table, row, (*own, *longer, *extra, f"seed={seed}"))
         planned.append(run)
     return planned
+
+
+def check_extra(experiments: Experiments, extra: Sequence[str], tables: Sequence[str]) -> None:
+    """Refuses a change of every run that some rows differ in: they would be one method under several names.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    for name in (change.partition("=")[0].strip() for change in extra):
+        if name == "seed":
+            raise UserError("--set seed is not for reproduce, whose tables have seeds of their own; leave it out")
+        for table in tables:
+            rows = experiments.tables[table].rows
+            if row := next((r for r, own in rows.items() if any(c.partition("=")[0] == name for c in own)), None):
+                raise UserError(
+                    f"--set {name} is what the rows of {table} differ in (row {row}); leave it out, or give other "
+                    "tables by --table"
+                )
 
 
 def make_run(experiments: Experiments, table: str, row: str, changes: tuple[str, ...]) -> Run:

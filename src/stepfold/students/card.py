@@ -11,6 +11,7 @@ from stepfold import assets
 from stepfold.config import renamed
 from stepfold.errors import UserError, first_line
 from stepfold.sampling.recipe import Recipe
+from stepfold.scores import MATCHING
 from stepfold.sections import CARD, Section, TeacherSettings
 from stepfold.students.intact import digests_in
 
@@ -111,11 +112,16 @@ class Card(Section):
     def asked_steps(self) -> tuple[int, ...]:
         """The numbers of steps that its run's settings name, the usual one first; none where they name none.
 
-        A student for one number alone, folded or of segments, has that one.
+        A student for one number alone, folded or of segments, has that one; one that was matched on its own steps,
+        always as many, has theirs.
         """
         if self.recipe.sampler != "consistency" and len(self.recipe.times) == 1:
             return tuple(self.recipe.times)
-        return tuple(self.config.get("evaluation", {}).get("steps") or ())
+        if asked := tuple(self.config.get("evaluation", {}).get("steps") or ()):
+            return asked
+        rollout = self.config.get("rollout", {})
+        matched = self.config.get("objective") in MATCHING and self.config.get("space", {}).get("kind") == "rollout"
+        return (rollout["steps"],) if matched and rollout.get("lengths") == "fixed" else ()
 
     @property
     def usual_steps(self) -> int:

@@ -1,5 +1,6 @@
 """Your own network as a teacher: any torch module, whatever it predicts and on which noise schedule."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from stepfold.errors import UserError
+from stepfold.errors import UserError, first_line
 from stepfold.maths.formulations import (
     dxdt_from_denoised,
     edm_input,
@@ -118,6 +119,29 @@ def no_conditions(prompts: Sequence[str]) -> Condition:
     return Condition.whole(torch.zeros(len(prompts), 1, 0))
 
 
+def described(
+    prediction: Prediction,
+    schedule: NoiseSchedule | None,
+    data_std: float,
+    sigma_max: float,
+    shift: float,
+    latent_shape: tuple[int, ...],
+    guidance: float,
+    nothing: Condition | None,
+) -> str:
+    """What a network is said to be, in one line: a run does not go on, nor is its student loaded, under another one."""
+    said: dict[str, Any] = {"prediction": prediction, "data_std": data_std, "latent_shape": list(latent_shape)}
+    if sigma_max < math.inf:
+        said["sigma_max"] = sigma_max
+    if schedule is not None:
+        times = torch.linspace(schedule.first, schedule.last, 9, dtype=torch.float64)
+        for name, of in (("alpha", schedule.alpha), ("sigma", schedule.sigma)):
+            said[name] = [float(f"{float(value):.6g}") for value in torch.as_tensor(of(times)).expand(9)]
+    if nothing is not None:
+        said |= {"guidance": guidance, "nothing": round(float(nothing.embeds.double().sum()), 4)}
+    return json.dumps(said | ({"shift": shift} if shift != 1 else {}))
+
+
 class ModuleTeacher(Teacher):
     """A `contract.Teacher` around a module; its states have data and noise z of unit variance."""
 
@@ -187,6 +211,42 @@ class ModuleTeacher(Teacher):
         if encode is None:
             self.predict = partial(without_condition, predict=self.predict)
         self.shift, self.max_tokens = shift, max_tokens
+        self.reading = described(prediction, schedule, data_std, sigma_max, shift, latent_shape, guidance, nothing)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Encodes two prompts and calls the network once, on noise.
+
+        Raises:
+            UserError: what comes out is no condition of two rows, or no [2, ...] like what went in; or the call fails.
+        """
+        condition = self.encode_prompts(prompts)
+        if not isinstance(condition, Condition) or len(condition) != len(prompts):
+            given = f"{len(condition)} rows" if isinstance(condition, Condition) else f"a {type(condition).__name__}"
+            raise UserError(f"`encode` gives {given} for {len(prompts)} prompts; give a Condition with a row for each")
+
+        def compare(_: nn.Module, given: tuple[Any, ...], found: Any) -> None:
+            shape = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            if shape != list(given[0].shape):
+                raise UserError(
+                    f"the network returns {shape} for x {list(given[0].shape)}; it has to return a tensor of x's "
+                    "shape, and latent_shape has to be that of one sample"
+                )
+
+        parameter = next(self.network.parameters(), torch.empty(0))
+        x = torch.zeros(len(prompts), *self.latent_shape).to(parameter) + 1
+        t = torch.full((len(prompts),), self.start_time / 2, device=x.device)
+        hook = self.network.register_forward_hook(compare)
+        try:
+            self.velocity(x, t, self._beside_network(condition), torch.ones_like(t))
+        except UserError:
+            raise
+        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
+            raise UserError(
+                f"the network cannot be called with x {list(x.shape)}, its time [{len(t)}] and the condition: "
+                f"{first_line(error)}; see ModuleTeacher for what it is called with"
+            ) from error
+        finally:
+            hook.remove()
 
     @property
     @override

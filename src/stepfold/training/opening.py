@@ -227,7 +227,10 @@ def remember(folder: Path, source: Source) -> None:
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{note} is damaged ({error}); start a new run with another --out") from None
         if noted != source.sha256:
-            what = source.place if source.kind == "prompts" else f"the content of {source.place} ({source.kind})"
+            what = {
+                "prompts": source.place,
+                "reading": f"what ModuleTeacher is told of the network (now {source.place})",
+            }.get(source.kind, f"the content of {source.place} ({source.kind})")
             raise UserError(
                 f"{what} has changed since this run began; restore it or start a new run with another --out"
             )

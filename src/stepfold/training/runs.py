@@ -54,8 +54,11 @@ def writing(path: Path) -> Iterator[Path]:
         if not isinstance(error, OSError) and "(os error " not in str(error):  # safetensors' and tokenizers' own
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        missing = isinstance(error, FileNotFoundError) and not path.parent.exists()
-        fix = f"make the folder {path.parent} first" if missing else "free some space or choose another --out"
+        fix = (
+            f"make the folder {path.parent} first"
+            if not path.parent.exists()
+            else "free some space or choose another --out"
+        )
         raise UserError(f"cannot write {path}: {reason}; {fix}") from None
     finally:
         with suppress(OSError):

@@ -82,7 +82,7 @@ class Models:
     @property
     def usual_steps(self) -> int:
         """In how many steps the student draws unless told otherwise: what it was made for, as far as the page goes."""
-        asked = next(iter(self.card.asked_steps), 1)
+        asked = self.card.usual_steps
         within = [steps for steps in self.card.recipe.times if steps <= MAX_STEPS]
         return asked if asked <= MAX_STEPS else max(within, default=1)
 
