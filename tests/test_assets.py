@@ -14,6 +14,7 @@ from stepfold.evaluation.measure import measure, student_sampler, teacher_sample
 from stepfold.evaluation.protocol import EMOJI
 from stepfold.jobs.sampling import run_sample
 from stepfold.prompts.reading import open_prompts
+from stepfold.sections import LoraSettings
 from stepfold.students.loading import load_student
 from stepfold.teachers.loading import load_teacher
 
@@ -50,6 +51,27 @@ def test_plain_diffusers_draws_with_its_default_instruction_and_guidance(tmp_pat
     assert red > 0.6 > 0.5 > max(green, blue)
     assert pictures[0, 2, 2, 2] > 0.5 > pictures[0, 0, 2, 2]  # blue corner
     assert pictures[1, :2, 2, 2].min() > 0.5 > pictures[1, 2, 2, 2]  # yellow corner
+
+
+def test_the_bundled_style_is_a_lora_that_diffusers_loads_as_the_teacher_does():
+    """`emoji-fluent`, under 1 MB, with its source and licence; merged by us it is the network of plain diffusers."""
+    assert assets.STYLE.stat().st_size < 1e6
+    card = (assets.STYLE.parent / "README.md").read_text()
+    assert "Microsoft" in card and "MIT" in card and "license: mit" in card
+    settings = TeacherSettings(source="emoji", max_tokens=32)
+    plain, styled = (
+        load_teacher(settings.model_copy(update={"lora": loras}), "cpu").transformer.state_dict()
+        for loras in ((), (LoraSettings(source="emoji-fluent"),))
+    )
+    pipe = SanaPipeline.from_pretrained(assets.TEACHER)
+    pipe.load_lora_weights(assets.STYLE.parent, weight_name=assets.STYLE.name)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    theirs = pipe.transformer.state_dict()
+    assert theirs.keys() == styled.keys()
+    for name, value in styled.items():
+        torch.testing.assert_close(value, theirs[name].to(value), rtol=0, atol=1e-5)
+    assert any((styled[name] - plain[name]).abs().max() > 1e-2 for name in styled)
 
 
 def test_the_bundled_student_draws_what_it_is_asked_for():

@@ -32,7 +32,13 @@ library_name: diffusers
 # A Fluent style for the emoji teacher
 
 A LoRA of rank {rank} on the bundled teacher's transformer, for the same prompts: {steps} steps of {batch} latents by
-`python recipes/emoji_teacher/style_lora.py`. Give it as `--teacher-lora`, or to `load_lora_weights`.
+`python recipes/emoji_teacher/style_lora.py`.
+
+## Use
+
+`stepfold distill --preset demo --teacher-lora emoji-fluent` takes the one that comes with stepfold. The file goes to
+`--teacher-lora` and to diffusers' `load_lora_weights`. docs/four-step-lora.md says what it draws, and what a student
+keeps of it.
 
 ## Data and licence
 
@@ -102,8 +108,8 @@ def train_lora(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/emoji_style"), help="where stages leave their results")
-    parser.add_argument("--steps", type=int, default=1200, help="training steps")
-    parser.add_argument("--batch", type=int, default=16, help="latents a step")
+    parser.add_argument("--steps", type=int, default=4500, help="training steps")
+    parser.add_argument("--batch", type=int, default=24, help="latents a step")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA's matrices")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW")
     args = parser.parse_args()

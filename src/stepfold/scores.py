@@ -243,6 +243,11 @@ def check_scores(config: Any) -> None:
             f"rollout.phased is for the student's own steps, not for matching on {', '.join(picture_spaces(config))}; "
             "give rollout.phased=false"
         )
+    if matches(config) and fake.head_start >= config.training.steps:
+        raise ValueError(
+            f"fake.head_start={fake.head_start} leaves the student none of the training.steps={config.training.steps}; "
+            "give fewer, for example fake.head_start=1, or train longer"
+        )
     check_anchor(config)
     check_heads(config)
     check_reward(config)

@@ -30,7 +30,8 @@ TeacherLoraOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FILE[:SCALE]",
-        help="A LoRA to merge into the teacher: safetensors file, folder or hub id. Once for each.",
+        help="A LoRA to merge into the teacher: safetensors file, folder or hub id. Once for each. emoji-fluent is "
+        "bundled: a style of the bundled teacher.",
         show_default=False,
     ),
 ]

@@ -29,7 +29,7 @@ and the preset's phases are stretched to the run's length. {rates}
 
 Scores are those of the bundled evaluator on {pictures:,} images a row, at equal prompts and noise, over {seeds}. FD is
 a Frechet distance in the evaluator's features; it compares at an equal number of images only. Agreement is the latent
-error against the teacher at {most} steps. Numbers are mean ± standard deviation over the seeds. A row is `worse` if it
+MSE against the teacher at {most} steps. Numbers are mean ± standard deviation over the seeds. A row is `worse` if it
 is farther from the best row than twice the standard error of their difference. {weak}"""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from stepfold import __version__
+from stepfold import __version__, assets
 from stepfold.config import Config
 from stepfold.errors import UserError
 from stepfold.evaluation.protocol import counted, teachers_of
@@ -316,7 +316,10 @@ def how_to_use(card: Card, name: str, adapted: str = "") -> str:
     family, theirs = FAMILIES.get(card.pipeline, PipelineTeacher), card.config["teacher"]
     chosen = {name: theirs[name] for name in ("revision", "variant") if theirs.get(name)}
     merging = "".join(
-        MERGE.format(lora=json.dumps(lora.source), scale="" if lora.scale == 1 else f", lora_scale={lora.scale!r}")
+        MERGE.format(
+            lora=json.dumps(assets.lora_place(lora.source)),
+            scale="" if lora.scale == 1 else f", lora_scale={lora.scale!r}",
+        )
         for lora in card.teacher_settings().lora
     )
     last = PEFT_LINE.replace("{part}", adapted) if adapted else LORA_LINE

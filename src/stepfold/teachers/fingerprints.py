@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
+from stepfold import assets
 from stepfold.config import TeacherSettings
 from stepfold.errors import UserError
 from stepfold.fingerprints import sampled_sha256
@@ -97,7 +98,7 @@ def _loras(settings: TeacherSettings, *, by_name: bool) -> list[str]:
     """Fingerprints of LoRAs that lie here; with `by_name` also those of the hub, names and scales."""
     found: list[str] = []
     for lora in settings.lora:
-        where = Path(lora.source)
+        where = Path(assets.lora_place(lora.source))
         files = [path for path in where.rglob("*") if path.is_file()] if where.is_dir() else [where]
         if where.exists():
             found.append(sampled_sha256(files, where.parent if by_name else where))

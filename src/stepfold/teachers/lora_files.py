@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 
+from stepfold import assets
 from stepfold.errors import UserError
 from stepfold.teachers.safety import PICKLES, read_json
 
@@ -225,8 +226,11 @@ def file_of(source: str) -> Path:
     Raises:
         UserError: it is or stands beside a pickle, there is none, or there are several.
     """
-    place = Path(source)
+    place = Path(assets.lora_place(source))
     if not place.exists() and (place.is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", source)):
+        scaled = re.fullmatch(r"(.+\.safetensors):(.*)", source, re.DOTALL)
+        if scaled and Path(scaled[1]).is_file():
+            raise UserError(f"LoRA {scaled[1]!r} has the scale {scaled[2]!r}, which is no number; give {scaled[1]}:0.8")
         raise UserError(f"LoRA {source!r} does not load (there is no such file); give a safetensors file or its folder")
     files = sorted(place.iterdir()) if place.is_dir() else [place]
     for file in files:

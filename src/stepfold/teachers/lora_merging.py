@@ -230,9 +230,9 @@ def places_in_diffusers(
             found = pipe.lora_state_dict(dict(probes), **options)
         except KeyError:  # some of its conversions want an alpha beside each pair
             found = pipe.lora_state_dict(probes | alphas, **options)
-    except Exception as error:  # it raises whatever it stumbles over
+    except Exception:  # it raises whatever it stumbles over
         raise UserError(
-            f"LoRA {source!r} does not fit: diffusers does not know the names of its layers ({first_line(error)}); "
+            f"LoRA {source!r} does not fit: diffusers does not know the names of its layers, such as {layers[0].name}; "
             f"{OTHER}, in the names of diffusers or kohya's scripts"
         ) from None
     state: dict[str, Tensor] = found[0] if isinstance(found, tuple) else found
