@@ -90,6 +90,10 @@ class MatchingSettings(RenoisedSettings):
         ge=0,
         description="lambda, of matching beside another objective; 0 for none (rCM: 0.02)",
     )
+    form: Literal["matching", "decoupled"] = Field(
+        default="matching",
+        description="the loss beside another objective: `matching`, or `decoupled`, with guidance's part apart",
+    )
     space: PictureSpace = Field(
         default="rollout",
         description="states beside another objective, of which the student makes the pictures; `objective=matching` "
@@ -187,6 +191,11 @@ def matches(config: Any) -> bool:
     return config.objective in MATCHING or config.matching.weight > 0
 
 
+def form_of(config: Any) -> str:
+    """The loss that compares two scores: the objective, or what stands beside another one."""
+    return config.objective if config.objective in MATCHING else config.matching.form
+
+
 def picture_spaces(config: Any) -> list[str]:
     """The spaces whose states the student makes its pictures of, for the fake score too; in turn, if several."""
     return list(config.space.weights) if config.objective in MATCHING else [config.matching.space]
@@ -233,9 +242,9 @@ def check_scores(config: Any) -> None:
             "matching needs a fake score that learns; give fake.updates=5, or matching.weight=0 where the objective is "
             "another"
         )
-    if objective == "decoupled" and kappa != 1:
+    if matches(config) and form_of(config) == "decoupled" and kappa != 1:
         raise ValueError(
-            f"matching.fake_guidance={kappa} does not go with objective=decoupled, whose fake score is not guided; "
+            f"matching.fake_guidance={kappa} does not go with decoupled matching, whose fake score is not guided; "
             "give matching.fake_guidance=1, or objective=matching"
         )
     if config.rollout.phased and set(picture_spaces(config)) != {"rollout"}:
@@ -300,7 +309,9 @@ def check_anchor(config: Any) -> None:
     weight, steps = config.anchor.weight, config.anchor.steps
     if weight and not matches(config):
         raise ValueError("anchor.weight goes with matching of the later steps; give objective=matching, or 0")
-    if bool(weight) != (config.rollout.first > 1) and matches(config):
+    later = config.rollout.first > 1
+    alone = config.objective in MATCHING  # beside another objective, that one trains the first step
+    if matches(config) and ((weight and not later) or (alone and later and not weight)):
         raise ValueError(
             f"anchor.weight={weight:g} with rollout.first={config.rollout.first} leaves the first step to nobody or to "
             "both; give anchor.weight=0.05 with rollout.first=2, or 0 with 1"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from stepfold.display import Display
 from stepfold.errors import UserError
 from stepfold.evaluation.latents import LatentProtocol, measure_change
 from stepfold.export import quantising
+from stepfold.export.pipeline import export_pipeline
 from stepfold.jobs.exporting import run_export
 from stepfold.sampling.consistency import sample_consistency
 from stepfold.students.card import read_card
@@ -90,6 +92,21 @@ def test_the_loss_is_measured_beside_the_student_and_in_its_card(made: tuple[Pat
     assert row and float(row[1]) == pytest.approx(loss["forms"]["nf4"]["2"]["latent_error"], abs=6e-4)
     assert float(row[2]) == pytest.approx(loss["forms"]["nf4"]["2"]["change"], abs=6e-4)
     assert 'pip install "bitsandbytes' in readme and "dtype=torch.bfloat16" in readme
+
+
+def test_the_scores_of_the_plain_student_are_not_the_rounded_ones(
+    made: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The card of an int8 student had the float32 one's table."""
+    run = tmp_path / "run"
+    shutil.copytree(made[0], run / "student")
+    protocol = {"hash": "a" * 12, "n": 2, "prompts": "2 held-out prompts", "guidance": 4.5}
+    report = {"student": {"1": {"latent_error": 0.5}}, "teacher": {}, "protocol": protocol}
+    (run / "report.json").write_text(json.dumps(report))
+    export_pipeline(run / "student", tmp_path / "plain")
+    assert "## Measured" in (tmp_path / "plain" / "README.md").read_text()
+    out, _ = quantised(run / "student", tmp_path / "int8")
+    assert "## Measured" not in (out / "README.md").read_text()
 
 
 def test_without_memory_to_measure_the_folder_stays(

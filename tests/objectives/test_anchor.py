@@ -69,3 +69,14 @@ def test_the_target_is_a_state_of_the_teachers_walk() -> None:
 def test_a_first_step_of_nobody_or_of_two_is_refused(changes: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         settings(*changes)
+
+
+def test_beside_another_objective_that_one_trains_the_first_step() -> None:
+    beside = ("objective=discrete", "space.kind=generation", "matching.weight=1", "rollout.steps=4", "rollout.first=2")
+    terms = terms_of(settings(*beside, "matching.form=decoupled"))
+    assert [(term.objective, term.space, term.weight) for term in terms] == [
+        ("discrete", "generation", 1.0), ("decoupled", "rollout", 1.0),
+    ]  # fmt: skip
+    assert [term.objective for term in terms_of(settings(*beside))] == ["discrete", "matching"]
+    with pytest.raises(UserError, match=r"matching\.fake_guidance=2.* does not go with decoupled matching"):
+        settings(*beside, "matching.form=decoupled", "matching.fake_guidance=2", "fake.unprompted=0.1")

@@ -35,10 +35,11 @@ RCM = (*FAKE_ON, "matching.weight=0.02")
 DECOUPLED = (*FAKE_ON, "objective=decoupled", "space.kind=rollout")
 ANCHORED = (*DMD, "rollout.first=2", "anchor.weight=0.05", "anchor.steps=2")
 PHASED = (*DMD, "rollout.phased=true")
+LATER = (*FAKE_ON, "objective=discrete", "matching.weight=0.3", "matching.form=decoupled", "rollout.first=2")
 MIXED = (*FAKE_ON, "objective=matching", "space.kind={rollout: 1, endpoints: 0.5}")
 METHODS = {
     "dmd": DMD, "sid": SID, "vsd": VSD, "rcm": RCM, "decoupled": DECOUPLED, "dp-dmd": ANCHORED, "mixed": MIXED,
-    "phased": PHASED,
+    "phased": PHASED, "later": LATER,
 }  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def test_a_run_resumes_to_the_bit_and_moves_student_and_fake(
         moved = [name for name in last if name.startswith(f"{who}.") and not torch.equal(last[name], first[name])]
         assert moved and ((kind if who == "fake" else rank) in ("whole", 0) or all("lora_" in name for name in moved))
     rows = read_metrics(tmp_path / "run")
-    before = "rollout/" if method in ("rcm", "dp-dmd", "mixed") else ""
+    before = "rollout/" if method in ("rcm", "dp-dmd", "mixed", "later") else ""
     for row in rows:
         assert row["fake/loss"] > 0 and row["grad_norm"] > 0 and row[f"{before}gap"] >= 0
         assert -1 <= row[f"{before}cosine"] <= 1.0001 and row[f"{before}std"] > 0 and row[f"{before}spread"] > 0

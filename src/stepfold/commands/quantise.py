@@ -108,7 +108,7 @@ def run_quantise(
     card.check_told()
     check_target(target, folder, force=force)
     texts = choose(student, card, prompts, min(n, NUM_PROMPTS)) if n else None  # refused before anything is written
-    finish = partial(write_quantised_cards, student_folder(student), kind=kind, dtype=dtype, onnx=onnx)
+    finish = partial(write_quantised_cards, kind=kind, dtype=dtype, onnx=onnx)
     with writing(target) as part:
         if onnx:
             sizes = write_quantised_onnx(folder, part)

@@ -30,6 +30,11 @@ BESIDE = {
     "anchor.weight": ", its first step on the teacher's trajectory (DP-DMD, arXiv:2602.03139)",
 }
 """Weight -> the term that it adds."""
+APART = (
+    "distribution matching beside it (rCM, arXiv:2510.08431)",
+    "decoupled distribution matching (arXiv:2511.22677) of the later steps beside it",
+)
+"""What stands beside it with `matching.form=decoupled`."""
 WALKED = {"generation", "endpoints", "coupling"}
 """Spaces of the teacher's trajectories."""
 
@@ -69,6 +74,7 @@ def parts_of(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         "objective": config.get("objective", "continuous"),
         "space.kind": config.get("space", {}).get("kind", "generation"),
     } | {name: config.get(name.split(".")[0], {}).get("weight", 0) for name in BESIDE}
+    own["matching.form"] = config.get("matching", {}).get("form", "matching")
     training = config.get("training", {})
     phases = training.get("phases") or ()
     yield from (own | phase["set"] for phase in phases)
@@ -88,4 +94,5 @@ def _of_part(part: Mapping[str, Any]) -> str:
     where = " and ".join(SPACES.get(space, space) for space in spaces)
     said = named or f"{METHODS[objective].words if objective in METHODS else objective} on {where}"
     own = {"matching.weight"} if "rollout" in spaces else set[str]()
-    return said + "".join(text for name, text in BESIDE.items() if part[name] and name not in own)
+    beside = "".join(text for name, text in BESIDE.items() if part[name] and name not in own)
+    return said + (beside.replace(*APART) if part.get("matching.form") == "decoupled" else beside)

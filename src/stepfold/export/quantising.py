@@ -13,7 +13,7 @@ from stepfold.export.casting import Half
 from stepfold.export.files import README
 from stepfold.export.losses import measured_loss
 from stepfold.export.onnx import GRAPH, check_libraries, export_onnx
-from stepfold.export.pipeline import export_pipeline, metrics_beside, write_cards
+from stepfold.export.pipeline import export_pipeline, write_cards
 from stepfold.students.card import Card, Quantisation, read_card, write_card
 from stepfold.students.loading import load_student
 from stepfold.teachers.once import compute_afresh
@@ -98,10 +98,11 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for ending in (".safetensors", GRAPH, ".data") for file in folder.glob(f"*{ending}"))
 
 
-def write_quantised_cards(
-    source: Path, part: Path, *, kind: Quantised, dtype: Half | None, loss: dict[str, Any], onnx: bool
-) -> Card:
-    """Finishes the cards of what was written, with the loss in them; empty where nothing was measured."""
+def write_quantised_cards(part: Path, *, kind: Quantised, dtype: Half | None, loss: dict[str, Any], onnx: bool) -> Card:
+    """Finishes the cards of what was written, with the loss in them; empty where nothing was measured.
+
+    The scores of the student that was quantised are left out: they are another network's.
+    """
     said = Quantisation.model_validate({"kind": kind, "dtype": dtype or "float32", "loss": loss})
     card = read_card(part).model_copy(update={"quantised": said})
     if onnx:
@@ -110,5 +111,5 @@ def write_quantised_cards(
         with writing(part / README) as readme:
             readme.write_text(before + IN_ONNX.format(measured=measured_loss(loss).strip()), encoding="utf-8")
     else:
-        write_cards(part, card, metrics_beside(source))
+        write_cards(part, card)
     return card

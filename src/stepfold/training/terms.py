@@ -76,7 +76,7 @@ def terms_of(config: Config) -> list[Term]:
     if weight := config.adversarial.weight:
         terms.append(Term("adversarial", config.space.first, weight, size, "adversarial"))
     if (weight := config.matching.weight) and config.objective not in MATCHING:
-        terms.append(Term("matching", config.matching.space, weight, size))
+        terms.append(Term(config.matching.form, config.matching.space, weight, size))
     if weight := config.anchor.weight:
         terms.append(Term("pair", "anchor", weight, size))
     if weight := config.reward.weight:
