@@ -1,6 +1,7 @@
 """Presets of families: four-step LoRAs on one GPU."""
 
 import inspect
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from test_cli import Result
 from stepfold.config import load_config, preset_names, preset_purpose
 from stepfold.students.card import read_card
 from stepfold.teachers.loading import FAMILIES
+from stepfold.training.runs import read_metrics
 
 PIPELINES = {
     "sd1": "StableDiffusionPipeline",
@@ -111,3 +113,22 @@ def test_a_number_of_steps_without_times_is_refused_before_the_run(
     )
     assert result.code == 2 and "evaluation.steps has 9, but a consistency student has times for 1, 2" in result.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["sdxl", "qwen-image"])
+def test_the_pages_matching_runs_on_it(family: str, tmp_path: Path, prompts_file: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "four-step-lora.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(# matching\.yaml\n.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (file := tmp_path / "matching.yaml").write_text(block.replace("sdxl-lora", f"{family}-lora"))
+    assert load_config(str(file)).fake.kind == "lora"
+    teacher, out = tiny.save(MAKERS[family], tmp_path / "teacher"), tmp_path / "run"
+    changes = (*SMALL[1:], "training.steps=3", "fake.head_start=1", "fake.updates=1", "fake.rank=2")
+    given = [part for change in changes for part in ("--set", change)]
+    common = ("--preset", file, "--teacher", teacher, "--prompts", prompts_file, "--quiet", "--size", 32)
+    result = Result("distill", *common, "--out", out, *given)
+    assert result.code == 0, result.err
+    card = read_card(out)
+    assert card.usual_steps == 4 and card.lora_rank == 2
+    rows = read_metrics(out)
+    assert rows[-1]["guidance_share"] > 0 and rows[-1]["grad_norm"] > 0

@@ -71,6 +71,8 @@ def distill_module(
     changes = ["objective=continuous", "space.filter_rule=off", *changes]  # a filter needs a black picture
     source = type(teacher.network).__name__
     _refuse_other_prompts(teacher, prompts)
+    if prompts is not None and not isinstance(prompts, str | Path):
+        raise UserError(f"prompts is a {type(prompts).__name__}; give a text file, one prompt a line")
     config = load_config("default", changes, teacher__source=source, prompts="" if prompts is None else str(prompts))
     config = choose_precision(as_begun(folder, config) if resume else config)
     file = open_prompts(prompts) if prompts is not None else _NoPrompts()

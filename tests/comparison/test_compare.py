@@ -28,6 +28,7 @@ from stepfold.comparison.rows import (
     Budget,
     Comparison,
     Cost,
+    check_changes,
     choose_rows,
     load_rows,
     make_run,
@@ -445,3 +446,10 @@ def test_two_rows_are_compared_to_the_end_and_go_on(tmp_path: Path, monkeypatch:
 def test_a_row_without_its_images_is_refused() -> None:
     with pytest.raises(UserError, match=r"scm trains on images; give a yaml file with the preset and their folder"):
         choose_rows(load_rows(), ["scm"])
+
+
+def test_another_teacher_is_refused_by_set_too() -> None:
+    """Its images had the bundled evaluator's scores."""
+    for change in ("teacher.source=x/y", "prompts=p.txt"):
+        with pytest.raises(UserError, match=rf"--set {change.split('=')[0]} is not for compare: its evaluator knows"):
+            check_changes([change])

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from forms import cases
 from safetensors.torch import load_file
 
+from stepfold.commands.own_teacher import choose
 from stepfold.config import load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
@@ -164,6 +165,26 @@ def test_another_grid_is_refused(student_of: StudentOf, tmp_path: Path) -> None:
         run_sample(out, ["a cat"], steps=4, sampler="flow_map", **options)  # type: ignore[arg-type]
     text = model_card(read_card(out))
     assert "a flow map for exactly 4 steps" in text and "for these steps alone" in text
+    with pytest.raises(UserError, match=r"for flow sampling, folded for 4 steps; fold the run's own student; leave"):
+        run_export(out, "pipeline", tmp_path / "2", force=False, steps=2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["sana", "sd3"])
+def test_a_folded_students_card_tells_of_its_own_pipeline(
+    student_of: StudentOf, tmp_path: Path, family: str, prompts_file: Path
+) -> None:
+    """Of Sana it told of Sana-Sprint's, whose network is told the scale and counts its time to 1."""
+    out = run_export(student_of(family, sampler="flow_map"), "pipeline", tmp_path / "4", force=False, steps=4)
+    said = read_card(out).conventions
+    assert said["timesteps of the network"] == "in [0, 1000], noise at 1000"
+    if family == "sana":
+        assert "guidance_scale=1" in said["guidance scale s and weight w"]
+        assert said["noise levels, 4 steps"] == "1, 0.75, 0.5, 0.25"
+    card = read_card(out)
+    settings = card.config | {"target": {"segments": {"1": 0.5, "4": 0.5}}, "prompts": str(prompts_file)}
+    texts, chosen = choose(out, card.model_copy(update={"config": settings}), None, 2)  # two times are folded away
+    assert len(texts) == 12 and len(chosen.index) == 2
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """Whatever wrote a LoRA: a teacher's weights gain what its file says, or it is refused with its layer."""
 
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -327,6 +328,31 @@ def test_every_weight_gains_what_the_file_says(layout: str, pipes: dict[str, Any
     assert len(expected) > 0
     assert_gains(gains(pipes[family], (file, 1.0)), expected)
     assert_gains(gains(pipes[family], (file, -0.4)), {name: -0.4 * gain for name, gain in expected.items()})
+
+
+def test_what_plain_diffusers_merges_alike(pipes: dict[str, Any], tmp_path: Path) -> None:
+    """kohya's notes in the header are no other alpha; names of Stable Diffusion 3 that only we know are not loaded."""
+    kohyas, _ = of_kohya(pipes["sdxl"], *ATTENTION)
+    pipes = {"sdxl": pipes["sdxl"], "sd3": tiny.make_sd3()}
+    peft, _ = of_peft(pipes["sd3"], "transformer.", "attn.to_q", scaling=1)
+    ours = {
+        f"lora_transformer_{name.removeprefix('transformer.').removesuffix(f'.{end}.weight').replace('.', '_')}"
+        f".lora_{'down' if end == 'lora_A' else 'up'}.weight": value
+        for name, value in peft.items()
+        for end in ("lora_A", "lora_B")
+        if name.endswith(f"{end}.weight")
+    }
+    cases = {
+        "kohya": ("sdxl", kohyas, {"ss_network_alpha": "16", "ss_network_dim": "4"}, True),
+        "said": ("sdxl", of_peft(pipes["sdxl"], "unet.", *ATTENTION, scaling=1)[0], {"lora_alpha": "4"}, False),
+        "diffusers": ("sd3", peft, {}, True),
+        "onetrainer": ("sd3", ours, {}, False),
+    }
+    for name, (family, state, said, alike) in cases.items():
+        pipe = copy.deepcopy(pipes[family])
+        assert merge_lora(pipe, str(write(tmp_path, state, said, name=name)), 1.0, lambda: None) is alike, name
+    loaded = pipes["sd3"].lora_state_dict(dict(peft))
+    assert len(loaded) == len(peft) and not any("to_q" in key and "lora_A" in key for key in ours)
 
 
 def test_several_are_merged_one_after_the_other(pipes: dict[str, Any], tmp_path: Path) -> None:

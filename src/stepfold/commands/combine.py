@@ -31,7 +31,8 @@ def combine(
     ] = None,
     n: Annotated[int, typer.Option(min=1, help="Prompts to search on, and as many others for the verdict.")] = 64,
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts. Default: the run's that it did not train on.", show_default=False)
+        Path | None,
+        typer.Option(help="Prompts. Default: the run's, those first that it did not train on.", show_default=False),
     ] = None,
     sweeps: Annotated[int, typer.Option(min=1, help="Sweeps over all checkpoints, at most.")] = 3,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier student in --out.")] = False,
@@ -52,6 +53,8 @@ def combine(
     from stepfold.students.card import student_folder
 
     quiet_libraries()
+    if not run.is_dir():
+        raise UserError(f"there is no folder {str(run)!r}; give the folder of a run")
     check_target(out, student_folder(run).resolve(), force=force)
     found = run_combine(
         run, out, steps=steps, n=n, prompts=prompts, sweeps=sweeps, display=Display(quiet),
@@ -112,6 +115,7 @@ def run_combine(
     half = len(chosen.index) // 2
     if half < FEW:
         raise UserError(f"{len(chosen.index)} prompts, half of them for the verdict; give {2 * FEW} or more")
+    display.note(f"searched and judged on halves of {chosen.said}")
     teacher = load_teacher(card.teacher_settings(), device)
     start = config.student.model_copy(update={"init": None})
     student = make_student(teacher, start, card.teacher_settings(), card.recipe.policy)

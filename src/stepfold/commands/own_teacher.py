@@ -126,7 +126,9 @@ def choose(
         texts = open_prompts(prompts, card.teacher_settings().image_column)
         return texts, Chosen(tuple(range(min(n, len(texts)))), None)
     try:
-        config = validate(card.config)
+        student = card.config.get("student", {})
+        unfolded = {"student": student | {"times": "two"}} if card.folded_steps and "target" in card.config else {}
+        config = validate(card.config | unfolded)
         own: PromptFile | ImageFolder = (
             open_images(config.space.images)
             if config.space.images

@@ -41,7 +41,8 @@ def quantise(
         ),
     ] = 500,
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts. Default: the run's that it did not train on.", show_default=False)
+        Path | None,
+        typer.Option(help="Prompts. Default: the run's, those first that it did not train on.", show_default=False),
     ] = None,
     json_file: JsonOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,

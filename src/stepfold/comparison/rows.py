@@ -183,7 +183,12 @@ def check_changes(changes: Sequence[str]) -> None:
         UserError: naming the setting.
     """
     for change in changes:
-        if (name := change.split("=")[0].strip()) in OWN:
+        if (name := change.split("=")[0].strip()) in ("teacher.source", "prompts"):
+            raise UserError(
+                f"--set {name} is not for compare: its evaluator knows images of the bundled teacher's prompts alone"
+                "; leave it out"
+            )
+        if name in OWN:
             raise UserError(
                 f"--set {name} is not for compare, whose budget and --seeds give each run its length, seed and "
                 "checkpoints; use --minutes, --steps-of-demo or --pairs, and --seeds"

@@ -23,8 +23,10 @@ from stepfold.students.loading import load_merged, load_student
 from stepfold.students.lora import LORA_WEIGHTS
 from stepfold.students.sana import SanaStudent
 from stepfold.students.saving import save_whole
+from stepfold.teachers.conventions import FLOWS, in_words, sigmas_of
 from stepfold.teachers.family import Predict
 from stepfold.teachers.pipeline import PipelineTeacher
+from stepfold.teachers.schedules import TrigFlowSchedule
 from stepfold.training.runs import writing
 
 
@@ -49,7 +51,22 @@ def export_folded(folder: Path, out: Path, num_steps: int) -> None:
         save_whole(teacher, student, part, recipe, scale)
         config = card.config | {"student": card.config["student"] | {"times": "one"}}
         changes = {"recipe": recipe, "config": config, "folded_steps": num_steps, "merged": card.lora_rank > 0}
-        write_cards(part, card.model_copy(update=changes | use_of(teacher, recipe, lora=False)))
+        use = use_of(teacher, recipe, lora=False)
+        use["conventions"] |= conventions_of_fold(teacher, times)
+        write_cards(part, card.model_copy(update=changes | use))
+
+
+def conventions_of_fold(teacher: PipelineTeacher, times: Sequence[float]) -> dict[str, str]:
+    """What the card says of a folded network where that differs from its teacher's, whose class may be another one."""
+    said = {"timesteps of the network": f"in [0, 1000], {teacher.rises_to} at 1000"}
+    if not isinstance(teacher.schedule, TrigFlowSchedule):
+        return said
+    levels = f"noise levels, {len(times)} step" + "s" * (len(times) > 1)
+    return said | {
+        "guidance scale s and weight w": "guidance is in the weights; guidance_scale=1 turns the pipeline's own off",
+        "output of the network": FLOWS[teacher.rises_to],
+        levels: in_words(sigmas_of(times)),
+    }
 
 
 def check_times(teacher: PipelineTeacher, times: Sequence[float]) -> None:
@@ -132,8 +149,9 @@ def folded_recipe(card: Card, num_steps: int) -> Recipe:
         raise UserError("a policy student's last layer has no place in a LoRA file; use --to pipeline")
     if card.recipe.sampler != "flow_map":
         raise UserError(
-            f"--steps is for flow maps, and this student is for {card.recipe.sampler} sampling, which takes any number "
-            "of steps; leave --steps out"
+            f"--steps is for flow maps, and this student is for {card.recipe.sampler} sampling"
+            + (f", folded for {card.folded_steps} steps; fold the run's own student" if card.folded_steps else "")
+            + "; leave --steps out"
         )
     return card.recipe.model_copy(update={"sampler": "flow", "times": {num_steps: card.recipe.times_for(num_steps)}})
 

@@ -25,14 +25,15 @@ def export_collapsed(folder: Path, card: Card, out: Path, num_steps: int) -> Non
     Raises:
         UserError: it is for more steps, each of which has another mean.
     """
-    policy, (time,) = card.recipe.policy, card.recipe.times_for(num_steps)[:1]
+    policy, steps = card.recipe.policy, min(card.recipe.times)
     assert policy is not None, "the caller checks"
-    if num_steps > 1:
+    if steps > 1:
         raise UserError(
-            f"each of this student's {num_steps} steps has its own mean of the velocities, and a stock network one; "
+            f"each of this student's {steps} steps has its own mean of the velocities, and a stock network one; "
             "leave --steps out of --to pipeline, which keeps them all for our PolicyScheduler, or train with "
             "policy.steps=1"
         )
+    time = card.recipe.times_for(num_steps)[0]
     teacher, student, card = load_merged(folder, "cpu")
     narrow(student.get_submodule("transformer"), head_of(teacher), policy.path(time, 0.0).means[-1])
     student.policy = None

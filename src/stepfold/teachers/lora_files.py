@@ -185,7 +185,8 @@ def read_lora(source: str) -> LoraFile:
         raise unreadable(source, error) from None
     config = path.with_name("adapter_config.json")
     said = dict(of_metadata(metadata))
-    peft = bool(said) and "lora_adapter_metadata" not in metadata
+    # kohya's scripts note their settings as ss_*, and put an alpha beside each pair, which diffusers reads
+    peft = any(not name.startswith("ss_") for name in said) and "lora_adapter_metadata" not in metadata
     if config.is_file() and path.name.startswith("adapter_model"):
         values, peft = read_json(config, str(config)), True
         said |= dict(flat(values)) if isinstance(values, dict) else {}
@@ -227,7 +228,10 @@ def file_of(source: str) -> Path:
         UserError: it is or stands beside a pickle, there is none, or there are several.
     """
     place = Path(assets.lora_place(source))
-    if not place.exists() and (place.is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", source)):
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", source) and not re.fullmatch(
+        r"[^/]+/[^/]+\.safetensors", source
+    )
+    if not place.exists() and (place.is_absolute() or not on_hub):
         scaled = re.fullmatch(r"(.+\.safetensors):(.*)", source, re.DOTALL)
         if scaled and Path(scaled[1]).is_file():
             raise UserError(f"LoRA {scaled[1]!r} has the scale {scaled[2]!r}, which is no number; give {scaled[1]}:0.8")

@@ -66,13 +66,14 @@ def merge_lora(
         network: the part that stands for the network, of a pipeline with several; None for the usual one.
 
     Returns:
-        Whether plain diffusers merges it to the same, `LoraFile.in_diffusers`.
+        Whether plain diffusers merges it to the same: `LoraFile.in_diffusers`, and `read_alike` of its names.
 
     Raises:
         UserError: it does not load, or does not fit.
     """
     lora = read_lora(source)
     layers, parts, places = located(pipe, source, lora, read_text_encoders, network)
+    alike = lora.in_diffusers and (network is not None or read_alike(pipe, source, layers, parts, places))
     for layer in layers:
         for place in places[layer.name]:
             module: Any = parts[place.part].get_submodule(place.module)
@@ -85,7 +86,29 @@ def merge_lora(
             except (ValueError, RuntimeError) as error:
                 reason, _, fix = first_line(error).partition("; ")
                 raise UserError(f"LoRA {source!r}, layer {layer.name}: {reason}; {fix or OTHER}") from None
-    return lora.in_diffusers
+    return alike
+
+
+def read_alike(
+    pipe: Any, source: str, layers: list[Layer], parts: Mapping[str, nn.Module], places: Mapping[str, list[Place]]
+) -> bool:
+    """Whether diffusers finds the places of a network's layers by the names in the file, as `located` did.
+
+    Some names are ours alone: kohya's of Stable Diffusion 3, or those of a few layers of a family. Layers of text
+    encoders are not looked at.
+    """
+    layers = [layer for layer in layers if all(place.part in NETWORK for place in places[layer.name])]
+    if not layers:
+        return True
+    try:
+        theirs = places_in_diffusers(pipe, source, layers, parts)
+    except UserError:
+        return False
+
+    def told(found: list[Place]) -> set[tuple[Any, ...]]:
+        return {(p.part, p.module, *p.rows.tolist(), *p.of_layer.tolist()) for p in found}
+
+    return all(told(theirs[layer.name]) == told(places[layer.name]) for layer in layers)
 
 
 def located(
