@@ -79,6 +79,7 @@ def test_a_number_of_steps_that_no_student_has_is_refused():
     )
     check_steps([one, four], None)
     check_steps([one, four], [4, 1])
+    check_steps([], [12])  # of pipelines alone
     for recipes, steps, said in (
         ([four], [1], "has times for 4 steps, not for 1"),
         ([one], [3, 1], "has times for 1, 2 steps, not for 3"),

@@ -86,11 +86,13 @@ MAP_STEPS = 8
 def check_steps(recipes: Sequence[Recipe], steps: Sequence[int] | None) -> None:
     """Refuses a number of steps that no student has times for, and a student with times for none of the numbers.
 
+    Pipelines without a student take any number.
+
     Raises:
         UserError: see `Recipe.times_for`.
     """
     for k in steps or ():
-        if not any(k in recipe.times for recipe in recipes):
+        if recipes and not any(k in recipe.times for recipe in recipes):
             recipes[0].times_for(k)
     for recipe in recipes:
         if steps and not any(k in recipe.times for k in steps):
