@@ -265,7 +265,12 @@ def precision_of(state: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def usual_base(state: dict[str, Tensor]) -> str:
-    """A hub id of a pipeline of a checkpoint's kind, as diffusers guesses it."""
+    """A hub id of a pipeline of a checkpoint's kind, as diffusers guesses it.
+
+    It knows SD XL by its text encoders; the network alone is known by its embedder of sizes.
+    """
+    if any("label_emb.0.0.weight" in name for name in state):
+        return "stabilityai/stable-diffusion-xl-base-1.0"
     return fetch_diffusers_config(dict(state))["pretrained_model_name_or_path"]
 
 
