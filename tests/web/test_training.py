@@ -83,7 +83,8 @@ def until(what: Callable[[], Any], sec: float = 60.0) -> Any:
 
 
 def words_of(training: Training, command: str) -> list[str]:
-    return json.loads((Path(training.program[-1]).parent / f"{command}.json").read_text())
+    text = (Path(training.program[-1]).parent / f"{command}.json").read_text()
+    return json.loads(text) if text else []  # which the program has begun to write
 
 
 def ready(training: Training) -> bool:

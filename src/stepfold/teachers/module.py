@@ -214,7 +214,7 @@ class ModuleTeacher(Teacher):
         self.reading = described(prediction, schedule, data_std, sigma_max, shift, latent_shape, guidance, nothing)
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Encodes two prompts and calls the network once, on noise.
+        """Encodes two prompts and calls the network once, unless it is in half precision, which a run casts for.
 
         Raises:
             UserError: what comes out is no condition of two rows, or no [2, ...] like what went in; or the call fails.
@@ -233,6 +233,8 @@ class ModuleTeacher(Teacher):
                 )
 
         parameter = next(self.network.parameters(), torch.empty(0))
+        if parameter.dtype.itemsize < 4:
+            return
         x = torch.zeros(len(prompts), *self.latent_shape).to(parameter) + 1
         t = torch.full((len(prompts),), self.start_time / 2, device=x.device)
         hook = self.network.register_forward_hook(compare)
