@@ -82,7 +82,8 @@ def distill_pipeline(
         if dtype:
             _refuse_what_objects_lack(config, dtype)
             display.note(_unknown_of(teacher))
-        command, device = "stepfold.api.distill_pipeline", device if device == "auto" else usable_device(device)
+        command = "stepfold.api.distill_pipeline"
+        device = device if device == "auto" else usable_device(device)
         run_distill(config, Path(folder), resume=resume, display=display, command=command, device=device)
     return Path(folder) / "student"
 

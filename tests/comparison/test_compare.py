@@ -451,5 +451,5 @@ def test_a_row_without_its_images_is_refused() -> None:
 def test_another_teacher_is_refused_by_set_too() -> None:
     """Its images had the bundled evaluator's scores."""
     for change in ("teacher.source=x/y", "prompts=p.txt"):
-        with pytest.raises(UserError, match=rf"--set {change.split('=')[0]} is not for compare: its evaluator knows"):
+        with pytest.raises(UserError, match=rf"--set {change.split('=')[0]} is not for compare, whose evaluator knows"):
             check_changes([change])

@@ -59,7 +59,7 @@ def test_methods_of_several_parts() -> None:
     changes = ("matching.weight=0.3", "matching.form=decoupled", "fake.updates=2", "rollout.first=2")
     assert method_of(settings("demo", *changes)) == (
         "discrete consistency (like LCM, arXiv:2310.04378) on the teacher's own sampling trajectories with decoupled "
-        "distribution matching (arXiv:2511.22677) of the later steps beside it"
+        "distribution matching (arXiv:2511.22677) beside it"
     )
     whole = settings("reproduce", "training.phases=[{steps: 120, set: {objective: discrete}}]")
     assert "then" not in method_of(whole) and "LCM" in method_of(whole)

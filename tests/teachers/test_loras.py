@@ -351,8 +351,10 @@ def test_what_plain_diffusers_merges_alike(pipes: dict[str, Any], tmp_path: Path
     for name, (family, state, said, alike) in cases.items():
         pipe = copy.deepcopy(pipes[family])
         assert merge_lora(pipe, str(write(tmp_path, state, said, name=name)), 1.0, lambda: None) is alike, name
-    loaded = pipes["sd3"].lora_state_dict(dict(peft))
-    assert len(loaded) == len(peft) and not any("to_q" in key and "lora_A" in key for key in ours)
+        if family == "sd3":  # what diffusers itself makes of the file
+            theirs = copy.deepcopy(pipes[family])
+            theirs.load_lora_weights(tmp_path, weight_name=f"{name}.safetensors")
+            assert bool(theirs.get_list_adapters()) is alike, name
 
 
 def test_several_are_merged_one_after_the_other(pipes: dict[str, Any], tmp_path: Path) -> None:

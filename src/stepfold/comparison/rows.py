@@ -185,8 +185,8 @@ def check_changes(changes: Sequence[str]) -> None:
     for change in changes:
         if (name := change.split("=")[0].strip()) in ("teacher.source", "prompts"):
             raise UserError(
-                f"--set {name} is not for compare: its evaluator knows images of the bundled teacher's prompts alone"
-                "; leave it out"
+                f"--set {name} is not for compare, whose evaluator knows images of the bundled teacher's prompts "
+                "alone; leave it out"
             )
         if name in OWN:
             raise UserError(

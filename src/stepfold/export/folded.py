@@ -23,7 +23,7 @@ from stepfold.students.loading import load_merged, load_student
 from stepfold.students.lora import LORA_WEIGHTS
 from stepfold.students.sana import SanaStudent
 from stepfold.students.saving import save_whole
-from stepfold.teachers.conventions import FLOWS, in_words, sigmas_of
+from stepfold.teachers.conventions import FLOWS, in_words, levels_name, sigmas_of
 from stepfold.teachers.family import Predict
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.schedules import TrigFlowSchedule
@@ -61,11 +61,10 @@ def conventions_of_fold(teacher: PipelineTeacher, times: Sequence[float]) -> dic
     said = {"timesteps of the network": f"in [0, 1000], {teacher.rises_to} at 1000"}
     if not isinstance(teacher.schedule, TrigFlowSchedule):
         return said
-    levels = f"noise levels, {len(times)} step" + "s" * (len(times) > 1)
     return said | {
         "guidance scale s and weight w": "guidance is in the weights; guidance_scale=1 turns the pipeline's own off",
         "output of the network": FLOWS[teacher.rises_to],
-        levels: in_words(sigmas_of(times)),
+        levels_name(len(times)): in_words(sigmas_of(times)),
     }
 
 

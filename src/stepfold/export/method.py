@@ -30,11 +30,11 @@ BESIDE = {
     "anchor.weight": ", its first step on the teacher's trajectory (DP-DMD, arXiv:2602.03139)",
 }
 """Weight -> the term that it adds."""
-APART = (
-    "distribution matching beside it (rCM, arXiv:2510.08431)",
-    "decoupled distribution matching (arXiv:2511.22677) of the later steps beside it",
-)
-"""What stands beside it with `matching.form=decoupled`."""
+FORMS = {
+    "matching": BESIDE["matching.weight"],
+    "decoupled": " with decoupled distribution matching (arXiv:2511.22677) beside it",
+}
+"""`matching.form` -> what matching beside another objective is."""
 WALKED = {"generation", "endpoints", "coupling"}
 """Spaces of the teacher's trajectories."""
 
@@ -94,5 +94,5 @@ def _of_part(part: Mapping[str, Any]) -> str:
     where = " and ".join(SPACES.get(space, space) for space in spaces)
     said = named or f"{METHODS[objective].words if objective in METHODS else objective} on {where}"
     own = {"matching.weight"} if "rollout" in spaces else set[str]()
-    beside = "".join(text for name, text in BESIDE.items() if part[name] and name not in own)
-    return said + (beside.replace(*APART) if part.get("matching.form") == "decoupled" else beside)
+    beside = BESIDE | {"matching.weight": FORMS[part["matching.form"]]}
+    return said + "".join(text for name, text in beside.items() if part[name] and name not in own)

@@ -36,10 +36,13 @@ def conventions(
         "guidance scale s and weight w": scale_meaning(teacher),
         "timesteps of the network": time_range(teacher),
         "output of the network": output_meaning(teacher),
-        **{
-            f"noise levels, {n} step" + "s" * (n > 1): noise_levels(teacher, each, sampler) for n, each in times.items()
-        },
+        **{levels_name(n): noise_levels(teacher, each, sampler) for n, each in times.items()},
     }
+
+
+def levels_name(num_steps: int) -> str:
+    """What the noise levels of a student's steps are called."""
+    return f"noise levels, {num_steps} step" + "s" * (num_steps > 1)
 
 
 def scale_meaning(teacher: PipelineTeacher) -> str:

@@ -202,7 +202,7 @@ class Source:
     """Something that a run is made from, and by what it is known again.
 
     Attributes:
-        kind: `prompts`, `teacher` or `images`; the note in the run folder is called so.
+        kind: `prompts`, `teacher`, `images` or `reading`; the note in the run folder is called so.
         place: the file, the folder or the hub id.
         sha256: a fingerprint of the content.
         count: of prompts.
