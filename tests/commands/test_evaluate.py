@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from stepfold import assets
+from stepfold.commands import own_teacher
 from stepfold.commands.evaluate import run_evaluate
 from stepfold.display import Display, results_table
+from stepfold.errors import UserError
 from stepfold.evaluation import measure
 
 
@@ -26,6 +28,21 @@ def test_a_folder_twice_and_a_folder_called_teacher(tmp_path: Path, monkeypatch:
     result = evaluate(Path("teacher"), Path("teacher"))
     assert result["student_folder"] == "teacher" and set(result["teacher"]) == {"20", "4", "2", "1"}
     assert result["student"]["1"]["agreement"] != result["teacher"]["1"]["agreement"]
+
+
+def test_every_student_is_looked_at_before_the_first_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured of the first was lost where the second had no prompts."""
+    lost = tmp_path / "lost"
+    shutil.copytree(assets.STUDENT, lost)
+    card = json.loads((lost / "stepfold.json").read_text())
+    card["config"]["prompts"] = str(tmp_path / "gone.txt")
+    (lost / "stepfold.json").write_text(json.dumps(card))
+    monkeypatch.setattr(own_teacher, "latent_scores", lambda *_: pytest.fail("the first was measured"))
+    options: dict[str, Any] = {"steps": [1], "n": 2, "guidance": None, "prompts": None, "clip": None, "out": None}
+    with pytest.raises(UserError, match=r"prompts cannot be read .*gone\.txt"):
+        own_teacher.run_own([assets.STUDENT, lost], **options, display=Display(quiet=True), device="cpu")
 
 
 @pytest.mark.long

@@ -280,6 +280,16 @@ def wan(pipe: Any, *, biases: bool = False, alpha: float | None = None) -> Case:
     return state, expected, {}
 
 
+def musubi(pipe: Any) -> Case:
+    """musubi-tuner's names of some layers of Wan's blocks; diffusers reads such a file of whole blocks alone."""
+    state, expected, said = wan(pipe, alpha=2.0)
+    renamed = {}
+    for name, value in state.items():
+        layer, end = name.removeprefix("diffusion_model.").rsplit(".", 1 if name.endswith(".alpha") else 2)[0], name
+        renamed[f"lora_unet_{layer.replace('.', '_')}{end[len('diffusion_model.') + len(layer) :]}"] = value
+    return renamed, expected, said
+
+
 def half(pipe: Any) -> Case:
     """In bfloat16: the file's own numbers count, not a product of theirs that is rounded."""
     state, expected = of_kohya(pipe, *ATTENTION)
@@ -316,6 +326,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Any], Case]]] = {
     "FLUX, alpha": ("flux", lambda pipe: ai_toolkit(pipe, 8.0)),
     "Wan": ("wan", wan),
     "Wan, alpha": ("wan", lambda pipe: wan(pipe, alpha=2.0)),
+    "Wan, musubi-tuner": ("wan", musubi),
     "Wan, biases": ("wan", lambda pipe: wan(pipe, biases=True, alpha=2.0)),
 }
 

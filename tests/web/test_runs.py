@@ -40,6 +40,11 @@ def test_a_finished_run(runs: Path) -> None:
     assert compared(read_run(runs, "first"), run) == {"seed": (0, 7)}
 
 
+def test_a_run_whose_student_is_gone_is_not_finished(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "first", tmp_path / "first", ignore=shutil.ignore_patterns("student"))
+    assert read_run(tmp_path, "first").progress == "stopped, step 3 of 3"
+
+
 def test_a_run_that_goes_on(runs: Path, tmp_path: Path) -> None:
     """Running while its lock is held, stopped after; each new row and preview changes the stamp."""
     folder = tmp_path / "mine"
@@ -64,7 +69,7 @@ def test_a_run_that_goes_on(runs: Path, tmp_path: Path) -> None:
 
 def test_broken_runs_say_what_is_wrong(runs: Path) -> None:
     broken = read_run(runs, "broken")
-    assert (broken.state, broken.step, broken.steps, broken.previews) == ("finished", 1, None, (1,))
+    assert (broken.state, broken.step, broken.steps, broken.previews) == ("stopped", 1, None, (1,))
     assert broken.problem.startswith("The settings cannot be read: ")
     with pytest.raises(UserError, match="step 1 is no PNG"):
         preview_at(broken, 1)

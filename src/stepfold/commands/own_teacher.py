@@ -69,6 +69,7 @@ def run_own(
     from stepfold.evaluation.report import versions
     from stepfold.levels.record import searched_samplers
     from stepfold.prompts.conditions import encoded
+    from stepfold.students.card import read_card
     from stepfold.web.drawing import load_models
 
     names = list(dict.fromkeys(map(str, folders)))
@@ -76,10 +77,10 @@ def run_own(
     for place in places.values():
         if place and (place / "report.json").exists():
             raise UserError(f"{place} holds a report already; choose another --out")
+    evaluated = {name: choose(Path(name), read_card(Path(name)), prompts, n) for name in names}
     found: dict[str, dict[str, Any]] = {}
-    for name, place in places.items():
+    for (name, place), (texts, chosen) in zip(places.items(), evaluated.values(), strict=True):
         models = load_models(Path(name), None, device)
-        texts, chosen = choose(Path(name), models.card, prompts, n)
         recipe, teacher = models.card.recipe, models.teacher
         protocol = LatentProtocol(
             n=len(chosen.index),

@@ -1,5 +1,6 @@
 """Merges LoRAs into a pipeline's weights, by each file's own arithmetic; diffusers is asked for names only."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,8 +28,8 @@ PREFIXES = {
     "lora_te3_": "text_encoder_3",
 }
 """How the name of a layer begins in a file -> the part that it is of; the pipeline's network where that is empty."""
-
-
+OF_WAN = re.compile(r"lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_([qkvo]|[kv]_img|[02])")
+"""A layer of Wan as musubi-tuner names it."""
 OTHER = "give one that was made for this teacher"
 
 
@@ -131,7 +132,7 @@ def located(
     parts = {name: part for name, part in found.items() if isinstance(part, nn.Module)}
     places = direct_places(layers, parts)
     if strange := [layer for layer in layers if layer.name not in places]:
-        places |= places_in_diffusers(pipe, source, strange, parts)
+        places |= places_in_diffusers(pipe, source, [in_wan(layer) for layer in strange], parts)
         if lost := [in_kohya(layer) for layer in strange if not places[layer.name] and "down" in layer.keys]:
             places |= places_in_diffusers(pipe, source, lost, parts)
     check_places(type(pipe).__name__, source, layers, places, parts)
@@ -185,6 +186,14 @@ def in_kohya(layer: Layer) -> Layer:
     """The same layer with its keys in kohya's spelling; of Z-Image's joined q, k and v diffusers reads that alone."""
     name = f"lora_unet_{layer.name.removeprefix('diffusion_model.').replace('.', '_')}"
     return replace(layer, keys=dict(layer.keys) | {kind: f"{name}.lora_{kind}.weight" for kind in ("down", "up")})
+
+
+def in_wan(layer: Layer) -> Layer:
+    """The same layer with its keys as Wan's authors name it; musubi-tuner's diffusers reads of whole blocks alone."""
+    if not (found := OF_WAN.fullmatch(layer.name)):
+        return layer
+    name = f"diffusion_model.blocks.{'.'.join(found.groups())}"
+    return replace(layer, keys=dict(layer.keys) | {"down": f"{name}.lora_A.weight", "up": f"{name}.lora_B.weight"})
 
 
 def part_of(name: str, parts: Mapping[str, nn.Module]) -> tuple[str, str]:
