@@ -14,7 +14,7 @@ Reference: arXiv:2511.20410, Algorithm 1.
 
 Then the peers of time_to_quality.py, each a class with the method `update`, one step of its script's loop. They learn
 from clean latents that are there already, which costs them nothing, and share what the bundled teacher asks for: one
-guidance scale, float32, a learning rate for minutes in place of days.
+guidance scale, one precision, a learning rate for minutes in place of days.
 """
 
 import copy

@@ -91,10 +91,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if row in rows:
             continue
         if row.startswith("preset"):
-            rows[row] = of_preset(name, setting, options.work / name, options.set)
+            precision = [f"training.{part}precision={options.precision}" for part in ("", "walk_")]
+            rows[row] = of_preset(name, setting, options.work / name, [*precision, *options.set])
         else:
             rows[row] = of_peer(name, setting, options)
-        write_record(options.out, record | {"fd": options.fd, "accuracy": options.accuracy, "rows": rows})
+        write_record(
+            options.out,
+            record | {"fd": options.fd, "accuracy": options.accuracy, "precision": options.precision, "rows": rows},
+        )
     show("minutes to the quality", HEADS, [words(row, result) for row, result in rows.items()])
 
 
@@ -119,6 +123,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1000, help="steps of a peer in which r warms up by a fifth (1000)")
     parser.add_argument("--stock", type=int, default=3000, help="clean latents that peers learn from (3000)")
     parser.add_argument("--seed", type=int, default=0, help="of all runs (0)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of all rows; bf16 is autocast with peers (fp32)"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the presets' runs"
     )
@@ -171,7 +178,8 @@ def of_peer(name: str, setting: Setting, options: argparse.Namespace) -> dict[st
     sec = spent = 0.0
     for step, batch in enumerate(batches(*stock, options.batch, setting.seed), 1):
         began, before = time.perf_counter(), spent_sec(CPU)
-        peer.update(batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
+            peer.update(batch)
         sec, spent = sec + time.perf_counter() - began, spent + spent_sec(CPU) - before
         over = spent >= 60 * options.minutes
         if step % setting.every and not over:
