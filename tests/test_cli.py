@@ -503,7 +503,7 @@ def test_presets_are_listed(tmp_path: Path) -> None:
     assert all(line.startswith("  ") and line.endswith(".") and len(line.split()) > 4 for line in lines)
     lora, whole, demos, methods = ([line.split()[0] for line in rows] for rows in groups.values())
     assert all(name.endswith("lora-4step") for name in lora) and len(lora) == 13
-    assert whole == ["default", "paper", "released"] and demos == ["demo", "emoji-long"]
+    assert whole == ["default", "paper", "released"] and demos == ["demo", "demo-4step", "emoji-long"]
     images = {"scm", "sana-sprint"}
     configs = [load_config(name, ["space.images=x"] if name in images else []) for name in methods]
     assert {config.teacher.source for config in configs} == {"emoji"}

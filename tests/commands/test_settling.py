@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import SanaTransformer2DModel
 from test_cli import Result, assert_one_line
 from test_family_presets import PIPELINES
@@ -25,15 +26,16 @@ from stepfold.objectives.contract import Networks
 from stepfold.prompts.reading import open_prompts
 from stepfold.sampling.recipe import policy_of
 from stepfold.sections import TeacherSettings
-from stepfold.students.starting import make_student
+from stepfold.students.starting import make_fake, make_student
 from stepfold.teachers.loading import choose_objective, load_teacher
 from stepfold.training.accelerators import make_accelerator
+from stepfold.training.critics import fake_loss, fake_states, new_critics
 from stepfold.training.draws import draw
 from stepfold.training.states import collect
 from stepfold.training.terms import add_gradients, terms_of
 
 ROOT = Path(__file__).parents[2]
-GIB = {"whole": 40.0, "none": 8.0, "int8": 5.0, "nf4": 3.0}
+GIB = {"whole": 40.0, "none": 8.0, "int8": 5.0, "nf4": 3.0, "fake": 1.0}
 SDXL = Facts("sdxl-lora-4step", 1000, "classifier_free", GIB, 24.0)
 FLOW = replace(SDXL, preset="lora-4step", counts_to=1)
 ALL = {"whole": 40.0}
@@ -139,6 +141,9 @@ def test_alternatives_are_settings_and_all_different() -> None:
     wide = {choice.method: choice.words for choice in alternatives(replace(FLOW, widens=True, gib=ALL))}
     assert "--set student.lora=0" in wide["pi-Flow, all weights"]
     assert "the preset as it is" not in {choice.method for choice in alternatives(SDXL)}  # which the rule chose
+    matching = {choice.method: choice.words for choice in alternatives(replace(SDXL, memory_gib=7))}
+    assert "--set teacher.quantise=int8" in matching["decoupled matching"]
+    assert "decoupled matching" not in {choice.method for choice in alternatives(replace(SDXL, guidance="embedded"))}
 
 
 def test_a_preset_of_another_family_is_said(tiny_sana: Path, tmp_path: Path) -> None:
@@ -233,6 +238,8 @@ SMALL = ("space.route_steps=4", "training.precision=no", "training.walk_precisio
         ("default", ["objective=discrete", "teacher.guidance=none"], 4 + 3 * 3),
         ("flow", [], 8 + 8 * 4),
         ("policy", [], 4 * (1 + 2 * 2) + 4 * 4),
+        ("matching", ["rollout.steps=2", "fake.updates=2", "training.prompts_per_step=2"], 17 + 2 * 11),
+        ("matching", ["rollout.steps=1", "fake.updates=1", "training.checkpointing=false"], 4 * (1 + 2 + 4 + 4)),
         ("policy", ["policy.steps=2", "policy.states=3", "teacher.guidance=none"], 2 * (1 + 3) + 2 * 4),
     ],
 )
@@ -240,7 +247,7 @@ def test_passes_are_the_calls_of_a_step(
     preset: str, changes: list[str], calls: int, tiny_sana: Path, prompts_file: Path
 ) -> None:
     """Rows that the network is called with; backward passes, recomputed blocks and the tangent by their definition."""
-    settings = {"flow": choosing.FLOW_MAP, "policy": choosing.POLICY}.get(preset, {})
+    settings = {"flow": choosing.FLOW_MAP, "policy": choosing.POLICY, "matching": choosing.MATCHING}.get(preset, {})
     if settings:
         preset, changes = "lora-4step", [*(f"{key}={value}" for key, value in settings.items()), *changes]
     own = [*SMALL, "space.filter_rule=off", *changes, *(["student.lora=2"] if preset != "default" else [])]
@@ -248,24 +255,43 @@ def test_passes_are_the_calls_of_a_step(
     teacher = load_teacher(config.teacher, torch.device("cpu"))
     accelerator = make_accelerator("no", device="cpu")
     student = make_student(teacher, config.student, config.teacher, policy_of(config, teacher))
-    networks = Networks(student, teacher, tangent="one_pass", average=student)
-    batch = draw(0, open_prompts(prompts_file), teacher, config, torch.device("cpu"))
+    critics = new_critics([config], teacher, torch.device("cpu"), lambda: make_fake(teacher, config.fake))
+    networks = Networks(student, teacher, critics, tangent="one_pass", average=student)
     rows: list[tuple[int, bool]] = []
 
     def note(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         rows.append((len(args[0] if args else kwargs["hidden_states"]), torch.is_grad_enabled()))
 
-    condition = teacher.encode(batch.prompts)
-    modules = {id(module): module for each in (teacher.network, student) for module in each.modules()}
+    modules = {
+        id(module): module for each in (teacher.network, student, *critics.values()) for module in each.modules()
+    }
     networks_there = [module for module in modules.values() if isinstance(module, SanaTransformer2DModel)]
     for module in networks_there:
         module.register_forward_pre_hook(note, with_kwargs=True)
-    states = collect(list(config.space.weights), batch, condition, networks, config, 0)
-    add_gradients(terms_of(config), networks, states, batch.draws, config, 0, accelerator)
+    turns = config.rollout.steps if config.fake.updates else 1  # after which each of a rollout's steps was trained
+    for step in range(turns):
+        batch = draw(step, open_prompts(prompts_file), teacher, config, torch.device("cpu"))
+        condition = teacher.encode(batch.prompts)
+        states = collect(list(config.space.weights), batch, condition, networks, config, step)
+        for update in range(step * config.fake.updates, (step + 1) * config.fake.updates):
+            learnt = fake_states(networks, batch, condition, config, update, states)
+            fake_loss(networks, batch, learnt, config).value.mean().backward()
+        add_gradients(terms_of(config), networks, states, batch.draws, config, step, accelerator)
     trained = sum(count for count, graph in rows if graph)
     found = sum(count for count, _ in rows) + 2 * trained
     found += trained * (config.training.checkpointing + (config.objective == "continuous"))
-    assert found == calls == passes(config, teacher.guidance_kind) and networks_there
+    assert found / turns == calls == passes(config, teacher.guidance_kind) and networks_there
+
+
+def test_matching_is_that_of_the_docs() -> None:
+    page = (ROOT / "docs" / "four-step-lora.md").read_text(encoding="utf-8")
+    shown = yaml.safe_load(page.split("```yaml\n# matching.yaml\n")[1].split("```")[0])
+    flat = {
+        f"{name}.{key}": value for name, part in shown.items() if isinstance(part, dict) for key, value in part.items()
+    }
+    ours = {key: yaml.safe_load(value) for key, value in choosing.MATCHING.items()}
+    steps = ours.pop("training.steps")
+    assert ours == flat | {"objective": shown["objective"]} and f"--train-steps {steps} --out runs/matching" in page
 
 
 def test_passes_are_those_of_the_docs() -> None:
@@ -301,13 +327,17 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_distill_and_plan_say_what_they_chose(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
     few = [part for change in FEW for part in ("--set", change)]
     common = ("--teacher", tiny_sana, "--prompts", prompts_file, *few)
-    planned = Result("plan", *common, "--json", tmp_path / "plan.json")
+    planned = Result("plan", *common[:4], *few[2:], "--json", tmp_path / "plan.json")
     assert planned.code == 0, planned.err
     assert "method: --preset sana-lora-4step" in planned.err and "timesteps are in [0, 1]" in planned.err
     rows = json.loads((tmp_path / "plan.json").read_text())["alternatives"]
     assert rows[0]["method"] == "continuous, with noised ends" and rows[0]["hours"] == pytest.approx(10)
     a_pass = [row["hours"] / (row["passes"] * row["steps"]) for row in rows]
     assert a_pass == pytest.approx([a_pass[0]] * len(rows)) and len(rows) >= 4
+    matching, preset = (
+        next(r for r in rows if r["method"] == name) for name in ("decoupled matching", rows[0]["method"])
+    )
+    assert matching["gib"] > preset["gib"] and matching["sampling_steps"] == [4]
     assert "flow map" in planned.out and "pi-Flow" in planned.out and f"{rows[1]['passes']}" in planned.out
     out = tmp_path / "run"
     assert_one_line(Result("distill", *common, "--lora", "2"), "--lora and --set student.lora are one setting")

@@ -5,7 +5,7 @@ import typer
 from stepfold.commands.options import JsonOption, write_json
 
 ALL_WEIGHTS = ("default", "paper", "released")
-DEMOS = ("demo", "emoji-long")
+DEMOS = ("demo", "demo-4step", "emoji-long")
 GROUPS = {
     "lora": "your model: LoRA in four steps",
     "whole": "your model: all weights",

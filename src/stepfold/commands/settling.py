@@ -211,12 +211,14 @@ def priced(settled: Settled, step_sec: float, fixed_sec: float) -> list[dict[str
             config = config_by(choice, settled.changes, settled.given)
         except UserError:  # the user's own settings are not for it
             continue
-        kind = config.teacher.quantise if config.student.lora else "whole"
+        gib = facts.gib.get(config.teacher.quantise if config.student.lora else "whole")
+        if gib and config.fake.updates:
+            gib += facts.gib.get("fake", 0.0)
         rows.append(
             {
                 "preset": choice.preset, "method": choice.method, "settings": choice.words,
                 "changes": dict(choice.changes), "sampling_steps": list(config.evaluation.steps or (1, 2, 4)),
-                "passes": passes_of(config, facts), "gib": facts.gib.get(kind), "steps": config.training.steps,
+                "passes": passes_of(config, facts), "gib": gib, "steps": config.training.steps,
                 "hours": hours_of(config, facts, pass_sec) + fixed_sec / 3600,
             }
         )  # fmt: skip

@@ -42,6 +42,21 @@ POLICY = {
     "policy.states": "2",
     "evaluation.steps": "[4]",
 }
+MATCHING = {
+    "objective": "decoupled",
+    "space.kind": "rollout",
+    "rollout.steps": "4",
+    "fake.updates": "5",
+    "fake.head_start": "40",
+    "fake.rank": "64",
+    "fake.lr_factor": "2.0",
+    "optimiser.betas": "[0.0, 0.999]",
+    "optimiser.weight_decay": "0.01",
+    "training.prompts_per_step": "4",
+    "training.steps": "500",
+    "evaluation.steps": "[4]",
+}
+"""Decoupled matching with a LoRA as fake score, as docs/four-step-lora.md has it."""
 FOLDED = (
     "Plain diffusers and ComfyUI take it after `stepfold export STUDENT --to lora --steps 8`, of rank 7 or more; all "
     "weights after `--to pipeline --steps 8`."
@@ -190,7 +205,7 @@ def time_for(facts: Facts, whole: bool) -> tuple[float, tuple[str, ...]]:
 
 
 def alternatives(facts: Facts) -> list[Choice]:
-    """The choice, those for other numbers of steps, all weights for one and four, pi-Flow, and the preset as it is.
+    """The choice, those for other numbers of steps, all weights, pi-Flow, decoupled matching, and the preset as it is.
 
     Args:
         facts: without hours, which price no method.
@@ -205,7 +220,10 @@ def alternatives(facts: Facts) -> list[Choice]:
         method = "pi-Flow, all weights" if whole else "pi-Flow"
         found.append(Choice(facts.preset, beyond(facts.preset, changes), method))
     if "none" in facts.gib:
-        changes = beyond(facts.preset, room_for(facts, False)[0])
+        room = room_for(facts, False)[0]
+        if facts.guidance == "classifier_free":
+            found.append(Choice(facts.preset, beyond(facts.preset, MATCHING | room), "decoupled matching"))
+        changes = beyond(facts.preset, room)
         found.append(Choice(facts.preset, changes, "the preset as it is"))
     different: dict[Any, Choice] = {}
     for choice in found:
@@ -214,7 +232,9 @@ def alternatives(facts: Facts) -> list[Choice]:
 
 
 def passes(config: "Config", guidance: "GuidanceKind") -> int:
-    """Forward passes of one image in a step of trajectories, noised ends or a policy; a backward pass counts as two.
+    """Forward passes of one image in a step of trajectories, noised ends, a policy or decoupled matching.
+
+    A backward pass counts as two.
 
     The student's: forward, backward, the blocks once more with `training.checkpointing`, and one for the tangent, or
     for a discrete target that no other state gives.
@@ -231,6 +251,10 @@ def passes(config: "Config", guidance: "GuidanceKind") -> int:
         states = prompts * states_per_prompt("policy", config)
         walk = states * (1 + calls * config.policy.states)  # the student's own, and the teacher's velocities on it
         return -(-walk // space.reuse) + states * (3 + training.checkpointing)
+    if config.objective == "decoupled":
+        sampled, trained = (config.rollout.steps + 1) / 2, 2 + training.checkpointing  # to an image; its way back
+        scores = calls + 2  # guidance's branches, then the teacher without guidance and the fake score
+        return round(prompts * (sampled + trained + scores + config.fake.updates * (sampled + 1 + trained)))
     teacher, student = -(-calls * prompts * space.route_steps // space.reuse), 0
     for name in space.weights:
         states = prompts * states_per_prompt(name, config)

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 RANK = 64
 BYTES = {"none": 2.0, "int8": 1.0, "nf4": 0.5625}
 """`teacher.quantise` -> bytes a weight of the blocks' linear layers, for a LoRA student."""
-WHOLE_BYTES, LORA_BYTES = 18, 20
-"""A parameter that is trained, with its teacher's, gradient, average and moments: CAME's one, AdamW's two."""
+WHOLE_BYTES, LORA_BYTES, FAKE_BYTES = 18, 20, 16
+"""A parameter that is trained, with its teacher's, gradient, average and moments: CAME's one, AdamW's two.
+
+A fake score's LoRA has no average.
+"""
 PRESETS = {
     "StableDiffusionXLPipeline": "sdxl-lora-4step",
     "StableDiffusion3Pipeline": "sd3-lora-4step",
@@ -47,7 +50,7 @@ class Facts:
         counts_to: the largest timestep of its network, 1 or 1000.
         guidance: its kind.
         gib: counted weights and states of a run: `whole`, where all weights are trained; and for a LoRA by the names of
-            `BYTES`, which a pipeline without LoRAs lacks.
+            `BYTES`, which a pipeline without LoRAs lacks, as it lacks `fake`, what a fake score's LoRA adds.
         memory_gib: of the device.
         second_time: whether its network can be told a target time.
         widens: whether its network can give several velocities at a time, as pi-Flow's does.
@@ -190,6 +193,7 @@ def weights_gib(networks: Sequence[Any], blocks: Sequence[str], rank: int) -> di
         if isinstance(layer, nn.Linear) and any(part in name for part in blocks)
     ]
     inside = sum(layer.weight.numel() for layer in layers)
-    lora = LORA_BYTES * rank * sum(layer.in_features + layer.out_features for layer in layers)
-    taken = {kind: 2 * (total - inside) + each * inside + lora for kind, each in BYTES.items()}
-    return {kind: count / 2**30 for kind, count in (taken | {"whole": WHOLE_BYTES * total}).items()}
+    width = sum(layer.in_features + layer.out_features for layer in layers)
+    taken = {kind: 2 * (total - inside) + each * inside + LORA_BYTES * rank * width for kind, each in BYTES.items()}
+    taken |= {"whole": WHOLE_BYTES * total, "fake": FAKE_BYTES * RANK * width}
+    return {kind: count / 2**30 for kind, count in taken.items()}
