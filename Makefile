@@ -1,6 +1,6 @@
 # Each target works as the first command on a machine that has Python >= 3.11 and make: it makes .venv and installs what it needs.
 #
-#   make demo    distil the bundled teacher into a one-step student      make test        the tests, minutes on two cores
+#   make demo    distil the bundled teacher, in four steps and in one    make test        the tests, minutes on two cores
 #   make check   what a change must pass: lint, types, docs, tests       make test-long   those that take longer: kills, real
 #                with the long ones, no known vulnerability                               compilers, every case of a matrix
 #                                                                        make docs        the documentation, into site/
@@ -30,8 +30,12 @@ AUDIT = $(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off
 .PHONY: demo test test-long check lint types format audit audit-if-online docs reference release-check clean $(VENV)/audit.txt
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.installed
-	$(BIN)/stepfold distill --preset demo --out runs/demo
+# A student that is there is not made again, and a run that was stopped goes on.
+demo: runs/demo-4step/student runs/demo/student
+
+.PRECIOUS: runs/%/student
+runs/%/student: | $(VENV)/.installed
+	$(BIN)/stepfold distill --preset $* --out runs/$*$(if $(wildcard runs/$*/config.yaml), --resume)
 
 # One process a core; more than four would share too little memory. Who is done first takes over tests of the others; but
 # of the long ones whole files, since what their tests share takes minutes to make.

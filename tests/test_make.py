@@ -58,6 +58,25 @@ def test_python_keeps_what_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "PYTHONDONTWRITEBYTECODE" not in make("--eval", "show: ; @env", "show").stdout
 
 
+def test_the_demo_goes_on_where_it_was(tmp_path: Path) -> None:
+    """A finished run was an error, at which the next one never began."""
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".installed").touch()
+
+    def runs() -> list[str]:
+        lines = make("-n", "demo", cwd=tmp_path).stdout.splitlines()
+        return [line.partition(" distill ")[2] for line in lines if " distill " in line]
+
+    both = [f"--preset {name} --out runs/{name}" for name in ("demo-4step", "demo")]
+    assert runs() == both
+    (tmp_path / "runs" / "demo-4step").mkdir(parents=True)
+    (tmp_path / "runs" / "demo-4step" / "config.yaml").touch()
+    assert runs() == [f"{both[0]} --resume", both[1]]
+    (tmp_path / "runs" / "demo-4step" / "student").mkdir()
+    assert runs() == both[1:]
+
+
 def test_other_ends_are_refused() -> None:
     done = make("-n", "test", "VERSIONS=oldest")
     assert done.returncode and "VERSIONS=oldest is not known; give lowest or newest" in done.stderr
