@@ -173,7 +173,11 @@ def test_sample_mistakes(run: tuple[Path, Result], tmp_path: Path, tiny_sana: Pa
     assert_one_line(
         Result("sample", student, "x", "--out", tmp_path / "no" / "x.png"), "cannot write", "make the folder"
     )
-    assert_one_line(Result("sample", student, "x", "--device", "abacus"), "--device abacus cannot be used here", "cpu")
+    assert_one_line(
+        Result("sample", student, "x", "--device", "abacus"),
+        "--device abacus cannot be used here (torch knows no such device)",
+        "cpu",
+    )
     if not torch.cuda.is_available():
         assert_one_line(Result("sample", student, "x", "--device", "cuda"), "--device cuda cannot be used here", "cpu")
     assert list(tmp_path.iterdir()) == []
@@ -370,6 +374,7 @@ def test_a_teacher_in_one_file_gets_the_way_to_a_folder(prompts_file: Path, tmp_
     picture.write_bytes(b"")
     assert_one_line(Result("doctor", picture), f"'{picture}' is no model; give a pipeline folder or a hub id")
     assert_one_line(Result("evaluate", tmp_path / "runs" / "none"), "there is no folder", "give one that is there")
+    assert_one_line(Result("evaluate", "emoji"), "there is no folder 'emoji'", "the bundled student is emoji-student")
 
 
 def test_odd_sizes_are_one_line(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
@@ -485,7 +490,7 @@ def test_reproduce_lists_its_runs_and_names_mistakes(tmp_path: Path) -> None:
     }  # fmt: skip
     assert len({row["folder"] for row in rows}) == 9 and Path(rows[0]["folder"]).parent == tmp_path
     assert_one_line(Result("reproduce", "--table", "T4", "--out", tmp_path, "--json", file), "goes with --dry-run")
-    assert_one_line(Result("reproduce", "--table", "T9", "--out", tmp_path), "no table 'T9'")
+    assert_one_line(Result("reproduce", "--table", "t9", "--out", tmp_path), "no table 'T9'")
     assert_one_line(Result("reproduce", "--set", "training.step=1", "--out", tmp_path), "did you mean 'training.steps'")
 
 

@@ -330,12 +330,16 @@ def test_settings_of_one_lora_or_none_are_read_as_an_earlier_version_wrote_them(
 
 def test_one_scale_is_a_list_of_one() -> None:
     with pytest.raises(
-        UserError, match=r"space\.guidance is 3: a single number .*; give --set 'space\.guidance=\[3\]'$"
+        UserError, match=r"space\.guidance is 3: a single value .*; give --set 'space\.guidance=\[3\]'$"
     ):
         load_config("demo", ["space.guidance=3"])
 
 
 def test_a_single_number_of_steps_and_a_single_change_are_said_or_taken() -> None:
-    with pytest.raises(UserError, match=r"a single number is no list; give --set 'evaluation\.steps=\[4\]'"):
+    with pytest.raises(UserError, match=r"a single value is no list; give --set 'evaluation\.steps=\[4\]'"):
         load_config("demo", ["evaluation.steps=4"])
+    with pytest.raises(UserError, match=r"no list; give --set 'training\.trackers=\[wandb\]'"):
+        load_config("demo", ["training.trackers=wandb"])
+    with pytest.raises(UserError, match=r"mine\.yaml cannot be read .*No such file"):
+        load_config("mine.yaml")
     assert load_config("demo", "training.steps=7").training.steps == 7

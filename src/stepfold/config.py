@@ -239,7 +239,7 @@ def _preset_values(preset: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"preset {preset} builds on itself ({' -> '.join((*above, preset))}); name another one in it")
     if preset in preset_names():
         text = (resources.files("stepfold") / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
-    elif _is_file(preset):
+    elif _is_file(preset) or preset.endswith((".yaml", ".yml")):
         text = _read(Path(preset))
     else:
         raise UserError(f"unknown preset {preset!r}{_nearest(preset, preset_names())}; or give a yaml file")

@@ -51,11 +51,12 @@ class LoraSettings(Section):
 
 
 def list_of(setting: str) -> Callable[[Any], Any]:
-    """Refuses a single number in the place of a list, with the way to give it."""
+    """Refuses a single number or name in the place of a list, with the way to give it."""
 
     def check(given: Any) -> Any:
-        if isinstance(given, int | float):
-            raise ValueError(f"a single number is no list; give --set '{setting}=[{given:g}]'")
+        if isinstance(given, int | float | str):
+            shown = given if isinstance(given, str) else f"{given:g}"
+            raise ValueError(f"a single value is no list; give --set '{setting}=[{shown}]'")
         return given
 
     return check

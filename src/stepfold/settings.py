@@ -354,6 +354,8 @@ class TrainingSettings(Section):
         default=False, description="wait for the GPU after every stage of a step, so that the stages' times are true"
     )
 
+    _places = field_validator("trackers", mode="before")(list_of("training.trackers"))
+
     @model_validator(mode="after")
     def _precise(self) -> "TrainingSettings":
         if self.precision == "bf16" and self.tangent == "finite_difference":

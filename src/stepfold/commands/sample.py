@@ -24,7 +24,9 @@ def sample(
     ] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(help="consistency, flow or flow_map. Default: what it was trained for.", show_default=False),
+        typer.Option(
+            help="consistency, flow, flow_map or policy. Default: what it was trained for.", show_default=False
+        ),
     ] = None,
     gamma: Annotated[
         float, typer.Option(min=0, max=1, help="Share of fresh noise in a flow map's steps; 0 is deterministic.")

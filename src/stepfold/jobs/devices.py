@@ -16,6 +16,7 @@ def usable_device(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = first_line(error)
+        said = first_line(error)
+        reason = "torch knows no such device" if "device string" in said else said
         raise UserError(f"--device {name} cannot be used here ({reason}); cpu always can") from None
     return name

@@ -136,6 +136,7 @@ def plan(experiments: Experiments, tables: list[str], extra: list[str], images: 
     Raises:
         UserError: no such table, or a setting that is bad or that a row or its seeds set.
     """
+    tables = [name.upper() for name in tables]
     if unknown := [name for name in tables if name not in experiments.tables]:
         raise UserError(f"no table {unknown[0]!r}; there are {', '.join(experiments.tables)}")
     check_extra(experiments, extra, tables or list(experiments.tables))

@@ -292,7 +292,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
     inside = [] if (folder / "config.yaml").exists() else sorted(folder.glob("*.safetensors"))  # a run has one, too
     single = folder if folder.is_file() else next(iter(inside), None)
     if not folder.exists():
-        raise UserError(f"there is no folder {str(folder)!r}; give one that is there")
+        bundled = "; the bundled student is emoji-student" * (str(folder) == "emoji")
+        raise UserError(f"there is no folder {str(folder)!r}; give one that is there{bundled}")
     if folder.is_file() and folder.suffix not in (*FILES, ".gguf", ".sft"):
         raise UserError(f"{str(folder)!r} is no model; give a pipeline folder or a hub id")
     if not index.is_file() and not modular and (folder.parent / "model_index.json").is_file():
