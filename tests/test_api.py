@@ -17,6 +17,7 @@ from stepfold.errors import UserError
 from stepfold.maths.closed_form import GaussianTeacher
 from stepfold.maths.formulations import flow_velocity, trigflow_time
 from stepfold.maths.noise_schedules import FLOW
+from stepfold.students.card import read_card
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition
 from stepfold.teachers.module import ModuleTeacher
@@ -245,6 +246,33 @@ def test_a_run_knows_how_its_module_is_read(tmp_path: Path) -> None:
     load_module_student(same, tmp_path / "run")
     distill_module(same, None, tmp_path / "run", ["training.steps=2", *few[1:]], resume=True, quiet=True)
     assert (tmp_path / "run" / "reading.json").is_file()
+
+
+def test_a_network_in_half_precision_has_a_student_in_float32(tmp_path: Path) -> None:
+    """In bfloat16 most of its weights never moved; float16 was "not finite", and its fix a traceback."""
+    few = ["training.steps=3", "training.prompts_per_step=2", "objective=discrete", "optimiser.lr=1e-5"]
+    half = ["training.precision=bf16", "training.walk_precision=bf16"]
+    network = Timeless(nn.Sequential(nn.Linear(4, 4)).bfloat16())
+    student = distill_module(ModuleTeacher(network, None, (4,)), None, tmp_path / "run", [*few, *half], quiet=True)
+    ours, theirs = (next(m for m in each.modules() if isinstance(m, nn.Linear)) for each in (student, network))
+    assert ours.weight.dtype == torch.float32 and theirs.weight.dtype == torch.bfloat16
+    assert bool((ours.weight != theirs.weight.float()).all())
+    with pytest.raises(UserError, match=r"is in bfloat16, and this run would call it in float32; give network\.float"):
+        distill_module(ModuleTeacher(network, None, (4,)), None, tmp_path / "b", [*few, "training.precision=no"])
+    with pytest.raises(UserError, match=r"is in float16, which overflows; give network\.float"):
+        distill_module(ModuleTeacher(network.half(), None, (4,)), None, tmp_path / "c", few, quiet=True)
+
+
+def test_guidance_that_is_none_is_refused(tmp_path: Path) -> None:
+    """It called the network twice for the unguided, without a word."""
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    few = ["training.steps=1", "training.prompts_per_step=2", "objective=discrete"]
+    teacher = ModuleTeacher(Tied(), encode, (4,), nothing=encode([""]))
+    with pytest.raises(UserError, match=r"guidance is 1, which is none at twice the calls; give guidance=4"):
+        distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "run", few, quiet=True)
+    distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "run", [*few, "space.guidance=[3.0]"], quiet=True)
+    with pytest.raises(UserError, match=r"has the student of a network of one's own; load it in Python"):
+        read_card(tmp_path / "run")
 
 
 class Timeless(nn.Module):

@@ -159,7 +159,7 @@ def export(
         out: file or folder to write; None for one beside the student.
         steps: fold a flow map for exactly so many (pipeline, lora).
         keys: names in a LoRA's file.
-        dtype: of the weights (pipeline, single-file).
+        dtype: of the weights (pipeline, single-file, lora).
         runtime: folder dist of onnxruntime-web (web).
         with_loras: carry the teacher's LoRAs in a LoRA's file.
         force: replace an earlier export.

@@ -78,6 +78,7 @@ def distill_module(
     file = open_prompts(prompts) if prompts is not None else _NoPrompts()
     accelerator, display = make_accelerator(config.training.precision), Display(quiet)
     _refuse_what_modules_lack(config, source)
+    _refuse_what_does_not_fit(config, teacher)
     check_run(folder, config, resume)
     wrapped: Any = teacher  # it has what the loop asks for, but no pictures
     guidance_scales(config, wrapped)  # before anything is written
@@ -133,6 +134,22 @@ def _refuse_other_prompts(teacher: ModuleTeacher, prompts: object) -> None:
         raise UserError(
             "this network takes no condition (its `encode` is None); give None instead of prompts to distil it, and a "
             "number of samples to draw"
+        )
+
+
+def _refuse_what_does_not_fit(config: Config, teacher: ModuleTeacher) -> None:
+    """Refuses a network in float16, one in bfloat16 under calls in float32, and guidance that is none."""
+    if teacher.half == torch.float16:
+        raise UserError("the network is in float16, which overflows; give network.float(), or network.bfloat16()")
+    if teacher.half and "no" in (config.training.precision, config.training.walk_precision):
+        raise UserError(
+            "the network is in bfloat16, and this run would call it in float32; give network.float(), or set "
+            "training.precision=bf16 and training.walk_precision=bf16"
+        )
+    if teacher.nothing is not None and teacher.default_guidance == 1 and config.space.guidance is None:
+        raise UserError(
+            "`nothing` is given, but the guidance is 1, which is none at twice the calls; give guidance=4, say, or "
+            "leave nothing out"
         )
 
 

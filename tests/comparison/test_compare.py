@@ -453,3 +453,25 @@ def test_another_teacher_is_refused_by_set_too() -> None:
     for change in ("teacher.source=x/y", "prompts=p.txt"):
         with pytest.raises(UserError, match=rf"--set {change.split('=')[0]} is not for compare, whose evaluator knows"):
             check_changes([change])
+
+
+def test_a_files_own_settings_go_before_those_of_all_rows(tmp_path: Path) -> None:
+    """A file with other tokens or precision was trained as if it had not said so, under its own name."""
+    (base := tmp_path / "base.yaml").write_text("preset: demo\ntraining: {precision: bf16}\n")
+    (mine := tmp_path / "mine.yaml").write_text(f"preset: {base}\nteacher: {{max_tokens: 16}}\n")
+    row = choose_rows(ROWS, [str(mine)], ["training.walk_precision=bf16"])[str(mine)]
+    config = load_config(row.preset, (*ROWS.common, *row.changes))
+    assert (config.teacher.max_tokens, config.training.precision, config.training.walk_precision) == (
+        16,
+        "bf16",
+        "bf16",
+    )
+    assert config.space.guidance == (3.0,)
+    mine.write_text("preset: demo\nspace: {guidance: [4.5]}\n")
+    with pytest.raises(
+        UserError, match=r"space\.guidance is \[4\.5\] in the file, and a comparison scores all rows at"
+    ):
+        choose_rows(ROWS, [str(mine)])
+    choose_rows(ROWS, [str(mine)], ["space.guidance=[4.5]"])
+    with pytest.raises(UserError, match="is for a model of yours; the row of the bundled one is lora-4step"):
+        choose_rows(ROWS, ["sdxl-lora-4step"])

@@ -248,9 +248,9 @@ def test_the_latent_error_stands_beside_the_line_to_beat(tmp_path: Path):
         ("20 → 2", "network calls an image: the teacher's, the student's"),
         ("0.90", "latent error of the untrained teacher in one step"),
     ]
-    assert sentences(noisy)[0] == "Latent error: the student is better than the untrained teacher in one step."
+    assert sentences(noisy)[0] == "Latent error: the student is better than the teacher itself in one step."
     level = noisy | {"student": {"1": {"latent_error": 0.9001}}, "usual_steps": 1}
-    assert sentences(level)[0] == "Latent error: the student is level with the untrained teacher in one step."
+    assert sentences(level)[0] == "Latent error: the student is level with the teacher itself in one step."
     unlearned = level | {"config": {"objective": "discrete"}, "curves": {"latent_error": [[0, 0.474], [2, 0.473]]}}
     assert sentences(unlearned)[1].startswith("Previews: the latent error of one step is 0.473, and was 0.474 before")
     for other in ({"config": {"objective": "decoupled"}}, {"curves": {"latent_error": [[0, 0.474], [2, 0.3]]}}):

@@ -314,3 +314,13 @@ def test_what_does_not_go_together_is_refused_in_a_line() -> None:
         assert "\n" not in str(refused.value)
     end = 0.9988
     ModuleTeacher(network, None, (3,), "score", schedule=replace(FLOW, last=end))  # as it says
+
+
+def test_steps_of_ddpm_fall_and_may_be_an_array() -> None:
+    falling = torch.linspace(0.99, 0.01, 10, dtype=torch.float64)
+    ours = vp_steps(falling)
+    for given in (falling.numpy(), falling.tolist()):
+        assert torch.equal(vp_steps(given).alpha(torch.arange(9.0)), ours.alpha(torch.arange(9.0)))  # type: ignore[arg-type]
+    for wrong in (falling.flip(0), falling[:1], falling[None], 2 * falling, falling - 0.5):
+        with pytest.raises(UserError, match=r"alphas_cumprod does not fall within \(0, 1\]"):
+            vp_steps(wrong)

@@ -394,6 +394,13 @@ def test_a_folder_of_pefts_own(pipes: dict[str, Any], tmp_path: Path) -> None:
             gains(pipes["sdxl"], (tmp_path, 1.0))
 
 
+def test_a_whole_network_is_named(pipes: dict[str, Any], tmp_path: Path) -> None:
+    """It was sent to "the tool that made it"."""
+    file = write(tmp_path, {"model.diffusion_model.input_blocks.0.0.bias": torch.ones(4)})
+    with pytest.raises(UserError, match=r"no part of a LoRA; a whole network becomes a teacher with stepfold convert"):
+        gains(pipes["sdxl"], (file, 1.0))
+
+
 def test_peft_is_not_needed(pipes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     state, expected, _ = fused(pipes["flux"])

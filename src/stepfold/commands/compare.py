@@ -145,7 +145,7 @@ def asked_for(
     check_changes(changes)
     rows = load_rows()
     return Comparison(
-        rows={name: row.with_changes(changes) for name, row in choose_rows(rows, presets).items()},
+        rows=choose_rows(rows, presets, changes),
         reference=rows.rows[rows.reference].with_changes(changes),
         common=rows.common,
         budget=budget,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,8 @@ TIMING, SEARCH, METHODS = "timing", "learning rate", "methods"
 SEARCH_SEED, SEARCH_SHARE = 1000, 0.25
 """The seed of the runs that choose a learning rate, and their share of the budget."""
 USUAL_STEPS = (1, 2, 4)
+MAY_DIFFER = ("teacher.max_tokens", "training.precision", "training.walk_precision")
+"""Settings of all rows that a yaml file's own go before."""
 
 
 class Row(Section):
@@ -114,16 +117,22 @@ def load_rows() -> Rows:
     return Rows.model_validate(yaml.safe_load(text))
 
 
-def choose_rows(rows: Rows, names: Sequence[str]) -> dict[str, Row]:
+def choose_rows(rows: Rows, names: Sequence[str], changes: Sequence[str] = ()) -> dict[str, Row]:
     """The rows of some names; all for none. Another preset, or a yaml file, is a row of its own.
+
+    `changes` are `key=value` strings of every row, on top.
 
     Raises:
         UserError: no such row or preset, or one of another teacher, or without the images that it trains on.
     """
     chosen = {name: rows.rows.get(name) or Row(preset=name, steps=USUAL_STEPS) for name in names} or dict(rows.rows)
     for name, row in chosen.items():
+        if name not in rows.rows and name.endswith("-lora-4step"):
+            raise UserError(f"{name} is for a model of yours; the row of the bundled one is lora-4step")
         if name not in rows.rows and not name.endswith((".yaml", ".yml")) and name not in preset_names():
             raise UserError(f"no row {name!r}; there are {', '.join(rows.rows)}; or give a preset, or a yaml file")
+        if name not in rows.rows and name not in preset_names():
+            row = chosen[name] = row.with_changes(own_of_file(name, (*rows.common, *changes)))
         config = load_config(row.preset, (*rows.common, *row.changes))
         source = config.teacher.source
         if any("images" in each.space.weights and not each.space.images for _, each in phases_of(config)):
@@ -133,7 +142,29 @@ def choose_rows(rows: Rows, names: Sequence[str]) -> dict[str, Row]:
                 f"{name} has the teacher {source!r}, but the evaluator knows the bundled one's images alone; "
                 "write teacher.source=emoji into a yaml file with that preset"
             )
-    return chosen
+    return {name: row.with_changes(changes) for name, row in chosen.items()}
+
+
+def own_of_file(path: str, common: Sequence[str]) -> list[str]:
+    """`key=value` of the settings in a yaml file, and in those that it builds on, which `common` would replace.
+
+    Raises:
+        UserError: it has a guidance scale of its own; a comparison scores all rows at one.
+    """
+    shared = dict(change.split("=", 1) for change in common)
+    values: dict[str, Any] = {}
+    while Path(path).is_file():
+        read = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        parts = {name: part if isinstance(part, dict) else {} for name, part in read.items()}
+        found = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
+        values, path = found | values, str(read.get("preset", ""))
+    own = {key: values[key] for key in MAY_DIFFER if key in values}
+    if "space.guidance" in values and values["space.guidance"] != yaml.safe_load(shared["space.guidance"]):
+        raise UserError(
+            f"space.guidance is {values['space.guidance']} in the file, and a comparison scores all rows at "
+            f"{shared['space.guidance']}; leave it out of the file, or give --set 'space.guidance=...' for all rows"
+        )
+    return [f"{key}={json.dumps(value)}" for key, value in own.items()]
 
 
 def scaled(config: Config, steps: int) -> list[str]:

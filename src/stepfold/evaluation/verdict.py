@@ -270,7 +270,7 @@ def _beaten(student: Mapping[int, Row], teacher: Mapping[int, Row], key: str, la
     if len(pairs) == 1:
         ((steps, (a, b)),) = pairs.items()
         than = "better than" if better else "level with" if a == b else "no better than"
-        return f"{label}: the student is {than} the untrained teacher in {_in(steps)}."
+        return f"{label}: the student is {than} the teacher itself in {_in(steps)}."
     if len(better) == len(pairs):
         return f"{label}: the student is better than the untrained teacher at every measured number of steps."
     if not better:

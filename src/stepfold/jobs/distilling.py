@@ -269,6 +269,7 @@ def train(
     from stepfold.objectives.consistency import short_of_r
     from stepfold.students.starting import make_fake
     from stepfold.teachers.loading import counts_to_thousand
+    from stepfold.training.allowed import guidance_apart
     from stepfold.training.distill import distill as distil
     from stepfold.training.memory import reset_peak_memory
     from stepfold.training.steepness import steepness
@@ -279,6 +280,9 @@ def train(
         display.note(steepness(run.teacher, student, run.prompts, run.conditions, config, device, retimable=retimable))
     if first and (short := short_of_r(config)):
         display.note(short)
+    decoupled = config.objective == "decoupled" or (config.matching.weight and config.matching.form == "decoupled")
+    if first and decoupled and not run.teacher.exact_branches:
+        display.note(f"guidance at times of its own: {guidance_apart(run.teacher)}")
     preview = make_preview(
         run.folder, run.teacher, run.conditions, run.prompts, run.recipe, config.seed, display.note, writes=first,
         saved=trackers.add_preview,

@@ -81,11 +81,20 @@ def vp_steps(alphas_cumprod: Tensor) -> NoiseSchedule:
     """DDPM's: time is a training step, with a fraction between two, where the TrigFlow time is linear.
 
     Args:
-        alphas_cumprod: [T], falling: alpha^2 at each training step.
+        alphas_cumprod: [T], falling: alpha^2 at each training step; a tensor, an array or a list.
+
+    Raises:
+        UserError: they do not fall, or are not in (0, 1].
 
     Reference: arXiv:2006.11239.
     """
-    times = vp_times(alphas_cumprod)
+    given = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+    falls = given.ndim == 1 and len(given) > 1 and bool((given.diff() < 0).all())
+    if not (falls and given[0] <= 1 and given[-1] > 0):
+        raise UserError(
+            "alphas_cumprod does not fall within (0, 1]; give alpha^2 at each training step, the cleanest first"
+        )
+    times = vp_times(given)
 
     def angle(step: Tensor) -> Tensor:
         own = times.to(step.device)

@@ -258,6 +258,11 @@ def read_card(folder: Path) -> Card:
     path = student_folder(folder) / CARD
     run = path.parent.parent
     if not path.is_file() and path.parent.name == "student" and is_run(run):
+        if (run / "student.safetensors").is_file():
+            raise UserError(
+                f"run {run} has the student of a network of one's own; load it in Python, with "
+                "load_module_student(teacher, folder)"
+            )
         config, out = shlex.quote(str(run / RUN)), shlex.quote(str(run))
         raise UserError(
             f"run {run} has no student yet; finish it: stepfold distill --preset {config} --out {out} --resume"

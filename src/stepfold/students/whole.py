@@ -41,7 +41,10 @@ def new_student(
     if isinstance(teacher, ModuleTeacher):
         if depth != 1:
             raise UserError("a network of one's own has no known blocks; leave student.depth at 1")
-        network = copy.deepcopy(teacher.network).requires_grad_(True)
+        network = copy.deepcopy(teacher.network)
+        if teacher.half:  # in which small updates are lost
+            network = network.float()
+        network.requires_grad_(True)
         return ModuleStudent(network, teacher.predict, start, time_part(teacher, network) if two_times else None)
     network = own_network(teacher, depth)
     if isinstance(teacher, SanaTeacher) and teacher.student_is_sprint:

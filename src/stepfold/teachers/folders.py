@@ -274,6 +274,8 @@ def fix_for(error: Exception, folder: Path) -> str:
     """The usual fix for an error that a library raises while it reads a folder."""
     if isinstance(error, ImportError):
         return "install what it names"
+    if "variant=" in str(error):
+        return "leave teacher.variant out, if its files have no variant in their names"
     if isinstance(error, OSError | SafetensorError):
         variants = {path.parent: VARIANT.search(path.name) for path in sorted(folder.glob("*/*.safetensors"))}
         if found := [match[1] for match in variants.values() if match]:

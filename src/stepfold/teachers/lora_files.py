@@ -38,6 +38,8 @@ METHODS |= {"vera_": "VeRA", "lora_embedding_": "LoRA of an embedding", "glora":
 ELSEWHERE = "merge it with the tool that made it, and give the merged pipeline as the teacher"
 LORA = re.compile(r"[._]lora_(A|B|up|down)\.|[._]lora\.(up|down)\.|lora_linear_layer")
 """Part of a name of each pair of matrices in a LoRA."""
+ADDED = re.compile(r"lora|lycoris|hada|lokr|oft|ia3|glora|\.diff(_b)?$|\.alpha$|scale", re.IGNORECASE)
+"""Part of a name of anything that is added to a network's weights."""
 PATTERN = re.compile(r"[*+?()\[\]{}|$\\]")
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """PEFT's `init_lora_weights` that leave the weights under the LoRA as they are."""
@@ -351,6 +353,11 @@ def layers_of(source: str, state: Mapping[str, Tensor]) -> list[Layer]:
     for key, value in state.items():
         found = next(((match, kind) for end, kind in ENDS if (match := end.search(key))), None)
         if not found or not key[: found[0].start()]:
+            if not any(map(ADDED.search, state)):
+                raise UserError(
+                    f"LoRA {source!r} holds {key} and no part of a LoRA; a whole network becomes a teacher with "
+                    f"stepfold convert {source} --base PIPELINE --out FOLDER"
+                )
             raise UserError(f"LoRA {source!r} holds {key}, which is nothing of a LoRA that is known here; {ELSEWHERE}")
         match, kind = found
         name = key[: match.start()]

@@ -213,8 +213,14 @@ class ModuleTeacher(Teacher):
         self.shift, self.max_tokens = shift, max_tokens
         self.reading = described(prediction, schedule, data_std, sigma_max, shift, latent_shape, guidance, nothing)
 
+    @property
+    def half(self) -> torch.dtype | None:
+        """The half precision that the network is in, None for float32 and float64."""
+        found = {weight.dtype for weight in self.network.parameters() if weight.is_floating_point()}
+        return next((dtype for dtype in found if dtype.itemsize < 4), None)
+
     def check(self, prompts: Sequence[str]) -> None:
-        """Encodes two prompts and calls the network once, unless it is in half precision, which a run casts for.
+        """Encodes two prompts and calls the network once.
 
         Raises:
             UserError: what comes out is no condition of two rows, or no [2, ...] like what went in; or the call fails.
@@ -233,13 +239,12 @@ class ModuleTeacher(Teacher):
                 )
 
         parameter = next(self.network.parameters(), torch.empty(0))
-        if parameter.dtype.itemsize < 4:
-            return
-        x = torch.zeros(len(prompts), *self.latent_shape).to(parameter) + 1
+        x = torch.ones(len(prompts), *self.latent_shape).to(parameter.float() if self.half else parameter)
         t = torch.full((len(prompts),), self.start_time / 2, device=x.device)
         hook = self.network.register_forward_hook(compare)
         try:
-            self.velocity(x, t, self._beside_network(condition), torch.ones_like(t))
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half is not None):
+                self.velocity(x, t, self._beside_network(condition), torch.ones_like(t))
         except UserError:
             raise
         except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
