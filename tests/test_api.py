@@ -259,6 +259,12 @@ def test_a_network_in_half_precision_has_a_student_in_float32(tmp_path: Path) ->
     assert bool((ours.weight != theirs.weight.float()).all())
     with pytest.raises(UserError, match=r"is in bfloat16, and this run would call it in float32; give network\.float"):
         distill_module(ModuleTeacher(network, None, (4,)), None, tmp_path / "b", [*few, "training.precision=no"])
+    with pytest.raises(UserError, match=r"cannot be called with x \[2, 4\].* give network\.float\(\)"):
+        distill_module(ModuleTeacher(network.double(), None, (4,)), None, tmp_path / "d", few, quiet=True)
+    with pytest.raises(UserError, match=r"the network is a function; give a torch\.nn\.Module"):
+        ModuleTeacher(lambda x, t: x, None, (4,))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"latent_shape is 4; give that of one sample, such as \(4,\)"):
+        ModuleTeacher(network, None, 4)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"is in float16, which overflows; give network\.float"):
         distill_module(ModuleTeacher(network.half(), None, (4,)), None, tmp_path / "c", few, quiet=True)
 

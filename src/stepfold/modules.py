@@ -68,7 +68,8 @@ def distill_module(
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
     folder = Path(folder)
-    changes = ["objective=continuous", "space.filter_rule=off", *changes]  # a filter needs a black picture
+    own = [changes] if isinstance(changes, str) else changes
+    changes = ["objective=continuous", "space.filter_rule=off", *own]  # a filter needs a black picture
     source = type(teacher.network).__name__
     _refuse_other_prompts(teacher, prompts)
     if prompts is not None and not isinstance(prompts, str | Path):

@@ -15,6 +15,7 @@ from stepfold.commands.own_teacher import choose
 from stepfold.config import load_config
 from stepfold.display import Display
 from stepfold.errors import UserError
+from stepfold.export.beside import card_of
 from stepfold.export.folded import matrices
 from stepfold.export.pipeline import model_card
 from stepfold.jobs.distilling import run_distill
@@ -103,10 +104,16 @@ def test_a_lora_for_so_many_steps_draws_our_latents_in_the_teachers_pipeline(
     pipe.load_lora_weights(out.parent, weight_name=out.name)
     pipe.scheduler = teacher.lora_scheduler("flow")
     call = teacher.lora_call(card.recipe.times_for(4), card.recipe.guidance, "flow")
-    pipe.set_progress_bar_config(disable=True)
+    told = card_of(out).read_text().split("```python\n")[1].split("```")[0]
+    loading, _, sampling = told.rpartition(" = pipe(")
+    said: dict[str, Any] = {}
+    exec(loading.rpartition("\n")[0], said)  # our own card's
+    assert all(f"    {name}={value!r}," in sampling for name, value in call.items())
     noise = teacher.given(start((1, *teacher.latent_shape)))
-    theirs = pipe(card.example, latents=noise, output_type="latent", return_dict=False, **call)[0]
-    assert relative(teacher.made(theirs), latents_of(folder, 4)) < 1e-4
+    for each in (pipe, said["pipe"]):
+        each.set_progress_bar_config(disable=True)
+        theirs = each(card.example, latents=noise, output_type="latent", return_dict=False, **call)[0]
+        assert relative(teacher.made(theirs), latents_of(folder, 4)) < 1e-4
 
 
 @pytest.mark.parametrize("objective", cases(("pair", "semigroup", "lagrange"), short=["pair"]))

@@ -197,17 +197,24 @@ def noisy_note(report: Mapping[str, Any], columns: Collection[str]) -> str:
     return "Latent errors compare at one step alone: further steps add fresh noise" if noisy else ""
 
 
-def _compared(report: Mapping[str, Any], steps: int) -> int:
-    """The number of steps whose latent errors are compared: one, of students that add fresh noise between steps."""
-    return 1 if report.get("fresh_noise") and 1 in by_steps(report, "student") else steps
+def _compared(report: Mapping[str, Any], steps: int) -> int | None:
+    """The number of steps whose latent errors are compared: one, of students that add fresh noise between steps.
+
+    None where one step was not measured.
+    """
+    if not report.get("fresh_noise"):
+        return steps
+    return 1 if 1 in by_steps(report, "student") else None
 
 
 def _latent(report: Mapping[str, Any], steps: int) -> Figure | None:
-    steps = _compared(report, steps)
-    value = by_steps(report, "student")[steps].get("latent_error")
-    if value is None:
+    compared = _compared(report, steps)
+    value = by_steps(report, "student")[compared].get("latent_error") if compared else None
+    if value is None or compared is None:
         return None
-    return Figure(number(value, 2), f"latent error in {_in(steps)}", "0 is the teacher's image, 1.4 an unrelated one")
+    return Figure(
+        number(value, 2), f"latent error in {_in(compared)}", "0 is the teacher's image, 1.4 an unrelated one"
+    )
 
 
 def _calls(report: Mapping[str, Any], steps: int) -> Figure | None:
@@ -232,11 +239,11 @@ def _diversity(report: Mapping[str, Any], ours: Row) -> Figure | None:
 
 
 def _line_to_beat(report: Mapping[str, Any], steps: int) -> Figure | None:
-    steps = _compared(report, steps)
-    value = by_steps(report, "teacher").get(steps, {}).get("latent_error")
-    if value is None:
+    compared = _compared(report, steps)
+    value = by_steps(report, "teacher").get(compared, {}).get("latent_error") if compared else None
+    if value is None or compared is None:
         return None
-    return Figure(number(value, 2), f"latent error of the untrained teacher in {_in(steps)}", "the line to beat")
+    return Figure(number(value, 2), f"latent error of the untrained teacher in {_in(compared)}", "the line to beat")
 
 
 def sentences(report: Mapping[str, Any]) -> list[str]:
@@ -335,10 +342,10 @@ def _collapsed(report: Mapping[str, Any]) -> str:
     ours, theirs = student[usual_steps(report)].get("diversity"), rows[max(rows)].get("diversity") if rows else None
     if ours is None or not theirs or ours > DIVERSITY_FALLS * theirs:
         return ""
-    return (
-        f"Diversity: images of one prompt look collapsed, {ours:.3f} against the teacher's {theirs:.3f}. Lower "
-        "matching.guidance or matching.weight, or take the preset dp-dmd."
-    )
+    matches = bool((report.get("config") or {}).get("fake", {}).get("updates"))
+    cure = "Lower matching.guidance or matching.weight, or take the preset dp-dmd"
+    cure = cure if matches else "Train longer, or lower space.guidance"
+    return f"Diversity: images of one prompt look collapsed, {ours:.3f} against the teacher's {theirs:.3f}. {cure}."
 
 
 def _measured_on(report: Mapping[str, Any]) -> str:

@@ -98,6 +98,10 @@ def card_of(file: Path) -> Path:
     return file.with_suffix(f".{README}")
 
 
+IN_DIFFUSERS = "\n## In diffusers\n\n"
+"""The heading of a call."""
+
+
 def write_file(
     out: Path,
     write: Callable[[Path], object],
@@ -109,6 +113,7 @@ def write_file(
     predicts_v: bool = False,
     of_text: bool = False,
     carried: Sequence[str] = (),
+    diffusers: str = "",
 ) -> None:
     """Writes a file of weights with its card, and a workflow where ComfyUI loads it.
 
@@ -122,13 +127,15 @@ def write_file(
         predicts_v: whether it is a UNet that predicts v.
         of_text: whether a LoRA changes text encoders too.
         carried: LoRAs of the teacher that are in it.
+        diffusers: how plain diffusers samples with it, where the student's README does not say.
     """
     reason = no_workflow(card, keys, retimed=retimed, of_text=of_text) or (
         "" if card.calls else "the card is of an early version and has no noise levels"
     )
     lora = keys is not None
     graph = None if reason else workflow(card, out.name, lora=lora, of_text=of_text, per_token=per_token)
-    text = file_card(out, card, keys, reason, sd_cpp=not (keys or retimed or predicts_v), carried=carried)
+    sd_cpp = not (keys or retimed or predicts_v)
+    text = file_card(out, card, keys, reason, sd_cpp=sd_cpp, carried=carried, diffusers=diffusers)
     with writing(out) as part:
         write(part)
     if graph is None:
@@ -157,7 +164,14 @@ def check_free(out: Path) -> None:
 
 
 def file_card(
-    out: Path, card: Card, keys: Keys | None, reason: str, *, sd_cpp: bool, carried: Sequence[str] = ()
+    out: Path,
+    card: Card,
+    keys: Keys | None,
+    reason: str,
+    *,
+    sd_cpp: bool,
+    carried: Sequence[str] = (),
+    diffusers: str = "",
 ) -> str:
     """The card of a file of weights.
 
@@ -168,6 +182,7 @@ def file_card(
         reason: why there is no workflow; empty where there is one.
         sd_cpp: whether stable-diffusion.cpp may load it.
         carried: LoRAs of the teacher that are in it.
+        diffusers: as of `write_file`.
     """
     what = "LoRA" if keys else "network"
     use = f"the LoRA, under {NAMES[keys]} names" if keys else "the network, under its original names"
@@ -185,11 +200,13 @@ def file_card(
     beneath = [str(lora) for lora in card.teacher_settings().lora] if keys else []
     loras = ", ".join(f"`{lora}`" for lora in (*carried, *beneath))
     within = (CARRIED if carried else BENEATH).format(loras=loras) if loras else ""
+    said = "its recipe and its scores" if diffusers else "its recipe, its scores and its call in diffusers"
+    call = f"{IN_DIFFUSERS}{diffusers}" if diffusers else ""
     return f"""# A few-step student of `{card.teacher}`: its {what}
 
-Distilled from {source_of(card.config)} by stepfold {card.stepfold}. The `{README}` in the student's folder has its
-recipe, its scores and its call in diffusers.
-{within}{files_table(rows)}{place}{settings_of(card) if known else ""}{command}
+Distilled from {source_of(card.config)} by stepfold {card.stepfold}. The `{README}` in the student's folder has
+{said}.
+{call}{within}{files_table(rows)}{place}{settings_of(card) if known else ""}{command}
 ## Licence
 
 A student is derived from its teacher: the licences of the teacher's network, text encoders and autoencoder apply.

@@ -1,5 +1,6 @@
 """A flow-map student for one number of steps: a network told one time, which plain diffusers takes Euler steps with."""
 
+import inspect
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -14,7 +15,7 @@ from stepfold.errors import UserError
 from stepfold.export.comfyui import Keys
 from stepfold.export.lora import write_lora, write_peft
 from stepfold.export.lora_keys import renamed
-from stepfold.export.pipeline import use_of, write_cards
+from stepfold.export.pipeline import SCHEDULER_LINE, how_to_use, use_of, write_cards
 from stepfold.export.policy import export_collapsed
 from stepfold.sampling.recipe import Recipe
 from stepfold.students.card import Card, read_card, student_folder
@@ -28,6 +29,8 @@ from stepfold.teachers.family import Predict
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.teachers.schedules import TrigFlowSchedule
 from stepfold.training.runs import writing
+
+OTHER_NAMES = "For plain diffusers export it under its names: `--keys diffusers`.\n"
 
 
 def export_folded(folder: Path, out: Path, num_steps: int) -> None:
@@ -135,7 +138,23 @@ def export_folded_lora(folder: Path, out: Path, num_steps: int, keys: Keys = "di
         return
     how = {"scheduler": use["scheduler"], "call": use["calls"][num_steps], "times": recipe.times[num_steps]}
     weights = renamed(weights, teacher.transformer, teacher.network_part, keys)
-    write_lora(out, weights, card, keys, teacher, stepfold=json.dumps(how))
+    use_it = OTHER_NAMES if keys != "diffusers" else call_of_file(card, out, teacher, recipe)
+    write_lora(out, weights, card, keys, teacher, diffusers=use_it, stepfold=json.dumps(how))
+
+
+def call_of_file(card: Card, out: Path, teacher: PipelineTeacher, recipe: Recipe) -> str:
+    """How plain diffusers samples with a folded LoRA's file, beside which there is no scheduler."""
+    own, scheduler = teacher.pipe.scheduler.config, teacher.lora_scheduler(recipe.sampler)
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    changes = {
+        name: value
+        for name, value in scheduler.config.items()
+        if name in parameters and value != own.get(name, parameters[name].default)
+    }
+    arguments = "".join(f", {name}={value!r}" for name, value in changes.items())
+    loaded = SCHEDULER_LINE.format(scheduler=card.scheduler, name=json.dumps(str(out)))
+    made = f"pipe.scheduler = {card.scheduler}.from_config(pipe.scheduler.config{arguments})"
+    return f"{how_to_use(card, str(out)).replace(loaded, made)}\n"
 
 
 def folded_recipe(card: Card, num_steps: int) -> Recipe:

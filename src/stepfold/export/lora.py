@@ -107,6 +107,7 @@ def write_lora(
     *,
     of_text: bool = False,
     carried: Sequence[str] = (),
+    diffusers: str = "",
     **notes: str,
 ) -> None:
     """A LoRA's file, its card and its workflow.
@@ -119,12 +120,16 @@ def write_lora(
         teacher: the student's.
         of_text: whether it changes text encoders too.
         carried: the teacher's own LoRAs that are in it.
+        diffusers: as of `beside.write_file`.
         notes: what the file says beside the weights.
     """
     save = partial(save_file, weights, metadata={"format": "pt"} | notes)
     per_token = bool(teacher.index.get("expand_timesteps"))
     retimed = is_retimed(teacher)
-    write_file(out, save, card, keys=keys, retimed=retimed, per_token=per_token, of_text=of_text, carried=carried)
+    write_file(
+        out, save, card,
+        keys=keys, retimed=retimed, per_token=per_token, of_text=of_text, carried=carried, diffusers=diffusers,
+    )  # fmt: skip
 
 
 def write_peft(

@@ -97,8 +97,9 @@ RESULTS = {"images": "image", "image": "image", "frames": "video"}
 
 LOAD = "pipe = {pipeline}.from_pretrained({name}){parts}"
 
-LOAD_LORA = """pipe = {pipeline}.from_pretrained({teacher}{options}){parts}
-{merge}pipe.scheduler = {scheduler}.from_pretrained({name}, subfolder="scheduler")
+SCHEDULER_LINE = 'pipe.scheduler = {scheduler}.from_pretrained({name}, subfolder="scheduler")'
+LOAD_LORA = f"""pipe = {{pipeline}}.from_pretrained({{teacher}}{{options}}){{parts}}
+{{merge}}{SCHEDULER_LINE}
 """
 LORA_LINE = "pipe.load_lora_weights({name})"
 PEFT_LINE = "pipe.{part} = PeftModel.from_pretrained(pipe.{part}, {name}).merge_and_unload()"

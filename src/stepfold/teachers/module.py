@@ -193,6 +193,10 @@ class ModuleTeacher(Teacher):
             UserError: a guidance without the condition of nothing, or more than one row of that; a denoiser without
                 `sigma_max`; a prediction without its schedule; a schedule that is none.
         """
+        if not isinstance(network, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UserError(f"the network is a {type(network).__name__}; give a torch.nn.Module")
+        if isinstance(latent_shape, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UserError(f"latent_shape is {latent_shape}; give that of one sample, such as ({latent_shape},)")
         if nothing is None and guidance != 1:
             raise UserError(
                 f"guidance={guidance:g} needs the condition that the network takes for no prompt; give it as `nothing`"
@@ -239,7 +243,7 @@ class ModuleTeacher(Teacher):
                 )
 
         parameter = next(self.network.parameters(), torch.empty(0))
-        x = torch.ones(len(prompts), *self.latent_shape).to(parameter.float() if self.half else parameter)
+        x = torch.ones(len(prompts), *self.latent_shape, device=parameter.device)  # in float32, as a run calls it
         t = torch.full((len(prompts),), self.start_time / 2, device=x.device)
         hook = self.network.register_forward_hook(compare)
         try:
@@ -250,7 +254,7 @@ class ModuleTeacher(Teacher):
         except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
             raise UserError(
                 f"the network cannot be called with x {list(x.shape)}, its time [{len(t)}] and the condition: "
-                f"{first_line(error)}; see ModuleTeacher for what it is called with"
+                f"{first_line(error)}; see ModuleTeacher for what it is called with, and give network.float()"
             ) from error
         finally:
             hook.remove()

@@ -267,6 +267,8 @@ def scores_of(run: Run) -> tuple[int, dict[str, float]]:
         steps = min(student, key=int, default="1")
         row = student.get(steps, {})
         n = report["protocol"].get("n") if isinstance(report.get("protocol"), dict) else None
+        if report.get("fresh_noise") and int(steps) > 1:  # whose latent error does not compare
+            row = {name: value for name, value in row.items() if name != "latent_error"}
         if row and type(n) is int and 0 < n < LARGEST_N:
             row = row | {"n": n}
         return int(steps), {str(name): float(value) for name, value in row.items() if isinstance(value, int | float)}
