@@ -1,5 +1,6 @@
 """A network of one's own through the Python API, as the example in the docs does it."""
 
+import ast
 import math
 import shutil
 from pathlib import Path
@@ -267,6 +268,18 @@ def test_a_network_in_half_precision_has_a_student_in_float32(tmp_path: Path) ->
         ModuleTeacher(network, None, 4)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"is in float16, which overflows; give network\.float"):
         distill_module(ModuleTeacher(network.half(), None, (4,)), None, tmp_path / "c", few, quiet=True)
+
+
+def test_the_pages_settings_match_a_network_of_ones_own(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "teachers.md").read_text(encoding="utf-8")
+    matching = ast.literal_eval(page.split("\nmatching = ")[1].split("\nstudent")[0])
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    teacher = ModuleTeacher(Tied(), encode, (4,), nothing=encode([""]), guidance=3.0)
+    few = [*matching, "fake.head_start=1", "training.steps=2", "training.prompts_per_step=2"]
+    student = distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "run", few, quiet=True)
+    assert any(
+        bool((a != b).any()) for a, b in zip(student.parameters(), new_student(teacher).parameters(), strict=True)
+    )
 
 
 def test_guidance_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -356,7 +356,7 @@ def _read(path: Path) -> str:
             raise UserError(f"{path} has more than {LARGEST_FILE:,} bytes; settings take a few thousand")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a yaml file saved as UTF-8") from None
+        raise UserError(f"{path} cannot be read ({error}); give a yaml file that is there, saved as UTF-8") from None
 
 
 LARGEST_FILE = 2**20
