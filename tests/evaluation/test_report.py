@@ -249,6 +249,8 @@ def test_the_latent_error_stands_beside_the_line_to_beat(tmp_path: Path):
         ("0.90", "latent error of the untrained teacher in one step"),
     ]
     assert sentences(noisy)[0] == "Latent error: the student is better than the teacher itself in one step."
+    alone = noisy | {"student": {"2": {"latent_error": 0.3}}}  # which does not compare with the teacher's 0.2
+    assert not any("latent error" in figure.label for figure in figures(alone))
     level = noisy | {"student": {"1": {"latent_error": 0.9001}}, "usual_steps": 1}
     assert sentences(level)[0] == "Latent error: the student is level with the teacher itself in one step."
     unlearned = level | {"config": {"objective": "discrete"}, "curves": {"latent_error": [[0, 0.474], [2, 0.473]]}}

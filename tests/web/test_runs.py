@@ -12,7 +12,18 @@ from filelock import FileLock
 from stepfold.commands.runs import runs as list_runs
 from stepfold.errors import UserError
 from stepfold.web import markup
-from stepfold.web.runs import compared, curves_of, find_runs, newest, preview_at, read_run, report_of, stamp, time_left
+from stepfold.web.runs import (
+    compared,
+    curves_of,
+    find_runs,
+    newest,
+    preview_at,
+    read_run,
+    report_of,
+    scores_of,
+    stamp,
+    time_left,
+)
 
 
 def test_runs_are_found_and_nothing_else(runs: Path) -> None:
@@ -38,6 +49,15 @@ def test_a_finished_run(runs: Path) -> None:
     assert {"loss", "grad_norm", "lr"} <= set(svgs)
     assert "var(--accent)" in svgs["loss"] and "var(--other)" in svgs["loss"]
     assert compared(read_run(runs, "first"), run) == {"seed": (0, 7)}
+
+
+def test_latent_errors_of_several_steps_with_fresh_noise_are_left_out(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "first", tmp_path / "first")
+    for noisy, kept in ((False, True), (True, False)):
+        report = {"student": {"4": {"latent_error": 0.5, "accuracy": 0.9}}, "fresh_noise": noisy}
+        (tmp_path / "first" / "report.json").write_text(json.dumps(report))
+        steps, scores = scores_of(read_run(tmp_path, "first"))
+        assert steps == 4 and scores["accuracy"] == 0.9 and ("latent_error" in scores) is kept
 
 
 def test_a_run_whose_student_is_gone_is_not_finished(runs: Path, tmp_path: Path) -> None:
