@@ -124,7 +124,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stock", type=int, default=3000, help="clean latents that peers learn from (3000)")
     parser.add_argument("--seed", type=int, default=0, help="of all runs (0)")
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of all rows; bf16 is autocast with peers (fp32)"
+        "--precision",
+        choices=("no", "bf16"),
+        default="no",
+        help="of all rows: float32, or bf16, autocast with peers (no)",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the presets' runs"

@@ -467,9 +467,16 @@ def test_a_files_own_settings_go_before_those_of_all_rows(tmp_path: Path) -> Non
         "bf16",
     )
     assert config.space.guidance == (3.0,)
+    mine.write_text("preset: demo\ntraining: {precision: no}\n")  # a word, though YAML 1.1 has it for false
+    row = choose_rows(ROWS, [str(mine)])[str(mine)]
+    assert load_config(row.preset, (*ROWS.common, *row.changes)).training.precision == "no"
+    for broken in (f"preset: {mine}\n", "- 1\n", "a: [\n"):
+        mine.write_text(broken)
+        with pytest.raises(UserError, match=r"mine\.yaml"):
+            choose_rows(ROWS, [str(mine)])
     mine.write_text("preset: demo\nspace: {guidance: [4.5]}\n")
     with pytest.raises(
-        UserError, match=r"space\.guidance is \[4\.5\] in the file, and a comparison scores all rows at"
+        UserError, match=r"space\.guidance is \[4\.5\] in .*mine\.yaml, and a comparison scores all rows"
     ):
         choose_rows(ROWS, [str(mine)])
     choose_rows(ROWS, [str(mine)], ["space.guidance=[4.5]"])

@@ -151,20 +151,21 @@ def own_of_file(path: str, common: Sequence[str]) -> list[str]:
     Raises:
         UserError: it has a guidance scale of its own; a comparison scores all rows at one.
     """
-    shared = dict(change.split("=", 1) for change in common)
-    values: dict[str, Any] = {}
-    while Path(path).is_file():
-        read = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        parts = {name: part if isinstance(part, dict) else {} for name, part in read.items()}
-        found = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
-        values, path = found | values, str(read.get("preset", ""))
-    own = {key: values[key] for key in MAY_DIFFER if key in values}
-    if "space.guidance" in values and values["space.guidance"] != yaml.safe_load(shared["space.guidance"]):
+    config = load_config(path)  # which refuses what is no such file
+    said: set[str] = set()
+    file = path
+    while Path(file).is_file():
+        read = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+        said |= {f"{name}.{key}" for name, part in read.items() if isinstance(part, dict) for key in part}
+        file = str(read.get("preset", ""))
+    shared = load_config(path, common).space.guidance
+    if "space.guidance" in said and config.space.guidance != shared:
         raise UserError(
-            f"space.guidance is {values['space.guidance']} in the file, and a comparison scores all rows at "
-            f"{shared['space.guidance']}; leave it out of the file, or give --set 'space.guidance=...' for all rows"
+            f"space.guidance is {list(config.space.guidance or ())} in {path}, and a comparison scores all rows at "
+            f"{list(shared or ())}; leave it out of the file, or give --set 'space.guidance=...' for all rows"
         )
-    return [f"{key}={json.dumps(value)}" for key, value in own.items()]
+    values = {key: config.model_dump()[key.split(".")[0]][key.split(".")[1]] for key in MAY_DIFFER}
+    return [f"{key}={json.dumps(values[key])}" for key in MAY_DIFFER if key in said]
 
 
 def scaled(config: Config, steps: int) -> list[str]:
