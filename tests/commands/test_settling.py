@@ -154,6 +154,12 @@ def test_a_preset_of_another_family_is_said(tiny_sana: Path, tmp_path: Path) -> 
     assert foreign_preset(str(file), teacher) == said
     assert not foreign_preset("sana-lora-4step", teacher) and not foreign_preset("lora-4step", teacher)
     assert not foreign_preset("wan-lora-4step", "nowhere/at-all")
+    said = foreign_preset("demo", teacher, 32)
+    assert "cuts prompts at 32 tokens" in said and said.endswith("has sana-lora-4step")
+    file.write_text("preset: lcm\n")
+    assert "preset lcm is for the bundled model: it cuts prompts at 16 tokens" in foreign_preset(str(file), teacher, 16)
+    assert not foreign_preset("demo", teacher, 300) and not foreign_preset("demo", "emoji", 32)
+    assert not foreign_preset("scm-endpoints", teacher, None) and not foreign_preset("paper", teacher, None)
 
 
 def commands_of_families() -> list[tuple[str, list[str]]]:

@@ -44,7 +44,8 @@ class Settled:
         if self.unread:
             return [f"the run goes on with the settings that it began with; {' and '.join(self.unread)} change nothing"]
         if self.choice is None:
-            foreign = foreign_preset(self.name, self.config.teacher.source)
+            teacher = self.config.teacher
+            foreign = foreign_preset(self.name, teacher.source, teacher.max_tokens)
             return [foreign] if foreign else []
         first, *others = self.choice.reasons
         steps = self.config.training.steps

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepfold.sections import CARD
+
 if TYPE_CHECKING:
     from stepfold.config import TeacherSettings
     from stepfold.teachers.contract import GuidanceKind
@@ -94,29 +96,42 @@ def family_preset(index: Mapping[str, Any], network: Mapping[str, Any]) -> str:
     return PRESETS.get(name, "lora-4step")
 
 
-def foreign_preset(preset: str, source: str) -> str:
-    """What to say of a preset that is another family's than a teacher's; empty where it is not.
+def foreign_preset(preset: str, source: str, tokens: int | None = None) -> str:
+    """What to say of a preset that is for another teacher; empty where it is not.
 
     Args:
         preset: its name, or a yaml file that builds on it.
         source: the teacher's folder. A hub id is left to the run, since this reads no more than a file.
+        tokens: of a prompt, as the run has them. Presets of the bundled model cut prompts, which a student of it as a
+            teacher does not mind.
     """
     owners = {name: pipeline for pipeline, name in PRESETS.items()} | OTHER_PRESETS
     while preset not in owners and Path(preset).is_file():
         found = re.search(r"^preset: *[\"']?([^\s\"'#]+)", Path(preset).read_text(encoding="utf-8"), re.MULTILINE)
         preset = found[1] if found else ""
-    if preset not in owners:
-        return ""
     try:
         pipeline = json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, LookupError, TypeError):
         return ""  # which the run says
-    if pipeline == owners[preset]:
-        return ""
-    return (
-        f"preset {preset} has size, guidance scale and method for a {owners[preset]}, and the teacher is a {pipeline}; "
-        f"its family has {PRESETS.get(pipeline, 'lora-4step')}"
-    )
+    own = PRESETS.get(pipeline, "lora-4step")
+    if preset in owners and pipeline != owners[preset]:
+        return (
+            f"preset {preset} has size, guidance scale and method for a {owners[preset]}, and the teacher is a "
+            f"{pipeline}; its family has {own}"
+        )
+    if tokens is not None and tokens == bundled_tokens(preset) and not (Path(source) / CARD).is_file():
+        return (
+            f"preset {preset} is for the bundled model: it cuts prompts at {tokens} tokens, and its rate and number of "
+            f"steps were found there; the family of this teacher, a {pipeline}, has {own}"
+        )
+    return ""
+
+
+def bundled_tokens(preset: str) -> int | None:
+    """At how many tokens a preset of the bundled model cuts prompts; None for other presets, and for no preset."""
+    from stepfold.config import load_config, preset_names
+
+    return load_config(preset).teacher.max_tokens if preset in preset_names() else None
 
 
 def read_facts(teacher: "TeacherSettings", lora: int | None, steps: int, hours: float | None, device: str) -> Facts:
