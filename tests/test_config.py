@@ -11,6 +11,7 @@ from pydantic import BaseModel
 import stepfold
 from stepfold.config import Config, Section, from_yaml, load_config, preset_names, setting_names, to_yaml, validate
 from stepfold.errors import UserError
+from stepfold.near_names import ELSEWHERE, OPTIONS
 
 SOURCE = Path(stepfold.__file__).parent
 
@@ -78,7 +79,31 @@ def test_unknown_setting_in_a_file_names_the_nearest(tmp_path: Path) -> None:
         load_config(str(path))
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("size", "; did you mean 'teacher.height' and 'teacher.width'?"),
+        ("training.batch_size", "; did you mean 'training.prompts_per_step'?"),
+        ("learning_rate", "; did you mean 'optimiser.lr'?"),
+        ("device", "; give --device, which is no setting"),
+    ],
+)
+def test_a_name_of_other_trainers_is_known(key: str, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"unknown setting '{key}'{said}")):
+        load_config("demo", [f"{key}=1"])
+
+
+def test_every_name_of_other_trainers_leads_to_a_setting() -> None:
+    known = setting_names()
+    assert {name for names in ELSEWHERE.values() for name in names.split()} <= set(known)
+    assert {*ELSEWHERE, *OPTIONS} & {name.rsplit(".", 1)[-1] for name in known} == {
+        "rank"
+    }  # `fake.rank` is rarely meant
+
+
 def test_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown preset 'sdxl'; did you mean 'sdxl-lora-4step'"):
+        load_config("sdxl")
     with pytest.raises(UserError, match=r"unknown preset 'papr'; did you mean 'paper'\?; or give a yaml file"):
         load_config("papr")
 

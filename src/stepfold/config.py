@@ -1,6 +1,5 @@
 """The settings of a run: validated, with presets, to and from yaml."""
 
-import difflib
 import itertools
 import re
 import reprlib
@@ -15,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stepfold.errors import UserError
 from stepfold.jumps import PolicySettings, SemigroupSettings, TargetSettings, check_targets
+from stepfold.near_names import RENAMED, nearest
 from stepfold.scores import (
     AnchorSettings,
     DecoupledSettings,
@@ -39,9 +39,6 @@ from stepfold.settings import (
     TrainingSettings,
     VelocitySettings,
 )
-
-RENAMED = {"training.rollout_precision": "training.walk_precision"}
-"""Settings under the names of earlier versions -> their names now; run folders and students of those are read."""
 
 
 class Config(Section):
@@ -242,7 +239,7 @@ def _preset_values(preset: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     elif _is_file(preset) or preset.endswith((".yaml", ".yml")):
         text = _read(Path(preset))
     else:
-        raise UserError(f"unknown preset {preset!r}{_nearest(preset, preset_names())}; or give a yaml file")
+        raise UserError(f"unknown preset {preset!r}{nearest(preset, preset_names())}; or give a yaml file")
     values = _parse_yaml(text, preset) or {}
     if not isinstance(values, dict):
         raise UserError(f"{preset} holds no settings; it must be a yaml mapping such as `training: {{steps: 100}}`")
@@ -272,7 +269,7 @@ def validate(values: dict[str, Any]) -> Config:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))  # a union names its members too
         if problem["type"] == "extra_forbidden":
-            raise UserError(f"unknown setting {key!r}{_nearest(key, setting_names())}") from None
+            raise UserError(f"unknown setting {key!r}{nearest(key, setting_names())}") from None
         if not key:
             raise UserError(str(problem["msg"]).removeprefix("Value error, ")) from None
         message = str(problem["msg"]).removeprefix("Value error, ")
@@ -315,7 +312,7 @@ def renamed(values: Any) -> Any:
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     *sections, name = key.split(".")
     if key not in setting_names():
-        raise UserError(f"unknown setting {key!r}{_nearest(key, setting_names())}")
+        raise UserError(f"unknown setting {key!r}{nearest(key, setting_names())}")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
@@ -323,17 +320,6 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
                 f"setting {section} is {_short(values)}, but it is a section; write `{section}: {{{name}: ...}}`"
             )
     values[name] = value
-
-
-def _nearest(given: str, known: list[str]) -> str:
-    if given in RENAMED:
-        return f"; it is called {RENAMED[given]} now"
-    if same := [repr(name) for name in known if name.rsplit(".", 1)[-1] == given]:
-        return f"; did you mean {' or '.join(same)}?"
-    close = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-    last = {name.rsplit(".", 1)[-1]: name for name in known}
-    close = close or [last[n] for n in difflib.get_close_matches(given.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.5)]
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
 def _short(value: Any) -> str:
