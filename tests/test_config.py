@@ -96,9 +96,7 @@ def test_a_name_of_other_trainers_is_known(key: str, said: str) -> None:
 def test_every_name_of_other_trainers_leads_to_a_setting() -> None:
     known = setting_names()
     assert {name for names in ELSEWHERE.values() for name in names.split()} <= set(known)
-    assert {*ELSEWHERE, *OPTIONS} & {name.rsplit(".", 1)[-1] for name in known} == {
-        "rank"
-    }  # `fake.rank` is rarely meant
+    assert {*ELSEWHERE, *OPTIONS} & {name.rsplit(".", 1)[-1] for name in known} == {"rank"}
 
 
 def test_unknown_preset_names_the_nearest() -> None:
