@@ -1,6 +1,7 @@
 """A network of one's own through the Python API, as the example in the docs does it."""
 
 import ast
+import copy
 import math
 import shutil
 from pathlib import Path
@@ -135,20 +136,40 @@ class Picture(nn.Module):
 
 def test_a_student_of_ones_own_is_loaded_into_its_like(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a\nb\n")
-    teacher, other = ModuleTeacher(Tied(), encode, (4,)), ModuleTeacher(Wide(), encode, (4,))
+    teacher, other = ModuleTeacher(Tied(), encode, (4,)), Wide()
+    before = copy.deepcopy(other.state_dict())
     settings = ["training.steps=1", "training.prompts_per_step=2", "objective=discrete"]
-    student = distill_module(
-        teacher, tmp_path / "prompts.txt", tmp_path / "run", settings, student=new_student(other), quiet=True
-    )
+    student = distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "run", settings, student=other, quiet=True)
+    assert all(torch.equal(weight, before[name]) for name, weight in other.state_dict().items())
+    assert not torch.equal(student.transformer.last.weight, before["last.weight"])
     assert not student.training  # a dropout would be on in `draw`
-    again = load_module_student(teacher, tmp_path / "run", student=new_student(other))
+    again = load_module_student(teacher, tmp_path / "run", student=Wide())
     assert torch.equal(again.transformer.last.weight, student.transformer.last.weight) and not again.training
     with pytest.raises(UserError, match=r"has the weights of another student \(.*give the `student`"):
         load_module_student(teacher, tmp_path / "run")
     with pytest.raises(UserError, match=r"there is no .*student\.safetensors; give the folder of a run"):
         load_module_student(teacher, tmp_path / "run" / "student")
+    more = distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "more", settings, student=again, quiet=True)
+    assert torch.allclose(more.transformer.first.weight, student.transformer.first.weight, atol=0.01)  # it went on
+    assert not torch.equal(again.transformer.first.weight, student.transformer.first.weight)  # in place
     drawn = draw(teacher, again, "a")
     assert drawn.shape == (1, 4) and torch.equal(drawn, draw(teacher, again, ["a"]))
+
+
+@pytest.mark.parametrize(
+    ("student", "said"),
+    [
+        (nn.Linear(4, 4), r"the student cannot be called with x \[2, 4\]"),
+        ("small.pt", "student is a str; give a torch.nn.Module that is called as the teacher's"),
+    ],
+)
+def test_a_student_that_is_not_called_as_the_teacher_is_refused(tmp_path: Path, student: Any, said: str) -> None:
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    with pytest.raises(UserError, match=said):
+        distill_module(
+            ModuleTeacher(Tied(), encode, (4,)), tmp_path / "prompts.txt", tmp_path / "run", student=student, quiet=True
+        )
+    assert not (tmp_path / "run").exists()
 
 
 class Wide(nn.Module):

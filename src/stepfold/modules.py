@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepfold.config import Config, TeacherSettings, from_yaml, load_config, phases_of
 from stepfold.display import Display
@@ -18,6 +18,7 @@ from stepfold.prompts.syntax import notes_of
 from stepfold.randomness import normal
 from stepfold.sampling.samplers import SAMPLERS, sampler_of
 from stepfold.students.intact import read_weights
+from stepfold.students.networks import ModuleStudent
 from stepfold.students.two_times import EMBEDDER
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import PictureScore, Student
@@ -40,7 +41,7 @@ def distill_module(
     folder: str | Path,
     changes: Sequence[str] = (),
     *,
-    student: Student | None = None,
+    student: nn.Module | None = None,
     score: PictureScore | None = None,
     resume: bool = False,
     quiet: bool = False,
@@ -53,7 +54,9 @@ def distill_module(
             no condition.
         folder: of the run; new, or to be resumed. The student's weights are written into it, in safetensors.
         changes: settings as for `--set`, on top of the preset `default`, such as `objective=discrete`.
-        student: what is trained, in place; None for a student that starts as the teacher.
+        student: another network, such as a smaller one, which is called as the teacher's and predicts what that does;
+            a copy of it is the student at the start. A student of an earlier run goes on in place. None for a copy of
+            the teacher's network.
         score: (samples of unit variance [M, ...] with a graph, prompts [M]) -> scores [M], which the student raises
             where `reward.weight` is above 0.
         resume: continue the run that the folder holds.
@@ -83,17 +86,19 @@ def distill_module(
     check_run(folder, config, resume)
     wrapped: Any = teacher  # it has what the loop asks for, but no pictures
     guidance_scales(config, wrapped)  # before anything is written
-    student = student or new_student(teacher, config.student.depth, two_times=config.student.times == "two")
+    student = _student_of(teacher, student, config.student.depth, two_times=config.student.times == "two")
     blacks = [torch.zeros(teacher.latent_shape, device=accelerator.device)]
     teacher.network.to(accelerator.device)
+    student.to(accelerator.device)
     teacher.check([file.prompt(0)] * 2)
+    if isinstance(student, ModuleStudent):
+        teacher.with_network(student.transformer).check([file.prompt(0)] * 2, "student")
     sources = [Source("teacher", source, module_fingerprint(teacher.network)), reading_of(teacher)]
     if isinstance(file, PromptFile):
         sources.insert(0, Source("prompts", str(file.source), file.sha256, len(file)))
         for note in notes_of(file.foreign):
             display.note(note)
     lock = prepare_run(folder, config, resume, sources, display.note)
-    student.to(accelerator.device)
     with display.training(config.training.steps):
         average = distill(
             config, folder, wrapped, student, file, blacks, accelerator,
@@ -104,6 +109,19 @@ def distill_module(
         save_file(gathered(average.state_dict(), keep=True), part)
     lock.release()
     return average.eval()
+
+
+def _student_of(teacher: ModuleTeacher, given: nn.Module | None, depth: float = 1.0, *, two_times: bool) -> Student:
+    """A student that is at hand, or a new one: a copy of the given network, else of the teacher's.
+
+    Raises:
+        UserError: it is neither, or cannot be a student; see `new_student`.
+    """
+    if isinstance(given, Student):
+        return given
+    if given is not None and not isinstance(given, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(f"student is a {type(given).__name__}; give a torch.nn.Module that is called as the teacher's")
+    return new_student(teacher if given is None else teacher.with_network(given), depth, two_times=two_times)
 
 
 def reading_of(teacher: ModuleTeacher) -> Source:
@@ -179,14 +197,13 @@ def _refuse_what_modules_lack(config: Config, source: str) -> None:
         raise UserError("the discriminator reads features of a pipeline's network; leave adversarial.weight at 0")
 
 
-def load_module_student(teacher: ModuleTeacher, folder: str | Path, *, student: Student | None = None) -> Student:
+def load_module_student(teacher: ModuleTeacher, folder: str | Path, *, student: nn.Module | None = None) -> Student:
     """The student that `distill_module` left in a run folder.
 
     Args:
         teacher: the network, wrapped.
         folder: of the run.
-        student: one built as that which `distill_module` was given, whose weights become the run's; None if it was
-            given none.
+        student: a network built as the one that `distill_module` was given; None if it was given none.
 
     Raises:
         UserError: there are no weights, or they are damaged or another student's.
@@ -197,8 +214,7 @@ def load_module_student(teacher: ModuleTeacher, folder: str | Path, *, student: 
     if (file.parent / "reading.json").is_file():
         remember(file.parent, reading_of(teacher))
     weights = read_weights(file)
-    if student is None:
-        student = new_student(teacher, two_times=any(name.startswith(f"{EMBEDDER}.") for name in weights))
+    student = _student_of(teacher, student, two_times=any(name.startswith(f"{EMBEDDER}.") for name in weights))
     try:
         student.load_state_dict(weights)
     except RuntimeError as error:

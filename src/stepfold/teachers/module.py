@@ -1,5 +1,6 @@
 """Your own network as a teacher: any torch module, whatever it predicts and on which noise schedule."""
 
+import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -223,8 +224,18 @@ class ModuleTeacher(Teacher):
         found = {weight.dtype for weight in self.network.parameters() if weight.is_floating_point()}
         return next((dtype for dtype in found if dtype.itemsize < 4), None)
 
-    def check(self, prompts: Sequence[str]) -> None:
+    def with_network(self, network: nn.Module) -> "ModuleTeacher":
+        """The same reading of another network, which stays as it is."""
+        other = copy.copy(self)
+        other._network = network
+        return other
+
+    def check(self, prompts: Sequence[str], name: str = "network") -> None:
         """Encodes two prompts and calls the network once.
+
+        Args:
+            prompts: two.
+            name: of the network, in errors.
 
         Raises:
             UserError: what comes out is no condition of two rows, or no [2, ...] like what went in; or the call fails.
@@ -238,7 +249,7 @@ class ModuleTeacher(Teacher):
             shape = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
             if shape != list(given[0].shape):
                 raise UserError(
-                    f"the network returns {shape} for x {list(given[0].shape)}; it has to return a tensor of x's "
+                    f"the {name} returns {shape} for x {list(given[0].shape)}; it has to return a tensor of x's "
                     "shape, and latent_shape has to be that of one sample"
                 )
 
@@ -253,7 +264,7 @@ class ModuleTeacher(Teacher):
             raise
         except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
             raise UserError(
-                f"the network cannot be called with x {list(x.shape)}, its time [{len(t)}] and the condition: "
+                f"the {name} cannot be called with x {list(x.shape)}, its time [{len(t)}] and the condition: "
                 f"{first_line(error)}; see ModuleTeacher for what it is called with, and give network.float()"
             ) from error
         finally:
