@@ -499,6 +499,17 @@ def test_the_version_is_shown() -> None:
     assert (result.code, result.out, result.err) == (0, f"stepfold {stepfold.__version__}\n", "")
 
 
+def test_a_preset_shows_what_it_sets(tmp_path: Path) -> None:
+    """Held to the settings themselves: `default` under what is printed is the preset."""
+    shown = Result("presets", "sdxl-lora-4step", "--json", tmp_path / "one.json").out
+    (tmp_path / "again.yaml").write_text("preset: default\n" + shown.partition("`default`:\n")[2])
+    assert load_config(str(tmp_path / "again.yaml")) == load_config("sdxl-lora-4step")
+    assert json.loads((tmp_path / "one.json").read_text())["student"] == {"lora": 64}
+    (tmp_path / "mine.yaml").write_text("preset: default\n")
+    assert "a file of yours" in Result("presets", str(tmp_path / "mine.yaml")).out
+    assert_one_line(Result("presets", "sdlx-lora-4step"), "did you mean 'sdxl-lora-4step'")
+
+
 def test_presets_are_listed(tmp_path: Path) -> None:
     """In groups, each under its heading."""
     listed = Result("presets").out
@@ -607,6 +618,7 @@ SHORT_FORMS = (
     ("--lora", "64", "student.lora"),
     ("--dtype", "bfloat16", "teacher.dtype"),
     ("--lr", "3e-4", "optimiser.lr"),
+    ("--seed", "3", "seed"),
     ("--size", "96", "teacher.height"),
     ("--teacher", "x/y", "teacher.source"),
 )

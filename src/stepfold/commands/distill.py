@@ -18,6 +18,7 @@ from stepfold.commands.options import (
     PromptsOption,
     Quiet,
     RevisionOption,
+    SeedOption,
     SizeOption,
     TeacherLoraOption,
     TeacherOption,
@@ -45,6 +46,7 @@ def distill(
     size: SizeOption = None,
     dtype: DtypeOption = None,
     lr: LearningRateOption = None,
+    seed: SeedOption = None,
     changes: ChangesOption = None,
     init: Annotated[
         str | None,
@@ -81,7 +83,7 @@ def distill(
     settled = settle(
         preset, changes, steps=steps, hours=hours, device=device, out=out, resume=resume, teacher=teacher,
         teacher_lora=teacher_lora, prompts=prompts, init=init, train_steps=train_steps, lora=lora, size=size,
-        dtype=dtype, lr=lr, revision=revision, variant=variant,
+        dtype=dtype, lr=lr, seed=seed, revision=revision, variant=variant,
     )  # fmt: skip
     if dry_run:
         for note in settled.notes():

@@ -128,6 +128,10 @@ HoursOption = Annotated[
 LearningRateOption = Annotated[
     float | None, typer.Option("--lr", help="Learning rate: `optimiser.lr`.", show_default=False)
 ]
+SeedOption = Annotated[
+    int | None,
+    typer.Option("--seed", help="Seed of all random numbers: `seed`. Equal seeds repeat a run.", show_default=False),
+]
 DeviceOption = Annotated[
     str, typer.Option("--device", help="cpu, cuda or cuda:1. auto: cuda if there is one, else cpu.")
 ]
@@ -144,6 +148,7 @@ SETTINGS = {
     "revision": ("teacher.revision",),
     "variant": ("teacher.variant",),
     "lr": ("optimiser.lr",),
+    "seed": ("seed",),
 }
 """Options that are short forms -> the settings that they stand for."""
 

@@ -20,6 +20,7 @@ from stepfold.commands.options import (
     PromptsOption,
     Quiet,
     RevisionOption,
+    SeedOption,
     SizeOption,
     TeacherLoraOption,
     TeacherOption,
@@ -53,6 +54,7 @@ def plan(
     size: SizeOption = None,
     dtype: DtypeOption = None,
     lr: LearningRateOption = None,
+    seed: SeedOption = None,
     changes: ChangesOption = None,
     timed_steps: Annotated[
         int, typer.Option(min=2, help="Optimiser steps to time; the first one is start-up.")
@@ -79,8 +81,8 @@ def plan(
 
     settled = settle(
         preset, changes, steps=steps, hours=hours, device=device, teacher=teacher, teacher_lora=teacher_lora,
-        prompts=prompts, train_steps=train_steps, lora=lora, size=size, dtype=dtype, lr=lr, revision=revision,
-        variant=variant,
+        prompts=prompts, train_steps=train_steps, lora=lora, size=size, dtype=dtype, lr=lr, seed=seed,
+        revision=revision, variant=variant,
     )  # fmt: skip
     quiet_libraries()
     display = Display(quiet)

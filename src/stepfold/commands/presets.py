@@ -1,5 +1,7 @@
 """`stepfold presets`: the presets, and what each is for."""
 
+from typing import Annotated, Any
+
 import typer
 
 from stepfold.commands.options import JsonOption, write_json
@@ -22,15 +24,48 @@ def group_of(name: str) -> str:
     return "whole" if name in ALL_WEIGHTS else "demo" if name in DEMOS else "method"
 
 
-def presets(json_file: JsonOption = None) -> None:
-    """List the presets, and what each is for; `stepfold distill --preset NAME --dry-run` prints one whole.
+def different(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """The entries of nested settings that are not the same in `base`."""
+    own: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            value = different(value, base[key])
+            if not value:
+                continue
+        elif value == base.get(key):
+            continue
+        own[key] = value
+    return own
 
-    stepfold presets
 
-    stepfold presets --json presets.json
+def presets(
+    name: Annotated[str | None, typer.Argument(help="One preset, to show its settings.", show_default=False)] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """List the presets, and what each is for; or show what one sets.
+
+    `stepfold distill --preset NAME --dry-run` prints all settings of a run.
+
+        stepfold presets
+
+        stepfold presets sdxl-lora-4step
+
+        stepfold presets --json presets.json
     """
-    from stepfold.config import preset_names, preset_purpose
+    import yaml
 
+    from stepfold.config import load_config, preset_names, preset_purpose
+
+    if name is not None:
+        chosen = load_config(name).model_dump(mode="json")
+        own = different(chosen, load_config("default").model_dump(mode="json"))
+        write_json(json_file, own)
+        purpose = preset_purpose(name) if name in preset_names() else "a file of yours"
+        typer.echo(f"{name}: {purpose}\n\nDifferences from the preset `default`:\n")
+        typer.echo(
+            yaml.safe_dump(own, sort_keys=False, default_flow_style=None, width=100) if own else "none\n", nl=False
+        )
+        return
     purposes = {name: preset_purpose(name) for name in preset_names()}
     width = max(map(len, purposes))
     write_json(json_file, purposes)
