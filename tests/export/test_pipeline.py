@@ -15,7 +15,7 @@ from diffusers import SanaSprintPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from stepfold.config import Config, validate
+from stepfold.config import Config, load_config, validate
 from stepfold.errors import UserError
 from stepfold.export.pipeline import model_card, save_student
 from stepfold.jobs.sampling import run_sample
@@ -187,6 +187,17 @@ def test_the_card_shows_what_was_measured(folder: Path):
     assert "| CLIP score | FD (n = 480) | Diversity |" in text
     assert "77 optimiser steps of 5 trajectories" in text and "with consistency on the teacher's own" in text
     assert "accuracy" not in model_card(card)
+
+
+def test_the_card_says_what_a_matched_student_was_trained_for(folder: Path) -> None:
+    card = read_card(folder)
+    settings, sections = (
+        load_config("decoupled").model_dump(mode="json"),
+        ("objective", "space", "rollout", "evaluation"),
+    )
+    matched = card.model_copy(update={"config": card.config | {name: settings[name] for name in sections}})
+    assert "`num_inference_steps=1`. The student was trained for 4 steps." in model_card(matched)
+    assert "was trained for" not in model_card(card)
 
 
 def test_the_card_says_how_the_pipeline_counts(folder: Path, teacher: SanaTeacher):

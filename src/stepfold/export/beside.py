@@ -44,8 +44,8 @@ SD_CPP_TOKENS = {"StableDiffusion3Pipeline": 77, "FluxPipeline": 256}
 """Class of a pipeline -> the tokens of T5 to which stable-diffusion.cpp pads a prompt; no option changes them."""
 
 CARRIED = """
-The file carries the LoRAs that the teacher had: {loras}. Load it on the base model without them. Their licences apply
-too.
+The file carries the LoRAs that the teacher had: {loras}. Load it on the base model without them. Leave
+the lines that load them out of the student's call. Their licences apply too.
 """
 BENEATH = """
 The file goes on top of the LoRAs that the teacher had: {loras}. Load those too, each at the strength behind its name,

@@ -354,7 +354,9 @@ def how_to_use(card: Card, name: str, adapted: str = "") -> str:
         return use + FOLDED
     if changed:
         words = ", ".join(f"`{name}={value!r}`" for name, value in changed.items())
-        use += f"\n\nFor {WORDS.get(other, other)} step{'s' * (other != 1)}: {words}."
+        on_its_own = card.config.get("space", {}).get("kind") == "rollout" and card.asked_steps == (usual,)
+        learned = f" The student was trained for {usual} steps." if on_its_own else ""
+        use += f"\n\nFor {WORDS.get(other, other)} step{'s' * (other != 1)}: {words}.{learned}"
     if card.pipeline == ANYFLOW:
         return use + TOLD_BOTH.format(fewest=min(card.calls), most=max(card.calls))
     if card.folding:

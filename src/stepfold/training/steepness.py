@@ -49,7 +49,7 @@ def steepness(
         F = partial(of_pairs, student, one)
         sizes.append(derivative_size(F, one.x, one.t, one.dxdt, teacher.sigma_data))
     size = math.hypot(*sizes) / math.sqrt(len(sizes))
-    said = f"this teacher's time counts to 1000, and its dF/dt is {size:.3g} (root mean square over one walk)"
+    said = f"this teacher's time counts to 1000, and its dF/dt is {size:.3g} (root mean square over one trajectory)"
     if size <= STEEPEST:
         return f"{said}; up to {STEEPEST:g} objective=continuous is fine"
     return f"{said}; above {STEEPEST:g} take {without_tangent(retimable)}"
