@@ -92,7 +92,9 @@ def test_the_card_says_that_the_teacher_was_an_object(pairs: dict[int, tuple[Any
     _, ours, _ = pairs[4]
     card, readme = json.loads((ours / "stepfold.json").read_text()), (ours / "README.md").read_text()
     assert card["teacher"] == card["config"]["teacher"]["source"] == "live:SanaPipeline"
-    assert 'from_pretrained("TEACHER")' in readme and "The teacher was a SanaPipeline object in Python." in readme
+    assert (
+        'from_pretrained("TEACHER", dtype=' in readme and "The teacher was a SanaPipeline object in Python." in readme
+    )
     assert "object in Python" not in (pairs[0][1] / "README.md").read_text()  # which needs no teacher
     noted = json.loads((ours.parent / "teacher.json").read_text())
     assert noted["file"] == "live:SanaPipeline" and len(noted["sha256"]) == 64

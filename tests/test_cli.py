@@ -198,7 +198,9 @@ def test_export_and_push_from_the_command_line(run: tuple[Path, Result], tmp_pat
     assert file.code == 0 and f"no scheduler and no times in it: {card} says how" in file.out
     assert f"ComfyUI: no workflow; {card} says why" in file.out
     shown = Result("push", student, "you/mine", "--dry-run")
-    assert shown.code == 0 and "MiB  model_index.json" in shown.out and 'from_pretrained("you/mine")' in shown.out
+    assert (
+        shown.code == 0 and "MiB  model_index.json" in shown.out and 'from_pretrained("you/mine", dtype=' in shown.out
+    )
     file = run[0].parent / "push.json"
     assert Result("push", student, "you/mine", "--dry-run", "--json", file).err == ""  # all weights are its own
     assert json.loads(file.read_text())["bytes"]["README.md"] == len(before)

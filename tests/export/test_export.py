@@ -75,7 +75,7 @@ def test_a_lora_student_merged_and_as_a_file(student_of: StudentOf, fresh: Fresh
         levels = [np.asarray(picture).astype(int) for picture in pictures]
         assert np.abs(levels[0] - levels[1]).max() <= 1
         what = "video" if family.startswith("wan") or "video" in family else "image"
-        assert f'.from_pretrained("FOLDER")\n{what}' in (whole[family] / "README.md").read_text()
+        assert f'.from_pretrained("FOLDER", dtype=torch.float32)\n{what}' in (whole[family] / "README.md").read_text()
 
 
 @pytest.mark.long
@@ -175,7 +175,7 @@ def test_a_lora_students_readme_loads_the_very_teacher(student_of: StudentOf) ->
     card = read_card(student_of("sana", 4))
     theirs = card.config["teacher"] | {"revision": "v2", "variant": "fp16"}
     card = card.model_copy(update={"teacher": "you/teacher", "config": card.config | {"teacher": theirs}})
-    assert 'from_pretrained("you/teacher", revision="v2", variant="fp16")' in model_card(card)
+    assert 'from_pretrained("you/teacher", revision="v2", variant="fp16", dtype=torch.float32)' in model_card(card)
 
 
 def test_a_lora_students_readme_merges_its_teachers_own_lora(student_of: StudentOf, tmp_path: Path) -> None:
@@ -202,7 +202,11 @@ def test_a_readme_says_when_plain_diffusers_merges_the_teachers_lora_otherwise(s
     assert 'load_lora_weights("a")' in readme and 'load_lora_weights("b")' in readme
     assert readme.count("lora_scale=0.8") == 1
     readme = model_card(card.model_copy(update={"loras_in_diffusers": False}))
-    assert "load_lora_weights" not in readme and "stepfold export" in readme and 'from_pretrained("WHOLE")' in readme
+    assert (
+        "load_lora_weights" not in readme
+        and "stepfold export" in readme
+        and 'from_pretrained("WHOLE", dtype=torch.float32)' in readme
+    )
 
 
 @pytest.mark.parametrize(("lora", "dtype"), [(4, "float16"), (0, "bfloat16")])
@@ -226,8 +230,10 @@ def test_exports_in_half_precision_are_the_rounded_ones(
         wanted = {name: value.to(value.dtype if part == "vae" else half) for name, value in load_file(before).items()}
         found = load_file(after)
         assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-    index, card = ([(folder / name).read_text() for folder in folders] for name in ("model_index.json", CARD))
-    assert index[0] == index[1] and card[0] == card[1]
+    index, card = (
+        [json.loads((folder / name).read_text()) for folder in folders] for name in ("model_index.json", CARD)
+    )
+    assert index[0] == index[1] and card[0] | {"dtype": dtype} == card[1]
 
 
 @pytest.mark.parametrize("keys", ["diffusers", "kohya", "peft"])

@@ -76,7 +76,7 @@ def test_the_card_says_it_all(student: Path) -> None:
     front, text = api.files["README.md"].decode().removeprefix("---\n").split("\n---\n", 1)
     assert front.splitlines()[-2:] == ['license: "other"', 'license_name: "mine-alone"']
     assert "| teacher | mine-alone |" in text
-    assert 'from_pretrained("you/mine")' in text and "FOLDER" not in text
+    assert 'from_pretrained("you/mine", dtype=' in text and "FOLDER" not in text
     assert "Protocol 0123456789ab: 480 images a row." in text and "| student, 1 step | 0.900 | 27.3 |" in text
 
 
@@ -127,7 +127,7 @@ def test_an_exported_pipelines_measurements_go_with_it(student: Path, tmp_path: 
     assert "| student, 1 step | 0.900 | 27.3 |" in (out / "README.md").read_text()
     text = hub_card(out, "you/mine")
     assert "| student, 1 step | 0.900 | 27.3 |" in text and text.count("## Measured") == text.count("## Licence") == 1
-    assert text.index("## Measured") < text.index("## Licence") and 'from_pretrained("you/mine")' in text
+    assert text.index("## Measured") < text.index("## Licence") and 'from_pretrained("you/mine", dtype=' in text
 
 
 def test_a_lora_students_card_loads_its_teacher(student_of: StudentOf) -> None:

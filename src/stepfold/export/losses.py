@@ -9,7 +9,7 @@ from stepfold.students.card import Card
 from stepfold.teachers.quantised_files import PACKAGES
 
 LOAD = """# pip install "{package}"
-pipe = {{pipeline}}.from_pretrained({{name}}, dtype=torch.{dtype}){{parts}}{device}"""
+pipe = {{pipeline}}.from_pretrained({{name}}{{dtype}}){{parts}}{device}"""
 ON_A_GPU = '\npipe.to("cuda")  # diffusers loads bitsandbytes\' weights on a GPU alone'
 SECTION = """
 ## Quantised
@@ -32,7 +32,7 @@ def loading_of(card: Card) -> str:
         return ""
     kind = card.quantised.kind
     device = ON_A_GPU if kind == "nf4" else ""
-    return LOAD.format(package=PACKAGES[kind], dtype=card.quantised.dtype, device=device)
+    return LOAD.format(package=PACKAGES[kind], device=device)
 
 
 def quantised_section(card: Card) -> str:

@@ -95,10 +95,10 @@ WORDS = {1: "one", 2: "two", 4: "four"}
 RESULTS = {"images": "image", "image": "image", "frames": "video"}
 """Where a pipeline's result has what it made -> what that is."""
 
-LOAD = "pipe = {pipeline}.from_pretrained({name}){parts}"
+LOAD = "pipe = {pipeline}.from_pretrained({name}{dtype}){parts}"
 
 SCHEDULER_LINE = 'pipe.scheduler = {scheduler}.from_pretrained({name}, subfolder="scheduler")'
-LOAD_LORA = f"""pipe = {{pipeline}}.from_pretrained({{teacher}}{{options}}){{parts}}
+LOAD_LORA = f"""pipe = {{pipeline}}.from_pretrained({{teacher}}{{options}}{{dtype}}){{parts}}
 {{merge}}{SCHEDULER_LINE}
 """
 LORA_LINE = "pipe.load_lora_weights({name})"
@@ -108,7 +108,7 @@ pipe.load_lora_weights({name}, weight_name="{file}", load_into_{part}=True)"""
 
 WHOLE = """# Plain diffusers merges the teacher's own LoRA otherwise than its file says, so make a whole pipeline first:
 # stepfold export {name} --to pipeline --out WHOLE
-pipe = {pipeline}.from_pretrained("WHOLE"){parts}"""
+pipe = {pipeline}.from_pretrained("WHOLE"{dtype}){parts}"""
 
 MERGE = """pipe.load_lora_weights({lora})
 pipe.fuse_lora(components=[*pipe.get_list_adapters()]{scale})  # by itself it leaves some text encoders out
@@ -233,7 +233,8 @@ def export_pipeline(folder: Path, out: Path, dtype: Half | None = None) -> None:
             save_embedder(student, part)
             save_policy(teacher, student, part, card.recipe, lora=False)
             use = {} if card.calls else use_of(teacher, card.recipe, lora=True, asked=card.asked_steps)
-            write_cards(part, card.model_copy(update=use | {"merged": True}), metrics_beside(folder))
+            said = use | {"merged": True, "dtype": dtype or ""}
+            write_cards(part, card.model_copy(update=said), metrics_beside(folder))
         else:
             check_folder(folder)
             shutil.copytree(folder, part)
@@ -245,6 +246,8 @@ def export_pipeline(folder: Path, out: Path, dtype: Half | None = None) -> None:
                 for file in (part / name).glob("*.safetensors*"):
                     file.unlink()
                 cast(Any, module).save_pretrained(part / name, safe_serialization=True)
+            if dtype:
+                write_cards(part, card.model_copy(update={"dtype": dtype}), metrics_beside(folder))
 
 
 def model_card(
@@ -323,13 +326,15 @@ def how_to_use(card: Card, name: str, adapted: str = "") -> str:
         )
         for lora in card.teacher_settings().lora
     )
+    dtype, after = f"torch.{card.loaded_dtype}", family.after_loading(card.lora_rank > 0)
     last = PEFT_LINE.replace("{part}", adapted) if adapted else LORA_LINE
     beside = LOAD_LORA + last if card.loras_in_diffusers else WHOLE
     loading = (beside if card.lora_rank else loading_of(card) or LOAD).format(
         pipeline=card.pipeline, scheduler=card.scheduler,
         teacher=json.dumps("TEACHER" if card.teacher == "emoji" or is_live(card.teacher) else card.teacher),
         options="".join(f", {name}={json.dumps(value)}" for name, value in chosen.items()),
-        parts="".join(f"\n{line}" for line in family.after_loading(card.lora_rank > 0)),
+        dtype="" if any("{dtype}" in line for line in after) else f", dtype={dtype}",
+        parts="".join(f"\n{line.format(dtype=dtype)}" for line in after),
         merge=merging,
         name=json.dumps(name),
     )  # fmt: skip

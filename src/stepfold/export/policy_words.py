@@ -8,7 +8,7 @@ OF_POLICY = """The network gives {nodes} velocities at a time, of which a policy
 {name}` follows it, in {steps}. In diffusers a scheduler of stepfold does so, at these levels alone.
 
 """
-LOAD_POLICY = """pipe = {pipeline}.from_pretrained({name})
+LOAD_POLICY = """pipe = {pipeline}.from_pretrained({name}, dtype=torch.{dtype})
 pipe.scheduler = PolicyScheduler.from_pretrained({name}, subfolder="policy_scheduler")"""
 ONE_STEP = """
 
@@ -24,7 +24,9 @@ def of_policy(card: Card, name: str, template: str, made: str) -> str:
     ((steps, call),) = card.calls.items()
     code = template.format(
         classes=f"{card.pipeline}\nfrom stepfold.api import PolicyScheduler",
-        loading=LOAD_POLICY.format(pipeline=card.pipeline, name=json.dumps("WHOLE" if card.lora_rank else name)),
+        loading=LOAD_POLICY.format(
+            pipeline=card.pipeline, name=json.dumps("WHOLE" if card.lora_rank else name), dtype=card.loaded_dtype
+        ),
         prompt=json.dumps(card.example, ensure_ascii=False),
         arguments="\n".join(f"    {key}={value!r}," for key, value in call.items()),
         result=made,

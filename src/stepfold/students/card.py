@@ -61,6 +61,7 @@ class Card(Section):
         loras_in_diffusers: whether plain diffusers merges the teacher's own LoRAs as their files say.
         lora_parts: part of the pipeline -> the file of its LoRA, for networks beside the usual one.
         quantised: how its weights were rounded; None for plain ones.
+        dtype: that an export rounded its weights to; empty for those of its run.
         digests: file of weights that lies directly in the folder -> `intact.digest_of` its tensors; empty in earlier
             cards.
     """
@@ -89,6 +90,7 @@ class Card(Section):
     loras_in_diffusers: bool = True
     lora_parts: dict[str, str] = Field(default_factory=dict)
     quantised: Quantisation | None = None
+    dtype: Literal["", "bfloat16", "float16"] = ""
     digests: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -122,6 +124,12 @@ class Card(Section):
         rollout = self.config.get("rollout", {})
         matched = self.config.get("objective") in MATCHING and self.config.get("space", {}).get("kind") == "rollout"
         return (rollout["steps"],) if matched and rollout.get("lengths") == "fixed" else ()
+
+    @property
+    def loaded_dtype(self) -> str:
+        """The torch dtype that plain diffusers loads all parts of the pipeline in; by itself it may mix several."""
+        rounded, run = self.quantised.dtype if self.quantised else self.dtype, self.config.get("teacher")
+        return rounded or (run.get("dtype", "float32") if isinstance(run, dict) else "float32")
 
     @property
     def usual_steps(self) -> int:

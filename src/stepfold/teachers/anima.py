@@ -100,7 +100,7 @@ class AnimaTeacher(GuiderTeacher, QwenAutoencoder):
     @override
     def after_loading(cls, lora: bool) -> list[str]:
         """A teacher's guider is not that of a student."""
-        return ["pipe.load_components()", *["pipe.guider = pipe.guider.new(guidance_scale=1.0)"] * lora]
+        return ["pipe.load_components(dtype={dtype})", *["pipe.guider = pipe.guider.new(guidance_scale=1.0)"] * lora]
 
     @override
     def pack(self, latents: Tensor) -> Tensor:

@@ -92,6 +92,8 @@ class PipelineCalls(Teacher):
     def after_loading(cls, lora: bool) -> list[str]:
         """Lines of code that plain diffusers needs after the pipeline's `from_pretrained`, of a README.
 
+        A line may have `{dtype}`, which `from_pretrained` is not told then.
+
         Args:
             lora: whether it is the teacher's pipeline, which a LoRA student is put into.
         """
