@@ -4,9 +4,10 @@ A preset's run is trained whole and resumably, and its checkpoints are measured 
 accuracy; a peer's loop (practice.py) stops there. Only training counts: neither loading nor measuring, nor making the
 clean latents that peers learn from. Minutes are the clock's and, since a busy machine stretches those, the processor's.
 
-A row that is done stays in the json file; the same command goes on where it was.
+A row that is done stays in the json file; the same command goes on where it was. A row of other settings is refused.
 
-    python benchmarks/time_to_quality.py --presets demo,lcm,tbcm --peers lcm,sana-sprint,dmd2 --work build/quality
+    python benchmarks/time_to_quality.py --presets demo,lcm,tbcm --peers lcm,sana-sprint,dmd2 --work build/quality \\
+      --out build/quality.json
 """
 
 import argparse
@@ -82,11 +83,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(given)
     record = open_record("time_to_quality", given, CPU)
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else {}
+    todo = [(f"preset {name}", name) for name in options.presets] + [(f"peer {name}", name) for name in options.peers]
+    for row, _ in todo:
+        if row in rows and rows[row]["settings"] != (asked := settings_of(row, options)):
+            others = ", ".join(f"{key}={value}" for key, value in rows[row]["settings"].items() if asked[key] != value)
+            sys.exit(f"error: {options.out} has {row!r} with {others}; give another --out")
     teacher = load_teacher(load_config("demo").teacher, CPU)
     judge = load_judge(assets.JUDGE, CPU)
     protocol = Protocol(**vars(EMOJI) | {"n": options.n, "guidance": GUIDANCE})
     setting = Setting(teacher, judge, protocol, options.fd, options.accuracy / 100, options.every, options.seed)
-    todo = [(f"preset {name}", name) for name in options.presets] + [(f"peer {name}", name) for name in options.peers]
     for row, name in todo:
         if row in rows:
             continue
@@ -95,11 +100,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows[row] = of_preset(name, setting, options.work / name, [*precision, *options.set])
         else:
             rows[row] = of_peer(name, setting, options)
+        rows[row]["settings"] = settings_of(row, options)
         write_record(
             options.out,
             record | {"fd": options.fd, "accuracy": options.accuracy, "precision": options.precision, "rows": rows},
         )
     show("minutes to the quality", HEADS, [words(row, result) for row, result in rows.items()])
+
+
+def settings_of(row: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The options that a row's result depends on."""
+    names = ["fd", "accuracy", "n", "every", "seed", "precision"]
+    names += ["set"] if row.startswith("preset") else ["minutes", "batch", "lr", "steps", "stock"]
+    return {name: getattr(options, name) for name in names}
 
 
 HEADS = ["row", "minutes", "processor minutes", "steps", "FD", "accuracy, %"]

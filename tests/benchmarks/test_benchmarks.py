@@ -162,6 +162,11 @@ def test_time_to_quality_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.Monk
             assert check["fd"] > 0 <= check["accuracy"] <= 1 and check["sec"] > 0 < check["spent_sec"]
     with pytest.raises(SystemExit):
         bench.main(["--peers", "nobody"])
+    for other in ("--fd=0.5", "--lr=1e-3"):  # rows of other settings came out as this command's
+        with pytest.raises(
+            SystemExit, match=r"has '(preset demo|peer lcm)' with (fd=0.0|lr=0.0004); give another --out"
+        ):
+            bench.main([*options, "--fd", "0", other])
     monkeypatch.setattr(bench, "of_preset", None)
     monkeypatch.setattr(bench, "of_peer", None)
     bench.main([*options, "--fd", "0"])
