@@ -15,10 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stepfold.api import distill_module, draw, load_module_student
+from stepfold.config import from_yaml
 from stepfold.errors import UserError
 from stepfold.maths.closed_form import GaussianTeacher
 from stepfold.maths.formulations import flow_velocity, trigflow_time
 from stepfold.maths.noise_schedules import FLOW
+from stepfold.modules import usual_optimiser
 from stepfold.students.card import read_card
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition
@@ -170,6 +172,20 @@ def test_a_student_that_is_not_called_as_the_teacher_is_refused(tmp_path: Path, 
             ModuleTeacher(Tied(), encode, (4,)), tmp_path / "prompts.txt", tmp_path / "run", student=student, quiet=True
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_of_ones_own_trains_at_a_rate_of_its_size(tmp_path: Path) -> None:
+    """The preset's rate, which is for 0.6 billion weights, left the docs' first student nearly as it began."""
+    small, larger, huge = Tied(), nn.Linear(1500, 1500), nn.Linear(20000, 20000, device="meta")
+    assert usual_optimiser(small, []) == ["optimiser.name=adamw", "optimiser.lr=0.001"]
+    assert usual_optimiser(larger, [])[1] == "optimiser.lr=0.0004" and usual_optimiser(huge, []) == []
+    assert usual_optimiser(small, ["optimiser.lr=1e-5"]) == ["optimiser.name=adamw"]
+    assert usual_optimiser(small, ["optimiser.name=came"]) == []
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    settings = ["training.steps=1", "training.prompts_per_step=2", "objective=discrete"]
+    distill_module(ModuleTeacher(small, encode, (4,)), tmp_path / "prompts.txt", tmp_path / "run", settings, quiet=True)
+    optimiser = from_yaml(tmp_path / "run" / "config.yaml").optimiser
+    assert (optimiser.name, optimiser.lr) == ("adamw", 1e-3)
 
 
 class Wide(nn.Module):

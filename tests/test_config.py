@@ -86,6 +86,7 @@ def test_unknown_setting_in_a_file_names_the_nearest(tmp_path: Path) -> None:
         ("training.batch_size", "; did you mean 'training.prompts_per_step'?"),
         ("learning_rate", "; did you mean 'optimiser.lr'?"),
         ("device", "; give --device, which is no setting"),
+        ("training.seed", "; did you mean 'seed'?"),
     ],
 )
 def test_a_name_of_other_trainers_is_known(key: str, said: str) -> None:
@@ -366,3 +367,9 @@ def test_a_single_number_of_steps_and_a_single_change_are_said_or_taken() -> Non
     with pytest.raises(UserError, match=r"mine\.yaml cannot be read .*No such file"):
         load_config("mine.yaml")
     assert load_config("demo", "training.steps=7").training.steps == 7
+
+
+@pytest.mark.parametrize("given", ["{generation:1,endpoints:1}", "{generation: 0}"])
+def test_a_map_of_spaces_needs_blanks_and_a_weight(given: str) -> None:
+    with pytest.raises(UserError, match=r"no space has a weight above 0; write \{generation: 1\}, with a blank"):
+        load_config("demo", [f"space.kind={given}"])

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stepfold.errors import UserError
 from stepfold.jumps import PolicySettings, SemigroupSettings, TargetSettings, check_targets
-from stepfold.near_names import RENAMED, nearest
+from stepfold.near_names import nearest, renamed
 from stepfold.scores import (
     AnchorSettings,
     DecoupledSettings,
@@ -294,19 +294,26 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def differences(config: Config, base: Config) -> dict[str, Any]:
+    """The settings, nested, that are not the same in `base`."""
+    own: dict[str, Any] = {}
+    below = base.model_dump(mode="json")
+    for key, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            value = {name: each for name, each in value.items() if each != below[key][name]}
+        if value != below[key] and value != {}:
+            own[key] = value
+    return own
+
+
+def yaml_of(values: dict[str, Any]) -> str:
+    """Nested settings as yaml, short sections in one line."""
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100)
+
+
 def from_yaml(path: Path) -> Config:
     """The settings that `to_yaml` wrote, in this version or an earlier one."""
     return validate(renamed(_parse_yaml(_read(path), str(path))))
-
-
-def renamed(values: Any) -> Any:
-    """Settings that an earlier version wrote, under the names of this one; changed in place."""
-    for old, new in RENAMED.items():
-        section, name = old.split(".")
-        inner = values.get(section) if isinstance(values, dict) else None
-        if isinstance(inner, dict) and name in inner:
-            inner[new.split(".")[1]] = inner.pop(name)
-    return values
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:

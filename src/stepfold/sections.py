@@ -109,8 +109,8 @@ class TeacherSettings(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="of the teacher's weights; bfloat16 halves them, and calls to them run under autocast (a student's "
-        "own weights stay in float32)",
+        description="of the teacher's weights; bfloat16 halves them, and calls to them run under autocast. A student's "
+        "own weights stay in float32; text encoders and autoencoder in its folder have the teacher's",
     )
     quantise: Literal["none", "int8", "fp8", "nf4"] = Field(
         default="none", description="of the weights beneath a LoRA: int8 and fp8 take a byte each, nf4 half a byte"

@@ -72,9 +72,8 @@ class SpaceSettings(Section):
         description="`generation`, the teacher's walk itself (TBCM); `endpoints`, its end noised afresh (image-free "
         "sCM); `images`, noised (sCM); `coupling`, its end joined to its own noise (reflow); `prior`, pure noise alone "
         "(lagrange, semigroup); `rollout`, the student's own steps (matching, decoupled, identity); `policy`, the "
-        "states of its own policy (objective policy). Each latent is "
-        "noised to as many times as a walk would keep, drawn as the route says. Several with weights: `{generation: 1, "
-        "endpoints: 0.5}`",
+        "states of its own policy (objective policy). Each latent is noised to as many times as a walk would keep, "
+        "drawn as the route says. Several with weights: `{generation: 1, endpoints: 0.5}`",
     )
     images: str | None = Field(
         default=None, description="folder of pictures with a metadata.jsonl of file_name and text, for kind images"
@@ -142,13 +141,13 @@ class SpaceSettings(Section):
 
     _scales = field_validator("guidance", mode="before")(list_of("space.guidance"))
 
-    @field_validator("kind")
+    @field_validator("kind", mode="before")
     @classmethod
     def _spaces_together(cls, kind: Any) -> Any:
-        if isinstance(kind, str):
+        if not isinstance(kind, dict):
             return kind
-        if not any(kind.values()):
-            raise ValueError("no space has a weight above 0; give one, for example {generation: 1}")
+        if any(":" in str(name) for name in kind) or not any(kind.values()):
+            raise ValueError("no space has a weight above 0; write {generation: 1}, with a blank after the colon")
         if "images" in kind and len(kind) > 1:
             raise ValueError("images go with no other space, whose latents are those of walks; give one kind")
         return kind

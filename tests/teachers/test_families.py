@@ -57,6 +57,7 @@ from stepfold.teachers.folders import load_index
 from stepfold.teachers.loading import choose_objective, load_any_pipeline, load_teacher
 from stepfold.teachers.oracle import agreement
 from stepfold.training import doctor
+from stepfold.training.draws import guidance_scales
 from stepfold.training.runs import read_metrics
 
 SMALL = TeacherSettings(height=16, width=32, max_tokens=24)
@@ -593,6 +594,20 @@ def test_several_scales_need_a_network_that_can_be_told(folder: Path, prompts_fi
         with pytest.raises(UserError, match=r"has 2 scales, but this student's network takes none.*give one, for"):
             run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
         assert not (tmp_path / "run").exists()
+
+
+@families("sd 1", "z-image")
+def test_a_scale_that_leaves_the_prompt_out_is_refused(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
+    """In diffusers 0 is guidance turned off; a student of it had never seen a prompt. Z-Image's own 0 is that."""
+    teacher = load_teacher(settings(folder, prompts_file).teacher, "cpu")
+    config = settings(folder, prompts_file, f"space.guidance=[{teacher.no_guidance - 1:g}]")
+    if teacher.guidance_kind == "classifier_free":
+        with pytest.raises(
+            UserError, match=f"leaves the prompt out; give {teacher.no_guidance:g}, which turns guidance"
+        ):
+            run_distill(config, tmp_path / "run", resume=False, display=Display(quiet=True), command="test")
+        assert not (tmp_path / "run").exists()
+        assert guidance_scales(settings(folder, prompts_file, f"space.guidance=[{teacher.no_guidance:g}]"), teacher)
 
 
 @pytest.mark.parametrize("family", cases(("flux schnell", "sd 1"), short=["flux schnell"]))

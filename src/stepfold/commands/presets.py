@@ -1,6 +1,6 @@
 """`stepfold presets`: the presets, and what each is for."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,7 +12,7 @@ GROUPS = {
     "lora": "your model: LoRA in four steps",
     "whole": "your model: all weights",
     "demo": "bundled model: demo",
-    "method": "bundled model: methods (for a teacher of your own, set teacher, training.steps and optimiser.lr)",
+    "method": "bundled model: methods (for your own teacher, set its max_tokens, training.steps and optimiser.lr)",
 }
 """Groups of presets, in the order in which they are listed -> their headings."""
 
@@ -22,20 +22,6 @@ def group_of(name: str) -> str:
     if name.endswith("lora-4step"):
         return "lora"
     return "whole" if name in ALL_WEIGHTS else "demo" if name in DEMOS else "method"
-
-
-def different(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """The entries of nested settings that are not the same in `base`."""
-    own: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            value = different(value, base[key])
-            if not value:
-                continue
-        elif value == base.get(key):
-            continue
-        own[key] = value
-    return own
 
 
 def presets(
@@ -52,19 +38,14 @@ def presets(
 
         stepfold presets --json presets.json
     """
-    import yaml
-
-    from stepfold.config import load_config, preset_names, preset_purpose
+    from stepfold.config import differences, load_config, preset_names, preset_purpose, yaml_of
 
     if name is not None:
-        chosen = load_config(name).model_dump(mode="json")
-        own = different(chosen, load_config("default").model_dump(mode="json"))
+        own = differences(load_config(name), load_config("default"))
         write_json(json_file, own)
         purpose = preset_purpose(name) if name in preset_names() else "a file of yours"
         typer.echo(f"{name}: {purpose}\n\nDifferences from the preset `default`:\n")
-        typer.echo(
-            yaml.safe_dump(own, sort_keys=False, default_flow_style=None, width=100) if own else "none\n", nl=False
-        )
+        typer.echo(yaml_of(own) if own else "none\n", nl=False)
         return
     purposes = {name: preset_purpose(name) for name in preset_names()}
     width = max(map(len, purposes))

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from stepfold import assets
-from stepfold.config import renamed
 from stepfold.errors import UserError, first_line
+from stepfold.near_names import renamed
 from stepfold.sampling.recipe import Recipe
 from stepfold.scores import MATCHING
 from stepfold.sections import CARD, Section, TeacherSettings
@@ -276,7 +276,9 @@ def read_card(folder: Path) -> Card:
             f"run {run} has no student yet; finish it: stepfold distill --preset {config} --out {out} --resume"
         )
     if not path.is_file():
-        raise UserError(f"{path.parent} is no student folder ({CARD} is missing); give OUT/student of a finished run")
+        raise UserError(
+            f"{path.parent} is no student folder ({CARD} is missing); give OUT/student of a run, or emoji-student"
+        )
     try:
         return Card.model_validate(upgraded(json.loads(path.read_text(encoding="utf-8"))))
     except ValidationError as error:

@@ -122,6 +122,11 @@ def guidance_scales(config: Config, teacher: Teacher) -> tuple[float, ...]:
     if config.space.guidance is None:
         return (usual - 0.5, usual, usual + 0.5) if reads else (usual,)
     scales = config.space.guidance
+    if any(teacher.guidance_weight(scale) <= 0 for scale in scales) and teacher.guidance_kind == "classifier_free":
+        raise UserError(
+            f"space.guidance is {list(scales)}, and {teacher.guidance_scale(0.0):g} or less leaves the prompt out; "
+            f"give {teacher.no_guidance:g}, which turns guidance off, or the pipeline's usual {usual:g}"
+        )
     if len(set(scales)) > 1 and not reads:
         raise UserError(
             f"space.guidance has {len(set(scales))} scales, but this student's network takes none, so it "
