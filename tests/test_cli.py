@@ -391,6 +391,8 @@ def test_odd_sizes_are_one_line(tiny_sana: Path, prompts_file: Path, tmp_path: P
         (["--set", "training.stpes=5"], ["unknown setting 'training.stpes'", "did you mean 'training.steps'?"]),
         (["--set", "training.steps=0"], ["training.steps is 0", "greater than or equal to 1"]),
         (["--set", "training.steps"], ["is not key=value", "--set training.steps=100"]),
+        (["--set", "training.steps", "5"], ["is not key=value; write --set training.steps=5"]),
+        (["--set", "training.steps", "--quiet"], ["is not key=value", "--set training.steps=100"]),
         (["--preset", "papr"], ["unknown preset", "'paper'"]),
         ([], ["prompts is missing", "--prompts FILE"]),
     ],

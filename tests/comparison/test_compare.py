@@ -312,6 +312,16 @@ def test_searched_levels_are_looked_at_before_hours_of_runs(tmp_path: Path) -> N
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_page_alone_needs_scores(tmp_path: Path) -> None:
+    """A wrong --out wrote a page on which nothing was run."""
+    with pytest.raises(UserError, match="holds no scores for a page; give the --out of a comparison"):
+        compare(
+            asked(), tmp_path / "runs", tmp_path / "page.md", Display(quiet=True),
+            workers=1, schedule=None, page_only=True,
+        )  # fmt: skip
+    assert not (tmp_path / "page.md").exists()
+
+
 def test_rows_that_lead_somewhere_are_told_apart() -> None:
     rows = {
         name: [ended(fd, accuracy=accuracy)] for name, fd, accuracy in (("a", 3, 0.9), ("b", 2, 0.1), ("c", 1, 0.2))

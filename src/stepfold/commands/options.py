@@ -234,6 +234,9 @@ class Command(TyperCommand):
         steps = next((word for word in args if word.partition("=")[0] == "--steps"), None)
         if steps and "--steps" not in options and "--train-steps" in options:
             raise UserError("--steps counts sampling steps, of sample and evaluate; optimiser steps are --train-steps")
+        for word, key, value in zip(args, args[1:], args[2:], strict=False):
+            if word == "--set" and "=" not in key and not value.startswith("-"):
+                raise UserError(f"--set {key} is not key=value; write --set {key}={value}")
         *_, given = self.make_parser(ctx).parse_args(args=list(args))
         for option in given:
             switch = getattr(option, "is_flag", False) and not option.secondary_opts

@@ -51,11 +51,14 @@ def compare(
         page_only: run and measure nothing.
 
     Raises:
-        UserError: a run failed, but not by diverging; or the runs in `root` were scored otherwise.
+        UserError: a run failed, but not by diverging; or the runs in `root` were scored otherwise, or there are none
+            for a page alone.
     """
     config = plan_timing(asked)[0].config
     protocol = protocol_of(asked, config)
     check_protocol(asked, root, protocol)
+    if page_only and not any((root / run.name / SCORES).exists() for run in stage_of(asked, root).runs):
+        raise UserError(f"{root} holds no scores for a page; give the --out of a comparison, or leave out --page-only")
     if schedule:  # looked at before the runs, which take hours
         searched_samplers(schedule, load_teacher(config.teacher, "cpu"), config.teacher, protocol.guidance)
     try:

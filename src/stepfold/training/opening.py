@@ -70,7 +70,7 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
     if config_file.exists():
         refuse_ways_out(folder)
         if not resume:
-            raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --out")
+            raise UserError(f"{folder} already holds a run; add --resume (resume=True), or choose another --out")
         refuse_finished(folder)
         there = from_yaml(config_file)
         if took_a_step(folder) and there != config and not can_be_longer(folder, there, config):
