@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stepfold.api import distill_module, draw, load_module_student
-from stepfold.config import from_yaml
+from stepfold.config import from_yaml, load_config
 from stepfold.errors import UserError
 from stepfold.maths.closed_form import GaussianTeacher
 from stepfold.maths.formulations import flow_velocity, trigflow_time
 from stepfold.maths.noise_schedules import FLOW
-from stepfold.modules import usual_optimiser
+from stepfold.modules import usual_optimiser, with_course_of_r
+from stepfold.objectives.consistency import short_of_r
 from stepfold.students.card import read_card
 from stepfold.students.whole import new_student
 from stepfold.teachers.contract import Condition
@@ -151,6 +152,9 @@ def test_a_student_of_ones_own_is_loaded_into_its_like(tmp_path: Path) -> None:
         load_module_student(teacher, tmp_path / "run")
     with pytest.raises(UserError, match=r"there is no .*student\.safetensors; give the folder of a run"):
         load_module_student(teacher, tmp_path / "run" / "student")
+    begin = copy.deepcopy(student)  # which is an average, whose weights have no gradient
+    distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "on", settings, student=begin, quiet=True)
+    assert not torch.equal(begin.transformer.first.weight, student.transformer.first.weight)
     more = distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "more", settings, student=again, quiet=True)
     assert torch.allclose(more.transformer.first.weight, student.transformer.first.weight, atol=0.01)  # it went on
     assert not torch.equal(again.transformer.first.weight, student.transformer.first.weight)  # in place
@@ -181,11 +185,35 @@ def test_a_network_of_ones_own_trains_at_a_rate_of_its_size(tmp_path: Path) -> N
     assert usual_optimiser(larger, [])[1] == "optimiser.lr=0.0004" and usual_optimiser(huge, []) == []
     assert usual_optimiser(small, ["optimiser.lr=1e-5"]) == ["optimiser.name=adamw"]
     assert usual_optimiser(small, ["optimiser.name=came"]) == []
+    assert usual_optimiser(small, ["optimiser.name=adamw"])[1] == "optimiser.lr=0.001"
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     settings = ["training.steps=1", "training.prompts_per_step=2", "objective=discrete"]
     distill_module(ModuleTeacher(small, encode, (4,)), tmp_path / "prompts.txt", tmp_path / "run", settings, quiet=True)
     optimiser = from_yaml(tmp_path / "run" / "config.yaml").optimiser
     assert (optimiser.name, optimiser.lr) == ("adamw", 1e-3)
+
+
+def test_r_ends_at_its_last_value_in_a_short_run_too(tmp_path: Path) -> None:
+    """It stayed near 0 in a run of 400 steps, whose samples were as far off as the untrained network's."""
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    teacher = ModuleTeacher(Tied(), encode, (4,))
+    few = ["training.steps=40", "training.prompts_per_step=2", "training.checkpoint_every=20"]
+    distill_module(teacher, tmp_path / "prompts.txt", tmp_path / "run", few, quiet=True)
+    config = from_yaml(tmp_path / "run" / "config.yaml")
+    assert short_of_r(config) is None and config.consistency.r_warmup == 8
+    assert with_course_of_r(load_config("default"), [], tmp_path / "no", False) == load_config("default")
+    own = ["consistency.r_warmup=3"]
+    assert with_course_of_r(load_config("default", own), own, tmp_path / "no", False).consistency.r_warmup == 3
+    longer = load_config("default", ["training.steps=60", "objective=continuous"])
+    assert with_course_of_r(longer, [], tmp_path / "run", True).consistency == config.consistency
+
+
+def test_draw_samples_the_teacher_itself() -> None:
+    """The Gaussian's flow by twenty steps has its spread; a network that is told another time has not."""
+    right = ModuleTeacher(Exact("flow").float(), encode, (2,))
+    assert float(draw(right, None, ["a"] * 4000, steps=40).std()) == pytest.approx(1.6, rel=0.05)
+    with pytest.raises(UserError, match="student is a Exact; give what distill_module returned, or None"):
+        draw(right, right.network, ["a"])  # type: ignore[arg-type]
 
 
 class Wide(nn.Module):

@@ -13,10 +13,12 @@ from stepfold.config import Config, TeacherSettings, from_yaml, load_config, pha
 from stepfold.display import Display
 from stepfold.errors import UserError, first_line
 from stepfold.jobs.sampling import as_texts
+from stepfold.objectives.consistency import short_of_r
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.prompts.syntax import notes_of
 from stepfold.randomness import normal
 from stepfold.sampling.samplers import SAMPLERS, sampler_of
+from stepfold.sampling.teacher import sample_teacher
 from stepfold.students.intact import read_weights
 from stepfold.students.networks import ModuleStudent
 from stepfold.students.two_times import EMBEDDER
@@ -80,7 +82,7 @@ def distill_module(
     if prompts is not None and not isinstance(prompts, str | Path):
         raise UserError(f"prompts is a {type(prompts).__name__}; give a text file, one prompt a line")
     config = load_config("default", changes, teacher__source=source, prompts="" if prompts is None else str(prompts))
-    config = choose_precision(as_begun(folder, config) if resume else config)
+    config = with_course_of_r(choose_precision(as_begun(folder, config) if resume else config), own, folder, resume)
     file = open_prompts(prompts) if prompts is not None else _NoPrompts()
     accelerator, display = make_accelerator(config.training.precision), Display(quiet)
     _refuse_what_modules_lack(config, source)
@@ -101,9 +103,8 @@ def distill_module(
         for note in notes_of(file.foreign):
             display.note(note)
     lock = prepare_run(folder, config, resume, sources, display.note)
-    display.note(f"optimiser: {config.optimiser.name} at {config.optimiser.lr:g} (optimiser.name, optimiser.lr)")
-    if config.objective == "decoupled" and teacher.guidance_kind == "none":
-        display.note("no guidance: objective=decoupled is plain matching; give ModuleTeacher nothing= and guidance=")
+    for note in _notes(config, teacher):
+        display.note(note)
     with display.training(config.training.steps):
         average = distill(
             config, folder, wrapped, student, file, blacks, accelerator,
@@ -117,17 +118,41 @@ def distill_module(
 
 
 def usual_optimiser(network: nn.Module, own: Sequence[str]) -> list[str]:
-    """Optimiser and rate as settings, unless the user's own name an optimiser; a rate of theirs stays.
+    """Optimiser and rate as settings, unless the user's own name another optimiser; a rate of theirs stays.
 
     Small networks learn next to nothing at the rate of `default`, which is CAME's for 0.6 billion weights. Measured are
     1e-3 for 17 thousand weights and 4e-4 for 4.9 million; 1e-4 is what LoRAs have.
     """
     given = {change.partition("=")[0].strip() for change in own}
     size = sum(weight.numel() for weight in network.parameters())
-    if "optimiser.name" in given or size > 300e6:
+    if size > 300e6 or any(change.startswith("optimiser.name=") and change != "optimiser.name=adamw" for change in own):
         return []
     rate = 1e-3 if size < 1e6 else 4e-4 if size < 20e6 else 1e-4
     return ["optimiser.name=adamw", *([] if "optimiser.lr" in given else [f"optimiser.lr={rate}"])]
+
+
+def _notes(config: Config, teacher: ModuleTeacher) -> list[str]:
+    """What a run says of its settings before its first step."""
+    notes = [f"optimiser: {config.optimiser.name} at {config.optimiser.lr:g} (optimiser.name, optimiser.lr)"]
+    notes += [short] if (short := short_of_r(config)) else []
+    if config.objective == "decoupled" and teacher.guidance_kind == "none":
+        notes.append("no guidance: objective=decoupled is plain matching; give ModuleTeacher nothing= and guidance=")
+    return notes
+
+
+def with_course_of_r(config: Config, own: Sequence[str], folder: Path, resume: bool) -> Config:
+    """The settings with the course of r over this run's steps, as `default` has it over its own.
+
+    A user's own course stays, and that of a run which goes on.
+    """
+    given = any(change.strip().startswith("consistency.r_") for change in own)
+    if given or config.objective != "continuous" or config.training.phases:
+        return config
+    if resume and (folder / CONFIG).is_file():
+        return config.model_copy(update={"consistency": from_yaml(folder / CONFIG).consistency})
+    steps = config.training.steps
+    course = {"r_warmup": steps // 5, "r_cooldown_start": steps * 3 // 4, "r_cooldown_steps": steps // 10}
+    return config.model_copy(update={"consistency": config.consistency.model_copy(update=course)})
 
 
 def _student_of(teacher: ModuleTeacher, given: nn.Module | None, depth: float = 1.0, *, two_times: bool) -> Student:
@@ -137,6 +162,8 @@ def _student_of(teacher: ModuleTeacher, given: nn.Module | None, depth: float = 
         UserError: it is neither, or cannot be a student; see `new_student`.
     """
     if isinstance(given, Student):
+        for name, weight in given.named_parameters():
+            weight.requires_grad_(name not in given.shared)  # a run's average has none
         return given
     if given is not None and not isinstance(given, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UserError(f"student is a {type(given).__name__}; give a torch.nn.Module that is called as the teacher's")
@@ -246,7 +273,12 @@ def load_module_student(teacher: ModuleTeacher, folder: str | Path, *, student: 
 
 
 def draw(
-    teacher: ModuleTeacher, student: Student, prompts: str | Sequence[str] | int, *, seed: int = 0, steps: int = 1
+    teacher: ModuleTeacher,
+    student: Student | None,
+    prompts: str | Sequence[str] | int,
+    *,
+    seed: int = 0,
+    steps: int = 1,
 ) -> Tensor:
     """The student's samples, one a prompt, of unit variance [B, ...]; equal seeds start from equal noise.
 
@@ -254,7 +286,7 @@ def draw(
 
     Args:
         teacher: the network, wrapped.
-        student: of it.
+        student: of it; None for samples of the teacher itself, by its own sampler.
         prompts: B strings, or one; of a network that takes no condition, the number B.
         seed: of the noise.
         steps: network calls a sample.
@@ -267,13 +299,17 @@ def draw(
         if not isinstance(count, int) or count < 1:
             raise UserError(f"{name} is {count}, and `draw` takes one or more; give a whole number from 1")
     prompts = [""] * prompts if isinstance(prompts, int) else as_texts(prompts)
-    device, sigma_data = next(student.parameters()).device, teacher.sigma_data
+    if student is not None and not isinstance(student, Student):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(f"student is a {type(student).__name__}; give what distill_module returned, or None")
+    device, sigma_data = next((student or teacher.network).parameters()).device, teacher.sigma_data
 
     def noise(step: int) -> Tensor:
         parts = [normal(teacher.latent_shape, seed, "draw", step, i) for i in range(len(prompts))]
         return sigma_data * torch.stack(parts).to(device)
 
-    guidance = torch.ones(len(prompts), device=device)
-    times, condition = teacher.student_times(steps, student.sampler), teacher.encode(prompts)
+    guidance, condition = torch.ones(len(prompts), device=device), teacher.encode(prompts)
     condition = condition.to(device, condition.embeds.dtype)
+    if student is None:
+        return sample_teacher(teacher, noise(0), condition, teacher.default_guidance * guidance, steps) / sigma_data
+    times = teacher.student_times(steps, student.sampler)
     return SAMPLERS[student.sampler](student, noise(0), condition, guidance, times, noise, sigma_data) / sigma_data

@@ -155,11 +155,22 @@ def test_a_preset_of_another_family_is_said(tiny_sana: Path, tmp_path: Path) -> 
     assert not foreign_preset("sana-lora-4step", teacher) and not foreign_preset("lora-4step", teacher)
     assert not foreign_preset("wan-lora-4step", "nowhere/at-all")
     said = foreign_preset("demo", teacher, 32)
-    assert "cuts prompts at 32 tokens" in said and said.endswith("has sana-lora-4step")
+    assert "asks for 32 tokens a prompt" in said and said.endswith("has sana-lora-4step")
     file.write_text("preset: lcm\n")
-    assert "preset lcm is for the bundled model: it cuts prompts at 16 tokens" in foreign_preset(str(file), teacher, 16)
+    assert "preset lcm is for the bundled model: it asks for 16 tokens a prompt" in foreign_preset(
+        str(file), teacher, 16
+    )
     assert not foreign_preset("demo", teacher, 300) and not foreign_preset("demo", "emoji", 32)
     assert not foreign_preset("scm-endpoints", teacher, None) and not foreign_preset("paper", teacher, None)
+
+
+def test_all_weights_at_a_loras_rate_are_said(tiny_sana: Path) -> None:
+    def notes(*changes: str, **given: Any) -> list[str]:
+        there = {"teacher": str(tiny_sana), "prompts": "p.txt"} | given
+        return settle("sana-lora-4step", changes, steps=None, hours=None, device="cpu", **there).notes()
+
+    assert "all weights train with AdamW at a LoRA's rate, 0.0001" in notes(lora=0)[0]
+    assert not notes() and not notes("optimiser.name=came", lora=0) and not notes(lora=0, lr=1e-5)
 
 
 def commands_of_families() -> list[tuple[str, list[str]]]:

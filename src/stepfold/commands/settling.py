@@ -39,6 +39,18 @@ class Settled:
     choice: Choice | None = None
     unread: tuple[str, ...] = ()
 
+    def notes_on_rate(self) -> list[str]:
+        """That all weights train at the rate of a LoRA, where they do."""
+        optimiser = self.config.optimiser
+        if not self.name.endswith("lora-4step") or self.config.student.lora or optimiser.name != "adamw":
+            return []
+        if optimiser.lr < 5e-5:
+            return []
+        return [
+            f"all weights train with AdamW at a LoRA's rate, {optimiser.lr:g}; the rule takes --lr 1e-5 --set "
+            "optimiser.name=came --set space.kind=endpoints for them"
+        ]
+
     def notes(self) -> list[str]:
         """What the rule chose, and why; which options nothing reads; or that the preset is another family's."""
         if self.unread:
@@ -46,7 +58,7 @@ class Settled:
         if self.choice is None:
             teacher = self.config.teacher
             foreign = foreign_preset(self.name, teacher.source, teacher.max_tokens)
-            return [foreign] if foreign else []
+            return [*([foreign] if foreign else []), *self.notes_on_rate()]
         first, *others = self.choice.reasons
         steps = self.config.training.steps
         first = f"{first} {steps:,} optimiser step{'s' * (steps != 1)}."

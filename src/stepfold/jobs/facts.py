@@ -121,8 +121,8 @@ def foreign_preset(preset: str, source: str, tokens: int | None = None) -> str:
         )
     if tokens is not None and tokens == bundled_tokens(preset) and not (Path(source) / CARD).is_file():
         return (
-            f"preset {preset} is for the bundled model: it cuts prompts at {tokens} tokens, and its rate and number of "
-            f"steps were found there; the family of this teacher, a {pipeline}, has {own}"
+            f"preset {preset} is for the bundled model: it asks for {tokens} tokens a prompt, and its rate and length "
+            f"were found there; the family of this teacher, a {pipeline}, has {own}"
         )
     return ""
 

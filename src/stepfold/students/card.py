@@ -276,9 +276,7 @@ def read_card(folder: Path) -> Card:
             f"run {run} has no student yet; finish it: stepfold distill --preset {config} --out {out} --resume"
         )
     if not path.is_file():
-        raise UserError(
-            f"{path.parent} is no student folder ({CARD} is missing); give OUT/student of a run, or emoji-student"
-        )
+        raise UserError(f"{path.parent} is no student folder ({CARD} is missing); give OUT/student of a run")
     try:
         return Card.model_validate(upgraded(json.loads(path.read_text(encoding="utf-8"))))
     except ValidationError as error:

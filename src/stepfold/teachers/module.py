@@ -263,9 +263,10 @@ class ModuleTeacher(Teacher):
         except UserError:
             raise
         except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
+            fix = "give network.float()" if "dtype" in str(error) else "see ModuleTeacher for its arguments"
             raise UserError(
                 f"the {name} cannot be called with x {list(x.shape)}, its time [{len(t)}] and the condition: "
-                f"{first_line(error)}; see ModuleTeacher for what it is called with, and give network.float()"
+                f"{first_line(error)}; {fix}"
             ) from error
         finally:
             hook.remove()

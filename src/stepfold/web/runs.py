@@ -257,14 +257,17 @@ def report_of(run: Run) -> str:
 
 
 def scores_of(run: Run) -> tuple[int, dict[str, float]]:
-    """The report's scores of the student at its fewest steps, after that number; none if they cannot be read.
+    """The report's scores of the student, after the number of steps; none if they cannot be read.
+
+    The number is the student's usual one where pictures were judged at it, else the fewest.
 
     Beside them is `n`, the pictures that they were measured with, where the report says so.
     """
     try:
         report = _report(run)
         student = report["student"]
-        steps = min(student, key=int, default="1")
+        usual = str(report.get("usual_steps"))
+        steps = usual if "accuracy" in student.get(usual, {}) else min(student, key=int, default="1")
         row = student.get(steps, {})
         n = report["protocol"].get("n") if isinstance(report.get("protocol"), dict) else None
         if report.get("fresh_noise") and int(steps) > 1:  # whose latent error does not compare
