@@ -45,6 +45,24 @@ def test_every_student_is_looked_at_before_the_first_is_measured(
         own_teacher.run_own([assets.STUDENT, lost], **options, display=Display(quiet=True), device="cpu")
 
 
+def test_runs_with_other_held_out_prompts_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seeds hold out different prompts, and their errors stood side by side."""
+    other, notes = tmp_path / "other", list[str]()
+    shutil.copytree(assets.STUDENT, other)
+    card = json.loads((other / "stepfold.json").read_text())
+    card["config"]["seed"] = 7
+    (other / "stepfold.json").write_text(json.dumps(card))
+    display = Display(quiet=True)
+    monkeypatch.setattr(display, "note", notes.append)
+    monkeypatch.setattr(own_teacher, "latent_scores", lambda *_: {"protocol": {"prompts": "2"}})
+    options: dict[str, Any] = {"steps": [1], "n": 2, "guidance": None, "clip": None, "out": None}
+    for prompts, told in ((None, 1), (assets.PROMPTS, 1)):
+        own_teacher.run_own([assets.STUDENT, other], **options, prompts=prompts, display=display, device="cpu")
+        assert len([note for note in notes if "held out different prompts" in note]) == told
+    own_teacher.run_own([assets.STUDENT, assets.STUDENT], **options, prompts=None, display=display, device="cpu")
+    assert len(notes) == 1
+
+
 @pytest.mark.long
 def test_students_of_two_sizes_stand_each_beside_its_own_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

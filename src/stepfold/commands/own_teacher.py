@@ -78,6 +78,10 @@ def run_own(
         if place and (place / "report.json").exists():
             raise UserError(f"{place} holds a report already; choose another --out")
     evaluated = {name: choose(Path(name), read_card(Path(name)), prompts, n) for name in names}
+    if len({(texts.sha256, chosen.index) for texts, chosen in evaluated.values()}) > 1:
+        display.note(
+            "these runs held out different prompts, by their seeds, lengths or files; --prompts FILE gives all the same"
+        )
     found: dict[str, dict[str, Any]] = {}
     for (name, place), (texts, chosen) in zip(places.items(), evaluated.values(), strict=True):
         models = load_models(Path(name), None, device)
