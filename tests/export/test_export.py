@@ -294,7 +294,7 @@ def test_a_student_of_each_family_samples_as_the_docs_say(heading: str, student_
     assert set(named) == set(card.calls[1])
     assert ast.unparse(first) == ("[207]" if heading == "DiT" else "'a red heart'")
     code = re.sub(r'"runs/\w+/student"', repr(str(student)), code)
-    code = re.sub(r'(from_pretrained\()"[\w./-]+"', lambda found: found[1] + repr(card.teacher), code)
+    code = re.sub(r'(from_pretrained\(\s*)"[\w./-]+"', lambda found: found[1] + repr(card.teacher), code)
     code = re.sub(r"(height|width)=\d+", r"\1=32", code).replace("frames=33", "frames=5")
     code = re.sub(r"max_sequence_length=\d+", "max_sequence_length=24", code)
     code = code.replace("[207]", "[7]").replace("torch.bfloat16", "torch.float32")

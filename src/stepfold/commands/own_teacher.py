@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 NUM_PROMPTS, SHOWN = 64, 8  # prompts that are measured, and of the grid
 
+OTHER_PROMPTS = "these runs held out different prompts (seeds, lengths, files); --prompts FILE gives all the same"
+
 
 def is_own(folder: Path) -> bool:
     """Whether a folder is a student of another teacher than the bundled one."""
@@ -79,9 +81,7 @@ def run_own(
             raise UserError(f"{place} holds a report already; choose another --out")
     evaluated = {name: choose(Path(name), read_card(Path(name)), prompts, n) for name in names}
     if len({(texts.sha256, chosen.index) for texts, chosen in evaluated.values()}) > 1:
-        display.note(
-            "these runs held out different prompts, by their seeds, lengths or files; --prompts FILE gives all the same"
-        )
+        display.note(OTHER_PROMPTS)
     found: dict[str, dict[str, Any]] = {}
     for (name, place), (texts, chosen) in zip(places.items(), evaluated.values(), strict=True):
         models = load_models(Path(name), None, device)

@@ -216,8 +216,11 @@ def check_finite(step: int, prompts: list[str], metrics: Metrics, grad_norm: flo
         for i in rows.tolist()
     )
     what = f"{place} of {int(bad.sum())} of {len(prompt)} pairs" if bad.any() else place
-    usual = "a longer consistency.r_warmup or " if "tangent_norm" in numbers else ""
+    rate = f"optimiser.lr, {'a longer consistency.r_warmup or ' * ('tangent_norm' in numbers)}training.precision=no"
+    fix = f"a lower {rate} usually helps"
+    if place == PLACES["|x|"]:  # which no rate changes
+        fix = "look at the teacher with stepfold doctor, and at these prompts; training.precision=no may help"
     raise NonFiniteError(
         f"step {step}: {what} is not finite (gradient norm {grad_norm:.3g}): {where}. "
-        f"The last checkpoint is intact; a lower optimiser.lr, {usual}training.precision=no usually helps."
+        f"The last checkpoint is intact; {fix}."
     )
