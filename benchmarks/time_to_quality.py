@@ -101,10 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             rows[row] = of_peer(name, setting, options)
         rows[row]["settings"] = settings_of(row, options)
-        write_record(
-            options.out,
-            record | {"fd": options.fd, "accuracy": options.accuracy, "precision": options.precision, "rows": rows},
-        )
+        write_record(options.out, record | {"rows": rows})
     show("minutes to the quality", HEADS, [words(row, result) for row, result in rows.items()])
 
 

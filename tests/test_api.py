@@ -212,8 +212,21 @@ def test_draw_samples_the_teacher_itself() -> None:
     """The Gaussian's flow by twenty steps has its spread; a network that is told another time has not."""
     right = ModuleTeacher(Exact("flow").float(), encode, (2,))
     assert float(draw(right, None, ["a"] * 4000, steps=40).std()) == pytest.approx(1.6, rel=0.05)
+    late = ModuleTeacher(Late(), encode, (2,))
+    assert abs(float(draw(late, None, ["a"] * 4000, steps=40).std()) - 1.6) > 0.2
     with pytest.raises(UserError, match="student is a Exact; give what distill_module returned, or None"):
         draw(right, right.network, ["a"])  # type: ignore[arg-type]
+
+
+class Late(nn.Module):
+    """The Gaussian's flow, told half the time that it is called at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flow = Exact("flow").float()
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.flow(x, t / 2, condition)
 
 
 class Wide(nn.Module):

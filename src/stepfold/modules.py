@@ -13,7 +13,7 @@ from stepfold.config import Config, TeacherSettings, from_yaml, load_config, pha
 from stepfold.display import Display
 from stepfold.errors import UserError, first_line
 from stepfold.jobs.sampling import as_texts
-from stepfold.objectives.consistency import short_of_r
+from stepfold.objectives.consistency import course_of_r, short_of_r
 from stepfold.prompts.reading import PromptFile, open_prompts
 from stepfold.prompts.syntax import notes_of
 from stepfold.randomness import normal
@@ -123,9 +123,9 @@ def usual_optimiser(network: nn.Module, own: Sequence[str]) -> list[str]:
     Small networks learn next to nothing at the rate of `default`, which is CAME's for 0.6 billion weights. Measured are
     1e-3 for 17 thousand weights and 4e-4 for 4.9 million; 1e-4 is what LoRAs have.
     """
-    given = {change.partition("=")[0].strip() for change in own}
+    given = {key.strip(): value.strip() for key, _, value in (change.partition("=") for change in own)}
     size = sum(weight.numel() for weight in network.parameters())
-    if size > 300e6 or any(change.startswith("optimiser.name=") and change != "optimiser.name=adamw" for change in own):
+    if size > 300e6 or given.get("optimiser.name", "adamw") != "adamw":
         return []
     rate = 1e-3 if size < 1e6 else 4e-4 if size < 20e6 else 1e-4
     return ["optimiser.name=adamw", *([] if "optimiser.lr" in given else [f"optimiser.lr={rate}"])]
@@ -150,8 +150,7 @@ def with_course_of_r(config: Config, own: Sequence[str], folder: Path, resume: b
         return config
     if resume and (folder / CONFIG).is_file():
         return config.model_copy(update={"consistency": from_yaml(folder / CONFIG).consistency})
-    steps = config.training.steps
-    course = {"r_warmup": steps // 5, "r_cooldown_start": steps * 3 // 4, "r_cooldown_steps": steps // 10}
+    course = course_of_r(config.training.steps)
     return config.model_copy(update={"consistency": config.consistency.model_copy(update=course)})
 
 

@@ -169,7 +169,7 @@ def test_all_weights_at_a_loras_rate_are_said(tiny_sana: Path) -> None:
         there = {"teacher": str(tiny_sana), "prompts": "p.txt"} | given
         return settle("sana-lora-4step", changes, steps=None, hours=None, device="cpu", **there).notes()
 
-    assert "all weights train with AdamW at a LoRA's rate, 0.0001" in notes(lora=0)[0]
+    assert "all weights train with AdamW at 0.0001, a LoRA's rate" in notes(lora=0)[0]
     assert not notes() and not notes("optimiser.name=came", lora=0) and not notes(lora=0, lr=1e-5)
 
 

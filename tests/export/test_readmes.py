@@ -49,3 +49,14 @@ def test_a_readme_runs_where_parts_of_a_folder_are_rounded(student_of: StudentOf
     assert run_readme(read_card(rounded), rounded).text_encoder.dtype == torch.bfloat16
     rounded = run_export(student_of("sdxl"), "pipeline", tmp_path / "whole", force=False, dtype="float16")
     assert read_card(rounded).loaded_dtype == "float16" and "dtype=torch.float16" in (rounded / "README.md").read_text()
+
+
+def test_a_rounded_folder_keeps_what_only_its_readme_says(student_of: StudentOf, tmp_path: Path) -> None:
+    """A student from elsewhere has its scores in its README alone; the run's report is not beside it."""
+    shutil.copytree(student_of("sdxl"), tmp_path / "theirs")
+    readme = tmp_path / "theirs" / "README.md"
+    readme.write_text(readme.read_text() + "\n## Measured\n\n95%\n")
+    rounded = run_export(tmp_path / "theirs", "pipeline", tmp_path / "half", force=False, dtype="bfloat16")
+    text = (rounded / "README.md").read_text()
+    assert text == readme.read_text().replace("dtype=torch.float32", "dtype=torch.bfloat16") != readme.read_text()
+    assert read_card(rounded).loaded_dtype == "bfloat16" and "## Measured" in text

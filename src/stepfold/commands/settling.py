@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepfold.commands.options import chosen_preset, config_of, short_forms
 from stepfold.errors import UserError
-from stepfold.jobs.choosing import SAMPLING_STEPS, Choice, alternatives, choose, passes
+from stepfold.jobs.choosing import ALL_WEIGHTS, SAMPLING_STEPS, Choice, alternatives, choose, passes
 from stepfold.jobs.devices import usable_device
 from stepfold.jobs.facts import Facts, foreign_preset, read_facts
 
@@ -41,14 +41,13 @@ class Settled:
 
     def notes_on_rate(self) -> list[str]:
         """That all weights train at the rate of a LoRA, where they do."""
-        optimiser = self.config.optimiser
-        if not self.name.endswith("lora-4step") or self.config.student.lora or optimiser.name != "adamw":
-            return []
-        if optimiser.lr < 5e-5:
+        optimiser, usual = self.config.optimiser, ALL_WEIGHTS["optimiser.lr"]
+        whole = self.name.endswith("lora-4step") and not self.config.student.lora
+        if not whole or optimiser.name != "adamw" or optimiser.lr <= float(usual):
             return []
         return [
-            f"all weights train with AdamW at a LoRA's rate, {optimiser.lr:g}; the rule takes --lr 1e-5 --set "
-            "optimiser.name=came --set space.kind=endpoints for them"
+            f"all weights train with AdamW at {optimiser.lr:g}, a LoRA's rate; the rule takes --lr {usual} --set "
+            f"optimiser.name={ALL_WEIGHTS['optimiser.name']} --set space.kind=endpoints for them"
         ]
 
     def notes(self) -> list[str]:

@@ -246,8 +246,11 @@ def export_pipeline(folder: Path, out: Path, dtype: Half | None = None) -> None:
                 for file in (part / name).glob("*.safetensors*"):
                     file.unlink()
                 cast(Any, module).save_pretrained(part / name, safe_serialization=True)
-            if dtype:
-                write_cards(part, card.model_copy(update={"dtype": dtype}), metrics_beside(folder))
+            if dtype:  # the README stays, with the scores that only it may have
+                write_card(part, card.model_copy(update={"dtype": dtype}))
+                text = readme.read_text(encoding="utf-8")
+                loaded, rounded = f"dtype=torch.{card.loaded_dtype}", f"dtype=torch.{dtype}"
+                readme.write_text(text.replace(loaded, rounded), encoding="utf-8")
 
 
 def model_card(

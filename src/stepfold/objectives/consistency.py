@@ -236,6 +236,12 @@ def r_of(config: Config, step: int) -> float:
     )
 
 
+def course_of_r(steps: int) -> dict[str, int]:
+    """The course of r over so many steps, as the preset `default` has it over its own; names of `consistency`."""
+    shares = {"r_warmup": 0.2, "r_cooldown_start": 0.75, "r_cooldown_steps": 0.1}
+    return {name: max(1, round(steps * share)) for name, share in shares.items()}
+
+
 def short_of_r(config: Config) -> str | None:
     """A note for a run whose steps are too few for the course of r; None where r ends at r_final, or does not count."""
     first, last = phases_of(config)[-1]
@@ -243,8 +249,7 @@ def short_of_r(config: Config) -> str | None:
     r = r_of(last, steps - 1)
     if last.objective != "continuous" or math.isclose(r, c.r_final, abs_tol=0.01):
         return None
-    shares = {"r_warmup": 0.2, "r_cooldown_start": 0.75, "r_cooldown_steps": 0.1}
-    scaled = " ".join(f"--set consistency.{name}={max(1, round(steps * share))}" for name, share in shares.items())
+    scaled = " ".join(f"--set consistency.{name}={value}" for name, value in course_of_r(steps).items())
     return (
         f"r ends at {r:.2g} after {steps} steps, not at consistency.r_final={c.r_final:g}: its course is given in "
         f"steps; for this run take {scaled}"
