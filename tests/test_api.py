@@ -214,6 +214,7 @@ def test_draw_samples_the_teacher_itself() -> None:
     assert float(draw(right, None, ["a"] * 4000, steps=40).std()) == pytest.approx(1.6, rel=0.05)
     late = ModuleTeacher(Late(), encode, (2,))
     assert abs(float(draw(late, None, ["a"] * 4000, steps=40).std()) - 1.6) > 0.2
+    assert torch.equal(draw(right, None, ["a"]), draw(right, None, ["a"], steps=20))
     with pytest.raises(UserError, match="student is a Exact; give what distill_module returned, or None"):
         draw(right, right.network, ["a"])  # type: ignore[arg-type]
 

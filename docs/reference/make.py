@@ -247,7 +247,14 @@ def api() -> str:
                 own = getattr(value, "__module__", None) == module.__name__ and not each.startswith("_")
                 if own and (inspect.isfunction(value) or inspect.isclass(value)) and inspect.getdoc(value):
                     parts += [f"#### `{each}`", signature(each, value), described(inspect.getdoc(value) or "")]
+                    parts += [described(making(value))]
     return "\n\n".join(part for part in parts if part)
+
+
+def making(value: Any) -> str:
+    """What a class says of the making of one, in a docstring of its own `__init__`."""
+    start = vars(value).get("__init__") if inspect.isclass(value) else None
+    return inspect.cleandoc(start.__doc__ or "") if inspect.isfunction(start) else ""
 
 
 def signature(name: str, value: Any) -> str:

@@ -29,12 +29,14 @@ from stepfold.teachers.module import ModuleTeacher
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.choices import choose_precision
 from stepfold.training.distill import distill
-from stepfold.training.draws import guidance_scales
+from stepfold.training.draws import guidance_scales, unguided
 from stepfold.training.opening import Source, as_begun, check_run, prepare_run, remember
+from stepfold.training.optimisers import long_warmup
 from stepfold.training.processes import gathered
 from stepfold.training.runs import CONFIG, writing
 
 WEIGHTS = "student.safetensors"
+TEACHER_STEPS = 20
 
 
 def distill_module(
@@ -134,7 +136,8 @@ def usual_optimiser(network: nn.Module, own: Sequence[str]) -> list[str]:
 def _notes(config: Config, teacher: ModuleTeacher) -> list[str]:
     """What a run says of its settings before its first step."""
     notes = [f"optimiser: {config.optimiser.name} at {config.optimiser.lr:g} (optimiser.name, optimiser.lr)"]
-    notes += [short] if (short := short_of_r(config)) else []
+    short = short_of_r(config), long_warmup(config.training.steps, config.optimiser), unguided(config, teacher)
+    notes += [note for note in short if note]
     if config.objective == "decoupled" and teacher.guidance_kind == "none":
         notes.append("no guidance: objective=decoupled is plain matching; give ModuleTeacher nothing= and guidance=")
     return notes
@@ -277,7 +280,7 @@ def draw(
     prompts: str | Sequence[str] | int,
     *,
     seed: int = 0,
-    steps: int = 1,
+    steps: int | None = None,
 ) -> Tensor:
     """The student's samples, one a prompt, of unit variance [B, ...]; equal seeds start from equal noise.
 
@@ -288,12 +291,13 @@ def draw(
         student: of it; None for samples of the teacher itself, by its own sampler.
         prompts: B strings, or one; of a network that takes no condition, the number B.
         seed: of the noise.
-        steps: network calls a sample.
+        steps: network calls a sample; None: one of a student, 20 of the teacher.
 
     Raises:
         UserError: prompts for a network that takes none, or none for one that takes some; no step, or no sample.
     """
     _refuse_other_prompts(teacher, prompts)
+    steps = (TEACHER_STEPS if student is None else 1) if steps is None else steps
     for name, count in (("steps", steps), ("prompts", prompts if isinstance(prompts, int) else len(prompts))):
         if not isinstance(count, int) or count < 1:
             raise UserError(f"{name} is {count}, and `draw` takes one or more; give a whole number from 1")

@@ -63,6 +63,21 @@ def test_a_run_too_short_for_the_course_of_r_says_so(tiny_sana: Path, prompts_fi
     assert [line[:22] for line in display.lines if "r_warmup" in line] == ["r ends at 0 after 1 st"]
 
 
+def test_a_run_says_what_few_users_mean(tiny_sana: Path, prompts_file: Path, tmp_path: Path) -> None:
+    """Few prompts, a warm-up longer than the run, and guidance that is none."""
+    display, prompts = Noted(), tmp_path / "many.txt"
+    odd = settings(tiny_sana, prompts_file, "objective=discrete", "space.guidance=[1]", "optimiser.warmup=50")
+    run_distill(odd, tmp_path / "odd", resume=False, display=display, command="")
+    said = "\n".join(display.lines)
+    assert "few prompts (" in said and "take --set optimiser.warmup=0" in said
+    assert "space.guidance=[1.0] turns guidance off" in said and "usual scale is 4.5" in said
+    display.lines.clear()
+    prompts.write_text("".join(f"cat number {i}\n" for i in range(100)))
+    usual = settings(tiny_sana, prompts, "objective=discrete", "optimiser.warmup=1")
+    run_distill(usual, tmp_path / "usual", resume=False, display=display, command="")
+    assert not [line for line in display.lines if "few prompts" in line or "warmup" in line or "guidance" in line]
+
+
 @pytest.mark.parametrize("command", ["distill", "encode", "retime"])
 def test_what_is_wrong_with_the_prompts_is_said_before_it_begins(
     command: str, first_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

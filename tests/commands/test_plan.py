@@ -91,6 +91,7 @@ def test_a_plan_leaves_nothing_behind(n: int, tmp_path: Path, monkeypatch: pytes
         [
             f"evaluation.n={n}", "training.steps=40", "training.prompts_per_step=1", "space.route_steps=3",
             "training.precision=no", "training.walk_precision=no", "objective=continuous",
+            "optimiser.warmup=9",
         ],
     )  # fmt: skip
     notes: list[str] = []
@@ -100,6 +101,9 @@ def test_a_plan_leaves_nothing_behind(n: int, tmp_path: Path, monkeypatch: pytes
     assert [note[:25] for note in notes if "r_warmup" in note] == [
         "r ends at 0.65 after 40 s"
     ]  # of the run, not of the trial
+    assert [note for note in notes if "optimiser.warmup" in note] == [
+        "the learning rate rises during 9 of 40 steps (optimiser.warmup); for this run take --set optimiser.warmup=4"
+    ]
     assert plan.trial_steps == 3 and plan.step_sec > 0 and plan.device == "cpu" and plan.tangent.startswith("one_pass")
     assert (plan.parts_sec["evaluation"] > 0) == bool(n)
     assert plan.total_sec >= 40 * plan.step_sec

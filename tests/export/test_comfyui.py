@@ -35,7 +35,7 @@ Graph = dict[str, dict[str, Any]]
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "CheckpointLoaderSimple": ("MODEL", "CLIP", "VAE"), "UNETLoader": ("MODEL",), "VAELoader": ("VAE",),
     "CLIPLoader": ("CLIP",), "DualCLIPLoader": ("CLIP",), "TripleCLIPLoader": ("CLIP",),
-    "LoraLoader": ("MODEL", "CLIP"), "LoraLoaderModelOnly": ("MODEL",),
+    "LoraLoader": ("MODEL", "CLIP"), "LoraLoaderModelOnly": ("MODEL",), "ModelSamplingDiscrete": ("MODEL",),
     "CLIPTextEncode": ("CONDITIONING",), "CLIPTextEncodeLumina2": ("CONDITIONING",),
     "ConditioningZeroOut": ("CONDITIONING",), "FluxGuidance": ("CONDITIONING",), "CFGGuider": ("GUIDER",),
     "LoadImage": ("IMAGE", "MASK"), "ImageScale": ("IMAGE",), "VAEEncode": ("LATENT",),
@@ -58,6 +58,7 @@ INPUTS: dict[str, dict[str, Any]] = {
         "model": "MODEL", "clip": "CLIP", "lora_name": str, "strength_model": float, "strength_clip": float
     },
     "LoraLoaderModelOnly": {"model": "MODEL", "lora_name": str, "strength_model": float},
+    "ModelSamplingDiscrete": {"model": "MODEL", "sampling": ("v_prediction",), "zsnr": bool},
     "CLIPTextEncode": {"clip": "CLIP", "text": str},
     "CLIPTextEncodeLumina2": {"clip": "CLIP", "system_prompt": ("superior", "alignment"), "user_prompt": str},
     "ConditioningZeroOut": {"conditioning": "CONDITIONING"},
@@ -206,6 +207,26 @@ def test_a_networks_workflow_draws_our_latents(
     assert only(graph, "KSamplerSelect")["sampler_name"] == {"consistency": "lcm", "flow": "euler"}[sampler]
     theirs, ours, _ = both(student, graph)
     assert relative(theirs, ours) < 1e-4
+
+
+@pytest.mark.parametrize(("family", "noisy"), [("sdxl", None), ("v sdxl", False), ("v sdxl from noise", True)])
+def test_comfyui_is_told_of_a_model_that_predicts_v(
+    family: str, noisy: bool | None, student_of: StudentOf, tmp_path: Path
+) -> None:
+    """A LoRA's checkpoint need not say it; a network's own file does."""
+    card = read_card(student_of(family, lora=4))
+    graph = workflow(card, "fox.safetensors", lora=True)
+    check_nodes(graph)
+    said = [node["inputs"] for node in graph.values() if node["class_type"] == "ModelSamplingDiscrete"]
+    assert [node["zsnr"] for node in said] == ([] if noisy is None else [noisy])
+    if said:
+        told = next(number for number, node in graph.items() if node["inputs"] is said[0])
+        assert only(graph, "CFGGuider")["model"] == [told, 0]
+        assert graph[said[0]["model"][0]]["class_type"] == "LoraLoaderModelOnly"
+    words = file_card(tmp_path / "fox.safetensors", card, "kohya", "", sd_cpp=False)
+    assert ("in ComfyUI by ModelSamplingDiscrete" in words) == bool(said)
+    whole = workflow(card, "fox.safetensors", lora=False)
+    assert "ModelSamplingDiscrete" not in {node["class_type"] for node in whole.values()}
 
 
 def test_levels_are_decimals() -> None:

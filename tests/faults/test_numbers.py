@@ -138,7 +138,7 @@ def test_it_stops_names_the_place_and_keeps_the_last_checkpoint(
     with monkeypatch.context() as patch:
         spoil(patch, 4)
         fix = "look at the teacher" if place == "teacher" else "a lower optimiser.lr"
-        wanted = rf"^step 3: {message} .*is not finite .*last checkpoint is intact; {fix}"
+        wanted = rf"^step 3: {message} .*is not finite .*Earlier checkpoints are intact; {fix}"
         with pytest.raises(NonFiniteError, match=wanted):
             run(config(), tmp_path / "run")
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["000002"]

@@ -24,7 +24,13 @@ from stepfold.teachers.fingerprints import teacher_fingerprint
 from stepfold.teachers.lora_merging import merge_lora
 
 State = dict[str, Tensor]
-MAKERS = {"sd1": tiny.make_sd1, "sdxl": tiny.make_sdxl, "flux": tiny.make_flux, "wan": tiny.make_wan}
+MAKERS = {
+    "sd1": tiny.make_sd1,
+    "sdxl": tiny.make_sdxl,
+    "flux": tiny.make_flux,
+    "wan": tiny.make_wan,
+    "sd3": tiny.make_sd3,
+}
 ATTENTION = ("attn1.to_q", "attn2.to_v", "ff.net.2")
 
 
@@ -224,6 +230,40 @@ def fused(pipe: Any) -> Case:
     return state, {f"transformer.{n}.weight": gain for n, gain in zip(layers, parts, strict=True)}, {}
 
 
+def norm_of_wan(pipe: Any) -> Case:
+    """The third norm of its authors is the second in diffusers."""
+    state, expected, said = wan(pipe)
+    state["diffusion_model.blocks.0.norm3.diff"] = torch.full((24,), 0.5)
+    return state, expected | {"transformer.blocks.0.norm2.weight": torch.full((24,), 0.5)}, said
+
+
+def authors(names: str) -> Callable[[Any], Case]:
+    """The names of Stable Diffusion 3's authors, in which the halves of the last layer are the other way round."""
+
+    def made(pipe: Any) -> Case:
+        sizes = {name: network_of(pipe).get_submodule(name).weight.detach() for name in AUTHORS.values()}
+        state, expected = {}, {}
+        for original, ours in AUTHORS.items():
+            down, up = pair(sizes[ours], 4)
+            layer = f"lora_unet_{original.replace('.', '_')}" if names == "kohya" else f"diffusion_model.{original}"
+            ends = ("lora_down", "lora_up") if names == "kohya" else ("lora_A", "lora_B")
+            state |= {f"{layer}.{ends[0]}.weight": down, f"{layer}.{ends[1]}.weight": up}
+            gain = up @ down
+            if original.startswith("final_layer"):
+                gain = torch.cat(gain.chunk(2)[::-1])
+            expected[f"transformer.{ours}.weight"] = gain
+        return state, expected, {}
+
+    return made
+
+
+AUTHORS = {
+    "joint_blocks.0.x_block.mlp.fc1": "transformer_blocks.0.ff.net.0.proj",
+    "joint_blocks.0.context_block.attn.proj": "transformer_blocks.0.attn.to_add_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+
+
 def fused_with_magnitudes(pipe: Any) -> Case:
     state, expected, _ = fused(pipe)
     found = {name: parameters(pipe)[name].detach() for name in expected}
@@ -327,6 +367,9 @@ LAYOUTS: dict[str, tuple[str, Callable[[Any], Case]]] = {
     "Wan": ("wan", wan),
     "Wan, alpha": ("wan", lambda pipe: wan(pipe, alpha=2.0)),
     "Wan, musubi-tuner": ("wan", musubi),
+    "Wan, a norm": ("wan", norm_of_wan),
+    "SD 3, kohya": ("sd3", authors("kohya")),
+    "SD 3, ComfyUI": ("sd3", authors("comfy")),
     "Wan, biases": ("wan", lambda pipe: wan(pipe, biases=True, alpha=2.0)),
 }
 
@@ -344,7 +387,6 @@ def test_every_weight_gains_what_the_file_says(layout: str, pipes: dict[str, Any
 def test_what_plain_diffusers_merges_alike(pipes: dict[str, Any], tmp_path: Path) -> None:
     """kohya's notes in the header are no other alpha; names of Stable Diffusion 3 that only we know are not loaded."""
     kohyas, _ = of_kohya(pipes["sdxl"], *ATTENTION)
-    pipes = {"sdxl": pipes["sdxl"], "sd3": tiny.make_sd3()}
     peft, _ = of_peft(pipes["sd3"], "transformer.", "attn.to_q", scaling=1)
     ours = {
         f"lora_transformer_{name.removeprefix('transformer.').removesuffix(f'.{end}.weight').replace('.', '_')}"
@@ -504,10 +546,10 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Case], str]] = {
         changed(fused, lambda s: s.update({first(s).replace("lora_down.weight", "dora_scale"): torch.ones(1, 32)})),
         r"its magnitudes \[1, 32\] are neither",
     ),
-    "norms of Wan": (
+    "a norm that Wan lacks": (
         "wan",
-        changed(wan, lambda s: s.update({"diffusion_model.blocks.0.norm3.diff": torch.ones(24)})),
-        r"no place for 1 of its 7 layers, such as diffusion_model\.blocks\.0\.norm3; .*, or a copy without those",
+        changed(wan, lambda s: s.update({"diffusion_model.blocks.0.norm9.diff": torch.ones(24)})),
+        r"no place for 1 of its 7 layers, such as diffusion_model\.blocks\.0\.norm9; .*, or a copy without those",
     ),
 }
 

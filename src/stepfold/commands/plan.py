@@ -168,9 +168,11 @@ def make_plan(config: "Config", steps: int, display: "Display", device: str = "a
     from stepfold.objectives.consistency import short_of_r
     from stepfold.teachers.loading import choose_objective
     from stepfold.training.course import cycle_of
+    from stepfold.training.optimisers import long_warmup
 
-    if short := short_of_r(choose_objective(config)):
-        display.note(short)
+    for note in (short_of_r(choose_objective(config)), long_warmup(config.training.steps, config.optimiser)):
+        if note:
+            display.note(note)
     training, cycle = config.training, cycle_of(config)
     steps = min(1 + max(1, math.ceil((steps - 1) / cycle)) * cycle, training.steps)
     changes: dict[str, Any] = {"steps": steps, "preview_every": steps, "checkpoint_every": steps, "phases": ()}
@@ -182,6 +184,7 @@ def make_plan(config: "Config", steps: int, display: "Display", device: str = "a
             "consistency": config.consistency.model_copy(
                 update={"r_schedule": "none"}
             ),  # of the run's steps, not these
+            "optimiser": config.optimiser.model_copy(update={"warmup": 0}),
             "fake": config.fake.model_copy(update={"head_start": 0}),  # in which the student waits
             "reward": config.reward.model_copy(update={"from_step": 0}),
             "evaluation": config.evaluation.model_copy(update={"n": min(TRIAL_PICTURES, config.evaluation.n)}),

@@ -15,6 +15,7 @@ from stepfold.export.comfyui import (
     levels_of,
     loader_of,
     no_workflow,
+    predicts_v,
     says_levels,
     steps_of,
     usual_steps,
@@ -73,6 +74,7 @@ that takes noise levels gets these; its own scheduler and shift do not count the
 {levels}
 """
 NAMED = " Where a scheduler is chosen by name, it is `sgm_uniform`, which is near the levels below."
+PREDICTS_V = " The model predicts v, which a program that loads it is told; in ComfyUI by ModelSamplingDiscrete."
 IN_SD_CPP = """
 ## stable-diffusion.cpp
 
@@ -110,7 +112,7 @@ def write_file(
     keys: Keys | None = None,
     retimed: bool = False,
     per_token: bool = False,
-    predicts_v: bool = False,
+    marked_v: bool = False,
     of_text: bool = False,
     carried: Sequence[str] = (),
     diffusers: str = "",
@@ -124,7 +126,7 @@ def write_file(
         keys: names in a LoRA; None for a network.
         retimed: whether the network reads times of [0, 1].
         per_token: whether it is told a time for each token.
-        predicts_v: whether it is a UNet that predicts v.
+        marked_v: whether it is a UNet that is marked as one that predicts v.
         of_text: whether a LoRA changes text encoders too.
         carried: LoRAs of the teacher that are in it.
         diffusers: how plain diffusers samples with it, where the student's README does not say.
@@ -134,7 +136,7 @@ def write_file(
     )
     lora = keys is not None
     graph = None if reason else workflow(card, out.name, lora=lora, of_text=of_text, per_token=per_token)
-    sd_cpp = not (keys or retimed or predicts_v)
+    sd_cpp = not (keys or retimed or marked_v)
     text = file_card(out, card, keys, reason, sd_cpp=sd_cpp, carried=carried, diffusers=diffusers)
     with writing(out) as part:
         write(part)
@@ -206,7 +208,7 @@ def file_card(
 
 Distilled from {source_of(card.config)} by stepfold {card.stepfold}. The `{README}` in the student's folder has
 {said}.
-{call}{within}{files_table(rows)}{place}{settings_of(card) if known else ""}{command}
+{call}{within}{files_table(rows)}{place}{settings_of(card, lora=bool(keys)) if known else ""}{command}
 ## Licence
 
 A student is derived from its teacher: the licences of the teacher's network, text encoders and autoencoder apply.
@@ -217,12 +219,13 @@ A student is derived from its teacher: the licences of the teacher's network, te
 """
 
 
-def settings_of(card: Card) -> str:
+def settings_of(card: Card, *, lora: bool) -> str:
     """The card's section about sampler and noise levels."""
     levels = "\n".join(f"| {steps} | {in_text(levels_of(card, steps))} |" for steps in steps_of(card))
     told = f" The guidance scale that the network embeds is {scale_of(card):g}." if loader_of(card).scale else ""
     sampler, size = SAMPLERS[in_diffusers(card.recipe.sampler)], f"{card.width} x {card.height}"
     named = NAMED if loader_of(card).variance_preserving and sampler == "lcm" else ""
+    named += PREDICTS_V * (lora and predicts_v(card))
     return SETTINGS.format(sampler=sampler, scale=told, scheduler=named, size=size, levels=levels)
 
 

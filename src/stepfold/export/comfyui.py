@@ -16,6 +16,7 @@ from stepfold.maths.formulations import flow_time
 from stepfold.sampling.samplers import in_diffusers
 from stepfold.students.card import Card
 from stepfold.teachers.contract import SamplerName
+from stepfold.teachers.conventions import OUTPUT, PREDICTIONS
 
 Keys = Literal["diffusers", "comfy", "kohya", "peft"]
 """Whose names a LoRA has: diffusers', ComfyUI's for any model, those of kohya's scripts, which web UIs read too, or, in
@@ -139,6 +140,11 @@ def in_text(levels: list[float]) -> str:
     return ", ".join(f"{level:.9f}".rstrip("0").rstrip(".") for level in levels)
 
 
+def predicts_v(card: Card) -> bool:
+    """Whether the teacher predicts v, which a checkpoint need not say, and which ComfyUI is told for a LoRA of it."""
+    return card.conventions.get(OUTPUT) == PREDICTIONS["v_prediction"]
+
+
 def workflow(card: Card, file: str, *, lora: bool, of_text: bool = False, per_token: bool = False) -> Graph:
     """The workflow of a file of weights, of a family in `LOADERS`.
 
@@ -152,6 +158,10 @@ def workflow(card: Card, file: str, *, lora: bool, of_text: bool = False, per_to
     loader, steps = LOADERS[card.pipeline], usual_steps(card)
     graph: Graph = {}
     model, clip, vae = load(graph, loader, card, file, lora=lora, of_text=of_text)
+    if lora and predicts_v(card):
+        noisy = max(levels_of(card, steps)) >= MOST_LEVEL
+        how: dict[str, Any] = {"sampling": "v_prediction", "zsnr": noisy}
+        model = add(graph, "ModelSamplingDiscrete", "The model predicts v", model=model, **how)
     if card.pipeline == "Lumina2Pipeline":
         texts = {"system_prompt": "superior", "user_prompt": card.example}
         positive = add(graph, "CLIPTextEncodeLumina2", "Prompt", clip=clip, **texts)
@@ -176,8 +186,8 @@ def workflow(card: Card, file: str, *, lora: bool, of_text: bool = False, per_to
     )
     images = add(graph, "VAEDecode", samples=sampled, vae=vae)
     if card.output == "frames":
-        how = {"fps": 16.0, "lossless": False, "quality": 90, "method": "default"}
-        add(graph, "SaveAnimatedWEBP", images=images, filename_prefix=Path(file).stem, **how)
+        film = {"fps": 16.0, "lossless": False, "quality": 90, "method": "default"}
+        add(graph, "SaveAnimatedWEBP", images=images, filename_prefix=Path(file).stem, **film)
     else:
         add(graph, "SaveImage", images=images, filename_prefix=Path(file).stem)
     return graph

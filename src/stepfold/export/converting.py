@@ -16,9 +16,9 @@ from torch import Tensor
 
 from stepfold.errors import UserError, first_line
 from stepfold.export.casting import Half, rounded_parts
-from stepfold.export.layouts import SANA, from_table, layout, pieces_of
 from stepfold.teachers.calls import parts_of
 from stepfold.teachers.folders import load_index, load_pipeline, without_weights
+from stepfold.teachers.layouts import SANA, from_table, layout, pieces_of
 from stepfold.teachers.loading import FAMILIES, folder_of
 from stepfold.teachers.lora_files import check_no_lora
 from stepfold.teachers.pipeline import SIGMA_DATA, PipelineTeacher

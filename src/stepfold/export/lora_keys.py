@@ -1,6 +1,5 @@
 """A LoRA's matrices under the names of other tools, from the tables of single files."""
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,13 +8,11 @@ from torch import Tensor
 
 from stepfold.errors import UserError
 from stepfold.export.comfyui import Keys
-from stepfold.export.layouts import layout, pieces_of
+from stepfold.teachers.layouts import Rows, original_layers
 from stepfold.teachers.lora_files import ENCODERS
 
 CLIP = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 """Ends of the names of a CLIP text encoder's layers that kohya's scripts train and ComfyUI knows."""
-Rows = dict[int, tuple[str, slice]]
-"""Piece of an original tensor -> the layer that has it, and which of the layer's rows."""
 
 
 def renamed(weights: Mapping[str, Tensor], network: Any, part: str, keys: Keys) -> dict[str, Tensor]:
@@ -108,21 +105,11 @@ def originals(network: Any, layers: Mapping[str, Tensor]) -> dict[str, Rows]:
     Raises:
         UserError: as of `renamed`.
     """
-    name_of, kind = layout(network), type(network).__name__
-    pieces: dict[str, Rows] = defaultdict(dict)
-    whole_of: dict[str, str] = {}
-    for name, tensor in network.state_dict().items():
-        layer, _, leaf = name.rpartition(".")
-        if leaf == "weight" and (original := name_of(name)) is not None:
-            whole, places = pieces_of(original)
-            whole_of[layer] = whole.removesuffix(".weight")
-            for i, place in enumerate(places):
-                part = slice(i * len(tensor) // len(places), (i + 1) * len(tensor) // len(places))
-                pieces[whole_of[layer]][place] = (layer, part)
-    if lost := [layer for layer in layers if layer not in whole_of]:
+    found, kind = original_layers(network), type(network).__name__
+    there = {layer for rows in found.values() for layer, _ in rows.values()}
+    if lost := [layer for layer in layers if layer not in there]:
         raise UserError(f"these names of a {kind} have no place for {lost[0]}; export with --keys diffusers")
-    wanted = {whole_of[layer] for layer in layers}
-    return {whole: rows for whole, rows in pieces.items() if whole in wanted}
+    return {whole: rows for whole, rows in found.items() if any(layer in layers for layer, _ in rows.values())}
 
 
 def joined(rows: Rows, down: Mapping[str, Tensor], up: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from stepfold.errors import UserError
 from stepfold.export.beside import is_retimed, write_file
 from stepfold.export.casting import Half, round_weights
-from stepfold.export.layouts import layout, pieces_of
 from stepfold.students.loading import load_merged
+from stepfold.teachers.layouts import layout, pieces_of
 
 PREFIXES = {"UNet2DConditionModel": "model.diffusion_model.", "SD3Transformer2DModel": "model.diffusion_model."}
 """What precedes the names in the original checkpoints of a class of networks."""
@@ -78,4 +78,4 @@ def export_single_file(folder: Path, out: Path, dtype: Half | None = None) -> No
     marks = marks_of(teacher.transformer, teacher.pipe.scheduler.config)
     state = original_state(teacher.transformer) | marks
     save = partial(save_file, state, metadata={"format": "pt"})
-    write_file(out, save, card, per_token=bool(teacher.index.get("expand_timesteps")), predicts_v=bool(marks))
+    write_file(out, save, card, per_token=bool(teacher.index.get("expand_timesteps")), marked_v=bool(marks))

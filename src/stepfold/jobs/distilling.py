@@ -271,15 +271,19 @@ def train(
     from stepfold.teachers.loading import counts_to_thousand
     from stepfold.training.allowed import guidance_apart
     from stepfold.training.distill import distill as distil
+    from stepfold.training.draws import unguided
     from stepfold.training.memory import reset_peak_memory
+    from stepfold.training.optimisers import long_warmup
     from stepfold.training.steepness import steepness
 
     config, device, first = run.config, run.accelerator.device, run.processes.first
     if config.objective == "continuous" and first and counts_to_thousand(config):
         retimable = run.teacher.retimable
         display.note(steepness(run.teacher, student, run.prompts, run.conditions, config, device, retimable=retimable))
-    if first and (short := short_of_r(config)):
-        display.note(short)
+    short = short_of_r(config), long_warmup(config.training.steps, config.optimiser), unguided(config, run.teacher)
+    for note in short if first else ():
+        if note:
+            display.note(note)
     decoupled = config.objective == "decoupled" or (config.matching.weight and config.matching.form == "decoupled")
     if first and decoupled and not run.teacher.exact_branches:
         display.note(f"guidance at times of its own: {guidance_apart(run.teacher)}")

@@ -20,6 +20,8 @@ from stepfold.teachers.loading import place_of
 from stepfold.teachers.pipeline import PipelineTeacher
 
 MOST_COUNTED = 20_000
+FEW = 100
+"""Prompts below which a run says that there are few."""
 
 
 def cache_of(config: Config, prompts: PromptFile | ImageFolder) -> ConditionCache | None:
@@ -55,10 +57,12 @@ def encoded(teacher: PipelineTeacher, prompts: Prompts, index: Sequence[int]) ->
 
 
 def notes_on(prompts: Prompts, teacher: PipelineTeacher) -> Iterator[str]:
-    """What a run says of its prompts before it begins, a line each: foreign syntax, and what its teacher cuts off.
+    """What a run says of its prompts before it begins, a line each: how few, foreign syntax, what its teacher cuts off.
 
     Of very many prompts, the first MOST_COUNTED are counted in tokens, and so are captions of pictures.
     """
+    if len(prompts) < FEW:
+        yield f"few prompts ({len(prompts)}): the student may be worse at others; a few thousand are usual"
     some = min(len(prompts), MOST_COUNTED)
     of = "" if some == len(prompts) else f", of the first {some:,} prompts"
     reader, foreign = teacher.text_reader(), Counter[str]()

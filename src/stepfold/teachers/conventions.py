@@ -17,6 +17,8 @@ FLOWS = {
     "data": "velocity x_0 - z, from noise z to data x_0: the other sign than in most pipelines",
 }
 """`rises_to` of a family -> what its flow networks give."""
+OUTPUT = "output of the network"
+"""The name of what a network predicts, among the conventions."""
 PREDICTIONS = {"epsilon": "noise z, at x = cos t x_0 + sin t z", "v_prediction": "v = cos t z - sin t x_0"}
 
 
@@ -35,7 +37,7 @@ def conventions(
     return {
         "guidance scale s and weight w": scale_meaning(teacher),
         "timesteps of the network": time_range(teacher),
-        "output of the network": output_meaning(teacher),
+        OUTPUT: output_meaning(teacher),
         **{levels_name(n): noise_levels(teacher, each, sampler) for n, each in times.items()},
     }
 

@@ -1,8 +1,7 @@
 """Merges LoRAs into a pipeline's weights, by each file's own arithmetic; diffusers is asked for names only."""
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from diffusers.utils.state_dict_utils import (
 from torch import Tensor, nn
 
 from stepfold.errors import UserError, first_line
+from stepfold.teachers.layouts import Rows, original_layers
 from stepfold.teachers.lora_files import ENCODERS, NETWORK, Layer, LoraFile, read_lora
 
 PREFIXES = {
@@ -28,8 +28,6 @@ PREFIXES = {
     "lora_te3_": "text_encoder_3",
 }
 """How the name of a layer begins in a file -> the part that it is of; the pipeline's network where that is empty."""
-OF_WAN = re.compile(r"lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_([qkvo]|[kv]_img|[02])")
-"""A layer of Wan as musubi-tuner names it."""
 OTHER = "give one that was made for this teacher"
 
 
@@ -132,9 +130,9 @@ def located(
     parts = {name: part for name, part in found.items() if isinstance(part, nn.Module)}
     places = direct_places(layers, parts)
     if strange := [layer for layer in layers if layer.name not in places]:
-        places |= places_in_diffusers(pipe, source, [in_wan(layer) for layer in strange], parts)
-        if lost := [in_kohya(layer) for layer in strange if not places[layer.name] and "down" in layer.keys]:
-            places |= places_in_diffusers(pipe, source, lost, parts)
+        places |= places_in_originals(strange, parts)
+    if strange := [layer for layer in strange if layer.name not in places]:
+        places |= places_in_diffusers(pipe, source, strange, parts)
     check_places(type(pipe).__name__, source, layers, places, parts)
     return layers, parts, places
 
@@ -182,20 +180,6 @@ def merged_rows(lora: LoraFile, layer: Layer, place: Place, rows: Tensor) -> Ten
     raise ValueError(f"its magnitudes {list(magnitude.shape)} are neither of the rows nor of the columns; {OTHER}")
 
 
-def in_kohya(layer: Layer) -> Layer:
-    """The same layer with its keys in kohya's spelling; of Z-Image's joined q, k and v diffusers reads that alone."""
-    name = f"lora_unet_{layer.name.removeprefix('diffusion_model.').replace('.', '_')}"
-    return replace(layer, keys=dict(layer.keys) | {kind: f"{name}.lora_{kind}.weight" for kind in ("down", "up")})
-
-
-def in_wan(layer: Layer) -> Layer:
-    """The same layer with its keys as Wan's authors name it; musubi-tuner's diffusers reads of whole blocks alone."""
-    if not (found := OF_WAN.fullmatch(layer.name)):
-        return layer
-    name = f"diffusion_model.blocks.{'.'.join(found.groups())}"
-    return replace(layer, keys=dict(layer.keys) | {"down": f"{name}.lora_A.weight", "up": f"{name}.lora_B.weight"})
-
-
 def part_of(name: str, parts: Mapping[str, nn.Module]) -> tuple[str, str]:
     """The part that a layer's name in a file says, and the rest of the name."""
     network = next(part for part in NETWORK if part in parts)
@@ -236,6 +220,33 @@ def direct_places(layers: list[Layer], parts: Mapping[str, nn.Module]) -> dict[s
         for layer, (part, module) in modules.items()
         if module is not None and part not in strange
     }
+
+
+def places_in_originals(layers: list[Layer], parts: Mapping[str, nn.Module]) -> dict[str, list[Place]]:
+    """Layer -> its places, where all layers of the network go by its authors' names, with `.` or with kohya's `_`.
+
+    diffusers converts those of some families alone, and of whole blocks.
+    """
+    part = next(part for part in NETWORK if part in parts)
+    names = {layer.name: name for layer in layers for where, name in [part_of(layer.name, parts)] if where == part}
+    try:
+        known = original_layers(parts[part])
+    except UserError:  # a class without a table
+        return {}
+    known |= {name.replace(".", "_"): rows for name, rows in known.items()}
+    if not set(names.values()) <= known.keys():
+        return {}
+    return {layer: places_of_rows(part, known[name]) for layer, name in names.items()}
+
+
+def places_of_rows(part: str, rows: Rows) -> list[Place]:
+    """The places of an original layer's pieces, one below the other."""
+    places, first = [], 0
+    for _, (module, piece) in sorted(rows.items()):
+        own = torch.arange(piece.start, piece.stop)
+        places.append(Place(part, module, own, torch.arange(first, first + len(own))))
+        first += len(own)
+    return places
 
 
 def places_in_diffusers(

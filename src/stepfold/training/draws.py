@@ -135,6 +135,17 @@ def guidance_scales(config: Config, teacher: Teacher) -> tuple[float, ...]:
     return scales
 
 
+def unguided(config: Config, teacher: Teacher) -> str | None:
+    """A note for walks at the scale that turns guidance off, where the pipeline's usual one is another."""
+    scales, usual = guidance_scales(config, teacher), teacher.default_guidance
+    if teacher.guidance_kind != "classifier_free" or set(scales) != {teacher.no_guidance} or usual in scales:
+        return None
+    return (
+        f"space.guidance={list(scales)} turns guidance off: the student learns samples without it; the pipeline's "
+        f"usual scale is {usual:g}"
+    )
+
+
 def step_samples(number: int, config: Config) -> range:
     """The numbers of a batch's samples, counted over the whole run."""
     count = config.training.prompts_per_step

@@ -75,7 +75,7 @@ class Looks:
             what = next(row["nonfinite"] for row in reversed(rows) if "nonfinite" in row)
             raise NonFiniteError(
                 f"step {self.records[-1].step}: {what}; that makes {self.skipped} such steps, and "
-                f"training.skip_nonfinite allows {allowed} to be skipped. The last checkpoint is intact."
+                f"training.skip_nonfinite allows {allowed} to be skipped. Earlier checkpoints are intact."
             )
         seconds = (time.perf_counter() - self.began) / len(rows)
         spent = (spent_sec(self.run.accelerator.device) - self.spent) / len(rows)

@@ -72,6 +72,16 @@ def as_matrices(params: Iterable[Tensor]) -> Iterator[None]:
             kernel.grad = grad
 
 
+def long_warmup(steps: int, settings: OptimiserSettings) -> str | None:
+    """A note for a run of which the learning rate's warm-up is more than a fifth; None for others."""
+    if settings.warmup <= max(1, steps / 5):
+        return None
+    return (
+        f"the learning rate rises during {settings.warmup} of {steps} steps (optimiser.warmup); for this run take "
+        f"--set optimiser.warmup={steps // 10}"
+    )
+
+
 def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
     """Linear warm-up over `warmup` steps, then constant, then linear to 0 over the last `decay` of the run."""
     rise = (step + 1) / settings.warmup if settings.warmup else 1.0

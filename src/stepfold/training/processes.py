@@ -155,7 +155,7 @@ def lost_process() -> Iterator[None]:
         reason = first_line(error).split("] ", 1)[-1].split(". ")[0]
         raise UserError(
             f"another process of this run is gone or out of reach ({reason}); what it said last is above, if anything. "
-            "The last checkpoint is intact: start all of them again with --resume"
+            "Earlier checkpoints are intact: start all of them again with --resume"
         ) from None
 
 

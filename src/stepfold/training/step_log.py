@@ -222,5 +222,5 @@ def check_finite(step: int, prompts: list[str], metrics: Metrics, grad_norm: flo
         fix = "look at the teacher with stepfold doctor, and at these prompts; training.precision=no may help"
     raise NonFiniteError(
         f"step {step}: {what} is not finite (gradient norm {grad_norm:.3g}): {where}. "
-        f"The last checkpoint is intact; {fix}."
+        f"Earlier checkpoints are intact; {fix}."
     )

@@ -1,6 +1,7 @@
 """The names of the original checkpoints: of a network's tensors in diffusers, what its authors call them, by family."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +11,10 @@ from stepfold.errors import UserError
 Table = dict[str, str]
 """diffusers' name of a layer or a tensor -> the original name. `*` is the number of a block. `[1]`: the second of the
 tensors that the original has in one, row after row; `[1,0]`: its two halves are there the other way round."""
+
+
+Rows = dict[int, tuple[str, slice]]
+"""Piece of an original tensor -> the layer that has it, and which of the layer's rows."""
 
 
 def table(text: str) -> Table:
@@ -233,6 +238,9 @@ WAN = table("""
     blocks.*.attn2.norm_q                             blocks.*.cross_attn.norm_q
     blocks.*.attn2.norm_k                             blocks.*.cross_attn.norm_k
     blocks.*.attn2.to_out.0                           blocks.*.cross_attn.o
+    blocks.*.attn2.add_k_proj                         blocks.*.cross_attn.k_img
+    blocks.*.attn2.add_v_proj                         blocks.*.cross_attn.v_img
+    blocks.*.attn2.norm_added_k                       blocks.*.cross_attn.norm_k_img
     blocks.*.norm2                                    blocks.*.norm3
     blocks.*.ffn.net.0.proj                           blocks.*.ffn.0
     blocks.*.ffn.net.2                                blocks.*.ffn.2
@@ -326,6 +334,23 @@ def layout(network: Any) -> Callable[[str], str | None]:
         attends = ["CrossAttn" in block for block in config.up_block_types]
         return partial(from_unet, layers=config.layers_per_block, attends=attends)
     raise UserError(f"no single-file layout of a {kind} is known; use --to pipeline")
+
+
+def original_layers(network: Any) -> dict[str, Rows]:
+    """The original layers with weights, each with all its pieces; its tensors may be on the meta device.
+
+    Raises:
+        UserError: as of `layout`.
+    """
+    name_of, found = layout(network), defaultdict[str, Rows](dict)
+    for name, tensor in network.state_dict().items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "weight" and (original := name_of(name)) is not None:
+            whole, places = pieces_of(original)
+            for i, place in enumerate(places):
+                part = slice(i * len(tensor) // len(places), (i + 1) * len(tensor) // len(places))
+                found[whole.removesuffix(".weight")][place] = (layer, part)
+    return dict(found)
 
 
 SAME = ("ErnieImageTransformer2DModel", "QwenImageTransformer2DModel")
