@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stepfold.api import distill_module, draw, load_module_student
 from stepfold.config import from_yaml, load_config
-from stepfold.errors import UserError
+from stepfold.errors import NonFiniteError, UserError
 from stepfold.maths.closed_form import GaussianTeacher
 from stepfold.maths.formulations import flow_velocity, trigflow_time
 from stepfold.maths.noise_schedules import FLOW
@@ -215,8 +215,21 @@ def test_draw_samples_the_teacher_itself() -> None:
     late = ModuleTeacher(Late(), encode, (2,))
     assert abs(float(draw(late, None, ["a"] * 4000, steps=40).std()) - 1.6) > 0.2
     assert torch.equal(draw(right, None, ["a"]), draw(right, None, ["a"], steps=20))
+    with pytest.raises(NonFiniteError, match="the teacher's samples are not finite; check `prediction`"):
+        draw(ModuleTeacher(Lost(), encode, (2,)), None, ["a"])
     with pytest.raises(UserError, match="student is a Exact; give what distill_module returned, or None"):
         draw(right, right.network, ["a"])  # type: ignore[arg-type]
+
+
+class Lost(nn.Module):
+    """Knows no number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(float("nan")))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.weight * x
 
 
 class Late(nn.Module):

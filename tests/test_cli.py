@@ -454,6 +454,14 @@ def test_doctor_says_ok_and_writes_its_findings(tiny_sana: Path, tmp_path: Path)
     assert all(f["ok"] is True and f["number"] for f in findings)
 
 
+def test_doctor_says_what_to_do_at_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Finding("a", "1", "2", False, "turn it"), Finding("b", "1", "2", False), Finding("c", "1", "1", True)]
+    monkeypatch.setattr(doctor, "examine", lambda *_: found)
+    result = Result("doctor", "x")
+    assert result.code == 1 and result.err.splitlines()[0] == "LOOK, a: turn it"
+    assert "LOOK, b: docs/errors.md" in result.err and "LOOK, c" not in result.err
+
+
 def test_doctor_refuses_what_is_no_teacher(tmp_path: Path) -> None:
     assert_one_line(Result("doctor", tmp_path), "no model_index.json")
 

@@ -71,6 +71,8 @@ def distill_pipeline(
         student = distill_pipeline(pipe, "prompts.txt", "runs/mine", preset="sdxl-lora-4step")
     """
     display = Display(quiet)
+    if prompts is not None and not isinstance(prompts, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(f"prompts is a {type(prompts).__name__}; give a text file, one prompt a line")
     if any(change.partition("=")[0].strip() == "teacher.source" for change in changes):
         raise UserError("teacher.source is given twice, in changes and as `teacher`; leave it out of changes")
     with _source_of(teacher) as source:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stepfold.config import Config, TeacherSettings, from_yaml, load_config, phases_of
 from stepfold.display import Display
-from stepfold.errors import UserError, first_line
+from stepfold.errors import NonFiniteError, UserError, first_line
 from stepfold.jobs.sampling import as_texts
 from stepfold.objectives.consistency import course_of_r, short_of_r
 from stepfold.prompts.reading import PromptFile, open_prompts
@@ -295,6 +295,7 @@ def draw(
 
     Raises:
         UserError: prompts for a network that takes none, or none for one that takes some; no step, or no sample.
+        NonFiniteError: the samples are not finite.
     """
     _refuse_other_prompts(teacher, prompts)
     steps = (TEACHER_STEPS if student is None else 1) if steps is None else steps
@@ -313,6 +314,14 @@ def draw(
     guidance, condition = torch.ones(len(prompts), device=device), teacher.encode(prompts)
     condition = condition.to(device, condition.embeds.dtype)
     if student is None:
-        return sample_teacher(teacher, noise(0), condition, teacher.default_guidance * guidance, steps) / sigma_data
-    times = teacher.student_times(steps, student.sampler)
-    return SAMPLERS[student.sampler](student, noise(0), condition, guidance, times, noise, sigma_data) / sigma_data
+        drawn = sample_teacher(teacher, noise(0), condition, teacher.default_guidance * guidance, steps)
+    else:
+        times = teacher.student_times(steps, student.sampler)
+        drawn = SAMPLERS[student.sampler](student, noise(0), condition, guidance, times, noise, sigma_data)
+    if not bool(drawn.isfinite().all()):
+        raise NonFiniteError(
+            "the samples are not finite: the training diverged; train again with a lower optimiser.lr"
+            if student
+            else "the teacher's samples are not finite; check `prediction`, `schedule` and the network's weights"
+        )
+    return drawn / sigma_data

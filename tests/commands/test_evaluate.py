@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ def test_runs_with_other_held_out_prompts_are_said(tmp_path: Path, monkeypatch: 
 
     assert "held out different prompts" in told(assets.STUDENT, other)[0]
     assert not told(assets.STUDENT, other, prompts=assets.PROMPTS) and not told(other, other)
+    card["config"]["teacher"]["lora"] = [{"source": "style.safetensors", "scale": 0.5}]
+    (other / "stepfold.json").write_text(json.dumps(card))
+    with suppress(UserError):  # there is no such LoRA
+        told(assets.STUDENT, other, prompts=assets.PROMPTS)
+    assert "different teachers, LoRAs or sizes; their latent errors do not compare" in notes[0]
 
 
 @pytest.mark.long

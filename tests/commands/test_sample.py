@@ -64,6 +64,8 @@ def test_another_sampler_is_one_line(run: Path, tmp_path: Path) -> None:
         result = CliRunner().invoke(app, [*command, "--sampler", sampler])
         assert isinstance(result.exception, UserError) and reason in str(result.exception)
         assert "\n" not in str(result.exception)
+    result = CliRunner().invoke(app, ["sample", str(run / "student"), "a" * 5000, str(run / "config.yaml")])
+    assert "config.yaml is a file, and a prompt is a text" in str(result.exception)
 
 
 def test_an_image_is_kept_unless_its_name_is_given(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

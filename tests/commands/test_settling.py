@@ -415,6 +415,8 @@ def test_a_run_of_an_earlier_version_goes_on(tiny_sana: Path, tmp_path: Path) ->
     assert found.config == load_config(config, ["optimiser.lr=3e-4"]) and found.config != config
     assert found.notes() == ["the run goes on with the settings that it began with; --steps change nothing"]
     assert settle(None, None, out=tmp_path, **given).config.student.times == "two"  # not resumed: the rule's
+    alone = settle(None, None, steps=None, hours=None, device="cpu", out=tmp_path, resume=True)
+    assert alone.config == config and not alone.notes()  # the demo's settings were compared with it
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from stepfold.errors import UserError
 from stepfold.evaluation.curves import curves_from_rows, moving, plot_curves, quality_svgs
 from stepfold.evaluation.protocol import Scores
 from stepfold.evaluation.report import render_html, spread, write_report
-from stepfold.evaluation.verdict import METRICS, Figure, best_steps, curves_over_calls, figures, sentences
+from stepfold.evaluation.verdict import METRICS, NOT_FINITE, Figure, best_steps, curves_over_calls, figures, sentences
 
 HOSTILE = "<script>alert(1)</script>\"' onload=x $\\frac{$ & ünïcode"
 VOID = {"meta", "img", "link", "br"}
@@ -257,6 +257,11 @@ def test_the_latent_error_stands_beside_the_line_to_beat(tmp_path: Path):
     assert sentences(unlearned)[1].startswith("Previews: the latent error of one step is 0.473, and was 0.474 before")
     for other in ({"config": {"objective": "decoupled"}}, {"curves": {"latent_error": [[0, 0.474], [2, 0.3]]}}):
         assert sentences(unlearned | other) == sentences(level)
+    for course, rate in (([0.474, 0.473], "a higher optimiser.lr"), ([0.58, 1.483], "a lower optimiser.lr")):
+        grown = unlearned | {"curves": {"latent_error": list(enumerate(course))}}
+        assert rate in sentences(grown)[1], course  # a run that diverged was told to take a higher one
+    lost = unlearned | {"student": {"1": {"latent_error": float("nan"), "clip_score": None}}}
+    assert sentences(lost) == [NOT_FINITE]
     caption = str(results_table(noisy).caption)
     assert "compare at one step alone" in caption and results_table(report).caption is None
     for one, said in ((noisy, True), (report, False)):

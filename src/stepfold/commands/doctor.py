@@ -21,6 +21,8 @@ from stepfold.commands.options import (
 from stepfold.errors import UserError
 from stepfold.jobs.devices import usable_device
 
+IN_DOCS = "docs/errors.md has the cause and the fix of each check, under 'stepfold doctor says LOOK'"
+
 
 def doctor(
     teacher: Annotated[str, typer.Argument(help="`emoji`, a diffusers pipeline folder, or a hub id.")] = "emoji",
@@ -84,6 +86,9 @@ def doctor(
     for f in findings:
         table.add_row(f.check, f.number, f.want, "[green]ok[/]" if f.ok else "[red]LOOK[/]")
     show_table(table)
+    for f in findings:
+        if not f.ok:
+            typer.echo(f"LOOK, {f.check}: {f.fix or IN_DOCS}", err=True)
     write_json(json_file, [vars(f) for f in findings])
     if not all(f.ok for f in findings):
         raise typer.Exit(1)

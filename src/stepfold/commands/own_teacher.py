@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NUM_PROMPTS, SHOWN = 64, 8  # prompts that are measured, and of the grid
 
+OTHER_TEACHERS = "these students have different teachers, LoRAs or sizes; their latent errors do not compare"
 OTHER_PROMPTS = "these runs held out different prompts (seeds, lengths, files); --prompts FILE gives all the same"
 
 
@@ -76,12 +77,12 @@ def run_own(
 
     names = list(dict.fromkeys(map(str, folders)))
     places = {name: None if out is None else out / str(i) if len(names) > 1 else out for i, name in enumerate(names, 1)}
-    for place in places.values():
-        if place and (place / "report.json").exists():
-            raise UserError(f"{place} holds a report already; choose another --out")
-    evaluated = {name: choose(Path(name), read_card(Path(name)), prompts, n) for name in names}
-    if len({(texts.sha256, chosen.index) for texts, chosen in evaluated.values()}) > 1:
-        display.note(OTHER_PROMPTS)
+    if there := [place for place in places.values() if place and (place / "report.json").exists()]:
+        raise UserError(f"{there[0]} holds a report already; choose another --out")
+    cards = {name: read_card(Path(name)) for name in names}
+    evaluated = {name: choose(Path(name), card, prompts, n) for name, card in cards.items()}
+    for note in differences(cards.values(), evaluated.values()):
+        display.note(note)
     found: dict[str, dict[str, Any]] = {}
     for (name, place), (texts, chosen) in zip(places.items(), evaluated.values(), strict=True):
         models = load_models(Path(name), None, device)
@@ -112,6 +113,15 @@ def run_own(
         } | scores
         found[name] = write_images(place, result, models, protocol, texts) if place else result
     return found
+
+
+def differences(cards: "Iterable[Card]", evaluated: "Iterable[tuple[Any, Chosen]]") -> Iterator[str]:
+    """Why the numbers of several students do not compare, a line each."""
+    teachers = [card.teacher_settings() for card in cards]
+    if len({(each.source, str(each.lora), each.height, each.width, each.frames) for each in teachers}) > 1:
+        yield OTHER_TEACHERS
+    if len({(texts.sha256, chosen.index) for texts, chosen in evaluated}) > 1:
+        yield OTHER_PROMPTS
 
 
 def choose(

@@ -1,5 +1,6 @@
 """`stepfold sample`: images of a student."""
 
+import os.path
 from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -78,6 +79,9 @@ def sample(
 
     if out and out.suffix.lower() != ".png":
         raise UserError(f"--out {out} is no PNG; give a name that ends in .png")
+    files = [prompt for prompt in prompts if os.path.isfile(prompt)]
+    if files:
+        raise UserError(f"{files[0]} is a file, and a prompt is a text; give the prompts themselves, each in quotes")
     quiet_libraries()
     if race:
         if image:

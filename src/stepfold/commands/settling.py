@@ -95,12 +95,14 @@ def settle(
     own, teacher = tuple(changes or ()), given.get("teacher")
     told = given.get("train_steps") is not None or any(change.startswith("training.steps=") for change in own)
     check_wishes(steps, hours, told)
+    wishes = tuple(name for name, value in (("--steps", steps), ("--hours", hours)) if value is not None)
+    if resume and out and not (preset or teacher) and (out / "config.yaml").is_file():
+        return as_there(out, own, given, wishes)
     if preset or teacher in (None, "emoji"):
-        if name := next((name for name, value in (("--steps", steps), ("--hours", hours)) if value is not None), None):
+        if name := next(iter(wishes), None):
             reason = f"--preset {preset} is one" if preset else "the bundled teacher has presets (stepfold presets)"
             raise UserError(f"{name} is for choosing a method, and {reason}; leave it out")
         return Settled(config_of(preset, own, **given), chosen_preset(preset, teacher), own, given)
-    wishes = tuple(name for name, value in (("--steps", steps), ("--hours", hours)) if value is not None)
     if out and resume and (out / "config.yaml").is_file():
         return as_there(out, own, given, wishes)
     if hours and int(os.environ.get("WORLD_SIZE", 1)) > 1:

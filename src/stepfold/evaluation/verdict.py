@@ -12,7 +12,11 @@ Row = Mapping[str, float | None]
 FEWEST_IMAGES = 100
 """Images a row, below which an FD of two samplers says nothing about which is better."""
 LEARNED = 0.98
-"""Latent error of the last preview, in units of the first one's, from which on nothing is seen to be learned."""
+"""Latent error of the last preview, in units of the first one's, from which on nothing is seen to be learned.
+
+Above the inverse, it grew.
+"""
+NOT_FINITE = "The student's samples are not finite: it diverged. Train again with a tenth of optimiser.lr."
 
 
 @dataclass(frozen=True)
@@ -252,10 +256,12 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
     looks = symptoms_of(report.get("curves") or {})
     if not student or not teacher:
         return [f"No {'student' if not student else 'teacher'} has been measured.", *looks]
+    if not all(math.isfinite(value) for row in student.values() for value in row.values() if value is not None):
+        return [NOT_FINITE, *looks]
     alike = {steps: row for steps, row in student.items() if steps == 1 or not report.get("fresh_noise")}
     said = [
         _beaten(alike, teacher, "latent_error", "Latent error"),
-        _unchanged(report),
+        _by_previews(report),
         _ranking(report),
         _measured_on(report),
         _collapsed(report),
@@ -286,18 +292,18 @@ def _beaten(student: Mapping[int, Row], teacher: Mapping[int, Row], key: str, la
     return f"{label}: the student beats the untrained teacher at {listed(better)}, not at {listed(worse)}."
 
 
-def _unchanged(report: Mapping[str, Any]) -> str:
-    """Whether the previews of one step are as far from the teacher's trajectory as before the training."""
+def _by_previews(report: Mapping[str, Any]) -> str:
+    """Whether the previews of one step are no nearer to the teacher's trajectory than before the training."""
     config, course = report.get("config") or {}, (report.get("curves") or {}).get("latent_error") or []
     if len(course) < 2 or config.get("objective") not in ("continuous", "discrete"):  # which learn to take one step
         return ""
     (_, before), (_, after) = course[0], course[-1]
     if before is None or after is None or after < LEARNED * before:
         return ""
-    return (
-        f"Previews: the latent error of one step is {after:.3f}, and was {before:.3f} before the training. "
-        "Train longer, or with a higher optimiser.lr."
-    )
+    said = f"Previews: the latent error of one step is {after:.3f}, and was {before:.3f} before the training."
+    if after <= before / LEARNED:
+        return f"{said} Train longer, or with a higher optimiser.lr."
+    return f"{said} It grew: train again with a lower optimiser.lr, a tenth at first."
 
 
 def _ranking(report: Mapping[str, Any]) -> str:

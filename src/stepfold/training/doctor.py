@@ -40,12 +40,13 @@ TRIED, TIMES = 2, 4
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what was measured, what is wanted, and whether it is so."""
+    """One check: what was measured, what is wanted, whether it is so, and what to do where it is not."""
 
     check: str
     number: str
     want: str
     ok: bool
+    fix: str = ""
 
 
 ROUNDING = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -56,6 +57,9 @@ SAMPLED = 0.3
 """And two calls in bfloat16: FLUX's pipeline rounds its time to steps of 4 in 1000."""
 QUANTISED = {"int8": 0.05, "fp8": 0.1, "nf4": 0.3}
 """How far a velocity may be from that of the plain weights."""
+OTHER_CALL = "stepfold calls this network in another way than its pipeline; do not train, and report the table"
+IN_FLOAT32 = "rounding alone may do it; run doctor without --dtype, and train in bfloat16 where that is ok"
+"""What to do where the network's calls differ from its pipeline's."""
 MISREAD = 0.1
 """How far its states may be from a schedule that was read right: some solvers end a little above noise level 0."""
 
@@ -150,13 +154,15 @@ def own_loop(teacher: PipelineTeacher, prompts: Sequence[str], condition: Condit
     most = SAMPLED if teacher.dtype == torch.bfloat16 else ROUNDED if teacher.rounds else ROUNDING["float32"]
     scheduler = type(teacher.pipe.scheduler).__name__ + (f" without {found.left_out}" if found.left_out else "")
     off = max(found.schedule, found.end)
+    calls = close("network = the pipeline's own, 4 calls", found.network, most)
     return [
-        close("network = the pipeline's own, 4 calls", found.network, most),
+        replace(calls, fix=IN_FLOAT32 if teacher.dtype == torch.bfloat16 else OTHER_CALL),
         Finding(
             f"schedule = that of {scheduler}",
             f"its steps to a known picture are {off:.1e} off",
             f"<= {MISREAD:g}",
             off <= MISREAD,
+            "the folder's scheduler does not describe its network; take the one of the base model",
         ),
     ]
 
