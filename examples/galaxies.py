@@ -6,6 +6,7 @@ mixer that they belong to is written below.
 """
 
 import argparse
+import copy
 import io
 import math
 import subprocess
@@ -73,6 +74,34 @@ class Mixer(nn.Module):
         for block in self.blocks:
             mixed = block(mixed)
         return self.last(self.norm(mixed).view_as(y))
+
+
+class Denoiser(nn.Module):
+    """The student's network: the score of D(x) = c_skip x + c_out net(x), as EDM has it (arXiv:2206.00364, Table 1).
+
+    The teacher's own network is a score s, and D = (x + sigma^2 s) / alpha. In pure noise alpha is 1/148, so what a
+    student gets wrong of s is 148 times as large in its image. The net's body is the teacher's, its last layer is new.
+    """
+
+    def __init__(self, mixer: Mixer, std: float) -> None:
+        super().__init__()
+        self.net, self.std = copy.deepcopy(mixer), std
+        nn.init.zeros_(self.net.last.weight)
+        nn.init.zeros_(self.net.last.bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (of(t)[:, None, None, None] for of in (SCHEDULE.alpha, SCHEDULE.sigma))
+        level = sigma / alpha
+        skip = self.std**2 / (level**2 + self.std**2)
+        data = skip * x / alpha + level * skip.sqrt() * self.net(x, t)
+        return (alpha * data - x) / sigma**2
+
+
+METHODS = {
+    "endpoint": ["objective=pair"],
+    "discrete": ["objective=discrete"],
+}
+"""Every state leads to the end of its trajectory; or to what the student makes of the next state."""
 
 
 def read_arrays(data: bytes) -> list[np.ndarray]:
@@ -181,21 +210,25 @@ def shapes(samples: Tensor, std: float) -> dict[str, tuple[float, float]]:
     return {name: (float(values.median()), float(values.quantile(thirds).diff()) / 2) for name, values in found.items()}
 
 
-def distilled(teacher: ModuleTeacher, folder: Path, minutes: float, seed: int) -> tuple[Student, int]:
+def distilled(
+    teacher: ModuleTeacher, network: nn.Module, method: str, folder: Path, minutes: float, seed: int
+) -> tuple[Student, int]:
     """A student of so many minutes of training, and its number of steps, which a short trial foretells."""
     settings = [
-        "objective=discrete", "space.keep_first=true", "space.route_steps=16", "training.prompts_per_step=4",
+        *METHODS[method], "space.keep_first=true", "space.route_steps=16", "training.prompts_per_step=4",
         "optimiser.name=adamw", "optimiser.lr=1e-3", "optimiser.decay=0.5", f"seed={seed}",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as trial:
         seconds = []
         for steps in (1, 6):
             began = monotonic()
-            distill_module(teacher, None, Path(trial) / str(steps), [*settings, f"training.steps={steps}"], quiet=True)
+            own = [*settings, f"training.steps={steps}"]
+            distill_module(teacher, None, Path(trial) / str(steps), own, student=network, quiet=True)
             seconds.append(monotonic() - began)
     steps = max(1, int(60 * minutes / max((seconds[1] - seconds[0]) / 5, 1e-3)))
     ema = f"training.ema={min(0.99, 1 - 10 / (steps + 10)):.4f}"  # an average over the last tenth or so
-    return distill_module(teacher, None, folder / "run", [*settings, ema, f"training.steps={steps}"]), steps
+    settings += [ema, f"training.steps={steps}"]
+    return distill_module(teacher, None, folder / "run", settings, student=network), steps
 
 
 def contact_sheet(rows: list[Tensor], std: float) -> Image.Image:
@@ -222,6 +255,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
     """Returns the samples of each row of the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=NETWORKS, default="HSC32")
+    parser.add_argument("--method", choices=METHODS, default="endpoint")
     parser.add_argument("--minutes", type=float, default=10, help="of training")
     parser.add_argument("--out", type=Path, default=Path("runs/galaxies"), help="a new folder")
     parser.add_argument(
@@ -233,7 +267,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
     given.out.mkdir(parents=True, exist_ok=True)
     print(f"{PACKAGE} states no licence; whether you may use it, and what you make of it, is for you to find out.")
     teacher, std = teacher_of(given.wheel or fetch(given.out), given.net), NETWORKS[given.net][2]
-    student, steps = distilled(teacher, given.out, given.minutes, given.seed)
+    mixer = teacher.network
+    assert isinstance(mixer, Mixer)
+    student, steps = distilled(teacher, Denoiser(mixer, std), given.method, given.out, given.minutes, given.seed)
     many = f"teacher, {REFERENCE_STEPS} steps"
     rows = {many: by_euler(teacher, 1, REFERENCE_STEPS, given.samples)}
     rows["the same, other noise (floor)"] = by_euler(teacher, 2, REFERENCE_STEPS, given.samples)

@@ -127,6 +127,22 @@ def test_its_teacher_is_that_of_the_denoiser_that_its_score_makes(galaxies: Any,
     assert math.tan(teacher.start_time) * std == pytest.approx(148.4, abs=0.1)
 
 
+def test_the_students_network_begins_as_the_score_of_a_gaussian(galaxies: Any) -> None:
+    """Of N(0, std^2), whose denoiser is c_skip x; what its net says is then added c_out times."""
+    std, t = 0.82, torch.tensor([1e-3, 0.4, 3.0, 9.9], dtype=torch.float64)
+    network = galaxies.Denoiser(galaxies.load_mixer(file_of(arrays()), SIZE), std).double()
+    x = torch.randn(4, 1, SIZE, SIZE, dtype=torch.float64)
+    alpha2 = torch.exp(-t)[:, None, None, None]
+    torch.testing.assert_close(network(x, t), -x / (alpha2 * std**2 + 1 - alpha2), rtol=1e-9, atol=0)
+    torch.nn.init.ones_(network.net.last.bias)  # which adds c_out to the denoiser
+    alpha, sigma = alpha2.sqrt(), (1 - alpha2).sqrt()
+    with torch.no_grad():
+        data = (x + sigma**2 * network(x, t)) / alpha
+    level = sigma / alpha
+    added = data - std**2 / (level**2 + std**2) * x / alpha
+    torch.testing.assert_close(added, (level * std / (level**2 + std**2).sqrt()).expand_as(added), rtol=1e-6, atol=1e-9)
+
+
 @pytest.fixture
 def wheel(galaxies: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "galaxygrad-0.2.1-py3-none-any.whl"
@@ -137,12 +153,19 @@ def wheel(galaxies: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("method", ["endpoint", "discrete"])
 def test_the_example_runs_and_tells_its_numbers(
-    galaxies: Any, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    method: str,
+    galaxies: Any,
+    wheel: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(galaxies, "REFERENCE_STEPS", 3)
     out = tmp_path / "out"
-    rows = galaxies.main(["--minutes", "0", "--samples", "40", "--wheel", str(wheel), "--out", str(out)])
+    options = ["--method", method, "--minutes", "0", "--samples", "40", "--wheel", str(wheel), "--out", str(out)]
+    rows = galaxies.main(options)
     said = capsys.readouterr().out.splitlines()
     assert "states no licence" in said[0]
     assert [name.split(",")[0] for name in rows] == ["teacher", "the same", *["teacher"] * 4, *["student"] * 3]
