@@ -75,10 +75,11 @@ class Display:
 
     def step(self, progress: "Progress") -> None:
         """One optimiser step is done."""
-        row = progress.row
-        rate = row["pairs"] / row["sec"]
-        self._pairs_per_sec = 0.95 * self._pairs_per_sec + 0.05 * rate if self._pairs_per_sec else rate
-        text = f"{self._pairs_per_sec:.0f} pairs/s"
+        row, waits = progress.row, "head_start" in progress.row
+        if not waits:
+            rate = row["pairs"] / row["sec"]
+            self._pairs_per_sec = 0.95 * self._pairs_per_sec + 0.05 * rate if self._pairs_per_sec else rate
+        text = "head start: the student waits" if waits else f"{self._pairs_per_sec:.0f} pairs/s"
         if "loss" in row:
             text = (
                 f"loss {row['loss']:+.3f}  "
@@ -88,8 +89,8 @@ class Display:
         if self._bars is not None:
             self._bars.update(self._task, completed=progress.step, description=text)  # type: ignore[arg-type]
         if not self.console.is_terminal and (progress.step % PLAIN_EVERY == 0 or progress.step in (1, self._total)):
-            left = (self._total - progress.step) * row["sec"]
-            self.note(f"step {progress.step}/{self._total}  {text}  about {left / 60:.1f} min left")
+            left = f"  about {(self._total - progress.step) * row['sec'] / 60:.1f} min left"
+            self.note(f"step {progress.step}/{self._total}  {text}{'' if waits else left}")
 
     @contextmanager
     def measuring(self, totals: dict[str, int]) -> Iterator[Callable[[str, int], None]]:

@@ -12,6 +12,7 @@ from stepfold.display import Display
 from stepfold.jobs.distilling import load, run_distill
 from stepfold.teachers.pipeline import PipelineTeacher
 from stepfold.training import retiming
+from stepfold.training.looks import Progress
 
 
 def settings(teacher: Path, prompts: Path, *changes: str) -> Config:
@@ -76,6 +77,17 @@ def test_a_run_says_what_few_users_mean(tiny_sana: Path, prompts_file: Path, tmp
     usual = settings(tiny_sana, prompts, "objective=discrete", "optimiser.warmup=1")
     run_distill(usual, tmp_path / "usual", resume=False, display=display, command="")
     assert not [line for line in display.lines if "few prompts" in line or "warmup" in line or "guidance" in line]
+
+
+def test_a_head_start_has_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was "0 pairs/s  about 0.0 min left", and slowed the rate that came after it."""
+    display = Display()
+    with display.training(4):
+        display.step(Progress(1, {"head_start": 1, "pairs": 0, "sec": 1.0}))
+        display.step(Progress(4, {"pairs": 8, "sec": 2.0, "loss": 0.1, "grad_norm": 1.0}))
+    first, last = "".join(capsys.readouterr()).splitlines()
+    assert first.endswith("step 1/4  head start: the student waits")
+    assert last.endswith("4 pairs/s  about 0.0 min left")
 
 
 @pytest.mark.parametrize("command", ["distill", "encode", "retime"])
