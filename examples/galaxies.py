@@ -97,11 +97,25 @@ class Denoiser(nn.Module):
         return (alpha * data - x) / sigma**2
 
 
+BASE = [
+    "space.route_steps=16", "training.prompts_per_step=4", "optimiser.name=adamw", "optimiser.decay=0.5",
+]  # fmt: skip
+WALKED = [*BASE, "space.keep_first=true", "optimiser.lr=1e-3"]
+ENDPOINT = [*WALKED, "objective=pair"]
+MATCHING = [
+    *BASE, "objective=matching", "space.kind=rollout", "rollout.steps=4", "fake.kind=whole", "fake.updates=5",
+    "fake.head_start=40", "fake.lr_factor=2", "optimiser.lr=1e-4", "optimiser.betas=[0.0,0.999]",
+]  # fmt: skip
 METHODS = {
-    "endpoint": ["objective=pair"],
-    "discrete": ["objective=discrete"],
+    "matching": [(0.8, ENDPOINT), (0.2, MATCHING)],
+    "endpoint": [(1.0, ENDPOINT)],
+    "discrete": [(1.0, [*WALKED, "objective=discrete"])],
 }
-"""Every state leads to the end of its trajectory; or to what the student makes of the next state."""
+"""Name -> stages, as a share of the time and settings.
+
+Every state leads to the end of its trajectory (endpoint), or to what the student makes of the next state (discrete).
+After the endpoints, distribution matching trains the student's own four steps.
+"""
 
 
 def read_arrays(data: bytes) -> list[np.ndarray]:
@@ -213,22 +227,28 @@ def shapes(samples: Tensor, std: float) -> dict[str, tuple[float, float]]:
 def distilled(
     teacher: ModuleTeacher, network: nn.Module, method: str, folder: Path, minutes: float, seed: int
 ) -> tuple[Student, int]:
-    """A student of so many minutes of training, and its number of steps, which a short trial foretells."""
-    settings = [
-        *METHODS[method], "space.keep_first=true", "space.route_steps=16", "training.prompts_per_step=4",
-        "optimiser.name=adamw", "optimiser.lr=1e-3", "optimiser.decay=0.5", f"seed={seed}",
-    ]  # fmt: skip
+    """A student of so many minutes of training, and its number of steps, which short trials foretell."""
+    total, student = 0, network
+    for number, (share, settings) in enumerate(METHODS[method], 1):
+        settings = [*settings, f"seed={seed}"]
+        steps = steps_in(60 * minutes * share, teacher, student, settings)
+        ema = f"training.ema={min(0.99, 1 - 10 / (steps + 10)):.4f}"  # an average over the last tenth or so
+        own = [*settings, ema, f"training.steps={steps}"]
+        student, total = distill_module(teacher, None, folder / f"stage{number}", own, student=student), total + steps
+    assert isinstance(student, Student)
+    return student, total
+
+
+def steps_in(seconds: float, teacher: ModuleTeacher, student: nn.Module, settings: list[str]) -> int:
+    """How many optimiser steps take so long, by a trial of a copy."""
+    took, first = [], 41 if "fake.head_start=40" in settings else 1
     with tempfile.TemporaryDirectory() as trial:
-        seconds = []
-        for steps in (1, 6):
+        for steps in (first, first + 5):
             began = monotonic()
             own = [*settings, f"training.steps={steps}"]
-            distill_module(teacher, None, Path(trial) / str(steps), own, student=network, quiet=True)
-            seconds.append(monotonic() - began)
-    steps = max(1, int(60 * minutes / max((seconds[1] - seconds[0]) / 5, 1e-3)))
-    ema = f"training.ema={min(0.99, 1 - 10 / (steps + 10)):.4f}"  # an average over the last tenth or so
-    settings += [ema, f"training.steps={steps}"]
-    return distill_module(teacher, None, folder / "run", settings, student=network), steps
+            distill_module(teacher, None, Path(trial) / str(steps), own, student=copy.deepcopy(student), quiet=True)
+            took.append(monotonic() - began)
+    return max(first, int(seconds / max((took[1] - took[0]) / 5, 1e-3)))
 
 
 def contact_sheet(rows: list[Tensor], std: float) -> Image.Image:
@@ -255,7 +275,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
     """Returns the samples of each row of the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=NETWORKS, default="HSC32")
-    parser.add_argument("--method", choices=METHODS, default="endpoint")
+    parser.add_argument("--method", choices=METHODS, default="matching")
     parser.add_argument("--minutes", type=float, default=10, help="of training")
     parser.add_argument("--out", type=Path, default=Path("runs/galaxies"), help="a new folder")
     parser.add_argument(

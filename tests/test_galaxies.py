@@ -153,7 +153,7 @@ def wheel(galaxies: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["endpoint", "discrete"])
+@pytest.mark.parametrize("method", ["matching", "discrete"])
 def test_the_example_runs_and_tells_its_numbers(
     method: str,
     galaxies: Any,
@@ -171,7 +171,7 @@ def test_the_example_runs_and_tells_its_numbers(
     assert [name.split(",")[0] for name in rows] == ["teacher", "the same", *["teacher"] * 4, *["student"] * 3]
     assert all(samples.shape == (40, 1, SIZE, SIZE) and samples.isfinite().all() for samples in rows.values())
     assert len([line for line in said if line.count("|") == 6]) == 2 + len(rows)
-    assert (out / "galaxies.png").is_file() and (out / "run" / "student.safetensors").is_file()
+    assert (out / "galaxies.png").is_file() and (out / "stage1" / "student.safetensors").is_file()
 
 
 def test_distances_and_shapes_are_those_of_known_images(galaxies: Any) -> None:
