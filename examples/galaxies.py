@@ -103,8 +103,9 @@ BASE = [
 WALKED = [*BASE, "space.keep_first=true", "optimiser.lr=1e-3"]
 ENDPOINT = [*WALKED, "objective=pair"]
 MATCHING = [
-    *BASE, "objective=matching", "space.kind=rollout", "rollout.steps=4", "fake.kind=whole", "fake.updates=5",
-    "fake.head_start=40", "fake.lr_factor=2", "optimiser.lr=1e-4", "optimiser.betas=[0.0,0.999]",
+    *BASE, "objective=matching", "space.kind=rollout", "rollout.steps=4", "rollout.lengths=cycled",
+    "fake.kind=whole", "fake.updates=5", "fake.head_start=40", "fake.lr_factor=2", "optimiser.lr=1e-4",
+    "optimiser.betas=[0.0,0.999]",
 ]  # fmt: skip
 METHODS = {
     "matching": [(0.8, ENDPOINT), (0.2, MATCHING)],
@@ -114,7 +115,7 @@ METHODS = {
 """Name -> stages, as a share of the time and settings.
 
 Every state leads to the end of its trajectory (endpoint), or to what the student makes of the next state (discrete).
-After the endpoints, distribution matching trains the student's own four steps.
+After the endpoints, distribution matching trains the student's own steps, one to four in turn.
 """
 
 
