@@ -371,7 +371,7 @@ def test_a_teacher_in_one_file_gets_the_way_to_a_folder(prompts_file: Path, tmp_
     assert_one_line(distill(*args), "is one file, and a pipeline folder is needed", made)
     assert_one_line(Result("doctor", file), made)
     save_file({"unet.conv_in.lora_A.weight": torch.zeros(1, 1)}, file)
-    assert_one_line(Result("doctor", file), f"{file} is a LoRA", f"--teacher TEACHER --teacher-lora {file}")
+    assert_one_line(Result("doctor", file), f"{file} is a LoRA", f"doctor TEACHER as --teacher-lora {file}")
     picture = tmp_path / "fox.png"
     picture.write_bytes(b"")
     assert_one_line(Result("doctor", picture), f"'{picture}' is no model; give a pipeline folder or a hub id")

@@ -154,6 +154,15 @@ def test_a_preset_of_another_family_is_said(tiny_sana: Path, tmp_path: Path) -> 
     assert foreign_preset(str(file), teacher) == said
     assert not foreign_preset("sana-lora-4step", teacher) and not foreign_preset("lora-4step", teacher)
     assert not foreign_preset("wan-lora-4step", "nowhere/at-all")
+    for options, own in (({}, "wan-lora-4step"), ({"expand_timesteps": True}, "wan22-ti2v-lora-4step")):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **options}))
+        for preset in ("wan-lora-4step", "wan22-ti2v-lora-4step", "sdxl-lora-4step"):
+            said = foreign_preset(preset, str(tmp_path))
+            assert said.endswith(f"its family has {own}") if preset != own else not said, (preset, own)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "unet": []}')
+    (tmp_path / "unet" / "config.json").write_text('{"sample_size": 64}')
+    assert foreign_preset("sdxl-lora-4step", str(tmp_path)).endswith("its family has sd1-lora-4step")
     said = foreign_preset("demo", teacher, 32)
     assert "asks for 32 tokens a prompt" in said and said.endswith("has sana-lora-4step")
     file.write_text("preset: lcm\n")
@@ -415,6 +424,8 @@ def test_a_run_of_an_earlier_version_goes_on(tiny_sana: Path, tmp_path: Path) ->
     assert found.config == load_config(config, ["optimiser.lr=3e-4"]) and found.config != config
     assert found.notes() == ["the run goes on with the settings that it began with; --steps change nothing"]
     assert settle(None, None, out=tmp_path, **given).config.student.times == "two"  # not resumed: the rule's
+    with pytest.raises(UserError, match=rf"holds no run to go on with; did you mean {tmp_path}\?; --preset or --tea"):
+        settle(None, None, steps=None, hours=None, device="cpu", out=Path(f"{tmp_path}x"), resume=True)
     alone = settle(None, None, steps=None, hours=None, device="cpu", out=tmp_path, resume=True)
     assert alone.config == config and not alone.notes()  # the demo's settings were compared with it
 

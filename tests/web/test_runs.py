@@ -4,13 +4,17 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 from stepfold.commands.runs import runs as list_runs
-from stepfold.errors import UserError
+from stepfold.config import from_yaml, to_yaml
+from stepfold.errors import Caution, UserError
+from stepfold.students.card import read_card
+from stepfold.training.opening import with_steps
 from stepfold.web import markup
 from stepfold.web.runs import (
     compared,
@@ -58,6 +62,22 @@ def test_latent_errors_of_several_steps_with_fresh_noise_are_left_out(runs: Path
         (tmp_path / "first" / "report.json").write_text(json.dumps(report))
         steps, scores = scores_of(read_run(tmp_path, "first"))
         assert steps == 4 and scores["accuracy"] == 0.9 and ("latent_error" in scores) is kept
+
+
+def test_a_run_that_is_made_longer_goes_on(runs: Path, tmp_path: Path) -> None:
+    """It was "finished, 5 of 9", and its earlier student was exported without a word."""
+    run = tmp_path / "first"
+    shutil.copytree(runs / "first", run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_card(run)
+    (run / "config.yaml").write_text(to_yaml(with_steps(from_yaml(run / "config.yaml"), 9)))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "loss": 0.1}) + "\n")
+    found = read_run(tmp_path, "first")
+    assert (found.state, found.step, found.steps) == ("stopped", 5, 9)
+    with pytest.warns(Caution, match="first has gone on to step 5, and its student is still of step 3"):
+        read_card(run)
 
 
 def test_a_run_whose_student_is_gone_is_not_finished(runs: Path, tmp_path: Path) -> None:

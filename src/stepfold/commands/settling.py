@@ -1,5 +1,6 @@
 """The settings of `stepfold distill` and `stepfold plan`: a preset's, or the rule's where none is named."""
 
+import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -96,7 +97,9 @@ def settle(
     told = given.get("train_steps") is not None or any(change.startswith("training.steps=") for change in own)
     check_wishes(steps, hours, told)
     wishes = tuple(name for name, value in (("--steps", steps), ("--hours", hours)) if value is not None)
-    if resume and out and not (preset or teacher) and (out / "config.yaml").is_file():
+    if resume and out and not (preset or teacher):
+        if not (out / "config.yaml").is_file():
+            raise UserError(f"{out} holds no run to go on with{near(out)}; --preset or --teacher begins one there")
         return as_there(out, own, given, wishes)
     if preset or teacher in (None, "emoji"):
         if name := next(iter(wishes), None):
@@ -115,6 +118,13 @@ def settle(
         return as_there(Path("runs") / facts.preset, own, given, wishes)
     choice = choose(facts)
     return Settled(config_by(choice, own, given), choice.preset, own, given, facts, choice)
+
+
+def near(folder: Path) -> str:
+    """The run beside a folder whose name is the most like its, for an error; empty where there is none."""
+    names = [path.parent.name for path in folder.parent.glob("*/config.yaml")]
+    close = difflib.get_close_matches(folder.name, names, n=1)
+    return f"; did you mean {folder.parent / close[0]}?" if close else ""
 
 
 def as_there(folder: Path, changes: tuple[str, ...], given: dict[str, Any], wishes: tuple[str, ...]) -> Settled:

@@ -110,10 +110,14 @@ def foreign_preset(preset: str, source: str, tokens: int | None = None) -> str:
         found = re.search(r"^preset: *[\"']?([^\s\"'#]+)", Path(preset).read_text(encoding="utf-8"), re.MULTILINE)
         preset = found[1] if found else ""
     try:
-        pipeline = json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, LookupError, TypeError):
+        index = json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))
+        pipeline, part = index["_class_name"], "unet" if "unet" in index else "transformer"
+        network = Path(source) / part / "config.json"
+        own = family_preset(index, json.loads(network.read_text(encoding="utf-8")) if network.is_file() else {})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return ""  # which the run says
-    own = PRESETS.get(pipeline, "lora-4step")
+    if own != preset and "WanPipeline" == pipeline == owners.get(preset):
+        return f"preset {preset} has size and frames of another {pipeline} than the teacher; its family has {own}"
     if preset in owners and pipeline != owners[preset]:
         return (
             f"preset {preset} has size, guidance scale and method for a {owners[preset]}, and the teacher is a "

@@ -2,13 +2,15 @@
 
 import json
 import shlex
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from stepfold import assets
-from stepfold.errors import UserError, first_line
+from stepfold.errors import Caution, UserError, first_line
 from stepfold.near_names import renamed
 from stepfold.sampling.recipe import Recipe
 from stepfold.scores import MATCHING
@@ -16,6 +18,8 @@ from stepfold.sections import CARD, Section, TeacherSettings
 from stepfold.students.intact import digests_in
 
 RUN = "config.yaml"
+LAST_BYTES = 100_000
+"""Of a run's metrics, more than its last row."""
 BUNDLED_STUDENT = "emoji-student"
 ANYFLOW = "AnyFlowPipeline"
 """The class of diffusers whose network is told both times; an export, which stepfold itself does not load."""
@@ -278,13 +282,27 @@ def read_card(folder: Path) -> Card:
     if not path.is_file():
         raise UserError(f"{path.parent} is no student folder ({CARD} is missing); give OUT/student of a run")
     try:
-        return Card.model_validate(upgraded(json.loads(path.read_text(encoding="utf-8"))))
+        card = Card.model_validate(upgraded(json.loads(path.read_text(encoding="utf-8"))))
+        if path.parent.name == "student" and is_run(run):
+            warn_of_longer(run, card)
+        return card
     except ValidationError as error:
         problem = error.errors()[0]
         what = ": ".join([*(str(part) for part in problem["loc"]), problem["msg"]])
         raise UserError(f"{path} is damaged ({what}); copy the student folder again") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({first_line(error)}); copy the student folder again") from None
+
+
+def warn_of_longer(run: Path, card: Card) -> None:
+    """Says of a run that has gone on since its student was made that the student is the earlier one."""
+    made, step = (card.config.get("training") or {}).get("steps"), 0
+    with suppress(OSError, ValueError, LookupError, TypeError), (run / "metrics.jsonl").open("rb") as file:
+        file.seek(max(0, (run / "metrics.jsonl").stat().st_size - LAST_BYTES))
+        step = 1 + int(json.loads(file.read().splitlines()[-1])["step"])
+    if isinstance(made, int) and step > made:
+        said = f"{run} has gone on to step {step}, and its student is still of step {made}; resume it to its end"
+        warnings.warn(said, Caution, stacklevel=2)
 
 
 def write_card(folder: Path, card: Card) -> None:

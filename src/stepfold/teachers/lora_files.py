@@ -204,7 +204,8 @@ def check_no_lora(file: Path, names: Iterable[str]) -> None:
     """
     if any(LORA.search(name) for name in names):
         raise UserError(
-            f"{file} is a LoRA and not a network; give it beside its teacher: --teacher TEACHER --teacher-lora {file}"
+            f"{file} is a LoRA and not a network; give it beside its teacher, to stepfold distill --teacher TEACHER or "
+            f"stepfold doctor TEACHER as --teacher-lora {file}"
         )
 
 

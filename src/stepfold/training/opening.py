@@ -258,7 +258,10 @@ def prepare_run(
     Raises:
         UserError: as `open_run` and `remember`.
     """
+    there = from_yaml(folder / CONFIG).training.steps if resume and (folder / CONFIG).is_file() else None
     lock = open_run(folder, config, resume)
+    if there and config.training.steps > there:
+        note(f"the run is made longer: training.steps was {there:,} and is {config.training.steps:,}")
     for source in sources:
         remember(folder, source)
     for finding in set_aside_damaged(folder):

@@ -114,7 +114,8 @@ def read_run(root: Path, name: Any) -> Run:
         step = int(max((row["step"] for row in rows_of(folder)), default=-1)) + 1
     except UserError as error:
         return replace(run, state="unreadable", steps=steps, problem=str(error))
-    done = any((folder / made).exists() for made in ENDS)
+    longer = steps is not None and 0 < step < steps  # than when it ended: it goes on
+    done = any((folder / made).exists() for made in ENDS) and not longer
     state = "running" if is_running(folder) else "finished" if done else "stopped"
     return replace(run, state=state, step=step, steps=steps)
 
