@@ -133,11 +133,13 @@ def _introduction(asked: Comparison, protocol: Protocol, rows: Mapping[str, Reco
             f"The learning rate is that of its settings times the best of {listed}. A quarter of the budget and a seed "
             "of its own decide, by FD at the fewest steps that the row is made for."
         )
-    most = max((len(scored(records)) for records in rows.values()), default=0)
+    counts = sorted({count for records in rows.values() if (count := len(scored(records)))})
+    most = max(counts, default=0)
+    seeds = "one seed" if most < 2 else f"{most} seeds" if len(counts) == 1 else f"{counts[0]} to {most} seeds a row"
     weak = "With two or three seeds that is weak evidence." if most > 1 else "One seed gives no verdict."
     return INTRODUCTION.format(
         budget=asked.budget.words, equal=equal, rates=rates, guidance=protocol.guidance, pictures=protocol.n,
-        seeds=f"{asked.seeds} seeds" if asked.seeds > 1 else "one seed", most=protocol.teacher_steps[0], weak=weak,
+        seeds=seeds, most=protocol.teacher_steps[0], weak=weak,
     )  # fmt: skip
 
 
