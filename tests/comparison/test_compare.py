@@ -380,6 +380,15 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     own = tmp_path / "mine.yaml"
     own.write_text("preset: demo\ntraining: {prompts_per_step: 2}\n")
     assert choose_rows(ROWS, [str(own), "scm-endpoints"])[str(own)].steps == (1, 2, 4)
+    assert choose_rows(ROWS, ["demo-4step"])["demo-4step"].steps == (4,)
+    for text, steps in (
+        ("preset: dmd", (4,)), ("preset: flow-map", (1, 2, 4, 8)), ("preset: guidance", (8,)),
+        ("preset: emoji-long", (1, 2, 4)),
+        ("preset: dmd\nrollout: {steps: 2}", (2,)), ("preset: demo\nevaluation: {steps: [4, 2]}", (2, 4)),
+        (f"preset: {own}", (1, 2, 4)), ("preset: sid\nseed: 3", (1, 2, 4)),
+    ):  # fmt: skip
+        (file := tmp_path / "built.yaml").write_text(text + "\n")
+        assert choose_rows(ROWS, [str(file)])[str(file)].steps == steps, text
     for options, words in (
         (["--minutes", "5", "--pairs", "9"], "three kinds of budget"), (["--minutes", "0"], "--minutes is 0"),
     ):  # fmt: skip

@@ -447,7 +447,7 @@ def test_a_run_that_goes_on_is_followed(open_page: Callable[..., Any], runs: Pat
         page.get_by_role("tab", name="Runs").click()
         page.locator(".run.a").wait_for()
         choose(page, "#run-a", "going")
-        page.get_by_text("finished, 1 step", exact=True).wait_for()
+        page.get_by_text("stopped, step 1 of 3", exact=True).wait_for()
         page.get_by_text("going, step 2").wait_for()
         (going / "metrics.jsonl").write_text("".join(rows))
         shutil.copy(runs / "first" / "previews" / "step_000003.png", going / "previews")

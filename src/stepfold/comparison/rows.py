@@ -131,6 +131,8 @@ def choose_rows(rows: Rows, names: Sequence[str], changes: Sequence[str] = ()) -
             raise UserError(f"{name} is for a model of yours; the row of the bundled one is lora-4step")
         if name not in rows.rows and not name.endswith((".yaml", ".yml")) and name not in preset_names():
             raise UserError(f"no row {name!r}; there are {', '.join(rows.rows)}; or give a preset, or a yaml file")
+        if name not in rows.rows:
+            row = chosen[name] = row.model_copy(update={"steps": steps_of(name, rows)})
         if name not in rows.rows and name not in preset_names():
             row = chosen[name] = row.with_changes(own_of_file(name, (*rows.common, *changes)))
         config = load_config(row.preset, (*rows.common, *row.changes))
@@ -145,6 +147,30 @@ def choose_rows(rows: Rows, names: Sequence[str], changes: Sequence[str] = ()) -
     return {name: row.with_changes(changes) for name, row in chosen.items()}
 
 
+def steps_of(name: str, rows: Rows) -> tuple[int, ...]:
+    """The sampling steps that another preset, or a yaml file, is made for.
+
+    They are its own `evaluation.steps`, or those of its rollouts, or those of the row that it builds on.
+    """
+    config, (said, base) = load_config(name), said_in(name)
+    if "evaluation.steps" in said and config.evaluation.steps:
+        return tuple(sorted(config.evaluation.steps))
+    if config.space.kind == "rollout" and config.rollout.lengths == "fixed":
+        return (config.rollout.steps,)
+    known = {row.preset: row.steps for row in rows.rows.values()} | {each: row.steps for each, row in rows.rows.items()}
+    return known.get(base, USUAL_STEPS)
+
+
+def said_in(path: str) -> tuple[set[str], str]:
+    """The settings that a yaml file and those that it builds on give, and the preset at their end."""
+    said, file = set[str](), path
+    while Path(file).is_file():
+        read = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+        said |= {f"{name}.{key}" for name, part in read.items() if isinstance(part, dict) for key in part}
+        file = str(read.get("preset", ""))
+    return said, file
+
+
 def own_of_file(path: str, common: Sequence[str]) -> list[str]:
     """`key=value` of the settings in a yaml file, and in those that it builds on, which `common` would replace.
 
@@ -152,12 +178,7 @@ def own_of_file(path: str, common: Sequence[str]) -> list[str]:
         UserError: it has a guidance scale of its own; a comparison scores all rows at one.
     """
     config = load_config(path)  # which refuses what is no such file
-    said: set[str] = set()
-    file = path
-    while Path(file).is_file():
-        read = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-        said |= {f"{name}.{key}" for name, part in read.items() if isinstance(part, dict) for key in part}
-        file = str(read.get("preset", ""))
+    said, _ = said_in(path)
     shared = load_config(path, common).space.guidance
     if "space.guidance" in said and config.space.guidance != shared:
         raise UserError(
