@@ -27,6 +27,7 @@ from stepfold.prompts.reading import open_prompts
 from stepfold.sampling.recipe import policy_of
 from stepfold.sections import TeacherSettings
 from stepfold.students.starting import make_fake, make_student
+from stepfold.teachers import folders
 from stepfold.teachers.loading import choose_objective, load_teacher
 from stepfold.training.accelerators import make_accelerator
 from stepfold.training.critics import fake_loss, fake_states, new_critics
@@ -146,7 +147,7 @@ def test_alternatives_are_settings_and_all_different() -> None:
     assert "decoupled matching" not in {choice.method for choice in alternatives(replace(SDXL, guidance="embedded"))}
 
 
-def test_a_preset_of_another_family_is_said(tiny_sana: Path, tmp_path: Path) -> None:
+def test_a_preset_of_another_family_is_said(tiny_sana: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = str(tiny_sana)
     said = foreign_preset("sdxl-lora-4step", teacher)
     assert "for a StableDiffusionXLPipeline, and the teacher is a SanaPipeline; its family has sana-lora-4step" in said
@@ -163,6 +164,10 @@ def test_a_preset_of_another_family_is_said(tiny_sana: Path, tmp_path: Path) -> 
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "unet": []}')
     (tmp_path / "unet" / "config.json").write_text('{"sample_size": 64}')
     assert foreign_preset("sdxl-lora-4step", str(tmp_path)).endswith("its family has sd1-lora-4step")
+    monkeypatch.setattr(folders, "load_index", lambda _: {"_class_name": "WanPipeline", "expand_timesteps": True})
+    monkeypatch.setattr(folders, "part_config", lambda *_: {})
+    assert foreign_preset("wan-lora-4step", "some/ti2v").endswith("its family has wan22-ti2v-lora-4step")  # on the hub
+    assert "for a StableDiffusion3Pipeline, and the teacher is a WanP" in foreign_preset("sd3-lora-4step", "some/ti2v")
     said = foreign_preset("demo", teacher, 32)
     assert "asks for 32 tokens a prompt" in said and said.endswith("has sana-lora-4step")
     file.write_text("preset: lcm\n")

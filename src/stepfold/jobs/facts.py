@@ -101,7 +101,7 @@ def foreign_preset(preset: str, source: str, tokens: int | None = None) -> str:
 
     Args:
         preset: its name, or a yaml file that builds on it.
-        source: the teacher's folder. A hub id is left to the run, since this reads no more than a file.
+        source: the teacher's folder, or a hub id.
         tokens: of a prompt, as the run has them. Presets of the bundled model cut prompts, which a student of it as a
             teacher does not mind.
     """
@@ -109,11 +109,11 @@ def foreign_preset(preset: str, source: str, tokens: int | None = None) -> str:
     while preset not in owners and Path(preset).is_file():
         found = re.search(r"^preset: *[\"']?([^\s\"'#]+)", Path(preset).read_text(encoding="utf-8"), re.MULTILINE)
         preset = found[1] if found else ""
+    if preset not in owners and (tokens is None or bundled_tokens(preset) != tokens):
+        return ""
     try:
-        index = json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))
-        pipeline, part = index["_class_name"], "unet" if "unet" in index else "transformer"
-        network = Path(source) / part / "config.json"
-        own = family_preset(index, json.loads(network.read_text(encoding="utf-8")) if network.is_file() else {})
+        index, network = configs_of(source)
+        pipeline, own = index["_class_name"], family_preset(index, network)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return ""  # which the run says
     if own != preset and "WanPipeline" == pipeline == owners.get(preset):
@@ -129,6 +129,21 @@ def foreign_preset(preset: str, source: str, tokens: int | None = None) -> str:
             f"were found there; the family of this teacher, a {pipeline}, has {own}"
         )
     return ""
+
+
+def configs_of(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The index of a pipeline and the config of its network, from a folder or a hub id; of the bundled one nothing."""
+    from stepfold.teachers.folders import load_index, part_config
+
+    folder = Path(source)
+    if source == "emoji":
+        return {}, {}
+    index = json.loads((folder / "model_index.json").read_text("utf-8")) if folder.exists() else load_index(source)
+    part = "unet" if "unet" in index else "transformer"
+    if not folder.exists():
+        return index, dict(part_config(source, index, part))
+    file = folder / part / "config.json"
+    return index, json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
 def bundled_tokens(preset: str) -> int | None:
