@@ -76,6 +76,11 @@ def test_a_run_that_is_made_longer_goes_on(runs: Path, tmp_path: Path) -> None:
         file.write(json.dumps({"step": 4, "loss": 0.1}) + "\n")
     found = read_run(tmp_path, "first")
     assert (found.state, found.step, found.steps) == ("stopped", 5, 9)
+    card = run / "student" / "stepfold.json"
+    whole = card.read_text()
+    card.write_text(json.dumps(json.loads(whole) | {"config": {"training": [3]}}))
+    assert read_card(run).config["training"] == [3]  # damaged, which is no traceback
+    card.write_text(whole)
     with pytest.warns(Caution, match="first has gone on to step 5, and its student is still of step 3"):
         read_card(run)
 

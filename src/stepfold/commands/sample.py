@@ -79,8 +79,7 @@ def sample(
 
     if out and out.suffix.lower() != ".png":
         raise UserError(f"--out {out} is no PNG; give a name that ends in .png")
-    files = [prompt for prompt in prompts if os.path.isfile(prompt)]
-    if files:
+    if files := [prompt for prompt in prompts if os.path.splitext(prompt)[1] and os.path.isfile(prompt)]:
         raise UserError(f"{files[0]} is a file, and a prompt is a text; give the prompts themselves, each in quotes")
     quiet_libraries()
     if race:

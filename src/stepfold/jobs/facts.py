@@ -133,16 +133,16 @@ def foreign_preset(preset: str, source: str, tokens: int | None = None) -> str:
 
 def configs_of(source: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The index of a pipeline and the config of its network, from a folder or a hub id; of the bundled one nothing."""
-    from stepfold.teachers.folders import load_index, part_config
-
     folder = Path(source)
     if source == "emoji":
         return {}, {}
-    index = json.loads((folder / "model_index.json").read_text("utf-8")) if folder.exists() else load_index(source)
-    part = "unet" if "unet" in index else "transformer"
     if not folder.exists():
-        return index, dict(part_config(source, index, part))
-    file = folder / part / "config.json"
+        from stepfold.teachers.folders import load_index, part_config  # slow, and of no use for a folder
+
+        index = load_index(source)
+        return index, part_config(source, index, "unet" if "unet" in index else "transformer")
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    file = folder / ("unet" if "unet" in index else "transformer") / "config.json"
     return index, json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 

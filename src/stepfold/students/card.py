@@ -283,20 +283,21 @@ def read_card(folder: Path) -> Card:
         raise UserError(f"{path.parent} is no student folder ({CARD} is missing); give OUT/student of a run")
     try:
         card = Card.model_validate(upgraded(json.loads(path.read_text(encoding="utf-8"))))
-        if path.parent.name == "student" and is_run(run):
-            warn_of_longer(run, card)
-        return card
     except ValidationError as error:
         problem = error.errors()[0]
         what = ": ".join([*(str(part) for part in problem["loc"]), problem["msg"]])
         raise UserError(f"{path} is damaged ({what}); copy the student folder again") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({first_line(error)}); copy the student folder again") from None
+    if path.parent.name == "student" and is_run(run):
+        warn_of_longer(run, card)
+    return card
 
 
 def warn_of_longer(run: Path, card: Card) -> None:
     """Says of a run that has gone on since its student was made that the student is the earlier one."""
-    made, step = (card.config.get("training") or {}).get("steps"), 0
+    training, step = card.config.get("training"), 0
+    made = training.get("steps") if isinstance(training, dict) else None
     with suppress(OSError, ValueError, LookupError, TypeError), (run / "metrics.jsonl").open("rb") as file:
         file.seek(max(0, (run / "metrics.jsonl").stat().st_size - LAST_BYTES))
         step = 1 + int(json.loads(file.read().splitlines()[-1])["step"])
